@@ -1,0 +1,62 @@
+# Everything starts from a fresh clone with nothing but Python 3.11 or newer: each target sets up .venv when it has to.
+#
+#   make demo ARGS="--text book.txt"          arguments for the command
+#   make test PYTEST_ARGS="-m 'not slow'"     arguments for pytest;  WORKERS=8 on a larger machine
+#   make setup PYTHON=python3.13              the Python that .venv is made from
+
+PYTHON      ?=
+WORKERS     ?= 2
+PYTEST_ARGS ?=
+ARGS        ?=
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
+USABLE  := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help setup test demo lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with all that the demo, the tests and the checks need
+
+test: lint ## lint, types and the whole test suite
+	# one thread a worker: two workers with two threads each would fight over two cores
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+demo: $(READY) ## near-linear attention on a real model: loss, retrieval, speed and measured error
+	$(BIN)/hyperattention demo $(ARGS)
+
+bench: $(READY) ## latency, memory and error against length, beside exact attention
+	$(BIN)/hyperattention bench $(ARGS)
+
+lint: $(READY) ## ruff and pyright, exactly as pre-commit runs them
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+# build/ stays: training writes there, for an hour or more
+clean: ## remove caches and distributions; .venv and build/ stay
+	rm -rf dist .pytest_cache .ruff_cache src/*.egg-info
+	find src tests benchmarks training -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A candidate is tried, not just looked up: a version manager's shim can be on PATH and still not run.
+$(READY): pyproject.toml requirements-dev.txt
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || { \
+	  for python in $(PYTHONS); do \
+	    if "$$python" $(USABLE); then \
+	      echo "making $(VENV) with $$python ($$("$$python" --version))"; \
+	      exec "$$python" -m venv --clear $(VENV); \
+	    fi; \
+	  done; \
+	  echo "No Python >= 3.11 with venv and pip among: $(PYTHONS)."; \
+	  echo "Install one (on Debian and Ubuntu the package python3-venv too), or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3"; \
+	  exit 1; } >&2
+	$(PIP) install -r requirements-dev.txt
+	$(PIP) install -e ".[demo,test,dev]"
+	@touch $@

@@ -1,0 +1,175 @@
+"""The front door: the arguments of torch's scaled_dot_product_attention, and a method."""
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from hyperattention.audit import ErrorReport, audit as judge
+from hyperattention.default import default_method
+from hyperattention.exact import exact_attention
+from hyperattention.exact_method import Exact
+from hyperattention.inputs import check_inputs, check_masks, dense_mask, key_mask_of, narrowed
+from hyperattention.method import Approach
+from hyperattention.problem import Problem, compact
+from hyperattention.types import Partial
+
+
+def attention(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    attn_mask: Shaped[Tensor, "..."] | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    method: Approach | None = None,
+    key_mask: Bool[Tensor, "batch keys"] | None = None,
+    seed: int = 0,
+    layer: int = 0,
+    causal_align: str = "upper_left",
+    audit: int | None = None,
+    return_lse: bool = False,
+    check_finite: bool = False,
+) -> Tensor | tuple[Tensor | ErrorReport, ...]:
+    """Attend, exactly or by a method that scores a bounded number of keys a query.
+
+    out_i = sum_j softmax_j(q_i . k_j * scale) v_j, over the keys that query i may see. A query with nothing to attend to
+    gets 0, with lse -inf and no gradient. Gradients are those of the forward pass with the selection (indices and
+    log-weights) held fixed, through lse too; for weights that depend on the data that is the unbiased choice.
+
+    Args:
+        query: queries.
+        key: keys; ``heads`` must be a multiple of ``kv_heads``, and equal to it unless `enable_gqa`.
+        value: values.
+        attn_mask: as in SDPA: boolean (True = attend) or added to the scores, broadcastable to
+            ``[batch, heads, queries, keys]``. A boolean ``[batch, 1, 1, keys]`` is a key mask; any other is dense, which only
+            exact attention reads.
+        dropout_p: must be 0.
+        is_causal: whether query i sees only keys at or before its position.
+        scale: factor of the scores; 1 / sqrt(head_dim) if None.
+        enable_gqa: whether several query heads may share a kv head.
+        method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written.
+        key_mask: True where a key may be attended to; combines with `is_causal`.
+        seed: seed of every draw, in [0, 2**63).
+        layer: layer of the model, so that layers draw independently.
+        causal_align: ``"upper_left"`` (query i stands at key i, as in SDPA) or ``"lower_right"`` (the last query stands at
+            the last key: chunked prefill, decoding).
+        audit: rows to check against exact attention; the report is returned as well.
+        return_lse: whether to return the log-sum-exp of every row, natural logarithm, float32 or float64.
+        check_finite: whether to refuse NaN and infinity; they are otherwise passed on, never cleaned.
+
+    Returns:
+        out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, report])`` as asked for.
+
+    Raises:
+        ValueError: if shapes, sizes or arguments do not fit together; the message says which and what to do.
+        TypeError: if dtypes are mixed or not floating.
+        NotImplementedError: if dropout, or a dense mask with a method, is asked for.
+    """
+    check_inputs(query, key, value, enable_gqa=enable_gqa, dropout_p=dropout_p, seed=seed, check_finite=check_finite)
+    check_masks(query, key, attn_mask, key_mask, is_causal=is_causal, causal_align=causal_align)
+    query, key, value = narrowed(query, key, value)
+    dense = dense_mask(attn_mask)
+    live = key_mask_of(attn_mask, key_mask, key)
+    method = method or default_method(key.shape[2], num_queries=query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    with torch.autocast(query.device.type, enabled=False):
+        if dense is not None:
+            partial = _attend_dense(query, key, value, dense, live, method, scale)
+        else:
+            problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer)
+            out_only = isinstance(method, Exact) and not return_lse
+            partial = Partial(method.output(problem), query.new_empty(0, 0, 0)) if out_only else method.attend(problem)
+    results: tuple[Tensor | ErrorReport, ...] = (partial.out,)
+    if return_lse:
+        results += (partial.lse,)
+    if audit is not None:
+        results += (
+            judge(
+                query, key, value, partial.out, rows=audit, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+                key_mask=live, causal_align=causal_align, seed=seed, method=method,
+            ),
+        )  # fmt: skip
+    return results if len(results) > 1 else partial.out
+
+
+def _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer) -> Problem:
+    """Bring the arguments into normal form: dead keys gone, the first query's position known."""
+    offset = key.shape[2] - query.shape[2] if causal_align == "lower_right" else 0
+    rank = None
+    if live is not None:
+        key, value, rank = compact(key, value, live)
+    return Problem(query, key, value, scale, is_causal, offset, rank, seed, layer)
+
+
+def _attend_dense(query, key, value, mask, live, method: Approach, scale: float) -> Partial:
+    """Run exact attention under a dense mask, which no list of keys can express."""
+    if not isinstance(method, Exact) and key.shape[2]:
+        raise NotImplementedError(
+            f"{method!r} cannot follow a dense attn_mask of shape {tuple(mask.shape)}: lists are chosen by position. "
+            "Use key_mask for padding, varlen_attention for packed sequences, or method=Exact()"
+        )
+    return exact_attention(query, key, value, scale=scale, attn_mask=mask, key_mask=live)
+
+
+def varlen_attention(
+    query: Float[Tensor, "1 heads queries head_dim"],
+    key: Float[Tensor, "1 kv_heads keys head_dim"],
+    value: Float[Tensor, "1 kv_heads keys value_dim"],
+    cu_seq_q: Int[Tensor, " sequences_plus_one"],
+    cu_seq_k: Int[Tensor, " sequences_plus_one"] | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    method: Approach | None = None,
+    seed: int = 0,
+    layer: int = 0,
+    causal_align: str = "upper_left",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend within each of several sequences packed one after another, without a dense mask.
+
+    Args:
+        query: queries of all sequences, end to end.
+        key: keys of all sequences.
+        value: values of all sequences.
+        cu_seq_q: where each sequence's queries begin, and where the last ends: 0, n_1, n_1 + n_2, ...
+        cu_seq_k: the same for keys; as for queries if None.
+        is_causal: whether a query sees only keys of its sequence at or before its position.
+        scale: factor of the scores; 1 / sqrt(head_dim) if None.
+        enable_gqa: whether several query heads may share a kv head.
+        method: what runs for each sequence; None decides by each sequence's own length.
+        seed: seed of every draw.
+        layer: layer of the model.
+        causal_align: as for `attention`, within each sequence.
+        return_lse: whether to return the log-sum-exp as well.
+
+    Returns:
+        out ``[1, heads, queries, value_dim]``, or out and lse.
+
+    Raises:
+        ValueError: if the sequences do not cover the queries or the keys.
+    """
+    cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
+    edges_q, edges_k = cu_seq_q.tolist(), cu_seq_k.tolist()
+    for name, edges, count in (("cu_seq_q", edges_q, query.shape[2]), ("cu_seq_k", edges_k, key.shape[2])):
+        if not edges or edges[0] != 0 or edges[-1] != count or edges != sorted(edges):
+            raise ValueError(f"{name} is {edges}: it must rise from 0 to the number of tokens, {count}")
+    if len(edges_q) != len(edges_k):
+        raise ValueError(f"cu_seq_q names {len(edges_q) - 1} sequences and cu_seq_k {len(edges_k) - 1}: give one edge each")
+    parts = []
+    for q0, q1, k0, k1 in zip(edges_q, edges_q[1:], edges_k, edges_k[1:], strict=False):
+        pieces = query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1]
+        part = attention(
+            *pieces, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, method=method, seed=seed, layer=layer,
+            causal_align=causal_align, return_lse=return_lse,
+        )  # fmt: skip
+        parts.append(part if return_lse else (part,))
+    if not parts:
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        return (out, query.new_empty(query.shape[:3], dtype=torch.float32)) if return_lse else out
+    joined = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return joined if return_lse else joined[0]

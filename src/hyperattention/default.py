@@ -1,0 +1,28 @@
+"""What runs when no method is named: exact attention below the measured crossover, the default method above it."""
+
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach, Method
+from hyperattention.select.draw import Draw
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.top_blocks import TopBlocks
+from hyperattention.select.locate.window import Window
+from hyperattention.select.score.blocks import KeySketch
+
+# keys from which the default method was faster than exact attention on the CPU it was measured on (docs/log.md)
+CROSSOVER = 4096
+FEW_QUERIES = 256
+
+
+def default_method(num_keys: int, *, num_queries: int | None = None) -> Approach:
+    """Tell which method `method=None` runs.
+
+    Args:
+        num_keys: keys of the call.
+        num_queries: queries of the call, as many as keys if None; few queries, as in decoding, are served exactly.
+
+    Returns:
+        exact attention below the crossover, the default list of stages from there on; it does not depend on the length.
+    """
+    if num_keys < CROSSOVER or (num_queries is not None and num_queries < FEW_QUERIES):
+        return Exact()
+    return Method(Sinks(16), Window(256), TopBlocks(32, block_size=16, by=KeySketch(16)), Draw(128))

@@ -1,0 +1,47 @@
+"""Exact attention as a method: what runs below the crossover, and what the others are measured against."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hyperattention.exact import exact_attention
+from hyperattention.method import Approach, Cost, exact_pairs
+from hyperattention.problem import Problem
+from hyperattention.select.stage import LookAhead
+from hyperattention.types import Partial
+
+
+@dataclass(frozen=True)
+class Exact(Approach):
+    """Run exact attention: torch's own kernel where its output is all that is asked for."""
+
+    @property
+    def complete(self) -> bool:
+        """Every key has a weight of one."""
+        return True
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """No row depends on what follows it."""
+        return LookAhead.NOTHING
+
+    def attend(self, problem: Problem) -> Partial:
+        """Compute exact attention and its lse, in chunks of rows."""
+        count = torch.arange(problem.num_queries, device=problem.device) + problem.offset
+        visible = problem.live_before(count + 1) if problem.causal else problem.live_before(count * 0 + problem.num_keys)
+        return exact_attention(problem.q, problem.k, problem.v, scale=problem.scale, visible=visible)
+
+    def output(self, problem: Problem):
+        """Compute the output alone, with torch's fused kernel where alignment and masks allow it."""
+        plain = problem.rank is None and (not problem.causal or problem.offset == 0)
+        if not plain or not problem.num_keys or not problem.num_queries:
+            return self.attend(problem).out
+        return scaled_dot_product_attention(
+            problem.q, problem.k, problem.v, is_causal=problem.causal, scale=problem.scale, enable_gqa=problem.group > 1
+        )
+
+    def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
+        """Tell the cost for as many queries as keys."""
+        pairs = exact_pairs(num_keys, is_causal)
+        return Cost(pairs, 0.0, pairs, 16 * num_keys * head_dim, True)

@@ -1,0 +1,140 @@
+"""Approximate attention in Hugging Face transformers models, through their own registries: no class is patched.
+
+Importing this module changes nothing; `register` adds one name to two registries, `use` switches a model over and back.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from hyperattention import Exact, Method
+from hyperattention.integrations.transformers_counts import CallCounter, CallCounts
+from hyperattention.integrations.transformers_forward import ATTRIBUTE, Settings, attention_forward
+from hyperattention.integrations.transformers_masks import build_mask
+from hyperattention.random import SEED_LIMIT
+
+__all__ = ["NAME", "CallCounter", "CallCounts", "register", "use"]
+
+# transformers treats names that contain "flash", "sdpa", "flex_attention" or "/" as implementations of its own
+NAME = "hyperattention"
+
+
+def register() -> None:
+    """Make ``attn_implementation="hyperattention"`` known to transformers, with its mask, without which padding is dropped.
+
+    Calling it again changes nothing. Models selected by name, outside `use`, run the default method and count nothing.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, build_mask)
+
+
+@contextmanager
+def use(
+    model: nn.Module,
+    method: Method | Exact | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    min_length: int = 0,
+    seed: int = 0,
+) -> Iterator[CallCounter]:
+    """Run a model's attention by a method inside a ``with`` block, and say what really ran.
+
+    Exact, and counted by reason: single queries (decoding), dropout, logit soft-capping, sinks, position bias, windows shorter
+    than the keys, dense 4-D masks, arguments unknown here, layers not listed, fewer keys than ``min_length``. Packed batches
+    run document by document. With gradient checkpointing call ``backward`` inside the block, for it calls attention again.
+
+    Args:
+        model: a transformers model, or a module that holds one.
+        method: what runs; None for the default method.
+        layers: indices of the layers to approximate, others stay exact; None for all.
+        min_length: fewest keys worth approximating.
+        seed: of every random draw; the layer's index enters too.
+
+    Yields:
+        the counter of this block's calls; print it, or read ``.counts``.
+
+    Raises:
+        ValueError: if the model has no attention that can be switched, or an argument is out of range.
+
+    Example:
+        >>> with use(model, method, layers=range(2, 28)) as calls:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+        >>> print(calls)  # doctest: +SKIP
+    """
+    counter = CallCounter()
+    root = _find_model(model)
+    settings = Settings(method, _check_layers(model, layers), min_length, seed, counter)
+    _check_range("min_length", min_length, None)
+    _check_range("seed", seed, SEED_LIMIT)
+    register()
+    configs = _list_configs(model)
+    before = [config._attn_implementation for config in configs]
+    attached = [(module, module.__dict__.get(ATTRIBUTE)) for module in model.modules()]
+    try:
+        for module, _ in attached:
+            setattr(module, ATTRIBUTE, settings)
+        root.set_attn_implementation(NAME)
+        yield counter
+    finally:
+        for module, previous in attached:
+            _attach(module, previous)
+        # outer configs first: assigning one also assigns those nested in it
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+    if counter.counts.total and not counter.counts.approximated:
+        warnings.warn(f"no attention call was approximated: {counter.counts}", UserWarning, stacklevel=3)
+
+
+def _attach(module: nn.Module, settings: Settings | None) -> None:
+    if settings is None:
+        module.__dict__.pop(ATTRIBUTE, None)
+    else:
+        setattr(module, ATTRIBUTE, settings)
+
+
+def _find_model(model: nn.Module) -> PreTrainedModel:
+    root = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if root is None:
+        raise ValueError(
+            f"{type(model).__name__} holds no transformers model: pass a PreTrainedModel, or a module that wraps one; "
+            "for a module of your own call hyperattention.attention in its forward"
+        )
+    if not (root.is_backend_compatible() and root._can_set_attn_implementation()):
+        raise ValueError(
+            f"{type(root).__name__} does not dispatch its attention through transformers' AttentionInterface, so it "
+            "cannot be switched: use a model whose class sets _supports_attention_backend (Llama, Qwen, Mistral, Gemma, ...)"
+        )
+    return root
+
+
+def _check_layers(model: nn.Module, layers: Iterable[int] | None) -> frozenset[int] | None:
+    if layers is None:
+        return None
+    listed = frozenset(layers)
+    known = {module.__dict__.get("layer_idx") for module in model.modules()} - {None}
+    if unknown := sorted(listed - known):
+        raise ValueError(
+            f"layers {unknown} are not among the model's {sorted(known)}: list indices from those"
+        )
+    return listed
+
+
+def _check_range(name: str, number: int, limit: int | None) -> None:
+    if number < 0 or (limit is not None and number >= limit):
+        bound = "at least 0" if limit is None else f"in [0, {limit})"
+        raise ValueError(f"{name} is {number}: pass an integer {bound}")
+
+
+def _list_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    found: dict[int, PreTrainedConfig] = {}
+    queue = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while queue:
+        config = queue.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            nested = (getattr(config, name, None) for name in config.sub_configs)
+            queue += [sub for sub in nested if sub is not None]
+    return list(found.values())

@@ -1,0 +1,163 @@
+"""The attention function that transformers calls: approximate where the method is meant to run, exact elsewhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hyperattention import Exact, Method, default_method
+from hyperattention.integrations.transformers_counts import CallCounter
+from hyperattention.integrations.transformers_exact import Call, run, run_exact
+from hyperattention.integrations.transformers_masks import document_bounds, longest_span
+
+ATTRIBUTE = "_hyperattention"
+
+# arguments that models pass along and that change nothing, or that are read here; any other makes the call exact
+_NEUTRAL = frozenset(
+    "position_ids cache_position use_cache output_attentions output_hidden_states output_router_logits return_dict "
+    "num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx sliding_window deterministic".split()
+)
+_REASONS = MappingProxyType({"softcap": "softcap", "s_aux": "sinks", "position_bias": "position bias"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `use` attaches to a model's modules, so that no state is shared between models.
+
+    Args:
+        method: what runs; None for the default method.
+        layers: indices of the layers to approximate; None for all.
+        min_length: fewest keys worth approximating.
+        seed: of every random draw.
+        counter: where calls are counted; None outside `use`.
+    """
+
+    method: Method | Exact | None = None
+    layers: frozenset[int] | None = None
+    min_length: int = 0
+    seed: int = 0
+    counter: CallCounter | None = None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads slots head_dim"],
+    value: Float[Tensor, "batch kv_heads slots value_dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **options: object,
+) -> tuple[Float[Tensor, "batch queries heads value_dim"], None]:
+    """Answer one attention call of a model; the function registered in ``AttentionInterface``.
+
+    Args:
+        module: the attention module, to which `use` attached its settings.
+        query: queries after positions are applied.
+        key: keys, unwritten slots of a static cache included.
+        value: values, likewise.
+        attention_mask: as built by `build_mask`, or the user's own 4-D mask.
+        scaling: of the scores; None for 1 / sqrt(head_dim).
+        dropout: probability of dropping an attention weight.
+        is_causal: whether a query is kept from later keys; None leaves it to the module.
+        options: the model's further arguments.
+
+    Returns:
+        the output and, since no weights exist, None.
+    """
+    settings = getattr(module, ATTRIBUTE, None) or Settings()
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    extras = {name: option for name, option in options.items() if option is not None and name not in _NEUTRAL}
+    plain = Call(module, query, key, value, causal, None, None, None, scaling, dropout, extras)
+    call = _read_mask(plain, attention_mask, options)
+    reason = _why_exact(call, settings, options.get("sliding_window"))
+    if settings.counter is not None:
+        settings.counter.record(reason)
+    layer = getattr(module, "layer_idx", None) or 0
+    out = run_exact(call) if reason is not None else run(call, settings.method, settings.seed, layer)
+    batch, num_heads, num_queries, _ = query.shape
+    return out.transpose(1, 2).reshape(batch, num_queries, num_heads, -1).contiguous(), None
+
+
+def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, object]) -> Call:
+    (batch, _, num_queries, _), num_keys = call.query.shape, call.key.shape[2]
+    if mask is None:
+        bounds = _given_bounds(call, options) or _restart_bounds(call, options.get("position_ids"))
+        return call if bounds is None else _pack(call, bounds)
+    if mask.ndim == 4:
+        if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and num_queries > 1:
+            return replace(call, causal=False, key_mask=mask[:, 0, 0, :num_keys].expand(batch, -1))
+        return replace(call, causal=False, dense=mask)
+    if mask.ndim != 2 or mask.is_floating_point() or mask.shape[1] > num_keys:
+        raise ValueError(
+            f"attention mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for {num_keys} keys: expected 2-D bool "
+            "[batch, keys] or 4-D [batch, heads, queries, keys]; let the model build it from a 2-D mask of 0 and 1"
+        )
+    if mask.dtype != torch.bool and mask.shape[1] == num_queries == num_keys:
+        bounds = document_bounds(mask)
+        return _pack(call, _given_bounds(call, options) or (bounds, bounds), mask)
+    return _slice_live(replace(call, causal=True), mask.bool())
+
+
+def _slice_live(call: Call, mask: Tensor) -> Call:
+    # a static cache returns all its slots; the mask is as wide as those that are written
+    live, num_keys = mask.shape[1], call.key.shape[2]
+    if live == num_keys:
+        return replace(call, key_mask=mask)
+    key_mask = None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+    return replace(call, key=call.key[:, :, :live], value=call.value[:, :, :live], key_mask=key_mask)
+
+
+def _given_bounds(call: Call, options: Mapping[str, object]) -> tuple[Tensor, Tensor] | None:
+    bounds = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
+    return None if None in bounds or call.query.shape[0] != 1 else bounds
+
+
+def _restart_bounds(call: Call, position_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    # with an empty cache transformers does not look for packing, and a restart would leak one document into the next
+    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
+    if position_ids is None or not call.causal or not 1 < num_queries == num_keys == position_ids.shape[-1]:
+        return None
+    if position_ids.ndim != 2 or torch.compiler.is_compiling():
+        return None
+    step = position_ids.diff(dim=-1)
+    if not bool((step < 0).any()):
+        return None
+    documents = torch.nn.functional.pad((step < 1).cumsum(dim=-1), (1, 0)).expand(call.query.shape[0], -1)
+    bounds = document_bounds(documents)
+    return bounds, bounds
+
+
+def _pack(call: Call, bounds: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Call:
+    batch, _, num_queries, _ = call.query.shape
+    if documents is not None and batch > 1 and call.extras.keys() - {"softcap", "s_aux"}:
+        # what the model adds is laid out by batch row, so the rows cannot be joined
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        return replace(call, causal=False, dense=same.tril() if call.causal else same)
+    joined = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.query, call.key, call.value))
+    query, key, value = joined
+    return replace(call, query=query, key=key, value=value, bounds=bounds)
+
+
+def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None:
+    num_keys = call.key.shape[2] if call.bounds is None else longest_span(call.bounds[1])
+    layer = getattr(call.module, "layer_idx", None)
+    asked = [_REASONS.get(name, f"argument '{name}'") for name in sorted(call.extras)]
+    if call.bounds is None and call.query.shape[2] <= 1:
+        return "single query"
+    if settings.layers is not None and layer not in settings.layers:
+        return "layer not listed"
+    if asked:
+        return asked[0]
+    if call.dropout > 0:
+        return "dropout"
+    if call.dense is not None:
+        return "sliding window" if window is not None and window < num_keys else "dense mask"
+    if num_keys < settings.min_length:
+        return "below min_length"
+    method = default_method(num_keys, is_causal=call.causal) if settings.method is None else settings.method
+    return "exact method" if isinstance(method, Exact) else None

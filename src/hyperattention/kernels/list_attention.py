@@ -1,0 +1,140 @@
+"""The list kernel as an operator: registered with torch, with its shapes and its gradient, so that compilers see one node."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hyperattention.kernels import list_torch
+from hyperattention.types import Selection
+
+
+@torch.library.custom_op("hyperattention::list_attention", mutates_args=())
+def _list_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_row: Tensor,
+    row_limit: Tensor,
+    first: list[Tensor],
+    size: list[int],
+    log_weight: list[Tensor],
+    low: list[Tensor],
+    high: list[Tensor],
+    hole: list[Tensor],
+    causal: list[bool],
+    labelled: list[bool],
+    row_label: Tensor | None,
+    key_label: Tensor | None,
+    gap_low: Tensor | None,
+    gap_high: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    lists = list_torch.Lists(
+        key_row, row_limit, first, size, log_weight, low, high, hole, causal, labelled, row_label, key_label, gap_low, gap_high
+    )
+    return list_torch.forward(q, k, v, lists, scale)
+
+
+@_list_attention.register_fake
+def _(q, k, v, *lists_and_scale):
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=acc)
+
+
+@torch.library.custom_op("hyperattention::list_attention_backward", mutates_args=())
+def _list_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_row: Tensor,
+    row_limit: Tensor,
+    first: list[Tensor],
+    size: list[int],
+    log_weight: list[Tensor],
+    low: list[Tensor],
+    high: list[Tensor],
+    hole: list[Tensor],
+    causal: list[bool],
+    labelled: list[bool],
+    row_label: Tensor | None,
+    key_label: Tensor | None,
+    gap_low: Tensor | None,
+    gap_high: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lists = list_torch.Lists(
+        key_row, row_limit, first, size, log_weight, low, high, hole, causal, labelled, row_label, key_label, gap_low, gap_high
+    )
+    return list_torch.backward((grad_out, grad_lse), (q, k, v, out, lse), lists, scale)
+
+
+@_list_attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, key_row, row_limit, first, size, log_weight, low, high, hole, causal, labelled, *pair_tests, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, key_row, row_limit, *first, *log_weight, *low, *high, *hole, *pair_tests)
+    ctx.size, ctx.causal, ctx.labelled, ctx.scale = size, causal, labelled, scale
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, key_row, row_limit, *rest = ctx.saved_tensors
+    n = len(ctx.size)
+    first, log_weight, low, high, hole = (list(rest[i * n : (i + 1) * n]) for i in range(5))
+    grads = _list_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, key_row, row_limit, first, ctx.size, log_weight, low, high, hole, ctx.causal, ctx.labelled,
+        *rest[5 * n :], ctx.scale,
+    )  # fmt: skip
+    lists = [None] * n
+    return *grads, None, None, lists, None, lists, lists, lists, lists, None, None, None, None, None, None, None
+
+
+_list_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def list_attention(
+    q: Float[Tensor, "lists tiles rows head_dim"],
+    k: Float[Tensor, "key_rows keys head_dim"],
+    v: Float[Tensor, "key_rows keys value_dim"],
+    selection: Selection,
+    scale: float,
+) -> tuple[Float[Tensor, "lists tiles rows value_dim"], Float[Tensor, "lists tiles rows"]]:
+    """Attend from every tile of queries to the keys on its list.
+
+    Args:
+        q: queries by tile.
+        k: keys; list l reads row ``selection.key_row[l]``.
+        v: values.
+        selection: the lists.
+        scale: factor of the scores.
+
+    Returns:
+        normalised rows, and the natural log of each row's weighted sum of exponentials.
+    """
+    runs = selection.runs
+    gap = selection.row_gap or (None, None)
+    return _list_attention(
+        q,
+        k,
+        v,
+        selection.key_row,
+        selection.row_limit,
+        [r.first for r in runs],
+        [r.size for r in runs],
+        [r.log_weight for r in runs],
+        [r.low for r in runs],
+        [r.high for r in runs],
+        [k.new_empty(0, dtype=torch.int64) if r.hole is None else torch.stack(r.hole) for r in runs],
+        [r.causal for r in runs],
+        [r.labelled for r in runs],
+        selection.row_label,
+        selection.key_label,
+        *gap,
+        scale,
+    )

@@ -1,0 +1,161 @@
+"""A method: an ordered, immutable tuple of stages that prints as the code that makes it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from hyperattention.check import positive
+from hyperattention.kernels.list_attention import list_attention
+from hyperattention.problem import Problem
+from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.tiling import Tiles, cut
+from hyperattention.types import Partial, Selection
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method will spend on a sequence, before it runs.
+
+    Args:
+        pairs: slots listed per query, masked ones included.
+        selection_pairs: query-key products spent on choosing, per query, in units of one full-length product.
+        exact_pairs: keys that exact attention scores per query, on average.
+        memory_bytes: keys, values and queries read and rows written, for one head in float32.
+        complete: whether every key has an expected weight of one.
+    """
+
+    pairs: float
+    selection_pairs: float
+    exact_pairs: float
+    memory_bytes: int
+    complete: bool
+
+    @property
+    def share_of_exact(self) -> float:
+        """Pairs listed, relative to those exact attention scores."""
+        return self.pairs / self.exact_pairs if self.exact_pairs else 1.0
+
+
+class Approach(ABC):
+    """Anything that turns a problem into attention: a list of stages, exact attention, or a published algorithm."""
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether every visible key has an expected weight of one."""
+
+    @property
+    @abstractmethod
+    def looks_ahead(self) -> LookAhead:
+        """How far beyond a row its list may depend on queries or keys."""
+
+    @abstractmethod
+    def attend(self, problem: Problem) -> Partial:
+        """Compute attention."""
+
+    @abstractmethod
+    def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
+        """Tell the cost for as many queries as keys, before running."""
+
+
+def exact_pairs(num_keys: int, is_causal: bool) -> float:
+    """Count the keys that exact attention scores per query, on average."""
+    return (num_keys + 1) / 2 if is_causal else float(num_keys)
+
+
+class Method(Approach):
+    """An ordered list of stages; earlier stages win.
+
+    Args:
+        *stages: the stages, in order.
+        tile: positions whose queries share one list.
+
+    Raises:
+        TypeError: if an argument is not a stage.
+        ValueError: if there is no stage, or `tile` is not positive.
+
+    Example:
+        >>> Method(Sinks(4), Window(256), Draw(64))
+        Method(Sinks(num=4), Window(size=256), Draw(num=64, by=Uniform()))
+    """
+
+    __slots__ = ("stages", "tile")
+    stages: tuple[Stage, ...]
+    tile: int
+
+    def __init__(self, *stages: Stage, tile: int = 64) -> None:
+        for stage in stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"Method takes stages such as Window(256), not {stage!r} of type {type(stage).__name__}")
+        if not stages:
+            raise ValueError("Method() needs at least one stage; for exact attention use Exact()")
+        positive("Method", tile=tile)
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "tile", tile)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Method is immutable: build another instead of setting {name}")
+
+    def __repr__(self) -> str:
+        tile = "" if self.tile == 64 else f", tile={self.tile}"
+        return f"Method({', '.join(map(repr, self.stages))}{tile})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Method) and (self.stages, self.tile) == (other.stages, other.tile)
+
+    def __hash__(self) -> int:
+        return hash((self.stages, self.tile))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every visible key has an expected weight of one."""
+        return any(stage.complete for stage in self.stages)
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """How far beyond a row its list may depend on queries or keys: as far as any stage's does."""
+        return max(stage.looks_ahead for stage in self.stages)
+
+    def select(self, problem: Problem) -> tuple[Tiles, Selection]:
+        """Run the stages: which keys each tile reads.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            the tiles and their lists.
+        """
+        tiles = cut(problem, self.tile)
+        taken, runs = Taken(), ()
+        for stage in self.stages:
+            more, taken = stage.select(tiles, taken)
+            runs += more
+        limit = tiles.by_list(tiles.limit).repeat(1, 1, problem.group)
+        lists = torch.arange(limit.shape[0], device=problem.device)
+        return tiles, Selection(runs, row_limit=limit, key_row=lists)
+
+    def attend(self, problem: Problem) -> Partial:
+        """Select, then compute."""
+        with torch.no_grad():
+            tiles, selection = self.select(problem)
+        k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+        out, lse = list_attention(tiles.arrange(problem.q), k, v, selection, problem.scale)
+        return Partial(tiles.restore(out), tiles.restore(lse))
+
+    def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
+        """Tell the cost for as many queries as keys, before running.
+
+        Args:
+            num_keys: length of the sequence.
+            is_causal: whether queries see only earlier keys.
+            head_dim: width of keys, and of values.
+
+        Returns:
+            the cost.
+        """
+        pairs = sum(stage.slots(self.tile) for stage in self.stages)
+        selection = sum(stage.selection_pairs(num_keys, self.tile, head_dim, is_causal) for stage in self.stages)
+        gathered = 2 * pairs * head_dim * -(-num_keys // self.tile)
+        memory_bytes = 4 * (gathered + 2 * num_keys * head_dim)
+        return Cost(float(pairs), selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)

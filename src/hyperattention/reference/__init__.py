@@ -1,0 +1,1 @@
+"""The reference model: small, embedded, and trained to retrieve, so that an evaluation on it cannot reward dropping keys."""

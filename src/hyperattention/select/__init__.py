@@ -1,0 +1,1 @@
+"""Selections: which keys each tile reads. Stages decide; they never compute attention."""

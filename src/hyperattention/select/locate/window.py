@@ -1,0 +1,60 @@
+"""The keys around each tile: locality, which no sampler should have to find."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from hyperattention.check import positive
+from hyperattention.select.stage import Stage, Taken
+from hyperattention.tiling import Tiles
+from hyperattention.types import Runs
+
+
+@dataclass(frozen=True)
+class Window(Stage):
+    """Attend to the nearest keys exactly: every query sees at least the `size` keys before it, up to its tile's edge.
+
+    The window of a tile begins `size` live keys before the tile, so that all rows of a tile share one run and the first row
+    sees exactly `size` earlier keys, the last row a tile more. Without causality it reaches `size` / 2 to either side.
+
+    Source: Beltagy et al., 2020 (arXiv:2004.05150), sliding window.   Differs: aligned to tiles.
+    Cost: `size` + tile slots a query.   Guarantee: exact on the pairs taken.
+
+    Args:
+        size: keys before the tile (or on both sides of it together).
+
+    Raises:
+        ValueError: if `size` is not positive.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        positive("Window", size=self.size)
+
+    def slots(self, tile: int) -> int:
+        """Count the keys listed for each tile."""
+        return self.size + tile
+
+    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+        """Take the keys around each tile, but for those an earlier stage has."""
+        causal = tiles.problem.causal
+        before = self.size if causal else self.size // 2
+        first = tiles.start - before
+        end = tiles.end if causal else torch.minimum(tiles.end + self.size - before, tiles.total)
+        low = torch.minimum(torch.full_like(first, taken.prefix), end)
+        weight = torch.zeros((*first.shape, 1), device=first.device)
+        pieces = ((first, before, False), (tiles.start, tiles.size + (0 if causal else self.size - before), causal))
+        runs = tuple(
+            Runs(
+                first=tiles.by_list(begin[..., None]),
+                size=size,
+                log_weight=tiles.by_list(weight),
+                low=tiles.by_list(low),
+                high=tiles.by_list(tiles.start if size == before and begin is first else end),
+                causal=tested,
+            )
+            for begin, size, tested in pieces
+            if size
+        )
+        return runs, replace(taken, gap=(torch.maximum(first, low), end))

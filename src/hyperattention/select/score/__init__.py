@@ -1,0 +1,1 @@
+"""Scores: a number for each key or block of keys, by which blocks are ranked or draws are weighted."""

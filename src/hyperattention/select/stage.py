@@ -1,0 +1,94 @@
+"""The contract of a stage, and what stages tell one another: the keys already taken."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hyperattention.tiling import Tiles
+from hyperattention.types import Labels, Runs
+
+
+class LookAhead(IntEnum):
+    """How far beyond a row the choice of its keys may look."""
+
+    NOTHING = 0
+    TILE = 1
+    SEQUENCE = 2
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Keys that earlier stages took from each tile: later stages leave them alone, so that no key counts twice.
+
+    Args:
+        prefix: leading live keys taken from every tile.
+        gap: first and end of the keys around each tile that a window took, or None.
+        blocks: chosen blocks of earlier stages: sorted numbers of the blocks, and their size.
+        labels: pairs of equal label are taken.
+    """
+
+    prefix: int = 0
+    gap: tuple[Int[Tensor, "batch tiles"], Int[Tensor, "batch tiles"]] | None = None
+    blocks: tuple[tuple[Int[Tensor, "lists tiles slots"], int], ...] = ()
+    labels: Labels | None = None
+
+    def with_blocks(self, blocks: Int[Tensor, "lists tiles slots"], block_size: int) -> "Taken":
+        """Take chosen blocks as well."""
+        return replace(self, blocks=(*self.blocks, (blocks, block_size)))
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Delimit what is left of each tile's keys, ``[batch, tiles]`` each: begin, hole begin, hole end, end."""
+        end = tiles.visible_end
+        begin = torch.minimum(torch.full_like(end, self.prefix), end)
+        if self.gap is None:
+            return begin, end, end, end
+        hole_begin = self.gap[0].clamp(min=begin)
+        hole_end = torch.maximum(self.gap[1], hole_begin).clamp(max=end)
+        return begin, torch.minimum(hole_begin, end), torch.maximum(hole_end, hole_begin.clamp(max=end)), end
+
+    def holds(self, index: Int[Tensor, "lists tiles slots"]) -> Tensor:
+        """Tell which keys lie in a chosen block."""
+        held = torch.zeros_like(index, dtype=torch.bool)
+        for blocks, size in self.blocks:
+            block = index // size
+            place = torch.searchsorted(blocks, block).clamp(max=blocks.shape[-1] - 1)
+            held |= blocks.gather(-1, place) == block
+        return held
+
+
+class Stage(ABC):
+    """One step of a method: given what is taken, take more. Stages are ordered, and earlier stages win."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether this stage gives every key that is left an expected weight of one."""
+        return False
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """How far beyond a row its list may depend on queries or keys."""
+        return LookAhead.NOTHING
+
+    @abstractmethod
+    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+        """Choose keys for every tile.
+
+        Args:
+            tiles: the tiled problem.
+            taken: keys of earlier stages.
+
+        Returns:
+            the runs, and what is taken after them.
+        """
+
+    @abstractmethod
+    def slots(self, tile: int) -> int:
+        """Count the keys listed for each tile of `tile` positions, masked ones included."""
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count query-key products spent on choosing, per query, in units of one product of `head_dim` numbers."""
+        return 0.0

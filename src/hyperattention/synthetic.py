@@ -1,0 +1,191 @@
+"""Structured q, k, v with the statistics of real language models, beside the iid Gaussian inputs of the papers.
+
+What is reported of real models, where, and what stands for it here:
+
+- *Norms* near 15, 15 and 3 for q, k and v (Llama-3.1-8B): BalanceKV (arXiv:2502.07861).
+- *Narrow cones*: queries share a mean direction and so do keys; MagicPIG (arXiv:2410.16179) centres its keys before hashing
+  because of it. Here a constant vector each. That queries lean away from the keys' mean and towards the sinks is our choice.
+- *Sinks*: the first tokens take much weight whatever they say (StreamingLLM, arXiv:2309.17453), with values smaller than others'
+  (arXiv:2410.13835); small keys get large weights (arXiv:2406.11430). Here four small keys against the cone.
+- *Local decay*, by rotary pairs: high frequencies serve position and low ones meaning (arXiv:2410.06205). Half the channels
+  are pairs rotated at geometric rates, whose cosines add up to a power law in the distance; the others are not rotated.
+- *Low-rank keys*: the spectrum of keys decays (Loki, arXiv:2406.02542). Here variances fall along a random basis.
+- *Far keys*: our model of text: topics that last, mix and return, words by Zipf's law. A query looks for a word, often the one
+  its neighbours look for, so that its heavy keys are scattered; a few queries look for one planted key far back, a needle.
+- *Heads from sharp to diffuse* (MagicPIG; arXiv:2410.13835): one number a head turns content, sinks and recency up or down.
+
+The amplitudes are ours, set once so that dropping, drawing and choosing keys cost what they cost in a trained model (`structured`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hyperattention.random import SEED_LIMIT, normal
+from hyperattention.synthetic_parts import (
+    GAP,
+    GAUSSIAN,
+    PERIOD_SIZE,
+    RUN_SIZE,
+    STRETCH,
+    Head,
+    Text,
+    place_in_span,
+    query_parts,
+    target_period,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Queries, keys and values with the needles planted in them: query `needle_query[t]` looks for key `needle_key[..., t]`.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        needle_query: positions of the queries that look for a needle, the same in every row and head.
+        needle_key: position of the key that each of them looks for, more than 1,024 tokens earlier.
+    """
+
+    q: Float[Tensor, "batch heads queries head_dim"]
+    k: Float[Tensor, "batch kv_heads keys head_dim"]
+    v: Float[Tensor, "batch kv_heads keys value_dim"]
+    needle_query: Int[Tensor, " needles"]
+    needle_key: Int[Tensor, "batch heads needles"]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes that both kinds of inputs take, checked once."""
+
+    num_tokens: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
+        if self.num_tokens < 0 or min(sizes) < 1:
+            raise ValueError(
+                f"num_tokens={self.num_tokens} must be >= 0, and all other sizes >= 1; got {self}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}: choose a divisor"
+            )
+        if not 0 <= self.seed < SEED_LIMIT:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**63): take it modulo 2**63")
+
+    def empty(self, device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
+        kinds = ((self.heads, self.head_dim), (self.kv_heads, self.head_dim), (self.kv_heads, self.value_dim))
+        return [torch.empty(self.batch, h, self.num_tokens, d, device=device, dtype=dtype) for h, d in kinds]
+
+
+def _sharpness(sharpness: Sequence[float] | None, heads: int) -> list[float]:
+    if sharpness is None:
+        return [0.5] if heads == 1 else [h / (heads - 1) for h in range(heads)]
+    if len(sharpness) != heads or not all(0 <= s <= 1 for s in sharpness):
+        raise ValueError(f"sharpness={list(sharpness)} must be {heads} values in [0, 1], one for each head")
+    return list(sharpness)
+
+
+def _needles(
+    seed: int, batch: int, heads: int, num_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(num_tokens, device=device)
+    place = place_in_span(seed, positions, 1)
+    query = positions[(place >= 0) & (place < RUN_SIZE) & (positions // PERIOD_SIZE >= GAP)]
+    key = torch.empty(batch, heads, len(query), dtype=torch.int64, device=device)
+    for row in range(batch):
+        for head in range(heads):
+            first = target_period(seed, row, head, query // PERIOD_SIZE) * PERIOD_SIZE
+            key[row, head] = first - place_in_span(seed, first, 0) + place[query]
+    return query, key
+
+
+def structured(
+    num_tokens: int,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    sharpness: Sequence[float] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """DOC"""
+    shape = _Shape(num_tokens, batch, heads, kv_heads or heads, head_dim, value_dim or head_dim, seed)
+    if head_dim < 8:
+        raise ValueError(
+            f"head_dim={head_dim} must be >= 8: rotary pairs, two cones and content each need channels"
+        )
+    wanted = [query_parts(s) for s in _sharpness(sharpness, heads)]
+    q, k, v = shape.empty(device, dtype)
+    models = [Head.of(seed, h, head_dim, shape.value_dim, q.device) for h in range(shape.kv_heads)]
+    for row in range(batch):
+        for start in range(0, num_tokens, STRETCH):
+            text, stop = Text.at(seed, row, start, q.device), min(start + STRETCH, num_tokens)
+            for h, model in enumerate(models):
+                k[row, h, start:stop] = model.keys(text)[: stop - start]
+                v[row, h, start:stop] = model.values(text)[: stop - start]
+            for h, want in enumerate(wanted):
+                model = models[h * shape.kv_heads // heads]
+                q[row, h, start:stop] = model.queries(text, h, want)[: stop - start]
+    return Inputs(q, k, v, *_needles(seed, batch, heads, num_tokens, q.device))
+
+
+def gaussian(
+    num_tokens: int,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """Make iid standard normal q, k and v, on which many methods are reported: nothing to find, every key counts alike.
+
+    Source: none needed. Differs from real models in everything that `structured` adds; no needles.
+    Cost: O(tokens * head_dim) time a head.
+
+    Args:
+        num_tokens: length; the first tokens do not depend on it.
+        batch: texts.
+        heads: query heads.
+        kv_heads: key and value heads; as many as `heads` if None.
+        head_dim: channels of queries and keys.
+        value_dim: channels of values; `head_dim` if None.
+        seed: seed of every draw, in [0, 2**63).
+        device: where the tensors are made.
+        dtype: of q, k and v.
+
+    Returns:
+        the inputs, with empty lists of needles.
+
+    Example:
+        >>> gaussian(100, heads=4, kv_heads=2).k.shape
+        torch.Size([1, 2, 100, 64])
+    """
+    shape = _Shape(num_tokens, batch, heads, kv_heads or heads, head_dim, value_dim or head_dim, seed)
+    tensors = shape.empty(device, dtype)
+    positions = torch.arange(num_tokens, device=device)[:, None]
+    for which, x in enumerate(tensors):
+        channels = torch.arange(x.shape[-1], device=device)
+        for row in range(batch):
+            for h in range(x.shape[1]):
+                x[row, h] = normal([seed, GAUSSIAN, which, row, h, positions, channels], x.device)
+    none = torch.empty(batch, heads, 0, dtype=torch.int64, device=device)
+    return Inputs(*tensors, none[0, 0], none)

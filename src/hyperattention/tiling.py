@@ -1,0 +1,86 @@
+"""Tiles of consecutive positions: how queries are cut so that neighbours share one list of keys."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperattention.problem import Problem
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles whose edges lie at multiples of their size in the positions of the keys, never of the call.
+
+    A prompt cut at tile edges therefore gives the same tiles as the whole, and a tile's counter names the same draws.
+
+    Args:
+        problem: the queries that are tiled.
+        size: positions in a tile.
+        index: absolute number of each tile, the counter of its draws.
+        start: live keys before the tile's first position.
+        end: live keys at or before the tile's last position.
+        total: live keys of the batch row.
+        limit: leading keys that each row may see; 0 for padding.
+    """
+
+    problem: Problem
+    size: int
+    index: Int[Tensor, " tiles"]
+    start: Int[Tensor, "batch tiles"]
+    end: Int[Tensor, "batch tiles"]
+    total: Int[Tensor, "batch 1"]
+    limit: Int[Tensor, "batch tiles tile"]
+
+    @property
+    def front(self) -> int:
+        """Padding rows before the first query, which align it to the edges."""
+        return self.problem.offset % self.size
+
+    @property
+    def visible_end(self) -> Int[Tensor, "batch tiles"]:
+        """End of the keys that any row of the tile may see."""
+        return self.end if self.problem.causal else self.total.expand_as(self.end)
+
+    def by_list(self, x: Tensor) -> Tensor:
+        """Repeat a tensor ``[batch, ...]`` for every batch row and kv head, without copying: ``[lists, ...]``."""
+        batch, kv_heads = self.problem.k.shape[:2]
+        return x[:, None].expand(batch, kv_heads, *x.shape[1:]).flatten(0, 1)
+
+    def arrange(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles rows width"]:
+        """Cut rows into tiles and pack the heads of a group into one tile: row ``g * size + t`` is head g, position t."""
+        batch, heads, count, width = x.shape
+        tiles, group = len(self.index), self.problem.group
+        x = pad(x, (0, 0, self.front, tiles * self.size - self.front - count)) if tiles * self.size != count else x
+        x = x.reshape(batch, heads // group, group, tiles, self.size, width)
+        return x.transpose(2, 3).reshape(batch * (heads // group), tiles, group * self.size, width)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Undo `arrange`, for rows of any width: ``[lists, tiles, rows, ...]`` to ``[batch, heads, queries, ...]``."""
+        (batch, heads, count), group = self.problem.q.shape[:3], self.problem.group
+        x = x.unflatten(2, (group, self.size)).unflatten(0, (batch, -1)).transpose(2, 3)
+        return x.flatten(3, 4).reshape(batch, heads, -1, *x.shape[5:])[:, :, self.front : self.front + count]
+
+
+def cut(problem: Problem, size: int) -> Tiles:
+    """Cut a problem's queries into tiles of `size` positions.
+
+    Args:
+        problem: the problem.
+        size: positions in a tile.
+
+    Returns:
+        the tiles, the last and, in a later chunk of a prompt, the first of which may be partly empty.
+    """
+    device, count = problem.device, problem.num_queries
+    first, last = problem.offset // size, (problem.offset + count - 1) // size
+    index = torch.arange(first, max(first, last + 1), device=device)
+    position = index[:, None] * size + torch.arange(size, device=device)  # [tiles, tile]
+    total = problem.live_before(torch.full((1,), problem.num_keys, device=device))
+    start = problem.live_before(index * size)
+    end = problem.live_before((index + 1) * size)
+    limit = problem.live_before(position + 1) if problem.causal else total[:, :, None].expand(-1, *position.shape)
+    inside = (position >= problem.offset) & (position < problem.offset + count)
+    return Tiles(problem, size, index, start, end, total, limit.masked_fill(~inside, 0))
