@@ -1,39 +1,16 @@
 """Tiny random models of each family, run through `use`, against transformers' own exact attention."""
 
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import hyperattention as ha
+from tiny_models import FULL, LENGTH, SMALL, assert_exact, build, left_padding, packed_positions, tokens
 
 transformers = pytest.importorskip("transformers")
-integration = pytest.importorskip("hyperattention.integrations.transformers")
-masks = pytest.importorskip("hyperattention.integrations.transformers_masks")
-use = integration.use
+use = pytest.importorskip("hyperattention.integrations.transformers").use
 
-NUM_LAYERS, LENGTH, VOCABULARY = 2, 320, 97
-FULL = ha.Method(ha.Sinks(4), ha.Window(4096))
-SMALL = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=ha.Uniform()))
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    # wide enough for heads that are not uniform, so that dropping keys shows
-    "initializer_range": 0.2,
-}
 FAMILIES = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 4096}),
@@ -47,30 +24,6 @@ EXACT_FAMILIES = {
     "gemma2 capped": ("Gemma2", {"sliding_window": 48}, "eager", {"softcap"}),
     "gpt-oss": ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 48}, "eager", {"sinks"}),
 }
-
-
-def build(family: str, options: dict) -> nn.Module:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **options)
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
-
-
-def assert_exact(ours: Tensor, reference: Tensor) -> None:
-    # float32 logits a few layers deep: two orders of summation differ by some rounding steps of the largest
-    assert ours.shape == reference.shape
-    assert (ours - reference).abs().max() <= 2e-5 * max(1.0, reference.abs().max().item())
-
-
-def tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
-    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(7))
-
-
-def left_padding() -> Tensor:
-    return (torch.arange(LENGTH) >= torch.tensor([[0], [77]])).long()
-
-
-def packed_positions(batch: int = 1) -> Tensor:
-    return torch.cat([torch.arange(n) for n in (100, 37, LENGTH - 137)]).expand(batch, -1)
 
 
 def plain(model: nn.Module) -> Tensor:
@@ -162,7 +115,8 @@ def test_full_budget_matches_sdpa_and_a_small_one_is_seen(family: str, scenario:
     assert torch.equal(scenario(model), reference)
 
 
-@pytest.mark.parametrize("scenario", [plain, padded, packed, chunked, static_padded, generate_static])
+# gpt-oss does not tell its mask where packed documents start, so packing has no reference there
+@pytest.mark.parametrize("scenario", [plain, padded, chunked, static_padded, generate_static])
 @pytest.mark.parametrize("family", EXACT_FAMILIES)
 @torch.no_grad()
 def test_what_the_method_must_not_answer_is_exact_and_counted(family: str, scenario: Callable) -> None:
@@ -174,3 +128,34 @@ def test_what_the_method_must_not_answer_is_exact_and_counted(family: str, scena
         assert_exact(scenario(model), reference)
     assert reasons <= calls.counts.exact.keys() <= reasons | {"single query"}
     assert calls.counts.share_approximated == 0
+
+
+@pytest.mark.parametrize("family", ["mistral windowed", "gemma2 capped"])
+@torch.no_grad()
+def test_packed_windows_and_caps_are_exact(family: str) -> None:
+    name, options, implementation, reasons = EXACT_FAMILIES[family]
+    model = build(name, options)
+    model.set_attn_implementation(implementation)
+    reference = packed_rows(model)
+    with pytest.warns(UserWarning, match="no attention call was approximated"), use(model, SMALL) as calls:
+        assert_exact(packed_rows(model), reference)
+    assert calls.counts.exact.keys() == reasons
+
+
+@torch.no_grad()
+def test_bidirectional_models_are_approximated_without_causality() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = transformers.BertModel(config).eval()
+    model.set_attn_implementation("sdpa")
+
+    def encode() -> Tensor:
+        keep = left_padding()
+        return model(tokens(), attention_mask=keep).last_hidden_state[keep.bool()]
+
+    reference = encode()
+    with use(model, FULL) as calls:
+        assert_exact(encode(), reference)
+    assert calls.counts.approximated == config.num_hidden_layers

@@ -46,7 +46,7 @@ class Stage:
     steps: int
 
 
-STAGES = (Stage(512, 12, 900), Stage(2048, 3, 300), Stage(4096, 2, 180), Stage(8192, 1, 220))
+STAGES = (Stage(512, 12, 800), Stage(2048, 3, 120), Stage(4096, 2, 60), Stage(8192, 1, 200))
 PEAK_RATE, FINAL_SHARE, WARM_UP = 0.02, 0.05, 60
 
 
@@ -163,7 +163,11 @@ def batch(texts: list[bytes], weights: list[float], stage: Stage, rng: random.Ra
             start = rng.randrange(max(1, len(text) - stage.length // 2))
             data += text[start : start + stage.length + 1] + b"\n"
         weight = torch.ones(stage.length + 1)
-        if rng.random() < 0.75:
+        if stage.length == STAGES[0].length and rng.random() < 0.25:
+            # a random string, again and again: every byte after its first copy asks for induction
+            size = rng.randrange(16, stage.length // 2)
+            data = (bytes(rng.choices(b"abcdefghijklmnopqrstuvwxyz=0123456789", k=size)) * (stage.length // size + 1)) + data
+        elif rng.random() < 0.75:
             pairs = round(stage.length / rng.uniform(40, 150))
             document = make_document(data, stage.length + 1, pairs, rng)
             data = document.data
@@ -171,7 +175,7 @@ def batch(texts: list[bytes], weights: list[float], stage: Stage, rng: random.Ra
                 weight[at : at + document.answer_size] = 6.0
         position = torch.arange(stage.length)
         spare = max_length - stage.length
-        if spare > 0 and rng.random() < 0.6:
+        if spare > 0 and rng.random() < 0.4:
             for _ in range(rng.randrange(1, 4)):
                 cut, jump = rng.randrange(stage.length), rng.randrange(spare // 3 + 1)
                 position[cut:] += jump
@@ -311,9 +315,9 @@ def main() -> None:
             if args.time:
                 print(record, flush=True)
                 continue
-            if step % 100 == 0 or i + 1 == stage.steps:
+            if step % 25 == 0 or i + 1 == stage.steps:
                 with torch.no_grad():
-                    record |= quick_check(model, kept, stage.length)
+                    record |= quick_check(model, kept, stage.length) if step % 50 == 0 or i + 1 == stage.steps else {}
                 export(model, args.out, "latest")
                 torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "rng": rng.getstate(), "done": step}, args.out / "state.pt")
                 if i + 1 == stage.steps:

@@ -1,14 +1,16 @@
 """A method: an ordered, immutable tuple of stages that prints as the code that makes it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.kernels.list_attention import list_attention
+from hyperattention.merge import merge
 from hyperattention.problem import Problem
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
 from hyperattention.tiling import Tiles, cut
 from hyperattention.types import Partial, Selection
 
@@ -73,7 +75,7 @@ class Method(Approach):
 
     Raises:
         TypeError: if an argument is not a stage.
-        ValueError: if there is no stage, or `tile` is not positive.
+        ValueError: if there is no stage, a stage cannot follow those before it, or `tile` is not positive.
 
     Example:
         >>> Method(Sinks(4), Window(256), Draw(64))
@@ -91,6 +93,8 @@ class Method(Approach):
         if not stages:
             raise ValueError("Method() needs at least one stage; for exact attention use Exact()")
         positive("Method", tile=tile)
+        for place, stage in enumerate(stages):
+            stage.check_after(stages[:place])
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "tile", tile)
 
@@ -118,30 +122,52 @@ class Method(Approach):
         return max(stage.looks_ahead for stage in self.stages)
 
     def select(self, problem: Problem) -> tuple[Tiles, Selection]:
-        """Run the stages: which keys each tile reads.
+        """Run the stages: which keys each tile of positions reads.
 
         Args:
             problem: the problem.
 
         Returns:
-            the tiles and their lists.
+            the tiles and their lists; for stages with tiles of their own see `selections`.
+        """
+        (tiles, selection), *_ = self.selections(problem)
+        assert isinstance(tiles, Tiles)
+        return tiles, selection
+
+    def selections(self, problem: Problem) -> tuple[tuple[Tiling, Selection], ...]:
+        """Run the stages: which keys each tile reads, in every tiling.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            tiles and their lists: first the tiles of positions that most stages share, then those that a stage brought along.
         """
         tiles = cut(problem, self.tile)
-        taken, runs = Taken(), ()
+        taken, runs, apart = Taken(), (), ()
         for stage in self.stages:
+            hashed = taken.labels is not None
+            own, taken = stage.select_apart(tiles, taken)
             more, taken = stage.select(tiles, taken)
-            runs += more
+            runs += tuple(replace(run, labelled=hashed) for run in more)
+            apart += own
         limit = tiles.by_list(tiles.limit).repeat(1, 1, problem.group)
         lists = torch.arange(limit.shape[0], device=problem.device)
-        return tiles, Selection(runs, row_limit=limit, key_row=lists)
+        row_label, key_label = _label_rows(tiles, taken)
+        shared = Selection(runs, row_limit=limit, key_row=lists, row_label=row_label, key_label=key_label)
+        return (tiles, shared), *apart
 
     def attend(self, problem: Problem) -> Partial:
-        """Select, then compute."""
+        """Select, run, merge."""
         with torch.no_grad():
-            tiles, selection = self.select(problem)
+            selected = self.selections(problem)
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
-        out, lse = list_attention(tiles.arrange(problem.q), k, v, selection, problem.scale)
-        return Partial(tiles.restore(out), tiles.restore(lse))
+        partials = []
+        for tiling, selection in selected:
+            if selection.runs or len(selected) == 1:
+                out, lse = list_attention(tiling.arrange(problem.q), k, v, selection, problem.scale)
+                partials.append(Partial(tiling.restore(out), tiling.restore(lse)))
+        return merge(partials)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost for as many queries as keys, before running.
@@ -159,3 +185,11 @@ class Method(Approach):
         gathered = 2 * pairs * head_dim * -(-num_keys // self.tile)
         memory_bytes = 4 * (gathered + 2 * num_keys * head_dim)
         return Cost(float(pairs), selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)
+
+
+def _label_rows(tiles: Tiles, taken: Taken) -> tuple[Tensor | None, Tensor | None]:
+    """Bring the labels of a hash into the layout of the tiles: those of rows, and those of keys."""
+    if taken.labels is None:
+        return None, None
+    row_label = tiles.arrange(taken.labels.query[..., None].double())[..., 0].long()
+    return row_label, taken.labels.key.flatten(0, 1)

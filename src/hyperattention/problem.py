@@ -66,7 +66,7 @@ class Problem:
 
 
 def compact(k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the keys that a mask keeps to the front, in order.
+    """Move the keys that a mask keeps to the front, in order; the others become zeros, so that nothing depends on padding.
 
     Args:
         k: keys, ``[batch, kv_heads, keys, head_dim]``.
@@ -77,6 +77,7 @@ def compact(k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Ten
         k and v reordered, and the rank of every position: live keys at or before it, ``[batch, keys]``.
     """
     order = torch.argsort(key_mask, dim=1, descending=True, stable=True)
+    dead = ~key_mask.gather(1, order)[:, None, :, None]
     order = order[:, None, :, None]
-    take = [x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v)]
+    take = [x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])).masked_fill(dead, 0.0) for x in (k, v)]
     return take[0], take[1], key_mask.long().cumsum(1)

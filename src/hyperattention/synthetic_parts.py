@@ -22,14 +22,12 @@ _SEGMENT_SIZE, _BLOCK_SIZE, _DRIFT_SIZE, _SHARED_SIZE = 768, 48, 192, 8
 PERIOD_SIZE, RUN_SIZE, GAP = 256, 4, 5
 _ROTARY_BASE = 1e5
 # second counters (the first is the seed): they keep the streams of random numbers apart
-_SEGMENT, _BLOCK, _WORD, _LOOK, _SPAN, _TARGET, _NEEDLE, _TABLE, _NOISE, _DRIFT, _LOCALITY, GAUSSIAN = range(
-    12
-)
+_SEGMENT, _BLOCK, _WORD, _LOOK, _SPAN, _TARGET, _NEEDLE, _TABLE, _NOISE, _DRIFT, _LOCALITY, GAUSSIAN = range(12)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts a vector is the sum of: norms for keys and values, logits of a match for queries (for `position`, a power)."""
+    """The parts of a vector: norms for keys and values; for queries logits of a match (of `position`, a power)."""
 
     position: float
     word: float
@@ -43,31 +41,32 @@ class Parts:
 _NORM, _LEAST_CONE, _POPULARITY, _WOBBLE = 15.0, 4.0, 0.7, 0.2
 _KEY = Parts(position=8.5, word=6.5, topic=3.5, drift=2.5, needle=8.0, sink=6.0, noise=2.0)
 _VALUE = Parts(position=1.0, word=2.1, topic=1.4, drift=0.0, needle=0.0, sink=0.3, noise=1.2)
-_DIFFUSE = Parts(position=0.5, word=1.5, topic=1.3, drift=0.5, needle=4.0, sink=8.8, noise=1.5)
-_SHARP = Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=15.5, noise=1.5)
+_DIFFUSE = Parts(position=0.5, word=1.5, topic=1.3, drift=0.5, needle=4.0, sink=9.2, noise=1.5)
+_SHARP = Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=15.9, noise=1.5)
 
 
 def query_parts(sharpness: float) -> Parts:
+    """Mix the parts of the most diffuse head (0) and of the sharpest (1)."""
     ends = zip(vars(_DIFFUSE).values(), vars(_SHARP).values(), strict=True)
     return Parts(*(low + (high - low) * sharpness for low, high in ends))
 
 
-def _bytes(
-    counters: Sequence[int | Tensor], rows: Int[Tensor, " tokens"], width: int
-) -> Float[Tensor, "tokens width"]:
-    # four uniform values of unit variance from one hash; the products and sums that follow make them nearly normal
-    bits = hash_bits(
-        [*counters, rows[:, None], torch.arange(-(-width // 4), device=rows.device)], rows.device
-    )
-    shifts = torch.arange(0, 32, 8, device=rows.device)
-    return (((bits[..., None] >> shifts) & 255).float().flatten(1)[:, :width] - 127.5) / math.sqrt(
-        (256**2 - 1) / 12
-    )
+def _nibbles(counters: Sequence[int | Tensor], rows: Int[Tensor, " tokens"], width: int) -> Float[Tensor, "tokens width"]:
+    # eight uniform values of unit variance from one hash; the products and sums that follow make them nearly normal
+    bits = hash_bits([*counters, rows[:, None], torch.arange(-(-width // 8), device=rows.device)], rows.device)
+    shifts = torch.arange(0, 32, 4, device=rows.device)
+    return (((bits[..., None] >> shifts) & 15).float().flatten(1)[:, :width] - 7.5) / math.sqrt((16**2 - 1) / 12)
 
 
 def _zipf(u: Float[Tensor, " tokens"], num: int) -> Int[Tensor, " tokens"]:
     # P(rank) ~ 1 / (rank + 4): the head of Zipf's law is flat in real texts
     return (4 * torch.exp(u * math.log1p(num / 4)) - 4).long().clamp(max=num - 1)
+
+
+def _rotary(positions: Int[Tensor, " tokens"], num_pairs: int) -> Float[Tensor, "tokens rotated"]:
+    rates = _ROTARY_BASE ** (-torch.arange(num_pairs, device=positions.device).double() / num_pairs)
+    angles = positions[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], -1).float() / math.sqrt(num_pairs)
 
 
 def _words(counters: Sequence[int | Tensor], topic: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
@@ -78,14 +77,14 @@ def _words(counters: Sequence[int | Tensor], topic: Int[Tensor, " tokens"]) -> I
 
 
 def place_in_span(seed: int, positions: Int[Tensor, " tokens"], half: int) -> Int[Tensor, " tokens"]:
-    """Place in the period's span of needles (half 0) or run of queries that look for one (half 1): inside if 0 to 3."""
+    """Give the place in the period's span of needles (half 0) or run of their queries (half 1): inside if 0 to 3."""
     room = PERIOD_SIZE // 2 - RUN_SIZE - _NUM_SINKS
     draw = uniform([seed, _SPAN, half, positions // PERIOD_SIZE], positions.device)
     return positions % PERIOD_SIZE - (half * PERIOD_SIZE // 2 + _NUM_SINKS + (draw * room).long())
 
 
 def target_period(seed: int, row: int, head: int, period: Int[Tensor, " needles"]) -> Int[Tensor, " needles"]:
-    # the period whose needles are looked for; negative where the text is too young to have one far enough back
+    """Draw the period whose needles are looked for; negative where the text is too young to have one far enough back."""
     draw = uniform([seed, _TARGET, row, head, period], period.device)
     return torch.where(period >= GAP, (draw * (period - GAP + 1)).long(), -1)
 
@@ -99,27 +98,27 @@ class Text:
     positions: Int[Tensor, " tokens"]
     topic: Int[Tensor, " tokens"]
     word: Int[Tensor, " tokens"]
+    rotary: Float[Tensor, "tokens rotated"]
 
     @staticmethod
-    def at(seed: int, row: int, start: int, device: torch.device) -> "Text":
+    def at(seed: int, row: int, start: int, num_pairs: int, device: torch.device) -> "Text":
+        """Write the stretch that begins at a position."""
         positions = torch.arange(start, start + STRETCH, device=device)
         segment = uniform([seed, _SEGMENT, row, positions // _SEGMENT_SIZE], device)
         block = uniform([seed, _BLOCK, row, positions // _BLOCK_SIZE], device)
         # six tenths of a segment's blocks keep to its topic, the others take their own; squares make some topics commoner
         topic = (_NUM_TOPICS * torch.where(block < 0.6, segment, (block - 0.6) / 0.4).square()).long()
-        return Text(seed, row, positions, topic, _words([seed, _WORD, row, positions], topic))
+        return Text(seed, row, positions, topic, _words([seed, _WORD, row, positions], topic), _rotary(positions, num_pairs))
 
     def looks(self, head: int) -> Int[Tensor, " tokens"]:
-        """The word that each query looks for: its own, or (five in eight) the one of the eight neighbours it belongs to."""
+        """Draw the word that each query looks for: its own, or (five in eight) that of its group of eight neighbours."""
         counters = [self.seed, _LOOK, self.row, head]
         shared = (hash_bits([*counters, 0, self.positions], self.positions.device) & 7) < 5
         place = torch.where(shared, self.positions // _SHARED_SIZE, self.positions)
         return _words([*counters, 1 + shared.long(), place], self.topic)
 
-    def run(
-        self, half: int
-    ) -> tuple[Int[Tensor, " needles"], Int[Tensor, " needles"], Int[Tensor, " needles"]]:
-        """Index, period and place of the needles (half 0) or of the queries that look for one (half 1)."""
+    def run(self, half: int) -> tuple[Int[Tensor, " needles"], Int[Tensor, " needles"], Int[Tensor, " needles"]]:
+        """Give index, period and place of the needles (half 0) or of the queries that look for one (half 1)."""
         place = place_in_span(self.seed, self.positions, half)
         index = ((place >= 0) & (place < RUN_SIZE)).nonzero()[:, 0]
         return index, self.positions[index] // PERIOD_SIZE, place[index]
@@ -142,82 +141,61 @@ class Head:
 
     @staticmethod
     def of(seed: int, index: int, head_dim: int, value_dim: int, device: torch.device) -> "Head":
+        """Draw the vectors of one kv head."""
         content = head_dim - 2 * (head_dim // 4)
 
         def table(which: int, *shape: int) -> Tensor:
-            return normal(
-                [seed, _TABLE, index, which, torch.arange(math.prod(shape), device=device)], device
-            ).view(shape)
+            return normal([seed, _TABLE, index, which, torch.arange(math.prod(shape), device=device)], device).view(shape)
 
         basis = torch.linalg.qr(table(0, content, content).cpu())[0].to(device)
         falls = torch.arange(1, content - 1, device=device).double() ** -0.25
-        keys = [
-            normalize(table(1 + i, num, content - 2) * falls, dim=-1)
-            for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS))
-        ]
-        values = [
-            table(4 + i, num, value_dim) / math.sqrt(value_dim)
-            for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS, 1))
-        ]
-        return Head(
-            seed, index, head_dim, *(x.float() for x in (basis, *keys, table(3, _NUM_WORDS), *values))
-        )
+        keys = [normalize(table(1 + i, num, content - 2) * falls, dim=-1) for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS))]
+        values = [table(4 + i, num, value_dim) / math.sqrt(value_dim) for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS, 1))]
+        return Head(seed, index, head_dim, *(x.float() for x in (basis, *keys, table(3, _NUM_WORDS), *values)))
 
     @property
     def gain(self) -> float:
-        # logits are divided by sqrt(head_dim): parts grow with its fourth root, so that logits stay as they are at 64
+        """Growth of the parts: the fourth root of head_dim, so that logits, divided by its square root, stay as at 64."""
         return (self.head_dim / 64) ** 0.25
 
     @property
     def cone(self) -> float:
+        """Size of the keys' common direction: what is left of their norm."""
         rest = sum(x**2 for x in (_KEY.position, _KEY.word, _KEY.topic, _KEY.drift, _KEY.noise))
         return math.sqrt(max(_NORM**2 - self.gain**2 * rest, _LEAST_CONE**2))
 
-    def rotary(self, positions: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens rotated"]:
-        num_pairs = self.head_dim // 4
-        angles = positions[:, None] * _ROTARY_BASE ** (
-            -torch.arange(num_pairs, device=positions.device).double() / num_pairs
-        )
-        return torch.cat([angles.cos(), angles.sin()], -1).float() / math.sqrt(num_pairs)
-
     def noise(self, text: Text, stream: int, width: int) -> Float[Tensor, "tokens width"]:
-        return _bytes([self.seed, _NOISE, text.row, self.index, stream], text.positions, width) / math.sqrt(
-            width
-        )
+        """Draw vectors of norm near 1, independent between tokens."""
+        counters = [self.seed, _NOISE, text.row, self.index, stream]
+        return _nibbles(counters, text.positions, width) / math.sqrt(width)
 
     def drift(self, text: Text) -> Float[Tensor, "tokens axes"]:
-        """A smooth wandering that does not return: a normal vector every 192 tokens, joined by arcs of constant variance."""
+        """Wander smoothly, never to return: a normal vector every 192 tokens, joined by arcs of constant variance."""
         first, num_axes = int(text.positions[0]) // _DRIFT_SIZE, self.words.shape[1]
         knots = first + torch.arange(STRETCH // _DRIFT_SIZE + 3, device=text.positions.device)
         axes = torch.arange(num_axes, device=knots.device)
         values = normal([self.seed, _DRIFT, text.row, self.index, knots[:, None], axes], knots.device).float()
-        left, angle = (
-            text.positions // _DRIFT_SIZE - first,
-            (text.positions % _DRIFT_SIZE)[:, None] * (math.pi / 2 / _DRIFT_SIZE),
-        )
+        left = text.positions // _DRIFT_SIZE - first
+        angle = (text.positions % _DRIFT_SIZE)[:, None] * (math.pi / 2 / _DRIFT_SIZE)
         return (values[left] * angle.cos() + values[left + 1] * angle.sin()) / math.sqrt(num_axes)
 
     def needle(
         self, row: int, period: Int[Tensor, " needles"], place: Int[Tensor, " needles"]
     ) -> Float[Tensor, "needles axes"]:
+        """Draw the unit vectors that needles show and their queries look for."""
         axes = torch.arange(self.words.shape[1], device=period.device)
-        x = normal(
-            [self.seed, _NEEDLE, row, self.index, period[:, None], place[:, None], axes], period.device
-        )
+        x = normal([self.seed, _NEEDLE, row, self.index, period[:, None], place[:, None], axes], period.device)
         return normalize(x.float(), dim=-1)
 
-    def keys(self, text: Text) -> Float[Tensor, "tokens head_dim"]:
-        content = (
-            _KEY.word * self.words[text.word]
-            + _KEY.topic * self.topics[text.topic]
-            + _KEY.drift * self.drift(text)
-        )
+    def keys(self, text: Text, drift: Float[Tensor, "tokens axes"]) -> Float[Tensor, "tokens head_dim"]:
+        """Show place, word, topic, drift and needles on top of the cone; the first tokens are sinks."""
+        content = _KEY.word * self.words[text.word] + _KEY.topic * self.topics[text.topic] + _KEY.drift * drift
         index, period, place = text.run(0)
         content[index] = _KEY.needle * self.needle(text.row, period, place)
         x = self.gain * _KEY.noise * self.noise(text, 0, len(self.basis))
         x[:, 2:] += self.gain * content
         x[:, 0] += self.cone + _POPULARITY * self.popularity[text.word]
-        position = self.gain * _KEY.position * self.rotary(text.positions)
+        position = self.gain * _KEY.position * text.rotary
         if text.positions[0] == 0:
             # against the cone, without position, each less attractive than the one before
             x[:_NUM_SINKS], position[:_NUM_SINKS] = 0, 0
@@ -225,19 +203,22 @@ class Head:
         return torch.cat([position, x @ self.basis.T], -1)
 
     def values(self, text: Text) -> Float[Tensor, "tokens value_dim"]:
+        """Say the word and the topic; sinks say little."""
         v = _VALUE.word * self.value_words[text.word] + _VALUE.topic * self.value_topics[text.topic]
         v += _VALUE.position * self.value_mean + _VALUE.noise * self.noise(text, 1, v.shape[1])
         if text.positions[0] == 0:
             v[:_NUM_SINKS] *= _VALUE.sink / 3
         return v
 
-    def queries(self, text: Text, head: int, want: Parts) -> Float[Tensor, "tokens head_dim"]:
+    def queries(
+        self, text: Text, drift: Float[Tensor, "tokens axes"], head: int, want: Parts
+    ) -> Float[Tensor, "tokens head_dim"]:
+        """Look for near places, a word, the topic and the sinks, each as strongly as wanted, and a few for a needle."""
         # a part of norm `unit * logit / key norm` meets the key's part with that logit
         unit = math.sqrt(self.head_dim) / self.gain
-        content = (want.word / _KEY.word) * self.words[text.looks(head)] + (
-            want.topic / _KEY.topic
-        ) * self.topics[text.topic]
-        content += (want.drift / _KEY.drift) * self.drift(text)
+        content = (want.word / _KEY.word) * self.words[text.looks(head)]
+        content += (want.topic / _KEY.topic) * self.topics[text.topic]
+        content += (want.drift / _KEY.drift) * drift
         index, period, place = text.run(1)
         target = target_period(self.seed, text.row, head, period)
         live = target >= 0
@@ -248,7 +229,7 @@ class Head:
         # the mean of cosines at geometric rates falls by 1 / log(base) for each e-fold of distance
         local = unit * want.position * math.log(_ROTARY_BASE) / _KEY.position
         wobble = normal([self.seed, _LOCALITY, text.row, head, text.positions], x.device).float()[:, None]
-        position = local * (1 + _WOBBLE * wobble).clamp(min=0.2) * self.rotary(text.positions)
+        position = local * (1 + _WOBBLE * wobble).clamp(min=0.2) * text.rotary
         # the second axis, where keys have only noise, brings the norm to 15
         rest = position.square().sum(-1) + x.square().sum(-1) - x[:, 1].square()
         x[:, 1] += (_NORM**2 - rest).clamp(min=_LEAST_CONE**2).sqrt()

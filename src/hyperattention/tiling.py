@@ -60,8 +60,9 @@ class Tiles:
     def restore(self, x: Tensor) -> Tensor:
         """Undo `arrange`, for rows of any width: ``[lists, tiles, rows, ...]`` to ``[batch, heads, queries, ...]``."""
         (batch, heads, count), group = self.problem.q.shape[:3], self.problem.group
-        x = x.unflatten(2, (group, self.size)).unflatten(0, (batch, -1)).transpose(2, 3)
-        return x.flatten(3, 4).reshape(batch, heads, -1, *x.shape[5:])[:, :, self.front : self.front + count]
+        x = x.unflatten(2, (group, self.size)).unflatten(0, (batch, heads // group)).transpose(2, 3)
+        x = x.reshape(batch, heads, len(self.index) * self.size, *x.shape[5:])
+        return x[:, :, self.front : self.front + count]
 
 
 def cut(problem: Problem, size: int) -> Tiles:

@@ -60,7 +60,7 @@ class Labels:
     """
 
     query: Int[Tensor, "batch heads queries"]
-    key: Int[Tensor, "batch heads keys"]
+    key: Int[Tensor, "batch kv_heads keys"]
 
 
 @dataclass(frozen=True)

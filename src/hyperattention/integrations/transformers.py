@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from hyperattention import Exact, Method
 from hyperattention.integrations.transformers_counts import CallCounter, CallCounts
 from hyperattention.integrations.transformers_forward import ATTRIBUTE, Settings, attention_forward
 from hyperattention.integrations.transformers_masks import build_mask
+from hyperattention.method import Approach
 from hyperattention.random import SEED_LIMIT
 
 __all__ = ["NAME", "CallCounter", "CallCounts", "register", "use"]
@@ -34,7 +34,7 @@ def register() -> None:
 @contextmanager
 def use(
     model: nn.Module,
-    method: Method | Exact | None = None,
+    method: Approach | None = None,
     *,
     layers: Iterable[int] | None = None,
     min_length: int = 0,
@@ -42,9 +42,11 @@ def use(
 ) -> Iterator[CallCounter]:
     """Run a model's attention by a method inside a ``with`` block, and say what really ran.
 
-    Exact, and counted by reason: single queries (decoding), dropout, logit soft-capping, sinks, position bias, windows shorter
-    than the keys, dense 4-D masks, arguments unknown here, layers not listed, fewer keys than ``min_length``. Packed batches
-    run document by document. With gradient checkpointing call ``backward`` inside the block, for it calls attention again.
+    Exact, and counted by reason: single queries (decoding), dropout, logit soft-capping, sinks, position bias, windows
+    shorter than the keys, dense 4-D masks, arguments unknown here, layers not listed, fewer keys than ``min_length``.
+    Packed batches run document by document. With gradient checkpointing call ``backward`` inside the block, for it calls
+    attention again. A model whose attention cannot be switched, and an argument out of range, are refused with a
+    ValueError. A block in which every call was exact ends with a warning.
 
     Args:
         model: a transformers model, or a module that holds one.
@@ -55,9 +57,6 @@ def use(
 
     Yields:
         the counter of this block's calls; print it, or read ``.counts``.
-
-    Raises:
-        ValueError: if the model has no attention that can be switched, or an argument is out of range.
 
     Example:
         >>> with use(model, method, layers=range(2, 28)) as calls:  # doctest: +SKIP
@@ -114,11 +113,9 @@ def _check_layers(model: nn.Module, layers: Iterable[int] | None) -> frozenset[i
     if layers is None:
         return None
     listed = frozenset(layers)
-    known = {module.__dict__.get("layer_idx") for module in model.modules()} - {None}
+    known = {index for module in model.modules() if isinstance(index := module.__dict__.get("layer_idx"), int)}
     if unknown := sorted(listed - known):
-        raise ValueError(
-            f"layers {unknown} are not among the model's {sorted(known)}: list indices from those"
-        )
+        raise ValueError(f"layers {unknown} are not among the model's {sorted(known)}: list indices from those")
     return listed
 
 

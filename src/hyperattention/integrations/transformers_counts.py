@@ -41,10 +41,9 @@ class CallCounts:
         return self.approximated / self.total if self.total else 0.0
 
     def __str__(self) -> str:
+        """Say it in one line, the commonest reason first."""
         counted = f"{self.approximated} of {self.total} attention calls approximated ({self.share_approximated:.0%})"
-        reasons = ", ".join(
-            f"{reason} {num}" for reason, num in sorted(self.exact.items(), key=lambda item: -item[1])
-        )
+        reasons = ", ".join(f"{reason} {num}" for reason, num in sorted(self.exact.items(), key=lambda item: -item[1]))
         return f"{counted}; exact: {reasons}" if reasons else counted
 
 
@@ -52,6 +51,7 @@ class CallCounter:
     """Count the attention calls of one `use`; read it at any time through `counts`."""
 
     def __init__(self) -> None:
+        """Start from nothing."""
         self._calls: Counter[str | None] = Counter()
 
     def record(self, reason: str | None) -> None:
@@ -73,4 +73,5 @@ class CallCounter:
         return CallCounts(self._calls[None], MappingProxyType(exact))
 
     def __str__(self) -> str:
+        """Say what ran so far in one line."""
         return str(self.counts)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hyperattention import Exact, attention, varlen_attention
+from hyperattention.method import Approach
 
 # scores held at a time by `attend_by_rows`: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24
@@ -42,7 +44,7 @@ class Call:
     dense: Shaped[Tensor, "..."] | None
     scale: float | None
     dropout: float
-    extras: Mapping[str, object]
+    extras: Mapping[str, Any]
 
     @property
     def is_plain(self) -> bool:
@@ -84,7 +86,7 @@ def run_exact(call: Call) -> Float[Tensor, "batch heads queries value_dim"]:
     return run(call, Exact(), seed=0, layer=0)
 
 
-def run(call: Call, method: object, seed: int, layer: int) -> Float[Tensor, "batch heads queries value_dim"]:
+def run(call: Call, method: Approach | None, seed: int, layer: int) -> Float[Tensor, "batch heads queries value_dim"]:
     """Answer a call through the front door, or through its varlen twin where documents are packed.
 
     Args:
@@ -107,8 +109,11 @@ def run(call: Call, method: object, seed: int, layer: int) -> Float[Tensor, "bat
         "layer": layer,
     }
     if call.bounds is not None:
-        return varlen_attention(call.query, call.key, call.value, *call.bounds, **shared)
-    return attention(call.query, call.key, call.value, key_mask=call.key_mask, **shared)
+        out = varlen_attention(call.query, call.key, call.value, *call.bounds, **shared)
+    else:
+        out = attention(call.query, call.key, call.value, key_mask=call.key_mask, **shared)
+    # neither lse nor a report was asked for
+    return cast(Tensor, out)
 
 
 def visible_rows(call: Call, start: int, stop: int) -> Tensor | None:
@@ -130,9 +135,7 @@ def visible_rows(call: Call, start: int, stop: int) -> Tensor | None:
     keys = torch.arange(num_keys, device=call.key.device)[None, :]
     if call.bounds is not None:
         ends = [bound[1:].long() for bound in call.bounds]
-        documents = [
-            torch.bucketize(i, end, right=True) for i, end in zip((queries, keys), ends, strict=True)
-        ]
+        documents = [torch.bucketize(i, end, right=True) for i, end in zip((queries, keys), ends, strict=True)]
         same = documents[0] == documents[1]
         # both counted back from the end of their document, so that its last query faces its last key
         lag = (keys - ends[1][documents[1]]) - (queries - ends[0][documents[0]])
@@ -164,9 +167,7 @@ def attend_by_rows(call: Call) -> Float[Tensor, "batch heads queries value_dim"]
     outs = []
     for start in range(0, num_queries, size):
         rows = grouped[:, :, :, start : start + size]  # [batch, kv_heads, group, rows, head_dim]
-        scores = (rows @ call.key[:, :, None].transpose(-1, -2) * scale).flatten(
-            1, 2
-        )  # [batch, heads, rows, keys]
+        scores = (rows @ call.key[:, :, None].transpose(-1, -2) * scale).flatten(1, 2)  # [batch, heads, rows, keys]
         weights = _weigh(call, scores, start).to(call.value.dtype).unflatten(1, grouped.shape[1:3])
         outs.append((weights @ call.value[:, :, None]).flatten(1, 2))
     return torch.cat(outs, dim=2)

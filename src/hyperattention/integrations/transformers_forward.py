@@ -3,22 +3,27 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hyperattention import Exact, Method, default_method
+from hyperattention import Exact, default_method
 from hyperattention.integrations.transformers_counts import CallCounter
 from hyperattention.integrations.transformers_exact import Call, run, run_exact
 from hyperattention.integrations.transformers_masks import document_bounds, longest_span
+from hyperattention.method import Approach
 
 ATTRIBUTE = "_hyperattention"
 
 # arguments that models pass along and that change nothing, or that are read here; any other makes the call exact
 _NEUTRAL = frozenset(
-    "position_ids cache_position use_cache output_attentions output_hidden_states output_router_logits return_dict "
-    "num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx sliding_window deterministic".split()
+    {
+        *("position_ids", "cache_position", "use_cache", "return_dict", "num_items_in_batch", "seq_idx", "deterministic"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "sliding_window"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    }
 )
 _REASONS = MappingProxyType({"softcap": "softcap", "s_aux": "sinks", "position_bias": "position bias"})
 
@@ -35,7 +40,7 @@ class Settings:
         counter: where calls are counted; None outside `use`.
     """
 
-    method: Method | Exact | None = None
+    method: Approach | None = None
     layers: frozenset[int] | None = None
     min_length: int = 0
     seed: int = 0
@@ -51,7 +56,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Float[Tensor, "batch queries heads value_dim"], None]:
     """Answer one attention call of a model; the function registered in ``AttentionInterface``.
 
@@ -83,8 +88,8 @@ def attention_forward(
     return out.transpose(1, 2).reshape(batch, num_queries, num_heads, -1).contiguous(), None
 
 
-def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, object]) -> Call:
-    (batch, _, num_queries, _), num_keys = call.query.shape, call.key.shape[2]
+def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, Any]) -> Call:
+    batch, num_queries, num_keys = call.query.shape[0], call.query.shape[2], call.key.shape[2]
     if mask is None:
         bounds = _given_bounds(call, options) or _restart_bounds(call, options.get("position_ids"))
         return call if bounds is None else _pack(call, bounds)
@@ -112,9 +117,9 @@ def _slice_live(call: Call, mask: Tensor) -> Call:
     return replace(call, key=call.key[:, :, :live], value=call.value[:, :, :live], key_mask=key_mask)
 
 
-def _given_bounds(call: Call, options: Mapping[str, object]) -> tuple[Tensor, Tensor] | None:
-    bounds = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
-    return None if None in bounds or call.query.shape[0] != 1 else bounds
+def _given_bounds(call: Call, options: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    bounds_q, bounds_k = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
+    return None if bounds_q is None or bounds_k is None or call.query.shape[0] != 1 else (bounds_q, bounds_k)
 
 
 def _restart_bounds(call: Call, position_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -133,7 +138,7 @@ def _restart_bounds(call: Call, position_ids: Tensor | None) -> tuple[Tensor, Te
 
 
 def _pack(call: Call, bounds: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Call:
-    batch, _, num_queries, _ = call.query.shape
+    batch = call.query.shape[0]
     if documents is not None and batch > 1 and call.extras.keys() - {"softcap", "s_aux"}:
         # what the model adds is laid out by batch row, so the rows cannot be joined
         same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -144,10 +149,13 @@ def _pack(call: Call, bounds: tuple[Tensor, Tensor], documents: Tensor | None = 
 
 
 def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None:
-    num_keys = call.key.shape[2] if call.bounds is None else longest_span(call.bounds[1])
+    # of packed documents the longest decides: shorter ones follow from their own lengths
+    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
+    if call.bounds is not None:
+        num_queries, num_keys = map(longest_span, call.bounds)
     layer = getattr(call.module, "layer_idx", None)
     asked = [_REASONS.get(name, f"argument '{name}'") for name in sorted(call.extras)]
-    if call.bounds is None and call.query.shape[2] <= 1:
+    if num_queries <= 1:
         return "single query"
     if settings.layers is not None and layer not in settings.layers:
         return "layer not listed"
@@ -159,5 +167,6 @@ def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None
         return "sliding window" if window is not None and window < num_keys else "dense mask"
     if num_keys < settings.min_length:
         return "below min_length"
-    method = default_method(num_keys, is_causal=call.causal) if settings.method is None else settings.method
-    return "exact method" if isinstance(method, Exact) else None
+    if settings.method is None:
+        return "below the crossover" if isinstance(default_method(num_keys, num_queries=num_queries), Exact) else None
+    return "exact method" if isinstance(settings.method, Exact) else None

@@ -12,6 +12,7 @@ A model builds one mask per forward pass and hands it to every layer, so the mas
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,13 +93,13 @@ def build_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
-    **options: object,
+    **options: Any,
 ) -> Tensor | None:
     """Describe who sees whom for one forward pass; the function registered in ``AttentionMaskInterface``.
 
@@ -106,7 +107,7 @@ def build_mask(
         batch_size: rows of the batch.
         q_length: number of queries.
         kv_length: number of keys held, unwritten slots of a static cache included.
-        q_offset: position of the first query; a tensor for static caches.
+        q_offset: position of the first query, an integer; a 0-d tensor for static caches.
         kv_offset: position of the first key.
         mask_function: predicate of (batch, head, query, key) composed by transformers.
         attention_mask: ``[batch, positions]``, True = attend.
@@ -136,7 +137,7 @@ def build_mask(
         return dense(allow_is_causal_skip and q_length == 1)
     keys_mask = _slice_padding(attention_mask, kv_offset, kv_length)
     if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip:
-        return None if _hides_nothing(keys_mask) else keys_mask[:, None, None, :]
+        return None if keys_mask is None or _hides_nothing(keys_mask) else keys_mask[:, None, None, :]
     pattern = read_pattern(mask_function)
     live = int(q_offset) + q_length - kv_offset
     if pattern is None or not pattern.causal or not 0 < live <= kv_length:
@@ -147,7 +148,9 @@ def build_mask(
         return documents if whole and pattern.reaches(documents) else dense(False)
     if not allow_is_causal_skip or (pattern.window is not None and pattern.window < live):
         return dense(False)
-    return _causal_mask(keys_mask, batch_size, live, kv_length, options.get("device"))
+    if live < kv_length and keys_mask is None:
+        keys_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=options.get("device"))
+    return _causal_mask(keys_mask, live)
 
 
 def _slice_padding(attention_mask: Tensor | None, kv_offset: int, kv_length: int) -> Tensor | None:
@@ -158,19 +161,15 @@ def _slice_padding(attention_mask: Tensor | None, kv_offset: int, kv_length: int
     return padded[:, kv_offset : kv_offset + kv_length].bool()
 
 
-def _hides_nothing(keys_mask: Tensor | None) -> bool:
+def _hides_nothing(keys_mask: Tensor) -> bool:
     # reading the mask would break a graph that is being compiled, where it is passed on instead
-    return keys_mask is None or (not torch.compiler.is_compiling() and bool(keys_mask.all()))
+    return not torch.compiler.is_compiling() and bool(keys_mask.all())
 
 
-def _causal_mask(
-    keys_mask: Tensor | None, batch_size: int, live: int, kv_length: int, device: object
-) -> Tensor | None:
-    if live == kv_length:
-        return None if _hides_nothing(keys_mask) else keys_mask
+def _causal_mask(keys_mask: Tensor | None, live: int) -> Tensor | None:
+    if keys_mask is None or (live == keys_mask.shape[1] and _hides_nothing(keys_mask)):
+        return None
     # the width tells the attention function where the live keys of a static cache end, padded or not
-    if keys_mask is None:
-        return torch.ones(batch_size, live, dtype=torch.bool, device=device)
     return keys_mask[:, :live].contiguous()
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 # gathered keys, values and scores of one chunk of tiles: small enough to stay in the last level of cache
-CHUNK_BYTES = 12 * 2**20
+CHUNK_BYTES = 8 * 2**20
+# indices and weights of one batch of chunks: large enough that expanding them costs few calls
+EXPANDED_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,61 +52,104 @@ class _Chunk:
     bias: Tensor  # [chunk, 1, slots]
     banned: list[tuple[slice, Tensor]]  # slots, [chunk, rows, slots of a run]
 
+    def split(self, step: int) -> "Iterator[_Chunk]":
+        # most tiles lie far from the diagonal of a run such as the sinks, and need no test at all
+        needed = [pairs.flatten(1).any(1).tolist() for _, pairs in self.banned]
+        for at in range(0, len(self.key_index), step):
+            part = slice(at, min(at + step, len(self.key_index)))
+            tiles = slice(self.tiles.start + part.start, self.tiles.start + part.stop)
+            banned = [
+                (slots, pairs[part]) for (slots, pairs), some in zip(self.banned, needed, strict=True) if any(some[part])
+            ]
+            yield _Chunk(tiles, self.key_index[part], self.bias[part], banned)
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """Buffers reused by every chunk: fresh ones would cost more in page faults than the arithmetic in them."""
+
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    weights: Tensor
+
+    @classmethod
+    def make(cls, step: int, rows: int, slots: int, widths: tuple[int, int], like: Tensor) -> "_Workspace":
+        shapes = ((step, slots, widths[0]), (step, slots, widths[1]), (step, rows, slots), (step, rows, slots))
+        return cls(*(like.new_empty(shape) for shape in shapes))
+
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _chunks(lists: Lists, num_keys: int, rows: int, width: int, dtype: torch.dtype) -> Iterator[_Chunk]:
-    """Expand the lists to key indices, log-weights and banned pairs, a chunk of tiles at a time."""
-    num_lists, num_tiles = lists.row_limit.shape[:2]
-    device = lists.row_limit.device
-    per_tile = max(1, lists.num_slots) * (2 * width + 2 * rows) * 4
-    step = max(1, CHUNK_BYTES // per_tile)
-    limit = _flat(lists.row_limit)
+def _chunks(lists: Lists, num_keys: int, step: int, dtype: torch.dtype) -> Iterator[_Chunk]:
+    """Expand the lists to key indices, log-weights and banned pairs, `step` tiles at a time."""
+    num_lists, num_tiles, rows = lists.row_limit.shape
     base = (lists.key_row * num_keys)[:, None].expand(-1, num_tiles).reshape(-1)
-    for start in range(0, num_lists * num_tiles, step):
-        part = slice(start, min(start + step, num_lists * num_tiles))
+    tested = sum(
+        f.shape[-1] * s * rows
+        for f, s, *t in zip(lists.first, lists.size, lists.causal, lists.labelled, strict=True)
+        if any(t) or lists.gap_low is not None
+    )
+    batch = step * max(1, EXPANDED_BYTES // (step * (20 * max(1, lists.num_slots) + 2 * tested)))
+    for start in range(0, num_lists * num_tiles, batch):
+        part = slice(start, min(start + batch, num_lists * num_tiles))
         indices, biases, banned, at = [], [], [], 0
         for i, size in enumerate(lists.size):
-            first = _flat(lists.first[i])[part]
-            index = (first[..., None] + torch.arange(size, device=device)).flatten(1)  # [chunk, slots]
-            live = (index >= _flat(lists.low[i])[part, None]) & (index < _flat(lists.high[i])[part, None])
-            if lists.hole[i].numel():
-                begin, end = lists.hole[i].flatten(1, 2)[:, part, None]
-                live &= (index < begin) | (index >= end)
-            weight = _flat(lists.log_weight[i])[part].to(dtype)
-            weight = weight.repeat_interleave(size, dim=1) if size > 1 else weight
-            biases.append(weight.masked_fill(~live, -torch.inf))
+            index, bias = _expand(lists, i, part, dtype)
             index = index.clamp(0, num_keys - 1)
-            pairs = _banned_pairs(lists, i, part, index, limit)
+            pairs = _banned_pairs(lists, i, part, index)
             if pairs is not None:
                 banned.append((slice(at, at + index.shape[1]), pairs))
             at += index.shape[1]
             indices.append(index + base[part, None])
-        yield _Chunk(part, torch.cat(indices, 1), torch.cat(biases, 1)[:, None], banned)
+            biases.append(bias)
+        yield from _Chunk(part, torch.cat(indices, 1), torch.cat(biases, 1)[:, None], banned).split(step)
 
 
-def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor, limit: Tensor) -> Tensor | None:
+def _expand(lists: Lists, run: int, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Key numbers and log-weights of every slot of a run, ``[chunk, slots]``; -inf where a key does not count."""
+    size = lists.size[run]
+    first, weight = _flat(lists.first[run])[part], _flat(lists.log_weight[run])[part].to(dtype)
+    index = first
+    if size > 1:
+        index = (first[..., None] + torch.arange(size, device=first.device)).flatten(1)
+        weight = weight[..., None].expand(*weight.shape, size).flatten(1)
+    live = (index >= _flat(lists.low[run])[part, None]) & (index < _flat(lists.high[run])[part, None])
+    if lists.hole[run].numel():
+        begin, end = lists.hole[run].flatten(1, 2)[:, part, None]
+        live &= (index < begin) | (index >= end)
+    return index, weight.masked_fill(~live, -torch.inf)
+
+
+def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor | None:
     """Pairs of a run that its rows may not use: later keys, and pairs that an earlier stage took."""
-    banned = None
+    tests = []
     key = index[:, None]  # [chunk, 1, slots]
     if lists.causal[run]:
-        banned = key >= limit[part, :, None]
+        tests.append(key >= _flat(lists.row_limit)[part, :, None])
     if lists.gap_low is not None and lists.gap_high is not None:
-        inside = (key >= _flat(lists.gap_low)[part, :, None]) & (key < _flat(lists.gap_high)[part, :, None])
-        banned = inside if banned is None else banned | inside
+        tests.append((key >= _flat(lists.gap_low)[part, :, None]) & (key < _flat(lists.gap_high)[part, :, None]))
     if lists.labelled[run] and lists.row_label is not None and lists.key_label is not None:
-        num_tiles = lists.row_limit.shape[1]
-        list_of_tile = torch.arange(part.start, part.stop, device=index.device) // num_tiles
+        list_of_tile = torch.arange(part.start, part.stop, device=index.device) // lists.row_limit.shape[1]
         label = lists.key_label[list_of_tile].gather(1, index)
-        same = label[:, None] == _flat(lists.row_label)[part, :, None]
-        banned = same if banned is None else banned | same
-    return banned
+        tests.append(label[:, None] == _flat(lists.row_label)[part, :, None])
+    return torch.stack(tests).any(0) if len(tests) > 1 else tests[0] if tests else None
 
 
-def _scores(q: Tensor, gathered: Tensor, chunk: _Chunk) -> Tensor:
-    scores = torch.bmm(q, gathered.transpose(1, 2))  # [chunk, rows, slots]
+def _gather(source: Tensor, index: Tensor, buffer: Tensor) -> Tensor:
+    """Copy rows into the buffer, in its dtype: ``[chunk, slots, width]``."""
+    target = buffer[: len(index)]
+    if source.dtype == buffer.dtype:
+        torch.index_select(source, 0, index.flatten(), out=target.flatten(0, 1))
+    else:
+        target.copy_(source.index_select(0, index.flatten()).view_as(target))
+    return target
+
+
+def _scores(q: Tensor, keys: Tensor, chunk: _Chunk, buffer: Tensor) -> Tensor:
+    scores = torch.bmm(q, keys.transpose(1, 2), out=buffer[: len(q)])  # [chunk, rows, slots]
     scores.add_(chunk.bias)
     for slots, pairs in chunk.banned:
         scores[:, :, slots].masked_fill_(pairs, -torch.inf)
@@ -125,26 +170,37 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tupl
         out ``[lists, tiles, rows, value_dim]`` in the dtype of `q`, and lse ``[lists, tiles, rows]``, float32 or float64.
     """
     num_lists, num_tiles, rows, head_dim = q.shape
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    num_keys, value_dim = k.shape[1], v.shape[-1]
+    num_keys, value_dim, slots = k.shape[1], v.shape[-1], lists.num_slots
+    lse = q.new_full((num_lists * num_tiles, rows), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     out = q.new_zeros(num_lists * num_tiles, rows, value_dim)
-    lse = q.new_full((num_lists * num_tiles, rows), -torch.inf, dtype=acc)
-    if not num_keys or not q.numel() or not lists.num_slots:
-        return out.view(num_lists, num_tiles, rows, value_dim), lse.view(num_lists, num_tiles, rows)
-    k_flat, v_flat, q_flat = k.reshape(-1, head_dim), v.reshape(-1, value_dim), _flat(q)
-    for chunk in _chunks(lists, num_keys, rows, max(head_dim, value_dim), acc):
-        index = chunk.key_index.flatten()
-        keys = k_flat.index_select(0, index).to(acc).view(-1, chunk.key_index.shape[1], head_dim)
-        scores = _scores(q_flat[chunk.tiles].to(acc) * scale, keys, chunk)
-        top = scores.amax(-1, keepdim=True)
-        empty = top == -torch.inf
-        scores.sub_(top.masked_fill(empty, 0.0)).exp_()
-        total = scores.sum(-1, keepdim=True)
-        values = v_flat.index_select(0, index).to(acc).view(-1, chunk.key_index.shape[1], value_dim)
-        weighted = torch.bmm(scores, values).div_(total.masked_fill(empty, 1.0))
-        out[chunk.tiles] = weighted.to(out.dtype)
-        lse[chunk.tiles] = (top + total.log())[..., 0]
+    if num_keys and q.numel() and slots:
+        k_flat, v_flat, q_flat = k.reshape(-1, head_dim), v.reshape(-1, value_dim), _flat(q)
+        step = _step(slots, rows, head_dim + value_dim, len(out))
+        work = _Workspace.make(step, rows, slots, (head_dim, value_dim), lse)
+        for chunk in _chunks(lists, num_keys, step, lse.dtype):
+            keys = _gather(k_flat, chunk.key_index, work.keys)
+            scores = _scores(q_flat[chunk.tiles].to(lse.dtype) * scale, keys, chunk, work.scores)
+            weights = torch.softmax(scores, -1, out=work.weights[: len(scores)])
+            top = scores.amax(-1)
+            # a row's largest weight tells its normaliser; softmax over nothing is NaN
+            torch.sub(top, weights.amax(-1).log_(), out=lse[chunk.tiles])
+            mean = _mean(weights, _gather(v_flat, chunk.key_index, work.values), out[chunk.tiles])
+            empty = top == -torch.inf
+            if empty.any():
+                mean.masked_fill_(empty[..., None], 0.0)
+                lse[chunk.tiles].masked_fill_(empty, -torch.inf)
     return out.view(num_lists, num_tiles, rows, value_dim), lse.view(num_lists, num_tiles, rows)
+
+
+def _mean(weights: Tensor, values: Tensor, target: Tensor) -> Tensor:
+    """Average values into the rows of `target`, which may be of a narrower dtype."""
+    if target.dtype == weights.dtype:
+        return torch.bmm(weights, values, out=target)
+    return target.copy_(torch.bmm(weights, values))
+
+
+def _step(slots: int, rows: int, width: int, tiles: int) -> int:
+    return min(tiles, max(1, CHUNK_BYTES // (4 * slots * (width + 2 * rows))))
 
 
 def backward(
@@ -163,23 +219,27 @@ def backward(
     """
     (grad_out, grad_lse), (q, k, v, out, lse) = grads, saved
     _, _, rows, head_dim = q.shape
-    acc, num_keys, value_dim = lse.dtype, k.shape[1], v.shape[-1]
-    dq = torch.zeros_like(q).flatten(0, 1)
-    dk, dv = (x.new_zeros((x.shape[0] * num_keys, x.shape[-1]), dtype=acc) for x in (k, v))
-    k_flat, v_flat = k.reshape(-1, head_dim), v.reshape(-1, value_dim)
-    usable = num_keys and q.numel() and lists.num_slots
-    for chunk in _chunks(lists, num_keys, rows, 2 * max(head_dim, value_dim), acc) if usable else ():
-        index, slots = chunk.key_index.flatten(), chunk.key_index.shape[1]
-        keys = k_flat.index_select(0, index).to(acc).view(-1, slots, head_dim)
-        values = v_flat.index_select(0, index).to(acc).view(-1, slots, value_dim)
-        queries = _flat(q)[chunk.tiles].to(acc) * scale
-        row_lse = _flat(lse)[chunk.tiles].unsqueeze(-1)
-        prob = _scores(queries, keys, chunk).sub_(row_lse.masked_fill(row_lse == -torch.inf, 0.0)).exp_()
-        row_grad = _flat(grad_out)[chunk.tiles].to(acc)
-        dv.index_add_(0, index, torch.bmm(prob.transpose(1, 2), row_grad).flatten(0, 1))
-        centre = (row_grad * _flat(out)[chunk.tiles].to(acc)).sum(-1, keepdim=True)
-        centre = centre - _flat(grad_lse)[chunk.tiles].unsqueeze(-1)
-        ds = torch.bmm(row_grad, values.transpose(1, 2)).sub_(centre).mul_(prob)
-        dq[chunk.tiles] = torch.bmm(ds, keys).mul_(scale).to(dq.dtype)
-        dk.index_add_(0, index, torch.bmm(ds.transpose(1, 2), queries).flatten(0, 1))
+    dtype, num_keys, value_dim, slots = lse.dtype, k.shape[1], v.shape[-1], lists.num_slots
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format).flatten(0, 1)
+    dk, dv = (x.new_zeros((x.shape[0] * num_keys, x.shape[-1]), dtype=dtype) for x in (k, v))
+    if num_keys and q.numel() and slots:
+        k_flat, v_flat = k.reshape(-1, head_dim), v.reshape(-1, value_dim)
+        step = _step(slots, rows, 2 * (head_dim + value_dim), len(dq))
+        work = _Workspace.make(step, rows, slots, (head_dim, value_dim), lse)
+        grad_keys = work.keys.clone(), work.values.clone()
+        for chunk in _chunks(lists, num_keys, step, dtype):
+            index, size = chunk.key_index.flatten(), len(chunk.key_index)
+            keys, values = _gather(k_flat, chunk.key_index, work.keys), _gather(v_flat, chunk.key_index, work.values)
+            queries = _flat(q)[chunk.tiles].to(dtype) * scale
+            row_lse = _flat(lse)[chunk.tiles].unsqueeze(-1)
+            prob = _scores(queries, keys, chunk, work.scores).sub_(row_lse.masked_fill(row_lse == -torch.inf, 0.0)).exp_()
+            row_grad = _flat(grad_out)[chunk.tiles].to(dtype)
+            dv_part = torch.bmm(prob.transpose(1, 2), row_grad, out=grad_keys[1][:size])
+            dv.index_add_(0, index, dv_part.flatten(0, 1))
+            centre = (row_grad * _flat(out)[chunk.tiles].to(dtype)).sum(-1, keepdim=True)
+            centre = centre - _flat(grad_lse)[chunk.tiles].unsqueeze(-1)
+            ds = torch.bmm(row_grad, values.transpose(1, 2), out=work.weights[:size]).sub_(centre).mul_(prob)
+            dq[chunk.tiles] = torch.bmm(ds, keys).mul_(scale).to(dq.dtype)
+            dk_part = torch.bmm(ds.transpose(1, 2), queries, out=grad_keys[0][:size])
+            dk.index_add_(0, index, dk_part.flatten(0, 1))
     return dq.view_as(q), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype)

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.tiling import Tiles
-from hyperattention.types import Labels, Runs
+from hyperattention.types import Labels, Runs, Selection
 
 
 class LookAhead(IntEnum):
@@ -60,6 +61,19 @@ class Taken:
         return held
 
 
+@runtime_checkable
+class Tiling(Protocol):
+    """How queries are cut into tiles whose rows share a list of keys; a stage may bring one of its own."""
+
+    def arrange(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles rows width"]:
+        """Cut rows into tiles."""
+        ...
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Undo `arrange`, for rows of any width."""
+        ...
+
+
 class Stage(ABC):
     """One step of a method: given what is taken, take more. Stages are ordered, and earlier stages win."""
 
@@ -84,6 +98,21 @@ class Stage(ABC):
         Returns:
             the runs, and what is taken after them.
         """
+
+    def select_apart(self, tiles: Tiles, taken: Taken) -> tuple[tuple[tuple[Tiling, Selection], ...], Taken]:
+        """Choose keys for tiles of its own: for a stage whose neighbours are not neighbours in position.
+
+        Args:
+            tiles: the problem tiled by position.
+            taken: keys of earlier stages.
+
+        Returns:
+            own tilings with their lists, none unless a stage says otherwise, and what is taken after them.
+        """
+        return (), taken
+
+    def check_after(self, earlier: "tuple[Stage, ...]") -> None:  # noqa: B027 - most stages can follow any other
+        """Refuse, with a ValueError, to follow stages whose keys this one could not leave alone."""
 
     @abstractmethod
     def slots(self, tile: int) -> int:

@@ -1,6 +1,7 @@
 """Scores of blocks of keys: cheap stand-ins for the largest score that any key of a block has with a query.
 
-A score has two halves: a summary of the keys, made once, and its product with pooled queries, made for every tile.
+A score has two halves: a summary of the keys, made once, and its product with pooled queries, made for every tile. Blocks
+are kept in *panels* of several neighbours, the unit in which a coarse choice passes them on to a fine one.
 """
 
 from abc import ABC, abstractmethod
@@ -9,41 +10,52 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hyperattention.check import positive
 
 
-def by_block(x: Tensor, block_size: int, fill: float) -> Tensor:
-    """Cut keys into blocks, the last filled up: ``[lists, keys, width]`` to ``[lists, blocks, block_size, width]``."""
-    spare = -x.shape[1] % block_size
-    x = pad(x, (0, 0, 0, spare), value=fill) if spare else x
-    return x.unflatten(1, (-1, block_size))
+def in_panels(x: Tensor, block_size: int, per_panel: int) -> Tensor:
+    """Cut keys into panels of blocks, a ragged end filled up with the last key.
+
+    Args:
+        x: ``[lists, keys, width]``, at least one key.
+        block_size: keys in a block.
+        per_panel: blocks in a panel.
+
+    Returns:
+        ``[lists, panels, per_panel, block_size, width]``.
+    """
+    spare = -x.shape[1] % (block_size * per_panel)
+    x = torch.cat([x, x[:, -1:].expand(-1, spare, -1)], 1) if spare else x
+    return x.unflatten(1, (-1, per_panel, block_size))
 
 
 class BlockRank(ABC):
     """How blocks are ranked for a tile."""
 
-    @abstractmethod
-    def summarise(self, k: Float[Tensor, "lists keys head_dim"], block_size: int, settled: int) -> tuple[Tensor, ...]:
-        """Summarise every block of keys.
+    def basis(self, k: Float[Tensor, "lists keys head_dim"]) -> Tensor | None:
+        """Choose directions to project keys and queries on, ``[lists, head_dim, width]``, or None to keep them whole.
 
         Args:
-            k: keys of each list.
-            block_size: keys in a block.
-            settled: leading keys that may be looked at by every tile that has a choice.
-
-        Returns:
-            tensors with an axis of blocks first after the lists, as `score` reads them.
+            k: the leading keys, which every tile that has a choice may look at.
         """
+        return None
 
     @abstractmethod
-    def score(self, query: Float[Tensor, "lists pooled head_dim"], summary: tuple[Tensor, ...], blocks: int) -> Tensor:
-        """Score the first `blocks` blocks for pooled queries: ``[lists, pooled, blocks]``."""
+    def summarise(self, k: Float[Tensor, "lists keys width"], block_size: int, per_panel: int) -> tuple[Tensor, ...]:
+        """Summarise every block of projected keys: tensors ``[lists, panels, ...]``."""
 
     @abstractmethod
-    def products(self, block_size: int, head_dim: int) -> float:
-        """Count products of `head_dim` numbers spent on a block, for one pooled query."""
+    def score(self, query: Float[Tensor, "lists pooled width"], summary: tuple[Tensor, ...]) -> Tensor:
+        """Score blocks for pooled queries: ``[lists, pooled, blocks]``, the blocks of the first panel first."""
+
+    @abstractmethod
+    def width(self, head_dim: int) -> int:
+        """Count the numbers kept of each key."""
+
+    @abstractmethod
+    def products(self, block_size: int) -> int:
+        """Count products of `width` numbers spent on a block, for one pooled query."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +67,21 @@ class MeanKey(BlockRank):
     Cost: one product a block.   Guarantee: none; one heavy key among others hides in the mean.
     """
 
-    def summarise(self, k: Tensor, block_size: int, settled: int) -> tuple[Tensor, ...]:
-        """Average every block; a partial last block over the keys it has."""
-        count = by_block(torch.ones_like(k[:1, :, :1]), block_size, 0.0).sum(2)
-        return (by_block(k, block_size, 0.0).sum(2) / count,)
+    def summarise(self, k: Tensor, block_size: int, per_panel: int) -> tuple[Tensor, ...]:
+        """Average every block."""
+        return (in_panels(k, block_size, per_panel).mean(3),)
 
-    def score(self, query: Tensor, summary: tuple[Tensor, ...], blocks: int) -> Tensor:
+    def score(self, query: Tensor, summary: tuple[Tensor, ...]) -> Tensor:
         """Multiply queries and mean keys."""
-        return query @ summary[0][:, :blocks].transpose(1, 2)
+        return query @ summary[0].flatten(1, 2).transpose(1, 2)
 
-    def products(self, block_size: int, head_dim: int) -> float:
+    def width(self, head_dim: int) -> int:
+        """Whole keys."""
+        return head_dim
+
+    def products(self, block_size: int) -> int:
         """One product a block."""
-        return 1.0
+        return 1
 
 
 @dataclass(frozen=True)
@@ -78,18 +93,23 @@ class KeyBounds(BlockRank):
     Cost: two products a block.   Guarantee: an upper bound, loose for long blocks.
     """
 
-    def summarise(self, k: Tensor, block_size: int, settled: int) -> tuple[Tensor, ...]:
+    def summarise(self, k: Tensor, block_size: int, per_panel: int) -> tuple[Tensor, ...]:
         """Take the least and the greatest of every coordinate."""
-        return by_block(k, block_size, torch.inf).amin(2), by_block(k, block_size, -torch.inf).amax(2)
+        panels = in_panels(k, block_size, per_panel)
+        return panels.amin(3), panels.amax(3)
 
-    def score(self, query: Tensor, summary: tuple[Tensor, ...], blocks: int) -> Tensor:
+    def score(self, query: Tensor, summary: tuple[Tensor, ...]) -> Tensor:
         """Bound the scores of every block from above."""
-        least, greatest = (x[:, :blocks].transpose(1, 2) for x in summary)
+        least, greatest = (x.flatten(1, 2).transpose(1, 2) for x in summary)
         return query.clamp(min=0) @ greatest + query.clamp(max=0) @ least
 
-    def products(self, block_size: int, head_dim: int) -> float:
+    def width(self, head_dim: int) -> int:
+        """Whole keys."""
+        return head_dim
+
+    def products(self, block_size: int) -> int:
         """Two products a block."""
-        return 2.0
+        return 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,7 @@ class KeySketch(BlockRank):
     score_B = max_{j in B} (U q) . (U k_j),   U = leading principal directions of the first keys
     Source: Singhania et al., 2024 (arXiv:2406.02542), Loki, keys in their principal directions.   Differs: block maxima, and
     directions taken from the sequence's first keys alone, so that no tile looks ahead.
-    Cost: block_size * dim / head_dim products a block.   Guarantee: none.
+    Cost: block_size short products a block.   Guarantee: none.
 
     Args:
         dim: numbers kept of each key.
@@ -113,22 +133,33 @@ class KeySketch(BlockRank):
     def __post_init__(self) -> None:
         positive("KeySketch", dim=self.dim)
 
-    def summarise(self, k: Tensor, block_size: int, settled: int) -> tuple[Tensor, ...]:
-        """Project every key."""
-        head = k[:, :settled].float()
+    def basis(self, k: Tensor) -> Tensor:
+        """Take the principal directions of some keys."""
+        head = k.to(torch.promote_types(k.dtype, torch.float32))
         centred = head - head.mean(1, keepdim=True)
-        # eigh refuses values that are not finite; such keys are ranked anyhow, as the rest of the contract allows
-        _, directions = torch.linalg.eigh(torch.nan_to_num(centred.transpose(1, 2) @ centred))
-        directions = directions[..., -min(self.dim, k.shape[-1]) :].to(k.dtype)
-        return by_block(k @ directions, block_size, 0.0), directions
+        # eigh refuses values that are not finite; with such keys the ranking is arbitrary, as any would be
+        _, directions = torch.linalg.eigh(torch.nan_to_num(centred.transpose(1, 2) @ centred, posinf=0.0, neginf=0.0))
+        return directions[..., -self.width(k.shape[-1]) :].to(k.dtype)
 
-    def score(self, query: Tensor, summary: tuple[Tensor, ...], blocks: int) -> Tensor:
-        """Multiply in few dimensions, and take the largest of each block."""
-        sketch, directions = summary
-        sketch = sketch[:, :blocks]
-        score = (query @ directions) @ sketch.flatten(1, 2).transpose(1, 2)
-        return score.unflatten(2, sketch.shape[1:3]).amax(3)
+    def summarise(self, k: Tensor, block_size: int, per_panel: int) -> tuple[Tensor, ...]:
+        """Keep every key; within a panel, first the first keys of all blocks, then the second ones, ..."""
+        return (in_panels(k, block_size, per_panel).transpose(2, 3).contiguous(),)
 
-    def products(self, block_size: int, head_dim: int) -> float:
+    def score(self, query: Tensor, summary: tuple[Tensor, ...]) -> Tensor:
+        """Score every key, and take the largest of each block."""
+        panels, block_size, per_panel = summary[0].shape[1:4]
+        best = (query @ summary[0].flatten(1, 3).transpose(1, 2)).unflatten(2, (panels, block_size, per_panel))
+        while best.shape[3] > 1:  # pairwise maxima of contiguous halves: a reduction over a short axis is slow
+            half = best.shape[3] // 2
+            rest = best[:, :, :, 2 * half :]
+            best = torch.maximum(best[:, :, :, :half], best[:, :, :, half : 2 * half])
+            best = torch.cat([best, rest], 3) if rest.shape[3] else best
+        return best.flatten(2)
+
+    def width(self, head_dim: int) -> int:
+        """As many numbers as asked for, at most the whole key."""
+        return min(self.dim, head_dim)
+
+    def products(self, block_size: int) -> int:
         """A short product for every key."""
-        return block_size * min(self.dim, head_dim) / head_dim
+        return block_size

@@ -1,0 +1,191 @@
+"""The audit: exact attention on a few rows, compared with any output, however it was made."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hyperattention.error_report import ErrorReport
+from hyperattention.exact import visible_keys
+from hyperattention.inputs import check_inputs, check_masks
+from hyperattention.interval import mean_interval, percentile_bound
+from hyperattention.judge import Sample, judge
+from hyperattention.method import Approach, Method
+from hyperattention.random import uniform
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.window import Window
+
+__all__ = ["ErrorReport", "audit", "sample_rows"]
+
+# first counter of the row draws, so that rows and the draws they judge share no bits under one seed
+_STREAM = 0xA0D17
+
+
+def sample_rows(num_queries: int, rows: int, seed: int, device: torch.device | str) -> Int[Tensor, " rows"]:
+    """Draw one query from each of equal strata of the positions, or take all where there are no more than `rows`.
+
+    row_s = floor((s + u_s) * num_queries / rows), u_s uniform: strata are equal in real numbers, so every query is as likely
+    as any other even where `rows` does not divide their number.
+
+    Args:
+        num_queries: number of queries.
+        rows: number of strata.
+        seed: seed of the draws; nothing else enters but the stratum.
+        device: where the indices are wanted.
+
+    Returns:
+        indices in order.
+    """
+    if rows >= num_queries:
+        return torch.arange(num_queries, device=device)
+    stratum = torch.arange(rows, device=device)
+    place = (stratum + uniform((_STREAM, seed, stratum), device)) * (num_queries / rows)
+    return place.long().clamp(max=num_queries - 1)
+
+
+@torch.no_grad()
+def audit(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    out: Float[Tensor, "batch heads queries value_dim"],
+    *,
+    rows: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    key_mask: Bool[Tensor, "batch keys"] | None = None,
+    causal_align: str = "upper_left",
+    seed: int = 0,
+    method: Approach | None = None,
+    heavy: tuple[int, int] | None = None,
+) -> ErrorReport:
+    """Measure how far an attention output is from exact, on exact rows drawn one from each of equal strata of the positions.
+
+    The rows are shared by all batch entries and heads, so that keys are read once; each head's interval is valid by
+    itself, and the heads' errors are not independent. With `rows` at least the number of queries every row is judged,
+    and the interval is a point. A row that sees nothing is not judged, but counted. Bad input raises as `check_audit` and
+    `attention` do.
+    Cost: O(rows * keys * head_dim) a head, O(rows * keys) memory for one head at a time.   Guarantee: see `mean_interval`,
+    `percentile_bound` and `row_statistics` for what each figure estimates, and on which side it errs.
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        out: the output to judge, of any method and dtype.
+        rows: rows to draw a head.
+        is_causal: whether `out` claims to be causal attention.
+        scale: factor on the scores; 1 / sqrt(head_dim) if None.
+        enable_gqa: whether query heads may share kv heads.
+        key_mask: True = attend.
+        causal_align: "upper_left" or "lower_right".
+        seed: of the rows drawn.
+        method: what made `out`, if known: gives the share of pairs and the heavy mask.
+        heavy: sinks and window (in keys) left out of kappa; if None those of the method, or 16 and 512.
+
+    Returns:
+        the report.
+    """
+    check_tensors(query=query, key=key, value=value, out=out)
+    check_inputs(query, key, value, enable_gqa=enable_gqa, dropout_p=0.0, seed=seed, check_finite=False)
+    check_masks(query, key, None, key_mask, is_causal=is_causal, causal_align=causal_align)
+    check_audit(query, key, value, out, rows)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    index = sample_rows(num_queries, rows, seed, query.device)
+    visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
+    shift = num_keys - num_queries if causal_align == "lower_right" else 0
+    sinks, window = _heavy_mask(method) if heavy is None else heavy
+    sample = Sample(
+        index=index,
+        visible=[num_keys] * len(index) if visible is None else visible[0, index].tolist(),
+        num_queries=num_queries,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        sinks=sinks,
+        windows=_windows([int(row) + shift for row in index], window, num_keys, is_causal),
+    )
+    found = judge(query, key, value, out, key_mask, sample)
+    mean = found.errors.masked_fill(~found.live[:, None], 0.0).sum(-1) / found.live.sum(-1, keepdim=True)
+    if len(index) < num_queries:
+        interval, bound = mean_interval(found.errors, found.live), percentile_bound(found.errors, found.live)
+    else:
+        interval, bound = (mean, mean), _percentile(found.errors, found.live)
+    share = None
+    if method is not None and num_queries == num_keys:
+        share = method.cost(num_keys, is_causal=is_causal, head_dim=query.shape[-1]).share_of_exact
+    return ErrorReport(
+        relative_error=mean,
+        interval=interval,
+        percentile_95_bound=bound,
+        operator_error=found.operator_error,
+        alpha=found.alpha,
+        kappa=found.kappa,
+        share_of_pairs=share,
+        num_rows=len(index),
+        num_empty=(~found.live).sum(-1),
+    )
+
+
+def check_tensors(**tensors: object) -> None:
+    """Check that arguments are floating-point tensors.
+
+    Args:
+        **tensors: the arguments by name.
+
+    Raises:
+        TypeError: naming the first that is not.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} is {kind}: it must be a floating-point tensor [batch, heads, tokens, head_dim]")
+
+
+def check_audit(query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: int) -> None:
+    """Check what only an audit needs, beside what attention itself would.
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        out: the output to judge.
+        rows: rows to draw.
+
+    Raises:
+        ValueError: if `out` has another shape than attention would give, `rows` is not positive, or a length is 0.
+    """
+    wanted = (*query.shape[:-1], value.shape[-1])
+    if tuple(out.shape) != wanted:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)}, but attention of these inputs gives {wanted}; transpose or cut it"
+        )
+    if out.device != query.device:
+        raise ValueError(f"out is on {out.device} and query on {query.device}: move them to one device")
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows={rows!r}: it must be a positive integer; 64 bounds the 95th percentile too")
+    if not out.shape[2] or not key.shape[2]:
+        raise ValueError(
+            f"{out.shape[2]} queries and {key.shape[2]} keys: an audit needs at least one of each; leave it out"
+        )
+
+
+def _heavy_mask(method: Approach | None) -> tuple[int, int]:
+    stages = method.stages if isinstance(method, Method) else ()
+    sinks = sum(stage.num for stage in stages if isinstance(stage, Sinks))
+    window = sum(stage.size for stage in stages if isinstance(stage, Window))
+    return (sinks, window) if sinks or window else (16, 512)
+
+
+def _windows(positions: list[int], size: int, num_keys: int, is_causal: bool) -> list[tuple[int, int]]:
+    """Place each row's window: the last keys it may see, or the keys on both sides of it."""
+    if is_causal:
+        # a causal row has no weight beyond its window, so there is nothing to add up there
+        return [(min(position + 1, num_keys) - size, num_keys) for position in positions]
+    return [(position - size // 2, max(0, position + size - size // 2)) for position in positions]
+
+
+def _percentile(errors: Tensor, live: Tensor) -> Tensor:
+    """Find the 95th percentile of a population seen whole."""
+    ordered = errors.masked_fill(~live[:, None], torch.inf).sort(-1).values
+    counted = live.sum(-1)
+    place = ((0.95 * counted).ceil().long() - 1).clamp(min=0)[:, None, None].expand(-1, errors.shape[1], 1)
+    return ordered.gather(-1, place).squeeze(-1).masked_fill(counted[:, None] == 0, torch.nan)

@@ -1,0 +1,97 @@
+"""One case of a benchmark: its inputs, and the call that is timed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hyperattention.attention import attention
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach
+from hyperattention.synthetic import structured
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, and what is done with them.
+
+    Args:
+        length: tokens, as many queries as keys.
+        heads: query heads, from diffuse to sharp.
+        kv_heads: key and value heads.
+        head_dim: channels.
+        causal: whether queries see only earlier keys.
+        backward: whether gradients of q, k and v are taken as well.
+        seed: of inputs and draws.
+    """
+
+    length: int
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 64
+    causal: bool = True
+    backward: bool = False
+    seed: int = 0
+
+    @property
+    def title(self) -> str:
+        """Say in words what varies between cases."""
+        parts = [
+            "causal" if self.causal else "non-causal",
+            "forward + backward" if self.backward else "forward",
+            f"d={self.head_dim}",
+            "1 head" if self.heads == 1 else f"{self.heads} heads on {self.kv_heads}",
+        ]
+        return ", ".join(parts)
+
+    def structured_inputs(self) -> Inputs:
+        """Make inputs with the statistics of real models, on which errors mean something."""
+        made = structured(
+            self.length, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, seed=self.seed
+        )  # fmt: skip
+        return self._with_gradients((made.q, made.k, made.v))
+
+    def plain_inputs(self) -> Inputs:
+        """Make inputs in place, so that making them leaves no memory behind for the call to reuse."""
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = (
+            torch.arange(h * self.length * self.head_dim, dtype=torch.float32).sin_().view(1, h, self.length, self.head_dim)
+            for h in sizes
+        )
+        return self._with_gradients((q, k, v))
+
+    def _with_gradients(self, inputs: Inputs) -> Inputs:
+        q, k, v = (x.requires_grad_(self.backward) for x in inputs)
+        return q, k, v
+
+    def call(self, method: Approach, inputs: Inputs) -> Callable[[], Tensor]:
+        """Bind a method to inputs.
+
+        Args:
+            method: what runs; exact attention is torch's own function, called directly.
+            inputs: queries, keys and values.
+
+        Returns:
+            a function that returns the output.
+        """
+
+        def attend() -> Tensor:
+            q, k, v = inputs
+            shared = self.heads != self.kv_heads
+            if isinstance(method, Exact):
+                return scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=shared)
+            out = attention(q, k, v, is_causal=self.causal, enable_gqa=shared, method=method, seed=self.seed)
+            if not isinstance(out, Tensor):
+                raise TypeError("attention was asked for its output alone and returned more")
+            return out
+
+        def attend_and_return() -> Tensor:
+            out = attend()
+            torch.autograd.grad(out.sum(), inputs)
+            return out.detach()
+
+        return attend_and_return if self.backward else attend

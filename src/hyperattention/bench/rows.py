@@ -1,0 +1,136 @@
+"""The rows of every comparison: exact attention, what must be beaten at the same slots, as published, the default."""
+
+from dataclasses import dataclass
+
+from hyperattention.default import default_method
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach, Cost, Method
+from hyperattention.presets import HyperAttention
+from hyperattention.select.draw import Draw, Uniform
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.window import Window
+
+# any length beyond the crossover gives the same default
+_LONG = 10**9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison.
+
+    Args:
+        name: its name in records.
+        label: its name in tables and plots.
+        method: what runs.
+    """
+
+    name: str
+    label: str
+    method: Approach
+
+    def cost(self, length: int, is_causal: bool) -> Cost:
+        """Tell what the method will spend on a sequence."""
+        return self.method.cost(length, is_causal=is_causal)
+
+    def label_for(self, length: int, is_causal: bool, approximated: int) -> str:
+        """Name what really ran: a row that listed no fewer pairs than exact attention must not look like a saving.
+
+        Args:
+            length: tokens of the sequence.
+            is_causal: whether queries see only earlier keys.
+            approximated: attention calls that the method answered.
+
+        Returns:
+            the label, and a remark where exact attention ran or nothing was saved.
+        """
+        if isinstance(self.method, Exact) or self.approximates(length, is_causal, approximated):
+            return self.label
+        return f"{self.label} (exact ran)" if not approximated else f"{self.label} (no fewer pairs)"
+
+    def approximates(self, length: int, is_causal: bool, approximated: int) -> bool:
+        """Tell whether the row really shows an approximation that saves pairs."""
+        return approximated > 0 and self.cost(length, is_causal).share_of_exact < 1
+
+
+def find_default() -> Method:
+    """Give the method that ``method=None`` runs above the crossover.
+
+    Returns:
+        the default list of stages.
+
+    Raises:
+        TypeError: if the default is not a list of stages.
+    """
+    method = default_method(_LONG)
+    if not isinstance(method, Method):
+        raise TypeError(f"the default method is {method!r}: rows at the same slots can only be made for a Method")
+    return method
+
+
+def control_of(method: Method) -> Method:
+    """Make the control: the same sinks and window, and all other slots drawn uniformly.
+
+    Source: Dwivedi et al., 2025 (arXiv:2502.07861), whose measurements make it the method to beat.   Differs: nothing.
+
+    Args:
+        method: the method to be judged; it must have sinks, a window and further slots.
+
+    Returns:
+        a method that lists as many pairs.
+
+    Raises:
+        ValueError: if the method has no sinks or no window, or lists nothing else.
+    """
+    sinks, window = _sinks_and_window(method)
+    rest = _slots(method) - sinks.slots(method.tile) - window.slots(method.tile)
+    if rest < 1:
+        raise ValueError(f"{method!r} lists no slots beside sinks and window: there is nothing for its control to draw")
+    return Method(sinks, window, Draw(rest, by=Uniform()), tile=method.tile)
+
+
+def window_of(method: Method) -> Method:
+    """Make sinks + window with all slots in the window: what dropping every far key costs.
+
+    Args:
+        method: the method to be judged; one without sinks or without a window is refused.
+
+    Returns:
+        an incomplete method that lists as many pairs.
+    """
+    sinks, window = _sinks_and_window(method)
+    size = window.size + _slots(method) - sinks.slots(method.tile) - window.slots(method.tile)
+    return Method(sinks, Window(size), tile=method.tile)
+
+
+def rows(method: Method | None = None) -> tuple[Row, ...]:
+    """List the rows of a comparison, exact attention first and the method judged last.
+
+    Args:
+        method: the method judged; None for the default.
+
+    Returns:
+        five rows; sinks + window, the control and the last list the same number of pairs.
+    """
+    judged = find_default() if method is None else method
+    return (
+        Row("exact", "exact (SDPA)", Exact()),
+        Row("sinks_window", "sinks + window", window_of(judged)),
+        Row("control", "control: + uniform draws", control_of(judged)),
+        Row("published", "HyperAttention, published", HyperAttention()),
+        Row("default", "hyperattention, default", judged),
+    )
+
+
+def _sinks_and_window(method: Method) -> tuple[Sinks, Window]:
+    sinks = next((stage for stage in method.stages if isinstance(stage, Sinks)), None)
+    window = next((stage for stage in method.stages if isinstance(stage, Window)), None)
+    if sinks is None or window is None:
+        raise ValueError(f"{method!r} has no Sinks or no Window: its control cannot be made at the same slots")
+    return sinks, window
+
+
+def _slots(method: Method) -> int:
+    pairs = method.cost(_LONG).pairs
+    if pairs != round(pairs):
+        raise ValueError(f"{method!r} lists {pairs} pairs a query: a control at the same slots needs a whole number")
+    return round(pairs)

@@ -1,0 +1,136 @@
+"""Time, error and memory of several methods on one case, in one run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hyperattention.audit import audit
+from hyperattention.bench.case import Case
+from hyperattention.bench.error import Error, pool
+from hyperattention.bench.peak_memory import measure
+from hyperattention.bench.rows import Row
+from hyperattention.bench.timing import Ratio, Timing, ignore, interleave, speedup
+from hyperattention.exact_method import Exact
+from hyperattention.method import Cost
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How carefully to measure.
+
+    Args:
+        repeats: rounds of interleaved calls, after one that warms up.
+        audit_rows: rows of each output compared with exact attention.
+        memory: whether to measure peak memory, in a process for each row.
+    """
+
+    repeats: int = 3
+    audit_rows: int = 256
+    memory: bool = True
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one row did on one case.
+
+    Args:
+        row: the row's name.
+        label: its label, with a remark where exact attention ran.
+        method: the method, as code.
+        approximated: whether it really approximated, with fewer pairs than exact attention.
+        timing: seconds of each round.
+        ratio: how many times faster than torch's SDPA.
+        error: measured error of the output; None for exact attention.
+        cost: pairs listed, and spent on choosing.
+        memory_bytes: peak memory of one call beyond its inputs; None where not measured.
+    """
+
+    row: str
+    label: str
+    method: str
+    approximated: bool
+    timing: Timing
+    ratio: Ratio
+    error: Error | None
+    cost: Cost
+    memory_bytes: int | None
+
+    def record(self, case: Case) -> dict[str, object]:
+        """Give all of it as one record."""
+        low, high = self.timing.quartiles
+        return {
+            "case": case, "inputs": "structured", "row": self.row, "label": self.label, "method": self.method,
+            "approximated": self.approximated, "median_s": self.timing.median, "quartiles_s": (low, high),
+            "seconds": self.timing.seconds, "speedup": self.ratio, "error": self.error,
+            "pairs_per_query": self.cost.pairs, "selection_pairs_per_query": self.cost.selection_pairs,
+            "share_of_exact_pairs": self.cost.share_of_exact, "complete": self.cost.complete,
+            "peak_memory_bytes": self.memory_bytes,
+        }  # fmt: skip
+
+
+def steps_of(rows: Sequence[Row], settings: Settings) -> int:
+    """Count the steps that `measure_speed` reports as it works."""
+    return len(rows) * (1 + settings.repeats + settings.memory)
+
+
+def measure_speed(
+    case: Case, rows: Sequence[Row], settings: Settings, on_step: Callable[[str], None] = ignore
+) -> tuple[Speed, ...]:
+    """Measure every row on the same structured inputs: outputs are audited once, then times are taken in turn.
+
+    Args:
+        case: the inputs.
+        rows: what to compare; the first must be exact attention, the base of all ratios.
+        settings: how carefully to measure.
+        on_step: told what comes next, `steps_of` times in all.
+
+    Returns:
+        one result a row.
+
+    Raises:
+        ValueError: if the first row is not exact attention.
+    """
+    if not isinstance(rows[0].method, Exact):
+        raise ValueError(f"the first row runs {rows[0].method!r}: it must be exact attention, the base of every ratio")
+    inputs = case.structured_inputs()
+    calls = {row.name: case.call(row.method, inputs) for row in rows}
+    errors: dict[str, Error | None] = {}
+    for row in rows:
+        on_step(f"{row.label}: error")
+        errors[row.name] = _error(case, row, inputs, calls[row.name], settings.audit_rows)
+    labels = {row.name: row.label for row in rows}
+    timings = interleave(calls, settings.repeats, lambda name: on_step(f"{labels[name]}: time"))
+    results = []
+    for row in rows:
+        memory = None
+        if settings.memory:
+            on_step(f"{row.label}: memory")
+            memory = measure(case, row.name, torch.get_num_threads())
+        cost = row.method.cost(case.length, is_causal=case.causal, head_dim=case.head_dim)
+        calls_approximated = 0 if isinstance(row.method, Exact) else 1
+        results.append(
+            Speed(
+                row.name,
+                row.label_for(case.length, case.causal, calls_approximated),
+                repr(row.method),
+                row.approximates(case.length, case.causal, calls_approximated),
+                timings[row.name],
+                speedup(timings[rows[0].name], timings[row.name]),
+                errors[row.name],
+                cost,
+                memory,
+            )
+        )
+    return tuple(results)
+
+
+def _error(case: Case, row: Row, inputs, call: Callable, rows: int) -> Error | None:
+    out = call().detach()
+    # exact attention is what errors are measured against
+    if not rows or isinstance(row.method, Exact):
+        return None
+    q, k, v = (x.detach() for x in inputs)
+    shared = case.heads != case.kv_heads
+    report = audit(q, k, v, out, rows=rows, is_causal=case.causal, enable_gqa=shared, seed=case.seed, method=row.method)
+    return pool([report])

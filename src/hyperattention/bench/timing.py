@@ -1,0 +1,98 @@
+"""Time several calls in turn, so that whatever slows the machine down slows all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Call = Callable[[], object]
+
+
+def ignore(name: str) -> None:
+    """Do nothing: the progress of measurements that nobody watches."""
+
+
+def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
+    """Give the lower and upper quartile, interpolated; of a single value, twice that value."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The times of one call over the rounds.
+
+    Args:
+        seconds: one time a round, in order.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds of the median round."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Lower and upper quartile of the seconds."""
+        return quartiles(self.seconds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one call is than another.
+
+    Args:
+        value: ratio of the medians.
+        low: lower quartile of the ratios within a round.
+        high: upper quartile of the ratios within a round.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def speedup(base: Timing, other: Timing) -> Ratio:
+    """Divide the times of `base` by those of `other`, taken in the same rounds.
+
+    Args:
+        base: times of the slower call, say.
+        other: times of the call judged.
+
+    Returns:
+        the ratio of medians, with the quartiles of the ratios round by round.
+    """
+    ratios = tuple(a / b for a, b in zip(base.seconds, other.seconds, strict=True))
+    return Ratio(base.median / other.median, *quartiles(ratios))
+
+
+def interleave(calls: Mapping[str, Call], repeats: int, on_call: Callable[[str], None] = ignore) -> dict[str, Timing]:
+    """Time each call once a round; each round starts with another call. Warm up first: nothing is thrown away here.
+
+    Args:
+        calls: what to time, by name.
+        repeats: rounds.
+        on_call: told the name of each call before it runs.
+
+    Returns:
+        the times of each call, by name.
+
+    Raises:
+        ValueError: if `repeats` is not positive.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: it must be at least 1")
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            on_call(name)
+            began = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: Timing(tuple(spent)) for name, spent in seconds.items()}

@@ -1,0 +1,138 @@
+"""The command line: parse, call, print."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Never
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    # before typer there is nothing to report an error with
+    raise SystemExit(f"the command line needs {error.name}: pip install 'hyperattention[demo]'") from error
+
+_EXTRAS = frozenset({"matplotlib", "numpy", "rich", "safetensors", "transformers", "typer"})
+# a file or a pipe has no width; tables need this much
+_PLAIN_WIDTH = 150
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Near-linear attention over long contexts, with a measured error bar."
+)
+
+Length = Annotated[int | None, typer.Option(help="Tokens of each document; by default what the model was made for.")]
+Text = Annotated[Path | None, typer.Option(help="Your own text, read in place of the held-out one.")]
+Model = Annotated[Path | None, typer.Option(help="Folder of your own transformers model and its tokenizer; loss only.")]
+Reference = Annotated[Path | None, typer.Option(help="Folder of another byte-level reference model, such as a checkpoint.")]
+Plot = Annotated[Path | None, typer.Option(help="Picture to write.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON lines.")]
+Quick = Annotated[bool, typer.Option("--quick", help="One document, one repetition, short inputs: to see that it works.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and draws.")]
+Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved timing.")]
+
+
+def _refuse(message: object) -> Never:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what a user can put right into one line; anything else keeps its traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRAS:
+            raise
+        _refuse(f"this command needs {error.name}: pip install 'hyperattention[demo]'")
+    except (ValueError, FileNotFoundError) as error:
+        _refuse(error)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
+
+def _check_writable(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise ValueError(f"cannot write {path}: name a file in an existing directory")
+
+
+@app.command()
+def demo(
+    length: Length = None,
+    text: Text = None,
+    model: Model = None,
+    reference: Reference = None,
+    speed_length: Annotated[int | None, typer.Option(min=64, help="Tokens of the structured inputs (32768).")] = None,
+    repeats: Repeats = None,
+    plot: Plot = Path("hyperattention-demo.png"),
+    json: Json = None,
+    quick: Quick = False,
+    seed: Seed = 0,
+) -> None:
+    """Show near-linear attention on a real model and on long inputs: speed, loss, retrieval and measured error."""
+    console = _console()
+    with _explained():
+        from transformers.utils import logging
+
+        from hyperattention.bench.speed import Settings
+        from hyperattention.report import demo as report
+
+        logging.disable_progress_bar()
+        _check_writable(plot, json)
+        usual = report.Options()
+        speed = Settings(repeats or 1, 64, memory=False) if quick else Settings(repeats or 3, 256)
+        options = report.Options(
+            length, text, model, reference or usual.reference, speed_length or (4096 if quick else usual.speed_length),
+            1 if quick else usual.documents, usual.audit_rows, speed, seed,
+        )  # fmt: skip
+        prepared = report.prepare(options)
+    results = report.run(prepared, console)
+    report.show(prepared, results, console)
+    report.save(prepared, results, plot=plot, records=json)
+    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+
+
+@app.command()
+def bench(
+    min_length: Annotated[int, typer.Option(help="Shortest length; it doubles from there.")] = 4096,
+    max_length: Annotated[int, typer.Option(help="Longest length; 131072 takes exact attention about an hour.")] = 32768,
+    repeats: Repeats = None,
+    plot: Plot = Path("hyperattention-bench.png"),
+    json: Json = None,
+    quick: Quick = False,
+    seed: Seed = 0,
+) -> None:
+    """Measure time, memory and error against length, beside SDPA: forward, backward, causal or not, d = 64, 128, GQA."""
+    console = _console()
+    with _explained():
+        from hyperattention.bench.speed import Settings
+        from hyperattention.report import bench as report
+
+        _check_writable(plot, json)
+        speed = Settings(repeats or 1, 64, memory=False) if quick else Settings(repeats or 3, 64)
+        options = report.Options(min_length, max_length, speed, seed)
+        report.list_cases(options)
+    results = report.run(options, console)
+    report.save(results, plot=plot, records=json)
+    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which paths are available, and why one is not."""
+    from hyperattention.doctor import examine
+
+    table = Table("", "what", "detail")
+    for finding in examine():
+        mark = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[finding.available]
+        table.add_row(mark, finding.name, finding.detail)
+    _console().print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,88 @@
+"""The doctor: what is installed, what can run here, and why the rest cannot."""
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_REFERENCE = Path(__file__).parent / "reference"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Args:
+        name: what.
+        available: whether it can be used; None where that is no question.
+        detail: its version, or why it cannot be used and what to do.
+    """
+
+    name: str
+    available: bool | None
+    detail: str
+
+
+def examine() -> tuple[Finding, ...]:
+    """Look at versions, devices and paths; nothing is imported that is not needed, and nothing is run.
+
+    Returns:
+        the findings, in the order to print them.
+    """
+    return (
+        Finding("hyperattention", None, _version("hyperattention") or "run from source, not installed"),
+        Finding("python", None, f"{platform.python_version()} on {platform.platform()}"),
+        Finding("torch", None, torch.__version__),
+        Finding("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads (set OMP_NUM_THREADS to change)"),
+        *_devices(),
+        *_kernels(),
+        _package("transformers", "models cannot be switched: pip install 'hyperattention[transformers]'"),
+        _package("safetensors", "the reference model cannot be read: pip install 'hyperattention[transformers]'"),
+        _package("matplotlib", "no plots: pip install 'hyperattention[cli]'"),
+        _package("rich", "no tables: pip install 'hyperattention[cli]'"),
+        _file("reference model", _REFERENCE / "weights" / "model.safetensors", "train one with training/train_reference.py"),
+        _file("held-out text", _REFERENCE / "held_out.txt", "write it with training/write_held_out.py"),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str, remedy: str) -> Finding:
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, False, f"not installed; {remedy}")
+    return Finding(name, True, _version(name) or "installed, version unknown")
+
+
+def _file(name: str, path: Path, remedy: str) -> Finding:
+    if not path.exists():
+        return Finding(name, False, f"{path} is missing: reinstall, or {remedy}")
+    return Finding(name, True, f"{path.stat().st_size / 1e6:.1f} MB")
+
+
+def _devices() -> tuple[Finding, ...]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "no device found; check the driver" if built else "torch is built for CPUs; install a CUDA build"
+        return (Finding("cuda", False, reason),)
+    names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return tuple(Finding(f"cuda:{i}", True, name) for i, name in enumerate(names))
+
+
+def _kernels() -> tuple[Finding, ...]:
+    pytorch = Finding("list kernel, PyTorch", True, "any device; the specification of every other kernel")
+    if not torch.cuda.is_available():
+        return (pytorch, Finding("list kernel, Triton", False, "needs a CUDA device"))
+    missing = "" if importlib.util.find_spec("triton") else "; triton is not installed either"
+    return (
+        pytorch,
+        Finding("list kernel, Triton", False, f"not in this version: CUDA tensors take the PyTorch path{missing}"),
+    )

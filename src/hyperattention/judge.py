@@ -1,0 +1,143 @@
+"""The rows drawn, judged: exact attention on them, and every figure that needs their softmax weights."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hyperattention.exact import grouped_scores, softmax_rows
+from hyperattention.row_statistics import column_spread, operator_norm, residual_ratio, softmax_norm, value_norm
+
+# bytes of softmax rows held at once; more than one head at a time only while they fit
+_CHUNK_BYTES = 64 * 2**20
+# causal rows are scored in blocks, each against the keys its last row sees: fewer rows would starve the matrix product
+_BLOCK_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows drawn, and what of the problem they need.
+
+    Args:
+        index: the rows, in order.
+        visible: leading keys each may see.
+        windows: keys [begin, end) around each that are heavy.
+        sinks: leading live keys that are heavy.
+        num_queries: queries there are to draw from.
+        scale: factor on the scores.
+    """
+
+    index: Int[Tensor, " rows"]
+    visible: list[int]
+    windows: list[tuple[int, int]]
+    sinks: int
+    num_queries: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the sampled rows show of each head.
+
+    Args:
+        errors: relative error of each row; of no meaning in a row that is not live.
+        live: rows that see anything.
+        operator_error: estimate of the error in the paper's norm.
+        alpha: estimate of alpha.
+        kappa: lower bound of kappa.
+    """
+
+    errors: Float[Tensor, "batch heads rows"]
+    live: Bool[Tensor, "batch rows"]
+    operator_error: Float[Tensor, "batch heads"]
+    alpha: Float[Tensor, "batch heads"]
+    kappa: Float[Tensor, "batch heads"]
+
+
+def judge(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    out: Float[Tensor, "batch heads queries value_dim"],
+    key_mask: Bool[Tensor, "batch keys"] | None,
+    sample: Sample,
+) -> Judgement:
+    """Compare sampled rows of an output with exact ones, as many heads at a time as fit.
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        out: the output to judge.
+        key_mask: True = attend.
+        sample: the rows.
+
+    Returns:
+        errors and the figures that come from the same softmax weights.
+    """
+    batch, heads, kv_heads, num_keys = *query.shape[:2], *key.shape[1:3]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shape = (kv_heads, heads // kv_heads)
+    q, rows_out = (x.index_select(2, sample.index).to(dtype).unflatten(1, shape) for x in (query, out))
+    per_head = max(1, len(sample.index) * num_keys * dtype.itemsize)
+    group_size = max(1, min(shape[1], _CHUNK_BYTES // per_head))
+    head_size = max(1, _CHUNK_BYTES // (per_head * shape[1]))
+    errors = q.new_empty((batch, *shape, len(sample.index)))
+    figures = q.new_empty((3, batch, *shape))
+    live = torch.empty((batch, len(sample.index)), dtype=torch.bool, device=q.device)
+    for entry in range(batch):
+        for start in range(0, kv_heads, head_size):
+            at = (slice(entry, entry + 1), slice(start, start + head_size))
+            mask = None if key_mask is None else key_mask[entry : entry + 1]
+            k, v = key[at].to(dtype), value[at].to(dtype)
+            # a masked value may hold anything, and 0 * NaN is NaN
+            v = v if mask is None else v.masked_fill(~mask[:, None, :, None], 0.0)
+            sized = value_norm(v)[..., None]
+            for first in range(0, shape[1], group_size):
+                part = (*at, slice(first, first + group_size))
+                judged = _judge_heads(q[part], k, v, rows_out[part], mask, sample)
+                errors[part], live[entry], figures[(slice(None), *part)] = judged
+            figures[(0, *at)] /= sized
+    operator_error, alpha, kappa = figures.flatten(2, 3)
+    return Judgement(errors.flatten(1, 2), live, operator_error, alpha, kappa)
+
+
+def _judge_heads(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, key_mask: Tensor | None, sample: Sample
+) -> tuple[Tensor, Tensor, Tensor]:
+    blocks, exact, lse = _softmax_blocks(q, k, v, key_mask, sample)
+    live, num_keys = lse[0, 0, 0] != -torch.inf, k.shape[2]
+    difference = (out - exact).masked_fill(~live[:, None], 0.0)
+    # where the exact row is 0 the error is infinite, unless the output is 0 too
+    miss = torch.linalg.vector_norm(difference, dim=-1)
+    error = (miss / torch.linalg.vector_norm(exact, dim=-1)).masked_fill(miss == 0, 0.0)
+    stretch = (sample.num_queries / len(sample.index)) ** 0.5
+    error_norm = stretch * operator_norm(difference) / softmax_norm(blocks, num_keys, sample.num_queries, int(live.sum()))
+    first = sample.sinks
+    if key_mask is not None:
+        # sinks are the first live keys; dead ones between them weigh nothing
+        first = int((key_mask.long().cumsum(-1) <= sample.sinks).sum())
+    kappa = residual_ratio(blocks, lse, first, sample.windows)
+    return error, live, torch.stack([error_norm, column_spread(blocks, num_keys), kappa])
+
+
+def _softmax_blocks(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sample: Sample
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Compute the softmax rows in blocks [1, kv_heads, group, few rows, keys seen], the exact rows and their lse."""
+    rows = q.shape[3]
+    size = rows if min(sample.visible) == k.shape[2] else _BLOCK_ROWS
+    blocks, exact, lses = [], [], []
+    for start in range(0, rows, size):
+        few, counts = q[:, :, :, start : start + size], sample.visible[start : start + size]
+        stop = max(counts)
+        scores = grouped_scores(few, k[:, :, :stop], sample.scale)
+        for row, count in enumerate(counts):
+            # a fill a row costs less than a mask of rows x keys
+            scores[..., row, count:] = -torch.inf
+        weights, total, lse = softmax_rows(scores, key_mask=None if key_mask is None else key_mask[:, :stop])
+        blocks.append(weights.div_(total.masked_fill(total == 0, 1.0)))
+        exact.append((weights.flatten(2, 3) @ v[:, :, :stop]).unflatten(2, few.shape[2:4]))
+        lses.append(lse)
+    return blocks, torch.cat(exact, dim=3), torch.cat(lses, dim=3)

@@ -1,0 +1,47 @@
+"""Merge attention over disjoint sets of keys: the only place where partial results are combined."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+
+from hyperattention.types import Partial
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """Combine attention over several sets of keys into attention over all of them, so that stages can work apart.
+
+    lse = log sum_p exp(lse_p),   out = sum_p exp(lse_p - lse) out_p
+
+    Associative and commutative to rounding; a partial that saw nothing (out 0, lse -inf) changes nothing. The gradient is that
+    of the formula, through every lse too, and 0 where nothing was seen.
+
+    Args:
+        partials: at least one, over the same queries.
+
+    Returns:
+        the merged rows, in the widest dtype given; a single partial is returned as it is.
+
+    Raises:
+        ValueError: if there is nothing to merge, or the partials differ in shape.
+    """
+    if not partials:
+        raise ValueError("merge([]) has no queries to answer for: give at least one Partial")
+    shapes = {(tuple(p.out.shape), tuple(p.lse.shape)) for p in partials}
+    if len(shapes) > 1:
+        raise ValueError(f"partials of shapes {sorted(shapes)} cannot be merged: they must answer the same queries")
+    if len(partials) == 1:
+        return partials[0]
+    lse = torch.stack([p.lse for p in partials])  # [partials, batch, heads, queries]
+    top = lse.detach().amax(0)
+    # any finite number serves where nothing was seen: -inf minus -inf would be NaN
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    share = (lse - top).exp()
+    total = share.sum(0)
+    empty = total == 0
+    # 1 in empty rows, because the gradient of a branch not taken must be finite as well
+    total = total.masked_fill(empty, 1.0)
+    share = share / total
+    out = sum(w[..., None] * p.out.to(w.dtype) for w, p in zip(share, partials, strict=True))
+    dtype = reduce(torch.promote_types, (p.out.dtype for p in partials))
+    return Partial(torch.as_tensor(out).to(dtype), (top + total.log()).masked_fill(empty, -torch.inf))

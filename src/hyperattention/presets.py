@@ -1,0 +1,189 @@
+"""A paper in a few lines: published algorithms put together from stages."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hyperattention.check import positive
+from hyperattention.exact_method import Exact
+from hyperattention.merge import merge
+from hyperattention.method import Approach, Cost, Method, exact_pairs
+from hyperattention.problem import Problem, compact
+from hyperattention.select.draw import Draw
+from hyperattention.select.locate.hash_buckets import HashBuckets
+from hyperattention.select.score.value_norm import ValueNorm
+from hyperattention.select.stage import LookAhead
+from hyperattention.types import Partial
+
+# queries that share one sample: many, as in the paper, yet few enough that their scores fit in memory at any length
+SAMPLE_TILE = 2048
+# layers of one model: blocks of the recursion draw as layers of their own, beyond these
+LAYERS = 2**24
+
+
+@dataclass(frozen=True)
+class HyperAttention(Approach):
+    """Run HyperAttention as published, with its own parameters: blocks of a hash order, and one sample of the other keys.
+
+    Without causality: exact attention within buckets of queries and keys that hash alike, merged with keys sampled from the
+    rest and weighted so that both sums are unbiased. With causality: halve the sequence; both halves by recursion, the later
+    queries to the earlier keys without causality; exact attention once a part is short.
+
+    Source: Han et al., 2023 (arXiv:2310.05869), Alg. 1 to 4, and the parameters of its published code.   Differs:
+
+    - buckets follow the Gray order; the published code sorts by Gray(code), where the order is its inverse;
+    - queries and keys are centred before hashing, and every kv head has projections of its own;
+    - a sampled key in the query's own bucket is skipped; one of the published paths counts it twice;
+    - keys are sampled by ||v||^2 mixed with a uniform share, stratified, and a sample serves both sums, where Alg. 2 and 3
+      draw apart and the published code draws uniformly alone; each 2048 queries share one, where the paper has one for all;
+      weights are those of the sample (no cap and no kappa, as in the published code; see `ApproxD` for Alg. 2);
+    - no padding takes part: buckets are equal to one key, lengths odd or unequal, dead keys out; published, padding of zeros
+      adds exp(0) to denominators;
+    - lse carries its gradient, so that backward is the gradient of forward; published, it is detached;
+    - queries and keys may differ in number, stand at any offset, and share kv heads.
+
+    Cost: about `block_size` + `sample_size` slots a query, times log2(n / min_seq_len) / 2 and exact halves when causal.
+    Guarantee: numerator and denominator unbiased; the paper's spectral bound under its assumptions on alpha and kappa.
+
+    Args:
+        block_size: most keys in a bucket.
+        sample_size: keys sampled from the rest.
+        bits: random hyperplanes of the hash.
+        min_seq_len: a causal part of no more positions, or a block of fewer queries, is attended to exactly.
+
+    Raises:
+        ValueError: if a size is not positive, or there are too many bits.
+
+    Example:
+        >>> HyperAttention(block_size=64)
+        HyperAttention(block_size=64, sample_size=256, bits=7, min_seq_len=4096)
+    """
+
+    block_size: int = 256
+    sample_size: int = 256
+    bits: int = 7
+    min_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        sizes = {"block_size": self.block_size, "sample_size": self.sample_size, "min_seq_len": self.min_seq_len}
+        positive("HyperAttention", **sizes)
+        HashBuckets(self.block_size, bits=self.bits)
+
+    @property
+    def complete(self) -> bool:
+        """Every key is in the bucket or stood for by the sample."""
+        return True
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """Blocks are sorted as a whole, and where a sequence is halved depends on its length."""
+        return LookAhead.SEQUENCE
+
+    @property
+    def block_method(self) -> Method:
+        """What runs where every query sees every key."""
+        buckets, sample = HashBuckets(self.block_size, bits=self.bits), Draw(self.sample_size, by=ValueNorm(power=2))
+        return Method(buckets, sample, tile=SAMPLE_TILE)
+
+    def attend(self, problem: Problem) -> Partial:
+        """Run the recursion, or the one block that it is without causality."""
+        if not problem.causal:
+            return _in_dtype(self._block(problem), problem)
+        end = problem.offset + problem.num_queries
+        rows = self._causal(problem, _live_positions(problem), 0, end) if end > 0 else _nothing(problem, problem.num_queries)
+        before = problem.num_queries - rows.lse.shape[2]
+        return _in_dtype(_join(_nothing(problem, before), rows) if before else rows, problem)
+
+    def _block(self, problem: Problem) -> Partial:
+        return (Exact() if problem.num_queries < self.min_seq_len else self.block_method).attend(problem)
+
+    def _causal(self, problem: Problem, live: Tensor | None, begin: int, end: int) -> Partial:
+        """Attend from the queries at positions `begin` to `end` to the keys there."""
+        if end - begin <= self.min_seq_len:
+            return Exact().attend(_part(problem, live, (begin, end), (begin, end), causal=True))
+        middle = begin + (end - begin + 1) // 2
+        rows = self._causal(problem, live, middle, end)
+        if rows.lse.shape[2]:
+            # no two blocks have the same middle, so it serves as the counter of their draws
+            block = _part(problem, live, (middle, end), (begin, middle), causal=False)
+            rows = merge((rows, self._block(replace(block, layer=problem.layer + LAYERS * middle))))
+        if middle <= problem.offset:
+            return rows
+        return _join(self._causal(problem, live, begin, middle), rows)
+
+    def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
+        """Tell the cost for as many queries as keys, before running.
+
+        Args:
+            num_keys: length of the sequence.
+            is_causal: whether queries see only earlier keys.
+            head_dim: width of keys, and of values.
+
+        Returns:
+            the cost, averaged over the queries of the recursion.
+        """
+        blocks = list(self._blocks(num_keys)) if is_causal else [(num_keys, num_keys)]
+        pairs, chosen, read = 0.0, 0.0, 0.0
+        if is_causal:
+            pairs = sum(count * (count + 1) / 2 for count in self._leaves(num_keys))
+            read = float(num_keys)
+        for queries, keys in blocks:
+            hashed = queries >= self.min_seq_len
+            pairs += queries * (self.block_size + self.sample_size if hashed else keys)
+            # a projection of every query and key, and the norm of every value
+            chosen += self.bits * (queries + keys) + keys if hashed else 0
+            read += keys + (self.sample_size * -(-queries // SAMPLE_TILE) if hashed else 0)
+        memory_bytes = int(4 * head_dim * (2 * read + 2 * num_keys))
+        count = max(1, num_keys)
+        return Cost(pairs / count, chosen / count, exact_pairs(num_keys, is_causal), memory_bytes, True)
+
+    def _leaves(self, count: int) -> list[int]:
+        if count <= self.min_seq_len:
+            return [count]
+        return self._leaves(count - count // 2) + self._leaves(count // 2)
+
+    def _blocks(self, count: int) -> list[tuple[int, int]]:
+        """Queries and keys of every block off the diagonal of a causal sequence."""
+        if count <= self.min_seq_len:
+            return []
+        keys, queries = count - count // 2, count // 2
+        return [(queries, keys), *self._blocks(keys), *self._blocks(queries)]
+
+
+def _live_positions(problem: Problem) -> Tensor | None:
+    """Tell which positions hold a live key, ``[batch, keys]``; None where all do."""
+    if problem.rank is None:
+        return None
+    return problem.rank.diff(dim=1, prepend=torch.zeros_like(problem.rank[:, :1])) > 0
+
+
+def _part(problem: Problem, live: Tensor | None, queries: tuple[int, int], keys: tuple[int, int], *, causal: bool) -> Problem:
+    """Cut out the queries and the keys at some positions."""
+    first, last = (max(0, at - problem.offset) for at in queries)
+    begin, end = (min(at, problem.num_keys) for at in keys)
+    q, k, v, rank = problem.q[:, :, first:last], problem.k, problem.v, None
+    if problem.rank is None or live is None:
+        k, v = k[:, :, begin:end], v[:, :, begin:end]
+    else:
+        # keys stand in order of rank; bring those of the part back to their positions, so that each row drops its own dead
+        index = (problem.rank[:, begin:end] - 1).clamp(min=0)[:, None, :, None]
+        k, v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
+        k, v, rank = compact(k, v, live[:, begin:end])
+    offset = max(problem.offset, queries[0]) - keys[0] if causal else 0
+    return replace(problem, q=q, k=k, v=v, rank=rank, causal=causal, offset=offset)
+
+
+def _nothing(problem: Problem, count: int) -> Partial:
+    """Rows that see no key."""
+    shape = (*problem.q.shape[:2], count)
+    lse = problem.q.new_full(shape, -torch.inf, dtype=torch.promote_types(problem.q.dtype, torch.float32))
+    return Partial(problem.q.new_zeros(*shape, problem.v.shape[3]), lse)
+
+
+def _join(earlier: Partial, later: Partial) -> Partial:
+    return Partial(torch.cat((earlier.out, later.out), 2), torch.cat((earlier.lse, later.lse), 2))
+
+
+def _in_dtype(partial: Partial, problem: Problem) -> Partial:
+    return Partial(partial.out.to(problem.q.dtype), partial.lse)

@@ -1,0 +1,172 @@
+"""Judge methods by what they do to a model: its loss and its retrieval, beside the time and the measured error."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from hyperattention.bench.error import Error, pool
+from hyperattention.bench.rows import Row
+from hyperattention.bench.timing import Ratio, Timing, ignore, speedup
+from hyperattention.exact_method import Exact
+from hyperattention.method import Cost
+from hyperattention.reference.model import Judged
+from hyperattention.reference.passes import Pass, run_pass
+from hyperattention.reference.samples import Sample
+
+NUM_DEPTHS = 8
+_TIMES = ("model_seconds", "attention_seconds")
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Retrieval of answers set within a range of distances.
+
+    Args:
+        begin: least distance.
+        end: first distance beyond.
+        share: share of digits right; None where no answer fell in the range.
+        answers: answers in the range.
+    """
+
+    begin: int
+    end: int
+    share: float | None
+    answers: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a method did to a model.
+
+    Args:
+        row: name of the row.
+        label: its label, with a remark where exact attention ran.
+        method: the method, as code.
+        approximated: whether it really approximated, with fewer pairs than exact attention.
+        share_of_calls: share of attention calls it answered.
+        bits_per_byte: loss on ordinary text of the second half.
+        added_nats: nats a byte more than exact attention's, on the same documents.
+        added_error: standard error of that difference over documents; None for a single document.
+        retrieval: share of answer digits right; None where nothing was asked.
+        answers: answers asked for.
+        depths: retrieval by distance.
+        cost: pairs listed, and spent on choosing.
+        error: measured error of the attention outputs; None where nothing was approximated.
+        model: seconds of each pass.
+        attention: seconds in attention in each pass.
+        model_ratio: how many times faster than with exact attention the model ran.
+        attention_ratio: the same of its attention alone.
+        nats_per_byte: loss of each document.
+    """
+
+    row: str
+    label: str
+    method: str
+    approximated: bool
+    share_of_calls: float
+    bits_per_byte: float
+    added_nats: float
+    added_error: float | None
+    retrieval: float | None
+    answers: int
+    depths: tuple[Depth, ...]
+    cost: Cost
+    error: Error | None
+    model: Timing
+    attention: Timing
+    model_ratio: Ratio
+    attention_ratio: Ratio
+    nats_per_byte: tuple[float, ...]
+
+
+def evaluate(
+    judged: Judged,
+    samples: Sequence[Sample],
+    rows: Sequence[Row],
+    *,
+    seed: int = 0,
+    audit_rows: int = 64,
+    on_step: Callable[[str], None] = ignore,
+) -> tuple[Judgement, ...]:
+    """Run every row over every sample, the rows in turn, so that their times compare.
+
+    Args:
+        judged: the model.
+        samples: what it reads.
+        rows: the methods; the first must be exact attention, which all are compared with.
+        seed: of draws and audited rows; each sample gets its own.
+        audit_rows: rows of each approximated call to compare with exact attention.
+        on_step: told what runs next, once a sample and row.
+
+    Returns:
+        one judgement a row.
+
+    Raises:
+        ValueError: if the first row is not exact attention, or there is no sample.
+    """
+    if not samples or not isinstance(rows[0].method, Exact):
+        raise ValueError(f"{len(samples)} samples, first row {rows[0].name}: give at least one, and exact attention first")
+    warm_up = Sample(samples[0].tokens[:64], torch.ones(len(samples[0].tokens[:64]) - 1, dtype=torch.bool), 1)
+    for row in rows:
+        run_pass(judged, warm_up, row)
+    passes: dict[str, list[Pass]] = {row.name: [] for row in rows}
+    for turn, sample in enumerate(samples):
+        start = turn % len(rows)
+        for row in (*rows[start:], *rows[:start]):
+            on_step(f"{row.label}: document {turn + 1} of {len(samples)}")
+            passes[row.name].append(run_pass(judged, sample, row, seed=seed + turn, audit_rows=audit_rows))
+    length = len(samples[0].tokens)
+    return tuple(_judge(row, passes[row.name], passes[rows[0].name], length) for row in rows)
+
+
+def _judge(row: Row, passes: Sequence[Pass], exact: Sequence[Pass], length: int) -> Judgement:
+    nats = sum(p.nats for p in passes) / sum(p.num_bytes for p in passes)
+    added = [ours.nats_per_byte - theirs.nats_per_byte for ours, theirs in zip(passes, exact, strict=True)]
+    digits = torch.cat([p.right.flatten() for p in passes])
+    approximated = sum(p.approximated for p in passes)
+    times = [(Timing(tuple(getattr(p, name) for p in group))) for name in _TIMES for group in (exact, passes)]
+    return Judgement(
+        row=row.name,
+        label=row.label_for(length, True, approximated),
+        method=repr(row.method),
+        approximated=row.approximates(length, True, approximated),
+        share_of_calls=approximated / max(1, sum(p.calls for p in passes)),
+        bits_per_byte=nats / math.log(2),
+        added_nats=statistics.fmean(added),
+        added_error=statistics.stdev(added) / math.sqrt(len(added)) if len(added) > 1 else None,
+        retrieval=float(digits.float().mean()) if len(digits) else None,
+        answers=sum(len(p.right) for p in passes),
+        depths=by_depth(passes, length),
+        cost=row.cost(length, True),
+        error=pool([report for p in passes for report in p.reports]),
+        model=times[1],
+        attention=times[3],
+        model_ratio=speedup(times[0], times[1]),
+        attention_ratio=speedup(times[2], times[3]),
+        nats_per_byte=tuple(p.nats_per_byte for p in passes),
+    )
+
+
+def by_depth(passes: Sequence[Pass], length: int) -> tuple[Depth, ...]:
+    """Sort answers by how far back they were set, into equal ranges of distance.
+
+    Args:
+        passes: passes of one method.
+        length: longest distance.
+
+    Returns:
+        retrieval in each range; empty where nothing was asked.
+    """
+    pairs = [pair for p in passes for pair in zip(p.distance, p.right.float().mean(-1).tolist(), strict=True)]
+    if not pairs:
+        return ()
+    edges = [length * i // NUM_DEPTHS for i in range(NUM_DEPTHS + 1)]
+    depths = []
+    for begin, end in pairwise(edges):
+        shares = [right for distance, right in pairs if begin <= distance < end]
+        depths.append(Depth(begin, end, statistics.fmean(shares) if shares else None, len(shares)))
+    return tuple(depths)

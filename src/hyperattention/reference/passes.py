@@ -1,0 +1,117 @@
+"""One pass of a model over one sample, with a method in all its layers: loss, answers, times and audits."""
+
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hyperattention.audit import ErrorReport
+from hyperattention.bench.rows import Row
+from hyperattention.integrations.transformers import use
+from hyperattention.reference.model import Judged
+from hyperattention.reference.samples import Sample
+from hyperattention.reference.watch import CallInputs, Watch, watched
+
+# logits turned into losses at a time, for models of many tokens
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of a model over one sample gave.
+
+    Args:
+        nats: loss summed over the counted tokens.
+        num_bytes: bytes behind them.
+        right: for each answer, whether each digit was the model's first choice.
+        distance: for each answer, how far back it was set.
+        model_seconds: time of the whole pass, audits taken off.
+        attention_seconds: time spent in attention.
+        reports: audits of the approximated calls.
+        approximated: attention calls the method answered.
+        calls: all attention calls.
+    """
+
+    nats: float
+    num_bytes: int
+    right: Bool[Tensor, "answers digits"]
+    distance: tuple[int, ...]
+    model_seconds: float
+    attention_seconds: float
+    reports: tuple[ErrorReport, ...]
+    approximated: int
+    calls: int
+
+    @property
+    def nats_per_byte(self) -> float:
+        """Give the loss a byte."""
+        return self.nats / self.num_bytes
+
+
+def run_pass(judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_rows: int = 0) -> Pass:
+    """Run a model over one sample with all layers replaced.
+
+    Args:
+        judged: the model.
+        sample: the sequence.
+        row: whose method runs.
+        seed: of draws and audited rows.
+        audit_rows: rows of each approximated call to compare with exact attention.
+
+    Returns:
+        what came of it.
+    """
+    ids = sample.tokens[None].to(judged.model.device)
+    with warnings.catch_warnings():
+        # that no call was approximated is what the exact row is for, and every other row says so itself
+        warnings.filterwarnings("ignore", message="no attention call was approximated")
+        with use(judged.model, row.method, seed=seed) as counter:
+            watch = Watch(counter, row.method, rows=audit_rows, seed=seed)
+            with watched(judged.model, watch):
+                began = time.perf_counter()
+                logits = judged.model(ids, use_cache=False).logits[0]
+                seconds = time.perf_counter() - began - watch.audit_seconds
+                targets = ids[0, 1:]
+                nats = _sum_loss(logits[:-1], targets, sample.counted.to(ids.device))
+                right = _digits_right(logits[:-1], targets, sample)
+    counts = counter.counts
+    return Pass(
+        nats, sample.num_bytes, right, sample.answer_distance, seconds, watch.attention_seconds,
+        tuple(watch.reports), counts.approximated, counts.total,
+    )  # fmt: skip
+
+
+def _sum_loss(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
+    index = counted.nonzero()[:, 0]
+    parts = (cross_entropy(logits[part].float(), targets[part], reduction="sum").item() for part in index.split(_CHUNK))
+    return sum(parts)
+
+
+def _digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:
+    first = torch.tensor(sample.answer_index, dtype=torch.int64)[:, None]
+    place = (first + torch.arange(sample.answer_size) - 1).to(targets.device)  # [answers, digits]
+    return (logits[place].argmax(-1) == targets[place]).cpu()
+
+
+def capture(judged: Judged, sample: Sample, exact: Row) -> tuple[CallInputs, ...]:
+    """Take the model's own queries, keys and values of every layer, from a pass with exact attention.
+
+    Args:
+        judged: the model.
+        sample: what it reads.
+        exact: the row of exact attention.
+
+    Returns:
+        the inputs of each attention call.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no attention call was approximated")
+        with use(judged.model, exact.method) as counter:
+            watch = Watch(counter, exact.method, keep=True)
+            with watched(judged.model, watch):
+                judged.model(sample.tokens[None].to(judged.model.device), use_cache=False)
+    return tuple(watch.inputs)

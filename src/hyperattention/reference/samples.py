@@ -1,0 +1,113 @@
+"""Samples: token sequences with the places where loss is counted and where answers stand."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hyperattention.reference.documents import Document
+from hyperattention.reference.model import Judged
+
+# lines that plant or ask for a fact: their keys and digits are chance, so they say nothing of language modelling
+_PLANTED = re.compile(rb"#[sg]et [a-z]{3}=[0-9]{4}\n")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to judge a model on.
+
+    Args:
+        tokens: the sequence.
+        counted: for each token but the first, whether its loss counts: ordinary text of the second half.
+        num_bytes: bytes of text behind the counted tokens.
+        answer_index: first digit of each answer.
+        answer_distance: for each answer, how many tokens earlier the digits were set.
+        answer_size: digits in each answer.
+    """
+
+    tokens: Int[Tensor, " tokens"]
+    counted: Bool[Tensor, " targets"]
+    num_bytes: int
+    answer_index: tuple[int, ...] = ()
+    answer_distance: tuple[int, ...] = ()
+    answer_size: int = 0
+
+
+def samples_of_documents(documents: Sequence[Document]) -> tuple[Sample, ...]:
+    """Make samples for a model of bytes.
+
+    Args:
+        documents: text with facts planted.
+
+    Returns:
+        a sample each.
+    """
+    return tuple(_sample_of(document) for document in documents)
+
+
+def _sample_of(document: Document) -> Sample:
+    size = len(document.data)
+    counted = torch.arange(size) >= size // 2
+    for line in _PLANTED.finditer(document.data):
+        counted[line.start() : line.end()] = False
+    counted = counted[1:].clone()
+    return Sample(
+        torch.frombuffer(bytearray(document.data), dtype=torch.uint8).long(),
+        counted,
+        int(counted.sum()),
+        document.answer_index,
+        document.answer_distance,
+        document.answer_size,
+    )
+
+
+def tokens_of_text(text: str, judged: Judged) -> Int[Tensor, " tokens"]:
+    """Turn a text into tokens of a user's model.
+
+    Args:
+        text: the text.
+        judged: the model and its tokenizer.
+
+    Returns:
+        all its tokens.
+
+    Raises:
+        ValueError: if the model has no tokenizer.
+    """
+    if judged.tokenizer is None:
+        raise ValueError(f"{judged.name} has no tokenizer: text cannot be cut into its tokens")
+    return torch.tensor(judged.tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+
+
+def samples_of_text(text: str, judged: Judged, length: int, count: int) -> tuple[Sample, ...]:
+    """Cut a text into samples for a user's model: loss alone, for the model was not taught to answer.
+
+    Args:
+        text: the text.
+        judged: the model and its tokenizer.
+        length: tokens in each sample.
+        count: samples wanted, from the beginning of the text; fewer come where it is short.
+
+    Returns:
+        at least one sample.
+
+    Raises:
+        ValueError: if the text has fewer tokens than one sample.
+    """
+    tokens = tokens_of_text(text, judged)
+    if len(tokens) < length:
+        raise ValueError(f"the text has {len(tokens)} tokens of {judged.name}, and {length} are needed: give a longer text")
+    samples = []
+    for start in range(0, min(count * length, len(tokens) - length + 1), length):
+        piece = tokens[start : start + length]
+        counted = torch.arange(1, length) >= length // 2
+        samples.append(Sample(piece, counted, max(1, _count_bytes(piece[1:][counted], judged))))
+    return tuple(samples)
+
+
+def _count_bytes(tokens: Tensor, judged: Judged) -> int:
+    text = "" if judged.tokenizer is None else judged.tokenizer.decode(tokens.tolist())
+    return len(text.encode(errors="replace"))

@@ -1,0 +1,123 @@
+"""Watch the attention calls of a model while it runs: their time, their measured error, or their inputs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from hyperattention.audit import ErrorReport, audit
+from hyperattention.integrations.transformers import CallCounter
+from hyperattention.integrations.transformers_forward import attention_forward
+from hyperattention.integrations.transformers_masks import build_mask
+from hyperattention.method import Approach
+
+_NAME, _ATTRIBUTE = "hyperattention_watched", "_hyperattention_watch"
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """The inputs of one attention call.
+
+    Args:
+        layer: index of the layer.
+        q: queries, positions applied.
+        k: keys.
+        v: values.
+        scale: factor of the scores.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+
+
+@dataclass
+class Watch:
+    """What was seen so far; it grows while the model runs.
+
+    Args:
+        counter: the counter of the `use` block, which tells whether a call was approximated.
+        method: what runs.
+        rows: rows of each approximated call to audit; 0 for none.
+        seed: of the rows, which differ from layer to layer.
+        keep: whether to keep the inputs of every call.
+    """
+
+    counter: CallCounter
+    method: Approach
+    rows: int = 0
+    seed: int = 0
+    keep: bool = False
+    attention_seconds: float = 0.0
+    audit_seconds: float = 0.0
+    reports: list[ErrorReport] = field(default_factory=list)
+    inputs: list[CallInputs] = field(default_factory=list)
+
+    def call(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+        """Answer one call and note what is watched.
+
+        Args:
+            module: the attention module.
+            q: queries.
+            k: keys.
+            v: values.
+            mask: the model's mask.
+            options: the model's further arguments.
+
+        Returns:
+            the output, ``[batch, queries, heads, value_dim]``.
+        """
+        before, began = self.counter.counts.approximated, time.perf_counter()
+        out, _ = attention_forward(module, q, k, v, mask, **options)
+        ended = time.perf_counter()
+        self.attention_seconds += ended - began
+        layer, scale = int(getattr(module, "layer_idx", None) or 0), options.get("scaling")
+        if self.keep:
+            self.inputs.append(CallInputs(layer, q.clone(), k.clone(), v.clone(), scale))
+        # a mask would have to be told to the audit too; documents without padding have none
+        if self.rows and mask is None and self.counter.counts.approximated > before:
+            # layers draw their rows independently, so that their errors can be pooled
+            self.reports.append(
+                audit(
+                    q, k, v, out.transpose(1, 2), rows=self.rows, is_causal=True, scale=scale, causal_align="lower_right",
+                    enable_gqa=q.shape[1] != k.shape[1], seed=self.seed * 1009 + layer, method=self.method,
+                )
+            )  # fmt: skip
+        self.audit_seconds += time.perf_counter() - ended
+        return out
+
+
+def _watched_forward(module: nn.Module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
+    watch: Watch = getattr(module, _ATTRIBUTE)
+    return watch.call(module, query, key, value, attention_mask, options), None
+
+
+@contextmanager
+def watched(model: PreTrainedModel, watch: Watch) -> Iterator[Watch]:
+    """Watch every attention call inside a ``with`` block, itself inside one of `use`, which switches the model back.
+
+    Args:
+        model: the model that `use` was given.
+        watch: where to note what is seen.
+
+    Yields:
+        the watch.
+    """
+    AttentionInterface.register(_NAME, _watched_forward)
+    AttentionMaskInterface.register(_NAME, build_mask)
+    modules = list(model.modules())
+    for module in modules:
+        setattr(module, _ATTRIBUTE, watch)
+    try:
+        model.set_attn_implementation(_NAME)
+        with torch.inference_mode():
+            yield watch
+    finally:
+        for module in modules:
+            module.__dict__.pop(_ATTRIBUTE, None)

@@ -1,0 +1,1 @@
+"""What a person sees: the rows compared, tables, plots and records of measurements."""

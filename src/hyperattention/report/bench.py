@@ -1,0 +1,101 @@
+"""The bench command: time, memory and error against length, for what attention is used for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from hyperattention.bench.case import Case
+from hyperattention.bench.rows import rows
+from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
+from hyperattention.report.plots import plot_bench
+from hyperattention.report.progress import progress
+from hyperattention.report.records import write_records
+from hyperattention.report.tables import speed_table
+
+# the published preset is left to the demo: on a CPU it is slower than exact attention and would take most of the time
+_ROWS = ("exact", "control", "default")
+_LEAST_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        min_length: shortest length; it doubles from there.
+        max_length: no case is longer.
+        speed: how carefully to measure.
+        seed: of inputs and draws.
+    """
+
+    min_length: int = 4096
+    max_length: int = 32768
+    speed: Settings = field(default_factory=Settings)
+    seed: int = 0
+
+
+def list_cases(options: Options) -> tuple[Case, ...]:
+    """List the cases: causal attention of one head, then one thing changed at a time, each at every length.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        the cases, short ones first.
+
+    Raises:
+        ValueError: if the lengths are too short or in the wrong order.
+    """
+    if not _LEAST_LENGTH <= options.min_length <= options.max_length:
+        raise ValueError(
+            f"lengths from {options.min_length} to {options.max_length}: begin at {_LEAST_LENGTH} or beyond, and do not end lower"
+        )
+    lengths, length = [], options.min_length
+    while length <= options.max_length:
+        lengths.append(length)
+        length *= 2
+    plain = Case(options.min_length, seed=options.seed)
+    kinds = (
+        plain,
+        replace(plain, backward=True),
+        replace(plain, causal=False),
+        replace(plain, head_dim=128),
+        replace(plain, heads=4, kv_heads=1),
+    )
+    return tuple(replace(kind, length=length) for length in lengths for kind in kinds)
+
+
+def run(options: Options, console: Console) -> dict[Case, tuple[Speed, ...]]:
+    """Measure every case and print its table as soon as it is done.
+
+    Args:
+        options: what was asked for.
+        console: where to.
+
+    Returns:
+        the results of every case.
+    """
+    lines = [row for row in rows() if row.name in _ROWS]
+    cases = list_cases(options)
+    results: dict[Case, tuple[Speed, ...]] = {}
+    with progress(console, "bench", len(cases) * steps_of(lines, options.speed)) as on_step:
+        for case in cases:
+            results[case] = measure_speed(case, lines, options.speed, on_step)
+            console.print(speed_table(results[case], case, "structured inputs"))
+    return results
+
+
+def save(results: Mapping[Case, tuple[Speed, ...]], *, plot: Path | None, records: Path | None) -> None:
+    """Write the plot and the records.
+
+    Args:
+        results: what was measured.
+        plot: the picture; None for none.
+        records: JSON lines; None for none.
+    """
+    if plot is not None:
+        plot_bench(plot, results)
+    if records is not None:
+        write_records(records, (speed.record(case) for case, speeds in results.items() for speed in speeds), kind="bench")

@@ -1,0 +1,237 @@
+"""The demo: loss and retrieval on a model that reads long documents, and speed and error on long inputs, together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from hyperattention.bench.case import Case
+from hyperattention.bench.rows import Row, rows
+from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
+from hyperattention.default import CROSSOVER
+from hyperattention.integrations.transformers import use
+from hyperattention.reference.evaluate import Judgement, evaluate
+from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
+from hyperattention.reference.samples import Sample, samples_of_documents, samples_of_text, tokens_of_text
+from hyperattention.reference.text import documents_from, held_out_text
+from hyperattention.report.plots import plot_demo
+from hyperattention.report.progress import progress
+from hyperattention.report.records import write_records
+from hyperattention.report.tables import depth_table, format_added, format_error, loss_table, speed_table
+
+# a user's model is judged no longer than this unless asked: exact attention has to run as well
+_USER_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        length: tokens of each document; None for the longest the model was made for.
+        text: a file to read in place of the held-out text.
+        model: folder of a model to judge in place of the reference model.
+        reference: folder of the reference model.
+        speed_length: tokens of the structured inputs.
+        documents: documents read.
+        audit_rows: rows of every output compared with exact attention.
+        speed: how carefully to measure time.
+        seed: of documents, inputs and draws.
+    """
+
+    length: int | None = None
+    text: Path | None = None
+    model: Path | None = None
+    reference: Path = WEIGHTS
+    speed_length: int = 32768
+    documents: int = 4
+    audit_rows: int = 64
+    speed: Settings = field(default_factory=Settings)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that can be wrong with the options is found before anything slow begins."""
+
+    options: Options
+    judged: Judged
+    samples: tuple[Sample, ...]
+    source: str
+
+
+def read_text(path: Path) -> bytes:
+    """Read a user's text.
+
+    Args:
+        path: the file.
+
+    Returns:
+        its bytes.
+
+    Raises:
+        ValueError: if it cannot be read, is empty, or is shorter than what an approximation pays for.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a readable text file") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty: name a text of at least {CROSSOVER:,} bytes")
+    if len(text) < CROSSOVER:
+        raise ValueError(f"{path} has {len(text):,} bytes: below {CROSSOVER:,} attention is exact; name a longer text")
+    return text
+
+
+def prepare(options: Options) -> Prepared:
+    """Load the model, read the text and cut it into samples.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        what the demo needs to run.
+
+    Raises:
+        ValueError: if the text, the length or the model cannot be used; FileNotFoundError if one is missing.
+    """
+    text = held_out_text() if options.text is None else read_text(options.text)
+    judged = load_reference(options.reference) if options.model is None else load_model(options.model)
+    with use(judged.model, rows()[0].method):
+        pass  # a model whose attention cannot be switched is refused here, before anything slow begins
+    if options.length is not None and not 64 <= options.length <= judged.max_length:
+        raise ValueError(f"length {options.length}: {judged.name} reads 64 to {judged.max_length:,} tokens; set --length")
+    source = "held-out text" if options.text is None else options.text.name
+    if judged.tokenizer is None:
+        length = options.length or min(judged.max_length, len(text))
+        samples = samples_of_documents(documents_from(text, length, options.documents, options.seed))
+        return Prepared(options, judged, samples, source)
+    words = text.decode(errors="replace")
+    length = options.length or _usable_length(judged, words)
+    return Prepared(options, judged, samples_of_text(words, judged, length, options.documents), source)
+
+
+def _usable_length(judged: Judged, text: str) -> int:
+    # as long as model and text allow, but not below the crossover, where there would be nothing to see
+    longest = min(_USER_LENGTH, judged.max_length)
+    length = min(longest, len(tokens_of_text(text, judged)))
+    if length < CROSSOVER:
+        raise ValueError(
+            f"only {length:,} tokens ({judged.name} reads {judged.max_length:,}): below {CROSSOVER:,} attention is exact, "
+            "so there is nothing to compare; give a longer text or a model of longer context, or set --length"
+        )
+    return length
+
+
+@dataclass(frozen=True)
+class Results:
+    """Both parts of the demo."""
+
+    judgements: tuple[Judgement, ...]
+    speeds: tuple[Speed, ...]
+    case: Case
+
+
+def run(prepared: Prepared, console: Console, lines: Sequence[Row] | None = None) -> Results:
+    """Measure both parts, with a bar for each.
+
+    Args:
+        prepared: model and samples.
+        console: where progress goes.
+        lines: the rows compared; None for those of the default method.
+
+    Returns:
+        the results.
+    """
+    options, lines = prepared.options, rows() if lines is None else lines
+    case = Case(options.speed_length, seed=options.seed)
+    with progress(console, "1/2 loss and retrieval", len(lines) * len(prepared.samples)) as on_step:
+        judgements = evaluate(
+            prepared.judged, prepared.samples, lines, seed=options.seed, audit_rows=options.audit_rows, on_step=on_step
+        )  # fmt: skip
+    with progress(console, "2/2 speed and error", steps_of(lines, options.speed)) as on_step:
+        speeds = measure_speed(case, lines, options.speed, on_step)
+    return Results(judgements, speeds, case)
+
+
+def show(prepared: Prepared, results: Results, console: Console) -> None:
+    """Print both tables and what they say in a sentence each.
+
+    Args:
+        prepared: model and samples.
+        results: what was measured.
+        console: where to.
+    """
+    length, count = len(prepared.samples[0].tokens), len(prepared.samples)
+    title = f"1. {prepared.judged.name}, {count} x {length:,} tokens of {prepared.source}, all layers replaced"
+    console.print(loss_table(results.judgements, title))
+    if results.judgements[0].depths:
+        console.print(depth_table(results.judgements))
+    console.print(speed_table(results.speeds, results.case, "2. structured inputs"))
+    for line in conclude(prepared, results):
+        console.print(line)
+
+
+def conclude(prepared: Prepared, results: Results) -> list[str]:
+    """Say what the tables say, in words.
+
+    Args:
+        prepared: model and samples.
+        results: what was measured.
+
+    Returns:
+        a sentence a part.
+    """
+    ours = next(each for each in results.judgements if each.row == "default")
+    exact = results.judgements[0]
+    length, threads = len(prepared.samples[0].tokens), torch.get_num_threads()
+    if ours.approximated:
+        asked = "" if ours.retrieval is None else f", retrieved {ours.retrieval:.1%} of digits (exact {exact.retrieval:.1%})"
+        first = (
+            f"Reading {length:,} tokens, the default scored {1 / ours.cost.share_of_exact:.1f}x fewer pairs than exact "
+            f"attention, added {format_added(ours)} nats a byte{asked}."
+        )
+    else:
+        first = f"At {length:,} tokens the default lists no fewer pairs than exact attention: nothing is saved here."
+    speed = next(each for each in results.speeds if each.row == "default")
+    control = next(each for each in results.speeds if each.row == "control")
+    second = (
+        f"At {results.case.length:,} tokens it ran {speed.ratio.value:.1f}x as fast as SDPA ({threads} threads), with an error "
+        f"of {format_error(speed.error)}; the control, at the same pairs: {format_error(control.error)}."
+    )
+    return [first, second]
+
+
+def save(prepared: Prepared, results: Results, *, plot: Path | None, records: Path | None) -> None:
+    """Write the plot and the records.
+
+    Args:
+        prepared: model and samples.
+        results: what was measured.
+        plot: the picture; None for none.
+        records: JSON lines; None for none.
+    """
+    if plot is not None:
+        plot_demo(plot, results.judgements, prepared.judged.name, results.speeds, results.case)
+    if records is None:
+        return
+    shared: dict[str, object] = {
+        "length": len(prepared.samples[0].tokens),
+        "documents": len(prepared.samples),
+        "seed": prepared.options.seed,
+    }
+    shared |= {"part": "loss and retrieval", "model": prepared.judged.name}
+    first = (shared | judgement_record(judgement) for judgement in results.judgements)
+    second = ({"part": "speed and error", **speed.record(results.case)} for speed in results.speeds)
+    write_records(records, (*first, *second), kind="demo")
+
+
+def judgement_record(judgement: Judgement) -> dict[str, object]:
+    """Give a judgement as a record, with medians and quartiles of its times."""
+    fields = dict(vars(judgement))
+    for name in ("model", "attention"):
+        timing = fields.pop(name)
+        fields |= {f"{name}_median_s": timing.median, f"{name}_quartiles_s": timing.quartiles}
+    return fields

@@ -1,0 +1,125 @@
+"""Tables: one line a method, error always beside time."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from hyperattention.bench.case import Case
+from hyperattention.bench.error import Error
+from hyperattention.bench.speed import Speed
+from hyperattention.bench.timing import Ratio
+from hyperattention.method import Cost
+from hyperattention.reference.evaluate import Judgement
+
+
+def format_error(error: Error | None) -> str:
+    """Print an error with its interval."""
+    return "-" if error is None else f"{error.mean:.3f} [{error.low:.3f}, {error.high:.3f}]"
+
+
+def format_ratio(ratio: Ratio, *, spread: bool = False) -> str:
+    """Print how many times faster; below 1 it is slower."""
+    digits = 1 if ratio.value >= 10 else 2
+    text = f"{ratio.value:.{digits}f}x"
+    return f"{text} [{ratio.low:.{digits}f}, {ratio.high:.{digits}f}]" if spread else text
+
+
+def format_seconds(seconds: float) -> str:
+    """Print a time in seconds or milliseconds."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def format_memory(num_bytes: int | None) -> str:
+    """Print a size in MiB."""
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def format_added(judgement: Judgement) -> str:
+    """Print the loss added, with its standard error over documents."""
+    spread = "" if judgement.added_error is None else f" ± {judgement.added_error:.4f}"
+    return f"{judgement.added_nats:+.4f}{spread}"
+
+
+def loss_table(judgements: Sequence[Judgement], title: str) -> Table:
+    """Tabulate what the methods did to a model.
+
+    Args:
+        judgements: one a row.
+        title: the model and the text.
+
+    Returns:
+        the table.
+    """
+    asked = judgements[0].retrieval is not None
+    table = Table(title=title, title_justify="left", caption=_LOSS_NOTE, caption_justify="left")
+    table.add_column("method")
+    for name in ("bits/byte", "added nats/byte", *(["retrieval"] if asked else []), "pairs/query", "error [95%]"):
+        table.add_column(name, justify="right")
+    for name in ("calls approx.", "attention", "model"):
+        table.add_column(name, justify="right")
+    for each in judgements:
+        retrieval = [f"{each.retrieval:.1%}"] if each.retrieval is not None else []
+        table.add_row(
+            each.label, f"{each.bits_per_byte:.3f}", format_added(each), *retrieval, _pairs(each.cost),
+            format_error(each.error), f"{each.share_of_calls:.0%}", format_ratio(each.attention_ratio),
+            format_ratio(each.model_ratio), style=_style(each.row),
+        )  # fmt: skip
+    return table
+
+
+_LOSS_NOTE = (
+    "loss on ordinary text of the second half, ± standard error over documents; error: mean relative L2 error of attention\n"
+    "rows, with its interval; last columns: times faster than exact, in attention alone and in the whole pass"
+)
+
+
+def depth_table(judgements: Sequence[Judgement]) -> Table:
+    """Tabulate retrieval by how far back the answer was set.
+
+    Args:
+        judgements: one a row, with answers.
+
+    Returns:
+        the table.
+    """
+    table = Table(title="retrieval by distance, in tokens", title_justify="left")
+    table.add_column("method")
+    for depth in judgements[0].depths:
+        table.add_column(f"{depth.begin}-{depth.end}", justify="right")
+    for each in judgements:
+        shares = ("-" if depth.share is None else f"{depth.share:.0%}" for depth in each.depths)
+        table.add_row(each.label, *shares, style=_style(each.row))
+    table.add_row("answers", *(str(depth.answers) for depth in judgements[0].depths), style="dim")
+    return table
+
+
+def speed_table(speeds: Sequence[Speed], case: Case, title: str) -> Table:
+    """Tabulate time and error on one case.
+
+    Args:
+        speeds: one a row.
+        case: the inputs.
+        title: what was measured.
+
+    Returns:
+        the table.
+    """
+    table = Table(title=f"{title}: {case.length:,} tokens, {case.title}", title_justify="left")
+    table.add_column("method")
+    for name in ("time", "vs SDPA [quartiles]", "error [95%]", "pairs/query", "to choose", "peak memory"):
+        table.add_column(name, justify="right")
+    for each in speeds:
+        table.add_row(
+            each.label, format_seconds(each.timing.median), format_ratio(each.ratio, spread=True), format_error(each.error),
+            _pairs(each.cost), f"{each.cost.selection_pairs:,.0f}", format_memory(each.memory_bytes), style=_style(each.row),
+        )  # fmt: skip
+    return table
+
+
+def _pairs(cost: Cost) -> str:
+    share = cost.share_of_exact
+    return f"{cost.pairs:,.0f}" if share >= 1 else f"{cost.pairs:,.0f} ({1 / share:.1f}x fewer)"
+
+
+def _style(row: str) -> str:
+    return {"default": "bold", "exact": "dim"}.get(row, "")
