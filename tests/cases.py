@@ -33,20 +33,20 @@ def _ranked(*blocks: ha.TopBlocks) -> ha.Method:
 # fmt: off
 CASES = (
     Case("exact", ha.Exact(), exact_up_to=150),
-    Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=900),
-    Case("control", CONTROL, exact_up_to=36),
-    Case("sinks and window", ha.Method(ha.Sinks(4), ha.Window(16), tile=16), exact_up_to=20),
-    Case("window and sinks", ha.Method(ha.Window(16), ha.Sinks(4), ha.Draw(16), tile=16), exact_up_to=36),
-    Case("odd sizes", ha.Method(ha.Sinks(3), ha.Window(13), ha.Draw(11), tile=7), exact_up_to=27),
+    Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=640),
+    Case("control", CONTROL, exact_up_to=32),
+    Case("sinks and window", ha.Method(ha.Sinks(4), ha.Window(16), tile=16)),
+    Case("window and sinks", ha.Method(ha.Window(16), ha.Sinks(4), ha.Draw(16), tile=16), exact_up_to=32),
+    Case("odd sizes", ha.Method(ha.Sinks(3), ha.Window(13), ha.Draw(11), tile=7), exact_up_to=21),
     Case("window of one", ha.Method(ha.Window(1), ha.Draw(24), tile=16), exact_up_to=25),
     Case("draws only", ha.Method(ha.Draw(24), tile=16), exact_up_to=24),
-    Case("blocks by mean key", _ranked(ha.TopBlocks(2, block_size=8, by=ha.MeanKey())), exact_up_to=36),
-    Case("blocks by key bounds", _ranked(ha.TopBlocks(2, block_size=8, by=ha.KeyBounds())), exact_up_to=36),
-    Case("blocks by key sketch", _ranked(ha.TopBlocks(2, block_size=8, by=ha.KeySketch(4))), exact_up_to=36),
-    Case("blocks twice", _ranked(ha.TopBlocks(1, block_size=32), ha.TopBlocks(2, block_size=8)), exact_up_to=36),
+    Case("blocks by mean key", _ranked(ha.TopBlocks(2, block_size=8, by=ha.MeanKey())), exact_up_to=32),
+    Case("blocks by key bounds", _ranked(ha.TopBlocks(2, block_size=8, by=ha.KeyBounds())), exact_up_to=32),
+    Case("blocks by key sketch", _ranked(ha.TopBlocks(2, block_size=8, by=ha.KeySketch(4))), exact_up_to=32),
+    Case("blocks twice", _ranked(ha.TopBlocks(1, block_size=32), ha.TopBlocks(2, block_size=8)), exact_up_to=32),
     Case("blocks and draws", ha.Method(ha.TopBlocks(2, block_size=16), ha.Draw(16), tile=16), exact_up_to=32),
     Case("blocks larger than tiles", ha.Method(ha.TopBlocks(2, block_size=24), ha.Draw(16), tile=16), exact_up_to=40),
     Case("blocks alone", ha.Method(ha.Window(16), ha.TopBlocks(4, block_size=8), tile=16), exact_up_to=32),
-    # hash buckets, densities of draws and presets go here, one line each
+    # hash buckets, densities of draws, coarse choices and presets go here, one line each
 )
 # fmt: on

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from assertions import assert_exact, assert_same_bits, assert_unbiased
 from torch import Tensor
 
+from assertions import assert_exact, assert_same_bits, assert_unbiased
 from hyperattention.approx_row_sums import ApproxD
 from hyperattention.select.locate.hash_buckets import HashBuckets
 
@@ -109,6 +109,13 @@ def test_logs_do_not_overflow_and_few_tokens_are_served() -> None:
 
 
 def test_bad_constants() -> None:
-    for bad in ({"num_samples": 0}, {"kappa": 0.5}, {"kappa": math.inf}, {"epsilon": 0.0}, {"epsilon": 1.0}, {"cap_constant": 0.0}):
+    for bad in (
+        {"num_samples": 0},
+        {"kappa": 0.5},
+        {"kappa": math.inf},
+        {"epsilon": 0.0},
+        {"epsilon": 1.0},
+        {"cap_constant": 0.0},
+    ):
         with pytest.raises(ValueError, match="ApproxD"):
             ApproxD(**({"num_samples": 4} | bad))

@@ -1,16 +1,18 @@
 """Hash buckets: the order of the codes, who shares a bucket, and that no pair counts twice."""
 
-import dense
+from itertools import pairwise
+
 import pytest
 import torch
-from assertions import assert_exact, assert_same_bits, assert_unbiased
-from pair_weights import pair_weights, replicas
 from torch import Tensor
 
+import dense
 import hyperattention as ha
+from assertions import assert_exact, assert_same_bits, assert_unbiased
 from hyperattention.select.locate.hash_buckets import HashBuckets, gray_rank
 from hyperattention.select.stage import LookAhead, Stage, Taken
 from hyperattention.tiling import Tiles
+from pair_weights import pair_weights, replicas
 
 BITS = 7
 
@@ -36,7 +38,7 @@ class Forgetful(Stage):
 
 
 def differing_bits(order: Tensor) -> list[int]:
-    return [(int(a) ^ int(b)).bit_count() for a, b in zip(order, order[1:], strict=False)]
+    return [(int(a) ^ int(b)).bit_count() for a, b in pairwise(order)]
 
 
 def test_neighbours_in_rank_differ_in_one_bit() -> None:

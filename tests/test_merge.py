@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from assertions import assert_exact, assert_same_bits
 from torch import Tensor
 
+from assertions import assert_exact, assert_same_bits
 from hyperattention.merge import merge
 from hyperattention.types import Partial
 

@@ -1,18 +1,18 @@
 """HyperAttention as published, without its slips."""
 
-import dense
 import pytest
 import torch
-from assertions import assert_exact, assert_same_bits, assert_unbiased
-from pair_weights import pair_weights, replicas
-from test_hash_buckets import Forgetful
 from torch import Tensor
 
+import dense
 import hyperattention as ha
+from assertions import assert_exact, assert_same_bits, assert_unbiased
 from hyperattention.presets import HyperAttention
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
+from pair_weights import pair_weights, replicas
+from test_hash_buckets import Forgetful
 
 SMALL = HyperAttention(block_size=6, sample_size=6, min_seq_len=8)
 DOORS = {
@@ -45,23 +45,23 @@ def test_exact_at_or_below_the_least_length(queries: int, keys: int, door: str) 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(("queries", "keys"), [(37, 37), (21, 40), (40, 27)])
 def test_partition_of_unity(queries: int, keys: int, door: str) -> None:
-    q, k = replicas(tokens(1, 2, queries, 4), tokens(1, 1, keys, 4, seed=1), 300)
+    q, k = replicas(tokens(1, 2, queries, 4), tokens(1, 1, keys, 4, seed=1), 400)
     live = torch.arange(keys)[None] != 5
-    sizes = torch.linspace(-1, 1, keys, dtype=torch.float64).exp()
+    sizes = torch.linspace(-0.5, 0.5, keys, dtype=torch.float64).exp()
     weight = pair_weights(SMALL, q, k, sizes, key_mask=live, **DOORS[door])
     seen = (truth(queries, keys, DOORS[door]) & live).double()
     assert_exact(weight * (1 - seen), torch.zeros_like(weight))
     for head in range(2):
-        assert_unbiased(weight[0, head::2], seen, largest_error=0.35, rounding=1e-6)
+        assert_unbiased(weight[0, head::2], seen, largest_error=0.4, rounding=1e-6)
 
 
 def test_a_sampled_key_in_the_own_bucket_does_not_count_twice() -> None:
     q, k = replicas(*[tokens(1, 1, 33, 4)] * 2, 300)
     ones = torch.ones(33, 33, dtype=torch.float64)
-    assert_unbiased(pair_weights(SMALL, q, k)[0], ones, largest_error=0.35, rounding=1e-6)
+    assert_unbiased(pair_weights(SMALL, q, k)[0], ones, largest_error=0.4, rounding=1e-6)
     published = ha.Method(Forgetful(HashBuckets(6)), ha.Draw(6, by=ValueNorm(power=2)), tile=33)
     with pytest.raises(AssertionError, match="standard errors from the truth"):
-        assert_unbiased(pair_weights(published, q, k)[0], ones, largest_error=0.35, rounding=1e-6)
+        assert_unbiased(pair_weights(published, q, k)[0], ones, largest_error=0.4, rounding=1e-6)
 
 
 def test_blocks_of_the_recursion_draw_apart() -> None:

@@ -1,17 +1,17 @@
 """Draws by the norm of the values: unbiased whatever the values, and better where they differ in size."""
 
-import dense
 import pytest
 import torch
-from assertions import assert_exact, assert_same_bits, assert_unbiased
-from pair_weights import pair_weights, replicas
 from torch import Tensor
 
+import dense
 import hyperattention as ha
+from assertions import assert_exact, assert_same_bits, assert_unbiased
 from hyperattention.select.draw import Density, Uniform
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
+from pair_weights import pair_weights, replicas
 
 KEYS = 31
 SIZES = torch.linspace(-1.5, 1.5, KEYS, dtype=torch.float64).exp()

@@ -46,7 +46,7 @@ class Stage:
     steps: int
 
 
-STAGES = (Stage(512, 12, 800), Stage(2048, 3, 120), Stage(4096, 2, 60), Stage(8192, 1, 200))
+STAGES = (Stage(512, 12, 800), Stage(2048, 3, 120), Stage(4096, 2, 60), Stage(8192, 1, 120))
 PEAK_RATE, FINAL_SHARE, WARM_UP = 0.02, 0.05, 60
 
 

@@ -50,13 +50,14 @@ class ApproxD:
     heavy: HashBuckets | None = None
 
     def __post_init__(self) -> None:
+        """Check the constants."""
         positive("ApproxD", num_samples=self.num_samples)
         if not self.kappa >= 1 or math.isinf(self.kappa):
             raise ValueError(f"ApproxD(kappa={self.kappa!r}): a ratio of largest to smallest is finite and at least 1")
         if not 0 < self.epsilon < 1:
             raise ValueError(f"ApproxD(epsilon={self.epsilon!r}): the relative error aimed at must lie in (0, 1)")
         if not self.cap_constant > 0:
-            raise ValueError(f"ApproxD(cap_constant={self.cap_constant!r}): must be positive; math.inf leaves entries uncapped")
+            raise ValueError(f"ApproxD(cap_constant={self.cap_constant!r}): it must be positive; math.inf caps nothing")
 
     def __call__(
         self,

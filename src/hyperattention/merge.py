@@ -13,8 +13,8 @@ def merge(partials: Sequence[Partial]) -> Partial:
 
     lse = log sum_p exp(lse_p),   out = sum_p exp(lse_p - lse) out_p
 
-    Associative and commutative to rounding; a partial that saw nothing (out 0, lse -inf) changes nothing. The gradient is that
-    of the formula, through every lse too, and 0 where nothing was seen.
+    Associative and commutative to rounding; a partial that saw nothing (out 0, lse -inf) changes nothing. The gradient is
+    that of the formula, through every lse too, and 0 where nothing was seen.
 
     Args:
         partials: at least one, over the same queries.

@@ -141,7 +141,7 @@ class Method(Approach):
             problem: the problem.
 
         Returns:
-            tiles and their lists: first the tiles of positions that most stages share, then those that a stage brought along.
+            tiles and their lists: first the tiles of positions that most stages share, then those a stage brought along.
         """
         tiles = cut(problem, self.tile)
         taken, runs, apart = Taken(), (), ()

@@ -66,6 +66,7 @@ class HyperAttention(Approach):
     min_seq_len: int = 4096
 
     def __post_init__(self) -> None:
+        """Check the sizes."""
         sizes = {"block_size": self.block_size, "sample_size": self.sample_size, "min_seq_len": self.min_seq_len}
         positive("HyperAttention", **sizes)
         HashBuckets(self.block_size, bits=self.bits)
@@ -80,11 +81,10 @@ class HyperAttention(Approach):
         """Blocks are sorted as a whole, and where a sequence is halved depends on its length."""
         return LookAhead.SEQUENCE
 
-    @property
-    def block_method(self) -> Method:
-        """What runs where every query sees every key."""
+    def block_method(self, num_queries: int) -> Method:
+        """Give the stages that run where `num_queries` queries, `min_seq_len` or more, see all keys."""
         buckets, sample = HashBuckets(self.block_size, bits=self.bits), Draw(self.sample_size, by=ValueNorm(power=2))
-        return Method(buckets, sample, tile=SAMPLE_TILE)
+        return Method(buckets, sample, tile=max(1, min(num_queries, SAMPLE_TILE)))
 
     def attend(self, problem: Problem) -> Partial:
         """Run the recursion, or the one block that it is without causality."""
@@ -96,7 +96,8 @@ class HyperAttention(Approach):
         return _in_dtype(_join(_nothing(problem, before), rows) if before else rows, problem)
 
     def _block(self, problem: Problem) -> Partial:
-        return (Exact() if problem.num_queries < self.min_seq_len else self.block_method).attend(problem)
+        few = problem.num_queries < self.min_seq_len
+        return (Exact() if few else self.block_method(problem.num_queries)).attend(problem)
 
     def _causal(self, problem: Problem, live: Tensor | None, begin: int, end: int) -> Partial:
         """Attend from the queries at positions `begin` to `end` to the keys there."""
@@ -158,7 +159,9 @@ def _live_positions(problem: Problem) -> Tensor | None:
     return problem.rank.diff(dim=1, prepend=torch.zeros_like(problem.rank[:, :1])) > 0
 
 
-def _part(problem: Problem, live: Tensor | None, queries: tuple[int, int], keys: tuple[int, int], *, causal: bool) -> Problem:
+def _part(
+    problem: Problem, live: Tensor | None, queries: tuple[int, int], keys: tuple[int, int], *, causal: bool
+) -> Problem:
     """Cut out the queries and the keys at some positions."""
     first, last = (max(0, at - problem.offset) for at in queries)
     begin, end = (min(at, problem.num_keys) for at in keys)

@@ -77,7 +77,7 @@ def run_pass(judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_r
                 seconds = time.perf_counter() - began - watch.audit_seconds
                 targets = ids[0, 1:]
                 nats = _sum_loss(logits[:-1], targets, sample.counted.to(ids.device))
-                right = _digits_right(logits[:-1], targets, sample)
+                right = digits_right(logits[:-1], targets, sample)
     counts = counter.counts
     return Pass(
         nats, sample.num_bytes, right, sample.answer_distance, seconds, watch.attention_seconds,
@@ -91,7 +91,17 @@ def _sum_loss(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
     return sum(parts)
 
 
-def _digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:
+def digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:
+    """Tell which digits of the answers a model puts first, given all that stands before them.
+
+    Args:
+        logits: ``[targets, vocabulary]``.
+        targets: the tokens to be predicted.
+        sample: where the answers stand.
+
+    Returns:
+        ``[answers, digits]``, boolean.
+    """
     first = torch.tensor(sample.answer_index, dtype=torch.int64)[:, None]
     place = (first + torch.arange(sample.answer_size) - 1).to(targets.device)  # [answers, digits]
     return (logits[place].argmax(-1) == targets[place]).cpu()

@@ -110,4 +110,4 @@ def samples_of_text(text: str, judged: Judged, length: int, count: int) -> tuple
 
 def _count_bytes(tokens: Tensor, judged: Judged) -> int:
     text = "" if judged.tokenizer is None else judged.tokenizer.decode(tokens.tolist())
-    return len(text.encode(errors="replace"))
+    return len(str(text).encode(errors="replace"))

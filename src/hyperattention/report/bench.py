@@ -49,9 +49,8 @@ def list_cases(options: Options) -> tuple[Case, ...]:
         ValueError: if the lengths are too short or in the wrong order.
     """
     if not _LEAST_LENGTH <= options.min_length <= options.max_length:
-        raise ValueError(
-            f"lengths from {options.min_length} to {options.max_length}: begin at {_LEAST_LENGTH} or beyond, and do not end lower"
-        )
+        asked = f"lengths {options.min_length} to {options.max_length}"
+        raise ValueError(f"{asked}: at least {_LEAST_LENGTH}, and the longest not below the shortest")
     lengths, length = [], options.min_length
     while length <= options.max_length:
         lengths.append(length)

@@ -47,7 +47,7 @@ class Options:
     reference: Path = WEIGHTS
     speed_length: int = 32768
     documents: int = 4
-    audit_rows: int = 64
+    audit_rows: int = 128
     speed: Settings = field(default_factory=Settings)
     seed: int = 0
 
@@ -198,8 +198,8 @@ def conclude(prepared: Prepared, results: Results) -> list[str]:
     speed = next(each for each in results.speeds if each.row == "default")
     control = next(each for each in results.speeds if each.row == "control")
     second = (
-        f"At {results.case.length:,} tokens it ran {speed.ratio.value:.1f}x as fast as SDPA ({threads} threads), with an error "
-        f"of {format_error(speed.error)}; the control, at the same pairs: {format_error(control.error)}."
+        f"At {results.case.length:,} tokens it ran {speed.ratio.value:.1f}x as fast as SDPA (threads: {threads}), with an "
+        f"error of {format_error(speed.error)}; the control, at the same pairs: {format_error(control.error)}."
     )
     return [first, second]
 

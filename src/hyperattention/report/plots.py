@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hyperattention.bench.case import Case
 from hyperattention.bench.error import Error
@@ -29,12 +30,15 @@ def _point(axes: Axes, row: str, label: str, seconds: float, error: Error | None
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("time of attention, seconds")
     axes.set_ylabel("mean relative error, 95% interval")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
 
 def plot_demo(path: Path, judgements: Sequence[Judgement], model: str, speeds: Sequence[Speed], case: Case) -> None:
@@ -47,7 +51,7 @@ def plot_demo(path: Path, judgements: Sequence[Judgement], model: str, speeds: S
         speeds: results on structured inputs.
         case: those inputs.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for each in judgements:
         asked = "" if each.retrieval is None else f", retrieval {each.retrieval:.0%}"

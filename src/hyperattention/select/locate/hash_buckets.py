@@ -75,9 +75,9 @@ class HashBuckets(Stage):
 
     code(x) = sign bits of (x - mean) G,   G ~ N(0, 1)^(head_dim x bits);   keys and queries are sorted by the Gray rank of
     their codes and both orders cut into the same number of equal blocks; equal block means attended to.
-    Source: Han et al., 2023 (arXiv:2310.05869), Alg. 1, sortLSH; Han et al., 2023 (arXiv:2302.02451).   Differs: the true Gray
-    order (the published code sorts by Gray(code) where the order is its inverse), queries and keys centred, projections for
-    each kv head, and dead keys sorted last and left out.
+    Source: Han et al., 2023 (arXiv:2310.05869), Alg. 1, sortLSH.   Differs: the true Gray order (the published code sorts by
+    Gray(code) where the order is its inverse), queries and keys centred, projections for each kv head, dead keys sorted last
+    and left out, and buckets equal to one key whatever the length.
     Cost: `bucket_size` slots a query, 2 * bits products, a sort.   Guarantee: exact on the pairs taken; which they are is a
     matter of luck and angle, so follow it with Draw.
 
@@ -97,6 +97,7 @@ class HashBuckets(Stage):
     bits: int = 7
 
     def __post_init__(self) -> None:
+        """Check the sizes."""
         positive("HashBuckets", bucket_size=self.bucket_size, bits=self.bits)
         if self.bits > MOST_BITS:
             raise ValueError(f"HashBuckets(bits={self.bits}): codes are 64-bit integers; use at most {MOST_BITS} bits")
@@ -118,9 +119,9 @@ class HashBuckets(Stage):
         for stage in earlier:
             if not isinstance(stage, Sinks | Window):
                 raise ValueError(
-                    f"{self!r} cannot follow {stage!r}: its tiles are sorted by hash, and within them only ranges of positions "
-                    "(Sinks, Window) can be told to be taken already, so keys would count twice; put a single HashBuckets right "
-                    "after Sinks and Window, before TopBlocks and Draw"
+                    f"{self!r} cannot follow {stage!r}: its tiles are sorted by hash, and within them only ranges of "
+                    "positions (Sinks, Window) can be told to be taken already, so keys would count twice; put a single "
+                    "HashBuckets right after Sinks and Window, before TopBlocks and Draw"
                 )
 
     def slots(self, tile: int) -> int:
@@ -161,10 +162,9 @@ class HashBuckets(Stage):
         rank = rank.clamp(max=problem.num_keys - 1).expand_as(empty)
         first = key_order.gather(2, rank.flatten(2)).view_as(rank)
         selection = _bucket_lists(tiles, taken, sorted_tiles, first, empty)
-        place = torch.arange(problem.num_keys, device=problem.device)
-        ranked = torch.searchsorted(key_edge[:, 0, 1:].contiguous(), place.expand(len(key_edge), -1).contiguous(), right=True)
-        ranked = ranked[:, None].expand_as(key_order)
-        key_label = torch.empty_like(key_order).scatter_(2, key_order, ranked)
+        each = torch.arange(problem.num_keys, device=problem.device).expand(len(key_edge), -1)
+        block = torch.searchsorted(key_edge[:, 0, 1:].contiguous(), each.contiguous(), right=True)
+        key_label = torch.empty_like(key_order).scatter_(2, key_order, block[:, None].expand_as(key_order))
         return ((sorted_tiles, selection),), replace(taken, labels=Labels(query_label, key_label))
 
     def _ranks(self, problem: Problem, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,18 +219,15 @@ def _bucket_lists(tiles: Tiles, taken: Taken, by_hash: SortedTiles, first: Tenso
     )
     high = tiles.total[:, :, None].expand(batch, kv_heads * group, num).flatten(0, 1)
     position = torch.arange(problem.num_queries, device=device) + problem.offset
-    if problem.causal:
-        limit = problem.live_before(position + 1)
-    else:
-        limit = tiles.total.expand(-1, problem.num_queries)
+    limit = problem.live_before(position + 1) if problem.causal else tiles.total.expand(-1, problem.num_queries)
     gap = None
     if taken.gap is not None:
         tile = position // tiles.size - problem.offset // tiles.size
-        gap = tuple(by_hash.take(x[:, None, tile]) for x in taken.gap)
+        gap = by_hash.take(taken.gap[0][:, None, tile]), by_hash.take(taken.gap[1][:, None, tile])
     lists = torch.arange(batch * kv_heads, device=device)
     return Selection(
         runs=(Runs(first, 1, weight, low=torch.full_like(high, taken.prefix), high=high, causal=problem.causal),),
         row_limit=by_hash.take(limit[:, None]),
         key_row=lists.repeat_interleave(group),
-        row_gap=gap and (gap[0], gap[1]),
+        row_gap=gap,
     )

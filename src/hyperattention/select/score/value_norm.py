@@ -17,8 +17,8 @@ class ValueNorm(Density):
     """Draw keys by the norm of their value rows, mixed with a uniform share: less variance where values differ in size.
 
     p_j = mix / N + (1 - mix) ||v_j||^power / sum_l ||v_l||^power,   over the N keys left to the tile
-    Source: Han et al., 2023 (arXiv:2310.05869), Alg. 3, power 2.   Differs: one sample serves the values and the normaliser, so
-    a uniform share is mixed in: a key with a small value still counts in the denominator.
+    Source: Han et al., 2023 (arXiv:2310.05869), Alg. 3, power 2.   Differs: one sample serves the values and the normaliser,
+    so a uniform share is mixed in: a key with a small value still counts in the denominator.
     Cost: one product a key, O(keys) memory, and a binary search a draw.   Guarantee: numerator and denominator unbiased.
 
     Args:
@@ -33,11 +33,12 @@ class ValueNorm(Density):
     mix: float = 0.3
 
     def __post_init__(self) -> None:
+        """Check power and mix."""
         positive("ValueNorm", power=self.power)
         if not 0 < self.mix <= 1:
             raise ValueError(
-                f"ValueNorm(mix={self.mix!r}): mix must be above 0 and at most 1; without a uniform share a key whose value is "
-                "0 would never be drawn, though it counts in every denominator"
+                f"ValueNorm(mix={self.mix!r}): mix must be above 0 and at most 1; without a uniform share a key whose "
+                "value is 0 would never be drawn, though it counts in every denominator"
             )
 
     @property
@@ -51,6 +52,8 @@ class ValueNorm(Density):
 
     def draw(self, tiles: Tiles, taken: Taken, point: Tensor) -> tuple[Tensor, Tensor]:
         """Spend the first `mix` of the unit interval on uniform draws and the rest on draws by norm."""
+        if not tiles.problem.num_keys:
+            return Uniform().draw(tiles, taken, point)
         mass = self._mass(tiles)
         below = pad(mass.cumsum(1), (1, 0))  # [lists, keys + 1]
         edges = [tiles.by_list(x) for x in taken.bounds(tiles)]
@@ -74,7 +77,7 @@ class ValueNorm(Density):
         return index, share.log()
 
     def _mass(self, tiles: Tiles) -> Tensor:
-        """||v_j||^power of every key, in float64 so that sums over long prefixes keep their differences: ``[lists, keys]``."""
+        """||v_j||^power of every key, ``[lists, keys]``; in float64, so that sums over long prefixes keep small terms."""
         v = tiles.problem.v.flatten(0, 1)
         norm = torch.linalg.vector_norm(v, dim=-1, dtype=torch.promote_types(v.dtype, torch.float32))
         # values that are not finite are left to the uniform share: sums over them would tell later keys nothing

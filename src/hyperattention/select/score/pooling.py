@@ -1,0 +1,107 @@
+"""What every score of a tile needs: its pooled queries, what earlier stages left, and panels worth a closer look."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperattention.check import positive
+from hyperattention.select.score.blocks import KeyBounds
+from hyperattention.select.stage import Taken
+from hyperattention.tiling import Tiles
+
+# scores and gathered summaries of one chunk of tiles: small enough to stay in the last level of cache
+SCORE_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A first, coarser choice: only keys inside the `num` best panels of `panel_size` keys are scored one by one.
+
+    Panels are ranked by `KeyBounds`, in the projection of the finer score.
+
+    Args:
+        num: panels passed on for each tile.
+        panel_size: keys in a panel.
+
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    num: int = 32
+    panel_size: int = 128
+
+    def __post_init__(self) -> None:
+        positive("Coarse", num=self.num, panel_size=self.panel_size)
+
+    @property
+    def keys(self) -> int:
+        """Keys passed on for each tile."""
+        return self.num * self.panel_size
+
+    def products(self, visible: float) -> float:
+        """Count short products spent on the choice, for one pooled query."""
+        return KeyBounds().products(1) * visible / self.panel_size
+
+    def choose(self, score: Tensor, left: tuple[Tensor, ...]) -> Tensor:
+        """Choose the best panels that hold a key which is left, ascending.
+
+        Args:
+            score: ``[lists, tiles, panels]``.
+            left: what earlier stages left, from `edges`.
+
+        Returns:
+            ``[lists, tiles, min(num, panels)]``.
+        """
+        first = torch.arange(score.shape[2], device=score.device) * self.panel_size
+        allowed = any_left(first, self.panel_size, left)
+        score = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf)
+        return score.topk(min(self.num, score.shape[2]), dim=-1)[1].sort(-1)[0]
+
+
+def pool_queries(tiles: Tiles, pooled: int) -> Tensor:
+    """Average neighbouring queries of each head in `pooled` groups a tile: ``[lists, tiles, group * pooled, head_dim]``."""
+    problem = tiles.problem
+    groups = min(pooled, tiles.size)
+    size = -(-tiles.size // groups)
+    spare = groups * size - tiles.size
+    there = problem.q.new_ones(1).expand(problem.q.shape[:3]).unsqueeze(3)
+    total, count = (
+        pad(tiles.arrange(x).unflatten(2, (problem.group, tiles.size)), (0, 0, 0, spare))
+        .unflatten(3, (groups, size))
+        .sum(4)
+        .flatten(2, 3)
+        for x in (problem.q, there)
+    )
+    return total / count.clamp(min=1)
+
+
+def edges(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Delimit what earlier stages left, ``[lists, tiles, 1]`` each: begin, hole begin, hole end, end."""
+    begin, hole_begin, hole_end, end = (tiles.by_list(x)[..., None] for x in taken.bounds(tiles))
+    return begin, hole_begin, hole_end, end
+
+
+def any_left(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
+    """Tell which runs of `size` keys hold a key that earlier stages left."""
+    begin, hole_begin, hole_end, end = left
+    until = first + size
+    return (torch.minimum(until, hole_begin) > torch.maximum(first, begin)) | (
+        torch.minimum(until, end) > torch.maximum(first, hole_end)
+    )
+
+
+def seen_keys(tiles: Tiles, part: slice) -> int:
+    """Bound the keys that a chunk of tiles can see by position alone, which needs no look at the device."""
+    problem = tiles.problem
+    if not problem.causal:
+        return problem.num_keys
+    return min(problem.num_keys, max(1, (problem.offset // tiles.size + part.stop) * tiles.size))
+
+
+def chunks(tiles: Tiles, numbers: int) -> list[slice]:
+    """Cut the tiles so that `numbers` float32 numbers a list and tile stay within `SCORE_BYTES`."""
+    lists = tiles.problem.k.shape[0] * tiles.problem.k.shape[1]
+    step = max(1, SCORE_BYTES // max(1, 4 * lists * numbers))
+    return [slice(at, min(at + step, len(tiles.index))) for at in range(0, len(tiles.index), step)]

@@ -1,0 +1,295 @@
+"""The list kernel against a triple loop, and its laws: whatever lists it is given, it computes what they say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from assertions import assert_exact, assert_same_bits, assert_same_math
+from torch import Tensor
+
+from hyperattention.kernels.list_attention import list_attention
+from hyperattention.types import Runs, Selection
+
+LISTS, TILES, ROWS, KEYS, WIDTH, VALUE_WIDTH = 2, 3, 4, 12, 3, 2
+SCALE = 0.7
+LOG_2 = torch.tensor(2.0).log().item()
+
+
+def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=generator)
+
+
+def make_runs(generator: torch.Generator, size: int, slots: int, **options) -> Runs:
+    low = integers(generator, 0, 3, LISTS, TILES)
+    weight = torch.rand((LISTS, TILES, slots), generator=generator) - 0.3
+    weight = weight.masked_fill(torch.rand(weight.shape, generator=generator) < 0.2, -torch.inf)
+    # runs overhang both ends of the keys
+    first = integers(generator, -1, KEYS + 1, LISTS, TILES, slots)
+    return Runs(first, size, weight, low, low + integers(generator, 4, KEYS - 3, LISTS, TILES), **options)
+
+
+def make_selection(*, tests: bool = True, seed: int = 0) -> Selection:
+    """Drawn keys, blocks with holes, a causal run and a labelled one, gaps; all random."""
+    generator = torch.Generator().manual_seed(seed)
+    hole = integers(generator, 3, 6, LISTS, TILES)
+    runs = (
+        make_runs(generator, 1, 5),
+        make_runs(generator, 3, 2, hole=(hole, hole + 2)),
+        make_runs(generator, 4, 2, causal=True),
+        make_runs(generator, 2, 2, labelled=True),
+    )
+    if not tests:
+        runs = tuple(replace(run, causal=False, labelled=False) for run in runs)
+    gap = integers(generator, 0, KEYS, LISTS, TILES, ROWS)
+    return Selection(
+        runs,
+        row_limit=integers(generator, 0, KEYS + 1, LISTS, TILES, ROWS),
+        # both lists read the second row of keys first: lists need not stand in the order of the keys
+        key_row=torch.tensor([1, 0]),
+        row_label=integers(generator, 0, 3, LISTS, TILES, ROWS),
+        key_label=integers(generator, 0, 3, LISTS, KEYS),
+        row_gap=(gap, gap + 2) if tests else None,
+    )
+
+
+def make_tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (LISTS, TILES, ROWS, WIDTH), (LISTS, KEYS, WIDTH), (LISTS, KEYS, VALUE_WIDTH)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def counts(selection: Selection, run: Runs, at: tuple[int, int, int], key: int) -> bool:
+    """Whether a row may use a key that a run lists."""
+    lst, tile, row = at
+    if not run.low[lst, tile] <= key < run.high[lst, tile] or not 0 <= key < KEYS:
+        return False
+    if run.hole is not None and run.hole[0][lst, tile] <= key < run.hole[1][lst, tile]:
+        return False
+    if run.causal and key >= selection.row_limit[at]:
+        return False
+    if selection.row_gap is not None and selection.row_gap[0][at] <= key < selection.row_gap[1][at]:
+        return False
+    return not (run.labelled and selection.row_label[at] == selection.key_label[lst, key])
+
+
+def triple_loop(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition: tile by tile, row by row, slot by slot."""
+    outs, lses = [], []
+    for at in [(lst, tile, row) for lst in range(q.shape[0]) for tile in range(q.shape[1]) for row in range(q.shape[2])]:
+        source, scores, values = selection.key_row[at[0]], [], []
+        for run in selection.runs:
+            for first, weight in zip(run.first[at[:2]].tolist(), run.log_weight[at[:2]], strict=True):
+                for key in range(first, first + run.size):
+                    if weight > -torch.inf and counts(selection, run, at, key):
+                        scores.append(q[at] @ k[source, key] * scale + weight.to(q.dtype))
+                        values.append(v[source, key])
+        if scores:
+            score = torch.stack(scores)
+            outs.append(score.softmax(0) @ torch.stack(values))
+            lses.append(score.logsumexp(0))
+        else:
+            outs.append(q.new_zeros(v.shape[-1]))
+            lses.append(q.new_full((), -torch.inf))
+    return torch.stack(outs).view(*q.shape[:3], -1), torch.stack(lses).view(q.shape[:3])
+
+
+def loss(out: Tensor, lse: Tensor) -> Tensor:
+    """Weigh every number differently; rows that see nothing have no lse to weigh."""
+    ramp = torch.linspace(0.5, 2, out.numel()).view(out.shape).to(out)
+    return (out * ramp).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * ramp[..., 0]).sum()
+
+
+def gradients(attend, tensors: tuple[Tensor, ...], selection: Selection) -> tuple[Tensor, ...]:
+    tensors = tuple(x.detach().requires_grad_() for x in tensors)
+    return torch.autograd.grad(loss(*attend(*tensors, selection, SCALE)), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, seed):
+    tensors, selection = make_tensors(dtype, seed), make_selection(seed=seed)
+    wide = tuple(x.double() for x in tensors)
+    ours, truth, plain = (f(*x, selection, SCALE) for f, x in ((list_attention, tensors), (triple_loop, wide), (triple_loop, tensors)))
+    assert (truth[1] == -torch.inf).any(), "some rows should see nothing"
+    assert_same_math(ours[0], truth[0], plain[0])
+    # lse is at least float32, so that it is judged against plain PyTorch in that dtype
+    wide_plain = triple_loop(*(x.to(ours[1].dtype) for x in tensors), selection, SCALE)
+    assert_same_math(ours[1], truth[1], wide_plain[1])
+    ours, truth, plain = (
+        gradients(f, x, selection) for f, x in ((list_attention, tensors), (triple_loop, wide), (triple_loop, tensors))
+    )
+    for x, y, z in zip(ours, truth, plain, strict=True):
+        assert_same_math(x, y, z)
+
+
+def test_gradcheck():
+    tensors, selection = make_tensors(), make_selection()
+    tensors = tuple(x.requires_grad_() for x in tensors)
+
+    def attend(*x: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = list_attention(*x, selection, SCALE)
+        return out, lse[lse > -torch.inf]
+
+    assert torch.autograd.gradcheck(attend, tensors)
+
+
+def test_operator_is_registered_soundly():
+    captured = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.hyperattention.list_attention.default:
+                captured.append(args)
+            return func(*args, **(kwargs or {}))
+
+    for selection in (make_selection(), make_selection(tests=False)):
+        for q in (make_tensors()[0], make_tensors()[0].transpose(2, 3).contiguous().transpose(2, 3)):
+            with Spy():
+                list_attention(q, *make_tensors()[1:], selection, SCALE)
+    assert len(captured) == 4
+    for args in captured:
+        args = tuple(x.detach().requires_grad_() if i < 3 else x for i, x in enumerate(args))
+        torch.library.opcheck(torch.ops.hyperattention.list_attention.default, args)
+
+
+def test_gradients_exist_for_one_output_alone():
+    tensors, selection = make_tensors(), make_selection()
+    for pick in (0, 1):
+        leaves = tuple(x.detach().requires_grad_() for x in tensors)
+        ours, truth = (f(*leaves, selection, SCALE)[pick] for f in (list_attention, triple_loop))
+        ours, truth = (x[x > -torch.inf].sum() for x in (ours, truth))
+        wanted = leaves if pick == 0 else leaves[:2]
+        for x, y in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(truth, wanted), strict=True):
+            assert_exact(x, y)
+
+
+# laws
+
+
+def test_renumbering_keys_with_their_indices_changes_nothing():
+    (q, k, v), selection = make_tensors(), make_selection(tests=False)
+    single = tuple(expand(run) for run in selection.runs)
+    selection = replace(selection, runs=single)
+    order = torch.randperm(KEYS, generator=torch.Generator().manual_seed(1))
+    place = order.argsort()
+    moved = tuple(replace(run, first=place[run.first.clamp(0, KEYS - 1)]) for run in single)
+    ours = list_attention(q, k[:, order], v[:, order], replace(selection, runs=moved), SCALE)
+    for x, y in zip(ours, list_attention(q, k, v, selection, SCALE), strict=True):
+        assert_exact(x, y)
+
+
+def expand(run: Runs) -> Runs:
+    """The same keys as runs of one, without bounds."""
+    first = (run.first[..., None] + torch.arange(run.size)).flatten(2)
+    live = (first >= run.low[..., None]) & (first < run.high[..., None])
+    if run.hole is not None:
+        live &= (first < run.hole[0][..., None]) | (first >= run.hole[1][..., None])
+    weight = run.log_weight.repeat_interleave(run.size, 2).masked_fill(~live, -torch.inf)
+    low = torch.zeros_like(run.low)
+    return Runs(first, 1, weight, low, low + KEYS)
+
+
+def test_a_run_is_its_keys_one_by_one():
+    (q, k, v), selection = make_tensors(), make_selection(tests=False)
+    ours = list_attention(q, k, v, replace(selection, runs=tuple(expand(run) for run in selection.runs)), SCALE)
+    for x, y in zip(ours, list_attention(q, k, v, selection, SCALE), strict=True):
+        assert_exact(x, y)
+
+
+def test_listing_twice_is_adding_log_2():
+    tensors, selection = make_tensors(), make_selection()
+    twice = replace(selection, runs=selection.runs + selection.runs[:1])
+    heavier = replace(selection.runs[0], log_weight=selection.runs[0].log_weight + LOG_2)
+    once = replace(selection, runs=(heavier, *selection.runs[1:]))
+    ours, expected = (list_attention(*tensors, x, SCALE) for x in (twice, once))
+    for x, y in zip(ours, expected, strict=True):
+        # the weight itself, log 2, is float32
+        assert_exact(x.float(), y.float())
+
+
+def test_a_constant_on_all_log_weights_shifts_lse_alone():
+    tensors, selection = make_tensors(), make_selection()
+    shifted = tuple(replace(run, log_weight=run.log_weight + 5.0) for run in selection.runs)
+    ours, before = (list_attention(*tensors, x, SCALE) for x in (replace(selection, runs=shifted), selection))
+    assert_exact(ours[0].float(), before[0].float())
+    assert_exact(ours[1].float(), before[1].float() + 5.0)
+
+
+def test_lists_that_share_a_key_row_are_repeated_kv_heads():
+    (q, k, v), selection = make_tensors(), make_selection()
+    shared = list_attention(q, k, v, replace(selection, key_row=torch.tensor([1, 1])), SCALE)
+    repeated = list_attention(q, k[[0, 1, 1]], v[[0, 1, 1]], replace(selection, key_row=torch.tensor([1, 2])), SCALE)
+    for x, y in zip(shared, repeated, strict=True):
+        assert_same_bits(x, y)
+    share, repeat = (
+        gradients(list_attention, (q, a, b), replace(selection, key_row=torch.tensor(rows)))
+        for a, b, rows in ((k, v, [1, 1]), (k[[0, 1, 1]], v[[0, 1, 1]], [1, 2]))
+    )
+    assert_exact(share[0], repeat[0])
+    for x, y in zip(share[1:], repeat[1:], strict=True):
+        assert_exact(x[1], y[1] + y[2])
+
+
+def test_non_contiguous_inputs():
+    (q, k, v), selection = make_tensors(), make_selection()
+    apart = tuple(x.repeat_interleave(2, -1)[..., ::2] for x in (q, k, v))
+    assert not apart[0].is_contiguous()
+    for x, y in zip(list_attention(*apart, selection, SCALE), list_attention(q, k, v, selection, SCALE), strict=True):
+        assert_exact(x, y)
+    for x, y in zip(gradients(list_attention, apart, selection), gradients(list_attention, (q, k, v), selection), strict=True):
+        assert_exact(x, y)
+
+
+def test_results_do_not_depend_on_how_tiles_are_chunked(monkeypatch):
+    from hyperattention.kernels import list_torch
+
+    tensors, selection = make_tensors(), make_selection()
+    whole = (*list_attention(*tensors, selection, SCALE), *gradients(list_attention, tensors, selection))
+    for name in [name for name in vars(list_torch) if name.endswith("_BYTES")]:
+        monkeypatch.setattr(list_torch, name, 1)
+    apart = (*list_attention(*tensors, selection, SCALE), *gradients(list_attention, tensors, selection))
+    for x, y in zip(apart, whole, strict=True):
+        assert_exact(x, y)
+
+
+# nothing to attend to
+
+
+@pytest.mark.parametrize("kind", ["no runs", "no slots", "all weights -inf", "no visible key", "no keys"])
+def test_empty_lists_give_zero_and_no_gradient(kind):
+    (q, k, v), selection = make_tensors(), make_selection()
+    runs = selection.runs
+    if kind == "no runs":
+        runs = ()
+    elif kind == "no slots":
+        runs = tuple(replace(run, first=run.first[..., :0], log_weight=run.log_weight[..., :0]) for run in runs)
+    elif kind == "all weights -inf":
+        runs = tuple(replace(run, log_weight=torch.full_like(run.log_weight, -torch.inf)) for run in runs)
+    elif kind == "no visible key":
+        runs = tuple(replace(run, causal=True) for run in runs)
+        selection = replace(selection, row_limit=torch.zeros_like(selection.row_limit))
+    else:
+        k, v = k[:, :0], v[:, :0]
+        selection = replace(selection, key_label=selection.key_label[:, :0])
+    selection = replace(selection, runs=runs)
+    out, lse = list_attention(q, k, v, selection, SCALE)
+    assert_same_bits(out, torch.zeros_like(q[..., :VALUE_WIDTH]))
+    assert_same_bits(lse, torch.full(q.shape[:3], -torch.inf, dtype=torch.float64))
+    for gradient in gradients(list_attention, (q, k, v), selection):
+        assert_same_bits(gradient, torch.zeros_like(gradient))
+
+
+def test_a_row_that_lists_nan_or_infinity_gives_what_softmax_gives():
+    (q, k, v), selection = make_tensors(), make_selection(tests=False)
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        bad = k.index_fill(1, torch.tensor([4]), poison)
+        out, lse = list_attention(q, bad, v, selection, SCALE)
+        truth = triple_loop(q, bad, v, selection, SCALE)
+        seen = ~torch.isfinite(truth[0]).all(-1)
+        assert seen.any()
+        assert (~torch.isfinite(out[seen])).all(-1).all()
+        clean = list_attention(q, k, v, selection, SCALE)
+        listed = (triple_loop(q, k.index_fill(1, torch.tensor([4]), 9.0), v, selection, SCALE)[1] != clean[1]).any(-1)
+        # tiles that list no such key are not touched
+        assert_same_bits(out[~listed], clean[0][~listed])
+        assert_same_bits(lse[~listed], clean[1][~listed])
