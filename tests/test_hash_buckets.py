@@ -79,7 +79,8 @@ def test_what_points_the_same_way_shares_a_bucket_wherever_the_cones_lie() -> No
 def test_dead_keys_neither_shift_the_buckets_nor_are_seen() -> None:
     q, k, live = tokens(2, 1, 21, 4), tokens(2, 1, 30, 4, seed=1), torch.rand(2, 30, generator=torch.manual_seed(0)) < 0.6
     weight = pair_weights(ha.Method(HashBuckets(4)), q, k, key_mask=live)
-    assert_exact(weight * ~live[:, None, None], torch.zeros_like(weight))
+    # every live key is in some query's bucket, and no dead one is
+    assert torch.equal(weight.amax(2)[:, 0] > 0.5, live)
     changed = torch.where(live[:, None, :, None], k, 1e3 * tokens(2, 1, 30, 4, seed=5))
     options = {"method": ha.Method(HashBuckets(4)), "key_mask": live}
     assert_same_bits(ha.attention(q, k, k, **options), ha.attention(q, changed, changed, **options))

@@ -65,11 +65,11 @@ def test_a_sampled_key_in_the_own_bucket_does_not_count_twice() -> None:
 
 
 def test_blocks_of_the_recursion_draw_apart() -> None:
-    x = tokens(1, 1, 8, 4).repeat(1, 1, 8, 1)
-    weight = pair_weights(HyperAttention(4, 4, min_seq_len=8), x, x, is_causal=True)[0, 0]
-    # blocks of 16 x 16 and of 8 x 8 keys: the same tokens in each, so only the draws can differ
-    assert not torch.equal(weight[16:32, :16], weight[48:, 32:48])
-    assert not torch.equal(weight[8:16, :8], weight[24:32, 16:24])
+    x = tokens(1, 1, 8, 4).repeat(1, 1, 4, 1)
+    # one key to a bucket, so that a row's list is its sample but for one key; leaves of 8, blocks of 16 x 16 and of 8 x 8
+    weight = pair_weights(HyperAttention(1, 2, min_seq_len=8), x, x, is_causal=True)[0, 0].round()
+    # blocks of 8 x 8 over the same tokens: only the draws can differ
+    assert not torch.equal(weight[8:16, :8], weight[24:, 16:24])
 
 
 @pytest.mark.parametrize("door", ["full", "causal"])

@@ -1,6 +1,7 @@
 """Draw a few of the keys that are left, and weight them so that they stand for all of them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,9 +9,22 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.random import uniform
+from hyperattention.select.score.pooling import chunks, edges
 from hyperattention.select.stage import LookAhead, Stage, Taken
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
+
+
+class Distribution(ABC):
+    """Probabilities of keys, for a chunk of tiles."""
+
+    @abstractmethod
+    def invert(self, point: Tensor) -> Tensor:
+        """Find the key at which the distribution function passes each point of [0, 1): ``[lists, chunk, slots]``."""
+
+    @abstractmethod
+    def share(self, index: Tensor) -> Tensor:
+        """Tell the probability of each key in a single draw: ``[lists, chunk, slots]``; 0 for keys never drawn."""
 
 
 class Density(ABC):
@@ -21,22 +35,56 @@ class Density(ABC):
         """How far beyond a row its draws may depend on queries or keys."""
         return LookAhead.NOTHING
 
+    @property
+    def components(self) -> tuple[tuple["Density", float], ...]:
+        """Densities and shares of the draws: itself alone, unless it must be mixed with another to reach every key."""
+        return ((self, 1.0),)
+
+    @property
+    def evenly(self) -> bool:
+        """Whether points are evenly spaced from one offset a tile, rather than drawn one by one in their strata."""
+        return False
+
     @abstractmethod
-    def draw(self, tiles: Tiles, taken: Taken, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn points of the unit interval into keys, by inverting the density's distribution function.
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        """Do what is done once for all tiles.
 
         Args:
             tiles: the tiled problem.
             taken: keys of earlier stages; only keys inside `taken.bounds` may be drawn.
-            point: ``[lists, tiles, slots]`` in [0, 1).
+            num: draws that each tile will make.
 
         Returns:
-            keys ``[lists, tiles, slots]``, and the log of each one's probability in a single draw.
+            a function from a chunk of tiles to its distribution.
         """
+
+    def numbers(self, tiles: Tiles) -> int:
+        """Count the float32 numbers held for each list and tile while drawing."""
+        return 1
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
         """Count query-key products spent on the density, per query."""
         return 0.0
+
+
+@dataclass(frozen=True)
+class _Even(Distribution):
+    """The same probability for every key that is left; see `pooling.edges` for the edges."""
+
+    left: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    def invert(self, point: Tensor) -> Tensor:
+        """Take the key at a share `point` of the way through those that are left."""
+        begin, hole_begin, hole_end, end = self.left
+        count = hole_begin - begin + end - hole_end
+        place = torch.minimum((point * count).long(), count - 1) + begin
+        return torch.where(place >= hole_begin, place + hole_end - hole_begin, place)
+
+    def share(self, index: Tensor) -> Tensor:
+        """One in the number of keys left."""
+        begin, hole_begin, hole_end, end = self.left
+        count = hole_begin - begin + end - hole_end
+        return (1.0 / count.clamp(min=1)).expand(index.shape)
 
 
 @dataclass(frozen=True)
@@ -48,27 +96,79 @@ class Uniform(Density):
     Cost: O(draws).   Guarantee: numerator and denominator unbiased.
     """
 
-    def draw(self, tiles: Tiles, taken: Taken, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the key at a share `point` of the way through those that are left."""
-        begin, hole_begin, hole_end, end = (x[..., None] for x in taken.bounds(tiles))
-        count = hole_begin - begin + end - hole_end  # [batch, tiles, 1]
-        place = (point * tiles.by_list(count)).long()
-        place = torch.minimum(place, tiles.by_list(count - 1)) + tiles.by_list(begin)
-        skipped = tiles.by_list((hole_end - hole_begin))
-        index = torch.where(place >= tiles.by_list(hole_begin), place + skipped, place)
-        return index, -tiles.by_list(count).clamp(min=1).float().log().expand_as(index)
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        """Delimit what is left of every tile."""
+        left = edges(tiles, taken)
+        return lambda part: _Even((left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))
+
+
+class Mix(Density):
+    """Share the draws among several densities; a key's weight counts its chances in all of them.
+
+    expected listings_j = sum_i num_i p_ij
+    Source: Veach and Guibas, 1995, the balance heuristic.   Differs: nothing.
+    Cost: the sum of its parts.   Guarantee: unbiased, if some part reaches every key.
+
+    Args:
+        *parts: densities and their shares; shares are relative.
+
+    Raises:
+        ValueError: if there is no part, or a share is not positive.
+
+    Example:
+        >>> Mix((KeyScore(), 0.7), (BlockScore(4), 0.3))
+    """
+
+    __slots__ = ("parts",)
+    parts: tuple[tuple[Density, float], ...]
+
+    def __init__(self, *parts: tuple[Density, float]) -> None:
+        if not parts or any(not share > 0 for _, share in parts):
+            raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0")
+        object.__setattr__(self, "parts", parts)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Mix is immutable: build another instead of setting {name}")
+
+    def __repr__(self) -> str:
+        return f"Mix({', '.join(map(repr, self.parts))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mix) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """As far as any part does."""
+        return max(density.looks_ahead for density, _ in self.parts)
+
+    @property
+    def components(self) -> tuple[tuple[Density, float], ...]:
+        """The components of all parts."""
+        total = sum(share for _, share in self.parts)
+        return tuple((inner, a * b / total) for density, a in self.parts for inner, b in density.components)
+
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        """Refuse: a mixture is drawn by its components."""
+        raise NotImplementedError("a Mix has no distribution of its own: prepare each of its components")
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count query-key products spent on all parts, per query."""
+        return sum(density.selection_pairs(num_keys, tile, head_dim, causal) for density, _ in self.parts)
 
 
 @dataclass(frozen=True)
 class Draw(Stage):
     """Sample `num` of the keys that are left for each tile; the weights make numerator and denominator unbiased.
 
-    One point falls in each of `num` equal strata of the density's distribution function, so that a key's expected number of
+    One point falls in each of equal strata of a density's distribution function, so that a key's expected number of
     listings is num * p_j, and its log-weight is -log(num * p_j). Where no more than `num` keys are left, all are listed,
     with weight 0. Draws that fall on a chosen block count as zero: the block is exact already.
 
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 2 and 3.   Differs: stratified, and one sample serves both sums.
-    Cost: `num` slots a query.   Guarantee: E[sum of weights of a key] = 1 for every key left.
+    Cost: `num` slots a query, and the density's products.   Guarantee: E[sum of weights of a key] = 1 for every key left.
 
     Args:
         num: keys drawn for each tile.
@@ -104,26 +204,53 @@ class Draw(Stage):
 
     def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
         """Draw keys, or list them all where they are few."""
-        problem, device = tiles.problem, tiles.problem.device
-        slot = torch.arange(self.num, device=device)
-        head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
-        noise = uniform((problem.seed, problem.layer, head, tiles.index[:, None], slot), device)  # [kv_heads, tiles, slots]
-        point = ((slot + noise) / self.num).repeat(problem.k.shape[0], 1, 1)
-        begin, hole_begin, hole_end, end = taken.bounds(tiles)
-        count = tiles.by_list(hole_begin - begin + end - hole_end)[..., None]
-        drawn, log_share = self.by.draw(tiles, taken, point)
-        rest = Uniform().draw(tiles, taken, (slot + 0.5) / count.clamp(min=1))[0]
+        problem = tiles.problem
+        if not problem.num_keys or not len(tiles.index):
+            return (), taken
+        left = edges(tiles, taken)
+        begin, hole_begin, hole_end, end = left
+        count = hole_begin - begin + end - hole_end
+        parts = self._components(tiles, taken)
+        numbers = sum(density.numbers(tiles) for density, _, _ in parts) + 8 * self.num
+        drawn = [self._draw(tiles, parts, part) for part in chunks(tiles, numbers)]
+        index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
+        slot = torch.arange(self.num, device=problem.device)
         few = count <= self.num
-        index = torch.where(few, rest, drawn)
-        weight = torch.where(few, 0.0, -(log_share + torch.log(torch.tensor(float(self.num), device=device))))
+        index = torch.where(few, _Even(left).invert((slot + 0.5) / count.clamp(min=1)), index)
+        weight = torch.where(few, 0.0, weight)
         empty = (few & (slot >= count)) | taken.holds(index)
         runs = Runs(
             first=index,
             size=1,
-            log_weight=weight.float().masked_fill(empty, -torch.inf),
-            low=tiles.by_list(begin),
-            high=tiles.by_list(end),
+            log_weight=weight.masked_fill(empty, -torch.inf),
+            low=begin[..., 0],
+            high=end[..., 0],
             causal=problem.causal and taken.gap is None,
             labelled=taken.labels is not None,
         )
         return (runs,), taken
+
+    def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Density, int, Callable[[slice], Distribution]]]:
+        """Share the draws out; the last component, which reaches every key, takes what rounding leaves, at least one."""
+        parts, spare = [], self.num
+        *first, last = self.by.components
+        for density, share in first:
+            num = min(round(share * self.num), spare - 1)
+            spare -= num
+            parts += [(density, num, density.prepare(tiles, taken, num))] if num else []
+        return [*parts, (last[0], spare, last[0].prepare(tiles, taken, spare))]
+
+    def _draw(self, tiles: Tiles, parts: list, part: slice) -> tuple[Tensor, Tensor]:
+        """Draw for a chunk of tiles: keys, and their log-weights, ``[lists, chunk, slots]``."""
+        problem, device, begun, drawn = tiles.problem, tiles.problem.device, 0, []
+        head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
+        laws = [law(part) for _, _, law in parts]
+        for (density, num, _), law in zip(parts, laws, strict=True):
+            slot = torch.arange(num, device=device)
+            counter = slot[:1] if density.evenly else slot
+            noise = uniform((problem.seed, problem.layer, head, tiles.index[part, None], counter + begun), device)
+            drawn.append(law.invert(((slot + noise) / num).repeat(problem.k.shape[0], 1, 1)))
+            begun += num
+        index = torch.cat(drawn, 2)
+        listings = sum(num * law.share(index) for (_, num, _), law in zip(parts, laws, strict=True))
+        return index, -torch.log(torch.as_tensor(listings)).float()

@@ -1,5 +1,6 @@
 """Draws in proportion to the size of the values: a key whose value is large matters more to the output."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,41 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
-from hyperattention.select.draw import Density, Uniform
+from hyperattention.select.draw import Density, Distribution, Uniform
+from hyperattention.select.score.pooling import edges
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
+
+
+@dataclass(frozen=True)
+class _ByMass(Distribution):
+    """Probabilities in proportion to a mass a key, over the keys that are left."""
+
+    mass: Tensor  # [lists, keys]
+    below: Tensor  # [lists, keys + 1], running sums from 0
+    left: tuple[Tensor, ...]  # edges, [lists, chunk, 1]
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return tuple(self.below.gather(1, edge[..., 0])[..., None] for edge in self.left)
+
+    def invert(self, point: Tensor) -> Tensor:
+        """Walk along the running sums, over the hole."""
+        begin, hole_begin, hole_end, end = self.left
+        at = self._sums()
+        first, total = at[1] - at[0], at[1] - at[0] + at[3] - at[2]
+        target = point * total
+        before_hole = target < first
+        target = torch.where(before_hole, at[0] + target, at[2] + target - first)
+        found = torch.searchsorted(self.below[:, 1:].contiguous(), target.flatten(1), right=True).view_as(target)
+        # rounding may carry a draw over an edge
+        low, high = torch.where(before_hole, begin, hole_end), torch.where(before_hole, hole_begin, end)
+        return torch.minimum(torch.maximum(found, low), high - 1)
+
+    def share(self, index: Tensor) -> Tensor:
+        """A key's mass over the sum of those left; 0 where every mass is."""
+        at = self._sums()
+        drawn = self.mass.gather(1, index.clamp(0, self.mass.shape[1] - 1).flatten(1)).view(index.shape)
+        return drawn / (at[1] - at[0] + at[3] - at[2]).clamp(min=torch.finfo(drawn.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -50,31 +83,16 @@ class ValueNorm(Density):
         """One product of `head_dim` numbers a key."""
         return 1.0
 
-    def draw(self, tiles: Tiles, taken: Taken, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Spend the first `mix` of the unit interval on uniform draws and the rest on draws by norm."""
-        if not tiles.problem.num_keys:
-            return Uniform().draw(tiles, taken, point)
-        mass = self._mass(tiles)
+    @property
+    def components(self) -> tuple[tuple[Density, float], ...]:
+        """The norms, and uniform draws that reach every key."""
+        return ((self, 1.0 - self.mix), (Uniform(), self.mix)) if self.mix < 1 else ((Uniform(), 1.0),)
+
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        """Sum the norms along every list of keys."""
+        mass, left = self._mass(tiles), edges(tiles, taken)
         below = pad(mass.cumsum(1), (1, 0))  # [lists, keys + 1]
-        edges = [tiles.by_list(x) for x in taken.bounds(tiles)]
-        at = [below.gather(1, edge)[..., None] for edge in edges]
-        begin, hole_begin, hole_end, end = (edge[..., None] for edge in edges)
-        first, total = at[1] - at[0], at[1] - at[0] + at[3] - at[2]
-        # where every value is 0 there is nothing to prefer
-        mix = torch.where(total > 0, self.mix, 1.0)
-        is_uniform = point < mix
-        by_uniform, log_uniform = Uniform().draw(tiles, taken, (point / mix).clamp(max=1 - 2.0**-33))
-        target = (point - mix).clamp(min=0) / (1 - mix).clamp(min=torch.finfo(point.dtype).tiny) * total
-        before_hole = target < first
-        target = torch.where(before_hole, at[0] + target, at[2] + target - first)
-        found = torch.searchsorted(below[:, 1:].contiguous(), target.flatten(1), right=True).view_as(target)
-        # rounding may carry a draw over an edge
-        low, high = torch.where(before_hole, begin, hole_end), torch.where(before_hole, hole_begin, end)
-        found = torch.minimum(torch.maximum(found, low), high - 1)
-        index = torch.where(is_uniform, by_uniform, found)
-        drawn = mass.gather(1, index.clamp(0, mass.shape[1] - 1).flatten(1)).view_as(target)
-        share = mix * log_uniform.double().exp() + (1 - mix) * drawn / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return index, share.log()
+        return lambda part: _ByMass(mass, below, tuple(x[:, part] for x in left))
 
     def _mass(self, tiles: Tiles) -> Tensor:
         """||v_j||^power of every key, ``[lists, keys]``; in float64, so that sums over long prefixes keep small terms."""

@@ -1,0 +1,113 @@
+"""Draw keys by the scores of the blocks they stand in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperattention.check import positive
+from hyperattention.select.draw import Density, Distribution, Uniform
+from hyperattention.select.score.blocks import MeanKey
+from hyperattention.select.score.mass import clipped, inverse, root_mean_square
+from hyperattention.select.score.pooling import edges, pool_queries, seen_keys
+from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.tiling import Tiles
+
+
+@dataclass(frozen=True)
+class _InBlocks(Distribution):
+    """Probabilities of blocks, spread evenly over the keys of each that are left."""
+
+    mass: Tensor  # [lists, chunk, blocks], summing to one
+    first: Tensor  # [lists, chunk, blocks], first key left of each block
+    count: Tensor  # [lists, chunk, blocks], keys left of each block
+    block_size: int
+
+    def invert(self, point: Tensor) -> Tensor:
+        """Find the block, then the key at the same share of the way through it."""
+        block, inside = inverse(self.mass, point)
+        return self.first.gather(2, block) + (inside * self.count.gather(2, block)).long()
+
+    def share(self, index: Tensor) -> Tensor:
+        """The block's probability over its keys."""
+        block = (index // self.block_size).clamp(max=self.mass.shape[2] - 1)
+        offset = index - self.first.gather(2, block)
+        count = self.count.gather(2, block)
+        return (self.mass.gather(2, block) / count.clamp(min=1)).masked_fill((offset < 0) | (offset >= count), 0.0)
+
+
+@dataclass(frozen=True)
+class BlockScore(Density):
+    """Draw keys in proportion to the estimated weight of their block: coarse, but it reaches over the whole sequence.
+
+    a_iB = softmax_B(q_i . mean_{j in B} k_j + log |B|),   p_j ~ (sum_i a_iB^2)^(1/2) / |B|
+    Source: importance sampling; block means as in Jiang et al., 2024 (arXiv:2407.02490).   Differs: they sample nothing.
+    Cost: `pooled` products a block and tile.   Guarantee: numerator and denominator unbiased, whatever the estimate.
+
+    Args:
+        block_size: keys in a block.
+        pooled: averaged queries of each tile and head.
+        uniform_share: share of the draws that is uniform.
+
+    Raises:
+        ValueError: if a count is not positive, or the share is not between 0 and 1.
+    """
+
+    block_size: int = 64
+    pooled: int = 1
+    uniform_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        positive("BlockScore", block_size=self.block_size, pooled=self.pooled)
+        if not 0.0 < self.uniform_share < 1.0:
+            raise ValueError(f"BlockScore(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights")
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """Draws of a tile depend on all of its queries."""
+        return LookAhead.TILE
+
+    @property
+    def components(self) -> tuple[tuple[Density, float], ...]:
+        """The estimate, and uniform draws that reach every key."""
+        return ((self, 1.0 - self.uniform_share), (Uniform(), self.uniform_share))
+
+    @property
+    def evenly(self) -> bool:
+        """Points are evenly spaced."""
+        return True
+
+    def numbers(self, tiles: Tiles) -> int:
+        """Count the scores and a few sums of each block."""
+        return -(-tiles.problem.num_keys // self.block_size) * (self.pooled * tiles.problem.group + 6)
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count products of pooled queries with block means, per query."""
+        return self.pooled / tile * num_keys / (2 if causal else 1) / self.block_size
+
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        """Average keys by block, and queries by tile."""
+        problem, left = tiles.problem, edges(tiles, taken)
+        k = problem.k.flatten(0, 1)
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
+        (mean,) = MeanKey().summarise(k, self.block_size, 1)
+        mean = mean[:, :, 0].transpose(1, 2)
+        query = pool_queries(tiles, self.pooled).to(k.dtype) * problem.scale
+
+        def over(part: slice) -> Distribution:
+            begin, hole_begin, hole_end, end = (x[:, part] for x in left)
+            blocks = -(-seen_keys(tiles, part) // self.block_size)
+            first = torch.arange(blocks, device=k.device) * self.block_size
+            until = first + self.block_size
+            # of a block that a hole cuts in two only the part before it is drawn from here; uniform draws reach the rest
+            low = torch.maximum(first, begin)
+            count = torch.minimum(until, hole_begin) - low
+            after = torch.maximum(first, hole_end)
+            low = torch.where(count > 0, low, after)
+            count = torch.where(count > 0, count, (torch.minimum(until, end) - after).clamp(min=0))
+            score = (query[:, part].flatten(1, 2) @ mean[:, :, :blocks]).unflatten(1, query[:, part].shape[1:3])
+            mass = root_mean_square(score, count > 0, count.clamp(min=1).to(score.dtype).log())
+            return _InBlocks(clipped(mass, num), low, count, self.block_size)
+
+        return over

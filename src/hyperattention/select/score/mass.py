@@ -1,0 +1,53 @@
+"""From scores to probabilities, and from probabilities to draws."""
+
+import torch
+from torch import Tensor
+
+# rounds in which probabilities above one draw's share are cut to it and the rest is given to the others
+_CLIP_ROUNDS = 3
+
+
+def root_mean_square(score: Tensor, allowed: Tensor, log_count: Tensor | None = None) -> Tensor:
+    """Combine the weights that several queries give the same candidates: (sum_i softmax_j(s_ij)^2)^(1/2).
+
+    Args:
+        score: ``[lists, chunk, pooled, candidates]``; overwritten.
+        allowed: ``[lists, chunk, candidates]``, candidates that exist.
+        log_count: log of the keys that each candidate stands for, ``[lists, chunk, candidates]``; one each if None.
+
+    Returns:
+        ``[lists, chunk, candidates]``, 0 for candidates that do not exist; not normalised.
+    """
+    bias = torch.zeros(allowed.shape, dtype=score.dtype, device=score.device) if log_count is None else log_count
+    score.add_(bias.masked_fill(~allowed, -torch.inf)[:, :, None])
+    weight = torch.softmax(score, -1)
+    combined = weight[:, :, 0] if weight.shape[2] == 1 else weight.square_().sum(2).sqrt_()
+    return torch.nan_to_num(combined, nan=0.0).masked_fill(~allowed, 0.0)
+
+
+def clipped(mass: Tensor, num: int) -> Tensor:
+    """Normalise masses to probabilities, none much above 1 / num: more would list a key twice and gain nothing."""
+    total = mass.sum(-1, keepdim=True)
+    for _ in range(_CLIP_ROUNDS):
+        mass = torch.minimum(mass, total / num)
+        total = mass.sum(-1, keepdim=True)
+    return mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def inverse(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert the distribution function of `mass` at points of [0, 1).
+
+    Args:
+        mass: ``[lists, chunk, candidates]``, summing to one.
+        point: ``[lists, chunk, slots]``.
+
+    Returns:
+        the candidates, and how far into each of them the point falls, in [0, 1).
+    """
+    running = mass.cumsum(-1)
+    # scaled by the last sum, so that rounding leaves no point beyond it
+    target = (point.to(mass.dtype) * running[..., -1:]).contiguous()
+    at = torch.searchsorted(running, target, right=True).clamp(max=mass.shape[-1] - 1)
+    own = mass.gather(-1, at)
+    inside = (target - running.gather(-1, at) + own) / own.clamp(min=torch.finfo(mass.dtype).tiny)
+    return at, inside.clamp(0.0, 1.0 - torch.finfo(mass.dtype).eps)
