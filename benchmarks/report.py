@@ -40,7 +40,8 @@ def describe(claims: list[dict]) -> list[str]:
     places: dict[str, list[str]] = {}
     for claim in claims:
         place = f"{claim['device']}, {claim['threads']} threads, torch {claim['versions']['torch']}"
-        places.setdefault(place, []).append((claim["commit"] or "no commit")[:10])
+        commit, _, changed = (claim["commit"] or "none").partition("+")
+        places.setdefault(place, []).append(f"{commit[:10]}{' with changes' if changed else ''}")
     return [f"Measured on {place}; commits {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
 
 

@@ -21,7 +21,11 @@ def tensors(
     """Queries, keys and values; as many keys as queries unless told."""
     num_keys = num_queries if num_keys is None else num_keys
     generator = torch.Generator().manual_seed(seed)
-    shapes = (batch, heads, num_queries, head_dim), (batch, kv_heads, num_keys, head_dim), (batch, kv_heads, num_keys, value_dim)
+    shapes = (
+        (batch, heads, num_queries, head_dim),
+        (batch, kv_heads, num_keys, head_dim),
+        (batch, kv_heads, num_keys, value_dim),
+    )
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     # keys share a direction, as those of language models do
     return (1.5 * q).to(dtype), (1.5 * k + 1).to(dtype), v.to(dtype)

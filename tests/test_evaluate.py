@@ -96,6 +96,9 @@ def test_loss_counts_ordinary_text_of_the_second_half() -> None:
     assert re.search(rb"[0-9]", counted) is None
     assert not sample.counted[:399].any()
     assert sample.num_bytes == len(counted) > 200
+    planted = bytes(b for b, keep in zip(document.data[1:], sample.planted.tolist(), strict=True) if keep)
+    assert len(counted) + len(planted) == 400
+    assert re.fullmatch(rb"[^\n]*\n?(#[sg]et [a-z]{3}=[0-9]{4}\n)*[^\n]*", planted)
 
 
 def test_the_loss_is_that_of_the_plain_model(judged: Judged, samples: tuple[Sample, ...]) -> None:
@@ -105,6 +108,10 @@ def test_the_loss_is_that_of_the_plain_model(judged: Judged, samples: tuple[Samp
     expected = cross_entropy(logits[sample.counted], sample.tokens[1:][sample.counted], reduction="sum").item()
     exact = run_pass(judged, sample, rows(SMALL)[0])
     complete = run_pass(judged, sample, Row("all", "all", ha.Method(ha.Sinks(4), ha.Window(LENGTH))))
+    whole = torch.arange(1, LENGTH) >= LENGTH // 2
+    expected_whole = cross_entropy(logits[whole], sample.tokens[1:][whole], reduction="sum").item()
+    assert exact.nats + exact.planted_nats == pytest.approx(expected_whole, rel=1e-5)
+    assert exact.num_bytes + exact.num_planted == LENGTH // 2
     assert exact.nats == pytest.approx(expected, rel=1e-5)
     assert complete.nats == pytest.approx(expected, rel=1e-4)
     assert (exact.approximated, exact.calls) == (0, 2)

@@ -98,6 +98,18 @@ def test_a_row_that_sees_nothing_is_zero_with_zero_gradient():
     assert (v.grad[1] == 0).all()
 
 
+@pytest.mark.usefixtures("chunked")
+def test_a_row_hidden_by_an_additive_mask_has_zero_gradient():
+    q, k, v = (x.requires_grad_() for x in make(2, 1, 5, 4))
+    mask = torch.zeros(5, 4, dtype=torch.float64)
+    mask[2] = -torch.inf
+    partial = exact_attention(q, k, v, scale=SCALE, attn_mask=mask)
+    assert (partial.lse[:, :, 2] == -torch.inf).all()
+    (partial.out.sum() + partial.lse.masked_fill(partial.lse == -torch.inf, 0.0).sum()).backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    assert (q.grad[:, :, 2] == 0).all()
+
+
 @pytest.mark.parametrize("shape", [(11,), (9, 1), (9, 11), (4, 1, 11), (2, 1, 1, 11), (2, 4, 9, 11), (1, 4, 1, 1)])
 @pytest.mark.parametrize("boolean", [True, False])
 @pytest.mark.usefixtures("chunked")

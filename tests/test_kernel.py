@@ -112,7 +112,9 @@ def gradients(attend, tensors: tuple[Tensor, ...], selection: Selection) -> tupl
 def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, seed):
     tensors, selection = make_tensors(dtype, seed), make_selection(seed=seed)
     wide = tuple(x.double() for x in tensors)
-    ours, truth, plain = (f(*x, selection, SCALE) for f, x in ((list_attention, tensors), (triple_loop, wide), (triple_loop, tensors)))
+    ours, truth, plain = (
+        f(*x, selection, SCALE) for f, x in ((list_attention, tensors), (triple_loop, wide), (triple_loop, tensors))
+    )
     assert (truth[1][-1, -1] == -torch.inf).all()
     assert_same_math(ours[0], truth[0], plain[0])
     # lse is at least float32, so that it is judged against plain PyTorch in that dtype
@@ -238,7 +240,9 @@ def test_non_contiguous_inputs():
     assert not apart[0].is_contiguous()
     for x, y in zip(list_attention(*apart, selection, SCALE), list_attention(q, k, v, selection, SCALE), strict=True):
         assert_exact(x, y)
-    for x, y in zip(gradients(list_attention, apart, selection), gradients(list_attention, (q, k, v), selection), strict=True):
+    for x, y in zip(
+        gradients(list_attention, apart, selection), gradients(list_attention, (q, k, v), selection), strict=True
+    ):
         assert_exact(x, y)
 
 

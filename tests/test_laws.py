@@ -78,7 +78,9 @@ def test_weights_are_a_partition_of_unity_or_the_method_says_not(case, causal):
     seen = dense.visible(case.num_tokens, case.num_tokens, causal=causal).double()
     # sums over sixteen stretches of keys, over every sixteenth key, and in directions where errors cannot cancel
     place = torch.arange(case.num_tokens)
-    bins = torch.cat([place * 16 // case.num_tokens == torch.arange(16)[:, None], place % 16 == torch.arange(16)[:, None]]).double()
+    bins = torch.cat(
+        [place * 16 // case.num_tokens == torch.arange(16)[:, None], place % 16 == torch.arange(16)[:, None]]
+    ).double()
     signs = torch.randn(8, *seen.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     statistics, total = [], torch.zeros_like(seen)
     for seed in range(NUM_SEEDS):

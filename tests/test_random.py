@@ -25,7 +25,9 @@ def counters(axis: int) -> list[int | torch.Tensor]:
 def assert_chi_square(counts: torch.Tensor) -> None:
     expected, freedom = counts.sum().item() / counts.numel(), counts.numel() - 1
     statistic = ((counts - expected) ** 2 / expected).sum().item()
-    assert abs(statistic - freedom) <= DEVIATIONS * math.sqrt(2 * freedom), f"chi-square {statistic:.4g} with {freedom} degrees"
+    assert abs(statistic - freedom) <= DEVIATIONS * math.sqrt(2 * freedom), (
+        f"chi-square {statistic:.4g} with {freedom} degrees"
+    )
 
 
 @pytest.mark.parametrize("axis", range(5), ids=["seed", "layer", "head", "tile", "slot"])

@@ -1,5 +1,8 @@
 """Draws by the norm of the values: unbiased whatever the values, and better where they differ in size."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
-from hyperattention.select.draw import Density, Uniform
+from hyperattention.select.draw import Density, Distribution, Uniform
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
@@ -21,12 +24,26 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class WrongShare(Distribution):
+    """Keys drawn as `drawn` says, weighted as if `weighted` had."""
+
+    drawn: Distribution
+    weighted: Distribution
+
+    def invert(self, point: Tensor) -> Tensor:
+        return self.drawn.invert(point)
+
+    def share(self, index: Tensor) -> Tensor:
+        return self.weighted.share(index)
+
+
 class WrongWeight(Density):
     """A planted violation: keys drawn by norm, weighted as if drawn uniformly."""
 
-    def draw(self, tiles: Tiles, taken: Taken, point: Tensor) -> tuple[Tensor, Tensor]:
-        index, _ = ValueNorm().draw(tiles, taken, point)
-        return index, Uniform().draw(tiles, taken, point)[1]
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        drawn, weighted = (by.prepare(tiles, taken, num) for by in (ValueNorm(), Uniform()))
+        return lambda part: WrongShare(drawn(part), weighted(part))
 
 
 def weights(method: ha.Method, causal: bool = False, sizes: Tensor = SIZES) -> Tensor:
@@ -68,13 +85,15 @@ def test_larger_values_first_means_less_variance() -> None:
     assert spread[ValueNorm()] < spread[Uniform()] / 2
 
 
-def test_values_of_zero_fall_back_to_uniform_draws() -> None:
-    q, k = tokens(1, 1, 20, 4), tokens(1, 1, 20, 4, seed=1)
-    results = [
-        ha.attention(q, k, torch.zeros_like(k), method=ha.Method(ha.Draw(4, by=by)), return_lse=True)[1]
-        for by in (ValueNorm(), Uniform())
-    ]
-    assert_exact(results[0].float(), results[1].float())
+@pytest.mark.parametrize("causal", [False, True])
+def test_where_every_value_is_0_all_keys_are_alike(causal: bool) -> None:
+    q, k = replicas(tokens(1, 1, KEYS, 4), torch.zeros(1, 1, KEYS, 4, dtype=torch.float64), 200)
+    for stages in ((), (ha.Sinks(2), ha.Window(6))):
+        method = ha.Method(*stages, ha.Draw(6, by=ValueNorm()), tile=5)
+        lse = ha.attention(q, k, k, method=method, is_causal=causal, return_lse=True)[1]
+        # every score is 0, so that a denominator is a sum of weights: the number of keys in view
+        seen = dense.visible(KEYS, KEYS, causal=causal).sum(1)
+        assert_unbiased(lse[0].exp(), seen.double(), largest_error=0.5, rounding=1e-4)
 
 
 def test_values_that_are_not_finite_never_break_the_draws() -> None:

@@ -4,32 +4,47 @@ from hyperattention.attention import attention, varlen_attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
+from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
-from hyperattention.select.draw import Draw, Uniform
+from hyperattention.presets import HyperAttention
+from hyperattention.select.draw import Draw, Mix, Uniform
+from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.window import Window
+from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
+from hyperattention.select.score.key_score import KeyScore
+from hyperattention.select.score.pooling import Coarse
+from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
 
 __all__ = [
+    "BlockScore",
+    "Coarse",
     "Cost",
     "Draw",
     "ErrorReport",
     "Exact",
+    "HashBuckets",
+    "HyperAttention",
     "KeyBounds",
+    "KeyScore",
     "KeySketch",
     "LookAhead",
     "MeanKey",
     "Method",
+    "Mix",
     "Partial",
     "Sinks",
     "TopBlocks",
     "Uniform",
+    "ValueNorm",
     "Window",
     "attention",
     "audit",
     "default_method",
+    "merge",
     "varlen_attention",
 ]

@@ -8,7 +8,7 @@ from hyperattention.audit import ErrorReport, audit as judge
 from hyperattention.default import default_method
 from hyperattention.exact import exact_attention
 from hyperattention.exact_method import Exact
-from hyperattention.inputs import check_inputs, check_masks, dense_mask, key_mask_of, narrowed
+from hyperattention.inputs import autocast_device, check_inputs, check_masks, dense_mask, key_mask_of, narrowed
 from hyperattention.method import Approach
 from hyperattention.problem import Problem, compact
 from hyperattention.types import Partial
@@ -65,34 +65,37 @@ def attention(
 
     Raises:
         ValueError: if shapes, sizes or arguments do not fit together; the message says which and what to do.
-        TypeError: if dtypes are mixed or not floating.
+        TypeError: if dtypes are mixed or not floating, or `method` is no method.
         NotImplementedError: if dropout, or a dense mask with a method, is asked for.
     """
-    check_inputs(query, key, value, enable_gqa=enable_gqa, dropout_p=dropout_p, seed=seed, check_finite=check_finite)
-    check_masks(query, key, attn_mask, key_mask, is_causal=is_causal, causal_align=causal_align)
     query, key, value = narrowed(query, key, value)
+    attn_mask = None if attn_mask is None else narrowed(attn_mask)[0]
+    check_inputs(query, key, value, enable_gqa=enable_gqa, dropout_p=dropout_p, seed=seed, check_finite=check_finite)
+    check_masks(query, key, attn_mask, key_mask, is_causal=is_causal, causal_align=causal_align, audit=audit)
     dense = dense_mask(attn_mask)
     live = key_mask_of(attn_mask, key_mask, key)
-    method = method or default_method(key.shape[2], num_queries=query.shape[2])
+    method = default_method(key.shape[2], num_queries=query.shape[2]) if method is None else method
+    if not isinstance(method, Approach):
+        raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(autocast_device(query), enabled=False):
         if dense is not None:
             partial = _attend_dense(query, key, value, dense, live, method, scale)
         else:
             problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer)
-            out_only = isinstance(method, Exact) and not return_lse
-            partial = Partial(method.output(problem), query.new_empty(0, 0, 0)) if out_only else method.attend(problem)
-    results: tuple[Tensor | ErrorReport, ...] = (partial.out,)
-    if return_lse:
-        results += (partial.lse,)
+            partial = method.output(problem) if isinstance(method, Exact) and not return_lse else method.attend(problem)
+    out, lse = (partial.out, partial.lse) if isinstance(partial, Partial) else (partial, None)
+    # exact attention returns rows as accumulated
+    out = out.to(query.dtype)
+    results: tuple[Tensor | ErrorReport, ...] = (out, lse) if return_lse and lse is not None else (out,)
     if audit is not None:
         results += (
             judge(
-                query, key, value, partial.out, rows=audit, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+                query, key, value, out, rows=audit, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
                 key_mask=live, causal_align=causal_align, seed=seed, method=method,
             ),
         )  # fmt: skip
-    return results if len(results) > 1 else partial.out
+    return results if len(results) > 1 else out
 
 
 def _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer) -> Problem:

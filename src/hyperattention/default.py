@@ -4,9 +4,8 @@ from hyperattention.exact_method import Exact
 from hyperattention.method import Approach, Method
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
-from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.blocks import KeySketch
+from hyperattention.select.score.key_score import KeyScore
 
 # keys from which the default method was faster than exact attention on the CPU it was measured on (docs/log.md)
 CROSSOVER = 4096
@@ -25,4 +24,4 @@ def default_method(num_keys: int, *, num_queries: int | None = None) -> Approach
     """
     if num_keys < CROSSOVER or (num_queries is not None and num_queries < FEW_QUERIES):
         return Exact()
-    return Method(Sinks(16), Window(256), TopBlocks(32, block_size=16, by=KeySketch(16)), Draw(128))
+    return Method(Sinks(16), Window(256), Draw(640, by=KeyScore()))

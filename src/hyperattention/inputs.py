@@ -39,7 +39,9 @@ def check_inputs(
     if query.dtype not in _DTYPES:
         raise TypeError(f"dtype {query.dtype} is not supported: use float16, bfloat16, float32 or float64")
     if not query.device == key.device == value.device:
-        raise ValueError(f"query, key and value are on {query.device}, {key.device}, {value.device}: move them to one device")
+        raise ValueError(
+            f"query, key and value are on {query.device}, {key.device}, {value.device}: move them to one device"
+        )
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         raise ValueError(f"{shapes}: batch sizes differ; expand the smaller")
     if key.shape[1:3] != value.shape[1:3]:
@@ -62,7 +64,14 @@ def check_inputs(
 
 
 def check_masks(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, *, is_causal: bool, causal_align: str
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    *,
+    is_causal: bool,
+    causal_align: str,
+    audit: int | None = None,
 ) -> None:
     """Check the masks against the tensors they mask.
 
@@ -73,13 +82,16 @@ def check_masks(
         key_mask: mask of keys.
         is_causal: whether causality is asked for as well.
         causal_align: which corner the diagonal starts from.
+        audit: rows to check afterwards, if any.
 
     Raises:
-        ValueError: if a mask has the wrong shape or does not go with `is_causal`.
+        ValueError: if a mask has the wrong shape or does not go with `is_causal` or `audit`.
         TypeError: if a mask has the wrong dtype.
     """
     if causal_align not in ("upper_left", "lower_right"):
-        raise ValueError(f"causal_align={causal_align!r}: it must be 'upper_left' (as SDPA) or 'lower_right' (chunks, decoding)")
+        raise ValueError(
+            f"causal_align={causal_align!r}: it must be 'upper_left' (as SDPA) or 'lower_right' (chunks, decoding)"
+        )
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask is {key_mask.dtype}: it must be boolean, True where a key may be attended to")
@@ -101,6 +113,8 @@ def check_masks(
         raise ValueError(
             "a dense attn_mask together with is_causal=True is ambiguous: fold causality into the mask, or pass padding as key_mask"
         )
+    if audit is not None:
+        raise ValueError(f"audit={audit} cannot follow a dense attn_mask, which only exact attention reads: leave audit out")
     if full[2] * full[3] > DENSE_PAIRS:
         raise ValueError(
             f"a dense attn_mask over {full[2]} x {full[3]} pairs is beyond the limit of {DENSE_PAIRS}: use key_mask for "
@@ -126,10 +140,15 @@ def key_mask_of(attn_mask: Tensor | None, key_mask: Tensor | None, key: Tensor) 
     return alike if key_mask is None else alike & key_mask
 
 
-def narrowed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cast to the dtype of autocast where it is on, as SDPA does."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(device)
-        return query.to(dtype), key.to(dtype), value.to(dtype)
-    return query, key, value
+def autocast_device(x: Tensor) -> str:
+    """Name the kind of device whose autocast concerns a tensor; the meta device has none of its own."""
+    return "cpu" if x.device.type == "meta" else x.device.type
+
+
+def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the dtype of autocast where it is on, as SDPA does: every floating tensor but those of float64."""
+    device = autocast_device(tensors[0])
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -98,6 +98,9 @@ class Method(Approach):
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "tile", tile)
 
+    def __reduce__(self):
+        return _method, (self.stages, self.tile)
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Method is immutable: build another instead of setting {name}")
 
@@ -193,3 +196,8 @@ def _label_rows(tiles: Tiles, taken: Taken) -> tuple[Tensor | None, Tensor | Non
         return None, None
     row_label = tiles.arrange(taken.labels.query[..., None].double())[..., 0].long()
     return row_label, taken.labels.key.flatten(0, 1)
+
+
+def _method(stages: tuple[Stage, ...], tile: int) -> Method:
+    """Build a method again from what copying and pickling keep."""
+    return Method(*stages, tile=tile)

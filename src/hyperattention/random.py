@@ -13,7 +13,7 @@ _MASK = 0xFFFFFFFF
 SEED_LIMIT = 2**63
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x):
     # lowbias32 (Wellons, 2018, hash-prospector): products wrap in int64, whose low 32 bits are those of the true product
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
@@ -30,13 +30,12 @@ def hash_bits(counters: Sequence[int | Tensor], device: torch.device | str) -> T
     Returns:
         int64 values in [0, 2**32), of the counters' broadcast shape.
     """
-    state = torch.full((), 0x9E3779B9, dtype=torch.int64, device=device)
-    for counter in counters:
-        word = torch.full((), counter, dtype=torch.int64, device=device) if isinstance(counter, int) else counter
+    state = 0x9E3779B9
+    for counter in counters:  # plain integers, which come first, are mixed before there is any tensor
         # both halves of each counter enter, and the odd constant keeps a zero counter from being a no-op
-        state = _mix((state ^ (word & _MASK)) + 0x85EBCA6B & _MASK)
-        state = _mix((state ^ (word >> 32)) + 0xC2B2AE35 & _MASK)
-    return state
+        state = _mix(((state ^ (counter & _MASK)) + 0x85EBCA6B) & _MASK)
+        state = _mix(((state ^ (counter >> 32)) + 0xC2B2AE35) & _MASK)
+    return state if isinstance(state, Tensor) else torch.full((), state, dtype=torch.int64, device=device)
 
 
 def uniform(counters: Sequence[int | Tensor], device: torch.device | str) -> Tensor:

@@ -59,17 +59,16 @@ def residual_ratio(
         the ratio; NaN where no row has weight outside the mask.
     """
     rows = [row for block in blocks for row in block.unbind(-2)]
-    light = torch.stack(
-        [
-            row[..., first : max(first, begin)].sum(-1) + row[..., max(first, end) :].sum(-1)
-            for row, (begin, end) in zip(rows, windows, strict=True)
-        ],
-        dim=-1,
-    )
+    light = torch.stack([_outside(row, first, *window) for row, window in zip(rows, windows, strict=True)], dim=-1)
     log_sum, none = lse + light.log(), light == 0
     largest = log_sum.masked_fill(none, -torch.inf).amax(-1)
     smallest = log_sum.masked_fill(none, torch.inf).amin(-1)
     return (largest - smallest).exp().masked_fill(none.all(-1), torch.nan)
+
+
+def _outside(row: Float[Tensor, "*heads _"], first: int, begin: int, end: int) -> Float[Tensor, "*heads"]:
+    before = row[..., first : max(first, begin)].sum(-1)
+    return before if end >= row.shape[-1] else before + row[..., max(first, end) :].sum(-1)
 
 
 def softmax_norm(

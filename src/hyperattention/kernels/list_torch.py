@@ -98,7 +98,6 @@ def _chunks(lists: Lists, num_keys: int, step: int, dtype: torch.dtype) -> Itera
         indices, biases, banned, at = [], [], [], 0
         for i, size in enumerate(lists.size):
             index, bias = _expand(lists, i, part, dtype)
-            index = index.clamp(0, num_keys - 1)
             pairs = _banned_pairs(lists, i, part, index)
             if pairs is not None:
                 banned.append((slice(at, at + index.shape[1]), pairs))
@@ -120,7 +119,9 @@ def _expand(lists: Lists, run: int, part: slice, dtype: torch.dtype) -> tuple[Te
     if lists.hole[run].numel():
         begin, end = lists.hole[run].flatten(1, 2)[:, part, None]
         live &= (index < begin) | (index >= end)
-    return index, weight.masked_fill(~live, -torch.inf)
+    # a slot that does not count still names a key: the first, which every row that sees any key sees, so that what is not
+    # finite elsewhere stays there
+    return index.masked_fill(~live, 0), weight.masked_fill(~live, -torch.inf)
 
 
 def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor | None:
@@ -133,7 +134,7 @@ def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor 
         tests.append((key >= _flat(lists.gap_low)[part, :, None]) & (key < _flat(lists.gap_high)[part, :, None]))
     if lists.labelled[run] and lists.row_label is not None and lists.key_label is not None:
         list_of_tile = torch.arange(part.start, part.stop, device=index.device) // lists.row_limit.shape[1]
-        label = lists.key_label[list_of_tile].gather(1, index)
+        label = lists.key_label.flatten()[list_of_tile[:, None] * lists.key_label.shape[1] + index]
         tests.append(label[:, None] == _flat(lists.row_label)[part, :, None])
     return torch.stack(tests).any(0) if len(tests) > 1 else tests[0] if tests else None
 

@@ -49,6 +49,7 @@ class Judgement:
         approximated: whether it really approximated, with fewer pairs than exact attention.
         share_of_calls: share of attention calls it answered.
         bits_per_byte: loss on ordinary text of the second half.
+        bits_with_planted: the same with the lines that plant or ask for facts, whose answers have to be retrieved.
         added_nats: nats a byte more than exact attention's, on the same documents.
         added_error: standard error of that difference over documents; None for a single document.
         retrieval: share of answer digits right; None where nothing was asked.
@@ -69,6 +70,7 @@ class Judgement:
     approximated: bool
     share_of_calls: float
     bits_per_byte: float
+    bits_with_planted: float
     added_nats: float
     added_error: float | None
     retrieval: float | None
@@ -110,7 +112,9 @@ def evaluate(
     """
     if not samples or not isinstance(rows[0].method, Exact):
         raise ValueError(f"{len(samples)} samples, first row {rows[0].name}: give at least one, and exact attention first")
-    warm_up = Sample(samples[0].tokens[:64], torch.ones(len(samples[0].tokens[:64]) - 1, dtype=torch.bool), 1)
+    beginning = samples[0].tokens[:64]
+    nothing = torch.zeros(len(beginning) - 1, dtype=torch.bool)
+    warm_up = Sample(beginning, nothing, 1, nothing)
     for row in rows:
         run_pass(judged, warm_up, row)
     passes: dict[str, list[Pass]] = {row.name: [] for row in rows}
@@ -125,6 +129,7 @@ def evaluate(
 
 def _judge(row: Row, passes: Sequence[Pass], exact: Sequence[Pass], length: int) -> Judgement:
     nats = sum(p.nats for p in passes) / sum(p.num_bytes for p in passes)
+    whole = sum(p.num_bytes + p.num_planted for p in passes)
     added = [ours.nats_per_byte - theirs.nats_per_byte for ours, theirs in zip(passes, exact, strict=True)]
     digits = torch.cat([p.right.flatten() for p in passes])
     approximated = sum(p.approximated for p in passes)
@@ -136,6 +141,7 @@ def _judge(row: Row, passes: Sequence[Pass], exact: Sequence[Pass], length: int)
         approximated=row.approximates(length, True, approximated),
         share_of_calls=approximated / max(1, sum(p.calls for p in passes)),
         bits_per_byte=nats / math.log(2),
+        bits_with_planted=sum(p.nats + p.planted_nats for p in passes) / whole / math.log(2),
         added_nats=statistics.fmean(added),
         added_error=statistics.stdev(added) / math.sqrt(len(added)) if len(added) > 1 else None,
         retrieval=float(digits.float().mean()) if len(digits) else None,

@@ -27,6 +27,8 @@ class Pass:
     Args:
         nats: loss summed over the counted tokens.
         num_bytes: bytes behind them.
+        planted_nats: loss summed over the planted lines of the second half.
+        num_planted: tokens in them.
         right: for each answer, whether each digit was the model's first choice.
         distance: for each answer, how far back it was set.
         model_seconds: time of the whole pass, audits taken off.
@@ -38,6 +40,8 @@ class Pass:
 
     nats: float
     num_bytes: int
+    planted_nats: float
+    num_planted: int
     right: Bool[Tensor, "answers digits"]
     distance: tuple[int, ...]
     model_seconds: float
@@ -77,10 +81,12 @@ def run_pass(judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_r
                 seconds = time.perf_counter() - began - watch.audit_seconds
                 targets = ids[0, 1:]
                 nats = _sum_loss(logits[:-1], targets, sample.counted.to(ids.device))
+                planted_nats = _sum_loss(logits[:-1], targets, sample.planted.to(ids.device))
                 right = digits_right(logits[:-1], targets, sample)
     counts = counter.counts
     return Pass(
-        nats, sample.num_bytes, right, sample.answer_distance, seconds, watch.attention_seconds,
+        nats, sample.num_bytes, planted_nats, int(sample.planted.sum()), right,
+        sample.answer_distance, seconds, watch.attention_seconds,
         tuple(watch.reports), counts.approximated, counts.total,
     )  # fmt: skip
 
@@ -88,7 +94,7 @@ def run_pass(judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_r
 def _sum_loss(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
     index = counted.nonzero()[:, 0]
     parts = (cross_entropy(logits[part].float(), targets[part], reduction="sum").item() for part in index.split(_CHUNK))
-    return sum(parts)
+    return sum(parts, 0.0)
 
 
 def digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:

@@ -23,6 +23,7 @@ class Sample:
         tokens: the sequence.
         counted: for each token but the first, whether its loss counts: ordinary text of the second half.
         num_bytes: bytes of text behind the counted tokens.
+        planted: for each token but the first, whether it lies in a line of the second half that plants or asks.
         answer_index: first digit of each answer.
         answer_distance: for each answer, how many tokens earlier the digits were set.
         answer_size: digits in each answer.
@@ -31,6 +32,7 @@ class Sample:
     tokens: Int[Tensor, " tokens"]
     counted: Bool[Tensor, " targets"]
     num_bytes: int
+    planted: Bool[Tensor, " targets"]
     answer_index: tuple[int, ...] = ()
     answer_distance: tuple[int, ...] = ()
     answer_size: int = 0
@@ -53,11 +55,12 @@ def _sample_of(document: Document) -> Sample:
     counted = torch.arange(size) >= size // 2
     for line in _PLANTED.finditer(document.data):
         counted[line.start() : line.end()] = False
-    counted = counted[1:].clone()
+    second_half, counted = (torch.arange(size) >= size // 2)[1:], counted[1:].clone()
     return Sample(
         torch.frombuffer(bytearray(document.data), dtype=torch.uint8).long(),
         counted,
         int(counted.sum()),
+        second_half & ~counted,
         document.answer_index,
         document.answer_distance,
         document.answer_size,
@@ -104,7 +107,7 @@ def samples_of_text(text: str, judged: Judged, length: int, count: int) -> tuple
     for start in range(0, min(count * length, len(tokens) - length + 1), length):
         piece = tokens[start : start + length]
         counted = torch.arange(1, length) >= length // 2
-        samples.append(Sample(piece, counted, max(1, _count_bytes(piece[1:][counted], judged))))
+        samples.append(Sample(piece, counted, max(1, _count_bytes(piece[1:][counted], judged)), torch.zeros_like(counted)))
     return tuple(samples)
 
 

@@ -127,6 +127,9 @@ class Mix(Density):
             raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0")
         object.__setattr__(self, "parts", parts)
 
+    def __reduce__(self):
+        return Mix, self.parts
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Mix is immutable: build another instead of setting {name}")
 
@@ -205,14 +208,14 @@ class Draw(Stage):
     def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
         """Draw keys, or list them all where they are few."""
         problem = tiles.problem
-        if not problem.num_keys or not len(tiles.index):
+        if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), taken
         left = edges(tiles, taken)
         begin, hole_begin, hole_end, end = left
         count = hole_begin - begin + end - hole_end
         parts = self._components(tiles, taken)
-        numbers = sum(density.numbers(tiles) for density, _, _ in parts) + 8 * self.num
-        drawn = [self._draw(tiles, parts, part) for part in chunks(tiles, numbers)]
+        numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
+        drawn = [_drawn(parts, part) for part in chunks(tiles, numbers)]
         index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
         slot = torch.arange(self.num, device=problem.device)
         few = count <= self.num
@@ -230,27 +233,33 @@ class Draw(Stage):
         )
         return (runs,), taken
 
-    def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Density, int, Callable[[slice], Distribution]]]:
-        """Share the draws out; the last component, which reaches every key, takes what rounding leaves, at least one."""
-        parts, spare = [], self.num
-        *first, last = self.by.components
-        for density, share in first:
-            num = min(round(share * self.num), spare - 1)
-            spare -= num
-            parts += [(density, num, density.prepare(tiles, taken, num))] if num else []
-        return [*parts, (last[0], spare, last[0].prepare(tiles, taken, spare))]
+    def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Tensor, Callable[[slice], Distribution]]]:
+        """Share the draws out: points of the unit interval, ``[lists, tiles, slots]``, and a law a chunk for each component.
 
-    def _draw(self, tiles: Tiles, parts: list, part: slice) -> tuple[Tensor, Tensor]:
-        """Draw for a chunk of tiles: keys, and their log-weights, ``[lists, chunk, slots]``."""
-        problem, device, begun, drawn = tiles.problem, tiles.problem.device, 0, []
+        The last component reaches every key, and takes what rounding leaves, at least one draw.
+        """
+        problem, device, parts, begun = tiles.problem, tiles.problem.device, [], 0
         head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
-        laws = [law(part) for _, _, law in parts]
-        for (density, num, _), law in zip(parts, laws, strict=True):
+        components = self.by.components
+        for i, (density, share) in enumerate(components):
+            left = self.num - begun
+            num = left if i + 1 == len(components) else min(round(share * self.num), left - 1)
+            if not num:
+                continue
             slot = torch.arange(num, device=device)
-            counter = slot[:1] if density.evenly else slot
-            noise = uniform((problem.seed, problem.layer, head, tiles.index[part, None], counter + begun), device)
-            drawn.append(law.invert(((slot + noise) / num).repeat(problem.k.shape[0], 1, 1)))
+            counter = begun + (slot[:1] if density.evenly else slot)
+            noise = uniform((problem.seed, problem.layer, head, tiles.index[:, None], counter), device)
+            points = ((slot + noise) / num).repeat(problem.k.shape[0], 1, 1)
+            parts.append((points, density.prepare(tiles, taken, num)))
             begun += num
-        index = torch.cat(drawn, 2)
-        listings = sum(num * law.share(index) for (_, num, _), law in zip(parts, laws, strict=True))
-        return index, -torch.log(torch.as_tensor(listings)).float()
+        return parts
+
+
+def _drawn(parts: list[tuple[Tensor, Callable[[slice], Distribution]]], part: slice) -> tuple[Tensor, Tensor]:
+    """Draw for a chunk of tiles: keys, and their log-weights, ``[lists, chunk, slots]``."""
+    laws = [(points[:, part], law(part)) for points, law in parts]
+    index = torch.cat([law.invert(points) for points, law in laws], 2)
+    listings = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
+    for points, law in laws:
+        listings += points.shape[2] * law.share(index)
+    return index, -listings.log()

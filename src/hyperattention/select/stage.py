@@ -34,7 +34,7 @@ class Taken:
 
     prefix: int = 0
     gap: tuple[Int[Tensor, "batch tiles"], Int[Tensor, "batch tiles"]] | None = None
-    blocks: tuple[tuple[Int[Tensor, "lists tiles slots"], int], ...] = ()
+    blocks: tuple[tuple[Int[Tensor, "lists tiles _"], int], ...] = ()
     labels: Labels | None = None
 
     def with_blocks(self, blocks: Int[Tensor, "lists tiles slots"], block_size: int) -> "Taken":

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from hyperattention.check import positive
 from hyperattention.select.score.blocks import BlockRank, KeyBounds, MeanKey
-from hyperattention.select.score.pooling import Coarse, any_left, chunks, edges, pool_queries, seen_keys
+from hyperattention.select.score.pooling import Coarse, any_left, beyond, chunks, edges, pool_queries, seen_keys
 from hyperattention.select.stage import LookAhead, Stage, Taken
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
@@ -84,7 +84,7 @@ class TopBlocks(Stage):
     def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
         """Score, rank and take blocks."""
         problem = tiles.problem
-        if not problem.num_keys or not len(tiles.index):
+        if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), taken
         left = edges(tiles, taken)
         ranking = self._prepare(tiles, left)
@@ -140,7 +140,10 @@ class TopBlocks(Stage):
         for earlier, size in taken.blocks:
             allowed &= ~_overlap(block, self.block_size, earlier[:, part], size)
         num = min(self.num, score.shape[2])
-        best, place = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf).topk(num, dim=-1)
+        score = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf)
+        if problem.causal:
+            score = score.masked_fill(allowed & beyond(block * self.block_size, self.block_size, left), torch.inf)
+        best, place = score.topk(num, dim=-1)
         chosen = block.gather(2, place).masked_fill(best == -torch.inf, total).sort(-1)[0]
         return pad(chosen, (0, min(self.num, total) - num), value=total)
 

@@ -17,31 +17,28 @@ from hyperattention.tiling import Tiles
 
 @dataclass(frozen=True)
 class _InBlocks(Distribution):
-    """Probabilities of blocks, spread evenly over the keys of each that are left."""
+    """Probabilities of blocks, spread evenly over the keys of each."""
 
     mass: Tensor  # [lists, chunk, blocks], summing to one
-    first: Tensor  # [lists, chunk, blocks], first key left of each block
-    count: Tensor  # [lists, chunk, blocks], keys left of each block
     block_size: int
 
     def invert(self, point: Tensor) -> Tensor:
         """Find the block, then the key at the same share of the way through it."""
         block, inside = inverse(self.mass, point)
-        return self.first.gather(2, block) + (inside * self.count.gather(2, block)).long()
+        return block * self.block_size + (inside * self.block_size).long()
 
     def share(self, index: Tensor) -> Tensor:
         """The block's probability over its keys."""
-        block = (index // self.block_size).clamp(max=self.mass.shape[2] - 1)
-        offset = index - self.first.gather(2, block)
-        count = self.count.gather(2, block)
-        return (self.mass.gather(2, block) / count.clamp(min=1)).masked_fill((offset < 0) | (offset >= count), 0.0)
+        block = index // self.block_size
+        last = self.mass.shape[2] - 1
+        return (self.mass.gather(2, block.clamp(max=last)) / self.block_size).masked_fill(block > last, 0.0)
 
 
 @dataclass(frozen=True)
 class BlockScore(Density):
     """Draw keys in proportion to the estimated weight of their block: coarse, but it reaches over the whole sequence.
 
-    a_iB = softmax_B(q_i . mean_{j in B} k_j + log |B|),   p_j ~ (sum_i a_iB^2)^(1/2) / |B|
+    a_iB = softmax_B(q_i . mean_{j in B} k_j),   p_j ~ (sum_i a_iB^2)^(1/2) / |B|
     Source: importance sampling; block means as in Jiang et al., 2024 (arXiv:2407.02490).   Differs: they sample nothing.
     Cost: `pooled` products a block and tile.   Guarantee: numerator and denominator unbiased, whatever the estimate.
 
@@ -97,17 +94,14 @@ class BlockScore(Density):
 
         def over(part: slice) -> Distribution:
             begin, hole_begin, hole_end, end = (x[:, part] for x in left)
-            blocks = -(-seen_keys(tiles, part) // self.block_size)
+            # only blocks that are left whole: uniform draws reach the others
+            blocks = seen_keys(tiles, part) // self.block_size
             first = torch.arange(blocks, device=k.device) * self.block_size
             until = first + self.block_size
-            # of a block that a hole cuts in two only the part before it is drawn from here; uniform draws reach the rest
-            low = torch.maximum(first, begin)
-            count = torch.minimum(until, hole_begin) - low
-            after = torch.maximum(first, hole_end)
-            low = torch.where(count > 0, low, after)
-            count = torch.where(count > 0, count, (torch.minimum(until, end) - after).clamp(min=0))
-            score = (query[:, part].flatten(1, 2) @ mean[:, :, :blocks]).unflatten(1, query[:, part].shape[1:3])
-            mass = root_mean_square(score, count > 0, count.clamp(min=1).to(score.dtype).log())
-            return _InBlocks(clipped(mass, num), low, count, self.block_size)
+            whole = ((first >= begin) & (until <= hole_begin)) | ((first >= hole_end) & (until <= end))
+            some = query[:, part]
+            score = (some.flatten(1, 2) @ mean[:, :, :blocks]).unflatten(1, some.shape[1:3])
+            mass = root_mean_square(score, whole)
+            return _InBlocks(clipped(mass, num), self.block_size)
 
         return over

@@ -61,7 +61,7 @@ class KeyScore(Density):
 
     dim: int = 32
     pooled: int = 32
-    coarse: Coarse = field(default_factory=lambda: Coarse(16, 64))
+    coarse: Coarse = field(default_factory=lambda: Coarse(96, 64))
     uniform_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -104,23 +104,23 @@ class KeyScore(Density):
         basis = KeySketch(self.dim).basis(head)
         query = pool_queries(tiles, self.pooled).to(k.dtype) @ (basis * problem.scale)[:, None]
         projected = k @ basis - head.mean(1, keepdim=True) @ basis
-        bounds = KeyBounds().summarise(projected, self.coarse.panel_size, 1)
+        summary = KeyBounds().summarise(projected, self.coarse.panel_size, 1)
         sketch = in_panels(projected, self.coarse.panel_size, 1).flatten(0, 1).flatten(1)
 
         def over(part: slice) -> Distribution:
             some = tuple(x[:, part] for x in left)
-            panel = self._panels(query[:, part], bounds, some, seen_keys(tiles, part))
+            panel = self._panels(query[:, part], summary, some, seen_keys(tiles, part))
             index, mass = self._mass(query[:, part], sketch, panel, some)
             return _Listed(index, clipped(mass, num))
 
         return over
 
-    def _panels(self, query: Tensor, bounds: tuple[Tensor, ...], left: tuple[Tensor, ...], seen: int) -> Tensor:
+    def _panels(self, query: Tensor, summary: tuple[Tensor, ...], left: tuple[Tensor, ...], seen: int) -> Tensor:
         """Choose panels by bounds on their keys' weights, ascending: ``[lists, chunk, panels]``."""
         panels = -(-seen // self.coarse.panel_size)
         if panels <= self.coarse.num:
             return torch.arange(panels, device=query.device).expand(*query.shape[:2], panels)
-        score = KeyBounds().score(query.flatten(1, 2), tuple(x[:, :panels] for x in bounds)).unflatten(1, query.shape[1:3])
+        score = KeyBounds().score(query.flatten(1, 2), tuple(x[:, :panels] for x in summary)).unflatten(1, query.shape[1:3])
         first = torch.arange(panels, device=query.device) * self.coarse.panel_size
         return self.coarse.choose(root_mean_square(score, any_left(first, self.coarse.panel_size, left)), left)
 

@@ -4,25 +4,23 @@ import torch
 from torch import Tensor
 
 # rounds in which probabilities above one draw's share are cut to it and the rest is given to the others
-_CLIP_ROUNDS = 3
+_CLIP_ROUNDS = 2
 
 
-def root_mean_square(score: Tensor, allowed: Tensor, log_count: Tensor | None = None) -> Tensor:
+def root_mean_square(score: Tensor, allowed: Tensor) -> Tensor:
     """Combine the weights that several queries give the same candidates: (sum_i softmax_j(s_ij)^2)^(1/2).
 
     Args:
         score: ``[lists, chunk, pooled, candidates]``; overwritten.
         allowed: ``[lists, chunk, candidates]``, candidates that exist.
-        log_count: log of the keys that each candidate stands for, ``[lists, chunk, candidates]``; one each if None.
 
     Returns:
         ``[lists, chunk, candidates]``, 0 for candidates that do not exist; not normalised.
     """
-    bias = torch.zeros(allowed.shape, dtype=score.dtype, device=score.device) if log_count is None else log_count
-    score.add_(bias.masked_fill(~allowed, -torch.inf)[:, :, None])
-    weight = torch.softmax(score, -1)
+    weight = torch.softmax(score.masked_fill_(~allowed[:, :, None], -torch.inf), -1)
     combined = weight[:, :, 0] if weight.shape[2] == 1 else weight.square_().sum(2).sqrt_()
-    return torch.nan_to_num(combined, nan=0.0).masked_fill(~allowed, 0.0)
+    # rows of nothing but -inf, and scores that are not finite, give NaN: such candidates are left to other draws
+    return torch.nan_to_num_(combined, nan=0.0)
 
 
 def clipped(mass: Tensor, num: int) -> Tensor:

@@ -12,7 +12,7 @@ from hyperattention.select.stage import Taken
 from hyperattention.tiling import Tiles
 
 # scores and gathered summaries of one chunk of tiles: small enough to stay in the last level of cache
-SCORE_BYTES = 4 * 2**20
+SCORE_BYTES = 12 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Coarse:
 
     def products(self, visible: float) -> float:
         """Count short products spent on the choice, for one pooled query."""
-        return KeyBounds().products(1) * visible / self.panel_size
+        return 2 * visible / self.panel_size
 
     def choose(self, score: Tensor, left: tuple[Tensor, ...]) -> Tensor:
         """Choose the best panels that hold a key which is left, ascending.
@@ -57,6 +57,7 @@ class Coarse:
         first = torch.arange(score.shape[2], device=score.device) * self.panel_size
         allowed = any_left(first, self.panel_size, left)
         score = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf)
+        score = score.masked_fill(allowed & beyond(first, self.panel_size, left), torch.inf)
         return score.topk(min(self.num, score.shape[2]), dim=-1)[1].sort(-1)[0]
 
 
@@ -90,6 +91,11 @@ def any_left(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
     return (torch.minimum(until, hole_begin) > torch.maximum(first, begin)) | (
         torch.minimum(until, end) > torch.maximum(first, hole_end)
     )
+
+
+def beyond(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
+    """Tell which runs of `size` keys reach past the keys of the tile: they are chosen unseen, or a tile would look ahead."""
+    return first + size > left[3]
 
 
 def seen_keys(tiles: Tiles, part: slice) -> int:

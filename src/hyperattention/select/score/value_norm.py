@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
-from hyperattention.select.draw import Density, Distribution, Uniform
+from hyperattention.select.draw import Density, Distribution, Uniform, _Even
 from hyperattention.select.score.pooling import edges
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
@@ -16,11 +16,15 @@ from hyperattention.tiling import Tiles
 
 @dataclass(frozen=True)
 class _ByMass(Distribution):
-    """Probabilities in proportion to a mass a key, over the keys that are left."""
+    """Probabilities in proportion to a mass a key, over the keys that are left; even where they have none."""
 
     mass: Tensor  # [lists, keys]
     below: Tensor  # [lists, keys + 1], running sums from 0
-    left: tuple[Tensor, ...]  # edges, [lists, chunk, 1]
+    left: tuple[Tensor, Tensor, Tensor, Tensor]  # edges, [lists, chunk, 1]
+
+    @property
+    def _even(self) -> _Even:
+        return _Even(self.left)
 
     def _sums(self) -> tuple[Tensor, ...]:
         return tuple(self.below.gather(1, edge[..., 0])[..., None] for edge in self.left)
@@ -36,13 +40,16 @@ class _ByMass(Distribution):
         found = torch.searchsorted(self.below[:, 1:].contiguous(), target.flatten(1), right=True).view_as(target)
         # rounding may carry a draw over an edge
         low, high = torch.where(before_hole, begin, hole_end), torch.where(before_hole, hole_begin, end)
-        return torch.minimum(torch.maximum(found, low), high - 1)
+        found = torch.minimum(torch.maximum(found, low), high - 1)
+        return torch.where(total > 0, found, self._even.invert(point))
 
     def share(self, index: Tensor) -> Tensor:
-        """A key's mass over the sum of those left; 0 where every mass is."""
+        """A key's mass over the sum of those left; the same for all where every mass is 0."""
         at = self._sums()
+        total = at[1] - at[0] + at[3] - at[2]
         drawn = self.mass.gather(1, index.clamp(0, self.mass.shape[1] - 1).flatten(1)).view(index.shape)
-        return drawn / (at[1] - at[0] + at[3] - at[2]).clamp(min=torch.finfo(drawn.dtype).tiny)
+        by_mass = drawn / total.clamp(min=torch.finfo(drawn.dtype).tiny)
+        return torch.where(total > 0, by_mass, self._even.share(index))
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class ValueNorm(Density):
         """Sum the norms along every list of keys."""
         mass, left = self._mass(tiles), edges(tiles, taken)
         below = pad(mass.cumsum(1), (1, 0))  # [lists, keys + 1]
-        return lambda part: _ByMass(mass, below, tuple(x[:, part] for x in left))
+        return lambda part: _ByMass(mass, below, (left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))
 
     def _mass(self, tiles: Tiles) -> Tensor:
         """||v_j||^power of every key, ``[lists, keys]``; in float64, so that sums over long prefixes keep small terms."""
