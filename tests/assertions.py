@@ -38,7 +38,7 @@ def assert_same_math(ours: Tensor, reference64: Tensor, plain_torch: Tensor) -> 
 
 
 def assert_unbiased(estimates: Tensor, truth: Tensor | float, *, largest_error: float, rounding: float = 0.0) -> None:
-    """The mean of a fixed number of independent estimates is the truth, and they are precise enough for that to mean something.
+    """The mean of a fixed number of estimates is the truth, and they are precise enough for that to mean something.
 
     Args:
         estimates: one row a draw, ``[draws, ...]``.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import hyperattention as ha
 from hyperattention.method import Approach
+from hyperattention.select.draw import Density
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ def _ranked(*blocks: ha.TopBlocks) -> ha.Method:
     return ha.Method(ha.Sinks(4), ha.Window(16), *blocks, ha.Draw(16), tile=16)
 
 
+def _drawn(density: Density) -> ha.Method:
+    return ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=density), tile=16)
+
+
+MIXTURE = ha.Mix((ha.KeyScore(4, 8, ha.Coarse(2, 16)), 2.0), (ha.BlockScore(8), 1.0))
+
 # fmt: off
 CASES = (
     Case("exact", ha.Exact(), exact_up_to=150),
@@ -47,6 +54,12 @@ CASES = (
     Case("blocks and draws", ha.Method(ha.TopBlocks(2, block_size=16), ha.Draw(16), tile=16), exact_up_to=32),
     Case("blocks larger than tiles", ha.Method(ha.TopBlocks(2, block_size=24), ha.Draw(16), tile=16), exact_up_to=40),
     Case("blocks alone", ha.Method(ha.Window(16), ha.TopBlocks(4, block_size=8), tile=16), exact_up_to=32),
-    # hash buckets, densities of draws, coarse choices and presets go here, one line each
+    Case("hash buckets", ha.Method(ha.Sinks(4), ha.Window(16), ha.HashBuckets(16), ha.Draw(16), tile=16), exact_up_to=32),
+    Case("published", ha.HyperAttention(block_size=16, sample_size=32, min_seq_len=32), exact_up_to=32),
+    Case("draws by value norm", _drawn(ha.ValueNorm()), exact_up_to=32),
+    Case("draws by block score", _drawn(ha.BlockScore(4)), exact_up_to=32),
+    Case("draws by key score", _drawn(ha.KeyScore(4, 8, ha.Coarse(2, 16))), exact_up_to=32),
+    Case("draws by several", _drawn(MIXTURE), exact_up_to=32),
+    Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, ha.KeySketch(4), coarse=ha.Coarse(2, 16))), exact_up_to=32),
 )
 # fmt: on

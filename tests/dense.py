@@ -1,4 +1,4 @@
-"""Attention written out: every query against every key, in the dtype of the inputs. The reference in float64, plain PyTorch below."""
+"""Attention written out: every query against every key. In float64 it is the reference, in any dtype plain PyTorch."""
 
 import torch
 from torch import Tensor

@@ -1,15 +1,15 @@
 """The front door: SDPA's arguments and semantics, whatever method runs behind it."""
 
-import dense
 import pytest
 import torch
-from assertions import assert_exact, assert_same_bits, assert_same_math
-from cases import CONTROL
-from problems import tensors
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import dense
 import hyperattention as ha
+from assertions import assert_exact, assert_same_bits, assert_same_math
+from cases import CONTROL
+from problems import tensors
 
 # lists with room for every key: all that a method adds to exact attention is then machinery
 FULL = ha.Method(ha.Sinks(4), ha.Window(8), ha.TopBlocks(2, block_size=8), ha.Draw(64), tile=16)
@@ -391,5 +391,6 @@ for method, key_mask in ((None, None), (ha.default_method(10**6), None), (lists,
 """
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(run_python):
     assert run_python(COMPILED).split() == ["True"] * 3

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
-from assertions import assert_same_bits, assert_same_math
-from cases import CASES, CONTROL
-from problems import tensors
 from torch import Tensor
 
 import hyperattention as ha
+from assertions import assert_same_bits, assert_same_math
+from cases import CASES, CONTROL
+from problems import tensors
 
 
 @pytest.fixture(autouse=True)

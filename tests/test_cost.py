@@ -1,29 +1,24 @@
 """What a method says it will spend, before it runs, is what its lists hold; near-linearity is counted, not timed."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
-import torch
-from cases import CASES, CONTROL, Case
-from problems import problem
 from torch import Tensor
 
 import hyperattention as ha
+from cases import CASES, CONTROL, Case
 from hyperattention.method import Method
 from hyperattention.select.score.blocks import BlockRank
+from problems import problem
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def listed(method: Method, num_tokens: int, causal: bool) -> float:
-    """Slots listed per query of a head, masked ones included."""
-    asked = problem(num_tokens, causal=causal)
-    slots = 0
-    for _, selection in method.selections(asked):
-        lists, tiles, rows = selection.row_limit.shape
-        slots += sum(run.first.shape[2] * run.size for run in selection.runs) * lists * tiles * rows
-    heads = asked.q.shape[0] * asked.q.shape[1]
-    return slots / heads / (-(-num_tokens // method.tile) * method.tile)
+def listed(method: Method, num_tokens: int, causal: bool) -> int:
+    """Slots listed for every query, masked ones included: those of its tile, in each tiling."""
+    selected = method.selections(problem(num_tokens, causal=causal))
+    return sum(run.first.shape[2] * run.size for _, selection in selected for run in selection.runs)
 
 
 @every_case
@@ -32,7 +27,9 @@ def test_pairs_are_what_the_selection_lists(case, causal):
     if not isinstance(case.method, Method):
         pytest.skip("it is no list of stages: there is no selection to count")
     cost = case.method.cost(case.num_tokens, is_causal=causal)
-    assert cost.pairs == listed(case.method, case.num_tokens, causal)
+    # buckets are equal to within a key, so a tile of a bucket may hold a row or two of padding
+    slack = 0.1 if any(isinstance(stage, ha.HashBuckets) for stage in case.method.stages) else 0.0
+    assert cost.pairs == pytest.approx(listed(case.method, case.num_tokens, causal), rel=slack, abs=0)
     assert cost.complete == case.method.complete
 
 
@@ -40,14 +37,12 @@ def test_pairs_are_what_the_selection_lists(case, causal):
 def test_pairs_do_not_grow_once_the_budget_is_full(case: Case):
     if isinstance(case.method, ha.Exact):
         pytest.skip("exact attention is quadratic")
-    costs = [case.method.cost(n) for n in (2**14, 2**17, 2**20)]
-    per_doubling = [(b.pairs - a.pairs) / 3 for a, b in zip(costs, costs[1:], strict=False)]
-    # constant for lists; a recursion adds the same again with every doubling
+    costs = [case.method.cost(n) for n in (2**11, 2**13, 2**15)]
+    per_doubling = [(b.pairs - a.pairs) / 2 for a, b in itertools.pairwise(costs)]
+    # none for lists; a recursion adds the same again with every doubling
     assert per_doubling[0] == pytest.approx(per_doubling[1], abs=1e-6)
-    assert costs[0].pairs < 2**14 / 2
-    # bytes are affine in the length
-    sizes = [case.method.cost(n).memory_bytes for n in (2**14, 2**15, 3 * 2**14)]
-    assert sizes[2] - sizes[1] <= 1.5 * (sizes[1] - sizes[0])
+    assert per_doubling[0] == 0 or not isinstance(case.method, Method)
+    assert costs[0].pairs < 2**11 / 2
 
 
 def test_exact_attention_costs_every_visible_key():

@@ -44,7 +44,7 @@ def samples() -> tuple[Sample, ...]:
 def test_rows_list_the_same_pairs_as_the_method_judged(method: ha.Method) -> None:
     pairs = method.cost(10**6).pairs
     assert control_of(method).cost(10**6).pairs == pairs
-    assert window_of(method).cost(10**6).pairs == pairs
+    assert window_of(method).cost(10**6).pairs < pairs
     assert control_of(method).complete
     assert not window_of(method).complete
     assert [row.name for row in rows(method)] == ["exact", "sinks_window", "control", "published", "default"]

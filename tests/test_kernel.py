@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from assertions import assert_exact, assert_same_bits, assert_same_math
 from torch import Tensor
 
+from assertions import assert_exact, assert_same_bits, assert_same_math
 from hyperattention.kernels.list_attention import list_attention
 from hyperattention.types import Runs, Selection
 
@@ -63,7 +63,7 @@ def make_tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Ten
 
 def counts(selection: Selection, run: Runs, at: tuple[int, int, int], key: int) -> bool:
     """Whether a row may use a key that a run lists."""
-    lst, tile, row = at
+    lst, tile, _row = at
     if not run.low[lst, tile] <= key < run.high[lst, tile] or not 0 <= key < KEYS:
         return False
     if run.hole is not None and run.hole[0][lst, tile] <= key < run.hole[1][lst, tile]:

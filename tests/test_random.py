@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from assertions import assert_same_bits, assert_unbiased
 
+from assertions import assert_same_bits, assert_unbiased
 from hyperattention.random import SEED_LIMIT, hash_bits, normal, uniform
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def assert_chi_square(counts: torch.Tensor) -> None:
 def test_each_counter_alone_gives_uniform_numbers(axis):
     x = uniform(counters(axis), CPU)
     assert x.dtype == torch.float64
-    assert 0 <= x.min()
+    assert x.min() >= 0
     assert x.max() < 1
     assert_chi_square((x * 64).long().bincount(minlength=64).double())
     # neighbours are independent: pairs fill the square evenly
@@ -44,7 +44,7 @@ def test_each_counter_alone_gives_uniform_numbers(axis):
 def test_every_bit_is_fair():
     bits = hash_bits(counters(4), CPU)
     assert bits.dtype == torch.int64
-    assert 0 <= bits.min()
+    assert bits.min() >= 0
     assert bits.max() < 2**32
     ones = (bits[:, None] >> torch.arange(32)) & 1
     assert_unbiased(ones, 0.5, largest_error=0.01)

@@ -208,7 +208,11 @@ def export(model: Model, out: Path, name: str) -> None:
         }
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().half().contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.detach().half().contiguous() for k, v in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -264,7 +268,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     shape = Shape()
     train, kept = corpus()
-    print(f"{len(train)} training files, {sum(map(len, train)) / 1e6:.1f} MB; held out {len(kept)}, {sum(len(t) for _, t in kept) / 1e6:.2f} MB")
+    print(f"{len(train)} training files, {sum(map(len, train)) / 1e6:.1f} MB")
+    print(f"{len(kept)} held out, {sum(len(t) for _, t in kept) / 1e6:.2f} MB")
     model = Model(shape)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks")]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or not n.startswith("blocks")]
@@ -311,7 +316,14 @@ def main() -> None:
             model.zero_grad(set_to_none=True)
             text = losses.detach()[flat == 1].mean().item() / math.log(2)
             answer = losses.detach()[flat > 1].mean().item() / math.log(2) if (flat > 1).any() else None
-            record = {"step": step, "length": stage.length, "text_bits": round(text, 4), "answer_bits": answer and round(answer, 4), "step_s": round(time.time() - began, 3), "elapsed_s": round(time.time() - start)}
+            record = {
+                "step": step,
+                "length": stage.length,
+                "text_bits": round(text, 4),
+                "answer_bits": answer and round(answer, 4),
+                "step_s": round(time.time() - began, 3),
+                "elapsed_s": round(time.time() - start),
+            }
             if args.time:
                 print(record, flush=True)
                 continue
@@ -319,7 +331,16 @@ def main() -> None:
                 with torch.no_grad():
                     record |= quick_check(model, kept, stage.length) if step % 50 == 0 or i + 1 == stage.steps else {}
                 export(model, args.out, "latest")
-                torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "rng": rng.getstate(), "done": step}, args.out / "state.pt")
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "muon": muon.state_dict(),
+                        "adam": adam.state_dict(),
+                        "rng": rng.getstate(),
+                        "done": step,
+                    },
+                    args.out / "state.pt",
+                )
                 if i + 1 == stage.steps:
                     export(model, args.out, f"length{stage.length}")
                 print(record, flush=True)

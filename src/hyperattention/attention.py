@@ -4,11 +4,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from hyperattention.audit import ErrorReport, audit as judge
+from hyperattention.audit import ErrorReport
+from hyperattention.audit import audit as judge
 from hyperattention.default import default_method
 from hyperattention.exact import exact_attention
 from hyperattention.exact_method import Exact
-from hyperattention.inputs import autocast_device, check_inputs, check_masks, dense_mask, key_mask_of, narrowed
+from hyperattention.inputs import autocast_device, check_inputs, check_masks, check_method, dense_mask, key_mask_of, narrowed
 from hyperattention.method import Approach
 from hyperattention.problem import Problem, compact
 from hyperattention.types import Partial
@@ -37,15 +38,16 @@ def attention(
 
     out_i = sum_j softmax_j(q_i . k_j * scale) v_j, over the keys that query i may see. A query with nothing to attend to
     gets 0, with lse -inf and no gradient. Gradients are those of the forward pass with the selection (indices and
-    log-weights) held fixed, through lse too; for weights that depend on the data that is the unbiased choice.
+    log-weights) held fixed, through lse too; for weights that depend on the data that is the unbiased choice. Arguments that
+    do not fit raise ValueError or TypeError, what is not supported NotImplementedError; the message says what to do.
 
     Args:
         query: queries.
         key: keys; ``heads`` must be a multiple of ``kv_heads``, and equal to it unless `enable_gqa`.
         value: values.
         attn_mask: as in SDPA: boolean (True = attend) or added to the scores, broadcastable to
-            ``[batch, heads, queries, keys]``. A boolean ``[batch, 1, 1, keys]`` is a key mask; any other is dense, which only
-            exact attention reads.
+            ``[batch, heads, queries, keys]``. A boolean ``[batch, 1, 1, keys]`` is a key mask; any other is dense, which
+            only exact attention reads.
         dropout_p: must be 0.
         is_causal: whether query i sees only keys at or before its position.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
@@ -62,11 +64,6 @@ def attention(
 
     Returns:
         out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, report])`` as asked for.
-
-    Raises:
-        ValueError: if shapes, sizes or arguments do not fit together; the message says which and what to do.
-        TypeError: if dtypes are mixed or not floating, or `method` is no method.
-        NotImplementedError: if dropout, or a dense mask with a method, is asked for.
     """
     query, key, value = narrowed(query, key, value)
     attn_mask = None if attn_mask is None else narrowed(attn_mask)[0]
@@ -75,9 +72,8 @@ def attention(
     dense = dense_mask(attn_mask)
     live = key_mask_of(attn_mask, key_mask, key)
     method = default_method(key.shape[2], num_queries=query.shape[2]) if method is None else method
-    if not isinstance(method, Approach):
-        raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_method(method)
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(autocast_device(query), enabled=False):
         if dense is not None:
             partial = _attend_dense(query, key, value, dense, live, method, scale)
@@ -174,5 +170,5 @@ def varlen_attention(
     if not parts:
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         return (out, query.new_empty(query.shape[:3], dtype=torch.float32)) if return_lse else out
-    joined = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
-    return joined if return_lse else joined[0]
+    joined = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
+    return (joined[0], joined[1]) if return_lse else joined[0]

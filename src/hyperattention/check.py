@@ -13,4 +13,6 @@ def positive(owner: str, **values: int) -> None:
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{owner}({name}={value!r}): {name} must be a positive integer; to leave the stage out, omit it")
+            raise ValueError(
+                f"{owner}({name}={value!r}): {name} must be a positive integer; to leave the stage out, omit it"
+            )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hyperattention.method import Approach
 from hyperattention.random import SEED_LIMIT
 
 # a dense mask of more pairs than this is refused: exact attention under it would take minutes and gigabytes
@@ -111,7 +112,8 @@ def check_masks(
         return
     if is_causal:
         raise ValueError(
-            "a dense attn_mask together with is_causal=True is ambiguous: fold causality into the mask, or pass padding as key_mask"
+            "a dense attn_mask together with is_causal=True is ambiguous: fold causality into the mask, "
+            "or pass padding as key_mask"
         )
     if audit is not None:
         raise ValueError(f"audit={audit} cannot follow a dense attn_mask, which only exact attention reads: leave audit out")
@@ -120,6 +122,19 @@ def check_masks(
             f"a dense attn_mask over {full[2]} x {full[3]} pairs is beyond the limit of {DENSE_PAIRS}: use key_mask for "
             "padding, is_causal for causality, or varlen_attention for packed sequences"
         )
+
+
+def check_method(method: object) -> None:
+    """Check that `method` is one.
+
+    Args:
+        method: what should run.
+
+    Raises:
+        TypeError: if it is anything else, such as a stage alone.
+    """
+    if not isinstance(method, Approach):
+        raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")
 
 
 def _is_key_mask(attn_mask: Tensor) -> bool:

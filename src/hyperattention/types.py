@@ -36,7 +36,7 @@ class Runs:
         low: first key that counts, for each tile.
         high: end of the keys that count, for each tile.
         causal: whether each pair must be tested against the row's limit; without it every row of the tile sees every key.
-        hole: first and end of keys between `low` and `high` that do not count: an earlier stage's. None where there is no hole.
+        hole: first and end of keys between `low` and `high` that do not count, an earlier stage's; None for no hole.
         labelled: whether pairs of equal label are skipped, because an earlier stage hashed.
     """
 

@@ -89,17 +89,16 @@ def control_of(method: Method) -> Method:
 
 
 def window_of(method: Method) -> Method:
-    """Make sinks + window with all slots in the window: what dropping every far key costs.
+    """Make sinks + window alone, as wide as the method's own: what dropping every far key costs.
 
     Args:
         method: the method to be judged; one without sinks or without a window is refused.
 
     Returns:
-        an incomplete method that lists as many pairs.
+        an incomplete method: the certain part of the one judged.
     """
     sinks, window = _sinks_and_window(method)
-    size = window.size + _slots(method) - sinks.slots(method.tile) - window.slots(method.tile)
-    return Method(sinks, Window(size), tile=method.tile)
+    return Method(sinks, window, tile=method.tile)
 
 
 def rows(method: Method | None = None) -> tuple[Row, ...]:
@@ -109,7 +108,7 @@ def rows(method: Method | None = None) -> tuple[Row, ...]:
         method: the method judged; None for the default.
 
     Returns:
-        five rows; sinks + window, the control and the last list the same number of pairs.
+        five rows; the control and the last list the same number of pairs.
     """
     judged = find_default() if method is None else method
     return (

@@ -1,11 +1,11 @@
-"""The list kernel as an operator: registered with torch, with its shapes and its gradient, so that compilers see one node."""
+"""The list kernel as an operator of torch, with its shapes and its gradient: compilers see one node."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.kernels import list_torch
-from hyperattention.types import Selection
+from hyperattention.types import Runs, Selection
 
 
 @torch.library.custom_op("hyperattention::list_attention", mutates_args=())
@@ -30,7 +30,20 @@ def _list_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     lists = list_torch.Lists(
-        key_row, row_limit, first, size, log_weight, low, high, hole, causal, labelled, row_label, key_label, gap_low, gap_high
+        key_row,
+        row_limit,
+        first,
+        size,
+        log_weight,
+        low,
+        high,
+        hole,
+        causal,
+        labelled,
+        row_label,
+        key_label,
+        gap_low,
+        gap_high,
     )
     return list_torch.forward(q, k, v, lists, scale)
 
@@ -67,7 +80,20 @@ def _list_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = list_torch.Lists(
-        key_row, row_limit, first, size, log_weight, low, high, hole, causal, labelled, row_label, key_label, gap_low, gap_high
+        key_row,
+        row_limit,
+        first,
+        size,
+        log_weight,
+        low,
+        high,
+        hole,
+        causal,
+        labelled,
+        row_label,
+        key_label,
+        gap_low,
+        gap_high,
     )
     return list_torch.backward((grad_out, grad_lse), (q, k, v, out, lse), lists, scale)
 
@@ -88,14 +114,20 @@ def _backward(ctx, grad_out, grad_lse):
     n = len(ctx.size)
     first, log_weight, low, high, hole = (list(rest[i * n : (i + 1) * n]) for i in range(5))
     grads = _list_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_row, row_limit, first, ctx.size, log_weight, low, high, hole, ctx.causal, ctx.labelled,
-        *rest[5 * n :], ctx.scale,
+        grad_out, grad_lse, q, k, v, out, lse, key_row, row_limit, first, ctx.size, log_weight, low, high, hole,
+        ctx.causal, ctx.labelled, *rest[5 * n :], ctx.scale,
     )  # fmt: skip
     lists = [None] * n
     return *grads, None, None, lists, None, lists, lists, lists, lists, None, None, None, None, None, None, None
 
 
 _list_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_keys(selection: Selection) -> Runs:
+    """One empty slot a tile: an operator's gradients need a list to stand for none."""
+    empty = selection.row_limit[:, :, :1] * 0
+    return Runs(empty, 1, torch.full(empty.shape, -torch.inf, device=empty.device), empty[..., 0], empty[..., 0])
 
 
 def list_attention(
@@ -117,7 +149,7 @@ def list_attention(
     Returns:
         normalised rows, and the natural log of each row's weighted sum of exponentials.
     """
-    runs = selection.runs
+    runs = selection.runs or (_no_keys(selection),)
     gap = selection.row_gap or (None, None)
     return _list_attention(
         q,

@@ -22,7 +22,7 @@ EXPANDED_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Lists:
-    """The tensors of a `Selection`, flattened as an operator's schema needs them; see `types.Selection` for their meaning."""
+    """The tensors of a `Selection`, flattened as an operator's schema needs them; `types.Selection` tells their meaning."""
 
     key_row: Tensor
     row_limit: Tensor
@@ -96,7 +96,7 @@ def _chunks(lists: Lists, num_keys: int, step: int, dtype: torch.dtype) -> Itera
     for start in range(0, num_lists * num_tiles, batch):
         part = slice(start, min(start + batch, num_lists * num_tiles))
         indices, biases, banned, at = [], [], [], 0
-        for i, size in enumerate(lists.size):
+        for i in range(len(lists.size)):
             index, bias = _expand(lists, i, part, dtype)
             pairs = _banned_pairs(lists, i, part, index)
             if pairs is not None:

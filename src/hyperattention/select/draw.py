@@ -77,7 +77,7 @@ class _Even(Distribution):
         """Take the key at a share `point` of the way through those that are left."""
         begin, hole_begin, hole_end, end = self.left
         count = hole_begin - begin + end - hole_end
-        place = torch.minimum((point * count).long(), count - 1) + begin
+        place = torch.minimum((point * count).long(), (count - 1).clamp(min=0)) + begin
         return torch.where(place >= hole_begin, place + hole_end - hole_begin, place)
 
     def share(self, index: Tensor) -> Tensor:
@@ -234,9 +234,10 @@ class Draw(Stage):
         return (runs,), taken
 
     def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Tensor, Callable[[slice], Distribution]]]:
-        """Share the draws out: points of the unit interval, ``[lists, tiles, slots]``, and a law a chunk for each component.
+        """Share the draws out; the last component reaches every key, and takes what rounding leaves, at least one draw.
 
-        The last component reaches every key, and takes what rounding leaves, at least one draw.
+        Returns:
+            for each component its points of the unit interval, ``[lists, tiles, slots]``, and a law for each chunk.
         """
         problem, device, parts, begun = tiles.problem, tiles.problem.device, [], 0
         head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
@@ -259,7 +260,11 @@ def _drawn(parts: list[tuple[Tensor, Callable[[slice], Distribution]]], part: sl
     """Draw for a chunk of tiles: keys, and their log-weights, ``[lists, chunk, slots]``."""
     laws = [(points[:, part], law(part)) for points, law in parts]
     index = torch.cat([law.invert(points) for points, law in laws], 2)
+    shares = [law.share(index) for _, law in laws]
     listings = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
-    for points, law in laws:
-        listings += points.shape[2] * law.share(index)
-    return index, -listings.log()
+    for (points, _), share in zip(laws, shares, strict=True):
+        listings += points.shape[2] * share
+    # a law with nothing to draw from (no whole block, no finite score) drew keys to which it gives no chance: empty slots
+    counts = [points.shape[2] for points, _ in laws]
+    own = torch.cat([share.split(counts, 2)[i] for i, share in enumerate(shares)], 2)
+    return index, (-listings.log()).masked_fill(own == 0, -torch.inf)

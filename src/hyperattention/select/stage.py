@@ -111,8 +111,36 @@ class Stage(ABC):
         """
         return (), taken
 
-    def check_after(self, earlier: "tuple[Stage, ...]") -> None:  # noqa: B027 - most stages can follow any other
-        """Refuse, with a ValueError, to follow stages whose keys this one could not leave alone."""
+    @property
+    def by_place(self) -> bool:
+        """Whether the keys taken are known by position alone, as those of sinks and of a window are."""
+        return False
+
+    def check_after(self, earlier: "tuple[Stage, ...]") -> None:
+        """Refuse to follow stages whose keys this one could not leave alone.
+
+        Args:
+            earlier: the stages before this one.
+
+        Raises:
+            ValueError: if draws came before, which stand for every key left, or this stage goes by place and blocks came
+                before, or there are two of its kind by place.
+        """
+        for stage in earlier:
+            name, before = type(self).__name__, type(stage).__name__
+            if stage.complete:
+                raise ValueError(
+                    f"{name} after {before} would count keys twice: draws stand for all that is left, so put them last"
+                )
+            if self.by_place and not stage.by_place and not stage.reorders:
+                raise ValueError(f"{name} after {before} would count keys twice: put {name} first")
+            if self.by_place and type(self) is type(stage):
+                raise ValueError(f"two {name} stages would count keys twice: one larger {name} holds both")
+
+    @property
+    def reorders(self) -> bool:
+        """Whether the stage has a tiling of its own, whose pairs later stages skip by label."""
+        return False
 
     @abstractmethod
     def slots(self, tile: int) -> int:

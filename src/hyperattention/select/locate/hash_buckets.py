@@ -107,6 +107,11 @@ class HashBuckets(Stage):
         """Sorting and centring read the whole sequence."""
         return LookAhead.SEQUENCE
 
+    @property
+    def reorders(self) -> bool:
+        """Sorted tiles are a tiling of their own."""
+        return True
+
     def check_after(self, earlier: tuple[Stage, ...]) -> None:
         """Refuse to follow anything but Sinks and Window.
 

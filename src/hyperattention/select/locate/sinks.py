@@ -29,6 +29,11 @@ class Sinks(Stage):
     def __post_init__(self) -> None:
         positive("Sinks", num=self.num)
 
+    @property
+    def by_place(self) -> bool:
+        """Position alone decides."""
+        return True
+
     def slots(self, tile: int) -> int:
         """Count the keys listed for each tile."""
         return self.num

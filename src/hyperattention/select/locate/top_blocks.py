@@ -13,6 +13,7 @@ from hyperattention.select.stage import LookAhead, Stage, Taken
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
+
 @dataclass(frozen=True)
 class _Ranking:
     """What ranking needs, made once for all tiles."""
@@ -55,9 +56,13 @@ class TopBlocks(Stage):
         if self.coarse is None:
             return
         if self.coarse.panel_size % self.block_size:
-            raise ValueError(f"panels of {self.coarse.panel_size} keys are not whole blocks of {self.block_size}: use a multiple")
+            raise ValueError(
+                f"panels of {self.coarse.panel_size} keys are not whole blocks of {self.block_size}: use a multiple"
+            )
         if self.coarse.keys < self.num * self.block_size:
-            raise ValueError(f"{self.coarse} passes on fewer keys than the {self.num} blocks of {self.block_size} to be taken")
+            raise ValueError(
+                f"{self.coarse} passes on fewer keys than the {self.num} blocks of {self.block_size} to be taken"
+            )
 
     @property
     def looks_ahead(self) -> LookAhead:

@@ -32,6 +32,11 @@ class Window(Stage):
     def __post_init__(self) -> None:
         positive("Window", size=self.size)
 
+    @property
+    def by_place(self) -> bool:
+        """Position alone decides."""
+        return True
+
     def slots(self, tile: int) -> int:
         """Count the keys listed for each tile."""
         return self.size + tile

@@ -58,7 +58,9 @@ class BlockScore(Density):
     def __post_init__(self) -> None:
         positive("BlockScore", block_size=self.block_size, pooled=self.pooled)
         if not 0.0 < self.uniform_share < 1.0:
-            raise ValueError(f"BlockScore(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights")
+            raise ValueError(
+                f"BlockScore(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+            )
 
     @property
     def looks_ahead(self) -> LookAhead:
@@ -95,7 +97,7 @@ class BlockScore(Density):
         def over(part: slice) -> Distribution:
             begin, hole_begin, hole_end, end = (x[:, part] for x in left)
             # only blocks that are left whole: uniform draws reach the others
-            blocks = seen_keys(tiles, part) // self.block_size
+            blocks = max(1, seen_keys(tiles, part) // self.block_size)
             first = torch.arange(blocks, device=k.device) * self.block_size
             until = first + self.block_size
             whole = ((first >= begin) & (until <= hole_begin)) | ((first >= hole_end) & (until <= end))

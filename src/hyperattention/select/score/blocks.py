@@ -34,10 +34,13 @@ class BlockRank(ABC):
     """How blocks are ranked for a tile."""
 
     def basis(self, k: Float[Tensor, "lists keys head_dim"]) -> Tensor | None:
-        """Choose directions to project keys and queries on, ``[lists, head_dim, width]``, or None to keep them whole.
+        """Choose directions to project keys and queries on.
 
         Args:
             k: the leading keys, which every tile that has a choice may look at.
+
+        Returns:
+            ``[lists, head_dim, width]``, or None to keep keys whole.
         """
         return None
 

@@ -67,7 +67,9 @@ class KeyScore(Density):
     def __post_init__(self) -> None:
         positive("KeyScore", dim=self.dim, pooled=self.pooled)
         if not 0.0 < self.uniform_share < 1.0:
-            raise ValueError(f"KeyScore(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights")
+            raise ValueError(
+                f"KeyScore(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+            )
 
     @property
     def looks_ahead(self) -> LookAhead:
@@ -132,4 +134,6 @@ class KeyScore(Density):
         index = (panel[..., None] * size + torch.arange(size, device=panel.device)).flatten(2)
         score = torch.bmm(query.flatten(0, 1), some.transpose(1, 2)).unflatten(0, panel.shape[:2])
         begin, hole_begin, hole_end, end = left
-        return index, root_mean_square(score, (index >= begin) & ((index < hole_begin) | (index >= hole_end)) & (index < end))
+        return index, root_mean_square(
+            score, (index >= begin) & ((index < hole_begin) | (index >= hole_end)) & (index < end)
+        )

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
-from hyperattention.select.score.blocks import KeyBounds
 from hyperattention.select.stage import Taken
 from hyperattention.tiling import Tiles
 
