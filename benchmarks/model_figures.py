@@ -91,7 +91,7 @@ def loss_figures(exact: Judgement, dropped: Judgement, ours: Judgement, length: 
     gate = f"{exact.answers} answers; exact retrieval at least {least:.1%} at every depth"
     return [
         added,
-        at_most("added loss relative to that of sinks + window at the same pairs", 100 * share, 25, "; ".join(table), " %"),
+        at_most("added loss relative to that of the same sinks + window alone", 100 * share, 25, "; ".join(table), " %"),
         at_most("retrieval lost", points, 5, f"exact {exact.retrieval:.1%}, default {ours.retrieval:.1%}", " points"),
         figure("gate: exact beats sinks + window", ">= 0.05 bits a byte", gap, gap >= 0.05, f"{gap:.3f} bits", with_planted),
         figure(

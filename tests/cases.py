@@ -55,7 +55,7 @@ CASES = (
     Case("blocks larger than tiles", ha.Method(ha.TopBlocks(2, block_size=24), ha.Draw(16), tile=16), exact_up_to=40),
     Case("blocks alone", ha.Method(ha.Window(16), ha.TopBlocks(4, block_size=8), tile=16), exact_up_to=32),
     Case("hash buckets", ha.Method(ha.Sinks(4), ha.Window(16), ha.HashBuckets(16), ha.Draw(16), tile=16), exact_up_to=32),
-    Case("published", ha.HyperAttention(block_size=16, sample_size=32, min_seq_len=32), exact_up_to=32),
+    Case("published", ha.HyperAttention(block_size=16, sample_size=96, min_seq_len=32), exact_up_to=32),
     Case("draws by value norm", _drawn(ha.ValueNorm()), exact_up_to=32),
     Case("draws by block score", _drawn(ha.BlockScore(4)), exact_up_to=32),
     Case("draws by key score", _drawn(ha.KeyScore(4, 8, ha.Coarse(2, 16))), exact_up_to=32),

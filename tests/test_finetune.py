@@ -1,0 +1,47 @@
+"""Training through an approximated model follows training through exact attention."""
+
+import copy
+
+import pytest
+import torch
+
+import hyperattention as ha
+
+pytest.importorskip("transformers")
+
+STEPS, LENGTH = 50, 512
+METHOD = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(96, by=ha.KeyScore(16, 16, ha.Coarse(8, 32))), tile=32)
+
+
+def _losses(model, batches, method):
+    from hyperattention.integrations.transformers import use
+
+    model = copy.deepcopy(model).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    with use(model, method) as counter:
+        for tokens in batches:
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.item())
+    return torch.tensor(losses), counter.counts
+
+
+@pytest.mark.slow
+def test_fifty_steps_of_fine_tuning_track_exact_attention():
+    from hyperattention.reference.model import load_reference
+    from hyperattention.reference.text import held_out_text
+
+    data = torch.frombuffer(bytearray(held_out_text()[: STEPS * LENGTH]), dtype=torch.uint8).long()
+    batches = data.view(STEPS, 1, LENGTH)
+    model = load_reference().model
+    exact, none = _losses(model, batches, ha.Exact())
+    ours, counts = _losses(model, batches, METHOD)
+    assert METHOD.cost(LENGTH).share_of_exact < 1
+    assert counts.approximated == 4 * STEPS
+    assert none.approximated == 0
+    # the curves wander together: far closer to one another than either to its own mean
+    assert (ours - exact).abs().mean() <= 0.1 * exact.std()
+    assert (ours - exact).mean().abs() <= 0.02
