@@ -7,7 +7,8 @@ from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.key_score import KeyScore
 
-# keys from which the default method was faster than exact attention on the CPU it was measured on (docs/log.md)
+# keys from which the default method runs. On two CPU threads it was slower than SDPA at 8,192 tokens (0.65x) and faster at
+# 32,768 (2.3x; benchmarks/records): to be raised to the measured break-even between them
 CROSSOVER = 4096
 FEW_QUERIES = 256
 

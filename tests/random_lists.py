@@ -1,0 +1,104 @@
+"""Random lists for the kernel, with every kind of slot it must know, and the triple loop that defines what it computes."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hyperattention.types import Runs, Selection
+
+LISTS, TILES, ROWS, KEYS, WIDTH, VALUE_WIDTH = 2, 3, 4, 12, 3, 2
+SCALE = 0.7
+LOG_2 = torch.tensor(2.0).log().item()
+
+
+def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=generator)
+
+
+def make_runs(generator: torch.Generator, size: int, slots: int, **options) -> Runs:
+    low = integers(generator, 0, 3, LISTS, TILES)
+    weight = torch.rand((LISTS, TILES, slots), generator=generator) - 0.3
+    weight = weight.masked_fill(torch.rand(weight.shape, generator=generator) < 0.2, -torch.inf)
+    # runs overhang both ends of the keys
+    first = integers(generator, -1, KEYS + 1, LISTS, TILES, slots)
+    high = low + integers(generator, 4, KEYS - 3, LISTS, TILES)
+    # the rows of the last tile see nothing
+    high[-1, -1] = low[-1, -1]
+    return Runs(first, size, weight, low, high, **options)
+
+
+def make_selection(*, tests: bool = True, seed: int = 0) -> Selection:
+    """Drawn keys, blocks with holes, a causal run and a labelled one, gaps; all random."""
+    generator = torch.Generator().manual_seed(seed)
+    hole = integers(generator, 3, 6, LISTS, TILES)
+    runs = (
+        make_runs(generator, 1, 5),
+        make_runs(generator, 3, 2, hole=(hole, hole + 2)),
+        make_runs(generator, 4, 2, causal=True),
+        make_runs(generator, 2, 2, labelled=True),
+    )
+    if not tests:
+        runs = tuple(replace(run, causal=False, labelled=False) for run in runs)
+    gap = integers(generator, 0, KEYS, LISTS, TILES, ROWS)
+    return Selection(
+        runs,
+        row_limit=integers(generator, 0, KEYS + 1, LISTS, TILES, ROWS),
+        # both lists read the second row of keys first: lists need not stand in the order of the keys
+        key_row=torch.tensor([1, 0]),
+        row_label=integers(generator, 0, 3, LISTS, TILES, ROWS),
+        key_label=integers(generator, 0, 3, LISTS, KEYS),
+        row_gap=(gap, gap + 2) if tests else None,
+    )
+
+
+def make_tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (LISTS, TILES, ROWS, WIDTH), (LISTS, KEYS, WIDTH), (LISTS, KEYS, VALUE_WIDTH)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def counts(selection: Selection, run: Runs, at: tuple[int, int, int], key: int) -> bool:
+    """Whether a row may use a key that a run lists."""
+    lst, tile, _row = at
+    if not run.low[lst, tile] <= key < run.high[lst, tile] or not 0 <= key < KEYS:
+        return False
+    if run.hole is not None and run.hole[0][lst, tile] <= key < run.hole[1][lst, tile]:
+        return False
+    if run.causal and key >= selection.row_limit[at]:
+        return False
+    if selection.row_gap is not None and selection.row_gap[0][at] <= key < selection.row_gap[1][at]:
+        return False
+    return not (run.labelled and selection.row_label[at] == selection.key_label[lst, key])
+
+
+def triple_loop(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition: tile by tile, row by row, slot by slot."""
+    outs, lses = [], []
+    for at in [(lst, tile, row) for lst in range(q.shape[0]) for tile in range(q.shape[1]) for row in range(q.shape[2])]:
+        source, scores, values = selection.key_row[at[0]], [], []
+        for run in selection.runs:
+            for first, weight in zip(run.first[at[:2]].tolist(), run.log_weight[at[:2]], strict=True):
+                for key in range(first, first + run.size):
+                    if weight > -torch.inf and counts(selection, run, at, key):
+                        scores.append(q[at] @ k[source, key] * scale + weight.to(q.dtype))
+                        values.append(v[source, key])
+        if scores:
+            score = torch.stack(scores)
+            outs.append(score.softmax(0) @ torch.stack(values))
+            lses.append(score.logsumexp(0))
+        else:
+            outs.append(q.new_zeros(v.shape[-1]))
+            lses.append(q.new_full((), -torch.inf))
+    return torch.stack(outs).view(*q.shape[:3], -1), torch.stack(lses).view(q.shape[:3])
+
+
+def loss(out: Tensor, lse: Tensor) -> Tensor:
+    """Weigh every number differently; rows that see nothing have no lse to weigh."""
+    ramp = torch.linspace(0.5, 2, out.numel()).view(out.shape).to(out)
+    return (out * ramp).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * ramp[..., 0]).sum()
+
+
+def gradients(attend, tensors: tuple[Tensor, ...], selection: Selection) -> tuple[Tensor, ...]:
+    tensors = tuple(x.detach().requires_grad_() for x in tensors)
+    return torch.autograd.grad(loss(*attend(*tensors, selection, SCALE)), tensors)
