@@ -71,7 +71,8 @@ def attention(
     check_masks(query, key, attn_mask, key_mask, is_causal=is_causal, causal_align=causal_align, audit=audit)
     dense = dense_mask(attn_mask)
     live = key_mask_of(attn_mask, key_mask, key)
-    method = default_method(key.shape[2], num_queries=query.shape[2]) if method is None else method
+    if method is None:
+        method = Exact() if dense is not None else default_method(key.shape[2], num_queries=query.shape[2])
     check_method(method)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(autocast_device(query), enabled=False):
