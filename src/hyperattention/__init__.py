@@ -14,8 +14,9 @@ from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
-from hyperattention.select.score.key_score import KeyScore
+from hyperattention.select.score.descent import Descent, Level
 from hyperattention.select.score.pooling import Coarse
+from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
@@ -24,19 +25,21 @@ __all__ = [
     "BlockScore",
     "Coarse",
     "Cost",
+    "Descent",
     "Draw",
     "ErrorReport",
     "Exact",
     "HashBuckets",
     "HyperAttention",
     "KeyBounds",
-    "KeyScore",
     "KeySketch",
+    "Level",
     "LookAhead",
     "MeanKey",
     "Method",
     "Mix",
     "Partial",
+    "Representatives",
     "Sinks",
     "TopBlocks",
     "Uniform",

@@ -5,7 +5,7 @@ from hyperattention.method import Approach, Method
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.key_score import KeyScore
+from hyperattention.select.score.descent import Descent
 
 # keys from which the default method runs. On two CPU threads it was slower than SDPA at 8,192 tokens (0.65x) and faster at
 # 32,768 (2.3x; benchmarks/records): to be raised to the measured break-even between them
@@ -25,4 +25,4 @@ def default_method(num_keys: int, *, num_queries: int | None = None) -> Approach
     """
     if num_keys < CROSSOVER or (num_queries is not None and num_queries < FEW_QUERIES):
         return Exact()
-    return Method(Sinks(16), Window(256), Draw(640, by=KeyScore()))
+    return Method(Sinks(16), Window(256), Draw(640, by=Descent()))

@@ -19,8 +19,15 @@ class Distribution(ABC):
     """Probabilities of keys, for a chunk of tiles."""
 
     @abstractmethod
-    def invert(self, point: Tensor) -> Tensor:
-        """Find the key at which the distribution function passes each point of [0, 1): ``[lists, chunk, slots]``."""
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the key at which the distribution function passes each point of [0, 1), and the key's probability.
+
+        Args:
+            point: ``[lists, chunk, slots]``.
+
+        Returns:
+            keys and their probabilities in a single draw, of the same shape.
+        """
 
     @abstractmethod
     def share(self, index: Tensor) -> Tensor:
@@ -58,6 +65,10 @@ class Density(ABC):
             a function from a chunk of tiles to its distribution.
         """
 
+    def seam(self, tiles: Tiles) -> int:
+        """Number the tile, in this call, from which on it works otherwise: no chunk has tiles of both sides."""
+        return 0
+
     def numbers(self, tiles: Tiles) -> int:
         """Count the float32 numbers held for each list and tile while drawing."""
         return 1
@@ -73,8 +84,12 @@ class _Even(Distribution):
 
     left: tuple[Tensor, Tensor, Tensor, Tensor]
 
-    def invert(self, point: Tensor) -> Tensor:
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Take the key at a share `point` of the way through those that are left."""
+        return self.at(point), self.share(point)
+
+    def at(self, point: Tensor) -> Tensor:
+        """Find the key at a share `point` of the way through those that are left."""
         begin, hole_begin, hole_end, end = self.left
         count = hole_begin - begin + end - hole_end
         place = torch.minimum((point * count).long(), (count - 1).clamp(min=0)) + begin
@@ -215,11 +230,12 @@ class Draw(Stage):
         count = hole_begin - begin + end - hole_end
         parts = self._components(tiles, taken)
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
-        drawn = [_drawn(parts, part) for part in chunks(tiles, numbers)]
+        seams = [density.seam(tiles) for density, _ in self.by.components]
+        drawn = [_drawn(parts, part) for part in chunks(tiles, numbers, seams)]
         index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
         slot = torch.arange(self.num, device=problem.device)
         few = count <= self.num
-        index = torch.where(few, _Even(left).invert((slot + 0.5) / count.clamp(min=1)), index)
+        index = torch.where(few, _Even(left).at((slot + 0.5) / count.clamp(min=1)), index)
         weight = torch.where(few, 0.0, weight)
         empty = (few & (slot >= count)) | taken.holds(index)
         runs = Runs(
@@ -259,12 +275,12 @@ class Draw(Stage):
 def _drawn(parts: list[tuple[Tensor, Callable[[slice], Distribution]]], part: slice) -> tuple[Tensor, Tensor]:
     """Draw for a chunk of tiles: keys, and their log-weights, ``[lists, chunk, slots]``."""
     laws = [(points[:, part], law(part)) for points, law in parts]
-    index = torch.cat([law.invert(points) for points, law in laws], 2)
-    shares = [law.share(index) for _, law in laws]
-    listings = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
-    for (points, _), share in zip(laws, shares, strict=True):
-        listings += points.shape[2] * share
+    index, own = (torch.cat(x, 2) for x in zip(*(law.draw(points) for points, law in laws), strict=True))
+    if len(laws) == 1:
+        listings = own * index.shape[2]
+    else:
+        listings = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
+        for points, law in laws:
+            listings += points.shape[2] * law.share(index)
     # a law with nothing to draw from (no whole block, no finite score) drew keys to which it gives no chance: empty slots
-    counts = [points.shape[2] for points, _ in laws]
-    own = torch.cat([share.split(counts, 2)[i] for i, share in enumerate(shares)], 2)
     return index, (-listings.log()).masked_fill(own == 0, -torch.inf)

@@ -22,10 +22,10 @@ class _InBlocks(Distribution):
     mass: Tensor  # [lists, chunk, blocks], summing to one
     block_size: int
 
-    def invert(self, point: Tensor) -> Tensor:
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Find the block, then the key at the same share of the way through it."""
         block, inside = inverse(self.mass, point)
-        return block * self.block_size + (inside * self.block_size).long()
+        return block * self.block_size + (inside * self.block_size).long(), self.mass.gather(2, block) / self.block_size
 
     def share(self, index: Tensor) -> Tensor:
         """The block's probability over its keys."""

@@ -1,6 +1,8 @@
 """What every score of a tile needs: its pooled queries, what earlier stages left, and panels worth a closer look."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -105,8 +107,10 @@ def seen_keys(tiles: Tiles, part: slice) -> int:
     return min(problem.num_keys, max(1, (problem.offset // tiles.size + part.stop) * tiles.size))
 
 
-def chunks(tiles: Tiles, numbers: int) -> list[slice]:
-    """Cut the tiles so that `numbers` float32 numbers a list and tile stay within `SCORE_BYTES`."""
+def chunks(tiles: Tiles, numbers: int, seams: Sequence[int] = ()) -> list[slice]:
+    """Cut the tiles at `seams`, and so that `numbers` float32 numbers a list and tile stay within `SCORE_BYTES`."""
     lists = tiles.problem.k.shape[0] * tiles.problem.k.shape[1]
     step = max(1, SCORE_BYTES // max(1, 4 * lists * numbers))
-    return [slice(at, min(at + step, len(tiles.index))) for at in range(0, len(tiles.index), step)]
+    total = len(tiles.index)
+    sides = pairwise(sorted({0, total, *(seam for seam in seams if seam < total)}))
+    return [slice(at, min(at + step, end)) for begin, end in sides for at in range(begin, end, step)]

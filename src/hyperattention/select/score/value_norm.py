@@ -29,7 +29,7 @@ class _ByMass(Distribution):
     def _sums(self) -> tuple[Tensor, ...]:
         return tuple(self.below.gather(1, edge[..., 0])[..., None] for edge in self.left)
 
-    def invert(self, point: Tensor) -> Tensor:
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Walk along the running sums, over the hole."""
         begin, hole_begin, hole_end, end = self.left
         at = self._sums()
@@ -41,7 +41,8 @@ class _ByMass(Distribution):
         # rounding may carry a draw over an edge
         low, high = torch.where(before_hole, begin, hole_end), torch.where(before_hole, hole_begin, end)
         found = torch.minimum(torch.maximum(found, low), high - 1)
-        return torch.where(total > 0, found, self._even.invert(point))
+        index = torch.where(total > 0, found, self._even.at(point))
+        return index, self.share(index)
 
     def share(self, index: Tensor) -> Tensor:
         """A key's mass over the sum of those left; the same for all where every mass is 0."""
