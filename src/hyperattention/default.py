@@ -25,4 +25,4 @@ def default_method(num_keys: int, *, num_queries: int | None = None) -> Approach
     """
     if num_keys < CROSSOVER or (num_queries is not None and num_queries < FEW_QUERIES):
         return Exact()
-    return Method(Sinks(16), Window(256), Draw(640, by=Descent()))
+    return Method(Sinks(16), Window(256), Draw(688, by=Descent()))

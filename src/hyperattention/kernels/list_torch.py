@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # gathered keys, values and scores of one chunk of tiles: small enough to stay in the last level of cache
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 12 * 2**20
 # indices and weights of one batch of chunks: large enough that expanding them costs few calls
 EXPANDED_BYTES = 8 * 2**20
 

@@ -226,28 +226,36 @@ class Draw(Stage):
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), taken
         left = edges(tiles, taken)
-        begin, hole_begin, hole_end, end = left
-        count = hole_begin - begin + end - hole_end
         parts = self._components(tiles, taken)
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
         seams = [density.seam(tiles) for density, _ in self.by.components]
-        drawn = [_drawn(parts, part) for part in chunks(tiles, numbers, seams)]
+        drawn = [self._few(_drawn(parts, part), left, part) for part in chunks(tiles, numbers, seams)]
         index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
-        slot = torch.arange(self.num, device=problem.device)
-        few = count <= self.num
-        index = torch.where(few, _Even(left).at((slot + 0.5) / count.clamp(min=1)), index)
-        weight = torch.where(few, 0.0, weight)
-        empty = (few & (slot >= count)) | taken.holds(index)
+        if taken.blocks:
+            weight = weight.masked_fill(taken.holds(index), -torch.inf)
         runs = Runs(
             first=index,
             size=1,
-            log_weight=weight.masked_fill(empty, -torch.inf),
-            low=begin[..., 0],
-            high=end[..., 0],
+            log_weight=weight,
+            low=left[0][..., 0],
+            high=left[3][..., 0],
             causal=problem.causal and taken.gap is None,
             labelled=taken.labels is not None,
         )
         return (runs,), taken
+
+    def _few(self, drawn: tuple[Tensor, Tensor], left: tuple[Tensor, ...], part: slice) -> tuple[Tensor, Tensor]:
+        """List all keys, with weight one, for the tiles of a chunk that have no more than are drawn."""
+        index, weight = drawn
+        begin, hole_begin, hole_end, end = left = tuple(x[:, part] for x in left)
+        count = hole_begin - begin + end - hole_end
+        few = count <= self.num
+        # looking costs nothing on a CPU, and most chunks have no such tile
+        if few.device.type == "cpu" and not few.any():
+            return index, weight
+        slot = torch.arange(self.num, device=index.device)
+        index = torch.where(few, _Even(left).at((slot + 0.5) / count.clamp(min=1)), index)
+        return index, torch.where(few, 0.0, weight).masked_fill(few & (slot >= count), -torch.inf)
 
     def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Tensor, Callable[[slice], Distribution]]]:
         """Share the draws out; the last component reaches every key, and takes what rounding leaves, at least one draw.

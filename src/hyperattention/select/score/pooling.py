@@ -13,7 +13,7 @@ from hyperattention.select.stage import Taken
 from hyperattention.tiling import Tiles
 
 # scores and gathered summaries of one chunk of tiles: small enough to stay in the last level of cache
-SCORE_BYTES = 12 * 2**20
+SCORE_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,15 @@ def pool_queries(tiles: Tiles, pooled: int) -> Tensor:
     problem = tiles.problem
     groups = min(pooled, tiles.size)
     size = -(-tiles.size // groups)
+    groups = -(-tiles.size // size)
     spare = groups * size - tiles.size
-    there = problem.q.new_ones(1).expand(problem.q.shape[:3]).unsqueeze(3)
-    total, count = (
-        pad(tiles.arrange(x).unflatten(2, (problem.group, tiles.size)), (0, 0, 0, spare))
-        .unflatten(3, (groups, size))
-        .sum(4)
-        .flatten(2, 3)
-        for x in (problem.q, there)
-    )
-    return total / count.clamp(min=1)
+    q = tiles.arrange(problem.q).unflatten(2, (problem.group, tiles.size))  # [lists, tiles, group, tile, head_dim]
+    # padding rows are zeros: they add nothing, and are not counted
+    row = tiles.index[:, None] * tiles.size + torch.arange(groups * size, device=q.device) - problem.offset
+    there = (row >= 0) & (row < problem.num_queries)
+    there[:, tiles.size :] = False
+    total = pad(q, (0, 0, 0, spare)).unflatten(3, (groups, size)).sum(4)
+    return (total / there.view(-1, 1, groups, size).sum(3, keepdim=True).clamp(min=1)).flatten(2, 3)
 
 
 def edges(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -51,21 +51,22 @@ class Representatives:
                 f"{self!r} cannot stand for blocks of {block_size} keys: use a multiple of {self.means}, at least {self.num}"
             )
 
-    def choose(self, keys: Float[Tensor, "lists blocks block_size width"]) -> Float[Tensor, "lists num blocks width"]:
+    def choose(self, keys: Float[Tensor, "lists blocks block_size width"]) -> Float[Tensor, "lists blocks num width"]:
         """Average the parts, then walk to the farthest key again and again."""
         chosen = list(keys.unflatten(2, (self.means, -1)).mean(3).unbind(2))
-        size = keys.square().sum(-1)  # [lists, blocks, block_size]
+        # neither of these products makes a temporary as large as the keys
+        size = torch.linalg.vector_norm(keys, dim=-1).square()  # [lists, blocks, block_size]
         least = torch.full_like(size, torch.inf)
         for place in range(self.means + self.far - 1 if self.far else 0):
-            last = chosen[place]
+            last, product = chosen[place], torch.einsum("lbsw,lbw->lbs", keys, chosen[place])
             # squared distance but for a constant a key: ||k - c||^2 - ||k||^2
-            least = torch.minimum(least, last.square().sum(-1, keepdim=True) - 2 * (keys @ last.unsqueeze(3))[..., 0])
+            least = torch.minimum(least, last.square().sum(-1, keepdim=True) - 2 * product)
             if place + 1 >= self.means:
                 farthest = (size + least).argmax(-1)[..., None, None].expand(-1, -1, 1, keys.shape[3])
                 chosen.append(keys.gather(2, farthest)[:, :, 0])
-        return torch.stack(chosen, 1)
+        return torch.stack(chosen, 2)
 
-    def total(self, weight: Float[Tensor, "lists chunk num blocks"], block_size: int) -> Float[Tensor, "lists chunk blocks"]:
-        """Add up the weights of a block's keys, given those of its representatives: far keys count once, the means for the rest."""
-        by_mean = weight[:, :, : self.means].sum(2) * ((block_size - self.far) / self.means)
-        return by_mean + weight[:, :, self.means :].sum(2) if self.far else by_mean
+    def total(self, weight: Float[Tensor, "lists chunk blocks num"], block_size: int) -> Float[Tensor, "lists chunk blocks"]:
+        """Add up the weights of a block's keys, given its representatives': far keys count once, means for the rest."""
+        by_mean = weight[..., : self.means].sum(-1) * ((block_size - self.far) / self.means)
+        return by_mean + weight[..., self.means :].sum(-1) if self.far else by_mean

@@ -1,0 +1,244 @@
+"""How a descent goes: score the blocks of a level, open the best, score what is inside, down to keys."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import log
+
+import torch
+from torch import Tensor
+
+from hyperattention.check import positive
+from hyperattention.select.score.leaves import Candidates, Leaves, leaves_of
+from hyperattention.select.score.pooling import any_left, seen_keys
+from hyperattention.select.score.representatives import Representatives
+from hyperattention.select.score.scratch import Scratch
+from hyperattention.tiling import Tiles
+
+# blocks that an edge of what is left can cut: begin, hole begin, hole end, end
+_EDGES = 4
+# scores and gathered representatives of one batch of tiles: small enough to stay in the second level of cache
+_BATCH_BYTES = 4 * 2**20
+_KEYS = Representatives()
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a descent.
+
+    Args:
+        block_size: keys in a block.
+        keep: blocks opened for each tile, at least four, so that blocks cut by an edge always are.
+        by: what stands for the keys of a block.
+
+    Raises:
+        ValueError: if a number is not positive, `keep` is below four, or the representatives do not fit the block.
+    """
+
+    block_size: int
+    keep: int
+    by: Representatives = _KEYS
+
+    def __post_init__(self) -> None:
+        positive("Level", block_size=self.block_size, keep=self.keep)
+        if self.keep < _EDGES:
+            raise ValueError(f"{self!r}: keep at least {_EDGES} blocks, as many as window and sequence can cut")
+        self.by.check(self.block_size)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The blocks of one level that are looked at, for a chunk of tiles.
+
+    Args:
+        first: first key of each block, ``[lists, chunk, blocks]``.
+        size: keys in a block.
+        every: whether these are all blocks from the first on, the same for every tile.
+        cut: how many of the leading ones an edge of what is left may cut; all, where `every`.
+    """
+
+    first: Tensor
+    size: int
+    every: bool
+    cut: int
+
+    def whole(self, left: tuple[Tensor, ...]) -> Tensor:
+        """Tell which blocks earlier stages left whole, ``[lists, chunk, blocks]``."""
+        begin, hole_begin, hole_end, end = left
+        until = self.first + self.size
+        return ((self.first >= begin) & (until <= hole_begin)) | ((self.first >= hole_end) & (until <= end))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Everything a descent needs, made once for all tiles.
+
+    Args:
+        levels: from coarse to fine.
+        tiles: the tiled problem.
+        left: what earlier stages left, from `edges`.
+        query: pooled queries, scaled, ``[lists, tiles, rows, width]``.
+        summaries: representatives of each level's blocks, then keys, ``[lists, blocks, representatives, width]``; the last
+            of the coarsest blocks, and all that is in it, is zeros.
+        mean: means of the coarsest blocks, ``[lists, blocks, width]``.
+        variance: variances of the same.
+        num: draws of each tile.
+        uniform_share: share of the probability that is spread evenly.
+        gathered: memory for representatives of opened blocks.
+        scores: memory for scores.
+    """
+
+    levels: tuple[Level, ...]
+    tiles: Tiles
+    left: tuple[Tensor, Tensor, Tensor, Tensor]
+    query: Tensor
+    summaries: tuple[Tensor, ...]
+    mean: Tensor
+    variance: Tensor
+    num: int
+    uniform_share: float
+    gathered: Scratch
+    scores: Scratch
+
+    def law(self, part: slice) -> Leaves:
+        """Descend for a chunk of tiles.
+
+        Args:
+            part: the chunk, all of whose tiles, or none, see more of the coarsest blocks than are opened.
+
+        Returns:
+            the law of the leaves.
+        """
+        left = tuple(x[:, part] for x in self.left)
+        blocks = self._all(part)
+        seen, leaves = self._seen(blocks, part), []
+        for depth, level in enumerate(self.levels):
+            opened = blocks
+            if not blocks.every or blocks.first.shape[2] > level.keep:
+                found, opened = self._open(depth, blocks, part, left, seen)
+                leaves.append(found)
+            blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
+        mass = self._mass(len(self.levels), blocks, part, seen)
+        leaves.append(Candidates(blocks.first, 1, mass, blocks.whole(left)))
+        return leaves_of(leaves, left, self.num, self.uniform_share)
+
+    def _all(self, part: slice) -> _Blocks:
+        """Begin with all of the coarsest blocks that any tile of the chunk can see."""
+        size = self.levels[0].block_size
+        number = -(-seen_keys(self.tiles, part) // size)
+        first = torch.arange(number, device=self.query.device) * size
+        return _Blocks(first.expand(self.query.shape[0], part.stop - part.start, -1), size, True, number)
+
+    def _open(
+        self, depth: int, blocks: _Blocks, part: slice, left: tuple[Tensor, ...], seen: Tensor
+    ) -> tuple[Candidates, _Blocks]:
+        """Choose the blocks with the largest mass; those that an edge cuts come first, whatever is in them.
+
+        Returns:
+            all blocks, of which those not opened are leaves, and the opened ones.
+        """
+        mass, whole = self._mass(depth, blocks, part, seen), blocks.whole(left)
+        rank = torch.nan_to_num(mass, nan=0.0).masked_fill_(~whole, -1.0)
+        rank = rank.masked_fill_(~whole & any_left(blocks.first, blocks.size, left), torch.inf)
+        best, chosen = rank.topk(min(self.levels[depth].keep, rank.shape[2]), -1)
+        # where fewer are left than may be opened, the block of zeros stands in: what is not left may lie ahead
+        nothing = self.summaries[-1].shape[1] - self.levels[0].block_size
+        first = blocks.first.gather(2, chosen).masked_fill_(best < 0, nothing)
+        found = Candidates(blocks.first, blocks.size, mass, whole.scatter(2, chosen, False))
+        return found, _Blocks(first, blocks.size, False, min(_EDGES, first.shape[2]))
+
+    def _inside(self, opened: _Blocks, size: int) -> _Blocks:
+        """Take what is inside opened blocks, in blocks of `size` keys."""
+        step = torch.arange(0, opened.size, size, device=opened.first.device)
+        return replace(opened, first=(opened.first[..., None] + step).flatten(2), size=size, cut=opened.cut * len(step))
+
+    def _seen(self, blocks: _Blocks, part: slice) -> Tensor:
+        """Estimate each query's log-sum-exp over all that it sees, ``[lists, chunk, rows]``.
+
+        The scores of a block are taken for normal: log sum_j exp(q . k_j) ~ q . mean + 1/2 q^2 . variance + log size. Means
+        alone would be too small for diffuse queries, which would then drown sharp ones.
+
+        Returns:
+            a finite estimate, the least number there is where nothing is seen.
+        """
+        known, seen = self._known(blocks, part), self.query.new_empty(self.query[:, part, :, 0].shape)
+        for some, number, begin in self._batches(blocks, part, 1):
+            query = self.query[:, part][:, some]
+            lists, chunk, rows, _ = query.shape
+            query = query.flatten(1, 2)
+            score = self.scores.take(lists, chunk * rows, number)
+            torch.bmm(query, self.mean[:, :number].transpose(1, 2), out=score)
+            score.baddbmm_(query.square(), self.variance[:, :number].transpose(1, 2), alpha=0.5)
+            score = score.view(lists, chunk, rows, number)
+            _hide(score, known[:, some], begin, number)
+            # by the largest softmax weight, which takes a third of the time of exponentials
+            torch.sub(score.amax(-1), torch.softmax(score, -1).amax(-1).log_(), out=seen[:, some])
+        return torch.nan_to_num_(seen, nan=torch.finfo(seen.dtype).min).add_(log(blocks.size))
+
+    def _mass(self, depth: int, blocks: _Blocks, part: slice, seen: Tensor) -> Tensor:
+        """Estimate the weight of every block: the largest that any query gives it, ``[lists, chunk, blocks]``."""
+        by = self.levels[depth].by if depth < len(self.levels) else _KEYS
+        known = self._known(blocks, part)
+        best = self.query.new_empty((*blocks.first.shape, by.num))
+        for some, number, begin in self._batches(blocks, part, by.num):
+            score = self._score(depth, blocks, self.query[:, part][:, some], some, number)
+            _hide(score.unflatten(-1, (number, by.num)), known[:, some], begin, min(number, blocks.cut))
+            bar = torch.maximum(seen[:, some], score.amax(-1))
+            best[:, some, :number] = score.sub_(bar[..., None]).amax(2).unflatten(-1, (number, by.num))
+            best[:, some, number:].fill_(-torch.inf)
+        return by.total(best.exp_(), blocks.size)
+
+    def _score(self, depth: int, blocks: _Blocks, query: Tensor, some: slice, number: int) -> Tensor:
+        """Multiply pooled queries and representatives: ``[lists, batch, rows, blocks * representatives]``."""
+        summary, (lists, chunk, rows, width) = self.summaries[depth], query.shape
+        if blocks.every:
+            shared = summary[:, :number].flatten(1, 2)
+            score = self.scores.take(lists, chunk * rows, shared.shape[1])
+            torch.bmm(query.flatten(1, 2), shared.transpose(1, 2), out=score)
+            return score.view(lists, chunk, rows, -1)
+        # what is inside an opened block stands together: one copy each
+        parent = self.levels[depth - 1].block_size
+        children = parent // blocks.size
+        source = summary.view(-1, children * summary.shape[2] * width)
+        place = torch.arange(lists, device=query.device)[:, None, None] * (len(source) // lists)
+        row = (blocks.first[:, some, ::children] // parent + place).flatten()
+        inside = self.gathered.take(len(row), source.shape[1])
+        torch.index_select(source, 0, row, out=inside)
+        inside = inside.view(lists * chunk, -1, width)
+        score = self.scores.take(lists * chunk, rows, inside.shape[1])
+        torch.bmm(query.flatten(0, 1), inside.transpose(1, 2), out=score)
+        return score.view(lists, chunk, rows, -1)
+
+    def _known(self, blocks: _Blocks, part: slice) -> Tensor:
+        """Tell which blocks a query may know of: those before its tile, and those that are left to it."""
+        some = blocks if blocks.every else replace(blocks, first=blocks.first[..., : blocks.cut])
+        left = tuple(x[:, part] for x in self.left)
+        until = self.tiles.by_list(self.tiles.start)[:, part, None] if self.tiles.problem.causal else left[3]
+        return (some.first + some.size <= until) | some.whole(left)
+
+    def _batches(self, blocks: _Blocks, part: slice, num: int) -> Iterator[tuple[slice, int, int]]:
+        """Cut a chunk into batches of few tiles.
+
+        Yields:
+            the tiles of the chunk, how many blocks they look at, and the first of them that some may not know.
+        """
+        problem, (lists, _, rows, width) = self.tiles.problem, self.query.shape
+        count, total = blocks.first.shape[1:]
+        numbers = total * num * (rows if blocks.every else rows + width)
+        step = max(1, _BATCH_BYTES // (4 * lists * max(1, numbers)))
+        for at in range(0, count, step):
+            some, number, begin = slice(at, min(at + step, count)), total, 0
+            if blocks.every:
+                # by position alone, which needs no look at the device
+                whole = slice(part.start + some.start, part.start + some.stop)
+                number = min(total, -(-seen_keys(self.tiles, whole) // blocks.size))
+                before = (problem.offset // self.tiles.size + whole.start) * self.tiles.size
+                before = min(before, problem.num_keys) if problem.causal else problem.num_keys
+                begin = before // blocks.size if problem.rank is None else 0
+            yield some, number, begin
+
+
+def _hide(score: Tensor, known: Tensor, begin: int, until: int) -> None:
+    """Overwrite the scores ``[lists, batch, rows, blocks, ...]`` of blocks that are not known, between two places."""
+    if until > begin:
+        hidden = ~known[:, :, None, begin:until]
+        score[:, :, :, begin:until].masked_fill_(hidden.view(*hidden.shape, *(1,) * (score.ndim - 4)), -torch.inf)
