@@ -44,6 +44,13 @@ class Tiles:
         """End of the keys that any row of the tile may see."""
         return self.end if self.problem.causal else self.total.expand_as(self.end)
 
+    def within(self, num: int) -> int:
+        """Count the leading tiles that may see no more than `num` keys: by position, without a look at the device."""
+        problem = self.problem
+        if problem.rank is not None or (not problem.causal and problem.num_keys <= num):
+            return len(self.index)
+        return max(0, num // self.size + 1 - problem.offset // self.size) if problem.causal else 0
+
     def by_list(self, x: Tensor) -> Tensor:
         """Repeat a tensor ``[batch, ...]`` for every batch row and kv head, without copying: ``[lists, ...]``."""
         batch, kv_heads = self.problem.k.shape[:2]

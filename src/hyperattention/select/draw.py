@@ -229,7 +229,7 @@ class Draw(Stage):
         parts = self._components(tiles, taken)
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
         seams = [density.seam(tiles) for density, _ in self.by.components]
-        drawn = [self._few(_drawn(parts, part), left, part) for part in chunks(tiles, numbers, seams)]
+        drawn = [self._few(_drawn(parts, part), left, tiles, taken, part) for part in chunks(tiles, numbers, seams)]
         index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
         if taken.blocks:
             weight = weight.masked_fill(taken.holds(index), -torch.inf)
@@ -244,18 +244,19 @@ class Draw(Stage):
         )
         return (runs,), taken
 
-    def _few(self, drawn: tuple[Tensor, Tensor], left: tuple[Tensor, ...], part: slice) -> tuple[Tensor, Tensor]:
+    def _few(self, drawn: tuple[Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, taken: Taken, part: slice):
         """List all keys, with weight one, for the tiles of a chunk that have no more than are drawn."""
         index, weight = drawn
-        begin, hole_begin, hole_end, end = left = tuple(x[:, part] for x in left)
-        count = hole_begin - begin + end - hole_end
-        few = count <= self.num
-        # looking costs nothing on a CPU, and most chunks have no such tile
-        if few.device.type == "cpu" and not few.any():
-            return index, weight
-        slot = torch.arange(self.num, device=index.device)
-        index = torch.where(few, _Even(left).at((slot + 0.5) / count.clamp(min=1)), index)
-        return index, torch.where(few, 0.0, weight).masked_fill(few & (slot >= count), -torch.inf)
+        until = min(part.stop, tiles.within(self.num + taken.placed)) - part.start
+        if until > 0:
+            some = slice(part.start, part.start + until)
+            begin, hole_begin, hole_end, end = left = tuple(x[:, some] for x in left)
+            count = hole_begin - begin + end - hole_end
+            slot, few = torch.arange(self.num, device=index.device), count <= self.num
+            index[:, :until] = torch.where(few, _Even(left).at((slot + 0.5) / count.clamp(min=1)), index[:, :until])
+            listed = torch.where(slot < count, 0.0, -torch.inf)
+            weight[:, :until] = torch.where(few, listed, weight[:, :until])
+        return index, weight
 
     def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Tensor, Callable[[slice], Distribution]]]:
         """Share the draws out; the last component reaches every key, and takes what rounding leaves, at least one draw.

@@ -27,12 +27,14 @@ class Taken:
 
     Args:
         prefix: leading live keys taken from every tile.
+        placed: how many keys of a tile are taken by their place, at most.
         gap: first and end of the keys around each tile that a window took, or None.
         blocks: chosen blocks of earlier stages: sorted numbers of the blocks, and their size.
         labels: pairs of equal label are taken.
     """
 
     prefix: int = 0
+    placed: int = 0
     gap: tuple[Int[Tensor, "batch tiles"], Int[Tensor, "batch tiles"]] | None = None
     blocks: tuple[tuple[Int[Tensor, "lists tiles _"], int], ...] = ()
     labels: Labels | None = None

@@ -51,4 +51,4 @@ class Sinks(Stage):
             causal=tiles.problem.causal,
             hole=None if taken.gap is None else (tiles.by_list(hole_begin), tiles.by_list(hole_end)),
         )
-        return (runs,), replace(taken, prefix=max(taken.prefix, self.num))
+        return (runs,), replace(taken, prefix=max(taken.prefix, self.num), placed=taken.placed + self.num)

@@ -62,4 +62,4 @@ class Window(Stage):
             for begin, size, tested in pieces
             if size
         )
-        return runs, replace(taken, gap=(torch.maximum(first, low), end))
+        return runs, replace(taken, gap=(torch.maximum(first, low), end), placed=taken.placed + self.slots(tiles.size))

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import pad
 
 from hyperattention.check import positive
 from hyperattention.select.draw import Density, Distribution
-from hyperattention.select.score.blocks import KeySketch, in_panels
+from hyperattention.select.score.blocks import KeySketch
 from hyperattention.select.score.pooling import edges, pool_queries
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
@@ -49,7 +48,7 @@ class Descent(Density):
     """
 
     levels: tuple[Level, ...] = field(
-        default_factory=lambda: (Level(128, 48, Representatives(1, 3)), Level(16, 48, Representatives(2, 2)))
+        default_factory=lambda: (Level(128, 48, Representatives(1, 3)), Level(16, 32, Representatives(2, 2)))
     )
     dim: int = 64
     pooled: int = 16
@@ -111,24 +110,23 @@ class Descent(Density):
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Project keys and pooled queries, and choose what stands for every block."""
         k = tiles.problem.k.flatten(0, 1)
-        k = k.to(torch.promote_types(k.dtype, torch.float32))
-        query = pool_queries(tiles, self.pooled).to(k.dtype) * tiles.problem.scale
+        query = pool_queries(tiles, self.pooled).to(torch.promote_types(k.dtype, torch.float32)) * tiles.problem.scale
+        top = self.levels[0].block_size
+        # the ragged end filled up, and one block more, which stands in where fewer are left than may be opened
+        keys = query.new_empty(k.shape[0], (-(-k.shape[1] // top) + 1) * top, min(self.dim, k.shape[2]))
         if self.dim < k.shape[2]:
             # while no more keys than draws are left all are listed: those keys may serve as a sample of the rest
-            head = k[:, :num]
+            head = k[:, :num].to(keys.dtype)
             basis = KeySketch(self.dim).basis(head)
             # scores of centred keys differ by a constant a query
-            k, query = k @ basis - head.mean(1, keepdim=True) @ basis, query @ basis[:, None]
+            query, k = query @ basis[:, None], k.to(keys.dtype) @ basis - head.mean(1, keepdim=True) @ basis
+        keys[:, : k.shape[1]], keys[:, k.shape[1] :] = k, 0.0
         # a key or query that is not finite tells nothing: it is left to the even share
-        k, query = (torch.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (k, query))
-        top = self.levels[0].block_size
-        filled = in_panels(k, top, 1).flatten(1, 3)
-        # one block more, of zeros, stands in where fewer are left than may be opened
-        filled = pad(filled, (0, 0, 0, top))
-        summaries = [level.by.choose(filled.unflatten(1, (-1, level.block_size))) for level in self.levels]
-        summaries.append(filled[:, :, None])
+        keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
+        summaries = [level.by.choose(keys.unflatten(1, (-1, level.block_size))) for level in self.levels]
+        summaries.append(keys[:, :, None])
         mean = summaries[0][:, :, : self.levels[0].by.means].mean(2)
-        length = torch.linalg.vector_norm(filled.unflatten(1, (-1, top)), dim=2)
+        length = torch.linalg.vector_norm(keys.unflatten(1, (-1, top)), dim=2)
         variance = (length.square() / top - mean.square()).clamp_(min=0)
         left, scratch = edges(tiles, taken), (Scratch(k), Scratch(k))
         walk = Walk(self.levels, tiles, left, query, tuple(summaries), mean, variance, num, self.uniform_share, *scratch)

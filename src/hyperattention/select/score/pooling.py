@@ -64,18 +64,20 @@ class Coarse:
 
 def pool_queries(tiles: Tiles, pooled: int) -> Tensor:
     """Average neighbouring queries of each head in `pooled` groups a tile: ``[lists, tiles, group * pooled, head_dim]``."""
-    problem = tiles.problem
-    groups = min(pooled, tiles.size)
-    size = -(-tiles.size // groups)
-    groups = -(-tiles.size // size)
-    spare = groups * size - tiles.size
-    q = tiles.arrange(problem.q).unflatten(2, (problem.group, tiles.size))  # [lists, tiles, group, tile, head_dim]
+    problem, count, size = tiles.problem, len(tiles.index), tiles.size
+    each = -(-size // min(pooled, size))
+    groups = -(-size // each)
+    ragged = count * size - problem.num_queries
     # padding rows are zeros: they add nothing, and are not counted
-    row = tiles.index[:, None] * tiles.size + torch.arange(groups * size, device=q.device) - problem.offset
-    there = (row >= 0) & (row < problem.num_queries)
-    there[:, tiles.size :] = False
-    total = pad(q, (0, 0, 0, spare)).unflatten(3, (groups, size)).sum(4)
-    return (total / there.view(-1, 1, groups, size).sum(3, keepdim=True).clamp(min=1)).flatten(2, 3)
+    q = pad(problem.q, (0, 0, tiles.front, ragged - tiles.front)) if ragged else problem.q
+    q = q.unflatten(2, (count, size))
+    q = pad(q, (0, 0, 0, groups * each - size)) if groups * each != size else q
+    total = q.unflatten(3, (groups, each)).sum(4)  # [batch, heads, tiles, groups, head_dim]
+    slot = torch.arange(groups * each, device=q.device)
+    row = tiles.index[:, None] * size + slot - problem.offset
+    there = (row >= 0) & (row < problem.num_queries) & (slot < size)
+    total = total / there.view(count, groups, each).sum(2).clamp(min=1)[..., None]
+    return total.unflatten(1, (-1, problem.group)).transpose(2, 3).flatten(3, 4).flatten(0, 1)
 
 
 def edges(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor, Tensor, Tensor]:
