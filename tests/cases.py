@@ -35,12 +35,13 @@ def _drawn(density: Density) -> ha.Method:
     return ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=density), tile=16)
 
 
-MIXTURE = ha.Mix((ha.KeyScore(4, 8, ha.Coarse(2, 16)), 2.0), (ha.BlockScore(8), 1.0))
+DESCENT = ha.Descent((ha.Level(32, 4, ha.Representatives(1, 2)), ha.Level(8, 4, ha.Representatives(2, 1))), dim=4, pooled=8)
+MIXTURE = ha.Mix((DESCENT, 2.0), (ha.BlockScore(8), 1.0))
 
 # fmt: off
 CASES = (
     Case("exact", ha.Exact(), exact_up_to=150),
-    Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=640),
+    Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=688),
     Case("control", CONTROL, exact_up_to=31),
     Case("sinks and window", ha.Method(ha.Sinks(4), ha.Window(16), tile=16)),
     Case("window and sinks", ha.Method(ha.Window(16), ha.Sinks(4), ha.Draw(16), tile=16), exact_up_to=31),
@@ -58,7 +59,9 @@ CASES = (
     Case("published", ha.HyperAttention(block_size=16, sample_size=96, min_seq_len=32), exact_up_to=31),
     Case("draws by value norm", _drawn(ha.ValueNorm()), exact_up_to=31),
     Case("draws by block score", _drawn(ha.BlockScore(4)), exact_up_to=31),
-    Case("draws by key score", _drawn(ha.KeyScore(4, 8, ha.Coarse(2, 16))), exact_up_to=31),
+    Case("draws by descent", _drawn(DESCENT), exact_up_to=31),
+    Case("draws by one level", _drawn(ha.Descent((ha.Level(8, 6),), pooled=3)), exact_up_to=31),
+    Case("descent without a window", ha.Method(ha.Draw(24, by=DESCENT), tile=16), exact_up_to=24),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, ha.KeySketch(4), coarse=ha.Coarse(2, 16))), exact_up_to=31),
 )

@@ -10,7 +10,8 @@ import hyperattention as ha
 pytest.importorskip("transformers")
 
 STEPS, LENGTH = 50, 512
-METHOD = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(96, by=ha.KeyScore(16, 16, ha.Coarse(8, 32))), tile=32)
+DESCENT = ha.Descent((ha.Level(32, 8, ha.Representatives(1, 3)),), dim=16)
+METHOD = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(96, by=DESCENT), tile=32)
 
 
 def _losses(model, batches, method):

@@ -39,7 +39,12 @@ def test_draws_do_not_depend_on_the_length(case):
     n = case.num_tokens // method.tile * method.tile
     long = problem(n + n // 2)
     short = replace(long, q=long.q[:, :, :n], k=long.k[:, :, :n], v=long.v[:, :, :n])
-    assert_same_bits(dense.weights(method, long)[:, :, :n, :n], dense.weights(method, short))
+    ours, alone = dense.weights(method, long)[:, :, :n, :n], dense.weights(method, short)
+    assert_same_bits(ours > 0, alone > 0)
+    if case.method.looks_ahead == ha.LookAhead.NOTHING:
+        assert_same_bits(ours, alone)
+    else:  # a matrix product of another shape may round the estimates otherwise
+        assert_exact(ours.float(), alone.float())
 
 
 # who may depend on whom

@@ -31,8 +31,9 @@ class WrongShare(Distribution):
     drawn: Distribution
     weighted: Distribution
 
-    def invert(self, point: Tensor) -> Tensor:
-        return self.drawn.invert(point)
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        index, _ = self.drawn.draw(point)
+        return index, self.share(index)
 
     def share(self, index: Tensor) -> Tensor:
         return self.weighted.share(index)

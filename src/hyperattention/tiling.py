@@ -47,7 +47,7 @@ class Tiles:
     def within(self, num: int) -> int:
         """Count the leading tiles that may see no more than `num` keys: by position, without a look at the device."""
         problem = self.problem
-        if problem.rank is not None or (not problem.causal and problem.num_keys <= num):
+        if problem.rank is not None or problem.num_keys <= num:
             return len(self.index)
         return max(0, num // self.size + 1 - problem.offset // self.size) if problem.causal else 0
 

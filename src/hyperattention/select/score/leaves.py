@@ -66,7 +66,8 @@ def leaves_of(groups: list[Candidates], left: tuple[Tensor, ...], num: int, unif
     A key whose weight would list it more than once is listed once, for certain, and the others share what that frees.
 
     Args:
-        groups: blocks from coarse to fine, keys last; those alive hold every key that is left exactly once.
+        groups: keys, then blocks from fine to coarse; those alive hold every key that is left exactly once. The coarsest,
+            whose number depends on how much is seen, come last, where dead ones change no sum by a bit.
         left: what earlier stages left, from `edges`.
         num: draws.
         uniform_share: share of the probability that is spread evenly over the keys.
@@ -79,7 +80,7 @@ def leaves_of(groups: list[Candidates], left: tuple[Tensor, ...], num: int, unif
     mass = torch.nan_to_num_(mass, nan=0.0, posinf=0.0).masked_fill_(~alive, 0.0)
     first = torch.cat([group.first for group in groups], 2)
     size = torch.cat([group.first.new_full(group.first.shape[2:], group.size) for group in groups])
-    keys = mass[..., -groups[-1].first.shape[2] :]
+    keys = mass[..., : groups[0].first.shape[2]]
     total = mass.sum(-1, keepdim=True)
     for _ in range(_CLIP_ROUNDS):
         # the even share comes on top, so this is one draw's share of the rest

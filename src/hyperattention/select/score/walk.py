@@ -119,7 +119,7 @@ class Walk:
             blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
         mass = self._mass(len(self.levels), blocks, part, seen)
         leaves.append(Candidates(blocks.first, 1, mass, blocks.whole(left)))
-        return leaves_of(leaves, left, self.num, self.uniform_share)
+        return leaves_of(leaves[::-1], left, self.num, self.uniform_share)
 
     def _all(self, part: slice) -> _Blocks:
         """Begin with all of the coarsest blocks that any tile of the chunk can see."""
@@ -232,7 +232,7 @@ class Walk:
                 whole = slice(part.start + some.start, part.start + some.stop)
                 number = min(total, -(-seen_keys(self.tiles, whole) // blocks.size))
                 before = (problem.offset // self.tiles.size + whole.start) * self.tiles.size
-                before = min(before, problem.num_keys) if problem.causal else problem.num_keys
+                before = max(0, min(before, problem.num_keys)) if problem.causal else problem.num_keys
                 begin = before // blocks.size if problem.rank is None else 0
             yield some, number, begin
 
