@@ -7,7 +7,7 @@ from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
 from hyperattention.presets import HyperAttention
-from hyperattention.select.draw import Draw, Mix, Uniform
+from hyperattention.select.draw import Draw, Uniform
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
@@ -15,6 +15,7 @@ from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
 from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.mix import Mix
 from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm

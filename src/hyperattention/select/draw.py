@@ -79,10 +79,16 @@ class Density(ABC):
 
 
 @dataclass(frozen=True)
-class _Even(Distribution):
+class Even(Distribution):
     """The same probability for every key that is left; see `pooling.edges` for the edges."""
 
     left: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @property
+    def count(self) -> Tensor:
+        """Keys left: ``[lists, chunk, 1]``."""
+        begin, hole_begin, hole_end, end = self.left
+        return hole_begin - begin + end - hole_end
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Take the key at a share `point` of the way through those that are left."""
@@ -90,16 +96,13 @@ class _Even(Distribution):
 
     def at(self, point: Tensor) -> Tensor:
         """Find the key at a share `point` of the way through those that are left."""
-        begin, hole_begin, hole_end, end = self.left
-        count = hole_begin - begin + end - hole_end
-        place = torch.minimum((point * count).long(), (count - 1).clamp(min=0)) + begin
+        begin, hole_begin, hole_end, _ = self.left
+        place = torch.minimum((point * self.count).long(), (self.count - 1).clamp(min=0)) + begin
         return torch.where(place >= hole_begin, place + hole_end - hole_begin, place)
 
     def share(self, index: Tensor) -> Tensor:
         """One in the number of keys left."""
-        begin, hole_begin, hole_end, end = self.left
-        count = hole_begin - begin + end - hole_end
-        return (1.0 / count.clamp(min=1)).expand(index.shape)
+        return (1.0 / self.count.clamp(min=1)).expand(index.shape)
 
 
 @dataclass(frozen=True)
@@ -114,67 +117,7 @@ class Uniform(Density):
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Delimit what is left of every tile."""
         left = edges(tiles, taken)
-        return lambda part: _Even((left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))
-
-
-class Mix(Density):
-    """Share the draws among several densities; a key's weight counts its chances in all of them.
-
-    expected listings_j = sum_i num_i p_ij
-    Source: Veach and Guibas, 1995, the balance heuristic.   Differs: nothing.
-    Cost: the sum of its parts.   Guarantee: unbiased, if some part reaches every key.
-
-    Args:
-        *parts: densities and their shares; shares are relative.
-
-    Raises:
-        ValueError: if there is no part, or a share is not positive.
-
-    Example:
-        >>> Mix((KeyScore(), 0.7), (BlockScore(4), 0.3))
-    """
-
-    __slots__ = ("parts",)
-    parts: tuple[tuple[Density, float], ...]
-
-    def __init__(self, *parts: tuple[Density, float]) -> None:
-        if not parts or any(not share > 0 for _, share in parts):
-            raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0")
-        object.__setattr__(self, "parts", parts)
-
-    def __reduce__(self):
-        return Mix, self.parts
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Mix is immutable: build another instead of setting {name}")
-
-    def __repr__(self) -> str:
-        return f"Mix({', '.join(map(repr, self.parts))})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mix) and self.parts == other.parts
-
-    def __hash__(self) -> int:
-        return hash(self.parts)
-
-    @property
-    def looks_ahead(self) -> LookAhead:
-        """As far as any part does."""
-        return max(density.looks_ahead for density, _ in self.parts)
-
-    @property
-    def components(self) -> tuple[tuple[Density, float], ...]:
-        """The components of all parts."""
-        total = sum(share for _, share in self.parts)
-        return tuple((inner, a * b / total) for density, a in self.parts for inner, b in density.components)
-
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
-        """Refuse: a mixture is drawn by its components."""
-        raise NotImplementedError("a Mix has no distribution of its own: prepare each of its components")
-
-    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count query-key products spent on all parts, per query."""
-        return sum(density.selection_pairs(num_keys, tile, head_dim, causal) for density, _ in self.parts)
+        return lambda part: Even((left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))
 
 
 @dataclass(frozen=True)
@@ -244,17 +187,22 @@ class Draw(Stage):
         )
         return (runs,), taken
 
-    def _few(self, drawn: tuple[Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, taken: Taken, part: slice):
-        """List all keys, with weight one, for the tiles of a chunk that have no more than are drawn."""
+    def _few(
+        self, drawn: tuple[Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, taken: Taken, part: slice
+    ) -> tuple[Tensor, Tensor]:
+        """List all keys, with weight one, for the tiles of a chunk that have no more than are drawn.
+
+        Returns:
+            keys and log-weights, those drawn overwritten.
+        """
         index, weight = drawn
         until = min(part.stop, tiles.within(self.num + taken.placed)) - part.start
         if until > 0:
-            some = slice(part.start, part.start + until)
-            begin, hole_begin, hole_end, end = left = tuple(x[:, some] for x in left)
-            count = hole_begin - begin + end - hole_end
-            slot, few = torch.arange(self.num, device=index.device), count <= self.num
-            index[:, :until] = torch.where(few, _Even(left).at((slot + 0.5) / count.clamp(min=1)), index[:, :until])
-            listed = torch.where(slot < count, 0.0, -torch.inf)
+            begin, hole_begin, hole_end, end = (x[:, part.start : part.start + until] for x in left)
+            even, slot = Even((begin, hole_begin, hole_end, end)), torch.arange(self.num, device=index.device)
+            few = even.count <= self.num
+            listed = torch.where(slot < even.count, 0.0, -torch.inf)
+            index[:, :until] = torch.where(few, even.at((slot + 0.5) / even.count.clamp(min=1)), index[:, :until])
             weight[:, :until] = torch.where(few, listed, weight[:, :until])
         return index, weight
 

@@ -48,11 +48,11 @@ class Descent(Density):
     """
 
     levels: tuple[Level, ...] = field(
-        default_factory=lambda: (Level(128, 48, Representatives(1, 3)), Level(16, 32, Representatives(2, 2)))
+        default_factory=lambda: (Level(256, 24, Representatives(1, 7)), Level(16, 24, Representatives(2, 2)))
     )
     dim: int = 64
     pooled: int = 16
-    uniform_share: float = 0.2
+    uniform_share: float = 0.1
 
     def __post_init__(self) -> None:
         positive("Descent", dim=self.dim, pooled=self.pooled)

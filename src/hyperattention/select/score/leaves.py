@@ -45,10 +45,11 @@ class Leaves(Distribution):
     mass: Float[Tensor, "lists chunk leaves"]
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the leaf, then the key at the same share of the way through it."""
+        """Find the leaf, then the key at the same share of the way through it; ascending, as memory is read fastest."""
         leaf, inside = inverse(self.mass, point)
         size = self.size[leaf]
-        return self.first.gather(2, leaf) + (inside * size).long(), self.mass.gather(2, leaf) / size
+        index, order = (self.first.gather(2, leaf) + (inside * size).long()).sort(-1)
+        return index, (self.mass.gather(2, leaf) / size).gather(2, order)
 
     def share(self, index: Tensor) -> Tensor:
         """Look up the leaf that holds each key: the last of those alive that begins at or before it."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
-from hyperattention.select.draw import Density, Distribution, Uniform, _Even
+from hyperattention.select.draw import Density, Distribution, Even, Uniform
 from hyperattention.select.score.pooling import edges
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
@@ -23,8 +23,8 @@ class _ByMass(Distribution):
     left: tuple[Tensor, Tensor, Tensor, Tensor]  # edges, [lists, chunk, 1]
 
     @property
-    def _even(self) -> _Even:
-        return _Even(self.left)
+    def _even(self) -> Even:
+        return Even(self.left)
 
     def _sums(self) -> tuple[Tensor, ...]:
         return tuple(self.below.gather(1, edge[..., 0])[..., None] for edge in self.left)

@@ -17,7 +17,7 @@ from hyperattention.tiling import Tiles
 # blocks that an edge of what is left can cut: begin, hole begin, hole end, end
 _EDGES = 4
 # scores and gathered representatives of one batch of tiles: small enough to stay in the second level of cache
-_BATCH_BYTES = 4 * 2**20
+_BATCH_BYTES = 6 * 2**20
 _KEYS = Representatives()
 
 
@@ -184,7 +184,8 @@ class Walk:
             _hide(score.unflatten(-1, (number, by.num)), known[:, some], begin, min(number, blocks.cut))
             bar = torch.maximum(seen[:, some], score.amax(-1))
             best[:, some, :number] = score.sub_(bar[..., None]).amax(2).unflatten(-1, (number, by.num))
-            best[:, some, number:].fill_(-torch.inf)
+            if number < best.shape[2]:
+                best[:, some, number:] = -torch.inf
         return by.total(best.exp_(), blocks.size)
 
     def _score(self, depth: int, blocks: _Blocks, query: Tensor, some: slice, number: int) -> Tensor:

@@ -1,0 +1,67 @@
+"""Several densities at once: what one of them misses, another may find."""
+
+from collections.abc import Callable
+
+from hyperattention.select.draw import Density, Distribution
+from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.tiling import Tiles
+
+
+class Mix(Density):
+    """Share the draws among several densities; a key's weight counts its chances in all of them.
+
+    expected listings_j = sum_i num_i p_ij
+    Source: Veach and Guibas, 1995, the balance heuristic.   Differs: nothing.
+    Cost: the sum of its parts.   Guarantee: unbiased, if some part reaches every key.
+
+    Args:
+        *parts: densities and their shares; shares are relative.
+
+    Raises:
+        ValueError: if there is no part, or a share is not positive.
+
+    Example:
+        >>> Mix((Descent(), 0.7), (BlockScore(4), 0.3))
+    """
+
+    __slots__ = ("parts",)
+    parts: tuple[tuple[Density, float], ...]
+
+    def __init__(self, *parts: tuple[Density, float]) -> None:
+        if not parts or any(not share > 0 for _, share in parts):
+            raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0")
+        object.__setattr__(self, "parts", parts)
+
+    def __reduce__(self):
+        return Mix, self.parts
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Mix is immutable: build another instead of setting {name}")
+
+    def __repr__(self) -> str:
+        return f"Mix({', '.join(map(repr, self.parts))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mix) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """As far as any part does."""
+        return max(density.looks_ahead for density, _ in self.parts)
+
+    @property
+    def components(self) -> tuple[tuple[Density, float], ...]:
+        """The components of all parts."""
+        total = sum(share for _, share in self.parts)
+        return tuple((inner, a * b / total) for density, a in self.parts for inner, b in density.components)
+
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        """Refuse: a mixture is drawn by its components."""
+        raise NotImplementedError("a Mix has no distribution of its own: prepare each of its components")
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count query-key products spent on all parts, per query."""
+        return sum(density.selection_pairs(num_keys, tile, head_dim, causal) for density, _ in self.parts)
