@@ -21,14 +21,14 @@ from hyperattention.tiling import Tiles
 class Descent(Density):
     """Draw keys in proportion to the largest weight that a query of the tile would give them, estimated from coarse to fine.
 
-    a_iB = n_r exp(U q_i . U k_r - z_i),   p_B ~ sum_r max_i a_iB over the representatives r of block B, of n_r keys each;
-    the blocks with the largest p_B are opened, level by level, down to keys; U = principal directions of the first keys.
+    p_B ~ sum_r n_r max_i exp(U q_i . U k_r - z_i) over the representatives r of block B, of n_r keys each; the blocks with
+    the largest p_B are opened, level by level, down to keys; U = principal directions of the first keys.
 
-    Every query is normalised (z_i, a lower estimate of its log-sum-exp that grows on the way down) before queries are
-    combined, so that a sharp one is heard beside a diffuse one. What is opened and what stays closed share one law: heavy
-    keys are listed for certain, light ones now and then, closed blocks by their estimated weight. A share of the
-    probability is spread evenly over all that is left, so that no weight exceeds keys / (share * draws) however wrong the
-    estimate. Points are evenly spaced from one random offset a tile.
+    Every query is normalised by z_i before queries are combined, so that a sharp one is heard beside a diffuse one: the
+    larger of its log-sum-exp, as if the scores of each of the coarsest blocks were normal, and its largest score of the
+    level. Opened and closed blocks share one law: heavy keys are listed for certain, light ones now and then, closed blocks
+    by their estimated weight. A share of the probability is spread evenly over all that is left, so that no weight exceeds
+    keys / (share * draws) however wrong the estimate. Points are evenly spaced from one random offset a tile.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Singhania et al., 2024 (arXiv:2406.02542), keys in their principal directions.
@@ -92,8 +92,9 @@ class Descent(Density):
         return 8 * (tiles.problem.num_keys // self.levels[0].block_size + opened)
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count products of pooled queries with representatives, per query."""
-        columns = sum(self._columns(num_keys / (2 if causal else 1)))
+        """Count products of pooled queries with representatives, means and variances, per query."""
+        visible = num_keys / (2 if causal else 1)
+        columns = sum(self._columns(visible)) + 2 * visible / self.levels[0].block_size
         return self.pooled / tile * columns * min(self.dim, head_dim) / head_dim
 
     def _columns(self, visible: float) -> list[float]:

@@ -1,0 +1,106 @@
+"""Descent: what stands for blocks, what is opened, and the law of the leaves."""
+
+import pytest
+import torch
+
+import hyperattention as ha
+from hyperattention.select.score.leaves import Candidates, leaves_of
+from hyperattention.tiling import cut
+from problems import problem
+from test_value_norm import tokens
+
+LEVELS = (ha.Level(64, 4, ha.Representatives(1, 3)), ha.Level(16, 4, ha.Representatives(2, 2)))
+
+
+def haystack(num: int, place: int, *, sharp: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys of which one, at `place`, is unlike the others and what the last tile looks for; values tell it from the rest."""
+    k = torch.nn.functional.normalize(tokens(1, 1, num, 16).float(), dim=-1)
+    k[..., -1] = 0.2 * tokens(1, 1, num, 1, seed=2)[..., 0]
+    k[:, :, place] = 1.5 * torch.eye(16)[-1]
+    q = tokens(1, 1, num, 16, seed=1).float()
+    q[:, :, -64:] = sharp * k[:, :, place : place + 1]
+    v = torch.zeros(1, 1, num, 1)
+    v[:, :, place] = 1.0
+    return q, k, v
+
+
+@pytest.mark.parametrize("place", [70, 500, 1333])
+def test_the_one_key_that_queries_look_for_is_found_and_listed_for_certain(place):
+    q, k, v = haystack(2048, place, sharp=64.0)
+    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(64, by=ha.Descent(LEVELS)))
+    assert method.cost(2048).share_of_exact < 1
+    found = [ha.attention(q, k, v, is_causal=True, method=method, seed=seed)[0, 0, -1, 0].item() for seed in range(8)]
+    # weight one, not the weight of a key that happened to be drawn
+    assert min(found) > 0.9
+    assert max(found) <= 1.0 + 1e-6
+
+
+def test_means_alone_miss_what_far_keys_find():
+    found = {0: [], 3: []}
+    for place in range(100, 1900, 150):
+        q, k, v = haystack(2048, place, sharp=64.0)
+        for far, outs in found.items():
+            by = ha.Descent((ha.Level(64, 4, ha.Representatives(1, far)),))
+            method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(64, by=by))
+            outs.append(ha.attention(q, k, v, is_causal=True, method=method)[0, 0, -1, 0].item())
+    assert min(found[3]) > 0.9
+    assert sum(found[0]) < 0.5 * len(found[0])
+
+
+def test_far_keys_are_the_farthest_from_all_others():
+    keys = torch.zeros(1, 1, 8, 2)
+    keys[0, 0, 5], keys[0, 0, 2] = torch.tensor([9.0, 0.0]), torch.tensor([0.0, -7.0])
+    mean, first, second = ha.Representatives(1, 2).choose(keys)[0, 0]
+    assert torch.equal(mean, keys[0, 0].mean(0))
+    assert torch.equal(first, keys[0, 0, 5])
+    assert torch.equal(second, keys[0, 0, 2])
+
+
+def test_representatives_count_every_key_of_their_block():
+    for by in (ha.Representatives(4, 0), ha.Representatives(1, 3), ha.Representatives(2, 2)):
+        assert by.total(torch.ones(1, 1, 1, by.num), 16).item() == 16
+
+
+def test_the_law_of_leaves_tells_the_probability_of_what_it_draws():
+    first, mass = torch.tensor([[[3, 9, 0, 4, 8]]]), torch.tensor([[[5.0, 2.0, 1.0, 3.0, 9.0]]])
+    keys = Candidates(first[..., :2], 1, mass[..., :2], torch.tensor([[[True, True]]]))
+    blocks = Candidates(first[..., 2:], 4, mass[..., 2:], torch.tensor([[[False, True, False]]]))
+    left = tuple(torch.tensor([[[edge]]]) for edge in (3, 10, 10, 10))
+    law = leaves_of([keys, blocks], left, num=3, uniform_share=0.25)
+    index, share = law.draw((torch.arange(3) + torch.tensor([[[0.4]]])) / 3)
+    assert torch.equal(index, index.sort(-1)[0])
+    assert torch.equal(law.share(index), share)
+    # a key and the block of four left closed make up all there is; the opened blocks are not drawn again
+    everything = law.share(torch.arange(12).expand(1, 1, 12))[0, 0]
+    torch.testing.assert_close(everything.sum().item(), 1.0)
+    assert everything[[0, 1, 2, 8, 10, 11]].eq(0).all()
+    assert everything[3] >= (1 - 1e-6) / 3
+
+
+def test_the_coarsest_level_is_scored_only_from_the_seam_on():
+    by = ha.Descent(LEVELS)
+    tiles = cut(problem(1024), 64)
+    assert by.seam(tiles) == 4
+    assert ha.Descent((ha.Level(64, 64),)).seam(tiles) == 64
+    short, long = by.selection_pairs(256, 64, 16, True), by.selection_pairs(2**20, 64, 16, True)
+    assert short < long < 2**20 / 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ha.Representatives(0, 1), "at least one mean"),
+        (lambda: ha.Representatives(1, -1), "no negative number"),
+        (lambda: ha.Level(16, 3), "keep at least 4"),
+        (lambda: ha.Level(0, 8), "block_size must be a positive integer"),
+        (lambda: ha.Level(16, 8, ha.Representatives(3)), "multiple of 3"),
+        (lambda: ha.Level(4, 8, ha.Representatives(2, 3)), "at least 5"),
+        (lambda: ha.Descent(()), "at least one Level"),
+        (lambda: ha.Descent((ha.Level(48, 8), ha.Level(32, 8))), "use a divisor"),
+        (lambda: ha.Descent(uniform_share=0.0), "between 0 and 1"),
+        (lambda: ha.Descent(pooled=0), "pooled must be a positive integer"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
