@@ -8,7 +8,6 @@ from hyperattention.select.locate.window import Window
 from hyperattention.select.score.descent import Descent
 
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
-# 32,768 (2.3x; benchmarks/records): to be raised to the measured break-even between them
 CROSSOVER = 4096
 FEW_QUERIES = 256
 

@@ -10,6 +10,7 @@ from hyperattention.check import positive
 from hyperattention.select.draw import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
 from hyperattention.select.score.pooling import edges, pool_queries
+from hyperattention.select.score.precision import for_estimates
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.select.score.walk import Level, Walk
@@ -115,13 +116,15 @@ class Descent(Density):
         top = self.levels[0].block_size
         # the ragged end filled up, and one block more, which stands in where fewer are left than may be opened
         keys = query.new_empty(k.shape[0], (-(-k.shape[1] // top) + 1) * top, min(self.dim, k.shape[2]))
+        # while no more keys than draws are left all are listed: those keys may serve as a sample of the rest
+        head = k[:, :num].to(keys.dtype)
+        k, middle = k.to(keys.dtype), head.mean(1, keepdim=True)
         if self.dim < k.shape[2]:
-            # while no more keys than draws are left all are listed: those keys may serve as a sample of the rest
-            head = k[:, :num].to(keys.dtype)
             basis = KeySketch(self.dim).basis(head)
-            # scores of centred keys differ by a constant a query
-            query, k = query @ basis[:, None], k.to(keys.dtype) @ basis - head.mean(1, keepdim=True) @ basis
-        keys[:, : k.shape[1]], keys[:, k.shape[1] :] = k, 0.0
+            k, middle, query = k @ basis, middle @ basis, query @ basis[:, None]
+        # scores of centred keys differ by a constant a query, and are rounded less
+        keys[:, : k.shape[1]].copy_(k).sub_(middle)
+        keys[:, k.shape[1] :] = 0.0
         # a key or query that is not finite tells nothing: it is left to the even share
         keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
         summaries = [level.by.choose(keys.unflatten(1, (-1, level.block_size))) for level in self.levels]
@@ -129,6 +132,8 @@ class Descent(Density):
         mean = summaries[0][:, :, : self.levels[0].by.means].mean(2)
         length = torch.linalg.vector_norm(keys.unflatten(1, (-1, top)), dim=2)
         variance = (length.square() / top - mean.square()).clamp_(min=0)
-        left, scratch = edges(tiles, taken), (Scratch(k), Scratch(k))
-        walk = Walk(self.levels, tiles, left, query, tuple(summaries), mean, variance, num, self.uniform_share, *scratch)
+        rough = tuple(for_estimates(x) for x in summaries)
+        scratch = Scratch(rough[0]), Scratch(rough[0]), Scratch(keys)
+        left, share = edges(tiles, taken), self.uniform_share
+        walk = Walk(self.levels, tiles, left, query, rough, mean, variance, num, share, *scratch)
         return walk.law

@@ -84,6 +84,7 @@ class Walk:
         num: draws of each tile.
         uniform_share: share of the probability that is spread evenly.
         gathered: memory for representatives of opened blocks.
+        rough: memory for scores in the precision of `summaries`.
         scores: memory for scores.
     """
 
@@ -97,6 +98,7 @@ class Walk:
     num: int
     uniform_share: float
     gathered: Scratch
+    rough: Scratch
     scores: Scratch
 
     def law(self, part: slice) -> Leaves:
@@ -171,7 +173,7 @@ class Walk:
             score = score.view(lists, chunk, rows, number)
             _hide(score, known[:, some], begin, number)
             # by the largest softmax weight, which takes a third of the time of exponentials
-            torch.sub(score.amax(-1), torch.softmax(score, -1).amax(-1).log_(), out=seen[:, some])
+            seen[:, some] = score.amax(-1) - torch.softmax(score, -1).amax(-1).log_()
         return torch.nan_to_num_(seen, nan=torch.finfo(seen.dtype).min).add_(log(blocks.size))
 
     def _mass(self, depth: int, blocks: _Blocks, part: slice, seen: Tensor) -> Tensor:
@@ -194,8 +196,7 @@ class Walk:
         if blocks.every:
             shared = summary[:, :number].flatten(1, 2)
             score = self.scores.take(lists, chunk * rows, shared.shape[1])
-            torch.bmm(query.flatten(1, 2), shared.transpose(1, 2), out=score)
-            return score.view(lists, chunk, rows, -1)
+            return self._product(query.flatten(1, 2), shared, score).view(lists, chunk, rows, -1)
         # what is inside an opened block stands together: one copy each
         parent = self.levels[depth - 1].block_size
         children = parent // blocks.size
@@ -206,8 +207,14 @@ class Walk:
         torch.index_select(source, 0, row, out=inside)
         inside = inside.view(lists * chunk, -1, width)
         score = self.scores.take(lists * chunk, rows, inside.shape[1])
-        torch.bmm(query.flatten(0, 1), inside.transpose(1, 2), out=score)
-        return score.view(lists, chunk, rows, -1)
+        return self._product(query.flatten(0, 1), inside, score).view(lists, chunk, rows, -1)
+
+    def _product(self, query: Tensor, key: Tensor, score: Tensor) -> Tensor:
+        """Multiply in the precision of `key`, into `score`."""
+        if key.dtype == score.dtype:
+            return torch.bmm(query, key.transpose(1, 2), out=score)
+        rough = self.rough.take(*score.shape)
+        return score.copy_(torch.bmm(query.to(key.dtype), key.transpose(1, 2), out=rough))
 
     def _known(self, blocks: _Blocks, part: slice) -> Tensor:
         """Tell which blocks a query may know of: those before its tile, and those that are left to it."""
