@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hyperattention as ha
+from hyperattention.select.score import descent
 from hyperattention.select.score.leaves import Candidates, leaves_of
 from hyperattention.tiling import cut
 from problems import problem
@@ -84,6 +85,21 @@ def test_the_coarsest_level_is_scored_only_from_the_seam_on():
     assert ha.Descent((ha.Level(64, 64),)).seam(tiles) == 64
     short, long = by.selection_pairs(256, 64, 16, True), by.selection_pairs(2**20, 64, 16, True)
     assert short < long < 2**20 / 2
+
+
+def test_what_is_computed_keeps_its_precision_however_weights_are_estimated(monkeypatch):
+    q, k, v = (tokens(1, 2, 640, 16, seed=seed).float() for seed in range(3))
+    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(64, by=ha.Descent(LEVELS)))
+    outs, errors = {}, []
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(descent, "for_estimates", lambda x, dtype=dtype: x.to(dtype))
+        outs[dtype], report = ha.attention(q, k, v, is_causal=True, method=method, audit=64)
+        assert outs[dtype].dtype == torch.float32
+        errors.append(report.relative_error.mean().item())
+    assert max(errors) < 1.2 * min(errors)
+    # other keys are drawn, and the rows that have no choice stay as they were
+    assert not torch.equal(*outs.values())
+    assert torch.equal(*(out[:, :, :128] for out in outs.values()))
 
 
 @pytest.mark.parametrize(
