@@ -71,11 +71,10 @@ class _Workspace:
     keys: Tensor
     values: Tensor
     scores: Tensor
-    weights: Tensor
 
     @classmethod
     def make(cls, step: int, rows: int, slots: int, widths: tuple[int, int], like: Tensor) -> "_Workspace":
-        shapes = ((step, slots, widths[0]), (step, slots, widths[1]), (step, rows, slots), (step, rows, slots))
+        shapes = ((step, slots, widths[0]), (step, slots, widths[1]), (step, rows, slots))
         return cls(*(like.new_empty(shape) for shape in shapes))
 
 
@@ -181,8 +180,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tupl
         for chunk in _chunks(lists, num_keys, step, lse.dtype):
             keys = _gather(k_flat, chunk.key_index, work.keys)
             scores = _scores(q_flat[chunk.tiles].to(lse.dtype) * scale, keys, chunk, work.scores)
-            weights = torch.softmax(scores, -1, out=work.weights[: len(scores)])
             top = scores.amax(-1)
+            weights = torch.softmax(scores, -1, out=scores)  # in place: half the memory, half the time
             # a row's largest weight tells its normaliser; softmax over nothing is NaN
             torch.sub(top, weights.amax(-1).log_(), out=lse[chunk.tiles])
             mean = _mean(weights, _gather(v_flat, chunk.key_index, work.values), out[chunk.tiles])

@@ -65,8 +65,8 @@ class Density(ABC):
             a function from a chunk of tiles to its distribution.
         """
 
-    def seam(self, tiles: Tiles) -> int:
-        """Number the tile, in this call, from which on it works otherwise: no chunk has tiles of both sides."""
+    def seam(self, tiles: Tiles, num: int) -> int:
+        """Number the tile, in this call, from which on `num` draws work otherwise: no chunk has tiles of both sides."""
         return 0
 
     def numbers(self, tiles: Tiles) -> int:
@@ -171,7 +171,7 @@ class Draw(Stage):
         left = edges(tiles, taken)
         parts = self._components(tiles, taken)
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
-        seams = [density.seam(tiles) for density, _ in self.by.components]
+        seams = [density.seam(tiles, num) for density, num in self._shares()]
         drawn = [self._few(_drawn(parts, part), left, tiles, taken, part) for part in chunks(tiles, numbers, seams)]
         index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
         if taken.blocks:
@@ -206,20 +206,26 @@ class Draw(Stage):
             weight[:, :until] = torch.where(few, listed, weight[:, :until])
         return index, weight
 
+    def _shares(self) -> list[tuple[Density, int]]:
+        """Share the draws out; the last component reaches every key, and takes what rounding leaves, at least one draw."""
+        shares, left = [], self.num
+        *others, (last, _) = self.by.components
+        for density, share in others:
+            num = min(round(share * self.num), left - 1)
+            if num:
+                shares.append((density, num))
+                left -= num
+        return [*shares, (last, left)]
+
     def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Tensor, Callable[[slice], Distribution]]]:
-        """Share the draws out; the last component reaches every key, and takes what rounding leaves, at least one draw.
+        """Prepare the components.
 
         Returns:
-            for each component its points of the unit interval, ``[lists, tiles, slots]``, and a law for each chunk.
+            for each its points of the unit interval, ``[lists, tiles, slots]``, and a law for each chunk.
         """
         problem, device, parts, begun = tiles.problem, tiles.problem.device, [], 0
         head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
-        components = self.by.components
-        for i, (density, share) in enumerate(components):
-            left = self.num - begun
-            num = left if i + 1 == len(components) else min(round(share * self.num), left - 1)
-            if not num:
-                continue
+        for density, num in self._shares():
             slot = torch.arange(num, device=device)
             counter = begun + (slot[:1] if density.evenly else slot)
             noise = uniform((problem.seed, problem.layer, head, tiles.index[:, None], counter), device)

@@ -29,6 +29,7 @@ class Taken:
         prefix: leading live keys taken from every tile.
         placed: how many keys of a tile are taken by their place, at most.
         gap: first and end of the keys around each tile that a window took, or None.
+        near: keys directly before each tile that a window took.
         blocks: chosen blocks of earlier stages: sorted numbers of the blocks, and their size.
         labels: pairs of equal label are taken.
     """
@@ -36,6 +37,7 @@ class Taken:
     prefix: int = 0
     placed: int = 0
     gap: tuple[Int[Tensor, "batch tiles"], Int[Tensor, "batch tiles"]] | None = None
+    near: int = 0
     blocks: tuple[tuple[Int[Tensor, "lists tiles _"], int], ...] = ()
     labels: Labels | None = None
 

@@ -62,4 +62,5 @@ class Window(Stage):
             for begin, size, tested in pieces
             if size
         )
-        return runs, replace(taken, gap=(torch.maximum(first, low), end), placed=taken.placed + self.slots(tiles.size))
+        gap, placed = (torch.maximum(first, low), end), taken.placed + self.slots(tiles.size)
+        return runs, replace(taken, gap=gap, near=before, placed=placed)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.select.draw import Density, Distribution
@@ -13,7 +14,7 @@ from hyperattention.select.score.pooling import edges, pool_queries
 from hyperattention.select.score.precision import for_estimates
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
-from hyperattention.select.score.walk import Level, Walk
+from hyperattention.select.score.walk import Level, Walk, opened_at
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
 
@@ -49,7 +50,7 @@ class Descent(Density):
     """
 
     levels: tuple[Level, ...] = field(
-        default_factory=lambda: (Level(256, 24, Representatives(1, 7)), Level(16, 24, Representatives(2, 2)))
+        default_factory=lambda: (Level(256, 24, Representatives(1, 5)), Level(16, 16, Representatives(1, 3)))
     )
     dim: int = 64
     pooled: int = 16
@@ -79,11 +80,11 @@ class Descent(Density):
         """Points are evenly spaced."""
         return True
 
-    def seam(self, tiles: Tiles) -> int:
+    def seam(self, tiles: Tiles, num: int) -> int:
         """Number of the first tile that sees more of the coarsest blocks than are opened: from there on they are scored."""
         if not tiles.problem.causal:
             return 0
-        free = self.levels[0].keep * self.levels[0].block_size // tiles.size
+        free = opened_at(self.levels, num)[0] * self.levels[0].block_size // tiles.size
         return max(0, free - tiles.problem.offset // tiles.size)
 
     def numbers(self, tiles: Tiles) -> int:
@@ -99,14 +100,13 @@ class Descent(Density):
         return self.pooled / tile * columns * min(self.dim, head_dim) / head_dim
 
     def _columns(self, visible: float) -> list[float]:
-        """Count the representatives scored for each tile, level by level, keys last."""
-        below = [(level.block_size, level.by.num) for level in self.levels[1:]] + [(1, 1)]
+        """Count the representatives scored for each tile, level by level."""
         top, columns = self.levels[0], []
         if visible > top.keep * top.block_size:
             columns.append(visible / top.block_size * top.by.num)
-        for level, (size, num) in zip(self.levels, below, strict=True):
-            visible = min(visible, level.keep * level.block_size)
-            columns.append(visible / size * num)
+        for above, level in pairwise(self.levels):
+            visible = min(visible, above.keep * above.block_size)
+            columns.append(visible / level.block_size * level.by.num)
         return columns
 
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
@@ -127,13 +127,25 @@ class Descent(Density):
         keys[:, k.shape[1] :] = 0.0
         # a key or query that is not finite tells nothing: it is left to the even share
         keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
-        summaries = [level.by.choose(keys.unflatten(1, (-1, level.block_size))) for level in self.levels]
-        summaries.append(keys[:, :, None])
+        summaries = self._summaries(keys)
         mean = summaries[0][:, :, : self.levels[0].by.means].mean(2)
-        length = torch.linalg.vector_norm(keys.unflatten(1, (-1, top)), dim=2)
-        variance = (length.square() / top - mean.square()).clamp_(min=0)
+        # a norm over a middle axis would take eight times as long
+        variance = (keys.square().unflatten(1, (-1, top)).sum(2) / top - mean.square()).clamp_(min=0)
         rough = tuple(for_estimates(x) for x in summaries)
         scratch = Scratch(rough[0]), Scratch(rough[0]), Scratch(keys)
-        left, share = edges(tiles, taken), self.uniform_share
-        walk = Walk(self.levels, tiles, left, query, rough, mean, variance, num, share, *scratch)
+        left, share, moments = edges(tiles, taken), self.uniform_share, for_estimates(torch.cat([mean, variance], 2))
+        walk = Walk(self.levels, tiles, left, taken.near, query, rough, moments, num, share, *scratch)
         return walk.law
+
+    def _summaries(self, keys: Tensor) -> list[Tensor]:
+        """Choose what stands for the blocks of each level; far keys of a coarse block are found among those of its parts."""
+        summaries, below = [], None
+        for level in reversed(self.levels):
+            among = None
+            if below is not None and below.by.far:
+                among = summaries[0][:, :, below.by.means :]
+                among = among.unflatten(1, (-1, level.block_size // below.block_size)).flatten(2, 3)
+            enough = among is not None and among.shape[2] >= level.by.far
+            chosen = level.by.choose(keys.unflatten(1, (-1, level.block_size)), among if enough else None)
+            summaries, below = [chosen, *summaries], level
+        return summaries

@@ -1,4 +1,4 @@
-"""The law of a descent's leaves: blocks that stayed closed, and single keys of those that were opened."""
+"""The law of a descent's leaves: keys of the blocks that were opened last, and blocks that stayed closed."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,28 @@ from torch import Tensor
 from hyperattention.select.draw import Distribution
 from hyperattention.select.score.mass import inverse
 
-# rounds in which probabilities above one draw's share are cut to it and the rest is given to the others
-_CLIP_ROUNDS = 4
+# rounds in which a block's share is cut to one draw a key and the rest is given to the others
+_CLIP_ROUNDS = 2
+# sums below count as none: draws over one of them would overflow
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Blocks of one size, or keys, with their estimated weights.
+class Opened:
+    """Keys of the blocks that were opened last.
+
+    Args:
+        first: number of each key.
+        alive: whether earlier stages left it.
+    """
+
+    first: Int[Tensor, "lists chunk keys"]
+    alive: Bool[Tensor, "lists chunk keys"]
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Blocks of one size, of which some were opened, with their estimated weights.
 
     Args:
         first: first key of each.
@@ -24,71 +39,77 @@ class Candidates:
         alive: whether it is a leaf: left whole by earlier stages, and not opened.
     """
 
-    first: Int[Tensor, "lists chunk leaves"]
+    first: Int[Tensor, "lists chunk blocks"]
     size: int
-    mass: Float[Tensor, "lists chunk leaves"]
-    alive: Bool[Tensor, "lists chunk leaves"]
+    mass: Float[Tensor, "lists chunk blocks"]
+    alive: Bool[Tensor, "lists chunk blocks"]
 
 
 @dataclass(frozen=True)
 class Leaves(Distribution):
-    """Probabilities of leaves, spread evenly over the keys of each.
+    """How often leaves are expected to be listed, each of the keys in a leaf equally often.
 
     Args:
         first: first key of each leaf.
         size: keys in each leaf.
-        mass: probability of each leaf, summing to one; 0 where there is none.
+        listings: expected listings of each leaf, summing to `num`; 0 where there is none.
+        num: draws.
     """
 
     first: Int[Tensor, "lists chunk leaves"]
     size: Int[Tensor, " leaves"]
-    mass: Float[Tensor, "lists chunk leaves"]
+    listings: Float[Tensor, "lists chunk leaves"]
+    num: int
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the leaf, then the key at the same share of the way through it; ascending, as memory is read fastest."""
-        leaf, inside = inverse(self.mass, point)
+        """Find the leaf, then the key at the same share of the way through it."""
+        leaf, inside = inverse(self.listings, point)
         size = self.size[leaf]
-        index, order = (self.first.gather(2, leaf) + (inside * size).long()).sort(-1)
-        return index, (self.mass.gather(2, leaf) / size).gather(2, order)
+        return self.first.gather(2, leaf) + (inside * size).long(), self.listings.gather(2, leaf) / (size * self.num)
 
     def share(self, index: Tensor) -> Tensor:
         """Look up the leaf that holds each key: the last of those alive that begins at or before it."""
         beyond = torch.iinfo(torch.int64).max
-        first, order = self.first.masked_fill(self.mass == 0, beyond).sort(-1)
+        first, order = self.first.masked_fill(self.listings == 0, beyond).sort(-1)
         at = (torch.searchsorted(first, index.contiguous(), right=True) - 1).clamp(min=0)
         leaf = order.gather(2, at)
         inside, size = index - self.first.gather(2, leaf), self.size[leaf]
-        return (self.mass.gather(2, leaf) / size).masked_fill((inside < 0) | (inside >= size), 0.0)
+        share = self.listings.gather(2, leaf) / (size * self.num)
+        return share.masked_fill((inside < 0) | (inside >= size), 0.0)
 
 
-def leaves_of(groups: list[Candidates], left: tuple[Tensor, ...], num: int, uniform_share: float) -> Leaves:
-    """Turn estimated weights into probabilities: of no key much above one draw's, of no leaf below its even share.
-
-    A key whose weight would list it more than once is listed once, for certain, and the others share what that frees.
+def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], num: int, uniform_share: float) -> Leaves:
+    """Tell how often each leaf is to be listed: opened keys once, closed blocks by weight with what draws are left.
 
     Args:
-        groups: keys, then blocks from fine to coarse; those alive hold every key that is left exactly once. The coarsest,
-            whose number depends on how much is seen, come last, where dead ones change no sum by a bit.
+        opened: keys listed for certain, or, where they are more than three quarters of the draws, with those.
+        closed: blocks from fine to coarse; with the opened keys those alive hold every key that is left exactly once. The
+            coarsest, whose number depends on how much is seen, come last, where dead ones change no sum by a bit.
         left: what earlier stages left, from `edges`.
         num: draws.
-        uniform_share: share of the probability that is spread evenly over the keys.
+        uniform_share: share of the draws on closed blocks that is spread evenly over their keys.
 
     Returns:
         the law.
     """
-    alive = torch.cat([group.alive for group in groups], 2)
-    mass = torch.cat([group.mass for group in groups], 2)
-    mass = torch.nan_to_num_(mass, nan=0.0, posinf=0.0).masked_fill_(~alive, 0.0)
-    first = torch.cat([group.first for group in groups], 2)
-    size = torch.cat([group.first.new_full(group.first.shape[2:], group.size) for group in groups])
-    keys = mass[..., : groups[0].first.shape[2]]
-    total = mass.sum(-1, keepdim=True)
-    for _ in range(_CLIP_ROUNDS):
-        # the even share comes on top, so this is one draw's share of the rest
-        torch.minimum(keys, total / (num * (1 - uniform_share)), out=keys)
-        total = mass.sum(-1, keepdim=True)
+    each = min(1.0, 0.75 * num / max(1, opened.first.shape[2]))
+    certain = opened.alive.sum(-1, keepdim=True)
+    rest = num - each * certain
     begin, hole_begin, hole_end, end = left
-    count = (hole_begin - begin + end - hole_end).clamp(min=1)
-    tiny = torch.finfo(mass.dtype).tiny
-    mass.mul_((1 - uniform_share) / total.clamp(min=tiny)).add_(alive * (size * uniform_share / count))
-    return Leaves(first, size, mass.div_(mass.sum(-1, keepdim=True).clamp(min=tiny)))
+    even = uniform_share * rest / (hole_begin - begin + end - hole_end - certain).clamp(min=1)
+    one = opened.alive * torch.full((), each, device=opened.alive.device)
+    first = torch.cat([opened.first, *(blocks.first for blocks in closed)], 2)
+    size = torch.cat(
+        [x.new_full(x.shape[2:], n) for x, n in ((opened.first, 1), *((blocks.first, blocks.size) for blocks in closed))]
+    )
+    if not closed:
+        return Leaves(first, size, one, num)
+    mass, alive = torch.cat([x.mass for x in closed], 2), torch.cat([x.alive for x in closed], 2)
+    mass = torch.nan_to_num_(mass, nan=0.0, posinf=0.0).masked_fill_(~alive, 0.0)
+    inside = size[one.shape[2] :]
+    weighted = (1 - uniform_share) * rest
+    for _ in range(_CLIP_ROUNDS):
+        torch.minimum(mass, inside * (mass.sum(-1, keepdim=True) / weighted), out=mass)
+    mass.mul_(weighted / mass.sum(-1, keepdim=True).clamp(min=_LEAST)).add_(alive * (inside * even))
+    mass.mul_(rest / mass.sum(-1, keepdim=True).clamp(min=_LEAST))
+    return Leaves(first, size, torch.cat([one.to(mass.dtype), mass], 2), num)

@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# products among the candidates of a batch of blocks: small enough to stay in the cache
+_PRODUCT_BYTES = 4 * 2**20
+
 
 @dataclass(frozen=True)
 class Representatives:
@@ -15,7 +18,7 @@ class Representatives:
     itself (docs/log.md).
     Source: block means, Jiang et al., 2024 (arXiv:2407.02490); farthest-first traversal, Gonzalez, 1985.
     Differs: several means a block; the traversal begins at the means.
-    Cost: a product for each representative and pooled query; O(keys * far) once.
+    Cost: a product for each representative and pooled query; the products among the candidates of a block once.
 
     Args:
         means: equal runs of neighbours, each averaged.
@@ -51,20 +54,40 @@ class Representatives:
                 f"{self!r} cannot stand for blocks of {block_size} keys: use a multiple of {self.means}, at least {self.num}"
             )
 
-    def choose(self, keys: Float[Tensor, "lists blocks block_size width"]) -> Float[Tensor, "lists blocks num width"]:
-        """Average the parts, then walk to the farthest key again and again."""
-        chosen = list(keys.unflatten(2, (self.means, -1)).mean(3).unbind(2))
-        # neither of these products makes a temporary as large as the keys
-        size = torch.linalg.vector_norm(keys, dim=-1).square()  # [lists, blocks, block_size]
-        least = torch.full_like(size, torch.inf)
-        for place in range(self.means + self.far - 1 if self.far else 0):
-            last, product = chosen[place], torch.einsum("lbsw,lbw->lbs", keys, chosen[place])
-            # squared distance but for a constant a key: ||k - c||^2 - ||k||^2
-            least = torch.minimum(least, last.square().sum(-1, keepdim=True) - 2 * product)
-            if place + 1 >= self.means:
-                farthest = (size + least).argmax(-1)[..., None, None].expand(-1, -1, 1, keys.shape[3])
-                chosen.append(keys.gather(2, farthest)[:, :, 0])
-        return torch.stack(chosen, 2)
+    def choose(
+        self,
+        keys: Float[Tensor, "lists blocks block_size width"],
+        among: Float[Tensor, "lists blocks candidates width"] | None = None,
+    ) -> Float[Tensor, "lists blocks num width"]:
+        """Average the parts, then walk to the farthest candidate again and again.
+
+        Args:
+            keys: the keys of every block.
+            among: keys of the block that may stand for themselves; all of them if None.
+
+        Returns:
+            means, then far keys.
+        """
+        means = keys.unflatten(2, (self.means, -1)).mean(3)
+        if not self.far:
+            return means
+        among = keys if among is None else among
+        # all products among candidates at once, for as many blocks as stay in the cache
+        step = max(1, _PRODUCT_BYTES // (4 * keys.shape[0] * among.shape[2] ** 2))
+        far = [self._farthest(*some) for some in zip(means.split(step, 1), among.split(step, 1), strict=True)]
+        return torch.cat([means, torch.cat(far, 1)], 2)
+
+    def _farthest(self, means: Tensor, among: Tensor) -> Tensor:
+        product = among @ among.transpose(2, 3)  # [lists, blocks, candidates, candidates]
+        size = product.diagonal(dim1=2, dim2=3)
+        # squared distance but for a constant a candidate: ||k - c||^2 - ||k||^2
+        least = (means.square().sum(3)[:, :, None] - 2 * among @ means.transpose(2, 3)).amin(3)
+        chosen = []
+        for _ in range(self.far):
+            chosen.append((size + least).argmax(2, keepdim=True))
+            last = product.gather(2, chosen[-1][..., None].expand(-1, -1, 1, product.shape[3]))[:, :, 0]
+            least = torch.minimum(least, size.gather(2, chosen[-1]) - 2 * last)
+        return among.gather(2, torch.cat(chosen, 2)[..., None].expand(-1, -1, -1, among.shape[3]))
 
     def total(self, weight: Float[Tensor, "lists chunk blocks num"], block_size: int) -> Float[Tensor, "lists chunk blocks"]:
         """Add up the weights of a block's keys, given its representatives': far keys count once, means for the rest."""

@@ -1,4 +1,4 @@
-"""How a descent goes: score the blocks of a level, open the best, score what is inside, down to keys."""
+"""How a descent goes: score the blocks of a level, open the best, score those inside, down to the last level."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.select.score.leaves import Candidates, Leaves, leaves_of
+from hyperattention.select.score.leaves import Closed, Leaves, Opened, leaves_of
 from hyperattention.select.score.pooling import any_left, seen_keys
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
-# blocks that an edge of what is left can cut: begin, hole begin, hole end, end
-_EDGES = 4
+# blocks that an edge of what is left can cut: begin, hole begin, hole end, end; causally nothing is left beyond the hole
+_EDGES, _CAUSAL_EDGES = 4, 2
 # scores and gathered representatives of one batch of tiles: small enough to stay in the second level of cache
 _BATCH_BYTES = 6 * 2**20
 _KEYS = Representatives()
@@ -45,6 +45,12 @@ class Level:
         self.by.check(self.block_size)
 
 
+def opened_at(levels: tuple[Level, ...], num: int) -> list[int]:
+    """Count the blocks opened at each level: the last ones hold at most half as many keys as are drawn."""
+    *above, last = levels
+    return [*(level.keep for level in above), max(_EDGES, min(last.keep, num // (2 * last.block_size)))]
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """The blocks of one level that are looked at, for a chunk of tiles.
@@ -53,7 +59,7 @@ class _Blocks:
         first: first key of each block, ``[lists, chunk, blocks]``.
         size: keys in a block.
         every: whether these are all blocks from the first on, the same for every tile.
-        cut: how many of the leading ones an edge of what is left may cut; all, where `every`.
+        cut: how many of the leading ones may reach into the tile, or past it; all, where `every`.
     """
 
     first: Tensor
@@ -76,11 +82,11 @@ class Walk:
         levels: from coarse to fine.
         tiles: the tiled problem.
         left: what earlier stages left, from `edges`.
+        near: keys directly before each tile that earlier stages took.
         query: pooled queries, scaled, ``[lists, tiles, rows, width]``.
-        summaries: representatives of each level's blocks, then keys, ``[lists, blocks, representatives, width]``; the last
-            of the coarsest blocks, and all that is in it, is zeros.
-        mean: means of the coarsest blocks, ``[lists, blocks, width]``.
-        variance: variances of the same.
+        summaries: representatives of each level's blocks, ``[lists, blocks, representatives, width]``; the last of the
+            coarsest blocks, and all that is in it, is zeros.
+        moments: means of the coarsest blocks beside their variances, ``[lists, blocks, 2 * width]``.
         num: draws of each tile.
         uniform_share: share of the probability that is spread evenly.
         gathered: memory for representatives of opened blocks.
@@ -91,10 +97,10 @@ class Walk:
     levels: tuple[Level, ...]
     tiles: Tiles
     left: tuple[Tensor, Tensor, Tensor, Tensor]
+    near: int
     query: Tensor
     summaries: tuple[Tensor, ...]
-    mean: Tensor
-    variance: Tensor
+    moments: Tensor
     num: int
     uniform_share: float
     gathered: Scratch
@@ -112,16 +118,14 @@ class Walk:
         """
         left = tuple(x[:, part] for x in self.left)
         blocks = self._all(part)
-        seen, leaves = self._seen(blocks, part), []
-        for depth, level in enumerate(self.levels):
+        seen, closed = self._seen(blocks, part), []
+        for depth, (level, keep) in enumerate(zip(self.levels, opened_at(self.levels, self.num), strict=True)):
             opened = blocks
-            if not blocks.every or blocks.first.shape[2] > level.keep:
-                found, opened = self._open(depth, blocks, part, left, seen)
-                leaves.append(found)
+            if not blocks.every or blocks.first.shape[2] > keep:
+                found, opened = self._open(depth, keep, blocks, part, left, seen)
+                closed.append(found)
             blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
-        mass = self._mass(len(self.levels), blocks, part, seen)
-        leaves.append(Candidates(blocks.first, 1, mass, blocks.whole(left)))
-        return leaves_of(leaves[::-1], left, self.num, self.uniform_share)
+        return leaves_of(Opened(blocks.first, blocks.whole(left)), closed[::-1], left, self.num, self.uniform_share)
 
     def _all(self, part: slice) -> _Blocks:
         """Begin with all of the coarsest blocks that any tile of the chunk can see."""
@@ -131,22 +135,30 @@ class Walk:
         return _Blocks(first.expand(self.query.shape[0], part.stop - part.start, -1), size, True, number)
 
     def _open(
-        self, depth: int, blocks: _Blocks, part: slice, left: tuple[Tensor, ...], seen: Tensor
-    ) -> tuple[Candidates, _Blocks]:
-        """Choose the blocks with the largest mass; those that an edge cuts come first, whatever is in them.
+        self, depth: int, keep: int, blocks: _Blocks, part: slice, left: tuple[Tensor, ...], seen: Tensor
+    ) -> tuple[Closed, _Blocks]:
+        """Choose the blocks with the largest mass, and those that an edge cuts, whatever is in them.
 
         Returns:
-            all blocks, of which those not opened are leaves, and the opened ones.
+            all blocks, of which those not opened are leaves, and the opened ones: those cut by an edge that may reach into
+            the tile first, the others ascending, as memory is read fastest.
         """
         mass, whole = self._mass(depth, blocks, part, seen), blocks.whole(left)
         rank = torch.nan_to_num(mass, nan=0.0).masked_fill_(~whole, -1.0)
         rank = rank.masked_fill_(~whole & any_left(blocks.first, blocks.size, left), torch.inf)
-        best, chosen = rank.topk(min(self.levels[depth].keep, rank.shape[2]), -1)
+        best, chosen = rank.topk(min(keep, rank.shape[2]), -1)
         # where fewer are left than may be opened, the block of zeros stands in: what is not left may lie ahead
-        nothing = self.summaries[-1].shape[1] - self.levels[0].block_size
+        nothing = (self.summaries[0].shape[1] - 1) * self.levels[0].block_size
         first = blocks.first.gather(2, chosen).masked_fill_(best < 0, nothing)
-        found = Candidates(blocks.first, blocks.size, mass, whole.scatter(2, chosen, False))
-        return found, _Blocks(first, blocks.size, False, min(_EDGES, first.shape[2]))
+        found = Closed(blocks.first, blocks.size, mass, whole.scatter(2, chosen, False))
+        cut = self._cut(blocks.size, first.shape[2])
+        return found, _Blocks(torch.cat([first[..., :cut], first[..., cut:].sort()[0]], 2), blocks.size, False, cut)
+
+    def _cut(self, size: int, most: int) -> int:
+        """Count the opened blocks that may hold keys of the tile, or of those after it, beside keys that are left."""
+        if not self.tiles.problem.causal:
+            return min(_EDGES, most)
+        return 0 if size <= self.near + 1 else min(_CAUSAL_EDGES, most)
 
     def _inside(self, opened: _Blocks, size: int) -> _Blocks:
         """Take what is inside opened blocks, in blocks of `size` keys."""
@@ -166,24 +178,22 @@ class Walk:
         for some, number, begin in self._batches(blocks, part, 1):
             query = self.query[:, part][:, some]
             lists, chunk, rows, _ = query.shape
-            query = query.flatten(1, 2)
-            score = self.scores.take(lists, chunk * rows, number)
-            torch.bmm(query, self.mean[:, :number].transpose(1, 2), out=score)
-            score.baddbmm_(query.square(), self.variance[:, :number].transpose(1, 2), alpha=0.5)
+            query = torch.cat([query, 0.5 * query.square()], 3).flatten(1, 2)
+            score = self._product(query, self.moments[:, :number], self.scores.take(lists, chunk * rows, number))
             score = score.view(lists, chunk, rows, number)
-            _hide(score, known[:, some], begin, number)
+            _hide(score, known[:, some], begin, number, 1)
             # by the largest softmax weight, which takes a third of the time of exponentials
             seen[:, some] = score.amax(-1) - torch.softmax(score, -1).amax(-1).log_()
         return torch.nan_to_num_(seen, nan=torch.finfo(seen.dtype).min).add_(log(blocks.size))
 
     def _mass(self, depth: int, blocks: _Blocks, part: slice, seen: Tensor) -> Tensor:
         """Estimate the weight of every block: the largest that any query gives it, ``[lists, chunk, blocks]``."""
-        by = self.levels[depth].by if depth < len(self.levels) else _KEYS
+        by = self.levels[depth].by
         known = self._known(blocks, part)
         best = self.query.new_empty((*blocks.first.shape, by.num))
         for some, number, begin in self._batches(blocks, part, by.num):
             score = self._score(depth, blocks, self.query[:, part][:, some], some, number)
-            _hide(score.unflatten(-1, (number, by.num)), known[:, some], begin, min(number, blocks.cut))
+            _hide(score, known[:, some], begin, min(number, blocks.cut), by.num)
             bar = torch.maximum(seen[:, some], score.amax(-1))
             best[:, some, :number] = score.sub_(bar[..., None]).amax(2).unflatten(-1, (number, by.num))
             if number < best.shape[2]:
@@ -245,8 +255,9 @@ class Walk:
             yield some, number, begin
 
 
-def _hide(score: Tensor, known: Tensor, begin: int, until: int) -> None:
-    """Overwrite the scores ``[lists, batch, rows, blocks, ...]`` of blocks that are not known, between two places."""
+def _hide(score: Tensor, known: Tensor, begin: int, until: int, num: int) -> None:
+    """Overwrite the scores ``[lists, batch, rows, blocks * num]`` of blocks that are not known, between two places."""
     if until > begin:
-        hidden = ~known[:, :, None, begin:until]
-        score[:, :, :, begin:until].masked_fill_(hidden.view(*hidden.shape, *(1,) * (score.ndim - 4)), -torch.inf)
+        # one flag a score: a mask that is broadcast over the last axis takes several times as long
+        hidden = (~known[:, :, None, begin:until]).repeat_interleave(num, 3)
+        score[..., begin * num : until * num].masked_fill_(hidden, -torch.inf)
