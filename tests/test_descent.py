@@ -28,7 +28,7 @@ def haystack(num: int, place: int, *, sharp: float) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize("place", [70, 500, 1333])
 def test_the_one_key_that_queries_look_for_is_found_and_listed_for_certain(place):
     q, k, v = haystack(2048, place, sharp=64.0)
-    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(96, by=ha.Descent(LEVELS)))
+    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(128, by=ha.Descent(LEVELS)))
     assert method.cost(2048).share_of_exact < 1
     found = [ha.attention(q, k, v, is_causal=True, method=method, seed=seed)[0, 0, -1, 0].item() for seed in range(8)]
     # weight one, not the weight of a key that happened to be drawn
@@ -42,7 +42,7 @@ def test_means_alone_miss_what_far_keys_find():
         q, k, v = haystack(2048, place, sharp=64.0)
         for far, outs in found.items():
             by = ha.Descent((ha.Level(64, 4, ha.Representatives(1, far)),))
-            method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(352, by=by))
+            method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(512, by=by))
             outs.append(ha.attention(q, k, v, is_causal=True, method=method)[0, 0, -1, 0].item())
     assert min(found[3]) > 0.9
     assert sum(found[0]) < 0.5 * len(found[0])
@@ -67,14 +67,24 @@ def test_the_law_of_leaves_tells_the_probability_of_what_it_draws():
     keys = Opened(torch.tensor([[[3, 9]]]), torch.tensor([[[True, True]]]))
     blocks = Closed(first, 4, mass, torch.tensor([[[False, True, False]]]))
     left = tuple(torch.tensor([[[edge]]]) for edge in (3, 10, 10, 10))
-    law = leaves_of(keys, [blocks], left, num=3, uniform_share=0.25)
-    index, share = law.draw((torch.arange(3) + torch.tensor([[[0.4]]])) / 3)
+    law = leaves_of(keys, [blocks], left, num=4, uniform_share=0.25)
+    index, share = law.draw((torch.arange(4) + torch.tensor([[[0.4]]])) / 4)
     assert torch.equal(law.share(index), share)
     # a key and the block of four left closed make up all there is; the opened blocks are not drawn again
     everything = law.share(torch.arange(12).expand(1, 1, 12))[0, 0]
     torch.testing.assert_close(everything.sum().item(), 1.0)
     assert everything[[0, 1, 2, 8, 10, 11]].eq(0).all()
-    assert everything[3] >= (1 - 1e-6) / 3
+    # keys of opened blocks are listed once each, in every draw
+    assert everything[[3, 9]].eq(1 / 4).all()
+    assert {3, 9} <= set(index.flatten().tolist())
+
+
+def test_opened_keys_alone_share_all_draws():
+    keys = Opened(torch.tensor([[[3, 4, 5, 6]]]), torch.tensor([[[True, True, True, False]]]))
+    left = tuple(torch.tensor([[[edge]]]) for edge in (3, 6, 6, 6))
+    for closed in ([], [Closed(torch.tensor([[[0]]]), 4, torch.ones(1, 1, 1), torch.tensor([[[False]]]))]):
+        law = leaves_of(keys, closed, left, num=2, uniform_share=0.25)
+        torch.testing.assert_close(law.share(torch.tensor([[[3, 4, 5, 6]]])), torch.tensor([[[1.0, 1.0, 1.0, 0.0]]]) / 3)
 
 
 def test_the_coarsest_level_is_scored_only_from_the_seam_on():

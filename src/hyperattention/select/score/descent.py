@@ -1,4 +1,4 @@
-"""Draw keys by estimates of the weights they would get, found by opening ever smaller blocks where weight is."""
+"""List heavy keys, found by opening ever smaller blocks where weight is, and draw the others by estimated weight."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,23 +14,29 @@ from hyperattention.select.score.pooling import edges, pool_queries
 from hyperattention.select.score.precision import for_estimates
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
-from hyperattention.select.score.walk import Level, Walk, opened_at
+from hyperattention.select.score.walk import BATCH_NUMBERS, Level, Walk, opened_at
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
+
+# blocks whose keys are squared at a time
+_BLOCKS = 32
 
 
 @dataclass(frozen=True)
 class Descent(Density):
-    """Draw keys in proportion to the largest weight that a query of the tile would give them, estimated from coarse to fine.
+    """Draw keys by the largest weight that a query of the tile would give them, estimated from coarse blocks to fine ones.
 
     p_B ~ sum_r n_r max_i exp(U q_i . U k_r - z_i) over the representatives r of block B, of n_r keys each; the blocks with
-    the largest p_B are opened, level by level, down to keys; U = principal directions of the first keys.
+    the largest p_B are opened, level by level; U = principal directions of the first keys.
 
     Every query is normalised by z_i before queries are combined, so that a sharp one is heard beside a diffuse one: the
     larger of its log-sum-exp, as if the scores of each of the coarsest blocks were normal, and its largest score of the
-    level. Opened and closed blocks share one law: heavy keys are listed for certain, light ones now and then, closed blocks
-    by their estimated weight. A share of the probability is spread evenly over all that is left, so that no weight exceeds
-    keys / (share * draws) however wrong the estimate. Points are evenly spaced from one random offset a tile.
+    level. Keys of the blocks opened last are listed for certain; blocks that stayed closed are drawn from by their estimated
+    weight. A share of those draws is spread evenly over their keys, so that no weight exceeds keys / (share * draws) however
+    wrong the estimate. Points are evenly spaced from one random offset a tile.
+
+    The blocks opened last take at most half of the draws (fewer are opened where draws are few) but for those that an edge
+    of the window or the sequence cuts, which are always opened: let the last level's blocks be small beside the draws.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Singhania et al., 2024 (arXiv:2406.02542), keys in their principal directions.
@@ -39,10 +45,11 @@ class Descent(Density):
     Guarantee: numerator and denominator unbiased, whatever the estimate.
 
     Args:
-        levels: from coarse to fine; each block size divides the one before.
+        levels: from coarse to fine; each block size divides the one before. With a last level of blocks of one key, keys are
+            scored one by one, and the best are certain.
         dim: numbers kept of each key; of `head_dim` or more, keys stay whole.
         pooled: averaged queries of each tile and head.
-        uniform_share: share of the probability that is spread evenly.
+        uniform_share: share of the draws on closed blocks that is spread evenly.
 
     Raises:
         ValueError: if a count is not positive, there is no level, block sizes do not divide one another, or the share is not
@@ -50,7 +57,7 @@ class Descent(Density):
     """
 
     levels: tuple[Level, ...] = field(
-        default_factory=lambda: (Level(256, 24, Representatives(1, 5)), Level(16, 16, Representatives(1, 3)))
+        default_factory=lambda: (Level(256, 24, Representatives(1, 5)), Level(16, 12, Representatives(1, 3)))
     )
     dim: int = 64
     pooled: int = 16
@@ -129,12 +136,13 @@ class Descent(Density):
         keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
         summaries = self._summaries(keys)
         mean = summaries[0][:, :, : self.levels[0].by.means].mean(2)
-        # a norm over a middle axis would take eight times as long
-        variance = (keys.square().unflatten(1, (-1, top)).sum(2) / top - mean.square()).clamp_(min=0)
+        # a few blocks at a time, for little memory; a norm over a middle axis would take eight times as long
+        square = [some.square().sum(2) for some in keys.unflatten(1, (-1, top)).split(_BLOCKS, 1)]
+        variance = (torch.cat(square, 1) / top - mean.square()).clamp_(min=0)
         rough = tuple(for_estimates(x) for x in summaries)
-        scratch = Scratch(rough[0]), Scratch(rough[0]), Scratch(keys)
+        scratch = (Scratch(like, BATCH_NUMBERS) for like in (rough[0], rough[0], keys))
         left, share, moments = edges(tiles, taken), self.uniform_share, for_estimates(torch.cat([mean, variance], 2))
-        walk = Walk(self.levels, tiles, left, taken.near, query, rough, moments, num, share, *scratch)
+        walk = Walk(self.levels, tiles, left, taken.near, for_estimates(query), rough, moments, num, share, *scratch)
         return walk.law
 
     def _summaries(self, keys: Tensor) -> list[Tensor]:

@@ -82,7 +82,7 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
     """Tell how often each leaf is to be listed: opened keys once, closed blocks by weight with what draws are left.
 
     Args:
-        opened: keys listed for certain, or, where they are more than three quarters of the draws, with those.
+        opened: keys listed for certain, or, where they are more than half of the draws, by half of them.
         closed: blocks from fine to coarse; with the opened keys those alive hold every key that is left exactly once. The
             coarsest, whose number depends on how much is seen, come last, where dead ones change no sum by a bit.
         left: what earlier stages left, from `edges`.
@@ -92,12 +92,12 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
     Returns:
         the law.
     """
-    each = min(1.0, 0.75 * num / max(1, opened.first.shape[2]))
-    certain = opened.alive.sum(-1, keepdim=True)
-    rest = num - each * certain
     begin, hole_begin, hole_end, end = left
-    even = uniform_share * rest / (hole_begin - begin + end - hole_end - certain).clamp(min=1)
-    one = opened.alive * torch.full((), each, device=opened.alive.device)
+    certain = opened.alive.sum(-1, keepdim=True)
+    count = hole_begin - begin + end - hole_end - certain  # of keys in closed blocks
+    # where nothing is closed, opened keys share all draws
+    each = torch.where(count > 0, min(1.0, 0.5 * num / max(1, opened.first.shape[2])), num / certain.clamp(min=1))
+    one, rest = opened.alive * each, num - each * certain
     first = torch.cat([opened.first, *(blocks.first for blocks in closed)], 2)
     size = torch.cat(
         [x.new_full(x.shape[2:], n) for x, n in ((opened.first, 1), *((blocks.first, blocks.size) for blocks in closed))]
@@ -107,9 +107,9 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
     mass, alive = torch.cat([x.mass for x in closed], 2), torch.cat([x.alive for x in closed], 2)
     mass = torch.nan_to_num_(mass, nan=0.0, posinf=0.0).masked_fill_(~alive, 0.0)
     inside = size[one.shape[2] :]
-    weighted = (1 - uniform_share) * rest
+    even, weighted = uniform_share * rest / count.clamp(min=1), (1 - uniform_share) * rest
     for _ in range(_CLIP_ROUNDS):
-        torch.minimum(mass, inside * (mass.sum(-1, keepdim=True) / weighted), out=mass)
+        torch.minimum(mass, inside * (mass.sum(-1, keepdim=True) / weighted.clamp(min=_LEAST)), out=mass)
     mass.mul_(weighted / mass.sum(-1, keepdim=True).clamp(min=_LEAST)).add_(alive * (inside * even))
     mass.mul_(rest / mass.sum(-1, keepdim=True).clamp(min=_LEAST))
-    return Leaves(first, size, torch.cat([one.to(mass.dtype), mass], 2), num)
+    return Leaves(first, size, torch.cat([one, mass], 2), num)

@@ -6,14 +6,16 @@ from torch import Tensor
 
 
 class Scratch:
-    """One buffer, which grows to the largest size asked for; what it held before is lost with each call.
+    """One buffer, lent whole or in part; what it held before is lost with each call.
 
     Args:
         like: a tensor of the dtype and device wanted.
+        room: numbers it holds; what is larger is allocated afresh, so that it should hold most of what is asked for.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self._buffer = like.new_empty(0)
+    def __init__(self, like: Tensor, room: int) -> None:
+        self.like = like.new_empty(0)
+        self._buffer = like.new_empty(room)
 
     def take(self, *shape: int) -> Tensor:
         """Lend a tensor of this shape, with anything in it."""

@@ -16,8 +16,8 @@ from hyperattention.tiling import Tiles
 
 # blocks that an edge of what is left can cut: begin, hole begin, hole end, end; causally nothing is left beyond the hole
 _EDGES, _CAUSAL_EDGES = 4, 2
-# scores and gathered representatives of one batch of tiles: small enough to stay in the second level of cache
-_BATCH_BYTES = 6 * 2**20
+# scores and numbers of gathered representatives in one batch of tiles: few enough to stay in the cache
+BATCH_NUMBERS = 3 * 2**19
 _KEYS = Representatives()
 
 
@@ -83,7 +83,7 @@ class Walk:
         tiles: the tiled problem.
         left: what earlier stages left, from `edges`.
         near: keys directly before each tile that earlier stages took.
-        query: pooled queries, scaled, ``[lists, tiles, rows, width]``.
+        query: pooled queries, scaled, ``[lists, tiles, rows, width]``, in the precision of `summaries`.
         summaries: representatives of each level's blocks, ``[lists, blocks, representatives, width]``; the last of the
             coarsest blocks, and all that is in it, is zeros.
         moments: means of the coarsest blocks beside their variances, ``[lists, blocks, 2 * width]``.
@@ -119,7 +119,7 @@ class Walk:
         left = tuple(x[:, part] for x in self.left)
         blocks = self._all(part)
         seen, closed = self._seen(blocks, part), []
-        for depth, (level, keep) in enumerate(zip(self.levels, opened_at(self.levels, self.num), strict=True)):
+        for depth, keep in enumerate(opened_at(self.levels, self.num)):
             opened = blocks
             if not blocks.every or blocks.first.shape[2] > keep:
                 found, opened = self._open(depth, keep, blocks, part, left, seen)
@@ -174,23 +174,24 @@ class Walk:
         Returns:
             a finite estimate, the least number there is where nothing is seen.
         """
-        known, seen = self._known(blocks, part), self.query.new_empty(self.query[:, part, :, 0].shape)
+        known, seen = self._known(blocks, part), self.scores.like.new_empty(self.query[:, part, :, 0].shape)
         for some, number, begin in self._batches(blocks, part, 1):
             query = self.query[:, part][:, some]
             lists, chunk, rows, _ = query.shape
-            query = torch.cat([query, 0.5 * query.square()], 3).flatten(1, 2)
+            query = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2)
             score = self._product(query, self.moments[:, :number], self.scores.take(lists, chunk * rows, number))
             score = score.view(lists, chunk, rows, number)
             _hide(score, known[:, some], begin, number, 1)
             # by the largest softmax weight, which takes a third of the time of exponentials
-            seen[:, some] = score.amax(-1) - torch.softmax(score, -1).amax(-1).log_()
+            top = score.amax(-1)
+            seen[:, some] = top - torch.softmax(score, -1, out=score).amax(-1).log_()
         return torch.nan_to_num_(seen, nan=torch.finfo(seen.dtype).min).add_(log(blocks.size))
 
     def _mass(self, depth: int, blocks: _Blocks, part: slice, seen: Tensor) -> Tensor:
         """Estimate the weight of every block: the largest that any query gives it, ``[lists, chunk, blocks]``."""
         by = self.levels[depth].by
         known = self._known(blocks, part)
-        best = self.query.new_empty((*blocks.first.shape, by.num))
+        best = self.scores.like.new_empty((*blocks.first.shape, by.num))
         for some, number, begin in self._batches(blocks, part, by.num):
             score = self._score(depth, blocks, self.query[:, part][:, some], some, number)
             _hide(score, known[:, some], begin, min(number, blocks.cut), by.num)
@@ -224,7 +225,7 @@ class Walk:
         if key.dtype == score.dtype:
             return torch.bmm(query, key.transpose(1, 2), out=score)
         rough = self.rough.take(*score.shape)
-        return score.copy_(torch.bmm(query.to(key.dtype), key.transpose(1, 2), out=rough))
+        return score.copy_(torch.bmm(query, key.transpose(1, 2), out=rough))
 
     def _known(self, blocks: _Blocks, part: slice) -> Tensor:
         """Tell which blocks a query may know of: those before its tile, and those that are left to it."""
@@ -242,7 +243,7 @@ class Walk:
         problem, (lists, _, rows, width) = self.tiles.problem, self.query.shape
         count, total = blocks.first.shape[1:]
         numbers = total * num * (rows if blocks.every else rows + width)
-        step = max(1, _BATCH_BYTES // (4 * lists * max(1, numbers)))
+        step = max(1, BATCH_NUMBERS // (lists * max(1, numbers)))
         for at in range(0, count, step):
             some, number, begin = slice(at, min(at + step, count)), total, 0
             if blocks.every:
