@@ -224,7 +224,10 @@ def test_half_precision_output_is_judged_in_float32():
     q, k, v = problem(dtype=torch.bfloat16)
     truth = exact(q.float(), k.float(), v.float())
     report = audit(q, k, v, truth.bfloat16(), rows=300, is_causal=True, enable_gqa=True)
-    assert_exact(report.relative_error, row_errors(truth.bfloat16().float(), truth).mean(-1))
+    # rows are computed in float32, whose rounding is of their size, not of the error's
+    wanted = row_errors(truth.bfloat16().float(), truth).mean(-1)
+    torch.testing.assert_close(report.relative_error, wanted, rtol=0, atol=1e-7)
+    assert wanted.min() > 1e-3
 
 
 def test_broken_rows_are_not_hidden():

@@ -57,11 +57,11 @@ class Descent(Density):
     """
 
     levels: tuple[Level, ...] = field(
-        default_factory=lambda: (Level(256, 24, Representatives(1, 5)), Level(16, 12, Representatives(1, 3)))
+        default_factory=lambda: (Level(256, 24, Representatives(2, 4)), Level(16, 8, Representatives(1, 3)))
     )
     dim: int = 64
     pooled: int = 16
-    uniform_share: float = 0.1
+    uniform_share: float = 0.2
 
     def __post_init__(self) -> None:
         positive("Descent", dim=self.dim, pooled=self.pooled)
