@@ -10,7 +10,7 @@ from torch import Tensor
 # rows squared at a time, so that the squares stay in the cache
 _SQUARED_ROWS = 8
 # each reads all values twice; a slow start means nearly equal singular values, and then any direction serves
-_POWER_STEPS = 3
+_POWER_STEPS = 2
 
 
 def column_spread(blocks: list[Float[Tensor, "*heads _ _"]], num_keys: int) -> Float[Tensor, "*heads"]:

@@ -172,8 +172,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tupl
     num_lists, num_tiles, rows, head_dim = q.shape
     num_keys, value_dim, slots = k.shape[1], v.shape[-1], lists.num_slots
     lse = q.new_full((num_lists * num_tiles, rows), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    out = q.new_zeros(num_lists * num_tiles, rows, value_dim)
-    if num_keys and q.numel() and slots:
+    out = q.new_empty(num_lists * num_tiles, rows, value_dim)
+    if not (num_keys and q.numel() and slots):
+        out.zero_()
+    else:
         k_flat, v_flat, q_flat = k.reshape(-1, head_dim), v.reshape(-1, value_dim), _flat(q)
         step = _step(slots, rows, head_dim + value_dim, len(out))
         work = _Workspace.make(step, rows, slots, (head_dim, value_dim), lse)

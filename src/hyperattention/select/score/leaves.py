@@ -64,7 +64,7 @@ class Leaves(Distribution):
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Find the leaf, then the key at the same share of the way through it."""
         leaf, inside = inverse(self.listings, point)
-        size = self.size[leaf]
+        size = self.size.expand(self.first.shape).gather(2, leaf)
         return self.first.gather(2, leaf) + (inside * size).long(), self.listings.gather(2, leaf) / (size * self.num)
 
     def share(self, index: Tensor) -> Tensor:
