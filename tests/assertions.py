@@ -54,14 +54,20 @@ def assert_unbiased(estimates: Tensor, truth: Tensor | float, *, largest_error: 
     assert worst <= STANDARD_ERRORS, f"the mean is {worst:.3g} standard errors from the truth"
 
 
-def assert_exact(ours: Tensor, expected: Tensor) -> None:
-    """Two ways to the same number: equal to rounding in the coarser of the two dtypes."""
+def assert_exact(ours: Tensor, expected: Tensor, *, size: float | None = None) -> None:
+    """Two ways to the same number: equal to rounding in the coarser of the two dtypes.
+
+    Args:
+        ours: one way.
+        expected: the other.
+        size: of what was rounded on the way; the largest value expected if None.
+    """
     _assert_same_holes(ours, expected)
     eps = max(torch.finfo(x.dtype).eps for x in (ours, expected))
     finite = expected[torch.isfinite(expected)].double()
-    size = finite.abs().max().item() if finite.numel() else 0.0
+    size = size or (finite.abs().max().item() if finite.numel() else 0.0)
     error, allowed = _error(ours, expected.double()), ROUNDING_STEPS * eps * size
-    assert error <= allowed, f"error {error:.3g} exceeds {allowed:.3g}, {ROUNDING_STEPS} rounding steps of the largest value"
+    assert error <= allowed, f"error {error:.3g} exceeds {allowed:.3g}, {ROUNDING_STEPS} rounding steps of {size:.3g}"
 
 
 def assert_same_bits(ours: Tensor, expected: Tensor) -> None:

@@ -36,6 +36,7 @@ def _drawn(density: Density) -> ha.Method:
 
 
 DESCENT = ha.Descent((ha.Level(32, 4, ha.Representatives(1, 2)), ha.Level(8, 4, ha.Representatives(2, 1))), dim=4, pooled=8)
+NARROW = ha.Descent((ha.Level(8, 4, ha.Representatives(1, 2)),), pooled=5)
 MIXTURE = ha.Mix((DESCENT, 2.0), (ha.BlockScore(8), 1.0))
 
 # fmt: off
@@ -61,6 +62,9 @@ CASES = (
     Case("draws by block score", _drawn(ha.BlockScore(4)), exact_up_to=31),
     Case("draws by descent", _drawn(DESCENT), exact_up_to=31),
     Case("draws by one level", _drawn(ha.Descent((ha.Level(8, 6),), pooled=3)), exact_up_to=31),
+    Case("draws by a level of keys", _drawn(ha.Descent((ha.Level(8, 6), ha.Level(1, 4)), pooled=4)), exact_up_to=31),
+    Case("descent up to the tile", ha.Method(ha.Window(7), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
+    Case("descent into the tile", ha.Method(ha.Window(6), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent without a window", ha.Method(ha.Draw(24, by=DESCENT), tile=16), exact_up_to=24),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, ha.KeySketch(4), coarse=ha.Coarse(2, 16))), exact_up_to=31),

@@ -50,6 +50,7 @@ def chunked(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(exact_module, "_CHUNK_SCORES", request.param)
         monkeypatch.setattr(exact_module, "_MIN_ROWS", 1)
+        monkeypatch.setattr(exact_module, "_SPAN", 4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -15,11 +15,11 @@ from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
 from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.level import Level
 from hyperattention.select.score.mix import Mix
 from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
-from hyperattention.select.score.walk import Level
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
 

@@ -80,7 +80,7 @@ def grouped_scores(
         scale * q_i.k_j, in memory of its own.
     """
     rows, whole = (q * scale).flatten(2, 3), k.shape[2] // _SPAN * _SPAN
-    if rows.shape[2] > _FEW_ROWS or not whole:
+    if rows.shape[2] > _FEW_ROWS or not whole or rows.device.type != "cpu":
         return (rows @ k.transpose(-1, -2)).unflatten(2, q.shape[2:4])
     spans = rows[:, :, None] @ k[:, :, :whole].unflatten(2, (-1, _SPAN)).transpose(-1, -2)
     scores = rows.new_empty((*rows.shape[:3], k.shape[2]))
@@ -99,7 +99,7 @@ def softmax_rows(
     Float[Tensor, "batch kv_heads group queries 1"],
     Float[Tensor, "batch kv_heads group queries"],
 ]:
-    """Exponentiate rows of scores, in place: what exact attention and the audit both start from.
+    """Exponentiate rows of scores, in place.
 
     weights_ij = exp(score_ij - top_i),  total_i = sum_j weights_ij,  lse_i = top_i + log total_i
 

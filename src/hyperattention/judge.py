@@ -131,7 +131,7 @@ def _softmax_blocks(
     blocks, exact, lses = [], [], []
     for start in range(0, rows, size):
         few, counts = q[:, :, :, start : start + size], sample.visible[start : start + size]
-        stop = max(counts)
+        stop = max(1, *counts)  # a softmax needs a column, hidden or not
         scores = grouped_scores(few, k[:, :, :stop], sample.scale)
         for row, count in enumerate(counts):
             # a fill a row costs less than a mask of rows x keys

@@ -73,8 +73,8 @@ class Density(ABC):
         """Count the float32 numbers held for each list and tile while drawing."""
         return 1
 
-    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count query-key products spent on the density, per query."""
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
+        """Count query-key products spent on `num` draws, per query."""
         return 0.0
 
 
@@ -161,7 +161,7 @@ class Draw(Stage):
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
         """Count query-key products spent on the density, per query."""
-        return self.by.selection_pairs(num_keys, tile, head_dim, causal)
+        return sum(density.selection_pairs(num_keys, tile, head_dim, causal, num) for density, num in self._shares())
 
     def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
         """Draw keys, or list them all where they are few."""

@@ -81,7 +81,7 @@ class BlockScore(Density):
         """Count the scores and a few sums of each block."""
         return -(-tiles.problem.num_keys // self.block_size) * (self.pooled * tiles.problem.group + 6)
 
-    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
         """Count products of pooled queries with block means, per query."""
         return self.pooled / tile * num_keys / (2 if causal else 1) / self.block_size
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.select.draw import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
+from hyperattention.select.score.level import Level, opened_at
 from hyperattention.select.score.pooling import edges, pool_queries
 from hyperattention.select.score.precision import for_estimates
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
-from hyperattention.select.score.walk import BATCH_NUMBERS, Level, Walk, opened_at
+from hyperattention.select.score.walk import BATCH_NUMBERS, Walk
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
 
@@ -29,14 +30,15 @@ class Descent(Density):
     p_B ~ sum_r n_r max_i exp(U q_i . U k_r - z_i) over the representatives r of block B, of n_r keys each; the blocks with
     the largest p_B are opened, level by level; U = principal directions of the first keys.
 
-    Every query is normalised by z_i before queries are combined, so that a sharp one is heard beside a diffuse one: the
-    larger of its log-sum-exp, as if the scores of each of the coarsest blocks were normal, and its largest score of the
-    level. Keys of the blocks opened last are listed for certain; blocks that stayed closed are drawn from by their estimated
+    Every query is normalised by z_i before queries are combined, so that a sharp one is heard beside a diffuse one: its
+    log-sum-exp as if the scores of each of the coarsest blocks were normal, but at least its largest score of the level,
+    and at most that and the log of the keys it sees. Keys of the blocks opened last are listed for certain; blocks that stayed closed are drawn from by their estimated
     weight. A share of those draws is spread evenly over their keys, so that no weight exceeds keys / (share * draws) however
     wrong the estimate. Points are evenly spaced from one random offset a tile.
 
-    The blocks opened last take at most half of the draws (fewer are opened where draws are few) but for those that an edge
-    of the window or the sequence cuts, which are always opened: let the last level's blocks be small beside the draws.
+    The blocks opened last take at most half of the draws: fewer are opened where draws are few, but never fewer than four,
+    so that those cut by an edge of the window or the sequence are; where four are too many, their keys are drawn, not
+    certain. Let the last level's blocks be small beside the draws.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Singhania et al., 2024 (arXiv:2406.02542), keys in their principal directions.
@@ -100,19 +102,19 @@ class Descent(Density):
         opened = sum(level.keep * level.block_size // size for level, size in zip(self.levels, sizes, strict=True))
         return 8 * (tiles.problem.num_keys // self.levels[0].block_size + opened)
 
-    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
         """Count products of pooled queries with representatives, means and variances, per query."""
         visible = num_keys / (2 if causal else 1)
-        columns = sum(self._columns(visible)) + 2 * visible / self.levels[0].block_size
+        columns = sum(self._columns(visible, num)) + 2 * visible / self.levels[0].block_size
         return self.pooled / tile * columns * min(self.dim, head_dim) / head_dim
 
-    def _columns(self, visible: float) -> list[float]:
+    def _columns(self, visible: float, num: int) -> list[float]:
         """Count the representatives scored for each tile, level by level."""
-        top, columns = self.levels[0], []
-        if visible > top.keep * top.block_size:
+        top, columns, keep = self.levels[0], [], opened_at(self.levels, num)
+        if visible > keep[0] * top.block_size:
             columns.append(visible / top.block_size * top.by.num)
-        for above, level in pairwise(self.levels):
-            visible = min(visible, above.keep * above.block_size)
+        for (above, level), most in zip(pairwise(self.levels), keep, strict=False):
+            visible = min(visible, most * above.block_size)
             columns.append(visible / level.block_size * level.by.num)
         return columns
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperattention.select.draw import Distribution
 from hyperattention.select.score.mass import inverse
 
-# rounds in which a block's share is cut to one draw a key and the rest is given to the others
+# rounds in which a block's share is cut towards one draw a key and the rest is given to the others
 _CLIP_ROUNDS = 2
 # sums below count as none: draws over one of them would overflow
 _LEAST = 1e-30
@@ -93,10 +93,11 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
         the law.
     """
     begin, hole_begin, hole_end, end = left
-    certain = opened.alive.sum(-1, keepdim=True)
-    count = hole_begin - begin + end - hole_end - certain  # of keys in closed blocks
-    # where nothing is closed, opened keys share all draws
-    each = torch.where(count > 0, min(1.0, 0.5 * num / max(1, opened.first.shape[2])), num / certain.clamp(min=1))
+    certain = opened.alive.sum(-1, keepdim=True, dtype=torch.float32)
+    # keys in closed blocks; where there are none, opened keys share all draws
+    count = hole_begin - begin + end - hole_end - certain
+    share = num / certain.clamp(min=1)
+    each = torch.where(count > 0, (0.5 * share).clamp(max=1.0), share)
     one, rest = opened.alive * each, num - each * certain
     first = torch.cat([opened.first, *(blocks.first for blocks in closed)], 2)
     size = torch.cat(

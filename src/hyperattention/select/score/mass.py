@@ -36,7 +36,7 @@ def inverse(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the distribution function of `mass` at evenly spaced points of [0, 1).
 
     Args:
-        mass: ``[lists, chunk, candidates]``, summing to one.
+        mass: ``[lists, chunk, candidates]``, of any sum.
         point: ``[lists, chunk, slots]``, the first in the first of equal strata, the others a stratum's length apart.
 
     Returns:

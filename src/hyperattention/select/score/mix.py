@@ -61,7 +61,3 @@ class Mix(Density):
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Refuse: a mixture is drawn by its components."""
         raise NotImplementedError("a Mix has no distribution of its own: prepare each of its components")
-
-    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count query-key products spent on all parts, per query."""
-        return sum(density.selection_pairs(num_keys, tile, head_dim, causal) for density, _ in self.parts)

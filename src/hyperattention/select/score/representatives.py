@@ -8,6 +8,8 @@ from torch import Tensor
 
 # products among the candidates of a batch of blocks: small enough to stay in the cache
 _PRODUCT_BYTES = 4 * 2**20
+# candidates beyond which they are not all multiplied with one another
+_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Representatives:
     itself (docs/log.md).
     Source: block means, Jiang et al., 2024 (arXiv:2407.02490); farthest-first traversal, Gonzalez, 1985.
     Differs: several means a block; the traversal begins at the means.
-    Cost: a product for each representative and pooled query; the products among the candidates of a block once.
+    Cost: a product for each representative and pooled query; once, O(keys * min(candidates, far)) products of keys.
 
     Args:
         means: equal runs of neighbours, each averaged.
@@ -72,10 +74,24 @@ class Representatives:
         if not self.far:
             return means
         among = keys if among is None else among
+        if among.shape[2] > _MANY:
+            return torch.cat([means, self._farthest_of_many(means, among)], 2)
         # all products among candidates at once, for as many blocks as stay in the cache
         step = max(1, _PRODUCT_BYTES // (4 * keys.shape[0] * among.shape[2] ** 2))
         far = [self._farthest(*some) for some in zip(means.split(step, 1), among.split(step, 1), strict=True)]
         return torch.cat([means, torch.cat(far, 1)], 2)
+
+    def _farthest_of_many(self, means: Tensor, among: Tensor) -> Tensor:
+        """Multiply candidates with what was chosen last only: of many candidates few are ever chosen."""
+        size, chosen = among.square().sum(3), list(means.unbind(2))
+        least = torch.full_like(size, torch.inf)
+        for place in range(self.means + self.far - 1):
+            product = torch.einsum("lbsw,lbw->lbs", among, chosen[place])
+            least = torch.minimum(least, chosen[place].square().sum(2, keepdim=True) - 2 * product)
+            if place + 1 >= self.means:
+                farthest = (size + least).argmax(2)[..., None, None].expand(-1, -1, 1, among.shape[3])
+                chosen.append(among.gather(2, farthest)[:, :, 0])
+        return torch.stack(chosen[self.means :], 2)
 
     def _farthest(self, means: Tensor, among: Tensor) -> Tensor:
         product = among @ among.transpose(2, 3)  # [lists, blocks, candidates, candidates]

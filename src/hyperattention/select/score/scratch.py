@@ -10,7 +10,7 @@ class Scratch:
 
     Args:
         like: a tensor of the dtype and device wanted.
-        room: numbers it holds; what is larger is allocated afresh, so that it should hold most of what is asked for.
+        room: numbers it holds at first; it grows to the largest request, which costs fresh memory each time.
     """
 
     def __init__(self, like: Tensor, room: int) -> None:

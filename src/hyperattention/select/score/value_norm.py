@@ -87,7 +87,7 @@ class ValueNorm(Density):
         """Without a window before it, a tile's own values shift its draws."""
         return LookAhead.TILE
 
-    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
         """One product of `head_dim` numbers a key."""
         return 1.0
 

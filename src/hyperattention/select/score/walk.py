@@ -7,48 +7,16 @@ from math import log
 import torch
 from torch import Tensor
 
-from hyperattention.check import positive
 from hyperattention.select.score.leaves import Closed, Leaves, Opened, leaves_of
+from hyperattention.select.score.level import EDGES, Level, opened_at
 from hyperattention.select.score.pooling import any_left, seen_keys
-from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
-# blocks that an edge of what is left can cut: begin, hole begin, hole end, end; causally nothing is left beyond the hole
-_EDGES, _CAUSAL_EDGES = 4, 2
+# of the edges of what is left, those that can cut a block causally: nothing is left beyond the hole
+_CAUSAL_EDGES = 2
 # scores and numbers of gathered representatives in one batch of tiles: few enough to stay in the cache
 BATCH_NUMBERS = 3 * 2**19
-_KEYS = Representatives()
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level of a descent.
-
-    Args:
-        block_size: keys in a block.
-        keep: blocks opened for each tile, at least four, so that blocks cut by an edge always are.
-        by: what stands for the keys of a block.
-
-    Raises:
-        ValueError: if a number is not positive, `keep` is below four, or the representatives do not fit the block.
-    """
-
-    block_size: int
-    keep: int
-    by: Representatives = _KEYS
-
-    def __post_init__(self) -> None:
-        positive("Level", block_size=self.block_size, keep=self.keep)
-        if self.keep < _EDGES:
-            raise ValueError(f"{self!r}: keep at least {_EDGES} blocks, as many as window and sequence can cut")
-        self.by.check(self.block_size)
-
-
-def opened_at(levels: tuple[Level, ...], num: int) -> list[int]:
-    """Count the blocks opened at each level: the last ones hold at most half as many keys as are drawn."""
-    *above, last = levels
-    return [*(level.keep for level in above), max(_EDGES, min(last.keep, num // (2 * last.block_size)))]
 
 
 @dataclass(frozen=True)
@@ -88,7 +56,7 @@ class Walk:
             coarsest blocks, and all that is in it, is zeros.
         moments: means of the coarsest blocks beside their variances, ``[lists, blocks, 2 * width]``.
         num: draws of each tile.
-        uniform_share: share of the probability that is spread evenly.
+        uniform_share: share of the draws on closed blocks that is spread evenly.
         gathered: memory for representatives of opened blocks.
         rough: memory for scores in the precision of `summaries`.
         scores: memory for scores.
@@ -121,7 +89,8 @@ class Walk:
         seen, closed = self._seen(blocks, part), []
         for depth, keep in enumerate(opened_at(self.levels, self.num)):
             opened = blocks
-            if not blocks.every or blocks.first.shape[2] > keep:
+            # below the first level, whose seam no chunk crosses, what is skipped would depend on how far the chunk sees
+            if depth or blocks.first.shape[2] > keep:
                 found, opened = self._open(depth, keep, blocks, part, left, seen)
                 closed.append(found)
             blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
@@ -157,7 +126,8 @@ class Walk:
     def _cut(self, size: int, most: int) -> int:
         """Count the opened blocks that may hold keys of the tile, or of those after it, beside keys that are left."""
         if not self.tiles.problem.causal:
-            return min(_EDGES, most)
+            return min(EDGES, most)
+        # the last key left stands near + 1 before the tile, so that its block ends at most size - near - 1 keys into it
         return 0 if size <= self.near + 1 else min(_CAUSAL_EDGES, most)
 
     def _inside(self, opened: _Blocks, size: int) -> _Blocks:
@@ -192,10 +162,13 @@ class Walk:
         by = self.levels[depth].by
         known = self._known(blocks, part)
         best = self.scores.like.new_empty((*blocks.first.shape, by.num))
+        spread = self.left[3][:, part].clamp(min=1).to(best.dtype).log()
         for some, number, begin in self._batches(blocks, part, by.num):
             score = self._score(depth, blocks, self.query[:, part][:, some], some, number)
             _hide(score, known[:, some], begin, min(number, blocks.cut), by.num)
-            bar = torch.maximum(seen[:, some], score.amax(-1))
+            top = score.amax(-1)
+            # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
+            bar = torch.minimum(torch.maximum(seen[:, some], top), top + spread[:, some])
             best[:, some, :number] = score.sub_(bar[..., None]).amax(2).unflatten(-1, (number, by.num))
             if number < best.shape[2]:
                 best[:, some, number:] = -torch.inf
