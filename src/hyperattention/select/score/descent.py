@@ -32,9 +32,10 @@ class Descent(Density):
 
     Every query is normalised by z_i before queries are combined, so that a sharp one is heard beside a diffuse one: its
     log-sum-exp as if the scores of each of the coarsest blocks were normal, but at least its largest score of the level,
-    and at most that and the log of the keys it sees. Keys of the blocks opened last are listed for certain; blocks that stayed closed are drawn from by their estimated
-    weight. A share of those draws is spread evenly over their keys, so that no weight exceeds keys / (share * draws) however
-    wrong the estimate. Points are evenly spaced from one random offset a tile.
+    and at most that and the log of the keys it sees. Keys of the blocks opened last are listed for certain; blocks that
+    stayed closed are drawn from by their estimated weight. A share of those draws is spread evenly over their keys, so that
+    no weight exceeds keys / (share * draws) however wrong the estimate. Points are evenly spaced from one random offset a
+    tile.
 
     The blocks opened last take at most half of the draws: fewer are opened where draws are few, but never fewer than four,
     so that those cut by an edge of the window or the sequence are; where four are too many, their keys are drawn, not
