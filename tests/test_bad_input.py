@@ -37,10 +37,15 @@ TENSORS = {
         TypeError,
         "torch.float32, torch.float64, torch.float32: convert them to one",
     ),
+    "arrays of another library": (
+        {x: [[1.0]] for x in ("query", "key", "value")},
+        TypeError,
+        "query is list: it must be a floating-point tensor",
+    ),
     "integers": (
         {x: zeros(2, 4, 12, 8).int() for x in ("query", "key", "value")},
         TypeError,
-        "torch.int32 is not supported: use",
+        "query is torch.int32: it must be a floating-point tensor",
     ),
     "devices": ({"value": zeros(2, 4, 12, 8, device="meta")}, ValueError, "cpu, cpu, meta: move them to one device"),
     "head_dim": ({"key": zeros(2, 4, 12, 6)}, ValueError, "(2, 4, 12, 6).*same head_dim"),
@@ -75,7 +80,7 @@ OPTIONS = {
     "alignment": ({"causal_align": "left"}, ValueError, "causal_align='left': it must be 'upper_left'.*or 'lower_right'"),
     "stage for method": ({"method": ha.Window(4)}, TypeError, r"method=Window\(size=4\).*Method\(...\)"),
     "name for method": ({"method": "control"}, TypeError, "method='control'"),
-    "no rows to audit": ({"audit": 0}, ValueError, "rows=0: it must be a positive integer"),
+    "no rows to audit": ({"audit": 0}, ValueError, "0 rows to audit: give a positive integer"),
     "mask of integers": ({"key_mask": zeros(2, 12).int()}, TypeError, "key_mask is torch.int32: it must be boolean"),
     "mask too short": (
         {"key_mask": zeros(2, 11).bool()},

@@ -9,7 +9,16 @@ from hyperattention.audit import audit as judge
 from hyperattention.default import default_method
 from hyperattention.exact import exact_attention
 from hyperattention.exact_method import Exact
-from hyperattention.inputs import autocast_device, check_inputs, check_masks, check_method, dense_mask, key_mask_of, narrowed
+from hyperattention.inputs import (
+    autocast_device,
+    check_inputs,
+    check_masks,
+    check_method,
+    check_tensors,
+    dense_mask,
+    key_mask_of,
+    narrowed,
+)
 from hyperattention.method import Approach
 from hyperattention.problem import Problem, compact
 from hyperattention.types import Partial
@@ -65,6 +74,7 @@ def attention(
     Returns:
         out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, report])`` as asked for.
     """
+    check_tensors(query=query, key=key, value=value)
     query, key, value = narrowed(query, key, value)
     attn_mask = None if attn_mask is None else narrowed(attn_mask)[0]
     check_inputs(query, key, value, enable_gqa=enable_gqa, dropout_p=dropout_p, seed=seed, check_finite=check_finite)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hyperattention.error_report import ErrorReport
 from hyperattention.exact import visible_keys
-from hyperattention.inputs import check_inputs, check_masks
+from hyperattention.inputs import check_inputs, check_masks, check_tensors
 from hyperattention.interval import mean_interval, percentile_bound
 from hyperattention.judge import Sample, judge
 from hyperattention.method import Approach, Method
@@ -125,21 +125,6 @@ def audit(
     )
 
 
-def check_tensors(**tensors: object) -> None:
-    """Check that arguments are floating-point tensors.
-
-    Args:
-        **tensors: the arguments by name.
-
-    Raises:
-        TypeError: naming the first that is not.
-    """
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} is {kind}: it must be a floating-point tensor [batch, heads, tokens, head_dim]")
-
-
 def check_audit(query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: int) -> None:
     """Check what only an audit needs, beside what attention itself would.
 
@@ -161,7 +146,9 @@ def check_audit(query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: in
     if out.device != query.device:
         raise ValueError(f"out is on {out.device} and query on {query.device}: move them to one device")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"rows={rows!r}: it must be a positive integer; 64 bounds the 95th percentile too")
+        raise ValueError(
+            f"{rows!r} rows to audit: give a positive integer; from 59 on the 95th percentile is bounded as well"
+        )
     if not out.shape[2] or not key.shape[2]:
         raise ValueError(
             f"{out.shape[2]} queries and {key.shape[2]} keys: an audit needs at least one of each; leave it out"

@@ -27,7 +27,7 @@ Model = Annotated[Path | None, typer.Option(help="Folder of your own transformer
 Reference = Annotated[Path | None, typer.Option(help="Folder of another byte-level reference model, such as a checkpoint.")]
 Plot = Annotated[Path | None, typer.Option(help="Picture to write.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON lines.")]
-Quick = Annotated[bool, typer.Option("--quick", help="One document, one repetition, short inputs: to see that it works.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A little of everything, once, on short inputs: to see that it works.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and draws.")]
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved timing.")]
 

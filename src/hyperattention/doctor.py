@@ -37,7 +37,7 @@ def examine() -> tuple[Finding, ...]:
         Finding("hyperattention", None, _version("hyperattention") or "run from source, not installed"),
         Finding("python", None, f"{platform.python_version()} on {platform.platform()}"),
         Finding("torch", None, torch.__version__),
-        Finding("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads (set OMP_NUM_THREADS to change)"),
+        Finding("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads (OMP_NUM_THREADS; {_waiting()})"),
         *_devices(),
         *_kernels(),
         _package("transformers", "models cannot be switched: pip install 'hyperattention[transformers]'"),
@@ -68,6 +68,12 @@ def _file(name: str, path: Path, remedy: str) -> Finding:
     return Finding(name, True, f"{path.stat().st_size / 1e6:.1f} MB")
 
 
+def _waiting() -> str:
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return "waiting threads sleep"
+    return "waiting threads spin: set OMP_WAIT_POLICY=passive where other programs use the cores"
+
+
 def _devices() -> tuple[Finding, ...]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
@@ -78,11 +84,5 @@ def _devices() -> tuple[Finding, ...]:
 
 
 def _kernels() -> tuple[Finding, ...]:
-    pytorch = Finding("list kernel, PyTorch", True, "any device; the specification of every other kernel")
-    if not torch.cuda.is_available():
-        return (pytorch, Finding("list kernel, Triton", False, "needs a CUDA device"))
-    missing = "" if importlib.util.find_spec("triton") else "; triton is not installed either"
-    return (
-        pytorch,
-        Finding("list kernel, Triton", False, f"not in this version: CUDA tensors take the PyTorch path{missing}"),
-    )
+    pytorch = Finding("list kernel, PyTorch", True, "any device")
+    return (pytorch, Finding("list kernel, Triton", False, "not in this version: CUDA tensors take the PyTorch path"))

@@ -11,6 +11,21 @@ DENSE_PAIRS = 2**28
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_tensors(**tensors: object) -> None:
+    """Check that arguments are floating-point tensors.
+
+    Args:
+        **tensors: the arguments by name.
+
+    Raises:
+        TypeError: naming the first that is not.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} is {kind}: it must be a floating-point tensor [batch, heads, tokens, head_dim]")
+
+
 def check_inputs(
     query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool, dropout_p: float, seed: int, check_finite: bool
 ) -> None:
