@@ -1,7 +1,7 @@
-"""Write the measured table of the README from the committed records: no number there is typed.
+"""Write the measured tables of the README and of docs/performance.md from the committed records: no number there is typed.
 
-python benchmarks/report.py            # rewrite the part of README.md between the markers
-python benchmarks/report.py --check    # only tell, by the exit status, whether it is up to date
+python benchmarks/report.py            # rewrite the parts between the markers, and plot the GPU records
+python benchmarks/report.py --check    # only tell, by the exit status, whether the tables are up to date
 """
 
 import argparse
@@ -9,8 +9,13 @@ import json
 import sys
 from pathlib import Path
 
+from gpu_table import gpu_table, plot_gpu
+
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
+MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
+GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
+# records of benchmarks/gpu.py, which have a table of their own
+GPU_RECORDS, GPU_PLOT = "gpu.jsonl", "gpu.png"
 ORDER = (
     "causal_speed", "causal_speed_long", "non_causal_speed_long", "backward_speed", "structured_error", "reference_error",
     "reference_loss", "growth", "audit_cost",
@@ -19,9 +24,20 @@ ORDER = (
 
 def read_records(folder: Path) -> dict[str, list[dict]]:
     paths = sorted(
-        folder.glob("*.jsonl"), key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem)
+        (path for path in folder.glob("*.jsonl") if path.name != GPU_RECORDS),
+        key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem),
     )
-    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+    return {path.stem: read_lines(path) for path in paths}
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_gpu_table(records: list[dict]) -> str:
+    measured = any(record.get("part") == "forward" and record.get("contenders") for record in records)
+    plot = f"\n\n![error against time on a GPU]({GPU_PLOT})" if measured else ""
+    return gpu_table(records) + plot
 
 
 def write_table(records: dict[str, list[dict]]) -> str:
@@ -50,24 +66,32 @@ def describe(claims: list[dict]) -> list[str]:
     return [f"Measured on {place}; commits {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
 
 
-def replaced(text: str, table: str) -> str:
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"README.md must contain these two lines once, in this order:\n{BEGIN}\n{END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+def replaced(path: Path, table: str, markers: tuple[str, str]) -> str:
+    text, (begin, end) = path.read_text(), markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{path.name} must contain these two lines once, in this order:\n{begin}\n{end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=ROOT / "benchmarks" / "records")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md", help="left out where missing")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    before = args.readme.read_text()
-    after = replaced(before, write_table(read_records(args.records)))
+    gpu = read_lines(args.records / GPU_RECORDS)
+    texts = {args.readme: replaced(args.readme, write_table(read_records(args.records)), MEASURED)}
+    if args.performance.exists():
+        texts[args.performance] = replaced(args.performance, write_gpu_table(gpu), GPU_FIGURES)
     if args.check:
-        sys.exit(f"{args.readme} is out of date: run python benchmarks/report.py" if after != before else 0)
-    args.readme.write_text(after)
+        stale = [str(path) for path, text in texts.items() if text != path.read_text()]
+        sys.exit(f"out of date: {', '.join(stale)}: run python benchmarks/report.py" if stale else 0)
+    for path, text in texts.items():
+        path.write_text(text)
+    if args.performance.exists():
+        plot_gpu(args.performance.parent / GPU_PLOT, gpu)
 
 
 if __name__ == "__main__":

@@ -16,52 +16,57 @@ def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> Te
     return torch.randint(low, high, shape, generator=generator)
 
 
-def make_runs(generator: torch.Generator, size: int, slots: int, **options) -> Runs:
-    low = integers(generator, 0, 3, LISTS, TILES)
+def make_runs(generator: torch.Generator, size: int, slots: int, keys: int = KEYS, **options) -> Runs:
+    low = integers(generator, 0, min(3, keys), LISTS, TILES)
     weight = torch.rand((LISTS, TILES, slots), generator=generator) - 0.3
     weight = weight.masked_fill(torch.rand(weight.shape, generator=generator) < 0.2, -torch.inf)
     # runs overhang both ends of the keys
-    first = integers(generator, -1, KEYS + 1, LISTS, TILES, slots)
-    high = low + integers(generator, 4, KEYS - 3, LISTS, TILES)
+    first = integers(generator, -1, keys + 1, LISTS, TILES, slots)
+    high = low + integers(generator, 4, max(5, keys - 3), LISTS, TILES)
+    low, high = low.clamp(max=keys), high.clamp(max=keys)
     # the rows of the last tile see nothing
     high[-1, -1] = low[-1, -1]
     return Runs(first, size, weight, low, high, **options)
 
 
-def make_selection(*, tests: bool = True, seed: int = 0) -> Selection:
-    """Drawn keys, blocks with holes, a causal run and a labelled one, gaps; all random."""
+def make_selection(
+    *, tests: bool = True, seed: int = 0, keys: int = KEYS, slots: tuple[int, int, int, int] = (5, 2, 2, 2), rows: int = ROWS
+) -> Selection:
+    """Drawn keys, blocks with holes, causal runs and labelled ones, gaps; all random."""
     generator = torch.Generator().manual_seed(seed)
     hole = integers(generator, 3, 6, LISTS, TILES)
-    runs = (
-        make_runs(generator, 1, 5),
-        make_runs(generator, 3, 2, hole=(hole, hole + 2)),
-        make_runs(generator, 4, 2, causal=True),
-        make_runs(generator, 2, 2, labelled=True),
-    )
+    kinds = (1, {}), (3, {"hole": (hole, hole + 2)}), (4, {"causal": True}), (2, {"labelled": True})
+    runs = tuple(make_runs(generator, size, num, keys, **kind) for (size, kind), num in zip(kinds, slots, strict=True))
     if not tests:
         runs = tuple(replace(run, causal=False, labelled=False) for run in runs)
-    gap = integers(generator, 0, KEYS, LISTS, TILES, ROWS)
+    gap = integers(generator, 0, keys, LISTS, TILES, rows)
     return Selection(
         runs,
-        row_limit=integers(generator, 0, KEYS + 1, LISTS, TILES, ROWS),
+        row_limit=integers(generator, 0, keys + 1, LISTS, TILES, rows),
         # both lists read the second row of keys first: lists need not stand in the order of the keys
         key_row=torch.tensor([1, 0]),
-        row_label=integers(generator, 0, 3, LISTS, TILES, ROWS),
-        key_label=integers(generator, 0, 3, LISTS, KEYS),
-        row_gap=(gap, gap + 2) if tests else None,
+        row_label=integers(generator, 0, 3, LISTS, TILES, rows),
+        key_label=integers(generator, 0, 3, LISTS, keys),
+        row_gap=(gap, gap + min(2, keys // 2)) if tests else None,
     )
 
 
-def make_tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def make_tensors(
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    keys: int = KEYS,
+    rows: int = ROWS,
+    widths: tuple[int, int] = (WIDTH, VALUE_WIDTH),
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = (LISTS, TILES, ROWS, WIDTH), (LISTS, KEYS, WIDTH), (LISTS, KEYS, VALUE_WIDTH)
+    shapes = (LISTS, TILES, rows, widths[0]), (LISTS, keys, widths[0]), (LISTS, keys, widths[1])
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
 def counts(selection: Selection, run: Runs, at: tuple[int, int, int], key: int) -> bool:
     """Whether a row may use a key that a run lists."""
     lst, tile, _row = at
-    if not run.low[lst, tile] <= key < run.high[lst, tile] or not 0 <= key < KEYS:
+    if not run.low[lst, tile] <= key < run.high[lst, tile]:
         return False
     if run.hole is not None and run.hole[0][lst, tile] <= key < run.hole[1][lst, tile]:
         return False

@@ -1,10 +1,14 @@
-"""The list kernel as an operator of torch, with its shapes and its gradient: compilers see one node."""
+"""The list kernel as an operator of torch, with its shapes and its gradient: compilers see one node.
+
+On a GPU it is the Triton kernel, where Triton is installed and reads such tensors, elsewhere the PyTorch one.
+"""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.kernels import list_torch
+from hyperattention.kernels.triton_reads import triton_reads
 from hyperattention.types import Runs, Selection
 
 
@@ -27,6 +31,7 @@ def _list_attention(
     key_label: Tensor | None,
     gap_low: Tensor | None,
     gap_high: Tensor | None,
+    table: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     lists = list_torch.Lists(
@@ -45,7 +50,11 @@ def _list_attention(
         gap_low,
         gap_high,
     )
-    return list_torch.forward(q, k, v, lists, scale)
+    if triton_reads(q, k, v):
+        from hyperattention.kernels import list_triton
+
+        return list_triton.forward(q, k, v, lists, scale, table)
+    return list_torch.forward(q, k, v, lists, scale, table)
 
 
 @_list_attention.register_fake
@@ -95,6 +104,10 @@ def _list_attention_backward(
         gap_low,
         gap_high,
     )
+    if triton_reads(q, k, v) and not torch.are_deterministic_algorithms_enabled():
+        from hyperattention.kernels import list_triton_backward
+
+        return list_triton_backward.backward((grad_out, grad_lse), (q, k, v, out, lse), lists, scale)
     return list_torch.backward((grad_out, grad_lse), (q, k, v, out, lse), lists, scale)
 
 
@@ -104,12 +117,14 @@ def _(grad_out, grad_lse, q, k, v, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, key_row, row_limit, first, size, log_weight, low, high, hole, causal, labelled, *pair_tests, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, key_row, row_limit, *first, *log_weight, *low, *high, *hole, *pair_tests)
-    ctx.size, ctx.causal, ctx.labelled, ctx.scale = size, causal, labelled, scale
+    q, k, v, key_row, row_limit, first, size, log_weight, low, high, hole, causal, labelled, *tests, table, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, key_row, row_limit, *first, *log_weight, *low, *high, *hole, *tests)
+    ctx.size, ctx.causal, ctx.labelled, ctx.scale, ctx.paged = size, causal, labelled, scale, table is not None
 
 
 def _backward(ctx, grad_out, grad_lse):
+    if ctx.paged:
+        raise NotImplementedError("keys that lie in pages have no gradient: call under torch.no_grad(), or without pages")
     q, k, v, out, lse, key_row, row_limit, *rest = ctx.saved_tensors
     n = len(ctx.size)
     first, log_weight, low, high, hole = (list(rest[i * n : (i + 1) * n]) for i in range(5))
@@ -118,7 +133,7 @@ def _backward(ctx, grad_out, grad_lse):
         ctx.causal, ctx.labelled, *rest[5 * n :], ctx.scale,
     )  # fmt: skip
     lists = [None] * n
-    return *grads, None, None, lists, None, lists, lists, lists, lists, None, None, None, None, None, None, None
+    return *grads, None, None, lists, None, lists, lists, lists, lists, *[None] * 8
 
 
 _list_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -132,19 +147,22 @@ def _no_keys(selection: Selection) -> Runs:
 
 def list_attention(
     q: Float[Tensor, "lists tiles rows head_dim"],
-    k: Float[Tensor, "key_rows keys head_dim"],
-    v: Float[Tensor, "key_rows keys value_dim"],
+    k: Float[Tensor, "*key_rows keys head_dim"],
+    v: Float[Tensor, "*key_rows keys value_dim"],
     selection: Selection,
     scale: float,
+    table: Int[Tensor, "sequences pages"] | None = None,
 ) -> tuple[Float[Tensor, "lists tiles rows value_dim"], Float[Tensor, "lists tiles rows"]]:
     """Attend from every tile of queries to the keys on its list.
 
     Args:
         q: queries by tile.
-        k: keys; list l reads row ``selection.key_row[l]``.
-        v: values.
+        k: keys, ``[key_rows, keys, head_dim]``; list l reads row ``selection.key_row[l]``. Or pages of them,
+            ``[pages, kv_heads, page_size, head_dim]``; row ``s * kv_heads + h`` is head h of sequence s then.
+        v: values, laid out as the keys.
         selection: the lists.
         scale: factor of the scores.
+        table: pages of each sequence in order, if keys lie in pages.
 
     Returns:
         normalised rows, and the natural log of each row's weighted sum of exponentials.
@@ -168,5 +186,6 @@ def list_attention(
         selection.row_label,
         selection.key_label,
         *gap,
+        table,
         scale,
     )

@@ -53,8 +53,10 @@ class _Chunk:
     banned: list[tuple[slice, Tensor]]  # slots, [chunk, rows, slots of a run]
 
     def split(self, step: int) -> "Iterator[_Chunk]":
-        # most tiles lie far from the diagonal of a run such as the sinks, and need no test at all
-        needed = [pairs.flatten(1).any(1).tolist() for _, pairs in self.banned]
+        # most tiles lie far from the diagonal of a run such as the sinks, and need no test at all; looking would make the
+        # host wait for any other device
+        on_cpu = self.key_index.device.type == "cpu"
+        needed = [pairs.flatten(1).any(1).tolist() if on_cpu else [True] * len(pairs) for _, pairs in self.banned]
         for at in range(0, len(self.key_index), step):
             part = slice(at, min(at + step, len(self.key_index)))
             tiles = slice(self.tiles.start + part.start, self.tiles.start + part.stop)
@@ -138,10 +140,23 @@ def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor 
     return torch.stack(tests).any(0) if len(tests) > 1 else tests[0] if tests else None
 
 
-def _gather(source: Tensor, index: Tensor, buffer: Tensor) -> Tensor:
+def _rows(x: Tensor, table: Tensor | None) -> tuple[Tensor, int]:
+    """Flatten keys or values to rows, unless they lie in pages; count those that a list can name."""
+    if table is None:
+        return x.reshape(-1, x.shape[-1]), x.shape[1]
+    return x, table.shape[1] * x.shape[2]
+
+
+def _gather(source: Tensor, index: Tensor, buffer: Tensor, table: Tensor | None = None) -> Tensor:
     """Copy rows into the buffer, in its dtype: ``[chunk, slots, width]``."""
     target = buffer[: len(index)]
-    if source.dtype == buffer.dtype:
+    if table is not None:
+        _, heads, size, _ = source.shape
+        row, key = index // (table.shape[1] * size), index % (table.shape[1] * size)
+        # what a table holds past a sequence's last page may be anything; no key there counts
+        page = table[row // heads, key // size].clamp(0, source.shape[0] - 1)
+        target.copy_(source[page, row % heads, key % size])
+    elif source.dtype == buffer.dtype:
         torch.index_select(source, 0, index.flatten(), out=target.flatten(0, 1))
     else:
         target.copy_(source.index_select(0, index.flatten()).view_as(target))
@@ -156,40 +171,45 @@ def _scores(q: Tensor, keys: Tensor, chunk: _Chunk, buffer: Tensor) -> Tensor:
     return scores
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, table: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend from every tile to the keys on its list.
 
     Args:
         q: queries by tile, ``[lists, tiles, rows, head_dim]``.
-        k: keys, ``[key_rows, keys, head_dim]``.
-        v: values, ``[key_rows, keys, value_dim]``.
-        lists: the selection.
+        k: keys, ``[key_rows, keys, head_dim]``, or pages of them, ``[pages, kv_heads, page_size, head_dim]``.
+        v: values, ``[key_rows, keys, value_dim]``, or pages.
+        lists: the selection; with pages, row ``s * kv_heads + h`` of the keys is head h of sequence s.
         scale: factor of the scores.
+        table: pages of each sequence in order, ``[sequences, pages]``, if keys lie in pages.
 
     Returns:
         out ``[lists, tiles, rows, value_dim]`` in the dtype of `q`, and lse ``[lists, tiles, rows]``, float32 or float64.
     """
     num_lists, num_tiles, rows, head_dim = q.shape
-    num_keys, value_dim, slots = k.shape[1], v.shape[-1], lists.num_slots
+    value_dim, slots = v.shape[-1], lists.num_slots
+    (k_rows, num_keys), (v_rows, _) = _rows(k, table), _rows(v, table)
     lse = q.new_full((num_lists * num_tiles, rows), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     out = q.new_empty(num_lists * num_tiles, rows, value_dim)
     if not (num_keys and q.numel() and slots):
         out.zero_()
     else:
-        k_flat, v_flat, q_flat = k.reshape(-1, head_dim), v.reshape(-1, value_dim), _flat(q)
+        q_flat = _flat(q)
         step = _step(slots, rows, head_dim + value_dim, len(out))
         work = _Workspace.make(step, rows, slots, (head_dim, value_dim), lse)
         for chunk in _chunks(lists, num_keys, step, lse.dtype):
-            keys = _gather(k_flat, chunk.key_index, work.keys)
+            keys = _gather(k_rows, chunk.key_index, work.keys, table)
             scores = _scores(q_flat[chunk.tiles].to(lse.dtype) * scale, keys, chunk, work.scores)
             top = scores.amax(-1)
             # in place: a second buffer would push the first out of the cache
             weights = torch.softmax(scores, -1, out=scores)
             # a row's largest weight tells its normaliser; softmax over nothing is NaN
             torch.sub(top, weights.amax(-1).log_(), out=lse[chunk.tiles])
-            mean = _mean(weights, _gather(v_flat, chunk.key_index, work.values), out[chunk.tiles])
+            mean = _mean(weights, _gather(v_rows, chunk.key_index, work.values, table), out[chunk.tiles])
             empty = top == -torch.inf
-            if empty.any():
+            # looking first saves time where it costs no wait for a device
+            if q.device.type != "cpu" or empty.any():
                 mean.masked_fill_(empty[..., None], 0.0)
                 lse[chunk.tiles].masked_fill_(empty, -torch.inf)
     return out.view(num_lists, num_tiles, rows, value_dim), lse.view(num_lists, num_tiles, rows)
@@ -239,7 +259,7 @@ def backward(
             empty = _flat(lse)[chunk.tiles].unsqueeze(-1) == -torch.inf
             # a quarter of the time of exponentials
             prob = torch.softmax(scores, -1, out=scores)
-            if empty.any():
+            if q.device.type != "cpu" or empty.any():
                 prob.masked_fill_(empty, 0.0)
             row_grad = _flat(grad_out)[chunk.tiles].to(dtype)
             dv_part = torch.bmm(prob.transpose(1, 2), row_grad, out=grad_keys[1][:size])

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.check import positive
+from hyperattention.select.score.principal import principal_directions
 
 
 def in_panels(x: Tensor, block_size: int, per_panel: int) -> Tensor:
@@ -138,11 +139,7 @@ class KeySketch(BlockRank):
 
     def basis(self, k: Tensor) -> Tensor:
         """Take the principal directions of some keys."""
-        head = k.to(torch.promote_types(k.dtype, torch.float32))
-        centred = head - head.mean(1, keepdim=True)
-        # eigh refuses values that are not finite; with such keys the ranking is arbitrary, as any would be
-        _, directions = torch.linalg.eigh(torch.nan_to_num(centred.transpose(1, 2) @ centred, posinf=0.0, neginf=0.0))
-        return directions[..., -self.width(k.shape[-1]) :].to(k.dtype)
+        return principal_directions(k, self.width(k.shape[-1]))
 
     def summarise(self, k: Tensor, block_size: int, per_panel: int) -> tuple[Tensor, ...]:
         """Keep every key; within a panel, first the first keys of all blocks, then the second ones, ..."""

@@ -14,6 +14,8 @@ from hyperattention.tiling import Tiles
 
 # scores and gathered summaries of one chunk of tiles: small enough to stay in the last level of cache
 SCORE_BYTES = 24 * 2**20
+# on any other device fewer, larger operations pay; this bounds what selection holds there at a time
+DEVICE_SCORE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ def seen_keys(tiles: Tiles, part: slice) -> int:
 
 
 def chunks(tiles: Tiles, numbers: int, seams: Sequence[int] = ()) -> list[slice]:
-    """Cut the tiles at `seams`, and so that `numbers` float32 numbers a list and tile stay within `SCORE_BYTES`."""
+    """Cut the tiles at `seams`, and so that `numbers` float32 numbers a list and tile stay within a bound of the device."""
     lists = tiles.problem.k.shape[0] * tiles.problem.k.shape[1]
-    step = max(1, SCORE_BYTES // max(1, 4 * lists * numbers))
+    most = SCORE_BYTES if tiles.problem.device.type == "cpu" else DEVICE_SCORE_BYTES
+    step = max(1, most // max(1, 4 * lists * numbers))
     total = len(tiles.index)
     sides = pairwise(sorted({0, total, *(seam for seam in seams if seam < total)}))
     return [slice(at, min(at + step, end)) for begin, end in sides for at in range(begin, end, step)]

@@ -7,6 +7,8 @@ from math import log
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.block_mass import block_lse, block_mass
+from hyperattention.kernels.triton_reads import triton_reads
 from hyperattention.select.score.leaves import Closed, Leaves, Opened, leaves_of
 from hyperattention.select.score.level import EDGES, Level, opened_at
 from hyperattention.select.score.pooling import any_left, seen_keys
@@ -144,6 +146,9 @@ class Walk:
         Returns:
             a finite estimate, the least number there is where nothing is seen.
         """
+        if triton_reads(self.query):
+            number = blocks.first.shape[2]
+            return block_lse(self.query[:, part], self.moments, self._edges(part), number, blocks.size)
         known, seen = self._known(blocks, part), self.scores.like.new_empty(self.query[:, part, :, 0].shape)
         for some, number, begin in self._batches(blocks, part, 1):
             query = self.query[:, part][:, some]
@@ -160,6 +165,12 @@ class Walk:
     def _mass(self, depth: int, blocks: _Blocks, part: slice, seen: Tensor) -> Tensor:
         """Estimate the weight of every block: the largest that any query gives it, ``[lists, chunk, blocks]``."""
         by = self.levels[depth].by
+        if triton_reads(self.query):
+            first = None if blocks.every else blocks.first
+            return block_mass(
+                self.query[:, part], self.summaries[depth], first, self._edges(part), seen, blocks.first.shape[2],
+                blocks.size, blocks.cut, by.means, by.far,
+            )  # fmt: skip
         known = self._known(blocks, part)
         best = self.scores.like.new_empty((*blocks.first.shape, by.num))
         spread = self.left[3][:, part].clamp(min=1).to(best.dtype).log()
@@ -199,6 +210,12 @@ class Walk:
             return torch.bmm(query, key.transpose(1, 2), out=score)
         rough = self.rough.take(*score.shape)
         return score.copy_(torch.bmm(query, key.transpose(1, 2), out=rough))
+
+    def _edges(self, part: slice) -> Tensor:
+        """Gather what says which blocks a query may know of: `left`, and the end of what lies before its tile."""
+        left = [x[:, part] for x in self.left]
+        until = self.tiles.by_list(self.tiles.start)[:, part, None] if self.tiles.problem.causal else left[3]
+        return torch.cat([*left, until], 2)
 
     def _known(self, blocks: _Blocks, part: slice) -> Tensor:
         """Tell which blocks a query may know of: those before its tile, and those that are left to it."""

@@ -1,0 +1,121 @@
+"""The feature-map kernel as an operator of torch, with its shapes and its gradient: compilers see one node."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hyperattention.kernels import feature_torch
+
+
+@torch.library.custom_op("hyperattention::feature_attention", mutates_args=())
+def _feature_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_log_scale: Tensor, key_log_scale: Tensor, row_limit: Tensor
+) -> tuple[Tensor, Tensor]:
+    return feature_torch.forward(query, key, value, query_log_scale, key_log_scale, row_limit)
+
+
+@_feature_attention.register_fake
+def _(query, key, value, *scales_and_limit):
+    lse = query.new_empty(query.shape[:-1], dtype=feature_torch.accumulation_dtype(query, key, value))
+    return value.new_empty((*query.shape[:-1], value.shape[-1])), lse
+
+
+@torch.library.custom_op("hyperattention::feature_attention_backward", mutates_args=())
+def _feature_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_log_scale: Tensor,
+    key_log_scale: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_limit: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved = (query, key, value, query_log_scale, key_log_scale, out, lse)
+    return feature_torch.backward((grad_out, grad_lse), saved, row_limit)
+
+
+@_feature_attention_backward.register_fake
+def _(grad_out, grad_lse, query, key, value, query_log_scale, key_log_scale, *rest):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, query_log_scale, key_log_scale))
+
+
+def _setup_context(ctx, inputs, output):
+    *inputs, row_limit = inputs
+    ctx.save_for_backward(*inputs, *output, row_limit)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    return *_feature_attention_backward(grad_out, grad_lse, *ctx.saved_tensors), None
+
+
+_feature_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def feature_attention(
+    query_features: Float[Tensor, "batch heads queries features"],
+    key_features: Float[Tensor, "batch kv_heads keys features"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    *,
+    query_log_scale: Float[Tensor, "batch heads queries"] | None = None,
+    key_log_scale: Float[Tensor, "batch kv_heads keys"] | None = None,
+    row_limit: Int[Tensor, "#batch queries"] | None = None,
+    first_key: int = 0,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attend, in time linear in the tokens, with weights that are products of features of a query and of a key.
+
+    w_ij = exp(a_i + b_j) phi_i . psi_j  for  first_key <= j < limit_i,    out_i = sum_j w_ij v_j / sum_j w_ij
+
+    phi_i . psi_j may be a random estimate of exp(q_i . k_j), or a power of q_i . k_j. The log scales a and b take what would
+    overflow in the features, such as the logarithm of their largest entry, so that those are about one in size; -inf makes a
+    key, or a row, count for nothing. A row's sums are kept relative to exp(a_i + b), with b its largest visible b_j: what is
+    smaller by more than float32's exponents reach is 0.
+
+    Features may have either sign, but sums of weights must be positive: a row whose denominator is not (less than the least
+    normal number, in those units) has out 0, lse -inf and no gradient, like a row that sees nothing. NaN is never hidden; it
+    may spread from a key that some row sees to rows whose limits fall short of that key by less than a block.
+
+    Source: Choromanski et al., 2021 (arXiv:2009.14794), Performers: positive features of the softmax kernel; Katharopoulos
+    et al., 2020 (arXiv:2006.16236), causal attention by running sums; Kacham et al., 2024 (arXiv:2310.01655),
+    PolySketchFormer: causal products block by block.   Differs: takes the features, makes none; returns lse, so that stages
+    merge; any limits; grouped kv heads.
+    Cost: O((queries + keys) * features * value_dim) time, O(queries + keys) memory.   Guarantee: exact for these weights.
+
+    Args:
+        query_features: phi; `heads` must be a multiple of `kv_heads`.
+        key_features: psi; query head h reads kv head h // (heads // kv_heads).
+        value: values.
+        query_log_scale: a; None = 0.
+        key_log_scale: b; None = 0.
+        row_limit: number of leading keys each query sees, `first_key` included, in any order: i + 1 for causality, as from
+            `exact.visible_keys`; the first key of a window that an earlier stage took; the number of live keys. None = all.
+        first_key: leading keys that no row sees, such as sinks that an earlier stage took.
+
+    Returns:
+        normalised rows in the dtype of `value`, and the natural log of each row's denominator, in float32 (float64 if any
+        of the first three is).
+
+    Raises:
+        ValueError: if `heads` is not a multiple of `kv_heads`, or `first_key` is negative.
+    """
+    heads, kv_heads, keys = query_features.shape[1], key_features.shape[1], key_features.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads over {kv_heads} kv heads: must be a multiple; check the head axis")
+    if first_key < 0:
+        raise ValueError(f"first_key={first_key}: must be 0 or more; 0 leaves no key out")
+    if query_log_scale is None:
+        query_log_scale = query_features.new_zeros(query_features.shape[:-1])
+    if key_log_scale is None:
+        key_log_scale = key_features.new_zeros(key_features.shape[:-1])
+    if row_limit is None:
+        row_limit = torch.full((1, query_features.shape[2]), keys, device=query_features.device)
+    return _feature_attention(
+        query_features,
+        key_features[:, :, first_key:],
+        value[:, :, first_key:],
+        query_log_scale,
+        key_log_scale[:, :, first_key:],
+        row_limit.long() - first_key,
+    )

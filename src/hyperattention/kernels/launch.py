@@ -1,0 +1,146 @@
+"""What every Triton kernel of lists is launched with: keys where they lie, and the groups of a selection as tuples."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hyperattention.kernels.list_torch import Lists
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid and all of its arguments by name.
+
+    Args:
+        kernel: the kernel.
+        grid: programs along each axis.
+        arguments: tensors, numbers, constants and options of the compiler.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch it on the device of its tensors."""
+        self.kernel[self.grid](**self.arguments)
+
+    def compile(self) -> Any:
+        """Compile it for the active target, running nothing.
+
+        Returns:
+            the compiled kernel.
+        """
+        return self.kernel.warmup(**self.arguments, grid=self.grid)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Keys or values where they lie: rows of them one after another, or pages that a table names.
+
+    Args:
+        data: the tensor, its last axis contiguous.
+        strides: numbers from one row or page to the next, from head to head within a page, and from key to key.
+        keys: keys in a row.
+        heads: heads in a page.
+        page: keys in a page, 0 without pages.
+        pages: pages that a sequence may have.
+        table: pages of each sequence; without pages anything.
+    """
+
+    data: Tensor
+    strides: tuple[int, int, int]
+    keys: int
+    heads: int
+    page: int
+    pages: int
+    table: Tensor
+
+
+def store_of(x: Tensor, table: Tensor | None) -> Store:
+    """Describe keys or values as kernels address them.
+
+    Args:
+        x: ``[key_rows, keys, width]``, or ``[pages, kv_heads, page_size, width]`` with a table.
+        table: pages of each sequence, ``[sequences, pages]``.
+
+    Returns:
+        the description; copied only if the last axis is not contiguous.
+    """
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if table is None:
+        return Store(x, (x.stride(0), 0, x.stride(1)), x.shape[1], 1, 0, 0, x)
+    table = table.contiguous()
+    return Store(x, (x.stride(0), x.stride(1), x.stride(2)), table.shape[1] * x.shape[2], x.shape[1], x.shape[2], table.shape[1], table)
+
+
+def groups_of(lists: Lists, block: int) -> dict[str, Any]:
+    """Hand over the groups of a selection: tensors and counts in tuples, what a kernel is compiled for as constants.
+
+    Args:
+        lists: the selection.
+        block: slots taken at a time, fewer in groups that have not as many.
+
+    Returns:
+        arguments by name.
+    """
+    counts = [first.shape[-1] for first in lists.first]
+    slots = [count * size for count, size in zip(counts, lists.size, strict=True)]
+    return {
+        "firsts": tuple(x.contiguous() for x in lists.first),
+        "weights": tuple(x.contiguous() for x in lists.log_weight),
+        "lows": tuple(x.contiguous() for x in lists.low),
+        "highs": tuple(x.contiguous() for x in lists.high),
+        "holes": tuple(x.contiguous() for x in lists.hole),
+        "slots": tuple(slots),
+        # a run alone may have any length: its kernel serves every length
+        "RUNS": tuple(0 if count == 1 else size for count, size in zip(counts, lists.size, strict=True)),
+        "BLOCKS": tuple(max(16, min(block, triton.next_power_of_2(max(1, count)))) for count in slots),
+        "HOLED": tuple(hole.numel() > 0 for hole in lists.hole),
+        "CAUSAL": tuple(lists.causal),
+        "LABELLED": tuple(lists.labelled),
+    }
+
+
+def row_tests_of(lists: Lists) -> dict[str, Any]:
+    """Hand over what pairs are tested against; where there is no such test the limit stands in, and is not read.
+
+    Args:
+        lists: the selection.
+
+    Returns:
+        arguments by name.
+    """
+    limit = lists.row_limit.contiguous()
+
+    def given(x: Tensor | None) -> Tensor:
+        return limit if x is None else x.contiguous()
+
+    return {
+        "key_row_ptr": lists.key_row.contiguous(),
+        "limit_ptr": limit,
+        "row_label_ptr": given(lists.row_label),
+        "key_label_ptr": given(lists.key_label),
+        "gap_low_ptr": given(lists.gap_low),
+        "gap_high_ptr": given(lists.gap_high),
+        "GAP": lists.gap_low is not None,
+        "LABELS": lists.row_label is not None,
+    }
+
+
+def precision_of(x: Tensor) -> str:
+    """Tell how float32 operands are multiplied.
+
+    Args:
+        x: queries.
+
+    Returns:
+        three products in TF32, which together are float32 but for the last bit or two; one, of eleven bits, where torch was
+        told that this will do.
+    """
+    if x.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -1,0 +1,245 @@
+"""The list kernel in Triton, forward: one launch for a whole selection, long lists split where tiles are few.
+
+A program takes some rows of a tile and walks the tile's list block by block: name the keys, fetch them, score them, add
+log-weights, and keep a running softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867). `list_torch` is the specification;
+operands of products stay in the dtype of the input, sums are float32.
+"""
+# what a kernel may write is Triton's language, which its own stubs do not describe
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyperattention.kernels.launch import Launch, Store, groups_of, precision_of, row_tests_of, store_of
+from hyperattention.kernels.list_torch import Lists
+from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, places_of, slots_of
+from hyperattention.merge import merge
+from hyperattention.types import Partial
+
+# programs for each multiprocessor below which lists are split
+_WAVES = 2
+_MOST_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a program is cut.
+
+    Args:
+        rows: rows of a tile that it takes.
+        block: slots that it takes at a time.
+        warps: warps that work on it.
+        stages: blocks in flight.
+    """
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+def shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shape:
+    """Choose how to cut a program, so that what it holds fits registers and shared memory (tests compile every one).
+
+    Args:
+        rows: rows of a tile.
+        width: numbers of the widest key or value, rounded up to a power of two.
+        itemsize: bytes of each.
+        capability: major number of the device's; from 9 on products read shared memory, and need fewer registers.
+
+    Returns:
+        the shape.
+    """
+    most = max(16, triton.next_power_of_2(min(rows, 128)))
+    if itemsize == 4:
+        return Shape(min(most, 64), 32, 4, 2) if width <= 64 else Shape(min(most, 32), 32, 4, 1)
+    if width > 128:
+        return Shape(min(most, 64), 32, 8, 2)
+    if capability < 9:
+        return Shape(most, 32, 8, 3) if width <= 64 else Shape(min(most, 64), 32, 8, 2)
+    return Shape(most, 64, 4 if most <= 64 else 8, 3 if width <= 64 else 2)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    firsts, weights, lows, highs, holes, slots,
+    key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr, table_ptr,
+    scale, num_tiles, tiles, rows, keys, head_dim, value_dim, pages, heads,
+    kp, kh, ks, vp, vh, vs,
+    RUNS: tl.constexpr, BLOCKS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
+    GAP: tl.constexpr, LABELS: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+):  # fmt: skip
+    slabs = tl.cdiv(rows, ROWS)
+    tile = (tl.program_id(0) // slabs).to(tl.int64)
+    split = tl.program_id(1)
+    row = (tl.program_id(0) % slabs) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    at = tile * rows + row
+    list_number = tile // tiles
+    key_row = tl.load(key_row_ptr + list_number)
+    columns, value_columns = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+    in_key, in_value = columns[None, :] < head_dim, value_columns[None, :] < value_dim
+    q = tl.load(q_ptr + at[:, None] * head_dim + columns[None, :], mask=inside[:, None] & in_key, other=0.0)
+    limit = tl.load(limit_ptr + at, mask=inside, other=0)
+    row_label, gap_low, gap_high = limit, limit, limit
+    if LABELS:
+        row_label = tl.load(row_label_ptr + at, mask=inside, other=0)
+    if GAP:
+        gap_low = tl.load(gap_low_ptr + at, mask=inside, other=0)
+        gap_high = tl.load(gap_high_ptr + at, mask=inside, other=0)
+    k_base, v_base = k_ptr + columns[None, :], v_ptr + value_columns[None, :]
+    labels = key_label_ptr + list_number * keys
+
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mean = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    blocks = 0
+    if SPLITS > 1:
+        for g in tl.static_range(len(RUNS)):
+            blocks += tl.cdiv(slots[g], BLOCKS[g])
+    share = tl.cdiv(blocks, SPLITS)
+    passed = 0
+    for g in tl.static_range(len(RUNS)):
+        count = tl.cdiv(slots[g], BLOCKS[g])
+        begin, end = 0, count
+        if SPLITS > 1:
+            begin = tl.maximum(split * share - passed, 0)
+            end = tl.minimum((split + 1) * share - passed, count)
+            passed += count
+        begin, end = blocks_of(firsts[g], lows[g], highs[g], tile, slots[g], begin, end, RUNS[g], BLOCKS[g])
+        for b in tl.range(begin, end):
+            index, bias = slots_of(
+                firsts[g], weights[g], lows[g], highs[g], holes[g], tile, num_tiles, b * BLOCKS[g], slots[g],
+                RUNS[g], HOLED[g], BLOCKS[g],
+            )  # fmt: skip
+            live = bias > -float("inf")
+            place = places_of(index, key_row, table_ptr, pages, heads, kp, kh, ks, PAGE, live)
+            k = tl.load(k_base + place[:, None], mask=live[:, None] & in_key, other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+            label = labels_of(labels, index, live, LABELLED[g] and LABELS)
+            score = allowed(
+                score, index[None, :], limit[:, None], row_label[:, None], label[None, :],
+                gap_low[:, None], gap_high[:, None], CAUSAL[g], LABELLED[g] and LABELS, GAP,
+            )  # fmt: skip
+            new_top = tl.maximum(top, tl.max(score, 1))
+            # any finite number serves where nothing was seen: -inf minus -inf would be NaN
+            centre = tl.where(new_top == -float("inf"), 0.0, new_top)
+            weight = tl.exp(score - centre[:, None])
+            shrink = tl.exp(top - centre)
+            place = places_of(index, key_row, table_ptr, pages, heads, vp, vh, vs, PAGE, live)
+            v = tl.load(v_base + place[:, None], mask=live[:, None] & in_value, other=0.0)
+            mean = tl.dot(weight.to(v.dtype), v, mean * shrink[:, None], input_precision=PRECISION)
+            total = total * shrink + tl.sum(weight, 1)
+            top = new_top
+
+    # a total that is not a number stays so
+    empty = total == 0
+    mean = mean / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, -float("inf"), top + tl.log(tl.where(empty, 1.0, total)))
+    at += split.to(tl.int64) * num_tiles * rows
+    tl.store(lse_ptr + at, lse, mask=inside)
+    out_at = out_ptr + at[:, None] * value_dim + value_columns[None, :]
+    tl.store(out_at, mean.to(out_ptr.dtype.element_ty), mask=inside[:, None] & in_value)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Lists,
+    scale: float,
+    table: Tensor | None = None,
+    *,
+    splits: int | None = None,
+    cut: Shape | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend from every tile to the keys on its list: `list_torch.forward` on a GPU.
+
+    Args:
+        q: queries by tile, ``[lists, tiles, rows, head_dim]``.
+        k: keys, ``[key_rows, keys, head_dim]``, or pages of them, ``[pages, kv_heads, page_size, head_dim]``.
+        v: values, laid out as the keys.
+        lists: the selection.
+        scale: factor of the scores.
+        table: pages of each sequence, ``[sequences, pages]``, if keys lie in pages.
+        splits: programs that share a list; None lets the device's size decide.
+        cut: how a program is cut; None lets `shape_of` decide.
+
+    Returns:
+        out ``[lists, tiles, rows, value_dim]`` in the dtype of `q`, and lse ``[lists, tiles, rows]``, float32.
+    """
+    cut = cut or shape_of(q.shape[2], widest(q, v), q.element_size(), capability_of(q))
+    splits = _splits(q, lists, cut) if splits is None else splits
+    lse = q.new_empty((splits, *q.shape[:3]), dtype=torch.float32)
+    out = q.new_empty((splits, *q.shape[:3], v.shape[-1]), dtype=torch.float32 if splits > 1 else q.dtype)
+    if q.shape[:3].numel() == 0:
+        return out[0], lse[0]
+    launch_forward(q, store_of(k, table), store_of(v, table), (out, lse), lists, scale, cut).run()
+    if splits == 1:
+        return out[0], lse[0]
+    # the parts of a list stand where heads usually do; merging looks at no axis but the last
+    merged = merge([Partial(o, m) for o, m in zip(out, lse, strict=True)])
+    return merged.out.to(q.dtype), merged.lse
+
+
+def launch_forward(
+    q: Tensor, k: Store, v: Store, results: tuple[Tensor, Tensor], lists: Lists, scale: float, cut: Shape
+) -> Launch:
+    """Prepare the launch, so that it can be run, or compiled for another machine.
+
+    Args:
+        q: queries by tile.
+        k: keys.
+        v: values.
+        results: out ``[splits, lists, tiles, rows, value_dim]`` and lse ``[splits, lists, tiles, rows]``, to be written.
+        lists: the selection.
+        scale: factor of the scores.
+        cut: how a program is cut.
+
+    Returns:
+        the launch.
+    """
+    num_lists, tiles, rows, head_dim = q.shape
+    value_dim = v.data.shape[-1]
+    width, value_width = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
+    splits, num_tiles = len(results[0]), num_lists * tiles
+    return Launch(
+        _forward_kernel,
+        (num_tiles * triton.cdiv(rows, cut.rows), splits),
+        {
+            "q_ptr": q.contiguous(), "k_ptr": k.data, "v_ptr": v.data, "out_ptr": results[0], "lse_ptr": results[1],
+            **groups_of(lists, cut.block), **row_tests_of(lists), "table_ptr": k.table,
+            "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "keys": k.keys,
+            "head_dim": head_dim, "value_dim": value_dim, "pages": k.pages, "heads": k.heads,
+            "kp": k.strides[0], "kh": k.strides[1], "ks": k.strides[2],
+            "vp": v.strides[0], "vh": v.strides[1], "vs": v.strides[2],
+            "PAGE": k.page, "SPLITS": splits, "PRECISION": precision_of(q),
+            "ROWS": cut.rows, "WIDTH": width, "VALUE_WIDTH": value_width,
+            "num_warps": cut.warps, "num_stages": cut.stages,
+        },
+    )  # fmt: skip
+
+
+def widest(*tensors: Tensor) -> int:
+    """Count the numbers of the widest last axis, rounded up to a power of two."""
+    return max(16, *(triton.next_power_of_2(x.shape[-1]) for x in tensors))
+
+
+def capability_of(x: Tensor) -> int:
+    """Tell the major number of a device's capability, which decides how programs are cut."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 9
+
+
+def _splits(q: Tensor, lists: Lists, cut: Shape) -> int:
+    """Split lists where there are too few tiles to fill the device."""
+    if q.device.type != "cuda":
+        return 1
+    programs = max(1, q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], cut.rows))
+    wanted = _WAVES * torch.cuda.get_device_properties(q.device).multi_processor_count
+    return max(1, min(wanted // programs, lists.num_slots // (4 * cut.block), _MOST_SPLITS))

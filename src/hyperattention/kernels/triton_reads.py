@@ -1,0 +1,30 @@
+"""Which kernel reads a tensor: Triton's on a GPU, where Triton is installed, PyTorch's anywhere else."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+# a wider key would not fit a program's registers
+WIDEST = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported; it comes with GPU builds of torch."""
+    return find_spec("triton") is not None
+
+
+def triton_reads(*tensors: Tensor) -> bool:
+    """Tell whether the Triton kernels serve these queries, keys and values.
+
+    Args:
+        *tensors: of any shape; the last axis holds the numbers of a query, key or value.
+
+    Returns:
+        whether they do; float64 and vectors of more than 256 numbers are left to PyTorch.
+    """
+    fits = all(x.device.type == "cuda" and x.dtype in _DTYPES and x.shape[-1] <= WIDEST for x in tensors)
+    return fits and triton_installed()

@@ -1,0 +1,117 @@
+"""Compile every Triton kernel for GPUs that are not here, and tell what each takes: run by test_compiled.py as a program.
+
+Needs no driver: a stand-in for it names the architecture. One line of JSON for each kernel.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from hyperattention.kernels import block_mass_triton, list_triton, list_triton_backward
+from hyperattention.kernels.launch import Launch, store_of
+from hyperattention.kernels.list_torch import Lists
+
+TILES, KEYS = 4, 2048
+# the default method's groups, and blocks with a hole: first keys, and keys in a run
+GROUPS = ((1, 16, True), (1, 256, False), (1, 64, True), (688, 1, False), (8, 16, False))
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def indices(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def lists_of(rows: int, *, labelled: bool = False) -> Lists:
+    none, many = indices(0), len(GROUPS)
+    firsts = [indices(1, TILES, runs) for runs, _, _ in GROUPS]
+    holes = [indices(2, 1, TILES) if size == 16 else none for _, size, _ in GROUPS]
+    tests = (indices(1, TILES, rows), indices(1, KEYS), *[indices(1, TILES, rows)] * 2) if labelled else (None,) * 4
+    return Lists(
+        indices(1), indices(1, TILES, rows), firsts, [size for _, size, _ in GROUPS], [x.float() for x in firsts],
+        [indices(1, TILES)] * many, [indices(1, TILES)] * many, holes, [causal for _, _, causal in GROUPS],
+        [labelled] * many, *tests,
+    )  # fmt: skip
+
+
+def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) -> Iterator[tuple[str, Launch]]:
+    q, k = torch.empty(1, TILES, rows, dim, dtype=dtype), torch.empty(1, KEYS, dim, dtype=dtype)
+    lse, lists = torch.empty(1, TILES, rows), lists_of(rows)
+    major = capability // 10
+    cut = list_triton.shape_of(rows, dim, q.element_size(), major)
+    store = store_of(k, None)
+    whole, split = (
+        (torch.empty(n, *q.shape, dtype=dtype if n == 1 else torch.float32), torch.empty(n, *lse.shape)) for n in (1, 4)
+    )
+    yield "forward", list_triton.launch_forward(q, store, store, whole, lists, 0.1, cut)
+    yield "forward, split", list_triton.launch_forward(q, store, store, split, lists, 0.1, cut)
+    yield "forward, hashed", list_triton.launch_forward(q, store, store, whole, lists_of(rows, labelled=True), 0.1, cut)
+    store = store_of(torch.empty(8, 1, 256, dim, dtype=dtype), torch.zeros(1, 8, dtype=torch.int32))
+    yield "forward, paged", list_triton.launch_forward(q, store, store, split, lists, 0.1, cut)
+    grads, saved, results = (q, lse), (q, k, k, q, lse), (q, k.float(), k.float())
+    cuts = list_triton_backward.cuts_of(q, k, major)
+    queries, *keys = list_triton_backward.launches_backward(grads, saved, results, lists, 0.1, cuts)
+    yield "backward, queries", queries
+    for group in (1, 2, 3):
+        yield f"backward, keys of group {group}", keys[group]
+
+
+def launches_of_masses(dtype: torch.dtype, dim: int, rows: int) -> Iterator[tuple[str, Launch]]:
+    query, edges, lse = torch.empty(1, TILES, rows, dim, dtype=dtype), indices(1, TILES, 5), torch.empty(1, TILES, rows)
+    yield "block lse", block_mass_triton.launch_lse(query, torch.empty(1, 9, 2 * dim, dtype=dtype), edges, lse, 9, 256)
+    for first, mass, size, kinds in (
+        (None, torch.empty(1, TILES, 9), 256, (2, 4)),
+        (indices(1, TILES, 384), torch.empty(1, TILES, 384), 16, (1, 3)),
+    ):
+        summary = torch.empty(1, 2304 // size, sum(kinds), dim, dtype=dtype)
+        launch = block_mass_triton.launch_mass(query, summary, first, edges, lse, mass, size, 2, kinds)
+        yield f"block mass, blocks of {size}", launch
+
+
+def resources_of(compiled) -> dict[str, int]:
+    """Registers, and bytes of stack: what did not fit registers is spilled there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK):(\d+)", listing.stdout))
+    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]), "shared": compiled.metadata.shared}
+
+
+def main(capability: int, dtype: torch.dtype, dims: list[int]) -> None:
+    driver.set_active(Driver(capability))
+    for dim in dims:
+        for rows in (64, 256):
+            for name, launch in launches_of_lists(dtype, dim, rows, capability):
+                print(json.dumps({"kernel": name, "dim": dim, "rows": rows, **resources_of(launch.compile())}), flush=True)
+        for rows in (16, 64, 128):
+            for name, launch in launches_of_masses(dtype, min(dim, 64), rows):
+                print(json.dumps({"kernel": name, "dim": dim, "rows": rows, **resources_of(launch.compile())}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), [int(x) for x in sys.argv[3:]])

@@ -1,0 +1,31 @@
+"""Triton's interpreter as the tests need it: on CPU tensors, with its products of bfloat16 mended, in poisoned memory."""
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from hyperattention.kernels import list_attention as operator
+
+
+def read_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "triton_reads", lambda *tensors: all(x.dtype != torch.float64 for x in tensors))
+    plain = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        # Triton 3.9 keeps bfloat16 as bit patterns, and multiplies those
+        wide = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return plain(self, *wide, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, alike = torch.Tensor.new_empty, torch.empty_like
+
+    def poisoned(x: Tensor) -> Tensor:
+        return x.fill_(torch.nan) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poisoned(fresh(*args, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poisoned(alike(*args, **options)))

@@ -1,0 +1,43 @@
+"""Every Triton kernel compiles for GPUs that are not here, fits their shared memory, and spills nothing at default sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the test extra installs Triton, which CPU builds of torch do not bring")
+
+PROGRAM = Path(__file__).parent / "compile_kernels.py"
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:
+    # kernels defined for the interpreter cannot be compiled: another process, which is not told to interpret
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(capability), dtype, *map(str, dims)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=outside)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_default_sizes_fit_and_spill_nothing(capability, dim):
+    kernels = compiled(capability, "bfloat16", dim)
+    assert len(kernels) == 2 * 8 + 3 * 3
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[capability], kernel
+        # what tests labels as well may spill a little
+        assert kernel["spilled"] == 0 or "hashed" in kernel["kernel"], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize(("dtype", "dims"), [("float16", (32, 256)), ("float32", (64,)), ("float32", (128,))], ids=str)
+def test_other_sizes_fit(capability, dtype, dims):
+    for kernel in compiled(capability, dtype, *dims):
+        assert kernel["shared"] <= SHARED[capability], kernel

@@ -1,0 +1,272 @@
+"""The Triton kernels, in the interpreter: what they compute is what the PyTorch kernel and the triple loop compute."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import hyperattention as ha
+from assertions import assert_exact, assert_same_math
+from hyperattention.kernels import list_attention as operator
+from hyperattention.kernels.list_attention import list_attention
+from hyperattention.select.score.block_score import BlockScore
+from problems import tensors
+from random_lists import LOG_2, SCALE, gradients, make_selection, make_tensors, triple_loop
+
+pytestmark = pytest.mark.usefixtures("triton_kernel")
+
+# of every kind of run: fewer slots than a block, more than one, none at all
+SLOTS = {1: (3, 1, 1, 1), 63: (70, 7, 5, 9), 100: (0, 1, 20, 30), 257: (33, 40, 1, 2)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LISTS = ha.Method(ha.Sinks(4), ha.Window(16), ha.TopBlocks(2, block_size=8), ha.Draw(12, by=BlockScore(8)), tile=16)
+HASHED = ha.Method(ha.Sinks(2), ha.HashBuckets(16), ha.Draw(8), tile=8)
+
+
+def attend_and_differentiate(attend, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    leaves = tuple(t.detach().requires_grad_() for t in x)
+    out, lse = attend(*leaves)
+    ramp = torch.linspace(0.5, 2, out.numel()).view(out.shape)
+    loss = (out.float() * ramp).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * ramp[..., 0]).sum()
+    return (out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves))
+
+
+@pytest.fixture
+def in_pytorch(monkeypatch):
+    """Run a function on the PyTorch kernel."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(operator, "triton_reads", lambda *tensors: False)
+            return function()
+
+    return run
+
+
+@pytest.mark.parametrize("keys", SLOTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, keys):
+    rows = 3 if keys == 63 else 18
+    x, lists = (
+        make_tensors(dtype, keys, keys, rows, (20, 5)),
+        make_selection(seed=keys, keys=keys, slots=SLOTS[keys], rows=rows),
+    )
+    wide = tuple(t.double() for t in x)
+    ours, truth = list_attention(*x, lists, SCALE), triple_loop(*wide, lists, SCALE)
+    assert_same_math(ours[0], truth[0], triple_loop(*x, lists, SCALE)[0])
+    assert_same_math(ours[1], truth[1], triple_loop(*(t.float() for t in x), lists, SCALE)[1])
+    ours, truth, plain = (
+        gradients(attend, t, lists) for attend, t in ((list_attention, x), (triple_loop, wide), (triple_loop, x))
+    )
+    for a, b, c in zip(ours, truth, plain, strict=True):
+        assert_same_math(a, b, c)
+
+
+@pytest.mark.parametrize("method", [LISTS, HASHED], ids=["lists", "hashed"])
+@pytest.mark.parametrize("num_tokens", [1, 63, 100, 257])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_methods_at_odd_lengths_and_groups(method, num_tokens, group, in_pytorch):
+    if group == 8 and num_tokens == 257:
+        num_tokens = 129  # the interpreter takes 10 s for the longer one
+    x = tensors(num_tokens, heads=group, kv_heads=1, head_dim=16, value_dim=8)
+
+    def attend(*x):
+        return ha.attention(*x, is_causal=True, enable_gqa=True, method=method, return_lse=True)
+
+    ours, plain = (run(lambda: attend_and_differentiate(attend, x)) for run in (lambda f: f(), in_pytorch))
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.isfinite(a).all()
+        assert_exact(a, b)
+
+
+def test_tiles_of_more_rows_than_a_program_takes(in_pytorch):
+    x, lists = make_tensors(torch.float32, rows=150), make_selection(rows=150)
+    ours, plain = (run(lambda: gradients(list_attention, x, lists)) for run in (lambda f: f(), in_pytorch))
+    for a, b in zip(ours, plain, strict=True):
+        assert_exact(a, b)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 50])
+def test_a_split_list_is_the_whole_list(splits):
+    from hyperattention.kernels import list_triton
+
+    x, lists = make_tensors(torch.float32, keys=100), make_selection(keys=100, slots=SLOTS[63])
+    captured = {}
+
+    def forward(*args):
+        captured["split"] = list_triton.forward(*args, splits=splits)
+        return list_triton.forward(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "list_attention", list_attention)
+        whole = run_with(forward, x, lists)
+    for a, b in zip(captured["split"], whole, strict=True):
+        assert_exact(a, b)
+
+
+def run_with(forward, x, lists):
+    """Call a kernel's function with what the operator hands it."""
+    from hyperattention.kernels.list_torch import Lists
+
+    runs, gap = lists.runs, lists.row_gap or (None, None)
+    none = torch.empty(0, dtype=torch.int64)
+    flat = Lists(
+        lists.key_row, lists.row_limit, [r.first for r in runs], [r.size for r in runs], [r.log_weight for r in runs],
+        [r.low for r in runs], [r.high for r in runs], [none if r.hole is None else torch.stack(r.hole) for r in runs],
+        [r.causal for r in runs], [r.labelled for r in runs], lists.row_label, lists.key_label, *gap,
+    )  # fmt: skip
+    return forward(*x, flat, SCALE)
+
+
+# laws
+
+
+def test_listing_twice_is_adding_log_2():
+    x, lists = make_tensors(torch.float32), make_selection()
+    twice = replace(lists, runs=lists.runs + lists.runs[:1])
+    heavier = replace(lists.runs[0], log_weight=lists.runs[0].log_weight + LOG_2)
+    once = replace(lists, runs=(heavier, *lists.runs[1:]))
+    for a, b in zip(list_attention(*x, twice, SCALE), list_attention(*x, once, SCALE), strict=True):
+        assert_exact(a, b)
+    for a, b in zip(gradients(list_attention, x, twice), gradients(list_attention, x, once), strict=True):
+        assert_exact(a, b)
+
+
+@pytest.mark.parametrize("kind", ["no runs", "no slots", "all weights -inf", "no visible key", "no keys"])
+def test_empty_lists_give_zero_and_no_gradient(kind):
+    (q, k, v), lists = make_tensors(torch.float32), make_selection()
+    runs = lists.runs
+    if kind == "no runs":
+        runs = ()
+    elif kind == "no slots":
+        runs = tuple(replace(run, first=run.first[..., :0], log_weight=run.log_weight[..., :0]) for run in runs)
+    elif kind == "all weights -inf":
+        runs = tuple(replace(run, log_weight=torch.full_like(run.log_weight, -torch.inf)) for run in runs)
+    elif kind == "no visible key":
+        runs = tuple(replace(run, causal=True) for run in runs)
+        lists = replace(lists, row_limit=torch.zeros_like(lists.row_limit))
+    else:
+        k, v = k[:, :0], v[:, :0]
+        nothing = tuple(replace(run, high=run.low) for run in runs)
+        lists, runs = replace(lists, key_label=lists.key_label[:, :0]), nothing
+    lists = replace(lists, runs=runs)
+    out, lse = list_attention(q, k, v, lists, SCALE)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+    for gradient in gradients(list_attention, (q, k, v), lists):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_non_contiguous_inputs(in_pytorch):
+    x, lists = make_tensors(torch.float32), make_selection()
+    apart = [t.repeat_interleave(2, -1)[..., ::2] for t in x]
+    # keys and values as [tokens, heads, width], seen by head
+    apart[1:] = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in x[1:]]
+    assert not any(t.is_contiguous() for t in apart)
+    ours, plain = gradients(list_attention, tuple(apart), lists), in_pytorch(lambda: gradients(list_attention, x, lists))
+    for a, b in zip(ours, plain, strict=True):
+        assert_exact(a, b)
+
+
+@pytest.mark.parametrize("shift", [1e3, -1e3])
+def test_scores_far_from_zero(shift, in_pytorch):
+    (q, k, v), lists = make_tensors(torch.float32), make_selection()
+    lists = replace(lists, runs=tuple(replace(run, log_weight=run.log_weight + shift) for run in lists.runs))
+    ours, plain = (run(lambda: list_attention(10 * q, k, v, lists, SCALE)) for run in (lambda f: f(), in_pytorch))
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.isfinite(a[0]).all()
+        assert_exact(a, b, size=abs(shift))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_hold_what_rows_hold(dtype, in_pytorch):
+    sequences, kv_heads, size, pages = 2, 2, 16, 7
+    q, k, v = make_tensors(dtype, keys=pages * size, rows=5)
+    q, lists = q.repeat(2, 1, 1, 1), make_selection(keys=pages * size, slots=SLOTS[63], rows=5, tests=False)
+    lists = twofold(lists)
+    k, v = (x[:, None].expand(-1, 2, -1, -1).flatten(0, 1) * torch.tensor([1.0, 2, 3, 4])[:, None, None] for x in (k, v))
+    k, v = k.to(dtype), v.to(dtype)
+    order = torch.randperm(sequences * pages, generator=torch.Generator().manual_seed(0))
+    table = order.view(sequences, pages)
+    # a cache as serving engines lay it out: keys beside values, in pages that stand in any order
+    by_page = (
+        x.unflatten(0, (sequences, kv_heads)).unflatten(2, (pages, size)).transpose(1, 2).flatten(0, 1) for x in (k, v)
+    )
+    cache = torch.cat(list(by_page), -1)[order.argsort()]
+    paged = cache[..., : k.shape[-1]], cache[..., k.shape[-1] :]
+    flat = list_attention(q, k, v, lists, SCALE)
+    for ours in (
+        list_attention(q, *paged, lists, SCALE, table),
+        in_pytorch(lambda: list_attention(q, *paged, lists, SCALE, table)),
+    ):
+        for a, b in zip(ours, flat, strict=True):
+            assert_exact(a, b)
+
+
+def twofold(lists):
+    """The same lists for two kv heads."""
+
+    def two(x):
+        return None if x is None else x.repeat(2, *[1] * (x.dim() - 1))
+
+    runs = tuple(
+        replace(r, first=two(r.first), log_weight=two(r.log_weight), low=two(r.low), high=two(r.high),
+                hole=None if r.hole is None else tuple(map(two, r.hole)))
+        for r in lists.runs
+    )  # fmt: skip
+    return replace(
+        lists, runs=runs, row_limit=two(lists.row_limit), key_row=torch.tensor([2, 0, 1, 3]), row_label=None, key_label=None
+    )
+
+
+def test_pages_have_no_gradient():
+    q, k, v = make_tensors(torch.float32)
+    lists = make_selection(tests=False)
+    pages = [x[:, None].requires_grad_() for x in (k, v)]
+    lists = replace(lists, row_label=None, key_label=None)
+    out, _ = list_attention(q, *pages, lists, SCALE, torch.tensor([[0], [1]]))
+    with pytest.raises(NotImplementedError, match="under torch.no_grad"):
+        out.sum().backward()
+
+
+def test_operator_is_registered_soundly():
+    captured = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.hyperattention.list_attention.default:
+                captured.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        list_attention(*make_tensors(torch.float32), make_selection(), SCALE)
+    (args,) = captured
+    args = tuple(x.detach().requires_grad_() if i < 3 else x for i, x in enumerate(args))
+    torch.library.opcheck(torch.ops.hyperattention.list_attention.default, args)
+
+
+def test_checkpointing_recomputes_the_same_bits():
+    from torch.utils.checkpoint import checkpoint
+
+    def attend(*x):
+        return ha.attention(*x, is_causal=True, method=LISTS, return_lse=True)
+
+    x = tensors(100, head_dim=16)
+    for a, b in zip(
+        attend_and_differentiate(attend, x),
+        attend_and_differentiate(lambda *y: checkpoint(attend, *y, use_reentrant=False), x),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_deterministic_algorithms_take_the_pytorch_gradient(in_pytorch):
+    x, lists = make_tensors(torch.float32), make_selection()
+    out = in_pytorch(lambda: gradients(list_attention, x, lists))
+    torch.use_deterministic_algorithms(True)
+    try:
+        ours = gradients(list_attention, x, lists)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(ours, out, strict=True):
+        assert_exact(a, b)
