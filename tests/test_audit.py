@@ -11,6 +11,7 @@ from assertions import assert_exact, assert_same_bits
 from hyperattention.audit import audit, check_audit, sample_rows
 from hyperattention.exact import exact_attention, visible_keys
 from hyperattention.inputs import check_tensors
+from problems import tensors
 
 
 def cover(low, high, truth):
@@ -306,3 +307,20 @@ def test_bad_input_says_what_to_do():
         audit(q, k, v, out, enable_gqa=True, seed=-1)
     with pytest.raises(ValueError, match="causal_align"):
         audit(q, k, v, out, enable_gqa=True, causal_align="left")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_error_alone_is_that_of_the_full_report(causal, masked):
+    q, k, v = tensors(70, heads=4, batch=2)
+    mask = torch.arange(70) >= torch.tensor([[0], [9]]) if masked else None
+    options = {"is_causal": causal, "enable_gqa": True, "rows": 16, "key_mask": mask}
+    out = torch.randn(q.shape[:3] + v.shape[3:], generator=torch.Generator().manual_seed(0))
+    full, alone = ha.audit(q, k, v, out, **options), ha.audit(q, k, v, out, **options, hardness=False)
+    assert_exact(alone.relative_error, full.relative_error)
+    for x, y in zip(alone.interval, full.interval, strict=True):
+        assert_exact(x, y)
+    assert torch.equal(alone.num_empty, full.num_empty)
+    assert not torch.isnan(full.alpha).any()
+    for x in (alone.alpha, alone.kappa, alone.operator_error):
+        assert torch.isnan(x).all()

@@ -8,6 +8,8 @@ from torch import Tensor
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
+from hyperattention import exact_rows, ragged, varlen
+from hyperattention.exact import exact_attention
 from hyperattention.kernels import list_attention as operator
 from hyperattention.kernels.list_attention import list_attention
 from hyperattention.select.score.block_score import BlockScore
@@ -217,6 +219,43 @@ def twofold(lists):
     return replace(
         lists, runs=runs, row_limit=two(lists.row_limit), key_row=torch.tensor([2, 0, 1, 3]), row_label=None, key_label=None
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_rows_of_an_audit_are_exact_in_any_dtype(dtype, monkeypatch):
+    monkeypatch.setattr(exact_rows, "triton_reads", lambda *x: True)
+    q, k, v = tensors(3, 300, batch=2, heads=6, kv_heads=2, head_dim=24, dtype=dtype)
+    visible = torch.tensor([1, 130, 300])
+    ours = exact_rows.exact_rows(q, k, v, visible, 0.3)
+    assert ours.dtype == torch.float32
+    truth, plain = (
+        exact_attention(*(x.to(d) for x in (q, k, v)), scale=0.3, visible=visible[None]).out
+        for d in (torch.float64, torch.float32)
+    )
+    if dtype == torch.float32:
+        assert_same_math(ours, truth, plain)
+    # weights meet values of a narrow dtype in two parts, each of at least eight bits
+    assert (ours - truth).abs().max() <= 2.0**-16 * v.abs().max()
+
+
+@pytest.mark.parametrize("align", ["upper_left", "lower_right"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_share_one_launch(causal, align, in_pytorch, monkeypatch):
+    q, k, v = tensors(140, 150, heads=4, kv_heads=2)
+    edges_q, edges_k = torch.tensor([0, 1, 1, 64, 140]), torch.tensor([0, 9, 20, 60, 150])
+    options = {"is_causal": causal, "causal_align": align, "enable_gqa": True, "return_lse": True}
+
+    def attend(*x):
+        return ha.varlen_attention(*x, edges_q, edges_k, **options)
+
+    plain = in_pytorch(lambda: attend_and_differentiate(attend, (q, k, v)))
+    monkeypatch.setattr(varlen, "triton_reads", lambda *x: True)
+    launches = []
+    monkeypatch.setattr(ragged, "list_attention", lambda *x: launches.append(1) or list_attention(*x))
+    ours = attend_and_differentiate(attend, (q, k, v))
+    assert len(launches) == 1
+    for a, b in zip(ours, plain, strict=True):
+        assert_exact(a, b)
 
 
 def test_pages_have_no_gradient():

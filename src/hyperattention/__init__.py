@@ -1,11 +1,12 @@
 """Attention over long contexts in near-linear time, with a measured error bar."""
 
-from hyperattention.attention import attention, varlen_attention
+from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
+from hyperattention.paged import paged_attention
 from hyperattention.presets import HyperAttention
 from hyperattention.select.draw import Draw, Uniform
 from hyperattention.select.locate.hash_buckets import HashBuckets
@@ -22,6 +23,7 @@ from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
+from hyperattention.varlen import varlen_attention
 
 __all__ = [
     "BlockScore",
@@ -51,5 +53,6 @@ __all__ = [
     "audit",
     "default_method",
     "merge",
+    "paged_attention",
     "varlen_attention",
 ]

@@ -1,7 +1,7 @@
 """The front door: the arguments of torch's scaled_dot_product_attention, and a method."""
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from hyperattention.audit import ErrorReport
@@ -122,64 +122,3 @@ def _attend_dense(query, key, value, mask, live, method: Approach, scale: float)
             "Use key_mask for padding, varlen_attention for packed sequences, or method=Exact()"
         )
     return exact_attention(query, key, value, scale=scale, attn_mask=mask, key_mask=live)
-
-
-def varlen_attention(
-    query: Float[Tensor, "1 heads queries head_dim"],
-    key: Float[Tensor, "1 kv_heads keys head_dim"],
-    value: Float[Tensor, "1 kv_heads keys value_dim"],
-    cu_seq_q: Int[Tensor, " sequences_plus_one"],
-    cu_seq_k: Int[Tensor, " sequences_plus_one"] | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    method: Approach | None = None,
-    seed: int = 0,
-    layer: int = 0,
-    causal_align: str = "upper_left",
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend within each of several sequences packed one after another, without a dense mask.
-
-    Args:
-        query: queries of all sequences, end to end.
-        key: keys of all sequences.
-        value: values of all sequences.
-        cu_seq_q: where each sequence's queries begin, and where the last ends: 0, n_1, n_1 + n_2, ...
-        cu_seq_k: the same for keys; as for queries if None.
-        is_causal: whether a query sees only keys of its sequence at or before its position.
-        scale: factor of the scores; 1 / sqrt(head_dim) if None.
-        enable_gqa: whether several query heads may share a kv head.
-        method: what runs for each sequence; None decides by each sequence's own length.
-        seed: seed of every draw.
-        layer: layer of the model.
-        causal_align: as for `attention`, within each sequence.
-        return_lse: whether to return the log-sum-exp as well.
-
-    Returns:
-        out ``[1, heads, queries, value_dim]``, or out and lse.
-
-    Raises:
-        ValueError: if the sequences do not cover the queries or the keys.
-    """
-    cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
-    edges_q, edges_k = cu_seq_q.tolist(), cu_seq_k.tolist()
-    for name, edges, count in (("cu_seq_q", edges_q, query.shape[2]), ("cu_seq_k", edges_k, key.shape[2])):
-        if not edges or edges[0] != 0 or edges[-1] != count or edges != sorted(edges):
-            raise ValueError(f"{name} is {edges}: it must rise from 0 to the number of tokens, {count}")
-    if len(edges_q) != len(edges_k):
-        raise ValueError(f"cu_seq_q names {len(edges_q) - 1} sequences and cu_seq_k {len(edges_k) - 1}: give one edge each")
-    parts = []
-    for q0, q1, k0, k1 in zip(edges_q, edges_q[1:], edges_k, edges_k[1:], strict=False):
-        pieces = query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1]
-        part = attention(
-            *pieces, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, method=method, seed=seed, layer=layer,
-            causal_align=causal_align, return_lse=return_lse,
-        )  # fmt: skip
-        parts.append(part if return_lse else (part,))
-    if not parts:
-        out = query.new_empty(*query.shape[:3], value.shape[-1])
-        return (out, query.new_empty(query.shape[:3], dtype=torch.float32)) if return_lse else out
-    joined = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
-    return (joined[0], joined[1]) if return_lse else joined[0]

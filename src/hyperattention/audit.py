@@ -8,7 +8,7 @@ from hyperattention.error_report import ErrorReport
 from hyperattention.exact import visible_keys
 from hyperattention.inputs import check_inputs, check_masks, check_tensors
 from hyperattention.interval import mean_interval, percentile_bound
-from hyperattention.judge import Sample, judge
+from hyperattention.judge import Sample, judge, misses
 from hyperattention.method import Approach, Method
 from hyperattention.random import uniform
 from hyperattention.select.locate.sinks import Sinks
@@ -58,6 +58,7 @@ def audit(
     seed: int = 0,
     method: Approach | None = None,
     heavy: tuple[int, int] | None = None,
+    hardness: bool = True,
 ) -> ErrorReport:
     """Measure how far an attention output is from exact, on exact rows drawn one from each of equal strata of the positions.
 
@@ -82,6 +83,8 @@ def audit(
         seed: of the rows drawn.
         method: what made `out`, if known: gives the share of pairs and the heavy mask.
         heavy: sinks and window (in keys) left out of kappa; if None those of the method, or 16 and 512.
+        hardness: whether alpha, kappa and the error in the paper's norm are wanted; without them, which are NaN then, a
+            GPU reads every key once.
 
     Returns:
         the report.
@@ -94,16 +97,21 @@ def audit(
     index = sample_rows(num_queries, rows, seed, query.device)
     visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
     shift = num_keys - num_queries if causal_align == "lower_right" else 0
-    sinks, window = _heavy_mask(method) if heavy is None else heavy
-    sample = Sample(
-        index=index,
-        visible=[num_keys] * len(index) if visible is None else visible[0, index].tolist(),
-        num_queries=num_queries,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        sinks=sinks,
-        windows=_windows([int(row) + shift for row in index], window, num_keys, is_causal),
-    )
-    found = judge(query, key, value, out, key_mask, sample)
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if hardness:
+        sinks, window = _heavy_mask(method) if heavy is None else heavy
+        sample = Sample(
+            index=index,
+            visible=[num_keys] * len(index) if visible is None else visible[0, index].tolist(),
+            num_queries=num_queries,
+            scale=factor,
+            sinks=sinks,
+            windows=_windows([int(row) + shift for row in index], window, num_keys, is_causal),
+        )
+        found = judge(query, key, value, out, key_mask, sample)
+    else:
+        seen = index.new_full(index.shape, num_keys) if visible is None else visible[0, index]
+        found = misses(query, key, value, out, key_mask, index, seen, factor)
     mean = found.errors.masked_fill(~found.live[:, None], 0.0).sum(-1) / found.live.sum(-1, keepdim=True)
     if len(index) < num_queries:
         interval, bound = mean_interval(found.errors, found.live), percentile_bound(found.errors, found.live)

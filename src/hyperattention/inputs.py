@@ -79,6 +79,58 @@ def check_inputs(
                 raise ValueError(f"{name} holds {count} values that are NaN or infinite; check_finite=True refuses them")
 
 
+def check_pages(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, starts: list[int], lengths: list[int]
+) -> None:
+    """Check requests whose keys and values lie in pages.
+
+    Args:
+        query: queries of all requests, ``[tokens, heads, head_dim]``.
+        key_pages: pages of keys, ``[pages, kv_heads, page_size, head_dim]``.
+        value_pages: pages of values.
+        table: pages of each request, ``[sequences, pages_each]``.
+        starts: where each request's queries begin, and where the last ends.
+        lengths: keys of each request.
+
+    Raises:
+        ValueError: if shapes, devices, lengths or the table do not fit.
+        TypeError: if dtypes are wrong.
+    """
+    check_tensors(query=query, key_pages=key_pages, value_pages=value_pages)
+    shapes = f"query {tuple(query.shape)}, key_pages {tuple(key_pages.shape)}, value_pages {tuple(value_pages.shape)}"
+    if query.ndim != 3 or not key_pages.ndim == value_pages.ndim == 4:
+        raise ValueError(
+            f"{shapes}: queries must be [tokens, heads, head_dim], pages [pages, kv_heads, page_size, head_dim]"
+        )
+    if not query.dtype == key_pages.dtype == value_pages.dtype or query.dtype not in _DTYPES:
+        raise TypeError(
+            f"query and pages are {query.dtype}, {key_pages.dtype}, {value_pages.dtype}: convert them to one of "
+            f"{', '.join(str(x) for x in _DTYPES)}"
+        )
+    devices = {x.device for x in (query, key_pages, value_pages, table)}
+    if len(devices) > 1:
+        raise ValueError(f"query, pages and block_table are on {sorted(map(str, devices))}: move them to one device")
+    if key_pages.shape[:3] != value_pages.shape[:3] or query.shape[2] != key_pages.shape[3]:
+        raise ValueError(f"{shapes}: pages must agree in all but the last axis, queries and keys in the last")
+    if not key_pages.shape[1] or query.shape[1] % key_pages.shape[1]:
+        raise ValueError(f"{shapes}: {query.shape[1]} query heads cannot share {key_pages.shape[1]} kv heads evenly")
+    if table.ndim != 2 or table.is_floating_point():
+        raise ValueError(f"block_table is {table.dtype} {tuple(table.shape)}: it must be integers [sequences, pages_each]")
+    if not starts or starts[0] != 0 or starts[-1] != query.shape[0] or starts != sorted(starts):
+        raise ValueError(f"query_start_loc is {starts}: it must rise from 0 to the number of tokens, {query.shape[0]}")
+    if not len(starts) - 1 == len(lengths) == table.shape[0]:
+        raise ValueError(
+            f"query_start_loc names {len(starts) - 1} requests, seq_lens {len(lengths)}, block_table {table.shape[0]}: "
+            "give one of each"
+        )
+    for s, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
+        if not end - begin <= length <= table.shape[1] * key_pages.shape[2]:
+            raise ValueError(
+                f"request {s} has {end - begin} queries, {length} keys and {table.shape[1]} pages of {key_pages.shape[2]}: "
+                "its keys include those of its queries, and lie in its pages"
+            )
+
+
 def check_masks(
     query: Tensor,
     key: Tensor,

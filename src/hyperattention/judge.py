@@ -7,10 +7,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.exact import grouped_scores
+from hyperattention.exact_rows import exact_rows
 from hyperattention.row_statistics import column_spread, operator_norm, residual_ratio, softmax_norm, value_norm
 
 # bytes of softmax rows held at once; more than one head at a time only while they fit
 _CHUNK_BYTES = 64 * 2**20
+# the same on any other device, where a few large operations pay
+_DEVICE_CHUNK_BYTES = 1024 * 2**20
 # causal rows are scored in blocks, each against the keys its last row sees: fewer rows would starve the matrix product
 _BLOCK_ROWS = 32
 
@@ -81,8 +84,9 @@ def judge(
     shape = (kv_heads, heads // kv_heads)
     q, rows_out = (x.index_select(2, sample.index).to(dtype).unflatten(1, shape) for x in (query, out))
     per_head = max(1, len(sample.index) * num_keys * dtype.itemsize)
-    group_size = max(1, min(shape[1], _CHUNK_BYTES // per_head))
-    head_size = max(1, _CHUNK_BYTES // (per_head * shape[1]))
+    most = _CHUNK_BYTES if query.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    group_size = max(1, min(shape[1], most // per_head))
+    head_size = max(1, most // (per_head * shape[1]))
     errors = q.new_empty((batch, *shape, len(sample.index)))
     figures = q.new_empty((3, batch, *shape))
     live = torch.empty((batch, len(sample.index)), dtype=torch.bool, device=q.device)
@@ -103,15 +107,55 @@ def judge(
     return Judgement(errors.flatten(1, 2), live, operator_error, alpha, kappa)
 
 
+def misses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    key_mask: Tensor | None,
+    index: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> Judgement:
+    """Compare sampled rows of an output with exact ones, and look at nothing else.
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        out: the output to judge.
+        key_mask: True = attend.
+        index: the rows.
+        visible: leading keys each may see.
+        scale: factor of the scores.
+
+    Returns:
+        errors; figures that need softmax weights are NaN.
+    """
+    rows = query.index_select(2, index)
+    exact = exact_rows(rows, key, value, visible, scale, key_mask)
+    seen = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
+    # a row is live if any key it may see is
+    live = torch.nn.functional.pad(seen.long().cumsum(1), (1, 0))[:, visible] > 0
+    difference = (out.index_select(2, index).to(exact.dtype) - exact).masked_fill(~live[:, None, :, None], 0.0)
+    error = _relative(difference, exact)
+    unknown = error.new_full(error.shape[:2], torch.nan)
+    return Judgement(error, live, unknown, unknown, unknown)
+
+
+def _relative(difference: Tensor, exact: Tensor) -> Tensor:
+    """Relate norms of rows: infinite where the exact row is 0, unless the output is 0 too."""
+    miss = torch.linalg.vector_norm(difference, dim=-1)
+    return (miss / torch.linalg.vector_norm(exact, dim=-1)).masked_fill(miss == 0, 0.0)
+
+
 def _judge_heads(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, key_mask: Tensor | None, sample: Sample
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks, exact, lse = _softmax_blocks(q, k, v, key_mask, sample)
     live, num_keys = lse[0, 0, 0] != -torch.inf, k.shape[2]
     difference = (out - exact).masked_fill(~live[:, None], 0.0)
-    # where the exact row is 0 the error is infinite, unless the output is 0 too
-    miss = torch.linalg.vector_norm(difference, dim=-1)
-    error = (miss / torch.linalg.vector_norm(exact, dim=-1)).masked_fill(miss == 0, 0.0)
+    error = _relative(difference, exact)
     stretch = (sample.num_queries / len(sample.index)) ** 0.5
     error_norm = stretch * operator_norm(difference) / softmax_norm(blocks, num_keys, sample.num_queries, int(live.sum()))
     first = sample.sinks

@@ -124,6 +124,16 @@ class Method(Approach):
         """How far beyond a row its list may depend on queries or keys: as far as any stage's does."""
         return max(stage.looks_ahead for stage in self.stages)
 
+    @property
+    def reads_keys(self) -> bool:
+        """Whether choosing reads keys."""
+        return any(stage.reads_keys for stage in self.stages)
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether choosing reads values."""
+        return any(stage.reads_values for stage in self.stages)
+
     def select(self, problem: Problem) -> tuple[Tiles, Selection]:
         """Run the stages: which keys each tile of positions reads.
 
@@ -164,11 +174,11 @@ class Method(Approach):
         """Select, run, merge."""
         with torch.no_grad():
             selected = self.selections(problem)
-        k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+        k, v, table = problem.storage()
         partials = []
         for tiling, selection in selected:
             if selection.runs or len(selected) == 1:
-                out, lse = list_attention(tiling.arrange(problem.q), k, v, selection, problem.scale)
+                out, lse = list_attention(tiling.arrange(problem.q), k, v, selection, problem.scale, table)
                 partials.append(Partial(tiling.restore(out), tiling.restore(lse)))
         return merge(partials)
 

@@ -24,6 +24,7 @@ class Problem:
         rank: live keys at or before each position, or None where every key is live.
         seed: seed of every draw.
         layer: layer of the model, a counter of every draw.
+        stored: the pages in which keys and values lie, one sequence's, or None where `k` and `v` are all there is.
     """
 
     q: Float[Tensor, "batch heads queries head_dim"]
@@ -35,6 +36,7 @@ class Problem:
     rank: Int[Tensor, "batch keys"] | None = None
     seed: int = 0
     layer: int = 0
+    stored: "Pages | None" = None
 
     @property
     def num_queries(self) -> int:
@@ -56,6 +58,12 @@ class Problem:
         """Where the tensors are."""
         return self.q.device
 
+    def storage(self) -> "tuple[Tensor, Tensor, Tensor | None]":
+        """Tell where kernels read keys and values: rows of them, or pages with a table."""
+        if self.stored is not None:
+            return self.stored.key, self.stored.value, self.stored.table
+        return self.k.flatten(0, 1), self.v.flatten(0, 1), None
+
     def live_before(self, position: Int[Tensor, "*any"]) -> Int[Tensor, "batch *any"]:
         """Count live keys strictly before each position; positions may lie outside the keys."""
         position = position.clamp(0, self.num_keys)
@@ -63,6 +71,26 @@ class Problem:
             return position[None]
         padded = torch.nn.functional.pad(self.rank, (1, 0))
         return padded[:, position]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values in pages, and which pages hold which sequence.
+
+    Args:
+        key: pages of keys.
+        value: pages of values.
+        table: pages of each sequence, in order.
+    """
+
+    key: Float[Tensor, "pages kv_heads page_size head_dim"]
+    value: Float[Tensor, "pages kv_heads page_size value_dim"]
+    table: Int[Tensor, "sequences pages_each"]
+
+    def rows(self, x: Tensor, sequence: int, length: int) -> Tensor:
+        """Copy the keys, or values, of a sequence out of its pages: ``[1, kv_heads, length, width]``."""
+        used = self.table[sequence, : -(-length // x.shape[2])].long()
+        return x[used].transpose(0, 1).flatten(1, 2)[None, :, :length]
 
 
 def compact(k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

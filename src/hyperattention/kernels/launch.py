@@ -74,7 +74,15 @@ def store_of(x: Tensor, table: Tensor | None) -> Store:
     if table is None:
         return Store(x, (x.stride(0), 0, x.stride(1)), x.shape[1], 1, 0, 0, x)
     table = table.contiguous()
-    return Store(x, (x.stride(0), x.stride(1), x.stride(2)), table.shape[1] * x.shape[2], x.shape[1], x.shape[2], table.shape[1], table)
+    return Store(
+        x,
+        (x.stride(0), x.stride(1), x.stride(2)),
+        table.shape[1] * x.shape[2],
+        x.shape[1],
+        x.shape[2],
+        table.shape[1],
+        table,
+    )
 
 
 def groups_of(lists: Lists, block: int) -> dict[str, Any]:

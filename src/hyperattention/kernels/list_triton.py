@@ -72,7 +72,8 @@ def _forward_kernel(
     scale, num_tiles, tiles, rows, keys, head_dim, value_dim, pages, heads,
     kp, kh, ks, vp, vh, vs,
     RUNS: tl.constexpr, BLOCKS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
-    GAP: tl.constexpr, LABELS: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    GAP: tl.constexpr, LABELS: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PRECISE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     slabs = tl.cdiv(rows, ROWS)
@@ -134,7 +135,11 @@ def _forward_kernel(
             shrink = tl.exp(top - centre)
             place = places_of(index, key_row, table_ptr, pages, heads, vp, vh, vs, PAGE, live)
             v = tl.load(v_base + place[:, None], mask=live[:, None] & in_value, other=0.0)
-            mean = tl.dot(weight.to(v.dtype), v, mean * shrink[:, None], input_precision=PRECISION)
+            rough = weight.to(v.dtype)
+            mean = tl.dot(rough, v, mean * shrink[:, None], input_precision=PRECISION)
+            if PRECISE:
+                # what rounding weights to a narrow dtype lost
+                mean = tl.dot((weight - rough.to(tl.float32)).to(v.dtype), v, mean, input_precision=PRECISION)
             total = total * shrink + tl.sum(weight, 1)
             top = new_top
 
@@ -158,6 +163,7 @@ def forward(
     *,
     splits: int | None = None,
     cut: Shape | None = None,
+    precise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend from every tile to the keys on its list: `list_torch.forward` on a GPU.
 
@@ -170,26 +176,35 @@ def forward(
         table: pages of each sequence, ``[sequences, pages]``, if keys lie in pages.
         splits: programs that share a list; None lets the device's size decide.
         cut: how a program is cut; None lets `shape_of` decide.
+        precise: whether rows are as exact as float32 allows, and returned in it, whatever the dtype of the input.
 
     Returns:
-        out ``[lists, tiles, rows, value_dim]`` in the dtype of `q`, and lse ``[lists, tiles, rows]``, float32.
+        out ``[lists, tiles, rows, value_dim]`` in the dtype of `q`, or float32, and lse ``[lists, tiles, rows]``, float32.
     """
     cut = cut or shape_of(q.shape[2], widest(q, v), q.element_size(), capability_of(q))
     splits = _splits(q, lists, cut) if splits is None else splits
     lse = q.new_empty((splits, *q.shape[:3]), dtype=torch.float32)
-    out = q.new_empty((splits, *q.shape[:3], v.shape[-1]), dtype=torch.float32 if splits > 1 else q.dtype)
+    out = q.new_empty((splits, *q.shape[:3], v.shape[-1]), dtype=torch.float32 if splits > 1 or precise else q.dtype)
     if q.shape[:3].numel() == 0:
         return out[0], lse[0]
-    launch_forward(q, store_of(k, table), store_of(v, table), (out, lse), lists, scale, cut).run()
+    launch_forward(q, store_of(k, table), store_of(v, table), (out, lse), lists, scale, cut, precise=precise).run()
     if splits == 1:
         return out[0], lse[0]
     # the parts of a list stand where heads usually do; merging looks at no axis but the last
     merged = merge([Partial(o, m) for o, m in zip(out, lse, strict=True)])
-    return merged.out.to(q.dtype), merged.lse
+    return merged.out if precise else merged.out.to(q.dtype), merged.lse
 
 
 def launch_forward(
-    q: Tensor, k: Store, v: Store, results: tuple[Tensor, Tensor], lists: Lists, scale: float, cut: Shape
+    q: Tensor,
+    k: Store,
+    v: Store,
+    results: tuple[Tensor, Tensor],
+    lists: Lists,
+    scale: float,
+    cut: Shape,
+    *,
+    precise: bool = False,
 ) -> Launch:
     """Prepare the launch, so that it can be run, or compiled for another machine.
 
@@ -201,6 +216,7 @@ def launch_forward(
         lists: the selection.
         scale: factor of the scores.
         cut: how a program is cut.
+        precise: whether what rounding weights to a narrow dtype loses is added again.
 
     Returns:
         the launch.
@@ -219,7 +235,7 @@ def launch_forward(
             "head_dim": head_dim, "value_dim": value_dim, "pages": k.pages, "heads": k.heads,
             "kp": k.strides[0], "kh": k.strides[1], "ks": k.strides[2],
             "vp": v.strides[0], "vh": v.strides[1], "vs": v.strides[2],
-            "PAGE": k.page, "SPLITS": splits, "PRECISION": precision_of(q),
+            "PAGE": k.page, "SPLITS": splits, "PRECISION": precision_of(q), "PRECISE": precise and q.dtype != torch.float32,
             "ROWS": cut.rows, "WIDTH": width, "VALUE_WIDTH": value_width,
             "num_warps": cut.warps, "num_stages": cut.stages,
         },

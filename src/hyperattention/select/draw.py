@@ -43,6 +43,16 @@ class Density(ABC):
         return LookAhead.NOTHING
 
     @property
+    def reads_keys(self) -> bool:
+        """Whether the probabilities depend on keys."""
+        return True
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether the probabilities depend on values."""
+        return False
+
+    @property
     def components(self) -> tuple[tuple["Density", float], ...]:
         """Densities and shares of the draws: itself alone, unless it must be mixed with another to reach every key."""
         return ((self, 1.0),)
@@ -114,6 +124,11 @@ class Uniform(Density):
     Cost: O(draws).   Guarantee: numerator and denominator unbiased.
     """
 
+    @property
+    def reads_keys(self) -> bool:
+        """Position alone decides."""
+        return False
+
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Delimit what is left of every tile."""
         left = edges(tiles, taken)
@@ -154,6 +169,16 @@ class Draw(Stage):
     def looks_ahead(self) -> LookAhead:
         """As far as the density does."""
         return self.by.looks_ahead
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether any part of the density does."""
+        return any(density.reads_keys for density, _ in self.by.components)
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether any part of the density does."""
+        return any(density.reads_values for density, _ in self.by.components)
 
     def slots(self, tile: int) -> int:
         """Count the keys listed for each tile."""

@@ -91,6 +91,16 @@ class Stage(ABC):
         """How far beyond a row its list may depend on queries or keys."""
         return LookAhead.NOTHING
 
+    @property
+    def reads_keys(self) -> bool:
+        """Whether the choice reads keys: if not, they are not brought together for it."""
+        return True
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether the choice reads values."""
+        return False
+
     @abstractmethod
     def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
         """Choose keys for every tile.

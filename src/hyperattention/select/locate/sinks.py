@@ -34,6 +34,11 @@ class Sinks(Stage):
         """Position alone decides."""
         return True
 
+    @property
+    def reads_keys(self) -> bool:
+        """Position alone decides."""
+        return False
+
     def slots(self, tile: int) -> int:
         """Count the keys listed for each tile."""
         return self.num

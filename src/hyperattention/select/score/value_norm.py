@@ -87,6 +87,16 @@ class ValueNorm(Density):
         """Without a window before it, a tile's own values shift its draws."""
         return LookAhead.TILE
 
+    @property
+    def reads_keys(self) -> bool:
+        """Values alone decide."""
+        return False
+
+    @property
+    def reads_values(self) -> bool:
+        """Their norms."""
+        return True
+
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
         """One product of `head_dim` numbers a key."""
         return 1.0

@@ -1,0 +1,132 @@
+"""Keys and values in pages: requests of unequal lengths get what each would get alone, from memory laid out at once."""
+
+import jaxtyping
+import pytest
+import torch
+
+import dense
+import hyperattention as ha
+from assertions import assert_exact, assert_same_math
+from cases import CASES, CONTROL
+from problems import tensors
+
+PAGE = 16
+METHODS = [case.method for case in CASES if isinstance(case.method, ha.Method)]
+
+
+def make_cache(lengths, counts, *, heads=4, kv_heads=2, dtype=torch.float32, seed=0):
+    """Requests alone, and the same in pages: queries, a cache of keys beside values, a table with holes, starts."""
+    alone = []
+    for s, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        q, k, v = tensors(count, length, heads=heads, kv_heads=kv_heads, head_dim=8, value_dim=4, dtype=dtype, seed=seed + s)
+        alone.append((q, k, v))
+    each = -(-max(1, *lengths) // PAGE) + 1
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths) * each, generator=generator).view(len(lengths), each)
+    cache = torch.full((order.numel(), kv_heads, PAGE, 12), torch.nan, dtype=dtype)
+    table = torch.full(order.shape, -1, dtype=torch.int32)
+    for s, (_, k, v) in enumerate(alone):
+        kv = torch.cat([k, v], -1)[0]
+        for p in range(-(-kv.shape[1] // PAGE)):
+            part = kv[:, p * PAGE : (p + 1) * PAGE]
+            cache[order[s, p], :, : part.shape[1]] = part
+            table[s, p] = order[s, p]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    query = torch.cat([q[0].transpose(0, 1) for q, _, _ in alone])
+    return alone, (query, cache[..., :8], cache[..., 8:], table, starts, torch.tensor(lengths, dtype=torch.int32))
+
+
+def apart(x, counts):
+    return [part.transpose(0, 1)[None] for part in x.split(counts)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [([40, 87, 1, 33], [1, 1, 1, 1]), ([41, 87, 100], [24, 63, 100]), ([5], [0]), ([0, 9], [0, 3])],
+    ids=str,
+)
+def test_each_request_gets_what_it_would_get_alone(lengths, counts, dtype):
+    alone, arguments = make_cache(lengths, counts, dtype=dtype)
+    out, lse = ha.paged_attention(*arguments, return_lse=True)
+    assert out.dtype == dtype
+    for (q, k, v), o, m in zip(alone, apart(out, counts), apart(lse[..., None], counts), strict=True):
+        if q.shape[2]:
+            options = {"causal": True, "align": "lower_right"}
+            truth, plain = dense.reference(q, k, v, **options), dense.attention(q, k, v, **options)
+            assert_same_math(o, truth[0], plain[0])
+            wide = dense.attention(*(x.to(m.dtype) for x in (q, k, v)), **options)
+            assert_same_math(m[..., 0], truth[1], wide[1])
+
+
+@pytest.mark.usefixtures("triton_kernel")
+def test_the_triton_kernel_reads_the_same_pages():
+    counts = [1, 24, 70]
+    alone, arguments = make_cache([40, 87, 100], counts)
+    out = ha.paged_attention(*arguments)
+    for (q, k, v), o in zip(alone, apart(out, counts), strict=True):
+        assert_same_math(o, *(f(q, k, v, causal=True, align="lower_right")[0] for f in (dense.reference, dense.attention)))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_methods_choose_and_read_as_they_would_alone(method):
+    counts = [30, 64, 1]
+    alone, arguments = make_cache([150, 64, 90], counts)
+    out = ha.paged_attention(*arguments, method=method, seed=3)
+    for (q, k, v), o in zip(alone, apart(out, counts), strict=True):
+        expected = ha.attention(q, k, v, is_causal=True, causal_align="lower_right", enable_gqa=True, method=method, seed=3)
+        assert_exact(o, expected)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_a_method_does_not_read_what_it_says_it_does_not(method):
+    from hyperattention.problem import Problem
+
+    def indices(k, v):
+        x = Problem(q, k, v, 0.3, causal=True)
+        return [run.first for _, selection in method.selections(x) for run in selection.runs]
+
+    q, k, v = tensors(150, heads=4, kv_heads=2)
+    blind = indices(k if method.reads_keys else k * torch.nan, v if method.reads_values else v * torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(blind, indices(k, v), strict=True))
+
+
+def test_positions_alone_copy_no_keys():
+    assert not CONTROL.reads_keys
+    assert not CONTROL.reads_values
+    assert ha.default_method(10**6).reads_keys
+
+
+@pytest.fixture
+def without_shape_checks():
+    """Run as a user does: the checks of annotations that the other tests run under would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+BAD = {
+    "heads": ("query", lambda x: x[:, :3], "3 query heads cannot share 2 kv heads evenly"),
+    "axes": ("query", lambda x: x[None], "queries must be .tokens, heads, head_dim."),
+    "dtypes": ("query", lambda x: x.half(), "convert them to one of"),
+    "widths": ("query", lambda x: x[..., :4], "queries and keys in the last"),
+    "requests": ("table", lambda x: x[:2], "3 requests, seq_lens 3, block_table 2: give one of each"),
+    "kind of table": ("table", lambda x: x.float(), "must be integers"),
+    "starts": ("starts", lambda x: x.flip(0), "must rise from 0 to the number of tokens, 55"),
+    "fewer keys than queries": ("lengths", lambda x: x - 10, "request 1 has 24 queries, 20 keys"),
+    "more keys than pages": ("lengths", lambda x: x + 1000, "and lie in its pages"),
+    "recursion": ("method", lambda _: ha.HyperAttention(), "does not read pages"),
+    "no method": ("method", lambda _: 3, "method"),
+}
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(("name", "change", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused(name, change, message):
+    _, arguments = make_cache([40, 30, 87], [1, 24, 30])
+    names = ("query", "key_pages", "value_pages", "table", "starts", "lengths", "method")
+    named = dict(zip(names, (*arguments, None), strict=True))
+    named[name] = change(named[name])
+    method = named.pop("method")
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        ha.paged_attention(*named.values(), method=method)
