@@ -172,6 +172,6 @@ def bars(records: Records) -> list[Bar]:
         crossover_bar(records),
         floor_bar(records),
         peer_bar(records),
-        share_bar(records, "audit", "audit of 64 rows a head, 131,072 tokens", 5),
+        share_bar(records, "audit", "audit of 64 rows a head (error and interval), 131,072 tokens", 5),
         share_bar(records, "selection", "selection alone, causal forward, 131,072 tokens", 35),
     ]

@@ -134,7 +134,7 @@ def time_exact(session: Session) -> dict[str, float]:
 
 def contender_of(session: Session, task: Task, name: str, label: str, method: Approach | None) -> Contender:
     """Bind a method of ours to a task; None runs the default, which may be exact attention."""
-    ran = default_method(task.keys, num_queries=task.queries) if method is None else method
+    ran = default_method(task.keys, num_queries=task.queries, device=session.device) if method is None else method
     exact = isinstance(ran, Exact)
     cost = ran.cost(task.keys, is_causal=task.causal, head_dim=task.tensors.q.shape[3])
     pairs = task.exact_pairs if exact else cost.pairs

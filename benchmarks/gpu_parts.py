@@ -117,12 +117,19 @@ def audit(session: Session) -> None:
         raise RuntimeError(ours.reason)
     (out,) = ours.call()
 
-    def call() -> Outputs:
-        judge(q, k, v, out, rows=64, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], seed=session.plan.seed)
-        return ()
+    options = {"rows": 64, "is_causal": True, "enable_gqa": q.shape[1] != k.shape[1], "seed": session.plan.seed}
+    entries: list[Entry] = [ours, control]
+    for name, label, hardness in (
+        ("audit", "audit of 64 rows a head, the error alone", False),
+        ("full_audit", "audit of 64 rows a head, with alpha, kappa and the paper's norm", True),
+    ):
 
-    extra = _part_of(ours, "audit", "audit of 64 rows a head", "audit(rows=64)", call)
-    session.journal.write(_share(compare(session, "audit", scene_of(session, task), [ours, control, extra]), "audit"))
+        def call(hardness=hardness) -> Outputs:
+            judge(q, k, v, out, **options, hardness=hardness)
+            return ()
+
+        entries.append(_part_of(ours, name, label, f"audit(rows=64, hardness={hardness})", call))
+    session.journal.write(_share(compare(session, "audit", scene_of(session, task), entries), "audit"))
 
 
 def selection(session: Session) -> None:

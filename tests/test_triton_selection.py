@@ -12,6 +12,7 @@ from cases import CASES
 from hyperattention.select.score import descent, walk
 from hyperattention.select.score.descent import Descent
 from hyperattention.select.score.level import Level
+from hyperattention.select.score.mass import running_sum
 from hyperattention.select.score.principal import principal_directions
 from hyperattention.select.score.representatives import Representatives
 from problems import problem, tensors
@@ -113,3 +114,12 @@ def test_principal_directions_carry_what_the_best_do():
 @pytest.mark.parametrize("keys", [torch.zeros(1, 9, 8), torch.ones(1, 1, 8) * 1e20, torch.full((1, 9, 8), torch.nan)])
 def test_principal_directions_of_next_to_nothing_are_finite(keys):
     assert torch.isfinite(principal_directions(keys, 4)).all()
+
+
+def test_running_sums_in_fixed_point_are_running_sums():
+    mass = torch.rand(3, 50, 900, generator=torch.Generator().manual_seed(0)) ** 8
+    mass[0, 0], mass[1, 1, 5:] = 0.0, 0.0
+    ours, plain = running_sum(mass, fixed=True), mass.double().cumsum(-1)
+    assert ((ours - plain).abs() <= 1e-6 * plain[..., -1:]).all()
+    assert (ours.diff(dim=-1) >= 0).all()
+    assert running_sum(mass, fixed=True).dtype == mass.dtype

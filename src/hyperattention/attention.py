@@ -82,7 +82,7 @@ def attention(
     dense = dense_mask(attn_mask)
     live = key_mask_of(attn_mask, key_mask, key)
     if method is None:
-        method = Exact() if dense is not None else default_method(key.shape[2], num_queries=query.shape[2])
+        method = Exact() if dense is not None else _default(query, key)
     check_method(method)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(autocast_device(query), enabled=False):
@@ -103,6 +103,10 @@ def attention(
             ),
         )  # fmt: skip
     return results if len(results) > 1 else out
+
+
+def _default(query: Tensor, key: Tensor) -> Approach:
+    return default_method(key.shape[2], num_queries=query.shape[2], device=key.device)
 
 
 def _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer) -> Problem:

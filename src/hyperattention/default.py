@@ -1,5 +1,7 @@
 """What runs when no method is named: exact attention below the measured crossover, the default method above it."""
 
+import torch
+
 from hyperattention.exact_method import Exact
 from hyperattention.method import Approach, Method
 from hyperattention.select.draw import Draw
@@ -9,19 +11,23 @@ from hyperattention.select.score.descent import Descent
 
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
 CROSSOVER = 4096
+# the same on a GPU: derived in docs/performance.md, to be measured (benchmarks/gpu.py --only crossover)
+GPU_CROSSOVER = 16_384
 FEW_QUERIES = 256
 
 
-def default_method(num_keys: int, *, num_queries: int | None = None) -> Approach:
+def default_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
     """Tell which method `method=None` runs.
 
     Args:
         num_keys: keys of the call.
         num_queries: queries of the call, as many as keys if None; few queries, as in decoding, are served exactly.
+        device: where the call's tensors are, on the CPU if None: exact attention is faster up to longer lengths on a GPU.
 
     Returns:
         exact attention below the crossover, the default list of stages from there on; it does not depend on the length.
     """
-    if num_keys < CROSSOVER or (num_queries is not None and num_queries < FEW_QUERIES):
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    if num_keys < (GPU_CROSSOVER if on_gpu else CROSSOVER) or (num_queries is not None and num_queries < FEW_QUERIES):
         return Exact()
     return Method(Sinks(16), Window(256), Draw(688, by=Descent()))

@@ -3,12 +3,16 @@
 import importlib.util
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from hyperattention.kernels.triton_reads import WIDEST, triton_installed
+
+_COMPILERS = "gcc", "clang", "cc"
 _REFERENCE = Path(__file__).parent / "reference"
 
 
@@ -84,5 +88,13 @@ def _devices() -> tuple[Finding, ...]:
 
 
 def _kernels() -> tuple[Finding, ...]:
-    pytorch = Finding("list kernel, PyTorch", True, "any device")
-    return (pytorch, Finding("list kernel, Triton", False, "not in this version: CUDA tensors take the PyTorch path"))
+    name, found = "list kernel, Triton", f"Triton {_version('triton')}"
+    if not triton_installed():
+        triton = Finding(name, False, "Triton is not installed: CUDA tensors take the PyTorch kernel; pip install triton")
+    elif not torch.cuda.is_available():
+        triton = Finding(name, False, f"{found} has no device to run on; CPU tensors take the PyTorch kernel")
+    elif not any(map(shutil.which, _COMPILERS)) and not os.environ.get("CC"):
+        triton = Finding(name, False, f"{found} builds launchers with a C compiler, and finds none: install gcc, or set CC")
+    else:
+        triton = Finding(name, True, f"{found}: CUDA tensors of 16 or 32 bits, up to {WIDEST} wide")
+    return (Finding("list kernel, PyTorch", True, "any device and dtype"), triton)

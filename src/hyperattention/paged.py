@@ -64,7 +64,7 @@ def paged_attention(
     exact = []
     with torch.no_grad():
         for s, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
-            runs = default_method(length, num_queries=end - begin) if method is None else method
+            runs = default_method(length, num_queries=end - begin, device=query.device) if method is None else method
             if isinstance(runs, Exact):
                 exact.append(s)
             elif isinstance(runs, Method):

@@ -68,7 +68,7 @@ def varlen_attention(
     if len(edges_q) != len(edges_k):
         raise ValueError(f"cu_seq_q names {len(edges_q) - 1} sequences and cu_seq_k {len(edges_k) - 1}: give one edge each")
     runs = [
-        default_method(k1 - k0, num_queries=q1 - q0) if method is None else method
+        default_method(k1 - k0, num_queries=q1 - q0, device=key.device) if method is None else method
         for (q0, q1), (k0, k1) in zip(pairwise(edges_q), pairwise(edges_k), strict=True)
     ]
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)

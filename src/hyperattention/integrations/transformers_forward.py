@@ -168,5 +168,6 @@ def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None
     if num_keys < settings.min_length:
         return "below min_length"
     if settings.method is None:
-        return "below the crossover" if isinstance(default_method(num_keys, num_queries=num_queries), Exact) else None
+        default = default_method(num_keys, num_queries=num_queries, device=call.key.device)
+        return "below the crossover" if isinstance(default, Exact) else None
     return "exact method" if isinstance(settings.method, Exact) else None

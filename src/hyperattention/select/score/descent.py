@@ -122,25 +122,28 @@ class Descent(Density):
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Project keys and pooled queries, and choose what stands for every block."""
         k = tiles.problem.k.flatten(0, 1)
-        query = pool_queries(tiles, self.pooled).to(torch.promote_types(k.dtype, torch.float32)) * tiles.problem.scale
+        query = pool_queries(tiles, self.pooled, tiles.problem.scale)
         top = self.levels[0].block_size
         # the ragged end filled up, and one block more, which stands in where fewer are left than may be opened
         keys = query.new_empty(k.shape[0], (-(-k.shape[1] // top) + 1) * top, min(self.dim, k.shape[2]))
         # while no more keys than draws are left all are listed: those keys may serve as a sample of the rest
         head = k[:, :num].to(keys.dtype)
         k, middle = k.to(keys.dtype), head.mean(1, keepdim=True)
+        # scores of centred keys differ by a constant a query, and are rounded less
         if self.dim < k.shape[2]:
             basis = KeySketch(self.dim).basis(head)
-            k, middle, query = k @ basis, middle @ basis, query @ basis[:, None]
-        # scores of centred keys differ by a constant a query, and are rounded less
-        keys[:, : k.shape[1]].copy_(k).sub_(middle)
+            torch.baddbmm(middle @ basis, k, basis, beta=-1, out=keys[:, : k.shape[1]])
+            query = (query.flatten(1, 2) @ basis).unflatten(1, query.shape[1:3])
+        else:
+            torch.sub(k, middle, out=keys[:, : k.shape[1]])
         keys[:, k.shape[1] :] = 0.0
         # a key or query that is not finite tells nothing: it is left to the even share
         keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
         summaries = self._summaries(keys)
         mean = summaries[0][:, :, : self.levels[0].by.means].mean(2)
         # a few blocks at a time, for little memory; a norm over a middle axis would take eight times as long
-        square = [some.square().sum(2) for some in keys.unflatten(1, (-1, top)).split(_BLOCKS, 1)]
+        few = _BLOCKS if keys.device.type == "cpu" else max(1, keys.shape[1] // top)
+        square = [some.square().sum(2) for some in keys.unflatten(1, (-1, top)).split(few, 1)]
         variance = (torch.cat(square, 1) / top - mean.square()).clamp_(min=0)
         rough = tuple(for_estimates(x) for x in summaries)
         scratch = (Scratch(like, BATCH_NUMBERS) for like in (rough[0], rough[0], keys))

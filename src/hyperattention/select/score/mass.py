@@ -32,6 +32,23 @@ def clipped(mass: Tensor, num: int) -> Tensor:
     return mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
+def running_sum(mass: Tensor, *, fixed: bool | None = None) -> Tensor:
+    """Sum non-negative masses along the last axis, in every run to the same bits.
+
+    Args:
+        mass: ``[..., candidates]``.
+        fixed: whether to sum in fixed point, whose order changes nothing; None does so on all devices but a CPU, where torch
+            promises no order for running sums of floating-point numbers.
+
+    Returns:
+        the sums, ascending, of the shape and dtype of `mass`.
+    """
+    if not (mass.device.type != "cpu" if fixed is None else fixed):
+        return mass.cumsum(-1)
+    unit = 2.0**40 / mass.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((mass * unit).long().cumsum(-1) / unit).to(mass.dtype)
+
+
 def inverse(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the distribution function of `mass` at evenly spaced points of [0, 1).
 
@@ -44,7 +61,7 @@ def inverse(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """
     slots = point.shape[-1]
     point = point.to(mass.dtype)
-    running = mass.cumsum(-1)
+    running = running_sum(mass)
     # scaled by the last sum, so that rounding leaves no point beyond it
     scale = running[..., -1:]
     # points below the end of each candidate; what they grow by is how often it is hit. A search takes four times as long

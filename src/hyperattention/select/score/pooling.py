@@ -64,8 +64,17 @@ class Coarse:
         return score.topk(min(self.num, score.shape[2]), dim=-1)[1].sort(-1)[0]
 
 
-def pool_queries(tiles: Tiles, pooled: int) -> Tensor:
-    """Average neighbouring queries of each head in `pooled` groups a tile: ``[lists, tiles, group * pooled, head_dim]``."""
+def pool_queries(tiles: Tiles, pooled: int, scale: float | None = None) -> Tensor:
+    """Average neighbouring queries of each head in `pooled` groups a tile: ``[lists, tiles, group * pooled, head_dim]``.
+
+    Args:
+        tiles: the tiled problem.
+        pooled: groups.
+        scale: a factor; with it the averages are float32 or wider, without it of the dtype of the queries.
+
+    Returns:
+        the averages.
+    """
     problem, count, size = tiles.problem, len(tiles.index), tiles.size
     each = -(-size // min(pooled, size))
     groups = -(-size // each)
@@ -78,8 +87,14 @@ def pool_queries(tiles: Tiles, pooled: int) -> Tensor:
     slot = torch.arange(groups * each, device=q.device)
     row = tiles.index[:, None] * size + slot - problem.offset
     there = (row >= 0) & (row < problem.num_queries) & (slot < size)
-    total = total / there.view(count, groups, each).sum(2).clamp(min=1)[..., None]
-    return total.unflatten(1, (-1, problem.group)).transpose(2, 3).flatten(3, 4).flatten(0, 1)
+    number = there.view(count, groups, each).sum(2).clamp(min=1)[..., None]
+    dtype = total.dtype if scale is None else torch.promote_types(total.dtype, torch.float32)
+    # one pass over memory for the average, the factor and the wider dtype
+    total = (
+        total.unflatten(1, (-1, problem.group)).transpose(2, 3).contiguous()
+    )  # [batch, kv_heads, tiles, group, groups, _]
+    mean = total * ((1.0 if scale is None else scale) / number[:, None]).to(dtype)
+    return mean.flatten(3, 4).flatten(0, 1)
 
 
 def edges(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # products among the candidates of a batch of blocks: small enough to stay in the cache
 _PRODUCT_BYTES = 4 * 2**20
+# the same on any other device, where few large operations pay
+_DEVICE_PRODUCT_BYTES = 512 * 2**20
 # candidates beyond which they are not all multiplied with one another
 _MANY = 64
 
@@ -77,7 +79,8 @@ class Representatives:
         if among.shape[2] > _MANY:
             return torch.cat([means, self._farthest_of_many(means, among)], 2)
         # all products among candidates at once, for as many blocks as stay in the cache
-        step = max(1, _PRODUCT_BYTES // (4 * keys.shape[0] * among.shape[2] ** 2))
+        most = _PRODUCT_BYTES if keys.device.type == "cpu" else _DEVICE_PRODUCT_BYTES
+        step = max(1, most // (4 * keys.shape[0] * among.shape[2] ** 2))
         far = [self._farthest(*some) for some in zip(means.split(step, 1), among.split(step, 1), strict=True)]
         return torch.cat([means, torch.cat(far, 1)], 2)
 

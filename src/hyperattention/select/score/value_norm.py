@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from hyperattention.check import positive
 from hyperattention.select.draw import Density, Distribution, Even, Uniform
+from hyperattention.select.score.mass import running_sum
 from hyperattention.select.score.pooling import edges
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
@@ -109,7 +110,7 @@ class ValueNorm(Density):
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Sum the norms along every list of keys."""
         mass, left = self._mass(tiles), edges(tiles, taken)
-        below = pad(mass.cumsum(1), (1, 0))  # [lists, keys + 1]
+        below = pad(running_sum(mass), (1, 0))  # [lists, keys + 1]
         return lambda part: _ByMass(mass, below, (left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))
 
     def _mass(self, tiles: Tiles) -> Tensor:

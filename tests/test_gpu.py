@@ -1,0 +1,182 @@
+"""On a GPU: compiled kernels, at sizes the interpreter cannot reach, and what only a device shows. `pytest -m gpu`."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import dense
+import hyperattention as ha
+from assertions import assert_exact, assert_same_math
+from hyperattention.kernels.list_attention import list_attention
+from hyperattention.select.score.block_score import BlockScore
+from problems import tensors
+from random_lists import SCALE, gradients, make_selection, make_tensors, triple_loop
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LISTS = ha.Method(ha.Sinks(4), ha.Window(64), ha.TopBlocks(4, block_size=16), ha.Draw(100, by=BlockScore(16)))
+HASHED = ha.Method(ha.Sinks(2), ha.HashBuckets(64), ha.Draw(64))
+DEFAULT = ha.default_method(10**6)
+
+
+def on_gpu(x):
+    """Move tensors, alone, in tuples, or in the fields of a dataclass."""
+    if isinstance(x, Tensor):
+        return x.cuda()
+    if isinstance(x, tuple):
+        return tuple(map(on_gpu, x))
+    if hasattr(x, "__dataclass_fields__"):
+        return type(x)(**{name: on_gpu(getattr(x, name)) for name in x.__dataclass_fields__})
+    return x
+
+
+def attend_and_differentiate(attend, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    leaves = tuple(t.detach().requires_grad_() for t in x)
+    out, lse = attend(*leaves)
+    ramp = torch.linspace(0.5, 2, out.numel(), device=out.device).view(out.shape)
+    loss = (out.float() * ramp).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * ramp[..., 0]).sum()
+    return (out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("keys", [1, 63, 100, 257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, keys):
+    x, lists = (
+        make_tensors(dtype, keys, keys, 18, (20, 5)),
+        make_selection(seed=keys, keys=keys, slots=(33, 40, 5, 9), rows=18),
+    )
+    wide = tuple(t.double() for t in x)
+    ours = list_attention(*on_gpu(x), on_gpu(lists), SCALE)
+    truth, plain = triple_loop(*wide, lists, SCALE), triple_loop(*x, lists, SCALE)
+    assert_same_math(ours[0].cpu(), truth[0], plain[0])
+    assert_same_math(ours[1].cpu(), truth[1], triple_loop(*(t.float() for t in x), lists, SCALE)[1])
+    ours = gradients(list_attention, on_gpu(x), on_gpu(lists))
+    truth, plain = gradients(triple_loop, wide, lists), gradients(triple_loop, x, lists)
+    for a, b, c in zip(ours, truth, plain, strict=True):
+        assert_same_math(a.cpu(), b, c)
+
+
+@pytest.mark.parametrize("method", [LISTS, HASHED, DEFAULT], ids=["lists", "hashed", "default"])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("causal", [True, False])
+def test_methods_as_on_the_cpu(method, head_dim, group, causal):
+    """The same lists, read by both kernels: chosen once, on the GPU."""
+    from hyperattention.problem import Problem
+
+    x = tensors(3001, heads=group, kv_heads=1, head_dim=head_dim, value_dim=64, dtype=torch.bfloat16)
+    problem = Problem(*on_gpu(x), head_dim**-0.5, causal=causal)
+    for tiling, selection in method.selections(problem):
+        q, k, v = tiling.arrange(problem.q), problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+        ours = list_attention(q, k, v, selection, problem.scale)
+        wide = list_attention(*(t.double() for t in (q, k, v)), selection, problem.scale)
+        plain = list_attention(*(t.cpu() for t in (q, k, v)), _to(selection, "cpu"), problem.scale)
+        assert_same_math(ours[0].cpu(), wide[0].cpu(), plain[0])
+        assert_exact(ours[1], wide[1])
+
+
+def _to(x, device: str):
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, tuple):
+        return tuple(_to(t, device) for t in x)
+    if hasattr(x, "__dataclass_fields__"):
+        return type(x)(**{name: _to(getattr(x, name), device) for name in x.__dataclass_fields__})
+    return x
+
+
+COMPILED = """
+import torch
+import hyperattention as ha
+method = ha.default_method(10**6)
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, heads, 5000, 64, device="cuda") for heads in (4, 2, 2))
+def attend(q, k, v):
+    return ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=method, return_lse=True)
+results = []
+for step in (attend, torch.compile(attend, fullgraph=True)):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = step(*leaves)
+    results.append([out.detach(), lse.detach(), *torch.autograd.grad((out ** 2).sum() + lse.sum(), leaves)])
+# atomic additions come in any order, and fused estimates may move a draw
+print(max(((a - b).norm() / b.norm()).item() for a, b in zip(*results)) < 1e-2)
+"""
+
+
+def test_compiles_into_one_graph(run_python):
+    assert run_python(COMPILED).split() == ["True"]
+
+
+@pytest.mark.parametrize("method", [LISTS, HASHED, DEFAULT], ids=["lists", "hashed", "default"])
+def test_a_graph_captures_a_whole_call(method):
+    """Nothing waits for the device: capture would fail."""
+    x = on_gpu(tensors(5000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16))
+
+    def attend():
+        return ha.attention(*x, is_causal=True, enable_gqa=True, method=method, return_lse=True)
+
+    expected = attend()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            attend()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    for a in captured:
+        a.fill_(torch.nan)
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointing_recomputes_the_same_bits():
+    from torch.utils.checkpoint import checkpoint
+
+    def attend(*x):
+        return ha.attention(*x, is_causal=True, method=DEFAULT, return_lse=True)
+
+    x = on_gpu(tensors(5000, head_dim=64))
+    torch.use_deterministic_algorithms(True)
+    try:
+        plain = attend_and_differentiate(attend, x)
+        again = attend_and_differentiate(lambda *y: checkpoint(attend, *y, use_reentrant=False), x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(again, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_addresses_beyond_two_to_the_31():
+    """Values of one head that lie further than 2**31 numbers apart."""
+    wide = torch.zeros(2**31 + 2**20, dtype=torch.bfloat16, device="cuda")
+    k = wide[-(2**20) :].view(1, 1, -1, 64)
+    far = wide.as_strided((2, k.shape[2], 64), (2**31, 64, 1))
+    k.normal_()
+    q = torch.randn(1, 2, 1000, 64, dtype=torch.bfloat16, device="cuda")
+    ours = ha.attention(q, far[None], far[None], method=ha.Method(ha.Sinks(4), ha.Draw(64)))
+    near = ha.attention(q, far[None].clone(), far[None].clone(), method=ha.Method(ha.Sinks(4), ha.Draw(64)))
+    assert torch.equal(ours, near)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_pages(dtype):
+    from test_paged import apart, make_cache
+
+    counts = [1, 24, 700, 1]
+    alone, arguments = make_cache([4000, 870, 1000, 33], counts, dtype=dtype)
+    out = ha.paged_attention(*on_gpu(arguments[:4]), *arguments[4:])
+    for (q, k, v), o in zip(alone, apart(out.cpu(), counts), strict=True):
+        assert_same_math(o, *(f(q, k, v, causal=True, align="lower_right")[0] for f in (dense.reference, dense.attention)))
+
+
+def test_an_audit_judges_in_float32():
+    q, k, v = on_gpu(tensors(3000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16))
+    out = ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=LISTS)
+    options = {"rows": 64, "is_causal": True, "enable_gqa": True}
+    alone = ha.audit(q, k, v, out, **options, hardness=False)
+    wide = ha.audit(*(x.double() for x in (q, k, v, out)), **options)
+    assert torch.allclose(alone.relative_error.double(), wide.relative_error, rtol=1e-3)
