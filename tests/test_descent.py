@@ -102,12 +102,12 @@ def test_opened_keys_alone_share_all_draws():
 def test_the_coarsest_level_is_scored_only_from_the_seam_on():
     by = ha.Descent(LEVELS)
     tiles = cut(problem(1024), 64)
-    assert by.seam(tiles, 512) == 4
-    assert ha.Descent((ha.Level(64, 64),)).seam(tiles, 8192) == 64
+    assert by.seams(tiles, 512) == [4]
+    assert ha.Descent((ha.Level(64, 64),)).seams(tiles, 8192) == [64]
     # few draws open fewer of the last blocks, which is what the cost counts as well
     few, many = (ha.Descent((ha.Level(64, 64),)).selection_pairs(4096, 64, 16, True, num) for num in (1024, 8192))
     assert few > many
-    assert ha.Descent((ha.Level(64, 64),)).seam(tiles, 1024) == 8
+    assert ha.Descent((ha.Level(64, 64),)).seams(tiles, 1024) == [8]
     short, long = (by.selection_pairs(keys, 64, 16, True, 512) for keys in (256, 2**20))
     assert short < long < 2**20 / 2
 

@@ -75,9 +75,9 @@ class Density(ABC):
             a function from a chunk of tiles to its distribution.
         """
 
-    def seam(self, tiles: Tiles, num: int) -> int:
-        """Number the tile, in this call, from which on `num` draws work otherwise: no chunk has tiles of both sides."""
-        return 0
+    def seams(self, tiles: Tiles, num: int) -> list[int]:
+        """Number the tiles, in this call, from which on `num` draws work otherwise: no chunk has tiles of both sides."""
+        return []
 
     def numbers(self, tiles: Tiles) -> int:
         """Count the float32 numbers held for each list and tile while drawing."""
@@ -196,7 +196,7 @@ class Draw(Stage):
         left = edges(tiles, taken)
         parts = self._components(tiles, taken)
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
-        seams = [density.seam(tiles, num) for density, num in self._shares()]
+        seams = [seam for density, num in self._shares() for seam in density.seams(tiles, num)]
         drawn = [self._few(_drawn(parts, part), left, tiles, taken, part) for part in chunks(tiles, numbers, seams)]
         index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
         if taken.blocks:

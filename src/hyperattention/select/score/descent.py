@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.select.draw import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
-from hyperattention.select.score.level import Level, opened_at
+from hyperattention.select.score.level import Level, first_level, opened_at
 from hyperattention.select.score.pooling import edges, pool_queries
 from hyperattention.select.score.precision import for_estimates
 from hyperattention.select.score.representatives import Representatives
@@ -60,7 +60,11 @@ class Descent(Density):
     """
 
     levels: tuple[Level, ...] = field(
-        default_factory=lambda: (Level(256, 24, Representatives(2, 4)), Level(16, 8, Representatives(1, 3)))
+        default_factory=lambda: (
+            Level(4096, 32, Representatives(4, 8)),
+            Level(256, 24, Representatives(2, 4)),
+            Level(16, 8, Representatives(1, 3)),
+        )
     )
     dim: int = 64
     pooled: int = 16
@@ -90,31 +94,34 @@ class Descent(Density):
         """Points are evenly spaced."""
         return True
 
-    def seam(self, tiles: Tiles, num: int) -> int:
-        """Number of the first tile that sees more of the coarsest blocks than are opened: from there on they are scored."""
+    def seams(self, tiles: Tiles, num: int) -> list[int]:
+        """Number the first tiles that see more blocks of a level than are opened: from there on these are scored."""
         if not tiles.problem.causal:
-            return 0
-        free = opened_at(self.levels, num)[0] * self.levels[0].block_size // tiles.size
-        return max(0, free - tiles.problem.offset // tiles.size)
+            return []
+        begins = zip(self.levels[: max(1, len(self.levels) - 1)], opened_at(self.levels, num), strict=False)
+        free = [keep * level.block_size // tiles.size for level, keep in begins]
+        return [max(0, first - tiles.problem.offset // tiles.size) for first in free]
 
     def numbers(self, tiles: Tiles) -> int:
         """Count the leaves, each with its first key, its weight and what is made of them on the way."""
-        sizes = [level.block_size for level in self.levels[1:]] + [1]
-        opened = sum(level.keep * level.block_size // size for level, size in zip(self.levels, sizes, strict=True))
-        return 8 * (tiles.problem.num_keys // self.levels[0].block_size + opened)
+        levels = self.levels[first_level(self.levels, tiles.problem.num_keys, tiles.problem.num_keys) :]
+        sizes = [level.block_size for level in levels[1:]] + [1]
+        opened = sum(level.keep * level.block_size // size for level, size in zip(levels, sizes, strict=True))
+        return 8 * (tiles.problem.num_keys // levels[0].block_size + opened)
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
         """Count products of pooled queries with representatives, means and variances, per query."""
         visible = num_keys / (2 if causal else 1)
-        columns = sum(self._columns(visible, num)) + 2 * visible / self.levels[0].block_size
-        return self.pooled / tile * columns * min(self.dim, head_dim) / head_dim
+        return self.pooled / tile * sum(self._columns(visible, num)) * min(self.dim, head_dim) / head_dim
 
-    def _columns(self, visible: float, num: int) -> list[float]:
-        """Count the representatives scored for each tile, level by level."""
-        top, columns, keep = self.levels[0], [], opened_at(self.levels, num)
-        if visible > keep[0] * top.block_size:
-            columns.append(visible / top.block_size * top.by.num)
-        for (above, level), most in zip(pairwise(self.levels), keep, strict=False):
+    def _columns(self, visible: int | float, num: int) -> list[float]:
+        """Count the vectors that a pooled query is multiplied with for each tile: moments, then level by level."""
+        begin = first_level(self.levels, num, visible)
+        levels, keep = self.levels[begin:], opened_at(self.levels, num)[begin:]
+        columns = [2 * visible / levels[0].block_size]
+        if visible > keep[0] * levels[0].block_size:
+            columns.append(visible / levels[0].block_size * levels[0].by.num)
+        for (above, level), most in zip(pairwise(levels), keep, strict=False):
             visible = min(visible, most * above.block_size)
             columns.append(visible / level.block_size * level.by.num)
         return columns
@@ -123,7 +130,8 @@ class Descent(Density):
         """Project keys and pooled queries, and choose what stands for every block."""
         k = tiles.problem.k.flatten(0, 1)
         query = pool_queries(tiles, self.pooled, tiles.problem.scale)
-        top = self.levels[0].block_size
+        levels = self.levels[first_level(self.levels, num, k.shape[1]) :]
+        top = levels[0].block_size
         # the ragged end filled up, and one block more, which stands in where fewer are left than may be opened
         keys = query.new_empty(k.shape[0], (-(-k.shape[1] // top) + 1) * top, min(self.dim, k.shape[2]))
         # while no more keys than draws are left all are listed: those keys may serve as a sample of the rest
@@ -139,27 +147,38 @@ class Descent(Density):
         keys[:, k.shape[1] :] = 0.0
         # a key or query that is not finite tells nothing: it is left to the even share
         keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
-        summaries = self._summaries(keys)
-        mean = summaries[0][:, :, : self.levels[0].by.means].mean(2)
-        # a few blocks at a time, for little memory; a norm over a middle axis would take eight times as long
-        few = _BLOCKS if keys.device.type == "cpu" else max(1, keys.shape[1] // top)
-        square = [some.square().sum(2) for some in keys.unflatten(1, (-1, top)).split(few, 1)]
-        variance = (torch.cat(square, 1) / top - mean.square()).clamp_(min=0)
+        summaries = _summaries(keys, levels)
         rough = tuple(for_estimates(x) for x in summaries)
         scratch = (Scratch(like, BATCH_NUMBERS) for like in (rough[0], rough[0], keys))
-        left, share, moments = edges(tiles, taken), self.uniform_share, for_estimates(torch.cat([mean, variance], 2))
-        walk = Walk(self.levels, tiles, left, taken.near, for_estimates(query), rough, moments, num, share, *scratch)
+        left, moments = edges(tiles, taken), tuple(for_estimates(x) for x in _moments(keys, levels, summaries))
+        walk = Walk(levels, tiles, left, taken.near, for_estimates(query), rough, moments, num, self.uniform_share, *scratch)
         return walk.law
 
-    def _summaries(self, keys: Tensor) -> list[Tensor]:
-        """Choose what stands for the blocks of each level; far keys of a coarse block are found among those of its parts."""
-        summaries, below = [], None
-        for level in reversed(self.levels):
-            among = None
-            if below is not None and below.by.far:
-                among = summaries[0][:, :, below.by.means :]
-                among = among.unflatten(1, (-1, level.block_size // below.block_size)).flatten(2, 3)
-            enough = among is not None and among.shape[2] >= level.by.far
-            chosen = level.by.choose(keys.unflatten(1, (-1, level.block_size)), among if enough else None)
-            summaries, below = [chosen, *summaries], level
-        return summaries
+
+def _moments(keys: Tensor, levels: tuple[Level, ...], summaries: list[Tensor]) -> list[Tensor]:
+    """Average keys and squares of each level to begin with, ``[lists, blocks, 2 * width]``: means beside variances."""
+    begins = levels[: max(1, len(levels) - 1)]
+    mean = summaries[len(begins) - 1][:, :, : begins[-1].by.means].mean(2)
+    few = _BLOCKS if keys.device.type == "cpu" else keys.shape[1]
+    # a few blocks at a time, for little memory; a norm over a middle axis would take eight times as long
+    square = [some.square().sum(2) for some in keys.unflatten(1, (-1, begins[-1].block_size)).split(few, 1)]
+    square, moments = torch.cat(square, 1) / begins[-1].block_size, []
+    for above, level in zip([None, *begins[:-1]][::-1], begins[::-1], strict=True):
+        moments.insert(0, torch.cat([mean, (square - mean.square()).clamp_(min=0)], 2))
+        if above is not None:
+            mean, square = (x.unflatten(1, (-1, above.block_size // level.block_size)).mean(2) for x in (mean, square))
+    return moments
+
+
+def _summaries(keys: Tensor, levels: tuple[Level, ...]) -> list[Tensor]:
+    """Choose what stands for the blocks of each level; far keys of a coarse block are found among those of its parts."""
+    summaries, below = [], None
+    for level in reversed(levels):
+        among = None
+        if below is not None and below.by.far:
+            among = summaries[0][:, :, below.by.means :]
+            among = among.unflatten(1, (-1, level.block_size // below.block_size)).flatten(2, 3)
+        enough = among is not None and among.shape[2] >= level.by.far
+        chosen = level.by.choose(keys.unflatten(1, (-1, level.block_size)), among if enough else None)
+        summaries, below = [chosen, *summaries], level
+    return summaries

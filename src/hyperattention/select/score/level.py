@@ -38,3 +38,20 @@ def opened_at(levels: tuple[Level, ...], num: int) -> list[int]:
     """Count the blocks opened at each level: those of the last hold at most half as many keys as are drawn, or are four."""
     *above, last = levels
     return [*(level.keep for level in above), max(EDGES, min(last.keep, num // (2 * last.block_size)))]
+
+
+def first_level(levels: tuple[Level, ...], num: int, visible: int | float) -> int:
+    """Number the level to begin with: coarser ones, all of whose blocks would be opened, tell nothing.
+
+    Args:
+        levels: from coarse to fine; the last two are always there, so that short sequences have coarse blocks too.
+        num: draws of a tile.
+        visible: keys that it sees.
+
+    Returns:
+        the level.
+    """
+    keep, depth = opened_at(levels, num), 0
+    while depth + 2 < len(levels) and visible <= keep[depth] * levels[depth].block_size:
+        depth += 1
+    return depth

@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperattention.kernels.block_mass import block_lse, block_mass
 from hyperattention.kernels.triton_reads import triton_reads
 from hyperattention.select.score.leaves import Closed, Leaves, Opened, leaves_of
-from hyperattention.select.score.level import EDGES, Level, opened_at
+from hyperattention.select.score.level import EDGES, Level, first_level, opened_at
 from hyperattention.select.score.pooling import any_left, seen_keys
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
@@ -56,7 +56,8 @@ class Walk:
         query: pooled queries, scaled, ``[lists, tiles, rows, width]``, in the precision of `summaries`.
         summaries: representatives of each level's blocks, ``[lists, blocks, representatives, width]``; the last of the
             coarsest blocks, and all that is in it, is zeros.
-        moments: means of the coarsest blocks beside their variances, ``[lists, blocks, 2 * width]``.
+        moments: means of blocks beside their variances, for each level that can be begun with,
+            ``[lists, blocks, 2 * width]``.
         num: draws of each tile.
         uniform_share: share of the draws on closed blocks that is spread evenly.
         gathered: memory for representatives of opened blocks.
@@ -70,7 +71,7 @@ class Walk:
     near: int
     query: Tensor
     summaries: tuple[Tensor, ...]
-    moments: Tensor
+    moments: tuple[Tensor, ...]
     num: int
     uniform_share: float
     gathered: Scratch
@@ -81,27 +82,28 @@ class Walk:
         """Descend for a chunk of tiles.
 
         Args:
-            part: the chunk, all of whose tiles, or none, see more of the coarsest blocks than are opened.
+            part: the chunk; no seam lies inside it.
 
         Returns:
             the law of the leaves.
         """
-        left = tuple(x[:, part] for x in self.left)
-        blocks = self._all(part)
-        seen, closed = self._seen(blocks, part), []
-        for depth, keep in enumerate(opened_at(self.levels, self.num)):
+        left, closed, keep = tuple(x[:, part] for x in self.left), [], opened_at(self.levels, self.num)
+        visible = seen_keys(self.tiles, part)
+        begin = first_level(self.levels, self.num, visible)
+        blocks = self._all(part, self.levels[begin].block_size, visible)
+        seen = self._seen(begin, blocks, part)
+        for depth in range(begin, len(self.levels)):
             opened = blocks
             # below the first level, whose seam no chunk crosses, what is skipped would depend on how far the chunk sees
-            if depth or blocks.first.shape[2] > keep:
-                found, opened = self._open(depth, keep, blocks, part, left, seen)
+            if depth > begin or blocks.first.shape[2] > keep[depth]:
+                found, opened = self._open(depth, keep[depth], blocks, part, left, seen)
                 closed.append(found)
             blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
         return leaves_of(Opened(blocks.first, blocks.whole(left)), closed[::-1], left, self.num, self.uniform_share)
 
-    def _all(self, part: slice) -> _Blocks:
-        """Begin with all of the coarsest blocks that any tile of the chunk can see."""
-        size = self.levels[0].block_size
-        number = -(-seen_keys(self.tiles, part) // size)
+    def _all(self, part: slice, size: int, visible: int) -> _Blocks:
+        """Begin with all blocks of `size` keys that any tile of the chunk can see."""
+        number = -(-visible // size)
         first = torch.arange(number, device=self.query.device) * size
         return _Blocks(first.expand(self.query.shape[0], part.stop - part.start, -1), size, True, number)
 
@@ -137,7 +139,7 @@ class Walk:
         step = torch.arange(0, opened.size, size, device=opened.first.device)
         return replace(opened, first=(opened.first[..., None] + step).flatten(2), size=size, cut=opened.cut * len(step))
 
-    def _seen(self, blocks: _Blocks, part: slice) -> Tensor:
+    def _seen(self, begin: int, blocks: _Blocks, part: slice) -> Tensor:
         """Estimate each query's log-sum-exp over all that it sees, ``[lists, chunk, rows]``.
 
         The scores of a block are taken for normal: log sum_j exp(q . k_j) ~ q . mean + 1/2 q^2 . variance + log size. Means
@@ -148,15 +150,15 @@ class Walk:
         """
         if triton_reads(self.query):
             number = blocks.first.shape[2]
-            return block_lse(self.query[:, part], self.moments, self._edges(part), number, blocks.size)
+            return block_lse(self.query[:, part], self.moments[begin], self._edges(part), number, blocks.size)
         known, seen = self._known(blocks, part), self.scores.like.new_empty(self.query[:, part, :, 0].shape)
-        for some, number, begin in self._batches(blocks, part, 1):
+        for some, number, hidden in self._batches(blocks, part, 1):
             query = self.query[:, part][:, some]
             lists, chunk, rows, _ = query.shape
             query = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2)
-            score = self._product(query, self.moments[:, :number], self.scores.take(lists, chunk * rows, number))
+            score = self._product(query, self.moments[begin][:, :number], self.scores.take(lists, chunk * rows, number))
             score = score.view(lists, chunk, rows, number)
-            _hide(score, known[:, some], begin, number, 1)
+            _hide(score, known[:, some], hidden, number, 1)
             # by the largest softmax weight, which takes a third of the time of exponentials
             top = score.amax(-1)
             seen[:, some] = top - torch.softmax(score, -1, out=score).amax(-1).log_()
