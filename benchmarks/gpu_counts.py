@@ -1,0 +1,74 @@
+"""Count what choosing keys costs a GPU, without one: launches and bytes of its operators, on the meta device.
+
+python benchmarks/gpu_counts.py                    # the default method at 8k, 131k and 1M tokens
+python benchmarks/gpu_counts.py 65536 --largest 20 # one length, and the operators that move most
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hyperattention import default_method
+from hyperattention.problem import Problem
+from hyperattention.select.score import walk
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+
+
+class Count(TorchDispatchMode):
+    """Operators that launch a kernel, and the bytes that they read and write; a tensor counts as often as it is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        # a view moves nothing, and memory is not touched by asking for it
+        if not func.is_view and "empty" not in func.name() and "_unsafe_view" not in func.name():
+            name = func.overloadpacket._qualified_op_name.split("::")[1]
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            self.launches[name] += 1
+            self.bytes[name] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+        return result
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
+    plain, walk.triton_reads = walk.triton_reads, lambda *tensors: True
+    try:
+        yield
+    finally:
+        walk.triton_reads = plain
+
+
+def count(tokens: int) -> Count:
+    q, k = (torch.empty(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS))
+    method = default_method(tokens)
+    with as_on_a_gpu(), torch.no_grad(), Count() as counted:
+        method.selections(Problem(q, k, k, HEAD_DIM**-0.5, causal=True))
+    return counted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tokens", type=int, nargs="*", default=[8192, 131_072, 1_048_576])
+    parser.add_argument("--largest", type=int, default=0, help="operators to name, by bytes")
+    options = parser.parse_args()
+    for tokens in options.tokens:
+        counted = count(tokens)
+        print(f"{tokens:,} tokens: {counted.launches.total()} launches, {counted.bytes.total() / 1e9:.3g} GB")
+        for name, moved in counted.bytes.most_common(options.largest):
+            print(f"    {name}: {counted.launches[name]} launches, {moved / 1e9:.3g} GB")
+
+
+if __name__ == "__main__":
+    main()
