@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperattention.kernels import block_mass_triton, list_triton, list_triton_backward
+from hyperattention.kernels import block_mass_triton, draw_leaves_triton, list_triton, list_triton_backward
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list_torch import Lists
 
@@ -92,6 +92,20 @@ def launches_of_masses(dtype: torch.dtype, dim: int, rows: int) -> Iterator[tupl
         yield f"block mass, blocks of {size}", launch
 
 
+def launches_of_draws() -> Iterator[tuple[str, Launch]]:
+    for leaves, closed in ((1024, 896), (1280, 1152), (128, 0)):
+        first, alive, mass = (
+            indices(1, TILES, leaves),
+            torch.zeros(1, TILES, leaves, dtype=torch.bool),
+            torch.empty(1, TILES, closed),
+        )
+        results, offset = (indices(1, TILES, 688), torch.empty(1, TILES, 688)), torch.zeros(1, TILES, dtype=torch.float64)
+        launch = draw_leaves_triton.launch_draw(
+            first, indices(leaves), mass, alive, indices(1, TILES), offset, results, 0.2, 2, 1e-30
+        )
+        yield f"draws from {leaves} leaves", launch
+
+
 def resources_of(compiled) -> dict[str, int]:
     """Registers, and bytes of stack: what did not fit registers is spilled there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -111,6 +125,8 @@ def main(capability: int, dtype: torch.dtype, dims: list[int]) -> None:
         for rows in (16, 64, 128):
             for name, launch in launches_of_masses(dtype, min(dim, 64), rows):
                 print(json.dumps({"kernel": name, "dim": dim, "rows": rows, **resources_of(launch.compile())}), flush=True)
+    for name, launch in launches_of_draws():
+        print(json.dumps({"kernel": name, **resources_of(launch.compile())}), flush=True)
 
 
 if __name__ == "__main__":

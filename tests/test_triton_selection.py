@@ -18,11 +18,14 @@ from hyperattention.select.score.representatives import Representatives
 from problems import problem, tensors
 
 LEVELS = Level(32, 6, Representatives(2, 2)), Level(8, 4, Representatives(1, 3))
+# fewer draws than keys of four blocks: none is certain; and a level above
+FEW_LEVELS = Level(128, 4, Representatives(2, 2)), *LEVELS
+FEW = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(24, by=Descent(FEW_LEVELS, dim=12, pooled=4)), tile=16)
 METHOD = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(80, by=Descent(LEVELS, dim=12, pooled=4)), tile=16)
 
 
-def masses(problem, *, fused: bool, monkeypatch) -> tuple[list, torch.Tensor]:
-    """All that the walk estimates on its way, and the keys chosen by it."""
+def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """All that the walk estimates on its way, and the keys chosen by it, with their log-weights."""
     found = []
 
     def recorded(function):
@@ -38,8 +41,8 @@ def masses(problem, *, fused: bool, monkeypatch) -> tuple[list, torch.Tensor]:
         patch.setattr(descent, "for_estimates", lambda x: x)
         for name in ("_seen", "_mass"):
             patch.setattr(walk.Walk, name, recorded(getattr(walk.Walk, name)))
-        _, selection = METHOD.select(problem)
-    return found, selection.runs[-1].first
+        _, selection = method.select(problem)
+    return found, selection.runs[-1].first, selection.runs[-1].log_weight
 
 
 @pytest.mark.usefixtures("triton_kernel")
@@ -55,15 +58,22 @@ def masses(problem, *, fused: bool, monkeypatch) -> tuple[list, torch.Tensor]:
     ],
     ids=str,
 )
-def test_fused_masses_are_those_of_the_cpu(num_tokens, shape, monkeypatch):
+@pytest.mark.parametrize("method", [METHOD, FEW], ids=["many draws", "few draws"])
+def test_a_fused_choice_is_that_of_the_cpu(method, num_tokens, shape, monkeypatch):
     x = problem(num_tokens, **shape)
-    (ours, index), (plain, expected) = (masses(x, fused=fused, monkeypatch=monkeypatch) for fused in (True, False))
+    (ours, index, weight), (plain, expected, log_weight) = (
+        chosen(x, fused=fused, monkeypatch=monkeypatch, method=method) for fused in (True, False)
+    )
     assert len(ours) == len(plain)
     for a, b in zip(ours, plain, strict=True):
         # a row that knows of nothing weighs nothing; written out it is -inf minus -inf
         assert_exact(a, b.nan_to_num(nan=0.0))
     # a point may fall on the other side of an edge, by rounding
-    assert (index != expected).double().mean() < 0.01
+    same = index == expected
+    assert same.double().mean() > 0.99
+    assert torch.equal(weight == -torch.inf, log_weight == -torch.inf)
+    here = same & (weight > -torch.inf)
+    assert ((weight - log_weight)[here].abs() < 1e-4).all()
 
 
 class Spy(TorchDispatchMode):

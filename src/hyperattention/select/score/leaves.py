@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hyperattention.kernels.choosing import draw_leaves
 from hyperattention.select.draw import Distribution
 from hyperattention.select.score.mass import inverse
 
@@ -114,3 +115,32 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
     mass.mul_(weighted / mass.sum(-1, keepdim=True).clamp(min=_LEAST)).add_(alive * (inside * even))
     mass.mul_(rest / mass.sum(-1, keepdim=True).clamp(min=_LEAST))
     return Leaves(first, size, torch.cat([one, mass], 2), num)
+
+
+@dataclass(frozen=True)
+class Fused(Distribution):
+    """The same law for a GPU, where one kernel goes from masses to keys; arguments as for `leaves_of`."""
+
+    opened: Opened
+    closed: list[Closed]
+    left: tuple[Tensor, ...]
+    num: int
+    uniform_share: float
+
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Find leaf and key of evenly spaced points, of which only the first is looked at."""
+        begin, hole_begin, hole_end, end = (x[..., 0] for x in self.left)
+        sizes = [(self.opened.first, 1), *((x.first, x.size) for x in self.closed)]
+        size = torch.cat([first.new_full(first.shape[2:], each) for first, each in sizes])
+        first = torch.cat([first for first, _ in sizes], 2)
+        alive = torch.cat([self.opened.alive, *(x.alive for x in self.closed)], 2)
+        # a tensor of float32 without numbers stands for no closed block
+        mass = torch.cat([point.new_empty(*first.shape[:2], 0, dtype=torch.float32), *(x.mass for x in self.closed)], 2)
+        return draw_leaves(
+            first, size, mass, alive, hole_begin - begin + end - hole_end, point[..., 0], self.num, self.uniform_share,
+            _CLIP_ROUNDS, _LEAST,
+        )  # fmt: skip
+
+    def share(self, index: Tensor) -> Tensor:
+        """Look up the leaf that holds each key."""
+        return leaves_of(self.opened, self.closed, self.left, self.num, self.uniform_share).share(index)

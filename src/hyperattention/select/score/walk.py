@@ -7,9 +7,9 @@ from math import log
 import torch
 from torch import Tensor
 
-from hyperattention.kernels.block_mass import block_lse, block_mass
+from hyperattention.kernels.choosing import block_lse, block_mass
 from hyperattention.kernels.triton_reads import triton_reads
-from hyperattention.select.score.leaves import Closed, Leaves, Opened, leaves_of
+from hyperattention.select.score.leaves import Closed, Fused, Leaves, Opened, leaves_of
 from hyperattention.select.score.level import EDGES, Level, first_level, opened_at
 from hyperattention.select.score.pooling import any_left, seen_keys
 from hyperattention.select.score.scratch import Scratch
@@ -78,7 +78,7 @@ class Walk:
     rough: Scratch
     scores: Scratch
 
-    def law(self, part: slice) -> Leaves:
+    def law(self, part: slice) -> Leaves | Fused:
         """Descend for a chunk of tiles.
 
         Args:
@@ -99,7 +99,8 @@ class Walk:
                 found, opened = self._open(depth, keep[depth], blocks, part, left, seen)
                 closed.append(found)
             blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
-        return leaves_of(Opened(blocks.first, blocks.whole(left)), closed[::-1], left, self.num, self.uniform_share)
+        found = Opened(blocks.first, blocks.whole(left)), closed[::-1], left, self.num, self.uniform_share
+        return Fused(*found) if triton_reads(self.query) else leaves_of(*found)
 
     def _all(self, part: slice, size: int, visible: int) -> _Blocks:
         """Begin with all blocks of `size` keys that any tile of the chunk can see."""

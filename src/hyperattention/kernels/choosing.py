@@ -1,4 +1,4 @@
-"""Masses of blocks as operators of torch, for GPUs: compilers see one node each. On a CPU `Walk` works in batches."""
+"""Choosing as operators of torch, for GPUs: compilers see one node each. On a CPU `Walk` and `Leaves` work in batches."""
 
 import torch
 from torch import Tensor
@@ -39,3 +39,28 @@ def block_mass(
 @block_mass.register_fake
 def _(query, summary, first, edges, lse, number, *rest):
     return query.new_empty((*query.shape[:2], number), dtype=torch.float32)
+
+
+@torch.library.custom_op("hyperattention::draw_leaves", mutates_args=())
+def draw_leaves(
+    first: Tensor,
+    size: Tensor,
+    mass: Tensor,
+    alive: Tensor,
+    count: Tensor,
+    offset: Tensor,
+    num: int,
+    uniform_share: float,
+    clip_rounds: int,
+    least: float,
+) -> tuple[Tensor, Tensor]:
+    """See `draw_leaves_triton.draw_leaves`."""
+    from hyperattention.kernels import draw_leaves_triton
+
+    return draw_leaves_triton.draw_leaves(first, size, mass, alive, count, offset, num, uniform_share, clip_rounds, least)
+
+
+@draw_leaves.register_fake
+def _(first, size, mass, alive, count, offset, num, *rest):
+    shape = (*first.shape[:2], num)
+    return first.new_empty(shape), mass.new_empty(shape)
