@@ -37,6 +37,8 @@ def _drawn(density: Density) -> ha.Method:
 
 DESCENT = ha.Descent((ha.Level(32, 4, ha.Representatives(1, 2)), ha.Level(8, 4, ha.Representatives(2, 1))), dim=4, pooled=8)
 NARROW = ha.Descent((ha.Level(8, 4, ha.Representatives(1, 2)),), pooled=5)
+# the coarsest level is begun with from 128 keys on
+THREE = ha.Descent((ha.Level(32, 4, ha.Representatives(2, 2)), ha.Level(16, 4), ha.Level(4, 4)), dim=6, pooled=4)
 MIXTURE = ha.Mix((DESCENT, 2.0), (ha.BlockScore(8), 1.0))
 
 # fmt: off
@@ -62,6 +64,7 @@ CASES = (
     Case("draws by block score", _drawn(ha.BlockScore(4)), exact_up_to=31),
     Case("draws by descent", _drawn(DESCENT), exact_up_to=31),
     Case("draws by one level", _drawn(ha.Descent((ha.Level(8, 6),), pooled=3)), exact_up_to=31),
+    Case("draws by three levels", _drawn(THREE), exact_up_to=31),
     Case("draws by a level of keys", _drawn(ha.Descent((ha.Level(8, 6), ha.Level(1, 4)), pooled=4)), exact_up_to=31),
     Case("descent up to the tile", ha.Method(ha.Window(7), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent into the tile", ha.Method(ha.Window(6), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
