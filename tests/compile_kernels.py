@@ -59,8 +59,8 @@ def lists_of(rows: int, *, labelled: bool = False) -> Lists:
 
 
 def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) -> Iterator[tuple[str, Launch]]:
-    q, k = torch.empty(1, TILES, rows, dim, dtype=dtype), torch.empty(1, KEYS, dim, dtype=dtype)
-    lse, lists = torch.empty(1, TILES, rows), lists_of(rows)
+    q, k = torch.empty(1, TILES, rows // 64, 64, dim, dtype=dtype), torch.empty(1, KEYS, dim, dtype=dtype)
+    lse, lists = torch.empty(1, TILES, rows // 64, 64), lists_of(rows)
     major = capability // 10
     cut = list_triton.shape_of(rows, dim, q.element_size(), major)
     store = store_of(k, None)

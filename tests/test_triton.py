@@ -117,7 +117,7 @@ def run_with(forward, x, lists):
         [r.low for r in runs], [r.high for r in runs], [none if r.hole is None else torch.stack(r.hole) for r in runs],
         [r.causal for r in runs], [r.labelled for r in runs], lists.row_label, lists.key_label, *gap,
     )  # fmt: skip
-    return forward(*x, flat, SCALE)
+    return forward(x[0][:, :, None], *x[1:], flat, SCALE)
 
 
 # laws

@@ -56,6 +56,6 @@ def exact_rows(
         gap_low=None,
         gap_high=None,
     )
-    q = rows.reshape(lists, 1, group * count, -1)
+    q = rows.reshape(lists, 1, group, count, -1)
     out, _ = list_triton.forward(q, key.flatten(0, 1), value.flatten(0, 1), one_run, scale, precise=True)
-    return out.view(batch, heads, count, -1)
+    return out.reshape(batch, heads, count, -1)

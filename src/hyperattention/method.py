@@ -178,8 +178,8 @@ class Method(Approach):
         partials = []
         for tiling, selection in selected:
             if selection.runs or len(selected) == 1:
-                out, lse = list_attention(tiling.arrange(problem.q), k, v, selection, problem.scale, table)
-                partials.append(Partial(tiling.restore(out), tiling.restore(lse)))
+                out, lse = list_attention(tiling.split(problem.q), k, v, selection, problem.scale, table)
+                partials.append(Partial(tiling.join(out), tiling.join(lse)))
         return merge(partials)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:

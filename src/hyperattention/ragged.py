@@ -100,14 +100,13 @@ def ragged_attention(
         high=high[:, None],
         causal=True,
     )
-    # rows of a tile are its positions, head after head of the group
     q = query[row.clamp(min=0).to(device)].unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)
-    q = q.reshape(tiles * kv_heads, 1, group * size, query.shape[2])
+    q = q.reshape(tiles * kv_heads, 1, group, size, query.shape[2])
     selection = Selection((runs,), row_limit=row_limit[:, None].repeat(1, 1, group), key_row=key_row.flatten().to(device))
     out, lse = list_attention(q, key, value, selection, scale, table)
 
     def restored(x: Tensor) -> Tensor:
-        x = x.reshape(tiles, kv_heads, group, size, *x.shape[3:]).movedim(3, 1)
+        x = x.reshape(tiles, kv_heads, group, size, *x.shape[4:]).movedim(3, 1)
         return x.flatten(2, 3).flatten(0, 1)[place]
 
     return restored(out), restored(lse)

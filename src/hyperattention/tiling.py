@@ -58,17 +58,23 @@ class Tiles:
 
     def arrange(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles rows width"]:
         """Cut rows into tiles and pack the heads of a group into one tile: row ``g * size + t`` is head g, position t."""
+        return self.split(x).flatten(2, 3)
+
+    def split(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles group size width"]:
+        """Cut rows into tiles as `arrange` does, but without copying where tiles are full."""
         batch, heads, count, width = x.shape
         tiles, group = len(self.index), self.problem.group
         x = pad(x, (0, 0, self.front, tiles * self.size - self.front - count)) if tiles * self.size != count else x
-        x = x.reshape(batch, heads // group, group, tiles, self.size, width)
-        return x.transpose(2, 3).reshape(batch * (heads // group), tiles, group * self.size, width)
+        return x.reshape(batch * (heads // group), group, tiles, self.size, width).transpose(1, 2)
 
     def restore(self, x: Tensor) -> Tensor:
         """Undo `arrange`, for rows of any width: ``[lists, tiles, rows, ...]`` to ``[batch, heads, queries, ...]``."""
-        (batch, heads, count), group = self.problem.q.shape[:3], self.problem.group
-        x = x.unflatten(2, (group, self.size)).unflatten(0, (batch, heads // group)).transpose(2, 3)
-        x = x.reshape(batch, heads, len(self.index) * self.size, *x.shape[5:])
+        return self.join(x.unflatten(2, (self.problem.group, self.size)))
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo `split`, for rows of any width; copies nothing that lies head after head."""
+        batch, heads, count = self.problem.q.shape[:3]
+        x = x.transpose(1, 2).reshape(batch, heads, len(self.index) * self.size, *x.shape[4:])
         return x[:, :, self.front : self.front + count]
 
 

@@ -152,3 +152,15 @@ def precision_of(x: Tensor) -> str:
     if x.dtype != torch.float32 or torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def by_head(x: Tensor) -> Tensor:
+    """Lay rows of tiles out head after head: ``[lists, tiles, group, size, ...]`` to ``[lists, group, tiles, size, ...]``.
+
+    Args:
+        x: rows of tiles.
+
+    Returns:
+        the rows, contiguous; not copied where a head's positions lie one after another, as in the layout of queries.
+    """
+    return x.transpose(1, 2).contiguous()

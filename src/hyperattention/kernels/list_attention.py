@@ -54,13 +54,21 @@ def _list_attention(
         from hyperattention.kernels import list_triton
 
         return list_triton.forward(q, k, v, lists, scale, table)
-    return list_torch.forward(q, k, v, lists, scale, table)
+    out, lse = list_torch.forward(q.flatten(2, 3), k, v, lists, scale, table)
+    return _head_by_head(out, q), _head_by_head(lse, q)
+
+
+def _head_by_head(x: Tensor, q: Tensor) -> Tensor:
+    """Split the rows of tiles, and let each head's lie one after another, as those of `q` may."""
+    return x.unflatten(2, q.shape[2:4]).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @_list_attention.register_fake
 def _(q, k, v, *lists_and_scale):
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=acc)
+    num_lists, tiles, group, size, _ = q.shape
+    out, lse = q.new_empty(num_lists, group, tiles, size, v.shape[-1]), q.new_empty(num_lists, group, tiles, size, dtype=acc)
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 @torch.library.custom_op("hyperattention::list_attention_backward", mutates_args=())
@@ -108,12 +116,17 @@ def _list_attention_backward(
         from hyperattention.kernels import list_triton_backward
 
         return list_triton_backward.backward((grad_out, grad_lse), (q, k, v, out, lse), lists, scale)
-    return list_torch.backward((grad_out, grad_lse), (q, k, v, out, lse), lists, scale)
+    grads, saved = ((x.flatten(2, 3) for x in pair) for pair in ((grad_out, grad_lse), (q, out, lse)))
+    rows, out, lse = saved
+    dq, dk, dv = list_torch.backward((next(grads), next(grads)), (rows, k, v, out, lse), lists, scale)
+    return _head_by_head(dq, q), dk, dv
 
 
 @_list_attention_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, *rest):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    num_lists, tiles, group, size, head_dim = q.shape
+    dq = q.new_empty(num_lists, group, tiles, size, head_dim).transpose(1, 2)
+    return dq, k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -146,17 +159,18 @@ def _no_keys(selection: Selection) -> Runs:
 
 
 def list_attention(
-    q: Float[Tensor, "lists tiles rows head_dim"],
+    q: Float[Tensor, "lists tiles *rows head_dim"],
     k: Float[Tensor, "*key_rows keys head_dim"],
     v: Float[Tensor, "*key_rows keys value_dim"],
     selection: Selection,
     scale: float,
     table: Int[Tensor, "sequences pages"] | None = None,
-) -> tuple[Float[Tensor, "lists tiles rows value_dim"], Float[Tensor, "lists tiles rows"]]:
+) -> tuple[Float[Tensor, "lists tiles *rows value_dim"], Float[Tensor, "lists tiles *rows"]]:
     """Attend from every tile of queries to the keys on its list.
 
     Args:
-        q: queries by tile.
+        q: queries by tile, ``[lists, tiles, rows, head_dim]``, or with rows as heads of a group times positions,
+            ``[lists, tiles, group, size, head_dim]``: such rows need not be copied together.
         k: keys, ``[key_rows, keys, head_dim]``; list l reads row ``selection.key_row[l]``. Or pages of them,
             ``[pages, kv_heads, page_size, head_dim]``; row ``s * kv_heads + h`` is head h of sequence s then.
         v: values, laid out as the keys.
@@ -167,6 +181,9 @@ def list_attention(
     Returns:
         normalised rows, and the natural log of each row's weighted sum of exponentials.
     """
+    if q.ndim == 4:
+        out, lse = list_attention(q[:, :, None], k, v, selection, scale, table)
+        return out[:, :, 0], lse[:, :, 0]
     runs = selection.runs or (_no_keys(selection),)
     gap = selection.row_gap or (None, None)
     return _list_attention(

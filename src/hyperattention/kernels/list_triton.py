@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperattention.kernels.launch import Launch, Store, groups_of, precision_of, row_tests_of, store_of
+from hyperattention.kernels.launch import Launch, Store, by_head, groups_of, precision_of, row_tests_of, store_of
 from hyperattention.kernels.list_torch import Lists
-from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, places_of, slots_of
+from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, places_of, slots_of, stored_at
 from hyperattention.merge import merge
 from hyperattention.types import Partial
 
@@ -69,7 +69,7 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     firsts, weights, lows, highs, holes, slots,
     key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr, table_ptr,
-    scale, num_tiles, tiles, rows, keys, head_dim, value_dim, pages, heads,
+    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, pages, heads,
     kp, kh, ks, vp, vh, vs,
     RUNS: tl.constexpr, BLOCKS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
     GAP: tl.constexpr, LABELS: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
@@ -86,7 +86,8 @@ def _forward_kernel(
     key_row = tl.load(key_row_ptr + list_number)
     columns, value_columns = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     in_key, in_value = columns[None, :] < head_dim, value_columns[None, :] < value_dim
-    q = tl.load(q_ptr + at[:, None] * head_dim + columns[None, :], mask=inside[:, None] & in_key, other=0.0)
+    stored = stored_at(tile, row, tiles, rows, size)
+    q = tl.load(q_ptr + stored[:, None] * head_dim + columns[None, :], mask=inside[:, None] & in_key, other=0.0)
     limit = tl.load(limit_ptr + at, mask=inside, other=0)
     row_label, gap_low, gap_high = limit, limit, limit
     if LABELS:
@@ -147,9 +148,9 @@ def _forward_kernel(
     empty = total == 0
     mean = mean / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, -float("inf"), top + tl.log(tl.where(empty, 1.0, total)))
-    at += split.to(tl.int64) * num_tiles * rows
-    tl.store(lse_ptr + at, lse, mask=inside)
-    out_at = out_ptr + at[:, None] * value_dim + value_columns[None, :]
+    stored += split.to(tl.int64) * num_tiles * rows
+    tl.store(lse_ptr + stored, lse, mask=inside)
+    out_at = out_ptr + stored[:, None] * value_dim + value_columns[None, :]
     tl.store(out_at, mean.to(out_ptr.dtype.element_ty), mask=inside[:, None] & in_value)
 
 
@@ -168,7 +169,7 @@ def forward(
     """Attend from every tile to the keys on its list: `list_torch.forward` on a GPU.
 
     Args:
-        q: queries by tile, ``[lists, tiles, rows, head_dim]``.
+        q: queries by tile, ``[lists, tiles, group, size, head_dim]``.
         k: keys, ``[key_rows, keys, head_dim]``, or pages of them, ``[pages, kv_heads, page_size, head_dim]``.
         v: values, laid out as the keys.
         lists: the selection.
@@ -179,20 +180,27 @@ def forward(
         precise: whether rows are as exact as float32 allows, and returned in it, whatever the dtype of the input.
 
     Returns:
-        out ``[lists, tiles, rows, value_dim]`` in the dtype of `q`, or float32, and lse ``[lists, tiles, rows]``, float32.
+        out ``[lists, tiles, group, size, value_dim]`` in the dtype of `q`, or float32, and lse, without its last axis, in
+        float32; both lie head after head.
     """
-    cut = cut or shape_of(q.shape[2], widest(q, v), q.element_size(), capability_of(q))
+    (num_lists, tiles, group, size), value_dim = q.shape[:4], v.shape[-1]
+    cut = cut or shape_of(group * size, widest(q, v), q.element_size(), capability_of(q))
     splits = _splits(q, lists, cut) if splits is None else splits
-    lse = q.new_empty((splits, *q.shape[:3]), dtype=torch.float32)
-    out = q.new_empty((splits, *q.shape[:3], v.shape[-1]), dtype=torch.float32 if splits > 1 or precise else q.dtype)
-    if q.shape[:3].numel() == 0:
-        return out[0], lse[0]
-    launch_forward(q, store_of(k, table), store_of(v, table), (out, lse), lists, scale, cut, precise=precise).run()
+    shape = (splits, num_lists, group, tiles, size)
+    lse = q.new_empty(shape, dtype=torch.float32)
+    out = q.new_empty((*shape, value_dim), dtype=torch.float32 if splits > 1 or precise else q.dtype)
+    if out[..., 0].numel() == 0 or not k.numel():
+        out.zero_()
+        lse.fill_(-torch.inf)
+    else:
+        launch_forward(q, store_of(k, table), store_of(v, table), (out, lse), lists, scale, cut, precise=precise).run()
     if splits == 1:
-        return out[0], lse[0]
-    # the parts of a list stand where heads usually do; merging looks at no axis but the last
-    merged = merge([Partial(o, m) for o, m in zip(out, lse, strict=True)])
-    return merged.out if precise else merged.out.to(q.dtype), merged.lse
+        return out[0].transpose(1, 2), lse[0].transpose(1, 2)
+    # merging looks at no axis but the last, wherever heads and queries stand
+    parts = [Partial(o.flatten(0, 1), m.flatten(0, 1)) for o, m in zip(out, lse, strict=True)]
+    merged = merge(parts)
+    out, lse = (x.unflatten(0, shape[1:3]).transpose(1, 2) for x in (merged.out, merged.lse))
+    return out if precise else out.to(q.dtype), lse
 
 
 def launch_forward(
@@ -212,7 +220,7 @@ def launch_forward(
         q: queries by tile.
         k: keys.
         v: values.
-        results: out ``[splits, lists, tiles, rows, value_dim]`` and lse ``[splits, lists, tiles, rows]``, to be written.
+        results: out ``[splits, lists, group, tiles, size, value_dim]`` and lse without its last axis, to be written.
         lists: the selection.
         scale: factor of the scores.
         cut: how a program is cut.
@@ -221,17 +229,17 @@ def launch_forward(
     Returns:
         the launch.
     """
-    num_lists, tiles, rows, head_dim = q.shape
-    value_dim = v.data.shape[-1]
+    num_lists, tiles, group, size, head_dim = q.shape
+    rows, value_dim = group * size, v.data.shape[-1]
     width, value_width = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
     splits, num_tiles = len(results[0]), num_lists * tiles
     return Launch(
         _forward_kernel,
         (num_tiles * triton.cdiv(rows, cut.rows), splits),
         {
-            "q_ptr": q.contiguous(), "k_ptr": k.data, "v_ptr": v.data, "out_ptr": results[0], "lse_ptr": results[1],
+            "q_ptr": by_head(q), "k_ptr": k.data, "v_ptr": v.data, "out_ptr": results[0], "lse_ptr": results[1],
             **groups_of(lists, cut.block), **row_tests_of(lists), "table_ptr": k.table,
-            "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "keys": k.keys,
+            "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "size": size, "keys": k.keys,
             "head_dim": head_dim, "value_dim": value_dim, "pages": k.pages, "heads": k.heads,
             "kp": k.strides[0], "kh": k.strides[1], "ks": k.strides[2],
             "vp": v.strides[0], "vh": v.strides[1], "vs": v.strides[2],
@@ -256,6 +264,6 @@ def _splits(q: Tensor, lists: Lists, cut: Shape) -> int:
     """Split lists where there are too few tiles to fill the device."""
     if q.device.type != "cuda":
         return 1
-    programs = max(1, q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], cut.rows))
+    programs = max(1, q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2] * q.shape[3], cut.rows))
     wanted = _WAVES * torch.cuda.get_device_properties(q.device).multi_processor_count
     return max(1, min(wanted // programs, lists.num_slots // (4 * cut.block), _MOST_SPLITS))

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperattention.kernels.launch import Launch, groups_of, precision_of, row_tests_of, store_of
+from hyperattention.kernels.launch import Launch, by_head, groups_of, precision_of, row_tests_of, store_of
 from hyperattention.kernels.list_torch import Lists
 from hyperattention.kernels.list_triton import Shape, capability_of, widest
-from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, slots_of
+from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, slots_of, stored_at
 
 
 def queries_shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shape:
@@ -69,7 +69,7 @@ def _queries_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, dq_ptr, centre_ptr,
     firsts, weights, lows, highs, holes, slots,
     key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr,
-    scale, num_tiles, tiles, rows, keys, head_dim, value_dim, kp, ks, vp, vs,
+    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, kp, ks, vp, vs,
     RUNS: tl.constexpr, BLOCKS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
     GAP: tl.constexpr, LABELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -83,13 +83,14 @@ def _queries_kernel(
     key_row = tl.load(key_row_ptr + list_number)
     columns, value_columns = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     in_key, in_value = columns[None, :] < head_dim, value_columns[None, :] < value_dim
-    q = tl.load(q_ptr + at[:, None] * head_dim + columns[None, :], mask=inside[:, None] & in_key, other=0.0)
-    of_values = at[:, None] * value_dim + value_columns[None, :]
+    stored = stored_at(tile, row, tiles, rows, size)
+    q = tl.load(q_ptr + stored[:, None] * head_dim + columns[None, :], mask=inside[:, None] & in_key, other=0.0)
+    of_values = stored[:, None] * value_dim + value_columns[None, :]
     out = tl.load(out_ptr + of_values, mask=inside[:, None] & in_value, other=0.0).to(tl.float32)
     grad_out = tl.load(grad_out_ptr + of_values, mask=inside[:, None] & in_value, other=0.0)
-    centre = tl.sum(out * grad_out.to(tl.float32), 1) - tl.load(grad_lse_ptr + at, mask=inside, other=0.0)
-    tl.store(centre_ptr + at, centre, mask=inside)
-    lse = tl.load(lse_ptr + at, mask=inside, other=-float("inf"))
+    centre = tl.sum(out * grad_out.to(tl.float32), 1) - tl.load(grad_lse_ptr + stored, mask=inside, other=0.0)
+    tl.store(centre_ptr + stored, centre, mask=inside)
+    lse = tl.load(lse_ptr + stored, mask=inside, other=-float("inf"))
     # a row that sees nothing has weights of zero whatever its lse
     lse = tl.where(lse == -float("inf"), 0.0, lse)
     limit = tl.load(limit_ptr + at, mask=inside, other=0)
@@ -125,7 +126,7 @@ def _queries_kernel(
             weight = tl.exp(score - lse[:, None])
             slope = weight * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - centre[:, None])
             dq = tl.dot(slope.to(k.dtype), k, dq, input_precision=PRECISION)
-    dq_at = dq_ptr + at[:, None] * head_dim + columns[None, :]
+    dq_at = dq_ptr + stored[:, None] * head_dim + columns[None, :]
     tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None] & in_key)
 
 
@@ -134,7 +135,7 @@ def _keys_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, grad_out_ptr, centre_ptr, dk_ptr, dv_ptr,
     first, weights, low, high, hole, slots,
     key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr,
-    scale, num_tiles, tiles, rows, keys, head_dim, value_dim, kp, ks, vp, vs,
+    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, kp, ks, vp, vs,
     RUN: tl.constexpr, BLOCK: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
     GAP: tl.constexpr, LABELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -160,12 +161,13 @@ def _keys_kernel(
         row = slab * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         at = tile * rows + row
-        q = tl.load(q_ptr + at[:, None] * head_dim + columns[None, :], mask=inside[:, None] & in_key, other=0.0)
-        of_values = at[:, None] * value_dim + value_columns[None, :]
+        stored = stored_at(tile, row, tiles, rows, size)
+        q = tl.load(q_ptr + stored[:, None] * head_dim + columns[None, :], mask=inside[:, None] & in_key, other=0.0)
+        of_values = stored[:, None] * value_dim + value_columns[None, :]
         grad_out = tl.load(grad_out_ptr + of_values, mask=inside[:, None] & in_value, other=0.0)
-        centre = tl.load(centre_ptr + at, mask=inside, other=0.0)
+        centre = tl.load(centre_ptr + stored, mask=inside, other=0.0)
         # rows that see nothing, and rows that are none: weights of zero whatever the score
-        lse = tl.load(lse_ptr + at, mask=inside, other=-float("inf"))
+        lse = tl.load(lse_ptr + stored, mask=inside, other=-float("inf"))
         lse = tl.where(lse == -float("inf"), float("inf"), lse)
         limit = tl.load(limit_ptr + at, mask=inside, other=0)
         row_label, gap_low, gap_high = limit, limit, limit
@@ -192,7 +194,7 @@ def _keys_kernel(
 
 def cuts_of(q: Tensor, v: Tensor, capability: int) -> tuple[Shape, Shape]:
     """Choose how programs are cut: those for queries, and those for keys."""
-    for_cut = q.shape[2], widest(q, v), q.element_size(), capability
+    for_cut = q.shape[2] * q.shape[3], widest(q, v), q.element_size(), capability
     return queries_shape_of(*for_cut), keys_shape_of(*for_cut)
 
 
@@ -216,13 +218,13 @@ def backward(
         gradients of q, k and v, in their dtypes.
     """
     q, k, v = saved[:3]
-    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dq = torch.zeros_like(by_head(q))
     dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    if q.shape[:3].numel() and k.shape[1]:
+    if q.shape[:4].numel() and k.shape[1]:
         cut = cuts or cuts_of(q, v, capability_of(q))
         for launch in launches_backward(grads, saved, (dq, dk, dv), lists, scale, cut):
             launch.run()
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq.transpose(1, 2), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def launches_backward(
@@ -238,7 +240,7 @@ def launches_backward(
     Args:
         grads: gradients of out and of lse.
         saved: q, k, v, out and lse of the forward pass.
-        results: dq, written; dk and dv in float32, added to.
+        results: dq, ``[lists, group, tiles, size, head_dim]``, written; dk and dv in float32, added to.
         lists: the selection.
         scale: factor of the scores.
         cuts: how programs for queries and for keys are cut.
@@ -247,22 +249,23 @@ def launches_backward(
         the launch for the queries, then those for the keys.
     """
     q, k, v, out, lse = saved
-    num_lists, tiles, rows, head_dim = q.shape
-    num_tiles, value_dim = num_lists * tiles, v.shape[-1]
+    num_lists, tiles, group, size, head_dim = q.shape
+    num_tiles, rows, value_dim = num_lists * tiles, group * size, v.shape[-1]
+    lse = by_head(lse)
     width, value_width = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
     by_queries, by_keys = cuts
     keys, values = store_of(k, None), store_of(v, None)
     common: dict[str, Any] = {
-        "q_ptr": q.contiguous(), "k_ptr": keys.data, "v_ptr": values.data, "lse_ptr": lse.contiguous(),
-        "grad_out_ptr": grads[0].to(q.dtype).contiguous(), "centre_ptr": torch.empty_like(lse),
+        "q_ptr": by_head(q), "k_ptr": keys.data, "v_ptr": values.data, "lse_ptr": lse,
+        "grad_out_ptr": by_head(grads[0].to(q.dtype)), "centre_ptr": torch.empty_like(lse),
         **row_tests_of(lists),
-        "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "keys": keys.keys,
+        "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "size": size, "keys": keys.keys,
         "head_dim": head_dim, "value_dim": value_dim,
         "kp": keys.strides[0], "ks": keys.strides[2], "vp": values.strides[0], "vs": values.strides[2],
         "PRECISION": precision_of(q), "WIDTH": width, "VALUE_WIDTH": value_width,
     }  # fmt: skip
     of_queries = {
-        "out_ptr": out.contiguous(), "grad_lse_ptr": grads[1].contiguous(), "dq_ptr": results[0],
+        "out_ptr": by_head(out), "grad_lse_ptr": by_head(grads[1]), "dq_ptr": results[0],
         **groups_of(lists, by_queries.block),
         "ROWS": by_queries.rows, "num_warps": by_queries.warps, "num_stages": by_queries.stages,
     }  # fmt: skip

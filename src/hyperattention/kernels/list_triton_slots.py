@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def stored_at(tile, row, tiles, rows, size):
+    """Number a row of a tile where queries and results lie: head after head of a group, each one's positions in order."""
+    return (tile // tiles) * tiles * rows + (row // size) * (tiles * size) + (tile % tiles) * size + row % size
+
+
+@triton.jit
 def slots_of(
     first, weight, low, high, hole, tile, num_tiles, at, slots, RUN: tl.constexpr, HOLED: tl.constexpr, BLOCK: tl.constexpr
 ):

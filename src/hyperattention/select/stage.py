@@ -77,6 +77,14 @@ class Tiling(Protocol):
         """Undo `arrange`, for rows of any width."""
         ...
 
+    def split(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles group size width"]:
+        """Cut rows into tiles, those of different heads apart, so that nothing need be copied."""
+        ...
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo `split`, for rows of any width."""
+        ...
+
 
 class Stage(ABC):
     """One step of a method: given what is taken, take more. Stages are ordered, and earlier stages win."""

@@ -63,6 +63,14 @@ class SortedTiles:
         index = self.place.view(*self.place.shape, *(1,) * (x.ndim - 3)).expand(*self.place.shape, *x.shape[3:])
         return x.gather(2, index)
 
+    def split(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles 1 rows width"]:
+        """Sort rows into tiles: each of one head, whose rows no group shares."""
+        return self.arrange(x)[:, :, None]
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo `split`."""
+        return self.restore(x[:, :, 0])
+
     def take(self, x: Int[Tensor, "#batch #heads queries"]) -> Int[Tensor, "lists tiles rows"]:
         """Read a number for every row; 0 for padding."""
         x = x.expand(*self.place.shape).gather(2, self.source.flatten(2)).view_as(self.source)
