@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hyperattention import default_method
 from hyperattention.problem import Problem
-from hyperattention.select.score import walk
+from hyperattention.select.score import descent, walk
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -43,11 +43,14 @@ class Count(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
-    plain, walk.triton_reads = walk.triton_reads, lambda *tensors: True
+    plain, modules = walk.triton_reads, (descent, walk)
+    for module in modules:
+        module.triton_reads = lambda *tensors: True
     try:
         yield
     finally:
-        walk.triton_reads = plain
+        for module in modules:
+            module.triton_reads = plain
 
 
 def count(tokens: int) -> Count:

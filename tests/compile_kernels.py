@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperattention.kernels import block_mass_triton, draw_leaves_triton, list_triton, list_triton_backward
+from hyperattention.kernels import block_mass_triton, draw_leaves_triton, list_triton, list_triton_backward, prepare_triton
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list_torch import Lists
 
@@ -92,6 +92,16 @@ def launches_of_masses(dtype: torch.dtype, dim: int, rows: int) -> Iterator[tupl
         yield f"block mass, blocks of {size}", launch
 
 
+def launches_of_preparation(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    k, middle = torch.empty(2, KEYS, dim, dtype=dtype), torch.empty(2, 1, dim)
+    basis = torch.empty(2, dim, 64) if dim > 64 else None
+    width = min(dim, 64)
+    yield "keys prepared", prepare_triton.launch_keys(k, middle, basis, torch.empty(2, KEYS, width))
+    for group in (1, 4, 8):
+        q, pools = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), torch.empty(2, TILES, 16 * group, width, dtype=dtype)
+        yield f"queries of {group} heads pooled", prepare_triton.launch_queries(q, basis, pools, 0, 64, 4, 0, 2, 0.1)
+
+
 def launches_of_draws() -> Iterator[tuple[str, Launch]]:
     for leaves, closed in ((1024, 896), (1280, 1152), (128, 0)):
         first, alive, mass = (
@@ -125,6 +135,8 @@ def main(capability: int, dtype: torch.dtype, dims: list[int]) -> None:
         for rows in (16, 64, 128):
             for name, launch in launches_of_masses(dtype, min(dim, 64), rows):
                 print(json.dumps({"kernel": name, "dim": dim, "rows": rows, **resources_of(launch.compile())}), flush=True)
+        for name, launch in launches_of_preparation(dtype, dim):
+            print(json.dumps({"kernel": name, "dim": dim, **resources_of(launch.compile())}), flush=True)
     for name, launch in launches_of_draws():
         print(json.dumps({"kernel": name, **resources_of(launch.compile())}), flush=True)
 

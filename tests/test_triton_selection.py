@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hyperattention as ha
 from assertions import assert_exact
 from cases import CASES
+from hyperattention.problem import Problem
 from hyperattention.select.score import descent, walk
 from hyperattention.select.score.descent import Descent
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mass import running_sum
 from hyperattention.select.score.principal import principal_directions
 from hyperattention.select.score.representatives import Representatives
+from hyperattention.tiling import cut
 from problems import problem, tensors
 
 LEVELS = Level(32, 6, Representatives(2, 2)), Level(8, 4, Representatives(1, 3))
@@ -36,7 +38,8 @@ def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, t
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(walk, "triton_reads", lambda *tensors: fused)
+        for module in (descent, walk):
+            patch.setattr(module, "triton_reads", lambda *tensors: fused)
         # both in one precision: estimates in bfloat16 are rounded at other places
         patch.setattr(descent, "for_estimates", lambda x: x)
         for name in ("_seen", "_mass"):
@@ -53,6 +56,7 @@ def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, t
         (600, {"causal": False}),
         (733, {"heads": 6, "kv_heads": 2, "head_dim": 16}),
         (257, {"batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 40}),
+        (300, {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 12}),
         (100, {}),
         (63, {}),
     ],
@@ -74,6 +78,24 @@ def test_a_fused_choice_is_that_of_the_cpu(method, num_tokens, shape, monkeypatc
     assert torch.equal(weight == -torch.inf, log_weight == -torch.inf)
     here = same & (weight > -torch.inf)
     assert ((weight - log_weight)[here].abs() < 1e-4).all()
+
+
+@pytest.mark.usefixtures("triton_kernel")
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("offset", [0, 37])
+def test_what_is_prepared_is_finite_and_that_of_the_cpu(poison, offset, monkeypatch):
+    monkeypatch.setattr(descent, "for_estimates", lambda x: x)
+    q, k, v = tensors(100, heads=6, kv_heads=2, batch=2, head_dim=20)
+    q[1, 2, 5, 3], k[0, 1, 60, 7] = poison, poison
+    # keys as [tokens, heads, width], seen by head
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    tiles = cut(Problem(q, k, v, 0.3, causal=True, offset=offset), 24)
+    flat, middle = k.flatten(0, 1), torch.randn(4, 1, 20, generator=torch.Generator().manual_seed(0))
+    for basis in (None, torch.randn(4, 20, 7, generator=torch.Generator().manual_seed(1))):
+        given = tiles, flat, middle, basis, 128, 5
+        for a, b in zip(descent._prepare_on_a_gpu(*given), descent._prepare(*given), strict=True):
+            assert torch.isfinite(a).all()
+            assert_exact(a, b, size=30.0)
 
 
 class Spy(TorchDispatchMode):

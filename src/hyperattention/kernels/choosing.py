@@ -64,3 +64,43 @@ def draw_leaves(
 def _(first, size, mass, alive, count, offset, num, *rest):
     shape = (*first.shape[:2], num)
     return first.new_empty(shape), mass.new_empty(shape)
+
+
+@torch.library.custom_op("hyperattention::prepare_keys", mutates_args=())
+def prepare_keys(k: Tensor, middle: Tensor, basis: Tensor | None, room: int) -> Tensor:
+    """See `prepare_triton.prepare_keys`."""
+    from hyperattention.kernels import prepare_triton
+
+    return prepare_triton.prepare_keys(k, middle, basis, room)
+
+
+@prepare_keys.register_fake
+def _(k, middle, basis, room):
+    return middle.new_empty((k.shape[0], room, k.shape[2] if basis is None else basis.shape[2]))
+
+
+@torch.library.custom_op("hyperattention::prepare_queries", mutates_args=())
+def prepare_queries(
+    q: Tensor,
+    basis: Tensor | None,
+    dtype: torch.dtype,
+    tiles: int,
+    first_tile: int,
+    size: int,
+    pooled: int,
+    offset: int,
+    kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """See `prepare_triton.prepare_queries`."""
+    from hyperattention.kernels import prepare_triton
+
+    return prepare_triton.prepare_queries(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale)
+
+
+@prepare_queries.register_fake
+def _(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale):
+    each = -(-size // min(pooled, size))
+    lists, group = q.shape[0] * kv_heads, q.shape[1] // kv_heads
+    width = q.shape[3] if basis is None else basis.shape[2]
+    return q.new_empty((lists, tiles, group * -(-size // each), width), dtype=dtype)

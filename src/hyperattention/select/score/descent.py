@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
+from hyperattention.kernels.choosing import prepare_keys, prepare_queries
+from hyperattention.kernels.triton_reads import triton_reads
 from hyperattention.select.draw import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
 from hyperattention.select.score.level import Level, first_level, opened_at
@@ -129,30 +131,53 @@ class Descent(Density):
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Project keys and pooled queries, and choose what stands for every block."""
         k = tiles.problem.k.flatten(0, 1)
-        query = pool_queries(tiles, self.pooled, tiles.problem.scale)
         levels = self.levels[first_level(self.levels, num, k.shape[1]) :]
-        top = levels[0].block_size
         # the ragged end filled up, and one block more, which stands in where fewer are left than may be opened
-        keys = query.new_empty(k.shape[0], (-(-k.shape[1] // top) + 1) * top, min(self.dim, k.shape[2]))
+        room = (-(-k.shape[1] // levels[0].block_size) + 1) * levels[0].block_size
         # while no more keys than draws are left all are listed: those keys may serve as a sample of the rest
-        head = k[:, :num].to(keys.dtype)
-        k, middle = k.to(keys.dtype), head.mean(1, keepdim=True)
+        head = k[:, :num].to(torch.promote_types(k.dtype, torch.float32))
         # scores of centred keys differ by a constant a query, and are rounded less
+        middle, basis = head.mean(1, keepdim=True), None
         if self.dim < k.shape[2]:
             basis = KeySketch(self.dim).basis(head)
-            torch.baddbmm(middle @ basis, k, basis, beta=-1, out=keys[:, : k.shape[1]])
-            query = (query.flatten(1, 2) @ basis).unflatten(1, query.shape[1:3])
+        if triton_reads(tiles.problem.q, k):
+            keys, query = _prepare_on_a_gpu(tiles, k, middle, basis, room, self.pooled)
         else:
-            torch.sub(k, middle, out=keys[:, : k.shape[1]])
-        keys[:, k.shape[1] :] = 0.0
-        # a key or query that is not finite tells nothing: it is left to the even share
-        keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
+            keys, query = _prepare(tiles, k, middle, basis, room, self.pooled)
         summaries = _summaries(keys, levels)
         rough = tuple(for_estimates(x) for x in summaries)
         scratch = (Scratch(like, BATCH_NUMBERS) for like in (rough[0], rough[0], keys))
         left, moments = edges(tiles, taken), tuple(for_estimates(x) for x in _moments(keys, levels, summaries))
         walk = Walk(levels, tiles, left, taken.near, for_estimates(query), rough, moments, num, self.uniform_share, *scratch)
         return walk.law
+
+
+def _prepare(tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room: int, pooled: int) -> tuple[Tensor, Tensor]:
+    """Centre and project keys, ``[lists, room, width]``, pool and project queries, ``[lists, tiles, rows, width]``."""
+    query = pool_queries(tiles, pooled, tiles.problem.scale)
+    keys = query.new_empty(k.shape[0], room, k.shape[2] if basis is None else basis.shape[2])
+    if basis is None:
+        torch.sub(k.to(keys.dtype), middle, out=keys[:, : k.shape[1]])
+    else:
+        torch.baddbmm(middle @ basis, k.to(keys.dtype), basis, beta=-1, out=keys[:, : k.shape[1]])
+        query = (query.flatten(1, 2) @ basis).unflatten(1, query.shape[1:3])
+    keys[:, k.shape[1] :] = 0.0
+    # a key or query that is not finite tells nothing: it is left to the even share
+    keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
+    return keys, query
+
+
+def _prepare_on_a_gpu(
+    tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room: int, pooled: int
+) -> tuple[Tensor, Tensor]:
+    """Do the same in a pass over the keys, and one over the queries."""
+    problem = tiles.problem
+    dtype = for_estimates(middle[:0]).dtype
+    query = prepare_queries(
+        problem.q, basis, dtype, len(tiles.index), problem.offset // tiles.size, tiles.size, pooled, problem.offset,
+        problem.k.shape[1], problem.scale,
+    )  # fmt: skip
+    return prepare_keys(k, middle, basis, room), query
 
 
 def _moments(keys: Tensor, levels: tuple[Level, ...], summaries: list[Tensor]) -> list[Tensor]:
