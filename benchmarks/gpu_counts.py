@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hyperattention import default_method
 from hyperattention.problem import Problem
-from hyperattention.select.score import descent, walk
+from hyperattention.select.score import descent
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -43,14 +43,12 @@ class Count(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
-    plain, modules = walk.triton_reads, (descent, walk)
-    for module in modules:
-        module.triton_reads = lambda *tensors: True
+    plain = descent.triton_reads, descent.for_estimates
+    descent.triton_reads, descent.for_estimates = lambda *tensors: True, lambda x: x.bfloat16()
     try:
         yield
     finally:
-        for module in modules:
-            module.triton_reads = plain
+        descent.triton_reads, descent.for_estimates = plain
 
 
 def count(tokens: int) -> Count:

@@ -25,7 +25,9 @@ def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, alike = torch.Tensor.new_empty, torch.empty_like
 
     def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(torch.nan) if x.is_floating_point() and x.device.type != "meta" else x
+        if x.device.type == "meta" or x.dtype == torch.bool:
+            return x
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min // 2)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poisoned(fresh(*args, **options)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poisoned(alike(*args, **options)))

@@ -63,6 +63,17 @@ def make_tensors(
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
+def expand(run: Runs) -> Runs:
+    """The same keys as runs of one, without bounds."""
+    first = (run.first[..., None] + torch.arange(run.size)).flatten(2)
+    live = (first >= run.low[..., None]) & (first < run.high[..., None])
+    if run.hole is not None:
+        live &= (first < run.hole[0][..., None]) | (first >= run.hole[1][..., None])
+    weight = run.log_weight.repeat_interleave(run.size, 2).masked_fill(~live, -torch.inf)
+    low = torch.zeros_like(run.low)
+    return Runs(first, 1, weight, low, low + KEYS)
+
+
 def counts(selection: Selection, run: Runs, at: tuple[int, int, int], key: int) -> bool:
     """Whether a row may use a key that a run lists."""
     lst, tile, _row = at

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from hyperattention.kernels.list_attention import list_attention
-from hyperattention.types import Runs
-from random_lists import KEYS, LISTS, LOG_2, SCALE, VALUE_WIDTH, gradients, make_selection, make_tensors, triple_loop
+from random_lists import KEYS, LISTS, LOG_2, SCALE, VALUE_WIDTH, expand, gradients, make_selection, make_tensors, triple_loop
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -85,17 +84,6 @@ def test_renumbering_keys_with_their_indices_changes_nothing():
     ours = list_attention(q, k[:, order], v[:, order], replace(selection, runs=moved), SCALE)
     for x, y in zip(ours, list_attention(q, k, v, selection, SCALE), strict=True):
         assert_exact(x, y)
-
-
-def expand(run: Runs) -> Runs:
-    """The same keys as runs of one, without bounds."""
-    first = (run.first[..., None] + torch.arange(run.size)).flatten(2)
-    live = (first >= run.low[..., None]) & (first < run.high[..., None])
-    if run.hole is not None:
-        live &= (first < run.hole[0][..., None]) | (first >= run.hole[1][..., None])
-    weight = run.log_weight.repeat_interleave(run.size, 2).masked_fill(~live, -torch.inf)
-    low = torch.zeros_like(run.low)
-    return Runs(first, 1, weight, low, low + KEYS)
 
 
 def test_a_run_is_its_keys_one_by_one():

@@ -11,6 +11,8 @@ from cases import CASES, CONTROL
 from problems import tensors
 
 PAGE = 16
+HASHED = ha.Method(ha.Sinks(2), ha.HashBuckets(16), ha.Draw(8), tile=8)
+RANKED = ha.Method(ha.Window(16), ha.TopBlocks(2, block_size=8), ha.Draw(16, by=ha.ValueNorm()), tile=16)
 METHODS = [case.method for case in CASES if isinstance(case.method, ha.Method)]
 
 
@@ -66,6 +68,24 @@ def test_the_triton_kernel_reads_the_same_pages():
     out = ha.paged_attention(*arguments)
     for (q, k, v), o in zip(alone, apart(out, counts), strict=True):
         assert_same_math(o, *(f(q, k, v, causal=True, align="lower_right")[0] for f in (dense.reference, dense.attention)))
+
+
+@pytest.mark.usefixtures("triton_kernel")
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], HASHED, RANKED], ids=["default", "control", "hashed", "ranked"])
+def test_the_triton_kernel_reads_what_methods_list(method):
+    test_methods_choose_and_read_as_they_would_alone(method)
+
+
+def test_pages_under_autocast():
+    q, k, v = tensors(300, 4200, heads=2, kv_heads=1, head_dim=80, value_dim=16)
+    pages = (x[0].unflatten(1, (-1, 60)).transpose(0, 1) for x in (k, v))
+    arguments = q[0].transpose(0, 1), *pages, torch.arange(70)[None], torch.tensor([0, 300]), torch.tensor([4200])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ha.paged_attention(*arguments)
+    assert out.dtype == torch.bfloat16
+    narrow = (x.bfloat16() for x in (q, k, v))
+    expected = ha.attention(*narrow, is_causal=True, causal_align="lower_right", enable_gqa=True)
+    assert_exact(out, expected[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)

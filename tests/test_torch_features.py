@@ -51,7 +51,8 @@ import torch
 import hyperattention as ha
 lists = ha.Method(ha.Sinks(2), ha.Window(8), ha.TopBlocks(2, block_size=4), ha.Draw(4), tile=8)
 torch.manual_seed(0)
-q, k, v = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
+# as models lay them out: tokens first
+q, k, v = (torch.randn(2, 50, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
 live = torch.arange(50)[None] >= torch.tensor([[0], [9]])
 for method, key_mask in ((None, None), (ha.default_method(10**6), None), (lists, live)):
     def attend(q, k, v):

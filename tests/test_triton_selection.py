@@ -5,12 +5,13 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hyperattention as ha
 from assertions import assert_exact
 from cases import CASES
 from hyperattention.problem import Problem
-from hyperattention.select.score import descent, walk
+from hyperattention.select.score import descent, leaves, walk
 from hyperattention.select.score.descent import Descent
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mass import running_sum
@@ -38,8 +39,7 @@ def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, t
         return record
 
     with monkeypatch.context() as patch:
-        for module in (descent, walk):
-            patch.setattr(module, "triton_reads", lambda *tensors: fused)
+        patch.setattr(descent, "triton_reads", lambda *tensors: fused)
         # both in one precision: estimates in bfloat16 are rounded at other places
         patch.setattr(descent, "for_estimates", lambda x: x)
         for name in ("_seen", "_mass"):
@@ -104,34 +104,107 @@ class Spy(TorchDispatchMode):
         self.calls = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         self.calls[func.overloadpacket._qualified_op_name] += 1
-        return func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        self.calls["a copy between devices"] += len(devices) > 1
+        return result
 
 
-# operators whose result, or its shape, the host must wait for, solvers that report to it, and copies between devices
+# operators whose result, or its shape, the host must wait for, and solvers that report to it
 WAITS = {
     "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::unique_consecutive",
     "aten::_unique2", "aten::equal", "aten::is_nonzero", "aten::_linalg_eigh", "aten::linalg_qr", "aten::_linalg_svd",
-    "aten::lift_fresh", "aten::_to_copy.device",
+    "a copy between devices",
 }  # fmt: skip
 
 
+def waits(spy: Spy) -> set[str]:
+    return {name for name in WAITS if spy.calls[name]}
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("method", [c.method for c in CASES if isinstance(c.method, ha.Method)], ids=repr)
-def test_selection_never_makes_the_host_wait(method):
+def test_selection_never_makes_the_host_wait(method, fused, monkeypatch):
     """On the meta device nothing can be waited for: what needs a value fails, and CPU tensors among the others do too."""
-    q, k, v = (x.to("meta") for x in tensors(3000, heads=4, kv_heads=2, head_dim=128))
-    x = problem(1)
-    x = type(x)(q, k, v, 0.1, causal=True)
+    monkeypatch.setattr(descent, "triton_reads", lambda *tensors: fused)
+    q, k, v = (x.to("meta") for x in tensors(9000, heads=4, kv_heads=2, head_dim=128))
+    x = Problem(q, k, v, 0.1, causal=True)
     with Spy() as spy:
         selected = method.selections(x)
-    assert not WAITS & set(spy.calls), WAITS & set(spy.calls)
+    assert not waits(spy)
     assert all(run.first.device.type == "meta" for _, selection in selected for run in selection.runs)
 
 
-def test_the_spy_sees_a_wait():
+@pytest.mark.parametrize(
+    "cause", [lambda x: bool(x.sum() > 2), lambda x: torch.linalg.eigh(x @ x.T), lambda x: x.to("meta")]
+)
+def test_the_spy_sees_a_wait(cause):
     with Spy() as spy:
-        bool(torch.ones(3).sum() > 2)
-    assert WAITS & set(spy.calls)
+        cause(torch.ones(3, 3))
+    assert waits(spy)
+
+
+def test_running_sums_are_in_fixed_point_where_no_order_is_promised():
+    dtypes = []
+
+    class Summed(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.cumsum.default:
+                dtypes.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Summed():
+        for device in ("meta", "cpu"):
+            running_sum(torch.ones(3, 5, device=device))
+    assert dtypes == [torch.int64, torch.float32]
+
+
+MASSES = {
+    "even": lambda x: x,
+    "one far above a draw's share": lambda x: x.index_fill(2, torch.tensor([3]), 1e6),
+    "not finite": lambda x: x.index_fill(2, torch.tensor([3]), torch.nan).index_fill(2, torch.tensor([5]), torch.inf),
+    "nothing": lambda x: x * 0,
+}
+
+
+@pytest.mark.usefixtures("triton_kernel")
+@pytest.mark.parametrize("mass", MASSES.values(), ids=MASSES)
+@pytest.mark.parametrize("opened", [0, 8, 40])
+def test_fused_draws_are_those_of_the_law(mass, opened):
+    generator = torch.Generator().manual_seed(opened)
+    shape, num = (2, 3, 30), 24
+    first = torch.arange(opened).expand(2, 3, -1)
+    keys = leaves.Opened(first, torch.rand(first.shape, generator=generator) < 0.9)
+    blocks = leaves.Closed(
+        opened + 16 * torch.arange(30).expand(shape), 16, mass(torch.rand(shape, generator=generator)),
+        torch.rand(shape, generator=generator) < 0.8,
+    )  # fmt: skip
+    count = keys.alive.sum(2, keepdim=True) + 16 * blocks.alive.sum(2, keepdim=True)
+    zero = torch.zeros_like(count)
+    given = keys, [blocks], (zero, count, count, count), num, 0.2
+    point = (torch.arange(num) + torch.rand(2, 3, 1, generator=generator).double()) / num
+    (index, share), (expected, probability) = (law.draw(point) for law in (leaves.Fused(*given), leaves.leaves_of(*given)))
+    same = index == expected
+    assert same.double().mean() > 0.97
+    assert_exact(share[same], probability[same])
+
+
+def test_operators_of_a_choice_are_registered_soundly(triton_kernel, monkeypatch):
+    captured = {}
+
+    class Capture(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "hyperattention":
+                captured[func] = args
+            return func(*args, **(kwargs or {}))
+
+    with Capture():
+        chosen(problem(300, heads=2, kv_heads=1, head_dim=16), fused=True, monkeypatch=monkeypatch)
+    assert len(captured) == 5
+    for operator, args in captured.items():
+        # poisoned memory would not be what the operator's fake promises
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_principal_directions_carry_what_the_best_do():
@@ -141,6 +214,14 @@ def test_principal_directions_carry_what_the_best_do():
     centred = keys - keys.mean(1, keepdim=True)
     best = torch.linalg.svdvals(centred)[:, :12].square().sum(1)
     assert ((centred @ found).square().sum((1, 2)) >= 0.97 * best).all()
+
+
+def test_fewer_keys_than_directions_still_span_orthonormal_ones():
+    keys = torch.randn(1, 4, 12, generator=torch.Generator().manual_seed(0))
+    found = principal_directions(keys, 8)
+    centred = keys - keys.mean(1, keepdim=True)
+    # all that there is, lies in what was found
+    assert_exact(centred @ found @ found.transpose(1, 2), centred)
 
 
 @pytest.mark.parametrize("keys", [torch.zeros(1, 9, 8), torch.ones(1, 1, 8) * 1e20, torch.full((1, 9, 8), torch.nan)])

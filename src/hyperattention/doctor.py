@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hyperattention.kernels.triton_reads import WIDEST, triton_installed
+from hyperattention.kernels.triton_reads import WIDEST, capable, triton_installed
 
 _COMPILERS = "gcc", "clang", "cc"
 _REFERENCE = Path(__file__).parent / "reference"
@@ -88,11 +88,13 @@ def _devices() -> tuple[Finding, ...]:
 
 
 def _kernels() -> tuple[Finding, ...]:
-    name, found = "list kernel, Triton", f"Triton {_version('triton')}"
+    name, found = "list kernel, Triton", f"Triton {_version('triton') or _version('pytorch-triton') or 'of unknown version'}"
     if not triton_installed():
         triton = Finding(name, False, "Triton is not installed: CUDA tensors take the PyTorch kernel; pip install triton")
     elif not torch.cuda.is_available():
         triton = Finding(name, False, f"{found} has no device to run on; CPU tensors take the PyTorch kernel")
+    elif not any(map(capable, range(torch.cuda.device_count()))):
+        triton = Finding(name, False, f"{found} needs compute capability 8.0; older devices take the PyTorch kernel")
     elif not any(map(shutil.which, _COMPILERS)) and not os.environ.get("CC"):
         triton = Finding(name, False, f"{found} builds launchers with a C compiler, and finds none: install gcc, or set CC")
     else:

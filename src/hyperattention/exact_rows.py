@@ -47,7 +47,7 @@ def exact_rows(
         size=[keys],
         log_weight=[torch.zeros(lists, 1, 1, device=rows.device)],
         low=[zero],
-        high=[visible.amax().clamp(max=keys).expand(lists, 1)],
+        high=[visible.amax().expand(lists, 1)],
         hole=[none],
         causal=[True],
         labelled=[False],

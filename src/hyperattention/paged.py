@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
-from hyperattention.inputs import check_method, check_pages
+from hyperattention.inputs import autocast_device, check_method, check_pages, check_tensors, narrowed
 from hyperattention.method import Approach, Method
 from hyperattention.problem import Pages, Problem
 from hyperattention.ragged import Packed, ragged_attention
@@ -39,8 +39,8 @@ def paged_attention(
         key_pages: the cache of keys, of any strides.
         value_pages: the cache of values.
         block_table: the pages of each request, in order; entries past its last page may hold anything.
-        query_start_loc: where each request's queries begin, and where the last ends; on the CPU it costs no wait.
-        seq_lens: keys of each request, those of its queries included; on the CPU it costs no wait.
+        query_start_loc: where each request's queries begin, and where the last ends; on a device the host waits for it.
+        seq_lens: keys of each request, those of its queries included; on a device the host waits for it.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
         method: what runs for each request; None decides by its own length.
         seed: seed of every draw.
@@ -53,6 +53,8 @@ def paged_attention(
     Raises:
         NotImplementedError: if `method` is neither exact nor a list of stages.
     """
+    check_tensors(query=query, key_pages=key_pages, value_pages=value_pages)
+    query, key_pages, value_pages = narrowed(query, key_pages, value_pages)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     check_pages(query, key_pages, value_pages, block_table, starts, lengths)
     if method is not None:
@@ -62,7 +64,7 @@ def paged_attention(
     out = query.new_zeros((*query.shape[:2], value_pages.shape[3]))
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     exact = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(autocast_device(query), enabled=False):
         for s, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
             runs = default_method(length, num_queries=end - begin, device=query.device) if method is None else method
             if isinstance(runs, Exact):

@@ -33,7 +33,8 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend within each of several sequences packed one after another, without a dense mask.
 
-    On a GPU the sequences served exactly share one launch of the list kernel; each of the others has its own.
+    On a GPU, without gradients, the sequences served exactly share one launch of the list kernel; each of the others has its
+    own. Edges on a device make the host wait for it.
 
     Args:
         query: queries of all sequences, end to end.
@@ -51,7 +52,7 @@ def varlen_attention(
         return_lse: whether to return the log-sum-exp as well.
 
     Returns:
-        out ``[1, heads, queries, value_dim]``, or out and lse.
+        out ``[1, heads, queries, value_dim]``, or out and lse ``[1, heads, queries]``, float32 or float64.
 
     Raises:
         ValueError: if the sequences do not cover the queries or the keys.
@@ -72,7 +73,10 @@ def varlen_attention(
         for (q0, q1), (k0, k1) in zip(pairwise(edges_q), pairwise(edges_k), strict=True)
     ]
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    together = [s for s, run in enumerate(runs) if isinstance(run, Exact)] if triton_reads(query, key, value) else []
+    # with gradients torch's own kernel is the faster one for all but short sequences
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    share = triton_reads(query, key, value) and not learning
+    together = [s for s, run in enumerate(runs) if isinstance(run, Exact)] if share else []
     parts: dict[int, tuple] = {}
     if len(together) > 1:
         parts = _exact(query, key, value, edges_q, edges_k, together, scale, is_causal, causal_align == "lower_right")

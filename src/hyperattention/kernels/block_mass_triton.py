@@ -4,7 +4,9 @@ What `select.score.walk` computes in batches on a CPU: first each query's log-su
 normal; then each block's mass, the largest weight that any query of the tile gives its representatives.
 """
 # what a kernel may write is Triton's language, which its own stubs do not describe
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+
+from math import log
 
 import torch
 import triton
@@ -40,7 +42,7 @@ def _queries(query_ptr, tile, tiles, rows, width, s_list, s_tile, s_row, ROWS: t
 
 @triton.jit
 def _lse_kernel(
-    query_ptr, moments_ptr, edges_ptr, lse_ptr, tiles, rows, width, number, blocks, size, s_list, s_tile, s_row,
+    query_ptr, moments_ptr, edges_ptr, lse_ptr, tiles, rows, width, number, blocks, size, log_size, s_list, s_tile, s_row,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
@@ -66,7 +68,7 @@ def _lse_kernel(
         total = total * tl.exp(top - centre) + tl.sum(tl.exp(score - centre[:, None]), 1)
         top = new_top
     nothing = total == 0
-    lse = tl.where(nothing, LEAST, top + tl.log(tl.where(nothing, 1.0, total)) + tl.log(size.to(tl.float32)))
+    lse = tl.where(nothing, LEAST, top + tl.log(tl.where(nothing, 1.0, total)) + log_size)
     row = tl.arange(0, ROWS)
     tl.store(lse_ptr + tile * rows + row, lse, mask=row < rows)
 
@@ -150,7 +152,7 @@ def launch_lse(query: Tensor, moments: Tensor, edges: Tensor, lse: Tensor, numbe
         (query.shape[0] * query.shape[1],),
         {
             **_common(query, edges, number, size, moments.shape[1]), "moments_ptr": moments.contiguous(), "lse_ptr": lse,
-            "LEAST": torch.finfo(torch.float32).min,
+            "log_size": log(size), "LEAST": torch.finfo(torch.float32).min,
         },
     )  # fmt: skip
 

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# pooled queries of a tile that a program holds: with more of them PyTorch chooses
+MOST_ROWS = 256
+
 
 @torch.library.custom_op("hyperattention::block_lse", mutates_args=())
 def block_lse(query: Tensor, moments: Tensor, edges: Tensor, number: int, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 What `select.score.leaves` computes in thirty passes over tiles x leaves; a program holds the leaves of one tile.
 """
 # what a kernel may write is Triton's language, which its own stubs do not describe
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -41,7 +41,11 @@ def _kernel(
     mass = mass * (rest / tl.maximum(tl.sum(mass, 0), least))
     listings = tl.where(is_opened, alive * each, mass)
 
-    running = tl.cumsum(listings, 0)
+    # in fixed point, whose sums never fall: sums of floating-point numbers in a tree may, by a bit
+    total = tl.sum(listings, 0)
+    unit = tl.where(total > 0, 1073741824.0 / total, 0.0)
+    running = tl.cumsum((listings * unit).to(tl.int32), 0).to(tl.float32)
+    running = tl.where(total > 0, running / unit, 0.0)
     total = tl.max(running, 0)
     offset = tl.load(offset_ptr + tile).to(tl.float32)
     # points below the end of each leaf, all of them below the last one's

@@ -1,5 +1,6 @@
 """What every Triton kernel of lists is launched with: keys where they lie, and the groups of a selection as tuples."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,10 @@ class Launch:
     arguments: dict[str, Any]
 
     def run(self) -> None:
-        """Launch it on the device of its tensors."""
-        self.kernel[self.grid](**self.arguments)
+        """Launch it on the device of its tensors, whichever device is the current one."""
+        device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.arguments)
 
     def compile(self) -> Any:
         """Compile it for the active target, running nothing.
@@ -139,11 +142,17 @@ def row_tests_of(lists: Lists) -> dict[str, Any]:
     }
 
 
-def precision_of(x: Tensor) -> str:
+def labels_in_a_row(lists: Lists) -> int:
+    """Count the labels of each row of keys; as many as keys, unless these lie in pages, whose last one may be ragged."""
+    return 0 if lists.key_label is None else lists.key_label.shape[1]
+
+
+def precision_of(x: Tensor, precise: bool = False) -> str:
     """Tell how float32 operands are multiplied.
 
     Args:
         x: queries.
+        precise: whether float32 is wanted whatever torch was told.
 
     Returns:
         three products in TF32, which together are float32 but for the last bit or two; one, of eleven bits, where torch was
@@ -151,7 +160,8 @@ def precision_of(x: Tensor) -> str:
     """
     if x.dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    rough = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if rough and not precise else "tf32x3"
 
 
 def by_head(x: Tensor) -> Tensor:

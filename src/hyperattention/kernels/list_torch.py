@@ -153,7 +153,7 @@ def _gather(source: Tensor, index: Tensor, buffer: Tensor, table: Tensor | None 
     if table is not None:
         _, heads, size, _ = source.shape
         row, key = index // (table.shape[1] * size), index % (table.shape[1] * size)
-        # what a table holds past a sequence's last page may be anything; no key there counts
+        # a sequence without keys may have no page: its dead slots name key 0 of whatever its table holds
         page = table[row // heads, key // size].clamp(0, source.shape[0] - 1)
         target.copy_(source[page, row % heads, key % size])
     elif source.dtype == buffer.dtype:

@@ -5,7 +5,7 @@ log-weights, and keep a running softmax (Milakov and Gimelshein, 2018, arXiv:180
 operands of products stay in the dtype of the input, sums are float32.
 """
 # what a kernel may write is Triton's language, which its own stubs do not describe
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
 
@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperattention.kernels.launch import Launch, Store, by_head, groups_of, precision_of, row_tests_of, store_of
+from hyperattention.kernels.launch import (
+    Launch,
+    Store,
+    by_head,
+    groups_of,
+    labels_in_a_row,
+    precision_of,
+    row_tests_of,
+    store_of,
+)
 from hyperattention.kernels.list_torch import Lists
 from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, places_of, slots_of, stored_at
 from hyperattention.merge import merge
@@ -69,10 +78,10 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     firsts, weights, lows, highs, holes, slots,
     key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr, table_ptr,
-    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, pages, heads,
+    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, pages, heads, splits,
     kp, kh, ks, vp, vh, vs,
     RUNS: tl.constexpr, BLOCKS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
-    GAP: tl.constexpr, LABELS: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    GAP: tl.constexpr, LABELS: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, PRECISE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -102,15 +111,15 @@ def _forward_kernel(
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     blocks = 0
-    if SPLITS > 1:
+    if SPLIT:
         for g in tl.static_range(len(RUNS)):
             blocks += tl.cdiv(slots[g], BLOCKS[g])
-    share = tl.cdiv(blocks, SPLITS)
+    share = tl.cdiv(blocks, splits)
     passed = 0
     for g in tl.static_range(len(RUNS)):
         count = tl.cdiv(slots[g], BLOCKS[g])
         begin, end = 0, count
-        if SPLITS > 1:
+        if SPLIT:
             begin = tl.maximum(split * share - passed, 0)
             end = tl.minimum((split + 1) * share - passed, count)
             passed += count
@@ -239,11 +248,13 @@ def launch_forward(
         {
             "q_ptr": by_head(q), "k_ptr": k.data, "v_ptr": v.data, "out_ptr": results[0], "lse_ptr": results[1],
             **groups_of(lists, cut.block), **row_tests_of(lists), "table_ptr": k.table,
-            "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "size": size, "keys": k.keys,
+            "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "size": size,
+            "keys": labels_in_a_row(lists),
             "head_dim": head_dim, "value_dim": value_dim, "pages": k.pages, "heads": k.heads,
             "kp": k.strides[0], "kh": k.strides[1], "ks": k.strides[2],
             "vp": v.strides[0], "vh": v.strides[1], "vs": v.strides[2],
-            "PAGE": k.page, "SPLITS": splits, "PRECISION": precision_of(q), "PRECISE": precise and q.dtype != torch.float32,
+            "PAGE": k.page, "splits": splits, "SPLIT": splits > 1, "PRECISION": precision_of(q, precise),
+            "PRECISE": precise and q.dtype != torch.float32,
             "ROWS": cut.rows, "WIDTH": width, "VALUE_WIDTH": value_width,
             "num_warps": cut.warps, "num_stages": cut.stages,
         },
@@ -266,4 +277,4 @@ def _splits(q: Tensor, lists: Lists, cut: Shape) -> int:
         return 1
     programs = max(1, q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2] * q.shape[3], cut.rows))
     wanted = _WAVES * torch.cuda.get_device_properties(q.device).multi_processor_count
-    return max(1, min(wanted // programs, lists.num_slots // (4 * cut.block), _MOST_SPLITS))
+    return max(1, min(triton.cdiv(wanted, programs), lists.num_slots // (4 * cut.block), _MOST_SPLITS))

@@ -9,7 +9,7 @@ the same key, so that dk and dv are sums by atomic additions in float32, whose o
 where torch is told to be deterministic, `list_torch.backward` runs instead.
 """
 # what a kernel may write is Triton's language, which its own stubs do not describe
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 from typing import Any
 
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperattention.kernels.launch import Launch, by_head, groups_of, precision_of, row_tests_of, store_of
+from hyperattention.kernels.launch import Launch, by_head, groups_of, labels_in_a_row, precision_of, row_tests_of, store_of
 from hyperattention.kernels.list_torch import Lists
 from hyperattention.kernels.list_triton import Shape, capability_of, widest
 from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, slots_of, stored_at
@@ -135,7 +135,7 @@ def _keys_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, grad_out_ptr, centre_ptr, dk_ptr, dv_ptr,
     first, weights, low, high, hole, slots,
     key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr,
-    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, kp, ks, vp, vs,
+    scale, num_tiles, tiles, rows, size, keys, rows_of_keys, head_dim, value_dim, kp, ks, vp, vs,
     RUN: tl.constexpr, BLOCK: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
     GAP: tl.constexpr, LABELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -157,7 +157,9 @@ def _keys_kernel(
 
     dk = tl.zeros([BLOCK, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK, VALUE_WIDTH], tl.float32)
-    for slab in tl.range(0, tl.cdiv(rows, ROWS)):
+    # a block of keys of which none counts has nothing to add
+    slabs = tl.where(tl.max(live.to(tl.int32), 0) > 0, tl.cdiv(rows, ROWS), 0)
+    for slab in tl.range(0, slabs):
         row = slab * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         at = tile * rows + row
@@ -186,7 +188,7 @@ def _keys_kernel(
         dv = tl.dot(weight.to(v.dtype), grad_out, dv, input_precision=PRECISION)
         slope = weight * (tl.dot(v, tl.trans(grad_out), input_precision=PRECISION) - centre[None, :])
         dk = tl.dot(slope.to(k.dtype), q, dk, input_precision=PRECISION)
-    place += key_row * keys
+    place += key_row * rows_of_keys
     in_key, in_value = live[:, None] & in_key, live[:, None] & in_value
     tl.atomic_add(dk_ptr + place * head_dim + columns[None, :], dk * scale, mask=in_key, sem="relaxed")
     tl.atomic_add(dv_ptr + place * value_dim + value_columns[None, :], dv, mask=in_value, sem="relaxed")
@@ -259,7 +261,7 @@ def launches_backward(
         "q_ptr": by_head(q), "k_ptr": keys.data, "v_ptr": values.data, "lse_ptr": lse,
         "grad_out_ptr": by_head(grads[0].to(q.dtype)), "centre_ptr": torch.empty_like(lse),
         **row_tests_of(lists),
-        "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "size": size, "keys": keys.keys,
+        "scale": scale, "num_tiles": num_tiles, "tiles": tiles, "rows": rows, "size": size, "keys": labels_in_a_row(lists),
         "head_dim": head_dim, "value_dim": value_dim,
         "kp": keys.strides[0], "ks": keys.strides[2], "vp": values.strides[0], "vs": values.strides[2],
         "PRECISION": precision_of(q), "WIDTH": width, "VALUE_WIDTH": value_width,
@@ -276,7 +278,7 @@ def launches_backward(
         of_keys = {
             **one, "first": groups["firsts"][g], "weights": groups["weights"][g], "low": groups["lows"][g],
             "high": groups["highs"][g], "hole": groups["holes"][g], "RUN": groups["RUNS"][g], "BLOCK": groups["BLOCKS"][g],
-            "dk_ptr": results[1], "dv_ptr": results[2],
+            "dk_ptr": results[1], "dv_ptr": results[2], "rows_of_keys": keys.keys,
             "ROWS": by_keys.rows, "num_warps": by_keys.warps, "num_stages": by_keys.stages,
         }  # fmt: skip
         blocks = triton.cdiv(one["slots"], of_keys["BLOCK"])

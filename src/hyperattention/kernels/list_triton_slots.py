@@ -4,7 +4,7 @@ A *group* is one `Runs`; the groups of a selection are handed over as tuples, so
 and kind, and one launch serves them all. Indices of runs are computed, never written out: a window is one first key.
 """
 # what a kernel may write is Triton's language, which its own stubs do not describe
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -1,6 +1,6 @@
 """What a descent prepares, in Triton: keys centred, projected and made finite in one pass, queries pooled in another."""
 # what a kernel may write is Triton's language, which its own stubs do not describe
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -17,6 +17,12 @@ def triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
+def capable(index: int) -> bool:
+    """Whether Triton compiles for a CUDA device: NVIDIA's from compute capability 8.0 on, and AMD's."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 def triton_reads(*tensors: Tensor) -> bool:
     """Tell whether the Triton kernels serve these queries, keys and values.
 
@@ -24,7 +30,7 @@ def triton_reads(*tensors: Tensor) -> bool:
         *tensors: of any shape; the last axis holds the numbers of a query, key or value.
 
     Returns:
-        whether they do; float64 and vectors of more than 256 numbers are left to PyTorch.
+        whether they do; float64, vectors of more than 256 numbers and old devices are left to PyTorch.
     """
     fits = all(x.device.type == "cuda" and x.dtype in _DTYPES and x.shape[-1] <= WIDEST for x in tensors)
-    return fits and triton_installed()
+    return fits and triton_installed() and capable(tensors[0].device.index or 0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.kernels.choosing import prepare_keys, prepare_queries
+from hyperattention.kernels.choosing import MOST_ROWS, prepare_keys, prepare_queries
 from hyperattention.kernels.triton_reads import triton_reads
 from hyperattention.select.draw import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
@@ -140,15 +140,16 @@ class Descent(Density):
         middle, basis = head.mean(1, keepdim=True), None
         if self.dim < k.shape[2]:
             basis = KeySketch(self.dim).basis(head)
-        if triton_reads(tiles.problem.q, k):
-            keys, query = _prepare_on_a_gpu(tiles, k, middle, basis, room, self.pooled)
-        else:
-            keys, query = _prepare(tiles, k, middle, basis, room, self.pooled)
+        rows = tiles.problem.group * min(self.pooled, tiles.size)
+        fused = rows <= MOST_ROWS and triton_reads(tiles.problem.q, k)
+        prepare = _prepare_on_a_gpu if fused else _prepare
+        keys, query = prepare(tiles, k, middle, basis, room, self.pooled)
         summaries = _summaries(keys, levels)
         rough = tuple(for_estimates(x) for x in summaries)
         scratch = (Scratch(like, BATCH_NUMBERS) for like in (rough[0], rough[0], keys))
         left, moments = edges(tiles, taken), tuple(for_estimates(x) for x in _moments(keys, levels, summaries))
-        walk = Walk(levels, tiles, left, taken.near, for_estimates(query), rough, moments, num, self.uniform_share, *scratch)
+        share, query = self.uniform_share, for_estimates(query)
+        walk = Walk(levels, tiles, left, taken.near, query, rough, moments, num, share, *scratch, fused=fused)
         return walk.law
 
 

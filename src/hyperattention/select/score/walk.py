@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hyperattention.kernels.choosing import block_lse, block_mass
-from hyperattention.kernels.triton_reads import triton_reads
 from hyperattention.select.score.leaves import Closed, Fused, Leaves, Opened, leaves_of
 from hyperattention.select.score.level import EDGES, Level, first_level, opened_at
 from hyperattention.select.score.pooling import any_left, seen_keys
@@ -63,6 +62,7 @@ class Walk:
         gathered: memory for representatives of opened blocks.
         rough: memory for scores in the precision of `summaries`.
         scores: memory for scores.
+        fused: whether a GPU's kernels go from queries to keys.
     """
 
     levels: tuple[Level, ...]
@@ -77,6 +77,7 @@ class Walk:
     gathered: Scratch
     rough: Scratch
     scores: Scratch
+    fused: bool = False
 
     def law(self, part: slice) -> Leaves | Fused:
         """Descend for a chunk of tiles.
@@ -100,7 +101,7 @@ class Walk:
                 closed.append(found)
             blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
         found = Opened(blocks.first, blocks.whole(left)), closed[::-1], left, self.num, self.uniform_share
-        return Fused(*found) if triton_reads(self.query) else leaves_of(*found)
+        return Fused(*found) if self.fused else leaves_of(*found)
 
     def _all(self, part: slice, size: int, visible: int) -> _Blocks:
         """Begin with all blocks of `size` keys that any tile of the chunk can see."""
@@ -149,7 +150,7 @@ class Walk:
         Returns:
             a finite estimate, the least number there is where nothing is seen.
         """
-        if triton_reads(self.query):
+        if self.fused:
             number = blocks.first.shape[2]
             return block_lse(self.query[:, part], self.moments[begin], self._edges(part), number, blocks.size)
         known, seen = self._known(blocks, part), self.scores.like.new_empty(self.query[:, part, :, 0].shape)
@@ -168,7 +169,7 @@ class Walk:
     def _mass(self, depth: int, blocks: _Blocks, part: slice, seen: Tensor) -> Tensor:
         """Estimate the weight of every block: the largest that any query gives it, ``[lists, chunk, blocks]``."""
         by = self.levels[depth].by
-        if triton_reads(self.query):
+        if self.fused:
             first = None if blocks.every else blocks.first
             return block_mass(
                 self.query[:, part], self.summaries[depth], first, self._edges(part), seen, blocks.first.shape[2],
