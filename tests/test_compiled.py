@@ -28,16 +28,21 @@ def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:
 @pytest.mark.parametrize("dim", [64, 128])
 def test_default_sizes_fit_and_spill_nothing(capability, dim):
     kernels = compiled(capability, "bfloat16", dim)
-    assert len(kernels) == 2 * 8 + 3 * 3 + 4 + 3
+    assert len(kernels) == 2 * 8 + 4 + (3 * 3 + 3 if dim == 64 else 0)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
-        # what tests labels as well may spill a little
-        assert kernel["spilled"] == 0 or "hashed" in kernel["kernel"], kernel
+        # what tests labels as well, and groups of sixteen heads, may spill a little
+        most = (
+            64
+            if "hashed" in kernel["kernel"] or (kernel["kernel"].startswith("block") and "256 rows" in kernel["kernel"])
+            else 0
+        )
+        assert kernel["spilled"] <= most, kernel
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize(("dtype", "dims"), [("float16", (32, 256)), ("float32", (64,)), ("float32", (128,))], ids=str)
+@pytest.mark.parametrize(("dtype", "dims"), [("float16", (32, 256)), ("float32", (64, 128))], ids=str)
 def test_other_sizes_fit(capability, dtype, dims):
     for kernel in compiled(capability, dtype, *dims):
         assert kernel["shared"] <= SHARED[capability], kernel

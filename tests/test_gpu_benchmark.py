@@ -102,10 +102,8 @@ def test_every_line_is_complete_and_its_error_finite(toy):
         assert each["quartiles_s"][0] <= each["median_s"] <= each["quartiles_s"][1]
         assert each["error_failed"] is None
         # what is not an output has no error, and the exact stack is what the others are judged by
-        if each["name"] in ("audit", "full_audit", "selection", "control_selection") or (record["part"], each["exact"]) == (
-            "stack",
-            True,
-        ):
+        part_of_a_call = each["name"] in ("audit", "full_audit", "selection", "control_selection")
+        if part_of_a_call or (record["part"], each["exact"]) == ("stack", True):
             assert each["error"] is None
         else:
             assert all(math.isfinite(each["error"][key]) for key in ("mean", "low", "high"))

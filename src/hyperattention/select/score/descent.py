@@ -158,9 +158,9 @@ def _prepare(tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room
     query = pool_queries(tiles, pooled, tiles.problem.scale)
     keys = query.new_empty(k.shape[0], room, k.shape[2] if basis is None else basis.shape[2])
     if basis is None:
-        torch.sub(k.to(keys.dtype), middle, out=keys[:, : k.shape[1]])
+        keys[:, : k.shape[1]].copy_(k).sub_(middle)
     else:
-        torch.baddbmm(middle @ basis, k.to(keys.dtype), basis, beta=-1, out=keys[:, : k.shape[1]])
+        keys[:, : k.shape[1]] = torch.baddbmm(middle @ basis, k.to(keys.dtype), basis, beta=-1)
         query = (query.flatten(1, 2) @ basis).unflatten(1, query.shape[1:3])
     keys[:, k.shape[1] :] = 0.0
     # a key or query that is not finite tells nothing: it is left to the even share
