@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import hyperattention as ha
 from hyperattention.method import Approach
-from hyperattention.select.draw import Density
+from hyperattention.select.density import Density
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
-from hyperattention.select.draw import Density, Distribution, Uniform
+from hyperattention.select.density import Density, Distribution, Uniform
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles

@@ -8,7 +8,8 @@ from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
 from hyperattention.paged import paged_attention
 from hyperattention.presets import HyperAttention
-from hyperattention.select.draw import Draw, Uniform
+from hyperattention.select.density import Uniform
+from hyperattention.select.draw import Draw
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks

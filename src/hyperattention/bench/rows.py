@@ -6,7 +6,8 @@ from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
 from hyperattention.method import Approach, Cost, Method
 from hyperattention.presets import HyperAttention
-from hyperattention.select.draw import Draw, Uniform
+from hyperattention.select.density import Uniform
+from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 

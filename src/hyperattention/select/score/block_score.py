@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.select.draw import Density, Distribution, Uniform
+from hyperattention.select.density import Density, Distribution, Uniform
 from hyperattention.select.score.blocks import MeanKey
 from hyperattention.select.score.mass import clipped, inverse, root_mean_square
 from hyperattention.select.score.pooling import edges, pool_queries, seen_keys

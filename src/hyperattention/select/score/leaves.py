@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.kernels.choosing import draw_leaves
-from hyperattention.select.draw import Distribution
+from hyperattention.select.density import Distribution
 from hyperattention.select.score.mass import inverse
 
 # rounds in which a block's share is cut towards one draw a key and the rest is given to the others

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hyperattention.select.draw import Density, Distribution
+from hyperattention.select.density import Density, Distribution
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
-from hyperattention.select.draw import Density, Distribution, Even, Uniform
+from hyperattention.select.density import Density, Distribution, Even, Uniform
 from hyperattention.select.score.mass import running_sum
 from hyperattention.select.score.pooling import edges
 from hyperattention.select.stage import LookAhead, Taken
