@@ -153,10 +153,8 @@ def test_checkpointing_recomputes_the_same_bits():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_elsewhere_than_on_the_current_device():
     x = on_gpu(tensors(5000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16))
-    here, there = (
-        ha.attention(*(t.to(device) for t in x), is_causal=True, enable_gqa=True, method=DEFAULT)
-        for device in ("cuda:0", "cuda:1")
-    )
+    options = {"is_causal": True, "enable_gqa": True, "method": DEFAULT}
+    here, there = (ha.attention(*(t.to(device) for t in x), **options) for device in ("cuda:0", "cuda:1"))
     assert torch.equal(here.cpu(), there.cpu())
 
 
