@@ -11,6 +11,8 @@ from assertions import assert_exact, assert_same_bits
 from hyperattention.audit import audit, check_audit, sample_rows
 from hyperattention.exact import exact_attention, visible_keys
 from hyperattention.inputs import check_tensors
+from hyperattention.judge import hide_later
+from hyperattention.row_statistics import light_weight
 from problems import tensors
 
 
@@ -324,3 +326,17 @@ def test_the_error_alone_is_that_of_the_full_report(causal, masked):
     assert not torch.isnan(full.alpha).any()
     for x in (alone.alpha, alone.kappa, alone.operator_error):
         assert torch.isnan(x).all()
+
+
+def test_a_device_judges_in_few_operations_what_a_cpu_judges_in_many():
+    scores = torch.randn(2, 3, 7, 40, generator=torch.Generator().manual_seed(0))
+    counts, windows = [0, 1, 5, 20, 39, 40, 40], [(-3, 2), (0, 9), (1, 4), (10, 40), (30, 99), (5, 5), (-2, -1)]
+    one, other = scores.clone(), scores.clone()
+    hide_later(one, counts, at_once=False)
+    hide_later(other, counts, at_once=True)
+    assert_same_bits(one, other)
+    weights = scores.exp()
+    for first in (0, 3, 40):
+        ours, plain = (light_weight(weights, first, windows, at_once=at_once) for at_once in (True, False))
+        assert_exact(ours, plain)
+    assert not torch.equal(light_weight(weights, 0, windows), weights.sum(-1))

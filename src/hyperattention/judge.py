@@ -166,6 +166,23 @@ def _judge_heads(
     return error, live, torch.stack([error_norm, column_spread(blocks, num_keys), kappa])
 
 
+def hide_later(scores: Tensor, counts: list[int], *, at_once: bool | None = None) -> None:
+    """Overwrite the scores of keys that a row may not see.
+
+    Args:
+        scores: ``[..., rows, keys]``.
+        counts: leading keys that each row may see.
+        at_once: whether to do it in one operation, by a mask of rows x keys: None does so on all devices but a CPU, where a fill
+            a row costs less.
+    """
+    if scores.device.type != "cpu" if at_once is None else at_once:
+        limit = torch.tensor(counts, device=scores.device)[:, None]
+        scores.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) >= limit, -torch.inf)
+        return
+    for row, count in enumerate(counts):
+        scores[..., row, count:] = -torch.inf
+
+
 def _softmax_blocks(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sample: Sample
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -177,9 +194,7 @@ def _softmax_blocks(
         few, counts = q[:, :, :, start : start + size], sample.visible[start : start + size]
         stop = max(1, *counts)  # a softmax needs a column, hidden or not
         scores = grouped_scores(few, k[:, :, :stop], sample.scale)
-        for row, count in enumerate(counts):
-            # a fill a row costs less than a mask of rows x keys
-            scores[..., row, count:] = -torch.inf
+        hide_later(scores, counts)
         if key_mask is not None:
             scores.masked_fill_(~key_mask[:, None, None, None, :stop], -torch.inf)
         top = scores.amax(-1)

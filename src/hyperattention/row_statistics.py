@@ -58,12 +58,39 @@ def residual_ratio(
     Returns:
         the ratio; NaN where no row has weight outside the mask.
     """
-    rows = [row for block in blocks for row in block.unbind(-2)]
-    light = torch.stack([_outside(row, first, *window) for row, window in zip(rows, windows, strict=True)], dim=-1)
+    heights = [block.shape[-2] for block in blocks]
+    parts = torch.arange(len(windows)).split(heights)
+    light = [
+        light_weight(block, first, [windows[i] for i in part.tolist()]) for block, part in zip(blocks, parts, strict=True)
+    ]
+    light = torch.cat(light, -1)
     log_sum, none = lse + light.log(), light == 0
     largest = log_sum.masked_fill(none, -torch.inf).amax(-1)
     smallest = log_sum.masked_fill(none, torch.inf).amin(-1)
     return (largest - smallest).exp().masked_fill(none.all(-1), torch.nan)
+
+
+def light_weight(
+    block: Float[Tensor, "*heads rows _"], first: int, windows: list[tuple[int, int]], *, at_once: bool | None = None
+) -> Float[Tensor, "*heads rows"]:
+    """Sum each row's weights outside its heavy mask.
+
+    Args:
+        block: rows of the softmax matrix.
+        first: keys before it are heavy in every row.
+        windows: for each row the keys [begin, end) around it that are heavy.
+        at_once: whether to do it in one pass, by a mask of rows x keys: None does so on all devices but a CPU, where sums of
+            slices cost less.
+
+    Returns:
+        the sums.
+    """
+    if block.device.type != "cpu" if at_once is None else at_once:
+        begin, end = torch.tensor(windows, device=block.device)[..., None].unbind(1)
+        key = torch.arange(block.shape[-1], device=block.device)
+        return (block * ((key >= first) & ((key < begin) | (key >= end)))).sum(-1)
+    rows = zip(block.unbind(-2), windows, strict=True)
+    return torch.stack([_outside(row, first, *window) for row, window in rows], dim=-1)
 
 
 def _outside(row: Float[Tensor, "*heads _"], first: int, begin: int, end: int) -> Float[Tensor, "*heads"]:
