@@ -172,8 +172,8 @@ def hide_later(scores: Tensor, counts: list[int], *, at_once: bool | None = None
     Args:
         scores: ``[..., rows, keys]``.
         counts: leading keys that each row may see.
-        at_once: whether to do it in one operation, by a mask of rows x keys: None does so on all devices but a CPU, where a fill
-            a row costs less.
+        at_once: whether to do it in one operation, by a mask of rows x keys: None does so on all devices but a CPU, where a
+            fill for each row costs less.
     """
     if scores.device.type != "cpu" if at_once is None else at_once:
         limit = torch.tensor(counts, device=scores.device)[:, None]

@@ -3,6 +3,8 @@
 Rows come in blocks that may end before the last key: what is cut off is hidden from every row of the block, and 0.
 """
 
+from itertools import islice
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,12 +60,8 @@ def residual_ratio(
     Returns:
         the ratio; NaN where no row has weight outside the mask.
     """
-    heights = [block.shape[-2] for block in blocks]
-    parts = torch.arange(len(windows)).split(heights)
-    light = [
-        light_weight(block, first, [windows[i] for i in part.tolist()]) for block, part in zip(blocks, parts, strict=True)
-    ]
-    light = torch.cat(light, -1)
+    left = iter(windows)
+    light = torch.cat([light_weight(block, first, list(islice(left, block.shape[-2]))) for block in blocks], -1)
     log_sum, none = lse + light.log(), light == 0
     largest = log_sum.masked_fill(none, -torch.inf).amax(-1)
     smallest = log_sum.masked_fill(none, torch.inf).amin(-1)
