@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("triton", reason="the test extra installs Triton, which CPU builds of torch do not bring")
 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
+# 8.6 and 8.9 run what 8.0 does, with less shared memory
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
 
 
 def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:

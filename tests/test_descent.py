@@ -5,11 +5,13 @@ import torch
 
 import dense
 import hyperattention as ha
+from assertions import assert_exact
 from hyperattention.problem import Problem
 from hyperattention.select.score import descent, representatives
 from hyperattention.select.score.leaves import Closed, Opened, leaves_of
+from hyperattention.select.score.mass import inverse
 from hyperattention.tiling import cut
-from problems import problem
+from problems import problem, tensors
 from test_value_norm import tokens
 
 LEVELS = (ha.Level(64, 4, ha.Representatives(1, 3)), ha.Level(16, 4, ha.Representatives(2, 2)))
@@ -145,3 +147,25 @@ def test_what_is_computed_keeps_its_precision_however_weights_are_estimated(monk
 def test_bad_arguments_say_what_to_do(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_chunks_of_a_prompt_choose_what_one_call_does_at_every_level(chunk, seed):
+    levels = ha.Level(32, 4, ha.Representatives(2, 2)), ha.Level(16, 4), ha.Level(4, 4)
+    # a window smaller than a block: blocks that reach into the tile are opened, whatever is in them
+    method = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(40, by=ha.Descent(levels, pooled=4)), tile=64)
+    q, k, v = tensors(704, batch=2, heads=4, kv_heads=2, dtype=torch.float64, seed=seed)
+    options = {"is_causal": True, "enable_gqa": True, "method": method, "seed": seed, "causal_align": "lower_right"}
+    whole = ha.attention(q, k, v, **options)
+    for begin in range(0, 704, chunk):
+        end = begin + chunk
+        part = ha.attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], **options)
+        assert_exact(part, whole[:, :, begin:end])
+
+
+def test_no_point_is_carried_past_the_last_candidate_with_mass():
+    mass = torch.tensor([[[100.0, 156.0, 0.0]]])
+    point = (torch.arange(256) + (1 - 2.0**-18)).double()[None, None] / 256
+    at, _ = inverse(mass, point)
+    assert at.max() == 1

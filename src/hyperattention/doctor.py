@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hyperattention.kernels.triton_reads import WIDEST, capable, triton_installed
+from hyperattention.kernels.triton_reads import TRITON_INSTALLED, WIDEST, capable
 
 _COMPILERS = "gcc", "clang", "cc"
 _REFERENCE = Path(__file__).parent / "reference"
@@ -89,7 +89,7 @@ def _devices() -> tuple[Finding, ...]:
 
 def _kernels() -> tuple[Finding, ...]:
     name, found = "list kernel, Triton", f"Triton {_version('triton') or _version('pytorch-triton') or 'of unknown version'}"
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         triton = Finding(name, False, "Triton is not installed: CUDA tensors take the PyTorch kernel; pip install triton")
     elif not torch.cuda.is_available():
         triton = Finding(name, False, f"{found} has no device to run on; CPU tensors take the PyTorch kernel")

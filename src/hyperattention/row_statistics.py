@@ -86,7 +86,9 @@ def light_weight(
     if block.device.type != "cpu" if at_once is None else at_once:
         begin, end = torch.tensor(windows, device=block.device)[..., None].unbind(1)
         key = torch.arange(block.shape[-1], device=block.device)
-        return (block * ((key >= first) & ((key < begin) | (key >= end)))).sum(-1)
+        heavy = (key < first) | ((key >= begin) & (key < end))
+        # not a product: 0 times what is not finite would be no number
+        return block.masked_fill(heavy, 0.0).sum(-1)
     rows = zip(block.unbind(-2), windows, strict=True)
     return torch.stack([_outside(row, first, *window) for row, window in rows], dim=-1)
 

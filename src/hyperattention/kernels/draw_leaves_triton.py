@@ -48,10 +48,10 @@ def _kernel(
     running = tl.where(total > 0, running / unit, 0.0)
     total = tl.max(running, 0)
     offset = tl.load(offset_ptr + tile).to(tl.float32)
-    # points below the end of each leaf, all of them below the last one's
+    # points below the end of each leaf; all of them below that of the last one that has any mass
     passed = tl.ceil(running / total * num - offset * num)
     passed = tl.where(passed > 0, tl.minimum(passed, num), 0.0)
-    passed = tl.where(leaf >= leaves - 1, num, passed)
+    passed = tl.where((running >= total) | (leaf >= leaves - 1), num, passed)
     slot = tl.arange(0, SLOTS)
     at = tl.zeros([SLOTS], tl.int32)
     # leaves passed by each point, by bisection: STEPS halvings of LEAVES

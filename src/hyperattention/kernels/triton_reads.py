@@ -1,6 +1,5 @@
 """Which kernel reads a tensor: Triton's on a GPU, where Triton is installed, PyTorch's anywhere else."""
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -11,13 +10,10 @@ WIDEST = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@cache
-def triton_installed() -> bool:
-    """Whether Triton can be imported; it comes with GPU builds of torch."""
-    return find_spec("triton") is not None
+# looked up once, and not imported; it comes with GPU builds of torch. A compiler that traces could not look
+TRITON_INSTALLED = find_spec("triton") is not None
 
 
-@cache
 def capable(index: int) -> bool:
     """Whether Triton compiles for a CUDA device: NVIDIA's from compute capability 8.0 on, and AMD's."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
@@ -33,4 +29,4 @@ def triton_reads(*tensors: Tensor) -> bool:
         whether they do; float64, vectors of more than 256 numbers and old devices are left to PyTorch.
     """
     fits = all(x.device.type == "cuda" and x.dtype in _DTYPES and x.shape[-1] <= WIDEST for x in tensors)
-    return fits and triton_installed() and capable(tensors[0].device.index or 0)
+    return fits and TRITON_INSTALLED and capable(tensors[0].device.index or 0)

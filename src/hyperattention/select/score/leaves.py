@@ -111,10 +111,15 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
     inside = size[one.shape[2] :]
     even, weighted = uniform_share * rest / count.clamp(min=1), (1 - uniform_share) * rest
     for _ in range(_CLIP_ROUNDS):
-        torch.minimum(mass, inside * (mass.sum(-1, keepdim=True) / weighted.clamp(min=_LEAST)), out=mass)
-    mass.mul_(weighted / mass.sum(-1, keepdim=True).clamp(min=_LEAST)).add_(alive * (inside * even))
-    mass.mul_(rest / mass.sum(-1, keepdim=True).clamp(min=_LEAST))
+        torch.minimum(mass, inside * (_sum(mass) / weighted.clamp(min=_LEAST)), out=mass)
+    mass.mul_(weighted / _sum(mass).clamp(min=_LEAST)).add_(alive * (inside * even))
+    mass.mul_(rest / _sum(mass).clamp(min=_LEAST))
     return Leaves(first, size, torch.cat([one, mass], 2), num)
+
+
+def _sum(mass: Tensor) -> Tensor:
+    """Add up in float64: in float32 the bits would depend on how many dead leaves there are, and so on the chunk."""
+    return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def inverse(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     scale = running[..., -1:]
     # points below the end of each candidate; what they grow by is how often it is hit. A search takes four times as long
     passed = (running / scale * slots - point[..., :1] * slots).ceil_().nan_to_num_(nan=0.0).clamp_(0, slots)
-    passed[..., -1] = slots
+    # rounding must not carry a point past the last candidate that has any mass
+    passed.masked_fill_(running >= scale, slots)[..., -1] = slots
     hits = torch.diff(passed, dim=-1, prepend=torch.zeros_like(passed[..., :1])).long()
     row = torch.arange(mass.shape[:-1].numel(), device=mass.device).view(*mass.shape[:-1], 1) * mass.shape[-1]
     at = torch.repeat_interleave(hits.flatten(), output_size=point.numel()).view(point.shape) - row

@@ -127,7 +127,9 @@ class Walk:
         first = blocks.first.gather(2, chosen).masked_fill_(best < 0, nothing)
         found = Closed(blocks.first, blocks.size, mass, whole.scatter(2, chosen, False))
         cut = self._cut(blocks.size, first.shape[2])
-        return found, _Blocks(torch.cat([first[..., :cut], first[..., cut:].sort()[0]], 2), blocks.size, False, cut)
+        # both ascending: among blocks of equal rank the order of topk depends on how many there are, and so on the chunk
+        first = torch.cat([part.sort()[0] for part in first.split([cut, first.shape[2] - cut], 2)], 2)
+        return found, _Blocks(first, blocks.size, False, cut)
 
     def _cut(self, size: int, most: int) -> int:
         """Count the opened blocks that may hold keys of the tile, or of those after it, beside keys that are left."""
