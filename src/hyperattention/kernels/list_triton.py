@@ -130,7 +130,7 @@ def _forward_kernel(
                 RUNS[g], HOLED[g], BLOCKS[g],
             )  # fmt: skip
             live = bias > -float("inf")
-            place = places_of(index, key_row, table_ptr, pages, heads, kp, kh, ks, PAGE, live)
+            place = places_of(index, key_row, table_ptr, pages, heads, kp, kh, ks, PAGE)
             k = tl.load(k_base + place[:, None], mask=live[:, None] & in_key, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
             label = labels_of(labels, index, live, LABELLED[g] and LABELS)
@@ -143,7 +143,7 @@ def _forward_kernel(
             centre = tl.where(new_top == -float("inf"), 0.0, new_top)
             weight = tl.exp(score - centre[:, None])
             shrink = tl.exp(top - centre)
-            place = places_of(index, key_row, table_ptr, pages, heads, vp, vh, vs, PAGE, live)
+            place = places_of(index, key_row, table_ptr, pages, heads, vp, vh, vs, PAGE)
             v = tl.load(v_base + place[:, None], mask=live[:, None] & in_value, other=0.0)
             rough = weight.to(v.dtype)
             mean = tl.dot(rough, v, mean * shrink[:, None], input_precision=PRECISION)
@@ -198,7 +198,7 @@ def forward(
     shape = (splits, num_lists, group, tiles, size)
     lse = q.new_empty(shape, dtype=torch.float32)
     out = q.new_empty((*shape, value_dim), dtype=torch.float32 if splits > 1 or precise else q.dtype)
-    if out[..., 0].numel() == 0 or not k.numel():
+    if out[..., 0].numel() == 0 or not k.numel() or (table is not None and not table.numel()):
         out.zero_()
         lse.fill_(-torch.inf)
     else:

@@ -49,11 +49,12 @@ def blocks_of(first, low, high, tile, slots, begin, end, RUN: tl.constexpr, BLOC
 
 
 @triton.jit
-def places_of(index, row, table, pages, heads, s_page, s_head, s_slot, PAGE: tl.constexpr, MASK_WITH):
+def places_of(index, row, table, pages, heads, s_page, s_head, s_slot, PAGE: tl.constexpr):
     """Tell where keys begin in memory: in row `row` of the keys, or, where `PAGE` > 0, in the pages that a table names."""
     if PAGE == 0:
         return row * s_page + index.to(tl.int64) * s_slot
-    page = tl.load(table + (row // heads) * pages + index // PAGE, mask=MASK_WITH, other=0).to(tl.int64)
+    # slots that do not count name key 0, whose entry there is; Triton 3.6 fails to compile a mask here
+    page = tl.load(table + (row // heads) * pages + index // PAGE).to(tl.int64)
     return page * s_page + (row % heads) * s_head + (index % PAGE).to(tl.int64) * s_slot
 
 
