@@ -97,19 +97,7 @@ class TopBlocks(Stage):
         width = 0 if self.coarse is None else self.by.width(problem.k.shape[-1])
         parts = chunks(tiles, keys * (self.pooled * problem.group + width))
         block = torch.cat([self._choose(tiles, ranking, taken, part) for part in parts], 1)
-        begin, hole_begin, hole_end, end = (x[..., 0] for x in left)
-        total = -(-problem.num_keys // self.block_size)
-        runs = Runs(
-            first=block * self.block_size,
-            size=self.block_size,
-            log_weight=torch.zeros(block.shape, device=block.device).masked_fill_(block == total, -torch.inf),
-            low=begin,
-            high=end,
-            causal=problem.causal and taken.gap is None,
-            hole=None if taken.gap is None else (hole_begin, hole_end),
-            labelled=taken.labels is not None,
-        )
-        return (runs,), taken.with_blocks(block, self.block_size)
+        return (block_runs(tiles, taken, block, self.block_size),), taken.with_blocks(block, self.block_size)
 
     def _prepare(self, tiles: Tiles, left: tuple[Tensor, Tensor, Tensor, Tensor]) -> _Ranking:
         k, q = tiles.problem.k.flatten(0, 1), pool_queries(tiles, self.pooled)
@@ -141,9 +129,7 @@ class TopBlocks(Stage):
             )
             score = self.by.score(query.flatten(0, 1), some).amax(1).unflatten(0, panel.shape[:2])
             block = (panel[..., None] * self._per_panel + torch.arange(self._per_panel, device=device)).flatten(2)
-        allowed = any_left(block * self.block_size, self.block_size, left)
-        for earlier, size in taken.blocks:
-            allowed &= ~_overlap(block, self.block_size, earlier[:, part], size)
+        allowed = free_blocks(block, self.block_size, left, taken, part)
         num = min(self.num, score.shape[2])
         score = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf)
         if problem.causal:
@@ -158,6 +144,51 @@ class TopBlocks(Stage):
         bounds = tuple(x[:, : -(-seen // coarse.panel_size)] for x in ranking.bounds)
         score = KeyBounds().score(query.flatten(1, 2), bounds).unflatten(1, query.shape[1:3]).amax(2)
         return coarse.choose(score, left)
+
+
+def block_runs(tiles: Tiles, taken: Taken, block: Tensor, size: int) -> Runs:
+    """List blocks as certain picks.
+
+    Args:
+        tiles: the tiled problem.
+        taken: keys of earlier stages.
+        block: numbers of the blocks, ascending, ``[lists, tiles, slots]``; the number of all blocks marks an empty slot.
+        size: keys in a block.
+
+    Returns:
+        the runs, which skip keys of earlier stages.
+    """
+    begin, hole_begin, hole_end, end = (x[..., 0] for x in edges(tiles, taken))
+    empty = block == -(-tiles.problem.num_keys // size)
+    return Runs(
+        first=block * size,
+        size=size,
+        log_weight=torch.zeros(block.shape, device=block.device).masked_fill_(empty, -torch.inf),
+        low=begin,
+        high=end,
+        causal=tiles.problem.causal and taken.gap is None,
+        hole=None if taken.gap is None else (hole_begin, hole_end),
+        labelled=taken.labels is not None,
+    )
+
+
+def free_blocks(block: Tensor, size: int, left: tuple[Tensor, ...], taken: Taken, part: slice) -> Tensor:
+    """Tell which blocks hold a key that earlier stages left, and touch no block that one of them chose.
+
+    Args:
+        block: numbers of blocks, ``[lists, chunk, blocks]``.
+        size: keys in a block.
+        left: what earlier stages left of the chunk's tiles, from `edges`.
+        taken: keys of earlier stages.
+        part: the chunk of tiles.
+
+    Returns:
+        whether each may be taken.
+    """
+    allowed = any_left(block * size, size, left)
+    for earlier, earlier_size in taken.blocks:
+        allowed &= ~_overlap(block, size, earlier[:, part], earlier_size)
+    return allowed
 
 
 def _overlap(block: Tensor, size: int, earlier: Tensor, earlier_size: int) -> Tensor:

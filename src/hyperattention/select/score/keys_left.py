@@ -1,0 +1,64 @@
+"""Keys one by one: which of them earlier stages left, and how those chosen are listed."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hyperattention.select.score.pooling import edges, seen_keys
+from hyperattention.select.stage import Taken
+from hyperattention.tiling import Tiles
+from hyperattention.types import Runs
+
+
+def keys_left(tiles: Tiles, taken: Taken, left: tuple[Tensor, ...], part: slice) -> Bool[Tensor, "lists chunk seen"]:
+    """Tell which of the keys that a chunk of tiles can see were left by earlier stages.
+
+    Args:
+        tiles: the tiled problem.
+        taken: keys of earlier stages; pairs taken by a hash are left to the kernel, which skips them.
+        left: what earlier stages left by place, from `edges`, for all tiles.
+        part: the chunk.
+
+    Returns:
+        one truth value a key, over the first `seen_keys` keys.
+    """
+    seen = seen_keys(tiles, part)
+    begin, hole_begin, hole_end, end = (x[:, part] for x in left)
+    key = torch.arange(seen, device=begin.device)
+    free = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
+    for blocks, size in taken.blocks:
+        number = -(-seen // size)
+        # one more block than there are takes the marks of empty slots, and of blocks beyond what is seen
+        chosen = torch.zeros((*free.shape[:2], number + 1), dtype=torch.bool, device=free.device)
+        chosen.scatter_(2, blocks[:, part].clamp(max=number), True)
+        free &= ~chosen[..., :number].repeat_interleave(size, 2)[..., :seen]
+    return free
+
+
+def key_runs(
+    tiles: Tiles, taken: Taken, index: Int[Tensor, "lists tiles slots"], log_weight: Float[Tensor, "lists tiles slots"]
+) -> Runs:
+    """List single keys; those that earlier stages took become empty slots.
+
+    Args:
+        tiles: the tiled problem.
+        taken: keys of earlier stages.
+        index: keys, also outside what is left.
+        log_weight: their log-weights, -inf for an empty slot.
+
+    Returns:
+        runs of one key each.
+    """
+    begin, hole_begin, hole_end, end = edges(tiles, taken)
+    gone = (index < begin) | (index >= end) | ((index >= hole_begin) & (index < hole_end))
+    if taken.blocks:
+        gone |= taken.holds(index)
+    return Runs(
+        first=index,
+        size=1,
+        log_weight=log_weight.float().masked_fill(gone, -torch.inf),
+        low=begin[..., 0],
+        high=end[..., 0],
+        causal=tiles.problem.causal and taken.gap is None,
+        labelled=taken.labels is not None,
+    )
