@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import hyperattention as ha
 from hyperattention.method import Approach
 from hyperattention.select.density import Density
+from hyperattention.select.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ CONTROL = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=ha.Uniform()), ti
 
 def _ranked(*blocks: ha.TopBlocks) -> ha.Method:
     return ha.Method(ha.Sinks(4), ha.Window(16), *blocks, ha.Draw(16), tile=16)
+
+
+def _after_window(*stages: Stage) -> ha.Method:
+    return ha.Method(ha.Sinks(4), ha.Window(16), *stages, tile=16)
 
 
 def _drawn(density: Density) -> ha.Method:
@@ -71,5 +76,6 @@ CASES = (
     Case("descent without a window", ha.Method(ha.Draw(24, by=DESCENT), tile=16), exact_up_to=24),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, ha.KeySketch(4), coarse=ha.Coarse(2, 16))), exact_up_to=31),
+    Case("top keys", ha.TopKeys(16), exact_up_to=16),
 )
 # fmt: on

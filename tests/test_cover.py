@@ -56,7 +56,8 @@ def test_weights_are_a_partition_of_unity_or_the_method_says_not(case, causal):
     if case.method.complete:
         assert_unbiased(torch.cat(statistics), 0.0, largest_error=0.1, rounding=ROUNDING)
     else:
-        assert total.max() <= HEADS * len(statistics), "an incomplete method lists a key more than once"
+        # weights read off an output are rounded; a key listed twice adds one or more
+        assert total.max() <= HEADS * len(statistics) + ROUNDING, "an incomplete method lists a key more than once"
         assert (total[seen == 1] == 0).any(), "it lists every key: let it declare itself complete"
 
 

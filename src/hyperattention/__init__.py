@@ -23,6 +23,7 @@ from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
+from hyperattention.top_keys import TopKeys
 from hyperattention.types import Partial
 from hyperattention.varlen import varlen_attention
 
@@ -47,6 +48,7 @@ __all__ = [
     "Representatives",
     "Sinks",
     "TopBlocks",
+    "TopKeys",
     "Uniform",
     "ValueNorm",
     "Window",
