@@ -77,5 +77,7 @@ CASES = (
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, ha.KeySketch(4), coarse=ha.Coarse(2, 16))), exact_up_to=31),
     Case("top keys", ha.TopKeys(16), exact_up_to=16),
+    Case("blocks by anti-diagonals", _after_window(ha.AntiDiagonal(2, 8, stride=4), ha.Draw(16)), exact_up_to=31),
+    Case("anti-diagonals alone", ha.Method(ha.AntiDiagonal(3, 24, stride=8), tile=20), exact_up_to=72),
 )
 # fmt: on

@@ -10,6 +10,7 @@ from hyperattention.paged import paged_attention
 from hyperattention.presets import HyperAttention
 from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
+from hyperattention.select.locate.anti_diagonal import AntiDiagonal
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
@@ -28,6 +29,7 @@ from hyperattention.types import Partial
 from hyperattention.varlen import varlen_attention
 
 __all__ = [
+    "AntiDiagonal",
     "BlockScore",
     "Coarse",
     "Cost",
