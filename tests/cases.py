@@ -79,5 +79,7 @@ CASES = (
     Case("top keys", ha.TopKeys(16), exact_up_to=16),
     Case("blocks by anti-diagonals", _after_window(ha.AntiDiagonal(2, 8, stride=4), ha.Draw(16)), exact_up_to=31),
     Case("anti-diagonals alone", ha.Method(ha.AntiDiagonal(3, 24, stride=8), tile=20), exact_up_to=72),
+    Case("verticals and slashes", _after_window(ha.VerticalSlash(6, 2, last=20), ha.Draw(16)), exact_up_to=31),
+    Case("slashes without a window", ha.Method(ha.TopBlocks(1, 8), ha.VerticalSlash(6, 2), tile=16), exact_up_to=8),
 )
 # fmt: on

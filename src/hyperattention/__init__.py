@@ -14,6 +14,7 @@ from hyperattention.select.locate.anti_diagonal import AntiDiagonal
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
+from hyperattention.select.locate.vertical_slash import VerticalSlash
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
@@ -53,6 +54,7 @@ __all__ = [
     "TopKeys",
     "Uniform",
     "ValueNorm",
+    "VerticalSlash",
     "Window",
     "attention",
     "audit",
