@@ -14,6 +14,7 @@ from hyperattention.select.locate.anti_diagonal import AntiDiagonal
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
+from hyperattention.select.locate.universal_set import UniversalSet
 from hyperattention.select.locate.vertical_slash import VerticalSlash
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
@@ -53,6 +54,7 @@ __all__ = [
     "TopBlocks",
     "TopKeys",
     "Uniform",
+    "UniversalSet",
     "ValueNorm",
     "VerticalSlash",
     "Window",

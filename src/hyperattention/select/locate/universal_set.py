@@ -1,0 +1,95 @@
+"""One set of keys for all queries: those that stand out from all others."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperattention.check import positive
+from hyperattention.select.score.keys_left import key_runs
+from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.tiling import Tiles
+from hyperattention.types import Runs
+
+
+@dataclass(frozen=True)
+class UniversalSet(Stage):
+    """Attend to the `num` keys with the largest leverage scores: those that some query, whatever it is, could prefer most.
+
+    tau_j = x_j' (X'X + lambda I)^-1 x_j,   x_j = k_j - mean,   lambda = ridge * trace(X'X) / head_dim
+    Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: keys centred and a ridge;
+    softmax in place of the paper's polynomial, for which it is a heuristic; causal queries see those of the set that are
+    visible; the leading keys that sinks took are not taken again.
+    Cost: `num` slots a query, head_dim products a key.   Guarantee: exact on the pairs taken; for softmax nothing says that
+    they are heavy, so follow it with Draw.
+
+    Args:
+        num: keys taken, the same for every tile.
+        ridge: strength of the ridge, relative to the mean square of the centred keys.
+
+    Raises:
+        ValueError: if `num` is not positive, or the ridge is negative.
+    """
+
+    num: int
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        positive("UniversalSet", num=self.num)
+        if not self.ridge >= 0:
+            raise ValueError(f"UniversalSet(ridge={self.ridge!r}): a ridge must not be negative; 0 leaves it out")
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """All keys decide together."""
+        return LookAhead.SEQUENCE
+
+    def slots(self, tile: int) -> int:
+        """Count the keys listed for each tile."""
+        return self.num
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count a covariance and a triangular solve: one and a half times `head_dim` products of a key."""
+        return 1.5 * head_dim
+
+    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+        """Score all keys, and take the best for every tile."""
+        problem = tiles.problem
+        if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
+            return (), taken
+        total = tiles.by_list(tiles.total)  # [lists, 1]
+        key = torch.arange(problem.num_keys, device=problem.device)
+        score = leverage(problem.k.flatten(0, 1), total, self.ridge)
+        score = score.masked_fill((key < taken.prefix) | (key >= total), -torch.inf)
+        best, index = score.topk(min(self.num, problem.num_keys), dim=-1)
+        index = index.masked_fill(best == -torch.inf, problem.num_keys).sort(-1)[0]
+        index = pad(index, (0, self.num - index.shape[1]), value=problem.num_keys)
+        index = index[:, None].expand(-1, len(tiles.index), -1).contiguous()
+        runs = key_runs(tiles, taken, index, torch.zeros(index.shape, device=index.device))
+        return (runs,), taken.with_blocks(index, 1)
+
+
+def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
+    """Tell how far each key stands out from all others, in the metric of their covariance.
+
+    Args:
+        k: keys, ``[lists, keys, head_dim]``, live ones first.
+        total: live keys, ``[lists, 1]``.
+        ridge: relative ridge.
+
+    Returns:
+        ``[lists, keys]``; 0 where it is not finite.
+    """
+    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    dead = (torch.arange(k.shape[1], device=k.device) >= total)[..., None]
+    mean = k.masked_fill(dead, 0.0).sum(1, keepdim=True) / total.clamp(min=1)[..., None]
+    x = (k - mean).masked_fill(dead, 0.0)
+    gram = (x.transpose(1, 2) @ x).double()
+    size = gram.diagonal(dim1=1, dim2=2)
+    # a share of the size that keeps the factor finite where keys are fewer than channels, or all alike
+    least = ridge * size.mean(-1, keepdim=True) + 1e-12 * size.amax(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    # the checked factorisation would make the host wait, and fail for keys that are not finite
+    factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(least.expand_as(size)))[0]
+    solved = torch.linalg.solve_triangular(factor.to(x.dtype), x.transpose(1, 2), upper=False)
+    return torch.nan_to_num(solved.square().sum(1), nan=0.0, posinf=0.0)
