@@ -81,6 +81,8 @@ CASES = (
     Case("anti-diagonals alone", ha.Method(ha.AntiDiagonal(3, 24, stride=8), tile=20), exact_up_to=72),
     Case("verticals and slashes", _after_window(ha.VerticalSlash(6, 2, last=20), ha.Draw(16)), exact_up_to=31),
     Case("slashes without a window", ha.Method(ha.TopBlocks(1, 8), ha.VerticalSlash(6, 2), tile=16), exact_up_to=8),
+    Case("draws by collisions", _after_window(ha.CollisionDraw(24, bits=2, tables=8)), exact_up_to=39),
+    Case("collisions beside blocks", ha.Method(ha.TopBlocks(1, 16), ha.CollisionDraw(24, 1, 4), tile=16), exact_up_to=24),
     Case("universal set", _after_window(ha.UniversalSet(12), ha.Draw(16)), exact_up_to=31),
     Case("universal set alone", ha.Method(ha.TopBlocks(1, 8), ha.UniversalSet(12), tile=16), exact_up_to=12),
 )

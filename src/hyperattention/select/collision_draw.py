@@ -1,0 +1,161 @@
+"""Draws by hash collisions: keys that hash like a tile's queries, weighted by how likely that was."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperattention.check import positive
+from hyperattention.random import normal, uniform
+from hyperattention.select.score.keys_left import key_runs, keys_left
+from hyperattention.select.score.pooling import chunks, edges, pool_queries
+from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.tiling import Tiles
+from hyperattention.types import Runs
+
+# counters after the five of every draw, so that hyperplanes and the choice among candidates share no bits with others
+_PLANES, _STREAM = 6, 7
+# codes are int16
+_MOST_BITS = 15
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """What the tables hold, and the vectors that were hashed."""
+
+    query: Tensor  # [lists, tiles, head_dim], the mean query of each tile
+    key: Tensor  # [lists, keys, head_dim], centred
+    query_code: Tensor  # [lists, tables, tiles]
+    key_code: Tensor  # [lists, tables, keys]
+
+
+@dataclass(frozen=True)
+class CollisionDraw(Stage):
+    """Draw the keys that collide with the tile's query in at least two hash tables, weighted by the chance of that.
+
+    w_j = 1 - (1 - p_j^K)^L - L p_j^K (1 - p_j^K)^(L-1),   p_j = 1 - angle(q, k_j - mean) / pi,   K bits, L tables;
+    weight_j = max(1, C / num) / w_j,   C the number of keys that collide
+    Keys that point towards the query are likely to collide, so that they are often listed, and with a small weight.
+    Source: Chen et al., 2024 (arXiv:2410.16179), MagicPIG.   Differs: hashed once a tile, with its mean query, where the
+    paper hashes every query of a decoder; at most `num` of the keys that collide are kept, evenly spaced from a random
+    start; keys are centred by the first ones, so that no tile looks ahead; nothing is added to w_j, which keeps it unbiased.
+    Cost: `num` slots a query, `bits` * `tables` products a key, and a comparison for every table, tile and key: it grows
+    with the square of the length.   Guarantee: E[weight of a key] = 1 for every key left, over the random hyperplanes.
+
+    Args:
+        num: most keys listed for each tile.
+        bits: random hyperplanes of a table, at most 15.
+        tables: hash tables, at least 2.
+
+    Raises:
+        ValueError: if a number is not positive, there are too many bits or a single table.
+    """
+
+    num: int
+    bits: int = 8
+    tables: int = 75
+
+    def __post_init__(self) -> None:
+        positive("CollisionDraw", num=self.num, bits=self.bits, tables=self.tables)
+        if self.bits > _MOST_BITS:
+            raise ValueError(f"CollisionDraw(bits={self.bits}): codes are 16-bit integers; use at most {_MOST_BITS} bits")
+        if self.tables < 2:
+            raise ValueError(f"CollisionDraw(tables={self.tables}): a key must collide twice to be listed; use 2 or more")
+
+    @property
+    def complete(self) -> bool:
+        """Every key that is left has an expected weight of one."""
+        return True
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """Draws of a tile depend on all of its queries."""
+        return LookAhead.TILE
+
+    def slots(self, tile: int) -> int:
+        """Count the keys listed for each tile, empty slots included."""
+        return self.num
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count projections of a key and of a tile's query, and the angles of those listed; comparisons are no products."""
+        return self.bits * self.tables * (1.0 + 1.0 / tile) + self.num / tile
+
+    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+        """Hash, compare, and list the keys that collide, or all where they are few."""
+        problem = tiles.problem
+        if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
+            return (), taken
+        hashed, left = self._hash(tiles, taken), edges(tiles, taken)
+        parts = chunks(tiles, 8 * problem.num_keys + self.num * (problem.k.shape[3] + 8))
+        drawn = [self._draw(tiles, hashed, keys_left(tiles, taken, left, part), part) for part in parts]
+        index, log_weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
+        return (key_runs(tiles, taken, index, log_weight),), taken
+
+    def _hash(self, tiles: Tiles, taken: Taken) -> _Hashed:
+        problem, device = tiles.problem, tiles.problem.device
+        query = pool_queries(tiles, 1, 1.0).mean(2)
+        k = problem.k.to(query.dtype)
+        # a tile that sees no more lists all it sees: every other tile may look at these
+        centred = k - k[:, :, taken.prefix : taken.prefix + self.num].mean(2, keepdim=True)
+        head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
+        axis, bit = torch.arange(k.shape[3], device=device)[:, None], torch.arange(self.bits, device=device)
+        grouped, codes = query.unflatten(0, k.shape[:2]), []
+        for table in range(self.tables):
+            counters = (problem.seed, problem.layer, head, axis, table * self.bits + bit, _PLANES)
+            planes = normal(counters, device).to(k.dtype)  # [kv_heads, head_dim, bits]
+            codes.append([_code(x @ planes).flatten(0, 1) for x in (grouped, centred)])
+        query_code, key_code = (torch.stack(x, 1) for x in zip(*codes, strict=True))
+        return _Hashed(query, centred.flatten(0, 1), query_code, key_code)
+
+    def _draw(self, tiles: Tiles, hashed: _Hashed, free: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """List keys of a chunk: keys and log-weights, ``[lists, chunk, num]``."""
+        problem = tiles.problem
+        few = free.sum(-1, keepdim=True) <= self.num
+        listed = free & ((self._collisions(hashed, part, free) >= 2) | few)
+        running = listed.cumsum(-1)
+        count = running[..., -1:]
+        slot = torch.arange(self.num, device=free.device)
+        head = torch.arange(problem.k.shape[1], device=free.device)[:, None, None]
+        start = uniform((problem.seed, problem.layer, head, tiles.index[part, None], 0, _STREAM), free.device)
+        spaced = ((slot + start.repeat(problem.k.shape[0], 1, 1)) * (count / self.num).double()).long()
+        rank = torch.where(count > self.num, torch.minimum(spaced, count - 1), slot.expand(spaced.shape))
+        index = torch.searchsorted(running, rank + 1).clamp(max=free.shape[2] - 1)
+        row = index + torch.arange(len(index), device=index.device)[:, None, None] * hashed.key.shape[1]
+        key = hashed.key.flatten(0, 1).index_select(0, row.flatten()).view(*index.shape, -1)
+        cosine = torch.cosine_similarity(key, hashed.query[:, part, None], dim=-1).double()
+        chance = twice(1.0 - torch.nan_to_num(cosine, nan=0.0).clamp(-1.0, 1.0).acos() / math.pi, self.bits, self.tables)
+        log_weight = (count / self.num).double().clamp(min=1.0).log() - chance.log()
+        return index, log_weight.masked_fill(few, 0.0).masked_fill(slot >= count, -torch.inf)
+
+    def _collisions(self, hashed: _Hashed, part: slice, free: Tensor) -> Tensor:
+        """Count the tables in which keys collide with a chunk of tiles: ``[lists, chunk, seen]``."""
+        count = torch.zeros(free.shape, dtype=torch.int16, device=free.device)
+        for table in range(self.tables):
+            count += hashed.query_code[:, table, part, None] == hashed.key_code[:, table, None, : free.shape[2]]
+        return count
+
+
+def twice(p: Tensor, bits: int, tables: int) -> Tensor:
+    """Tell the chance of a collision in two tables or more, from the chance `p` that a bit agrees; float64.
+
+    1 - (1 - x)^L - L x (1 - x)^(L-1) = 1 - (1 - x)^(L-1) (1 + (L-1) x),   x = p^bits: without cancellation where x is small
+
+    Args:
+        p: chances of a bit.
+        bits: bits of a table.
+        tables: tables.
+
+    Returns:
+        chances above 0.
+    """
+    x = p**bits
+    log_miss = (tables - 1) * torch.log1p(-x) + torch.log1p((tables - 1) * x)
+    # x = 1 makes 0 of 0: an infinite log is a certain collision
+    return (-torch.expm1(log_miss)).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _code(projected: Tensor) -> Tensor:
+    """Read the signs of the last axis as a number."""
+    weight = 2 ** torch.arange(projected.shape[-1], device=projected.device)
+    return ((projected > 0) * weight).sum(-1).to(torch.int16)
