@@ -83,6 +83,8 @@ CASES = (
     Case("slashes without a window", ha.Method(ha.TopBlocks(1, 8), ha.VerticalSlash(6, 2), tile=16), exact_up_to=8),
     Case("draws by collisions", _after_window(ha.CollisionDraw(24, bits=2, tables=8)), exact_up_to=39),
     Case("collisions beside blocks", ha.Method(ha.TopBlocks(1, 16), ha.CollisionDraw(24, 1, 4), tile=16), exact_up_to=24),
+    Case("draws by budget", _after_window(ha.TopBlocks(1, 8), ha.BudgetedDraw(24, 8, 0.3, pooled=2)), exact_up_to=39),
+    Case("draws by budget alone", ha.Method(ha.BudgetedDraw(32, 8, 0.2, 0.5), tile=16), exact_up_to=32),
     Case("universal set", _after_window(ha.UniversalSet(12), ha.Draw(16)), exact_up_to=31),
     Case("universal set alone", ha.Method(ha.TopBlocks(1, 8), ha.UniversalSet(12), tile=16), exact_up_to=12),
 )

@@ -8,6 +8,7 @@ from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
 from hyperattention.paged import paged_attention
 from hyperattention.presets import HyperAttention
+from hyperattention.select.budgeted_draw import BudgetedDraw
 from hyperattention.select.collision_draw import CollisionDraw
 from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
@@ -34,6 +35,7 @@ from hyperattention.varlen import varlen_attention
 __all__ = [
     "AntiDiagonal",
     "BlockScore",
+    "BudgetedDraw",
     "Coarse",
     "CollisionDraw",
     "Cost",
