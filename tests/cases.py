@@ -85,6 +85,8 @@ CASES = (
     Case("collisions beside blocks", ha.Method(ha.TopBlocks(1, 16), ha.CollisionDraw(24, 1, 4), tile=16), exact_up_to=24),
     Case("draws by budget", _after_window(ha.TopBlocks(1, 8), ha.BudgetedDraw(24, 8, 0.3, pooled=2)), exact_up_to=39),
     Case("draws by budget alone", ha.Method(ha.BudgetedDraw(32, 8, 0.2, 0.5), tile=16), exact_up_to=32),
+    Case("draws by priority", _after_window(ha.PriorityDraw(16, pooled=4)), exact_up_to=31),
+    Case("priorities beside blocks", ha.Method(ha.TopBlocks(1, 16), ha.PriorityDraw(24), tile=16), exact_up_to=24),
     Case("universal set", _after_window(ha.UniversalSet(12), ha.Draw(16)), exact_up_to=31),
     Case("universal set alone", ha.Method(ha.TopBlocks(1, 8), ha.UniversalSet(12), tile=16), exact_up_to=12),
 )

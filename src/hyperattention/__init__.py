@@ -19,6 +19,7 @@ from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.universal_set import UniversalSet
 from hyperattention.select.locate.vertical_slash import VerticalSlash
 from hyperattention.select.locate.window import Window
+from hyperattention.select.priority_draw import PriorityDraw
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
 from hyperattention.select.score.descent import Descent
@@ -53,6 +54,7 @@ __all__ = [
     "Method",
     "Mix",
     "Partial",
+    "PriorityDraw",
     "Representatives",
     "Sinks",
     "TopBlocks",

@@ -1,0 +1,115 @@
+"""Draws whose number is fixed and whose heavy keys are certain: priority sampling."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperattention.check import positive
+from hyperattention.random import uniform
+from hyperattention.select.score.keys_left import key_runs, keys_left
+from hyperattention.select.score.pooling import chunks, edges, pool_queries
+from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.tiling import Tiles
+from hyperattention.types import Runs
+
+# counter after the five of every draw, so that no other draw shares these bits
+_STREAM = 3
+
+
+@dataclass(frozen=True)
+class PriorityDraw(Stage):
+    """Score every key that is left, and keep the `num` of the highest priority, weight over a uniform number.
+
+    w_j = (1 - share) max_i softmax_j(q_i . k_j) / sum + share / N,   priority_j = w_j / u_j,   tau = the (num + 1)-th
+    largest priority;   weight_j = max(1, tau / w_j),   i over the pooled queries of the tile
+    Source: Duffield, Lund and Thorup, 2007, priority sampling; for attention Zharkov et al., 2026.   Differs: one sample a
+    tile, by its pooled queries, where attention's would be one a query, found by a search of vectors; every key is scored
+    here; a uniform share bounds the weights.
+    Cost: `num` slots a query, `pooled` / tile of exact attention's products: it grows with the square of the length.
+    Guarantee: E[weight of a key] = 1 for every key left; keys heavier than tau count once, as exact.
+
+    Args:
+        num: keys drawn for each tile.
+        pooled: averaged queries of each tile and head.
+        uniform_share: share of the weights that is spread evenly over the keys left.
+
+    Raises:
+        ValueError: if a number is not positive, or the share is not between 0 and 1.
+    """
+
+    num: int
+    pooled: int = 16
+    uniform_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive("PriorityDraw", num=self.num, pooled=self.pooled)
+        if not 0.0 < self.uniform_share < 1.0:
+            raise ValueError(
+                f"PriorityDraw(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+            )
+
+    @property
+    def complete(self) -> bool:
+        """Every key that is left has an expected weight of one."""
+        return True
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """Draws of a tile depend on all of its queries."""
+        return LookAhead.TILE
+
+    def slots(self, tile: int) -> int:
+        """Count the keys listed for each tile."""
+        return self.num
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count products of pooled queries with all keys, per query."""
+        return min(self.pooled, tile) / tile * num_keys / (2 if causal else 1)
+
+    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+        """Score, and keep the keys of the highest priority."""
+        problem = tiles.problem
+        if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
+            return (), taken
+        query, left = pool_queries(tiles, self.pooled, problem.scale), edges(tiles, taken)
+        k = problem.k.flatten(0, 1).to(query.dtype)
+        drawn = []
+        # scores, and the integers of a hash a key
+        for part in chunks(tiles, problem.num_keys * (2 * query.shape[2] + 8)):
+            free = keys_left(tiles, taken, left, part)
+            weight = self._weights(query[:, part], k[:, : free.shape[2]], free)
+            drawn.append(self._draw(weight, _noise(tiles, part, free.shape[2])))
+        index, log_weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
+        return (key_runs(tiles, taken, index, log_weight),), taken
+
+    def _weights(self, query: Tensor, k: Tensor, free: Tensor) -> Tensor:
+        """Weigh the keys of a chunk, ``[lists, chunk, seen]``; 0 for those taken, and positive for all others."""
+        score = (query.flatten(1, 2) @ k.transpose(1, 2)).unflatten(1, query.shape[1:3])
+        weight = torch.softmax(score.masked_fill_(~free[:, :, None], -torch.inf), -1)
+        # queries and keys that are not finite are left to the uniform share
+        weight = torch.nan_to_num_(weight, nan=0.0).amax(2)
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        even = self.uniform_share / free.sum(-1, keepdim=True).clamp(min=1)
+        return ((1.0 - self.uniform_share) * weight + even) * free
+
+    def _draw(self, weight: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the highest priorities: keys and log-weights, ``[lists, chunk, num]``."""
+        priority = weight.double() / noise
+        best, index = priority.topk(min(self.num + 1, priority.shape[2]), dim=-1)
+        spare = self.num + 1 - best.shape[2]
+        # where no more than `num` keys are left the threshold is 0, and all count as they are
+        best, index = pad(best, (0, spare)), pad(index, (0, spare))
+        own = weight.gather(2, index[..., :-1]).double()
+        log_weight = (best[..., -1:] / own).log().clamp(min=0.0)
+        return index[..., :-1], log_weight.masked_fill(own == 0, -torch.inf)
+
+
+def _noise(tiles: Tiles, part: slice, seen: int) -> Tensor:
+    """Draw a number above 0 for every key of every tile: ``[lists, chunk, seen]``."""
+    problem, device = tiles.problem, tiles.problem.device
+    head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
+    key = torch.arange(seen, device=device)
+    noise = uniform((problem.seed, problem.layer, head, tiles.index[part, None], key, _STREAM), device) + 2.0**-33
+    return noise.repeat(problem.k.shape[0], 1, 1)
