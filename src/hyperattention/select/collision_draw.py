@@ -54,7 +54,7 @@ class CollisionDraw(Stage):
 
     num: int
     bits: int = 8
-    tables: int = 75
+    tables: int = 150
 
     def __post_init__(self) -> None:
         positive("CollisionDraw", num=self.num, bits=self.bits, tables=self.tables)
