@@ -93,6 +93,17 @@ def test_anti_diagonals_written_out(causal, stride):
         assert ours[t, : len(best)].tolist() == best.tolist()
 
 
+def test_sums_that_reach_past_a_tile_are_not_looked_at():
+    q, k, v = tensors(80, heads=32, kv_heads=32)
+    # one block that reaches past the tile is taken unseen, the other by its sums
+    method = ha.Method(ha.AntiDiagonal(2, block_size=8, stride=8), tile=20)
+    before, after = (
+        method.select(ha.method.Problem(q, x, v, 0.3, causal=True))[1].runs[0].first[:, :3]
+        for x in (k, k.index_fill(2, torch.arange(60, 64), torch.nan))
+    )
+    assert torch.equal(before, after)
+
+
 def test_columns_and_diagonals_that_are_there_are_found():
     n, tile = 256, 16
     code = torch.randn(1, 1, n, 128, generator=torch.Generator().manual_seed(0)).sign()
@@ -106,9 +117,13 @@ def test_columns_and_diagonals_that_are_there_are_found():
     slash, vertical = selection.runs[-2:]
     assert slash.first[0, :, 0].tolist()[5:] == [tile * t for t in range(n // tile - 5)]
     assert (vertical.first == 37).all()
-    # tile 7's run holds the column, and its own window held it before
+    # tile 7's run holds the column, tile 2 and its neighbour have it in their window
     taken = (vertical.log_weight[0, :, 0] == -torch.inf).nonzero()[:, 0].tolist()
-    assert taken == [0, 1, 2, 3, 7]
+    assert taken == [2, 3, 7]
+    # a column that sinks hold is no column to be found, nor is its diagonal
+    method = ha.Method(ha.Sinks(40), ha.Window(tile), ha.VerticalSlash(1, 1, last=tile), tile=tile)
+    vertical = method.select(ha.method.Problem(q, k, k, 0.2, causal=True))[1].runs[-1]
+    assert (vertical.first >= 40).all()
 
 
 def test_leverage_is_that_of_the_centred_keys():
@@ -127,6 +142,8 @@ def test_a_key_that_stands_out_is_in_the_set_of_every_tile():
     first = selection.runs[0].first
     assert (first[1] == 30).any(-1).all()
     assert (first == first[:, :1]).all()
+    _, selection = ha.Method(ha.Sinks(40), ha.UniversalSet(5), tile=16).select(ha.method.Problem(q, k, v, 0.3, causal=True))
+    assert (selection.runs[-1].first >= 40).all()
 
 
 # draws

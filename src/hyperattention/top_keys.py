@@ -81,11 +81,11 @@ class TopKeys(Approach):
         q, k = problem.q[:, :, rows].to(wide).unflatten(1, (kv_heads, group)), problem.k[:, :, :seen].to(wide)
         hidden = torch.arange(seen, device=q.device) >= limit[:, None, None, :, None]
         score = grouped_scores(q, k, problem.scale).masked_fill_(hidden, -torch.inf)
-        best, index = (x.flatten(0, 2) for x in score.topk(min(self.num, seen), dim=-1))
+        index = score.topk(min(self.num, seen), dim=-1)[1].flatten(0, 2)
         high = limit[:, None].expand(-1, kv_heads * group, -1).flatten(0, 1)
         lists = torch.arange(batch * kv_heads, device=q.device)
-        weight = torch.zeros(best.shape, device=q.device).masked_fill_(best == -torch.inf, -torch.inf)
-        runs = Runs(index, 1, weight, low=torch.zeros_like(high), high=high)
+        # where a row sees fewer keys, those listed beyond its limit are skipped
+        runs = Runs(index, 1, torch.zeros(index.shape, device=q.device), low=torch.zeros_like(high), high=high)
         return Selection((runs,), row_limit=high[..., None], key_row=lists.repeat_interleave(group))
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:

@@ -61,7 +61,7 @@ class UniversalSet(Stage):
         total = tiles.by_list(tiles.total)  # [lists, 1]
         key = torch.arange(problem.num_keys, device=problem.device)
         score = leverage(problem.k.flatten(0, 1), total, self.ridge)
-        score = score.masked_fill((key < taken.prefix) | (key >= total), -torch.inf)
+        score = score.masked_fill(key < taken.prefix, -torch.inf)
         best, index = score.topk(min(self.num, problem.num_keys), dim=-1)
         index = index.masked_fill(best == -torch.inf, problem.num_keys).sort(-1)[0]
         index = pad(index, (0, self.num - index.shape[1]), value=problem.num_keys)

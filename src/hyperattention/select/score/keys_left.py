@@ -43,14 +43,14 @@ def key_runs(
     Args:
         tiles: the tiled problem.
         taken: keys of earlier stages.
-        index: keys, also outside what is left.
+        index: keys, also outside what is left, and beyond all keys.
         log_weight: their log-weights, -inf for an empty slot.
 
     Returns:
         runs of one key each.
     """
     begin, hole_begin, hole_end, end = edges(tiles, taken)
-    gone = (index < begin) | (index >= end) | ((index >= hole_begin) & (index < hole_end))
+    gone = (index >= hole_begin) & (index < hole_end)
     if taken.blocks:
         gone |= taken.holds(index)
     return Runs(
