@@ -2,6 +2,7 @@
 
 from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
+from hyperattention.by_head import ByHead
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
@@ -28,6 +29,7 @@ from hyperattention.varlen import varlen_attention
 
 __all__ = [
     "BlockScore",
+    "ByHead",
     "Coarse",
     "Cost",
     "Descent",
