@@ -71,6 +71,19 @@ def test_top_keys_are_the_largest_scores_of_each_row(causal):
         assert_same_math(x, y, z)
 
 
+def test_top_keys_of_some_queries():
+    whole = problem(100, causal=True)
+    few, method = whole.of_spans(16, 16, 32), ha.TopKeys(7)
+    assert_exact(method.attend(few).out, method.attend(whole).out[:, :, few.position])
+
+
+@pytest.mark.parametrize("case", [case for case in OURS if isinstance(case.method, ha.Method)], ids=lambda case: case.name)
+def test_heads_alone_choose_what_they_choose_among_all(case):
+    whole = problem(150, heads=8, kv_heads=4)
+    ours, all_heads = case.method.attend(whole.of_heads([3, 0])).out, case.method.attend(whole).out
+    assert_exact(ours, all_heads.unflatten(1, (4, 2))[:, [3, 0]].flatten(1, 2))
+
+
 # certain choices
 
 

@@ -2,6 +2,7 @@
 
 from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
+from hyperattention.by_head import ByHead
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
@@ -37,6 +38,7 @@ __all__ = [
     "AntiDiagonal",
     "BlockScore",
     "BudgetedDraw",
+    "ByHead",
     "Coarse",
     "CollisionDraw",
     "Cost",

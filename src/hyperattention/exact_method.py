@@ -28,13 +28,14 @@ class Exact(Approach):
 
     def attend(self, problem: Problem) -> Partial:
         """Compute exact attention and its lse, in chunks of rows."""
-        count = torch.arange(problem.num_queries, device=problem.device) + problem.offset
-        visible = problem.live_before(count + 1) if problem.causal else problem.live_before(count * 0 + problem.num_keys)
+        position = problem.position
+        end = position + 1 if problem.causal else torch.full_like(position, problem.num_keys)
+        visible = problem.live_before(end)
         return exact_attention(problem.q, problem.k, problem.v, scale=problem.scale, visible=visible)
 
     def output(self, problem: Problem):
         """Compute the output alone, with torch's fused kernel where alignment and masks allow it."""
-        plain = problem.rank is None and (not problem.causal or problem.offset == 0)
+        plain = problem.rank is None and (not problem.causal or (problem.offset == 0 and problem.spans is None))
         if not plain or not problem.num_keys or not problem.num_queries:
             return self.attend(problem).out
         return scaled_dot_product_attention(

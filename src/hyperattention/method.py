@@ -66,6 +66,22 @@ def exact_pairs(num_keys: int, is_causal: bool) -> float:
     return (num_keys + 1) / 2 if is_causal else float(num_keys)
 
 
+def refuse_spans(method: Approach, problem: Problem) -> None:
+    """Refuse to thin the queries of a method whose choice depends on all of them.
+
+    Args:
+        method: what is to run.
+        problem: on which queries.
+
+    Raises:
+        ValueError: if the queries are spans, and the method looks at the whole sequence.
+    """
+    if problem.spans is not None and method.looks_ahead == LookAhead.SEQUENCE:
+        raise ValueError(
+            f"{method!r} chooses by all queries of a sequence, and was given some of them: run it on all of them"
+        )
+
+
 class Method(Approach):
     """An ordered list of stages; earlier stages win.
 
@@ -156,6 +172,7 @@ class Method(Approach):
         Returns:
             tiles and their lists: first the tiles of positions that most stages share, then those a stage brought along.
         """
+        refuse_spans(self, problem)
         tiles = cut(problem, self.tile)
         taken, runs, apart = Taken(), (), ()
         for stage in self.stages:

@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
-from hyperattention.method import Approach, Cost, Method, exact_pairs
+from hyperattention.method import Approach, Cost, Method, exact_pairs, refuse_spans
 from hyperattention.problem import Problem, compact
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.hash_buckets import HashBuckets
@@ -88,6 +88,7 @@ class HyperAttention(Approach):
 
     def attend(self, problem: Problem) -> Partial:
         """Run the recursion, or the one block that it is without causality."""
+        refuse_spans(self, problem)
         if not problem.causal:
             return _in_dtype(self._block(problem), problem)
         end = problem.offset + problem.num_queries

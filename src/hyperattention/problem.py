@@ -1,6 +1,7 @@
 """One attention problem, checked and in a normal form: what the methods are given."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,9 @@ class Problem:
         seed: seed of every draw.
         layer: layer of the model, a counter of every draw.
         stored: the pages in which keys and values lie, one sequence's, or None where `k` and `v` are all there is.
+        heads: numbers of the kv heads in the model's layer, counters of every draw; None for all, in order.
+        spans: where queries are but some of a sequence's, in spans of equal length: their length, and positions from one
+            span's first query to the next one's. None where queries stand side by side.
     """
 
     q: Float[Tensor, "batch heads queries head_dim"]
@@ -37,6 +41,8 @@ class Problem:
     seed: int = 0
     layer: int = 0
     stored: "Pages | None" = None
+    heads: tuple[int, ...] | None = None
+    spans: tuple[int, int] | None = None
 
     @property
     def num_queries(self) -> int:
@@ -57,6 +63,70 @@ class Problem:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.q.device
+
+    @property
+    def head_index(self) -> Int[Tensor, " kv_heads"]:
+        """Number every kv head: the counter of its draws."""
+        numbers = range(self.k.shape[1]) if self.heads is None else self.heads
+        return torch.tensor(numbers, device=self.device) if self.heads else torch.arange(len(numbers), device=self.device)
+
+    @property
+    def position(self) -> Int[Tensor, " queries"]:
+        """Place every query among the keys."""
+        row = torch.arange(self.num_queries, device=self.device)
+        if self.spans is not None:
+            length, step = self.spans
+            row = row // length * step + row % length
+        return row + self.offset
+
+    def of_heads(self, kv_heads: Sequence[int]) -> "Problem":
+        """Keep some kv heads, with the queries that share them: what is drawn for them stays the same.
+
+        Args:
+            kv_heads: which, counted in this problem.
+
+        Returns:
+            the smaller problem; keys and values are views where the heads are neighbours.
+
+        Raises:
+            NotImplementedError: if keys lie in pages, which hold all heads together.
+        """
+        if self.stored is not None:
+            raise NotImplementedError("keys in pages cannot be split by head: use one method for all heads")
+        numbers = tuple(range(self.k.shape[1]) if self.heads is None else self.heads)
+        first, count = min(kv_heads), len(kv_heads)
+        if list(kv_heads) == list(range(first, first + count)):
+            k, v = (x[:, first : first + count] for x in (self.k, self.v))
+            q = self.q[:, first * self.group : (first + count) * self.group]
+        else:
+            k, v = (x[:, list(kv_heads)] for x in (self.k, self.v))
+            q = self.q.unflatten(1, (self.k.shape[1], self.group))[:, list(kv_heads)].flatten(1, 2)
+        return replace(self, q=q, k=k, v=v, heads=tuple(numbers[head] for head in kv_heads))
+
+    def of_spans(self, first: int, length: int, step: int) -> "Problem":
+        """Keep some queries: spans of `length`, `step` positions apart, all whole. Tiles in them list the same keys.
+
+        Args:
+            first: first query kept.
+            length: queries in a span.
+            step: queries from one span's first to the next one's.
+
+        Returns:
+            the smaller problem, of a copy of those queries.
+
+        Raises:
+            ValueError: if no whole span lies inside, or queries were thinned before.
+        """
+        count = (self.num_queries - first - length) // step + 1
+        if self.spans is not None or count < 1 or first < 0 or length > step:
+            raise ValueError(
+                f"no whole span of {length} queries, {step} apart from query {first} on, lies among {self.num_queries} "
+                "queries side by side: ask for shorter spans that do not overlap"
+            )
+        q = self.q[:, :, first : first + (count - 1) * step + length]
+        # the last span may end before its step does
+        q = torch.nn.functional.pad(q, (0, 0, 0, step - length)).unflatten(2, (count, step))[:, :, :, :length].flatten(2, 3)
+        return replace(self, q=q, offset=self.offset + first, spans=(length, step))
 
     def storage(self) -> "tuple[Tensor, Tensor, Tensor | None]":
         """Tell where kernels read keys and values: rows of them, or pages with a table."""

@@ -44,12 +44,26 @@ class Tiles:
         """End of the keys that any row of the tile may see."""
         return self.end if self.problem.causal else self.total.expand_as(self.end)
 
+    def number(self, place: int) -> int:
+        """Tell the absolute number of a tile of this call, without a look at the device."""
+        if self.problem.spans is not None:
+            length, step = (positions // self.size for positions in self.problem.spans)
+            place = place // length * step + place % length
+        return self.problem.offset // self.size + place
+
+    def before(self, number: int) -> int:
+        """Count the tiles of this call whose absolute number is smaller, or that would be if the call went on."""
+        ahead = max(0, number - self.problem.offset // self.size)
+        if self.problem.spans is not None:
+            length, step = (positions // self.size for positions in self.problem.spans)
+            ahead = ahead // step * length + min(ahead % step, length)
+        return ahead
+
     def within(self, num: int) -> int:
         """Count the leading tiles that may see no more than `num` keys: by position, without a look at the device."""
-        problem = self.problem
-        if problem.rank is not None or problem.num_keys <= num:
+        if self.problem.rank is not None or self.problem.num_keys <= num:
             return len(self.index)
-        return max(0, num // self.size + 1 - problem.offset // self.size) if problem.causal else 0
+        return self.before(num // self.size + 1) if self.problem.causal else 0
 
     def by_list(self, x: Tensor) -> Tensor:
         """Repeat a tensor ``[batch, ...]`` for every batch row and kv head, without copying: ``[lists, ...]``."""
@@ -87,14 +101,26 @@ def cut(problem: Problem, size: int) -> Tiles:
 
     Returns:
         the tiles, the last and, in a later chunk of a prompt, the first of which may be partly empty.
+
+    Raises:
+        ValueError: if the queries are spans that tiles of this size do not cut evenly.
     """
     device, count = problem.device, problem.num_queries
     first, last = problem.offset // size, (problem.offset + count - 1) // size
     index = torch.arange(first, max(first, last + 1), device=device)
+    if problem.spans is not None:
+        length, step = problem.spans
+        if length % size or step % size or problem.offset % size:
+            raise ValueError(
+                f"spans of {length} queries, {step} apart from position {problem.offset} on, are not whole tiles of {size}: "
+                "use multiples of the tile"
+            )
+        index = problem.position[::size] // size
     position = index[:, None] * size + torch.arange(size, device=device)  # [tiles, tile]
     total = problem.live_before(torch.full((1,), problem.num_keys, device=device))
     start = problem.live_before(index * size)
     end = problem.live_before((index + 1) * size)
     limit = problem.live_before(position + 1) if problem.causal else total[:, :, None].expand(-1, *position.shape)
-    inside = (position >= problem.offset) & (position < problem.offset + count)
+    row = torch.arange(index.shape[0] * size, device=device).view(-1, size) - problem.offset % size
+    inside = (row >= 0) & (row < count)
     return Tiles(problem, size, index, start, end, total, limit.masked_fill(~inside, 0))

@@ -75,8 +75,9 @@ class TopKeys(Approach):
     def _select(self, problem: Problem, rows: slice) -> Selection:
         (batch, kv_heads), group = problem.k.shape[:2], problem.group
         limit = _limit(problem, rows)
-        # by position alone: ranks are no larger
-        seen = min(problem.num_keys, max(1, problem.offset + rows.stop)) if problem.causal else problem.num_keys
+        # by position alone, where it is known without a look at the device: ranks are no larger
+        alike = problem.causal and problem.spans is None
+        seen = min(problem.num_keys, max(1, problem.offset + rows.stop)) if alike else problem.num_keys
         wide = torch.promote_types(problem.q.dtype, torch.float32)
         q, k = problem.q[:, :, rows].to(wide).unflatten(1, (kv_heads, group)), problem.k[:, :, :seen].to(wide)
         hidden = torch.arange(seen, device=q.device) >= limit[:, None, None, :, None]
@@ -106,6 +107,6 @@ class TopKeys(Approach):
 
 def _limit(problem: Problem, rows: slice) -> Tensor:
     """Count the leading keys that each row sees, ``[batch, rows]``."""
-    position = torch.arange(rows.start, rows.stop, device=problem.device) + problem.offset
+    position = problem.position[rows]
     end = position + 1 if problem.causal else torch.full_like(position, problem.num_keys)
     return problem.live_before(end).expand(problem.q.shape[0], -1)

@@ -118,7 +118,7 @@ class BudgetedDraw(Stage):
 def _counters(tiles: Tiles) -> tuple[int | Tensor, ...]:
     """Name a tile's draws, all counters but the slot's: ``[kv_heads, tiles, 1]``."""
     problem = tiles.problem
-    head = torch.arange(problem.k.shape[1], device=problem.device)[:, None, None]
+    head = problem.head_index[:, None, None]
     return problem.seed, problem.layer, head, tiles.index[:, None]
 
 

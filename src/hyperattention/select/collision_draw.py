@@ -98,7 +98,7 @@ class CollisionDraw(Stage):
         k = problem.k.to(query.dtype)
         # a tile that sees no more lists all it sees: every other tile may look at these
         centred = k - k[:, :, taken.prefix : taken.prefix + self.num].mean(2, keepdim=True)
-        head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
+        head = problem.head_index[:, None, None]
         axis, bit = torch.arange(k.shape[3], device=device)[:, None], torch.arange(self.bits, device=device)
         grouped, codes = query.unflatten(0, k.shape[:2]), []
         for table in range(self.tables):
@@ -116,7 +116,7 @@ class CollisionDraw(Stage):
         running = listed.cumsum(-1)
         count = running[..., -1:]
         slot = torch.arange(self.num, device=free.device)
-        head = torch.arange(problem.k.shape[1], device=free.device)[:, None, None]
+        head = problem.head_index[:, None, None]
         start = uniform((problem.seed, problem.layer, head, tiles.index[part, None], 0, _STREAM), free.device)
         spaced = ((slot + start.repeat(problem.k.shape[0], 1, 1)) * (count / self.num).double()).long()
         rank = torch.where(count > self.num, torch.minimum(spaced, count - 1), slot.expand(spaced.shape))

@@ -129,7 +129,7 @@ class Draw(Stage):
             for each its points of the unit interval, ``[lists, tiles, slots]``, and a law for each chunk.
         """
         problem, device, parts, begun = tiles.problem, tiles.problem.device, [], 0
-        head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
+        head = problem.head_index[:, None, None]
         for density, num in self._shares():
             slot = torch.arange(num, device=device)
             counter = begun + (slot[:1] if density.evenly else slot)

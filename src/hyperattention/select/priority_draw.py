@@ -109,7 +109,7 @@ class PriorityDraw(Stage):
 def _noise(tiles: Tiles, part: slice, seen: int) -> Tensor:
     """Draw a number above 0 for every key of every tile: ``[lists, chunk, seen]``."""
     problem, device = tiles.problem, tiles.problem.device
-    head = torch.arange(problem.k.shape[1], device=device)[:, None, None]
+    head = problem.head_index[:, None, None]
     key = torch.arange(seen, device=device)
     noise = uniform((problem.seed, problem.layer, head, tiles.index[part, None], key, _STREAM), device) + 2.0**-33
     return noise.repeat(problem.k.shape[0], 1, 1)

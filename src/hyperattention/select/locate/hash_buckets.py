@@ -185,7 +185,7 @@ class HashBuckets(Stage):
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (problem.q, problem.k))
         device, (kv_heads, num_keys, head_dim) = problem.device, k.shape[1:]
         # the trailing counter keeps projections apart from draws, whose counters are five
-        head = torch.arange(kv_heads, device=device)[:, None, None]
+        head = problem.head_index[:, None, None]
         axis, bit = torch.arange(head_dim, device=device)[:, None], torch.arange(self.bits, device=device)
         planes = normal((problem.seed, problem.layer, head, axis, bit, 1), device).to(k.dtype)  # [kv_heads, head_dim, bits]
         dead = (torch.arange(num_keys, device=device) >= total)[:, None, :, None]

@@ -102,7 +102,7 @@ class Descent(Density):
             return []
         begins = zip(self.levels[: max(1, len(self.levels) - 1)], opened_at(self.levels, num), strict=False)
         free = [keep * level.block_size // tiles.size for level, keep in begins]
-        return [max(0, first - tiles.problem.offset // tiles.size) for first in free]
+        return [tiles.before(first) for first in free]
 
     def numbers(self, tiles: Tiles) -> int:
         """Count the leaves, each with its first key, its weight and what is made of them on the way."""
@@ -175,7 +175,7 @@ def _prepare_on_a_gpu(
     problem = tiles.problem
     dtype = for_estimates(middle[:0]).dtype
     query = prepare_queries(
-        problem.q, basis, dtype, len(tiles.index), problem.offset // tiles.size, tiles.size, pooled, problem.offset,
+        problem.q, basis, dtype, len(tiles.index), 0, tiles.size, pooled, tiles.front,
         problem.k.shape[1], problem.scale,
     )  # fmt: skip
     return prepare_keys(k, middle, basis, room), query

@@ -85,7 +85,7 @@ def pool_queries(tiles: Tiles, pooled: int, scale: float | None = None) -> Tenso
     q = pad(q, (0, 0, 0, groups * each - size)) if groups * each != size else q
     total = q.unflatten(3, (groups, each)).sum(4)  # [batch, heads, tiles, groups, head_dim]
     slot = torch.arange(groups * each, device=q.device)
-    row = tiles.index[:, None] * size + slot - problem.offset
+    row = torch.arange(count, device=q.device)[:, None] * size + slot - tiles.front
     there = (row >= 0) & (row < problem.num_queries) & (slot < size)
     number = there.view(count, groups, each).sum(2).clamp(min=1)[..., None]
     dtype = total.dtype if scale is None else torch.promote_types(total.dtype, torch.float32)
@@ -122,7 +122,7 @@ def seen_keys(tiles: Tiles, part: slice) -> int:
     problem = tiles.problem
     if not problem.causal:
         return problem.num_keys
-    return min(problem.num_keys, max(1, (problem.offset // tiles.size + part.stop) * tiles.size))
+    return min(problem.num_keys, max(1, (tiles.number(part.stop - 1) + 1) * tiles.size))
 
 
 def chunks(tiles: Tiles, numbers: int, seams: Sequence[int] = ()) -> list[slice]:

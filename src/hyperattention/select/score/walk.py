@@ -246,7 +246,7 @@ class Walk:
                 # by position alone, which needs no look at the device
                 whole = slice(part.start + some.start, part.start + some.stop)
                 number = min(total, -(-seen_keys(self.tiles, whole) // blocks.size))
-                before = (problem.offset // self.tiles.size + whole.start) * self.tiles.size
+                before = self.tiles.number(whole.start) * self.tiles.size
                 before = max(0, min(before, problem.num_keys)) if problem.causal else problem.num_keys
                 begin = before // blocks.size if problem.rank is None else 0
             yield some, number, begin

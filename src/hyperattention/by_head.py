@@ -1,0 +1,106 @@
+"""A method for each head: sharp heads and diffuse ones need different keys, and different numbers of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hyperattention.method import Approach, Cost
+from hyperattention.problem import Problem
+from hyperattention.select.stage import LookAhead
+from hyperattention.types import Partial
+
+
+@dataclass(frozen=True)
+class ByHead(Approach):
+    """Serve every kv head, with the query heads that share it, by a method of its own.
+
+    Heads of a group share lists of keys, hence one method a kv head. Heads of equal method run together, and draw what they
+    would have drawn had all heads run that method.
+
+    Source: head-wise budgets as in Feng et al., 2024 (arXiv:2407.11550), Ada-KV.   Differs: whole methods, not cache sizes.
+    Cost: the mean of its methods', and a copy of the output.   Guarantee: each method's, for its heads.
+
+    Args:
+        methods: one for each kv head.
+
+    Raises:
+        TypeError: if one of them is not a method, or is itself by head.
+        ValueError: if there is none.
+
+    Example:
+        >>> ByHead((Exact(), Method(Sinks(4), Window(256), Draw(64))))
+    """
+
+    methods: tuple[Approach, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
+        if not self.methods:
+            raise ValueError("ByHead(()): give one method for each kv head")
+        for method in self.methods:
+            if not isinstance(method, Approach) or isinstance(method, ByHead):
+                raise TypeError(f"ByHead takes methods such as Method(...) or Exact(), not {method!r}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every head's method is."""
+        return all(method.complete for method in self.methods)
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """As far as any head's method does."""
+        return max(method.looks_ahead for method in self.methods)
+
+    def groups(self) -> dict[Approach, list[int]]:
+        """List the kv heads that each method serves."""
+        served: dict[Approach, list[int]] = {}
+        for head, method in enumerate(self.methods):
+            served.setdefault(method, []).append(head)
+        return served
+
+    def attend(self, problem: Problem) -> Partial:
+        """Attend head by head, equal methods at once.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            the rows of all heads, in order.
+
+        Raises:
+            ValueError: if the problem has another number of kv heads.
+        """
+        num = problem.k.shape[1]
+        if num != len(self.methods):
+            raise ValueError(
+                f"ByHead has {len(self.methods)} methods and the keys have {num} heads: give one method for each kv head"
+            )
+        groups = self.groups()
+        if len(groups) == 1:
+            return self.methods[0].attend(problem)
+        parts = [method.attend(problem.of_heads(heads)) for method, heads in groups.items()]
+        order = torch.tensor([head for heads in groups.values() for head in heads], device=problem.device).argsort()
+        joined = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("out", "lse"))
+        out, lse = (x.unflatten(1, (num, problem.group)).index_select(1, order).flatten(1, 2) for x in joined)
+        return Partial(out, lse)
+
+    def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
+        """Tell the cost, averaged over the heads.
+
+        Args:
+            num_keys: length of the sequence.
+            is_causal: whether queries see only earlier keys.
+            head_dim: width of keys, and of values.
+
+        Returns:
+            the cost.
+        """
+        costs = [method.cost(num_keys, is_causal=is_causal, head_dim=head_dim) for method in self.methods]
+        count = len(costs)
+        return Cost(
+            sum(cost.pairs for cost in costs) / count,
+            sum(cost.selection_pairs for cost in costs) / count,
+            costs[0].exact_pairs,
+            sum(cost.memory_bytes for cost in costs) // count,
+            self.complete,
+        )
