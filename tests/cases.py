@@ -50,6 +50,7 @@ MIXTURE = ha.Mix((DESCENT, 2.0), (ha.BlockScore(8), 1.0))
 CASES = (
     Case("exact", ha.Exact(), exact_up_to=150),
     Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=688),
+    Case("thorough", ha.thorough_method(10**6), num_tokens=1000, exact_up_to=611),
     Case("control", CONTROL, exact_up_to=31),
     Case("sinks and window", ha.Method(ha.Sinks(4), ha.Window(16), tile=16)),
     Case("window and sinks", ha.Method(ha.Window(16), ha.Sinks(4), ha.Draw(16), tile=16), exact_up_to=31),
@@ -74,6 +75,9 @@ CASES = (
     Case("descent up to the tile", ha.Method(ha.Window(7), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent into the tile", ha.Method(ha.Window(6), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent without a window", ha.Method(ha.Draw(24, by=DESCENT), tile=16), exact_up_to=24),
+    Case("draws by scanned keys", _drawn(ha.KeyScan(8)), exact_up_to=31),
+    Case("draws by scanned keys up to a length", _drawn(ha.KeyScan(5, most=70, beyond=DESCENT)), exact_up_to=31),
+    Case("scan without a window", ha.Method(ha.Draw(24, by=ha.KeyScan(16, uniform_share=0.5)), tile=16), exact_up_to=24),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, ha.KeySketch(4), coarse=ha.Coarse(2, 16))), exact_up_to=31),
     Case("top keys", ha.TopKeys(16), exact_up_to=16),

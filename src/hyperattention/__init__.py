@@ -3,7 +3,7 @@
 from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
-from hyperattention.default import default_method
+from hyperattention.default import default_method, thorough_method
 from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
@@ -24,6 +24,7 @@ from hyperattention.select.priority_draw import PriorityDraw
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
 from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mix import Mix
 from hyperattention.select.score.pooling import Coarse
@@ -49,6 +50,7 @@ __all__ = [
     "HashBuckets",
     "HyperAttention",
     "KeyBounds",
+    "KeyScan",
     "KeySketch",
     "Level",
     "LookAhead",
@@ -71,5 +73,6 @@ __all__ = [
     "default_method",
     "merge",
     "paged_attention",
+    "thorough_method",
     "varlen_attention",
 ]

@@ -8,6 +8,7 @@ from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.key_scan import KeyScan
 
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
 CROSSOVER = 4096
@@ -27,7 +28,32 @@ def default_method(num_keys: int, *, num_queries: int | None = None, device: tor
     Returns:
         exact attention below the crossover, the default list of stages from there on; it does not depend on the length.
     """
+    if _pays(num_keys, num_queries, device):
+        return Method(Sinks(16), Window(256), Draw(688, by=Descent()))
+    return Exact()
+
+
+def thorough_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
+    """Tell which method to run where a lost key matters more than time: fewer pairs, chosen with more care.
+
+    Every key is scored, by every query alone, while a tile sees no more than 8,192 of them; beyond that blocks are opened,
+    by twice as many averaged queries as the default's.
+
+    Args:
+        num_keys: keys of the call.
+        num_queries: queries of the call, as many as keys if None.
+        device: where the call's tensors are, on the CPU if None.
+
+    Returns:
+        exact attention below the crossover of the default, the list of stages from there on.
+    """
+    if _pays(num_keys, num_queries, device):
+        return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(64, beyond=Descent(pooled=32))))
+    return Exact()
+
+
+def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None) -> bool:
+    """Tell whether approximating takes less time than exact attention."""
     on_gpu = device is not None and torch.device(device).type == "cuda"
-    if num_keys < (GPU_CROSSOVER if on_gpu else CROSSOVER) or (num_queries is not None and num_queries < FEW_QUERIES):
-        return Exact()
-    return Method(Sinks(16), Window(256), Draw(688, by=Descent()))
+    enough = num_keys >= (GPU_CROSSOVER if on_gpu else CROSSOVER)
+    return enough and (num_queries is None or num_queries >= FEW_QUERIES)

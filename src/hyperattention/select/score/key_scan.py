@@ -1,0 +1,161 @@
+"""Draw single keys by the largest weight that a query of the tile gives them, every key being scored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hyperattention.check import positive
+from hyperattention.select.density import Density, Distribution
+from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.mass import inverse
+from hyperattention.select.score.pooling import edges, pool_queries, seen_keys
+from hyperattention.select.score.scan import Scan, sees_few
+from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.tiling import Tiles
+
+# rounds in which a key's listings are cut to one and the rest is given to the others
+_CLIP_ROUNDS = 3
+# numbers held for each key while drawing
+_NUMBERS = 12
+# sums below count as none: draws over one of them would overflow
+_LEAST = 1e-30
+
+
+@dataclass(frozen=True)
+class _Listings(Distribution):
+    """How often every key is expected to be listed; rows sum to `num`."""
+
+    expected: Float[Tensor, "lists chunk keys"]
+    num: int
+
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the keys at evenly spaced points."""
+        key, _ = inverse(self.expected, point)
+        return key, self.expected.gather(2, key) / self.num
+
+    def share(self, index: Tensor) -> Tensor:
+        """Look keys up; those beyond what the chunk sees are never drawn."""
+        last = self.expected.shape[2] - 1
+        return (self.expected.gather(2, index.clamp(max=last)) / self.num).masked_fill(index > last, 0.0)
+
+
+@dataclass(frozen=True)
+class KeyScan(Density):
+    """Draw keys by the largest share that a query of the tile gives them, every key scored while they are not too many.
+
+    p_j ~ min(1 / num, max_i exp(q_i . k_j - z_i));   a share of the draws is spread evenly, so that no weight exceeds
+    keys / (share * draws) however wrong the estimate.
+
+    Heavy keys lie scattered: what stands for sixteen of them at once misses half of their weight, and so does the average of
+    four queries (docs/log.md). A product of small integers costs a CPU a quarter of one in float32, so that here keys are
+    scored one by one, by averages of few neighbouring queries or by none but the query itself. Each query is normalised
+    before queries are combined, as in `Descent`. Where a tile sees more than `most` keys `beyond` takes over, so that the
+    cost stays near-linear.
+
+    Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
+    1949, evenly spaced points; Xiao et al., 2023 (arXiv:2211.10438), keys scaled channel by channel before they are rounded.
+    Differs: estimates only decide what is drawn.
+    Cost: pooled / tile * keys seen products a query, in 8-bit integers on a CPU that multiplies those, up to `most` keys.
+    Guarantee: numerator and denominator unbiased, whatever the estimate.
+
+    Args:
+        pooled: averaged queries of each tile and head; as many as the tile has for no average at all.
+        most: keys that a tile may see to be scanned; keep it at some thousands.
+        beyond: density of the tiles that see more.
+        uniform_share: share of the draws that is spread evenly.
+
+    Raises:
+        ValueError: if a count is not positive, or the share is not between 0 and 1.
+    """
+
+    pooled: int = 32
+    most: int = 8192
+    beyond: Descent = field(default_factory=Descent)
+    uniform_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        positive("KeyScan", pooled=self.pooled, most=self.most)
+        if not 0.0 < self.uniform_share < 1.0:
+            raise ValueError(
+                f"KeyScan(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+            )
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """Draws of a tile depend on all of its queries."""
+        return LookAhead.TILE
+
+    @property
+    def evenly(self) -> bool:
+        """Points are evenly spaced."""
+        return True
+
+    def seams(self, tiles: Tiles, num: int) -> list[int]:
+        """Number the first tile that sees too many keys to scan, and the seams of what draws for it."""
+        if not tiles.problem.causal:
+            return self.beyond.seams(tiles, num)
+        return [tiles.before(self.most // tiles.size), *self.beyond.seams(tiles, num)]
+
+    def numbers(self, tiles: Tiles) -> int:
+        """Count a few numbers for every key scanned, or what the other density holds."""
+        rows = tiles.problem.group * min(self.pooled, tiles.size)
+        # on a GPU the scores of a chunk are made at once
+        scores = 0 if tiles.problem.device.type == "cpu" else rows
+        scanned = (_NUMBERS + scores) * min(self.most, tiles.problem.num_keys)
+        return scanned if tiles.problem.num_keys <= self.most else max(scanned, self.beyond.numbers(tiles))
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
+        """Count products of pooled queries with keys, block means and variances, per query."""
+        few = min(num_keys, self.most)
+        scanned = min(self.pooled, tile) / tile * (few / (2 if causal else 1)) * (1 + 2 / Scan.BLOCK)
+        if num_keys <= self.most:
+            return scanned
+        beyond = self.beyond.selection_pairs(num_keys, tile, head_dim, causal, num)
+        if not causal:
+            return beyond
+        # the average of the first tiles' is taken off the other density's, whose products grow with what is seen
+        before = self.beyond.selection_pairs(few, tile, head_dim, causal, num)
+        return (beyond * num_keys - before * few + scanned * few) / num_keys
+
+    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+        """Round keys and pooled queries, and prepare the other density where some tile needs it."""
+        problem, left = tiles.problem, edges(tiles, taken)
+        # the last tile sees the most
+        whole = slice(0, len(tiles.index))
+        beyond = self.beyond.prepare(tiles, taken, num) if not sees_few(tiles, whole, self.most) else None
+        if not sees_few(tiles, slice(0, 1), self.most) and beyond is not None:
+            return beyond
+        keys = problem.k.flatten(0, 1)[:, : self.most]
+        query = pool_queries(tiles, self.pooled, problem.scale)
+        # while no more keys than draws are left all are listed: those keys may tell of the others
+        scan = Scan.of(tiles, keys, query, num)
+
+        def law(part: slice) -> Distribution:
+            if beyond is not None and not sees_few(tiles, part, self.most):
+                return beyond(part)
+            return self._law(scan.shares(part, seen_keys(tiles, part)), tuple(x[:, part] for x in left), num)
+
+        return law
+
+    def _law(self, share: Tensor, left: tuple[Tensor, ...], num: int) -> _Listings:
+        """Turn the largest shares of keys, overwritten, into expected listings."""
+        begin, hole_begin, hole_end, end = left
+        key = torch.arange(share.shape[2], device=share.device)
+        gone = (key < begin) | ((key >= hole_begin) & (key < hole_end)) | (key >= end)
+        mass = torch.nan_to_num_(share, nan=0.0, posinf=0.0).masked_fill_(gone, 0.0)
+        count = (hole_begin - begin + end - hole_end).clamp(min=1)
+        weighted = (1 - self.uniform_share) * num
+        for _ in range(_CLIP_ROUNDS):
+            torch.minimum(mass, _sum(mass) / weighted, out=mass)
+        mass.mul_(weighted / _sum(mass).clamp(min=_LEAST)).add_(self.uniform_share * num / count).masked_fill_(gone, 0.0)
+        # what an even draw adds to keys listed for certain is worth more to others
+        mass.clamp_(max=1.0)
+        return _Listings(mass.mul_(num / _sum(mass).clamp(min=_LEAST)), num)
+
+
+def _sum(mass: Tensor) -> Tensor:
+    """Add up in float64: in float32 the bits would depend on how many keys a chunk sees."""
+    return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)

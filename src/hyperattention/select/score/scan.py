@@ -1,0 +1,147 @@
+"""Score every key for pooled queries, in small integers where the processor multiplies those fast."""
+
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from hyperattention.select.score.pooling import seen_keys
+from hyperattention.select.score.precision import for_estimates, integers_are_fast
+from hyperattention.select.score.scratch import Scratch
+from hyperattention.tiling import Tiles
+
+# scores in one product: few enough to stay in the cache
+_SCORES = 2**20
+# the largest 8-bit integer, and the room above the first keys' largest numbers that later keys may need
+_LARGEST, _ROOM = 127.0, 8.0
+# below any score, and far enough from the end of 32-bit integers to be subtracted from
+_HIDDEN = -(2**29)
+
+
+def sees_few(tiles: Tiles, part: slice, most: int) -> bool:
+    """Tell by position alone whether no tile of a chunk sees more than `most` keys."""
+    return seen_keys(tiles, part) <= most
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Keys and pooled queries, rounded, and what every query is normalised by.
+
+    Args:
+        tiles: the tiled problem.
+        query: pooled queries; heads are apart, because each has a unit of its own.
+        keys: centred keys, in the dtype of `query`.
+        unit: what a score of one stands for, for each tile and head.
+        seen: estimated log-sum-exp of each query over the keys before its tile.
+        scores: memory for scores.
+    """
+
+    BLOCK: ClassVar[int] = 64
+
+    tiles: Tiles
+    query: Shaped[Tensor, "lists tiles group pooled width"]
+    keys: Shaped[Tensor, "lists keys width"]
+    unit: Float[Tensor, "lists tiles group 1"]
+    seen: Float[Tensor, "lists tiles group pooled"]
+    scores: Scratch
+
+    @classmethod
+    def of(cls, tiles: Tiles, k: Tensor, query: Tensor, num: int) -> "Scan":
+        """Centre, estimate normalisers and round.
+
+        Args:
+            tiles: the tiled problem.
+            k: the keys that any tile scans, ``[lists, keys, head_dim]``.
+            query: pooled queries, scaled, ``[lists, tiles, rows, head_dim]``.
+            num: leading keys by which the others are centred and scaled, so that no tile looks ahead.
+
+        Returns:
+            what scores are made of.
+        """
+        k = k.to(query.dtype)
+        head = k[:, :num]
+        # a key or query that is not finite tells nothing: it is left to the even share
+        keys = torch.nan_to_num(k - head.mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
+        query = torch.nan_to_num(query, nan=0.0, posinf=0.0, neginf=0.0)
+        seen = _log_sums(tiles, keys, query)
+        query = query.unflatten(2, (tiles.problem.group, -1))
+        if integers_are_fast(query):
+            # channel by channel, the scale of the keys moves over to the queries
+            step = keys[:, :num].abs().amax(1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny) * (_ROOM / _LARGEST)
+            keys = (keys / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+            query = query * step[:, :, None, None]
+            unit = query.abs().amax((3, 4)).clamp(min=torch.finfo(query.dtype).tiny) / _LARGEST
+            query = (query / unit[..., None, None]).round_().to(torch.int8)
+            scores = Scratch(unit.new_empty(0, dtype=torch.int32), _SCORES)
+        else:
+            keys, query = for_estimates(keys), for_estimates(query)
+            unit = torch.ones(query.shape[:3], dtype=seen.dtype, device=query.device)
+            scores = Scratch(keys, _SCORES)
+        return cls(tiles, query, keys, unit[..., None], seen.view(query.shape[:4]), scores)
+
+    def shares(self, part: slice, num: int) -> Float[Tensor, "lists chunk num"]:
+        """Estimate the largest share that any query of a tile gives each of the first `num` keys, for a chunk of tiles."""
+        lists, _, group, pooled, _ = self.query.shape
+        best = self.seen.new_full((lists, part.stop - part.start, num), -torch.inf)
+        on_cpu = self.query.device.type == "cpu"
+        step = max(1, _SCORES // (group * pooled * max(1, num))) if on_cpu else part.stop - part.start
+        for at in range(part.start, part.stop, step):
+            some = slice(at, min(at + step, part.stop))
+            count = min(num, seen_keys(self.tiles, some))
+            for one in range(lists):
+                best[one, some.start - part.start : some.stop - part.start, :count] = self._best(one, some, count)
+        return best.exp_()
+
+    def _best(self, one: int, some: slice, count: int) -> Tensor:
+        """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, count]``."""
+        query, unit = self.query[one, some], self.unit[one, some]
+        score = self.scores.take(query.shape[:3].numel(), count)
+        # the operator behind torch._int_mm, which torch has no other name for
+        multiply = torch.ops.aten.mm.out if score.dtype.is_floating_point else torch.ops.aten._int_mm.out
+        multiply(query.flatten(0, 2), self.keys[one, :count].T, out=score)
+        score = score.view(*query.shape[:3], count)
+        self._hide(score, one, some)
+        top = score.amax(-1)
+        # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
+        seen, spread = (
+            (x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (self.seen[one, some], self._spread(one, some))
+        )
+        bar = torch.minimum(torch.maximum(seen, top), top + spread)
+        share = score.sub_(bar[..., None]).amax(2)  # [tiles, group, count]
+        return (share.to(unit.dtype) * unit).amax(1)
+
+    def _hide(self, score: Tensor, one: int, some: slice) -> None:
+        """Overwrite the scores of keys that lie in a tile or after it, of which its queries may not know."""
+        if not self.tiles.problem.causal:
+            total = self.tiles.by_list(self.tiles.total)[one]
+            if self.tiles.problem.rank is not None:
+                score.masked_fill_(torch.arange(score.shape[-1], device=score.device) >= total, _HIDDEN)
+            return
+        # dead keys move others forward, so that nothing is known by position alone
+        first = 0 if self.tiles.problem.rank is not None else max(0, self.tiles.number(some.start) * self.tiles.size)
+        if first < score.shape[-1]:
+            key = torch.arange(first, score.shape[-1], device=score.device)
+            ahead = key >= self.tiles.by_list(self.tiles.start)[one, some, None]
+            score[..., first:].masked_fill_(ahead[:, None, None], _HIDDEN)
+
+    def _spread(self, one: int, some: slice) -> Tensor:
+        """Give the logarithm of the number of keys that a tile sees, ``[tiles, 1, 1]``."""
+        return self.tiles.by_list(self.tiles.visible_end)[one, some, None, None].clamp(min=1).to(self.unit.dtype).log()
+
+
+def _log_sums(tiles: Tiles, keys: Tensor, query: Tensor) -> Float[Tensor, "lists tiles rows"]:
+    """Estimate each query's log-sum-exp over whole blocks before its tile, the scores inside a block taken for normal."""
+    blocks = keys[:, : keys.shape[1] // Scan.BLOCK * Scan.BLOCK].unflatten(1, (-1, Scan.BLOCK))
+    mean = blocks.mean(2)
+    variance = (blocks.square().mean(2) - mean.square()).clamp_(min=0)
+    moments = torch.cat([mean, variance], 2)
+    score = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2) @ moments.transpose(1, 2)
+    score = score.view(*query.shape[:3], -1)
+    end = (torch.arange(moments.shape[1], device=keys.device) + 1) * Scan.BLOCK
+    known = tiles.by_list(tiles.start if tiles.problem.causal else tiles.visible_end)
+    score.masked_fill_((end > known[..., None])[:, :, None], -torch.inf)
+    least = torch.finfo(score.dtype).min
+    return torch.nan_to_num_(score.logsumexp(-1), nan=least, neginf=least).add_(log(Scan.BLOCK))
