@@ -41,6 +41,7 @@ def attention(
     causal_align: str = "upper_left",
     audit: int | None = None,
     return_lse: bool = False,
+    return_standard_error: bool = False,
     check_finite: bool = False,
 ) -> Tensor | tuple[Tensor | ErrorReport, ...]:
     """Attend, exactly or by a method that scores a bounded number of keys a query.
@@ -49,6 +50,12 @@ def attention(
     gets 0, with lse -inf and no gradient. Gradients are those of the forward pass with the selection (indices and
     log-weights) held fixed, through lse too; for weights that depend on the data that is the unbiased choice. Arguments that
     do not fit raise ValueError or TypeError, what is not supported NotImplementedError; the message says what to do.
+
+    A standard error, ``[batch, heads, queries]``, estimates (E ||out_i - exact_i||^2)^(1/2) from the draws alone, at about
+    the cost of attending again; divide by ||out_i|| for a relative one. ||out_i - exact_i|| stays within twice of it in 90
+    to 99 rows of 100 where values are single numbers, and in more where they have many, as long as no single key that draws
+    seldom hit carries the row: such a key, when missed, is in no standard error, and an audit is what finds it. It is 0 for
+    exact attention and wherever all keys were listed, has no gradient, and is refused for methods that drop keys.
 
     Args:
         query: queries.
@@ -69,10 +76,11 @@ def attention(
             the last key: chunked prefill, decoding).
         audit: rows to check against exact attention; the report is returned as well.
         return_lse: whether to return the log-sum-exp of every row, natural logarithm, float32 or float64.
+        return_standard_error: whether to return the standard error of every row, as its own draws tell it.
         check_finite: whether to refuse NaN and infinity; they are otherwise passed on, never cleaned.
 
     Returns:
-        out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, report])`` as asked for.
+        out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, standard_error][, report])`` as asked for.
     """
     check_tensors(query=query, key=key, value=value)
     query, key, value = narrowed(query, key, value)
@@ -88,13 +96,17 @@ def attention(
     with torch.autocast(autocast_device(query), enabled=False):
         if dense is not None:
             partial = _attend_dense(query, key, value, dense, live, method, scale)
+            error = torch.zeros_like(partial.lse) if return_standard_error else None
         else:
             problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer)
-            partial = method.output(problem) if isinstance(method, Exact) and not return_lse else method.attend(problem)
-    out, lse = (partial.out, partial.lse) if isinstance(partial, Partial) else (partial, None)
+            partial, error = _attend(problem, method, return_lse, return_standard_error)
     # exact attention returns rows as accumulated
-    out = out.to(query.dtype)
-    results: tuple[Tensor | ErrorReport, ...] = (out, lse) if return_lse and lse is not None else (out,)
+    out = (partial.out if isinstance(partial, Partial) else partial).to(query.dtype)
+    results: tuple[Tensor | ErrorReport, ...] = (out,)
+    if return_lse and isinstance(partial, Partial):
+        results += (partial.lse,)
+    if error is not None:
+        results += (error,)
     if audit is not None:
         results += (
             judge(
@@ -116,6 +128,13 @@ def _problem(query, key, value, live, scale, is_causal, causal_align, seed, laye
     if live is not None:
         key, value, rank = compact(key, value, live)
     return Problem(query, key, value, scale, is_causal, offset, rank, seed, layer)
+
+
+def _attend(problem: Problem, method: Approach, with_lse: bool, with_error: bool) -> tuple[Partial | Tensor, Tensor | None]:
+    """Run a method for what is asked for: the output alone is cheaper where it is exact."""
+    if with_error:
+        return method.attend_with_error(problem)
+    return (method.output(problem) if isinstance(method, Exact) and not with_lse else method.attend(problem)), None
 
 
 def _attend_dense(query, key, value, mask, live, method: Approach, scale: float) -> Partial:

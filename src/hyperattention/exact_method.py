@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.exact import exact_attention
@@ -32,6 +34,11 @@ class Exact(Approach):
         end = position + 1 if problem.causal else torch.full_like(position, problem.num_keys)
         visible = problem.live_before(end)
         return exact_attention(problem.q, problem.k, problem.v, scale=problem.scale, visible=visible)
+
+    def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
+        """Compute exact attention; nothing is drawn, so that every standard error is 0."""
+        partial = self.attend(problem)
+        return partial, torch.zeros_like(partial.lse, requires_grad=False)
 
     def output(self, problem: Problem):
         """Compute the output alone, with torch's fused kernel where alignment and masks allow it."""

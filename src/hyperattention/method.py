@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.check import positive
@@ -11,6 +12,7 @@ from hyperattention.kernels.list_attention import list_attention
 from hyperattention.merge import merge
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
+from hyperattention.standard_error import standard_error
 from hyperattention.tiling import Tiles, cut
 from hyperattention.types import Partial, Selection
 
@@ -55,6 +57,13 @@ class Approach(ABC):
     @abstractmethod
     def attend(self, problem: Problem) -> Partial:
         """Compute attention."""
+
+    def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
+        """Compute attention, and the standard error of every row; an approach that cannot tell it refuses, as this does."""
+        raise NotImplementedError(
+            f"{self!r} does not tell the standard error of its rows: use a Method whose last stage is a Draw, or "
+            "audit=64, which judges any output by exact rows"
+        )
 
     @abstractmethod
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
@@ -191,13 +200,29 @@ class Method(Approach):
         """Select, run, merge."""
         with torch.no_grad():
             selected = self.selections(problem)
-        k, v, table = problem.storage()
-        partials = []
-        for tiling, selection in selected:
-            if selection.runs or len(selected) == 1:
-                out, lse = list_attention(tiling.split(problem.q), k, v, selection, problem.scale, table)
-                partials.append(Partial(tiling.join(out), tiling.join(lse)))
-        return merge(partials)
+        return _attend(problem, selected)
+
+    def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
+        """Select, run, merge; then read the drawn keys again for the standard error of every row.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            what `attend` returns, and what `standard_error` does.
+
+        Raises:
+            ValueError: if the method drops keys.
+        """
+        if not self.complete:
+            raise ValueError(
+                f"{self!r} drops keys, and no draw of its own tells how much that changes: end it with a stage such as "
+                "Draw(64), or judge it with audit=64"
+            )
+        with torch.no_grad():
+            selected = self.selections(problem)
+        partial = _attend(problem, selected)
+        return partial, standard_error(problem, selected, partial)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost for as many queries as keys, before running.
@@ -215,6 +240,16 @@ class Method(Approach):
         gathered = 2 * pairs * head_dim * -(-num_keys // self.tile)
         memory_bytes = 4 * (gathered + 2 * num_keys * head_dim)
         return Cost(float(pairs), selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)
+
+
+def _attend(problem: Problem, selected: tuple[tuple[Tiling, Selection], ...]) -> Partial:
+    """Attend by every tiling's lists, and merge."""
+    (k, v, table), partials = problem.storage(), []
+    for tiling, selection in selected:
+        if selection.runs or len(selected) == 1:
+            out, lse = list_attention(tiling.split(problem.q), k, v, selection, problem.scale, table)
+            partials.append(Partial(tiling.join(out), tiling.join(lse)))
+    return merge(partials)
 
 
 def _label_rows(tiles: Tiles, taken: Taken) -> tuple[Tensor | None, Tensor | None]:

@@ -26,6 +26,21 @@ class Partial:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """How the slots of a stage were drawn: what the error of the sums they stand for is estimated from.
+
+    Args:
+        sizes: slots of each independent sample, one sample after another; within each, in the order of their strata.
+        evenly: for each sample, whether its points are evenly spaced, rather than drawn one by one in their strata.
+        listings: times that its own sample is expected to list each slot's key; None where that is exp(-log_weight).
+    """
+
+    sizes: tuple[int, ...]
+    evenly: tuple[bool, ...]
+    listings: Float[Tensor, "lists tiles slots"] | None = None
+
+
+@dataclass(frozen=True)
 class Runs:
     """The slots of one stage: runs of `size` consecutive keys, each with a log-weight.
 
@@ -38,6 +53,7 @@ class Runs:
         causal: whether each pair must be tested against the row's limit; without it every row of the tile sees every key.
         hole: first and end of keys between `low` and `high` that do not count, an earlier stage's; None for no hole.
         labelled: whether pairs of equal label are skipped, because an earlier stage hashed.
+        sample: how the slots were drawn, in runs of one key; None where all are certain, with weights of 0 or -inf.
     """
 
     first: Int[Tensor, "lists tiles slots"]
@@ -48,6 +64,7 @@ class Runs:
     causal: bool = False
     hole: tuple[Int[Tensor, "lists tiles"], Int[Tensor, "lists tiles"]] | None = None
     labelled: bool = False
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)

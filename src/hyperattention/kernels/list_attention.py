@@ -184,12 +184,13 @@ def list_attention(
     if q.ndim == 4:
         out, lse = list_attention(q[:, :, None], k, v, selection, scale, table)
         return out[:, :, 0], lse[:, :, 0]
+    return _list_attention(q, k, v, *fields(selection), table, scale)
+
+
+def fields(selection: Selection) -> tuple:
+    """Flatten a selection to what an operator's schema can hold: the fields of `list_torch.Lists`, in their order."""
     runs = selection.runs or (_no_keys(selection),)
-    gap = selection.row_gap or (None, None)
-    return _list_attention(
-        q,
-        k,
-        v,
+    return (
         selection.key_row,
         selection.row_limit,
         [r.first for r in runs],
@@ -197,12 +198,10 @@ def list_attention(
         [r.log_weight for r in runs],
         [r.low for r in runs],
         [r.high for r in runs],
-        [k.new_empty(0, dtype=torch.int64) if r.hole is None else torch.stack(r.hole) for r in runs],
+        [r.first.new_empty(0) if r.hole is None else torch.stack(r.hole) for r in runs],
         [r.causal for r in runs],
         [r.labelled for r in runs],
         selection.row_label,
         selection.key_label,
-        *gap,
-        table,
-        scale,
+        *(selection.row_gap or (None, None)),
     )

@@ -46,13 +46,16 @@ class Lists:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
+    """The lists of a few tiles, expanded."""
+
     tiles: slice
     key_index: Tensor  # [chunk, slots], rows of the flattened keys
     bias: Tensor  # [chunk, 1, slots]
     banned: list[tuple[slice, Tensor]]  # slots, [chunk, rows, slots of a run]
 
-    def split(self, step: int) -> "Iterator[_Chunk]":
+    def split(self, step: int) -> "Iterator[Chunk]":
+        """Cut into chunks of `step` tiles."""
         # most tiles lie far from the diagonal of a run such as the sinks, and need no test at all; looking would make the
         # host wait for any other device
         on_cpu = self.key_index.device.type == "cpu"
@@ -63,11 +66,11 @@ class _Chunk:
             banned = [
                 (slots, pairs[part]) for (slots, pairs), some in zip(self.banned, needed, strict=True) if any(some[part])
             ]
-            yield _Chunk(tiles, self.key_index[part], self.bias[part], banned)
+            yield Chunk(tiles, self.key_index[part], self.bias[part], banned)
 
 
 @dataclass(frozen=True)
-class _Workspace:
+class Workspace:
     """Buffers reused by every chunk: fresh ones would cost more in page faults than the arithmetic in them."""
 
     keys: Tensor
@@ -75,7 +78,8 @@ class _Workspace:
     scores: Tensor
 
     @classmethod
-    def make(cls, step: int, rows: int, slots: int, widths: tuple[int, int], like: Tensor) -> "_Workspace":
+    def make(cls, step: int, rows: int, slots: int, widths: tuple[int, int], like: Tensor) -> "Workspace":
+        """Make room for `step` tiles; widths are those of keys and of values."""
         shapes = ((step, slots, widths[0]), (step, slots, widths[1]), (step, rows, slots))
         return cls(*(like.new_empty(shape) for shape in shapes))
 
@@ -84,7 +88,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _chunks(lists: Lists, num_keys: int, step: int, dtype: torch.dtype) -> Iterator[_Chunk]:
+def chunks(lists: Lists, num_keys: int, step: int, dtype: torch.dtype) -> Iterator[Chunk]:
     """Expand the lists to key indices, log-weights and banned pairs, `step` tiles at a time."""
     num_lists, num_tiles, rows = lists.row_limit.shape
     base = (lists.key_row * num_keys)[:, None].expand(-1, num_tiles).reshape(-1)
@@ -105,7 +109,7 @@ def _chunks(lists: Lists, num_keys: int, step: int, dtype: torch.dtype) -> Itera
             at += index.shape[1]
             indices.append(index + base[part, None])
             biases.append(bias)
-        yield from _Chunk(part, torch.cat(indices, 1), torch.cat(biases, 1)[:, None], banned).split(step)
+        yield from Chunk(part, torch.cat(indices, 1), torch.cat(biases, 1)[:, None], banned).split(step)
 
 
 def _expand(lists: Lists, run: int, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -140,14 +144,14 @@ def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor 
     return torch.stack(tests).any(0) if len(tests) > 1 else tests[0] if tests else None
 
 
-def _rows(x: Tensor, table: Tensor | None) -> tuple[Tensor, int]:
+def as_rows(x: Tensor, table: Tensor | None) -> tuple[Tensor, int]:
     """Flatten keys or values to rows, unless they lie in pages; count those that a list can name."""
     if table is None:
         return x.reshape(-1, x.shape[-1]), x.shape[1]
     return x, table.shape[1] * x.shape[2]
 
 
-def _gather(source: Tensor, index: Tensor, buffer: Tensor, table: Tensor | None = None) -> Tensor:
+def gather(source: Tensor, index: Tensor, buffer: Tensor, table: Tensor | None = None) -> Tensor:
     """Copy rows into the buffer, in its dtype: ``[chunk, slots, width]``."""
     target = buffer[: len(index)]
     if table is not None:
@@ -163,7 +167,8 @@ def _gather(source: Tensor, index: Tensor, buffer: Tensor, table: Tensor | None 
     return target
 
 
-def _scores(q: Tensor, keys: Tensor, chunk: _Chunk, buffer: Tensor) -> Tensor:
+def masked_scores(q: Tensor, keys: Tensor, chunk: Chunk, buffer: Tensor) -> Tensor:
+    """Score gathered keys with their log-weights, into the buffer; -inf where a pair does not count."""
     scores = torch.bmm(q, keys.transpose(1, 2), out=buffer[: len(q)])  # [chunk, rows, slots]
     scores.add_(chunk.bias)
     for slots, pairs in chunk.banned:
@@ -189,24 +194,24 @@ def forward(
     """
     num_lists, num_tiles, rows, head_dim = q.shape
     value_dim, slots = v.shape[-1], lists.num_slots
-    (k_rows, num_keys), (v_rows, _) = _rows(k, table), _rows(v, table)
+    (k_rows, num_keys), (v_rows, _) = as_rows(k, table), as_rows(v, table)
     lse = q.new_full((num_lists * num_tiles, rows), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     out = q.new_empty(num_lists * num_tiles, rows, value_dim)
     if not (num_keys and q.numel() and slots):
         out.zero_()
     else:
         q_flat = _flat(q)
-        step = _step(slots, rows, head_dim + value_dim, len(out))
-        work = _Workspace.make(step, rows, slots, (head_dim, value_dim), lse)
-        for chunk in _chunks(lists, num_keys, step, lse.dtype):
-            keys = _gather(k_rows, chunk.key_index, work.keys, table)
-            scores = _scores(q_flat[chunk.tiles].to(lse.dtype) * scale, keys, chunk, work.scores)
+        step = tiles_at_once(slots, rows, head_dim + value_dim, len(out))
+        work = Workspace.make(step, rows, slots, (head_dim, value_dim), lse)
+        for chunk in chunks(lists, num_keys, step, lse.dtype):
+            keys = gather(k_rows, chunk.key_index, work.keys, table)
+            scores = masked_scores(q_flat[chunk.tiles].to(lse.dtype) * scale, keys, chunk, work.scores)
             top = scores.amax(-1)
             # in place: a second buffer would push the first out of the cache
             weights = torch.softmax(scores, -1, out=scores)
             # a row's largest weight tells its normaliser; softmax over nothing is NaN
             torch.sub(top, weights.amax(-1).log_(), out=lse[chunk.tiles])
-            mean = _mean(weights, _gather(v_rows, chunk.key_index, work.values, table), out[chunk.tiles])
+            mean = _mean(weights, gather(v_rows, chunk.key_index, work.values, table), out[chunk.tiles])
             empty = top == -torch.inf
             # looking first saves time where it costs no wait for a device
             if q.device.type != "cpu" or empty.any():
@@ -222,7 +227,8 @@ def _mean(weights: Tensor, values: Tensor, target: Tensor) -> Tensor:
     return target.copy_(torch.bmm(weights, values))
 
 
-def _step(slots: int, rows: int, width: int, tiles: int) -> int:
+def tiles_at_once(slots: int, rows: int, width: int, tiles: int) -> int:
+    """Tell how many tiles a chunk has, so that what is gathered for them stays in the cache."""
     # scores count twice: they are passed over again and again
     return min(tiles, max(1, CHUNK_BYTES // (4 * slots * (width + 2 * rows))))
 
@@ -248,14 +254,14 @@ def backward(
     dk, dv = (x.new_zeros((x.shape[0] * num_keys, x.shape[-1]), dtype=dtype) for x in (k, v))
     if num_keys and q.numel() and slots:
         k_flat, v_flat = k.reshape(-1, head_dim), v.reshape(-1, value_dim)
-        step = _step(slots, rows, 2 * (head_dim + value_dim), len(dq))
-        work = _Workspace.make(step, rows, slots, (head_dim, value_dim), lse)
+        step = tiles_at_once(slots, rows, 2 * (head_dim + value_dim), len(dq))
+        work = Workspace.make(step, rows, slots, (head_dim, value_dim), lse)
         grad_keys, slopes = (torch.empty_like(work.keys), torch.empty_like(work.values)), torch.empty_like(work.scores)
-        for chunk in _chunks(lists, num_keys, step, dtype):
+        for chunk in chunks(lists, num_keys, step, dtype):
             index, size = chunk.key_index.flatten(), len(chunk.key_index)
-            keys, values = _gather(k_flat, chunk.key_index, work.keys), _gather(v_flat, chunk.key_index, work.values)
+            keys, values = gather(k_flat, chunk.key_index, work.keys), gather(v_flat, chunk.key_index, work.values)
             queries = _flat(q)[chunk.tiles].to(dtype) * scale
-            scores = _scores(queries, keys, chunk, work.scores)
+            scores = masked_scores(queries, keys, chunk, work.scores)
             empty = _flat(lse)[chunk.tiles].unsqueeze(-1) == -torch.inf
             # a quarter of the time of exponentials
             prob = torch.softmax(scores, -1, out=scores)

@@ -12,7 +12,7 @@ from hyperattention.select.density import Density, Distribution, Even, Uniform
 from hyperattention.select.score.pooling import chunks, edges
 from hyperattention.select.stage import LookAhead, Stage, Taken
 from hyperattention.tiling import Tiles
-from hyperattention.types import Runs
+from hyperattention.types import Runs, Sample
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Draw(Stage):
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
         seams = [seam for density, num in self._shares() for seam in density.seams(tiles, num)]
         drawn = [self._few(_drawn(parts, part), left, tiles, taken, part) for part in chunks(tiles, numbers, seams)]
-        index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
+        index, weight, listings = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
         if taken.blocks:
             weight = weight.masked_fill(taken.holds(index), -torch.inf)
         runs = Runs(
@@ -89,18 +89,23 @@ class Draw(Stage):
             high=left[3][..., 0],
             causal=problem.causal and taken.gap is None,
             labelled=taken.labels is not None,
+            sample=self._sample(listings if len(parts) > 1 else None),
         )
         return (runs,), taken
 
+    def _sample(self, listings: Tensor | None) -> Sample:
+        shares = self._shares()
+        return Sample(tuple(num for _, num in shares), tuple(density.evenly for density, _ in shares), listings)
+
     def _few(
-        self, drawn: tuple[Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, taken: Taken, part: slice
-    ) -> tuple[Tensor, Tensor]:
+        self, drawn: tuple[Tensor, Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, taken: Taken, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """List all keys, with weight one, for the tiles of a chunk that have no more than are drawn.
 
         Returns:
-            keys and log-weights, those drawn overwritten.
+            keys, log-weights and listings, of which those drawn are overwritten in the first two.
         """
-        index, weight = drawn
+        index, weight, listings = drawn
         until = min(part.stop, tiles.within(self.num + taken.placed)) - part.start
         if until > 0:
             begin, hole_begin, hole_end, end = (x[:, part.start : part.start + until] for x in left)
@@ -109,7 +114,7 @@ class Draw(Stage):
             listed = torch.where(slot < even.count, 0.0, -torch.inf)
             index[:, :until] = torch.where(few, even.at((slot + 0.5) / even.count.clamp(min=1)), index[:, :until])
             weight[:, :until] = torch.where(few, listed, weight[:, :until])
-        return index, weight
+        return index, weight, listings
 
     def _shares(self) -> list[tuple[Density, int]]:
         """Share the draws out; the last component reaches every key, and takes what rounding leaves, at least one draw."""
@@ -140,15 +145,15 @@ class Draw(Stage):
         return parts
 
 
-def _drawn(parts: list[tuple[Tensor, Callable[[slice], Distribution]]], part: slice) -> tuple[Tensor, Tensor]:
-    """Draw for a chunk of tiles: keys, and their log-weights, ``[lists, chunk, slots]``."""
+def _drawn(parts: list[tuple[Tensor, Callable[[slice], Distribution]]], part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw for a chunk of tiles: keys, log-weights, and how often its own law lists each, ``[lists, chunk, slots]``."""
     laws = [(points[:, part], law(part)) for points, law in parts]
-    index, own = (torch.cat(x, 2) for x in zip(*(law.draw(points) for points, law in laws), strict=True))
-    if len(laws) == 1:
-        listings = own * index.shape[2]
-    else:
+    drawn = [(*law.draw(points), points.shape[2]) for points, law in laws]
+    index, own = torch.cat([x for x, _, _ in drawn], 2), torch.cat([share * num for _, share, num in drawn], 2)
+    listings = own
+    if len(laws) > 1:
         listings = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
         for points, law in laws:
             listings += points.shape[2] * law.share(index)
     # a law with nothing to draw from (no whole block, no finite score) drew keys to which it gives no chance: empty slots
-    return index, (-listings.log()).masked_fill(own == 0, -torch.inf)
+    return index, (-listings.log()).masked_fill(own == 0, -torch.inf), own
