@@ -67,7 +67,7 @@ def compare(measured: ExactSample, rows_out: Float[Tensor, "batch heads rows val
     exact = measured.exact
     difference = (rows_out.to(exact.dtype) - exact).masked_fill(~measured.live[:, None, :, None], 0.0)
     error_norm = operator_norm(difference) / measured.size
-    return Judgement(_relative(difference, exact), measured.live, error_norm, measured.alpha, measured.kappa)
+    return Judgement(relative_error(difference, exact), measured.live, error_norm, measured.alpha, measured.kappa)
 
 
 def misses(
@@ -101,12 +101,12 @@ def misses(
     # a row is live if any key it may see is
     live = torch.nn.functional.pad(seen.long().cumsum(1), (1, 0))[:, visible] > 0
     difference = (out.index_select(2, index).to(exact.dtype) - exact).masked_fill(~live[:, None, :, None], 0.0)
-    error = _relative(difference, exact)
+    error = relative_error(difference, exact)
     unknown = error.new_full(error.shape[:2], torch.nan)
     return Judgement(error, live, unknown, unknown, unknown)
 
 
-def _relative(difference: Tensor, exact: Tensor) -> Tensor:
+def relative_error(difference: Tensor, exact: Tensor) -> Tensor:
     """Relate norms of rows: infinite where the exact row is 0, unless the output is 0 too."""
     miss = torch.linalg.vector_norm(difference, dim=-1)
     return (miss / torch.linalg.vector_norm(exact, dim=-1)).masked_fill(miss == 0, 0.0)
