@@ -1,5 +1,6 @@
 """What is claimed of the comparison over budgets, computed from its records alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from claims import Record, figure
@@ -100,14 +101,15 @@ def loss(exact: Mapping, dropped: Mapping, widest: Mapping, ours: Mapping) -> li
 def retrieval(exact: Mapping, ours: Mapping) -> Record:
     """Retrieval lost at the depth where most is."""
     lost = [
-        (100 * (a["share"] - b["share"]), a["begin"], a["end"], a["answers"])
+        (100 * (a["share"] - b["share"]), b["share"], a["begin"], a["end"], a["answers"])
         for a, b in zip(exact["depths"], ours["depths"], strict=True)
         if a["share"] is not None
     ]
-    points, begin, end, answers = max(lost)
-    beside = (
-        f"{begin:,} to {end:,} tokens back, {answers} answers; overall {exact['retrieval']:.1%} and {ours['retrieval']:.1%}"
-    )
+    points, share, begin, end, answers = max(lost)
+    # the digits of one answer are right or wrong together, so that answers are what is counted
+    noise = 100 * math.sqrt(share * (1 - share) / answers)
+    where = f"{begin:,} to {end:,} tokens back, {answers} answers, standard error {noise:.2g} points"
+    beside = f"{where}; overall {exact['retrieval']:.1%} and {ours['retrieval']:.1%}"
     return figure(
         "retrieval lost there, at the worst depth", f"<= {POINTS} points", points, points <= POINTS, f"{points:.3g} points",
         beside,

@@ -19,6 +19,7 @@ from hyperattention.bench.frontier import Care, Point, measure_frontier, steps_o
 from hyperattention.bench.ranking import not_told_apart, rank
 from hyperattention.bench.rows import find_default
 from hyperattention.report.pareto import parse_budgets, structured_calls
+from hyperattention.synthetic import structured
 from test_cli import invoke, read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,8 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def calls() -> tuple[Call, ...]:
-    return structured_calls(LENGTH, 2, seed=5)
+    shared = structured(LENGTH, heads=4, kv_heads=2, seed=9)
+    return (*structured_calls(LENGTH, 2, seed=5), Call(shared.q, shared.k, shared.v, scale=0.1, layer=2, seed=7))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def points(calls: tuple[Call, ...]) -> dict[str, Point]:
     steps: list[str] = []
     who, care = entrants(BUDGETS, FAMILIES), Care(ROWS, repeats=2, timed=1)
     found = measure_frontier(calls, who, care, steps.append)
-    assert len(steps) == steps_of(calls, who, care) == len(who) * (2 + 2)
+    assert len(steps) == steps_of(calls, who, care) == len(who) * (3 + 2)
     return {point.entrant.row.name: point for point in found}
 
 
@@ -52,8 +54,9 @@ def test_errors_are_those_of_an_audit_of_each_output(calls: tuple[Call, ...], po
     point = points[f"{OURS}@192"]
     for number, call in enumerate(calls):
         method = point.entrant.row.method
-        out = ha.attention(call.q, call.k, call.v, is_causal=True, method=method, seed=call.seed)
-        report = ha.audit(call.q, call.k, call.v, out, rows=ROWS, is_causal=True, seed=call.seed * 1009)
+        inputs, shared = (call.q, call.k, call.v), {"is_causal": True, "scale": call.scale, "enable_gqa": number == 2}
+        out = ha.attention(*inputs, method=method, seed=call.seed, layer=call.layer, **shared)
+        report = ha.audit(*inputs, out, rows=ROWS, seed=call.seed * 1009 + call.layer, **shared)
         for figure, values in point.figures.items():
             assert_exact(torch.tensor(values[number]), getattr(report, figure)[0])
         for end, values in zip(report.interval, point.interval, strict=True):
@@ -77,7 +80,7 @@ def test_heads_average_to_the_overall_error(points: dict[str, Point]) -> None:
     for point in points.values():
         record = point.record()
         heads = torch.tensor(record["error_by_head"])
-        assert heads.shape == (2, 4)
+        assert heads.shape == (3, 4)
         assert point.error.mean == pytest.approx(heads.mean().item(), rel=1e-6, abs=0)
         assert record["percentile_95"] == pytest.approx(
             torch.tensor(record["percentile_95_by_head"]).mean().item(), rel=1e-6
@@ -95,6 +98,7 @@ def test_records_say_all_and_only_exact_attention_has_no_error(points: dict[str,
         assert (record["exact"], point.error.mean == 0, point.label == "exact (SDPA)") == ((name == "exact",) * 3)
         assert record["approximated"] is (name != "exact")
         assert len(record["seconds"]) == 2
+        assert record["calls"][2] == {"seed": 7, "layer": 2, "q": (1, 4, LENGTH, 64), "k": (1, 2, LENGTH, 64)}
         assert 0 < record["quartiles_s"][0] <= record["median_s"] <= record["quartiles_s"][1]
         if name != "exact":
             assert record["pairs_per_query"] == record["slots"]
@@ -251,10 +255,12 @@ def judged(added: float, shares: list[float], pairs: float = 800.0) -> dict:
 
 def test_losses_are_judged_beside_what_sinks_and_window_add(claims) -> None:
     exact, dropped, widest = judged(0.0, [1.0, 1.0, 0.9], 4096.0), judged(0.08, [0.0] * 3), judged(0.05, [0.5] * 3)
-    added, share, lost = claims.loss(exact, dropped, widest, judged(0.004, [1.0, 0.98, 0.88]))
+    added, share, lost = claims.loss(exact, dropped, widest, judged(0.004, [1.0, 0.98, 0.885]))
     assert (added["value"], added["met"]) == (0.004, True)
     assert (share["value"], share["met"]) == (pytest.approx(5), True)
     assert (lost["value"], lost["met"]) == (pytest.approx(2), True)
+    noise = 100 * (0.98 * 0.02 / 9) ** 0.5
+    assert f"1 to 2 tokens back, 9 answers, standard error {noise:.2g} points" in lost["beside"]
     added, share, lost = claims.loss(exact, dropped, widest, judged(0.009, [1.0, 1.0, 0.86]))
     assert (added["met"], share["met"], lost["met"]) == (True, False, False)
     assert claims.loss(exact, dropped, widest, judged(0.012, [1.0] * 3))[0]["met"] is False
