@@ -38,9 +38,10 @@ DROPPED = "sinks_window_of_default"
 @dataclass(frozen=True)
 class Plan:
     length: int = LENGTH
-    # beside the budget that makes pairs five times fewer, rounded down to a multiple of `step`
+    # beside the budget that makes pairs `fewer` times fewer, rounded down to a multiple of `step`
     budgets: tuple[int, ...] = (512, 1024, 1536)
     step: int = 16
+    fewer: float = FEWER
     care: Care = field(default_factory=lambda: Care(1024, 3, 4))
     seeds: int = 3
     documents: int = 24
@@ -49,25 +50,25 @@ class Plan:
     reference: Path = WEIGHTS
 
     @property
-    def fifth(self) -> int:
-        return int(exact_pairs(self.length, True) / FEWER) // self.step * self.step
+    def few(self) -> int:
+        return int(exact_pairs(self.length, True) / self.fewer) // self.step * self.step
 
     def options(self) -> pareto.Options:
         inputs = demo.Options(self.length, reference=self.reference, documents=self.documents)
-        budgets = tuple(sorted({*self.budgets, self.fifth}))
+        budgets = tuple(sorted({*self.budgets, self.few}))
         return pareto.Options(inputs, budgets, care=self.care, seeds=self.seeds, loss=False)
 
 
-TOY = Plan(3072, (256,), care=Care(64, 1, 1), seeds=1, documents=2, rivals=1, rival_documents=1)
+TOY = Plan(2048, (640,), fewer=2, care=Care(64, 1, 1), seeds=1, documents=2, rivals=1, rival_documents=1)
 
 
 def best_rivals(points: Sequence[Point], plan: Plan) -> list[Row]:
-    """The other methods that err least on the model's own attention, at five times fewer pairs."""
+    """The other methods that err least on the model's own attention, at the budget of few pairs."""
     apart = {*OURS, "control", "sinks_window"}
     others = [
         each for each in points
-        if each.entrant.slots == plan.fifth and each.entrant.family not in apart and not each.entrant.oracle
-        and each.cost.share_of_exact <= 1 / FEWER
+        if each.entrant.slots == plan.few and each.entrant.family not in apart and not each.entrant.oracle
+        and each.cost.share_of_exact <= 1 / plan.fewer
     ]  # fmt: skip
     return [each.entrant.row for each in sorted(others, key=lambda each: each.error.mean)[: plan.rivals]]
 
@@ -76,9 +77,9 @@ def judge_loss(prepared: pareto.Prepared, points: Sequence[Point], plan: Plan) -
     """Run the model with what the claims are about on all documents, and with the best rivals on fewer."""
     judged, samples = prepared.inputs.judged, prepared.inputs.samples
     named = {each.row.name: each.row for each in prepared.who}
-    core = [named[name] for name in ("exact", f"sinks_window@{plan.fifth}", f"control@{plan.fifth}")]
-    dropped = Row(DROPPED, "sinks + window of the default", window_of(default_at(plan.fifth)))
-    ours = [named[f"{family}@{plan.fifth}"] for family in OURS]
+    core = [named[name] for name in ("exact", f"sinks_window@{plan.few}", f"control@{plan.few}")]
+    dropped = Row(DROPPED, "sinks + window of the default", window_of(default_at(plan.few)))
+    ours = [named[f"{family}@{plan.few}"] for family in OURS]
     found = evaluate(judged, samples, (*core, dropped, *ours), audit_rows=0, on_step=announce)
     rivals = [core[0], *best_rivals(points, plan)]
     return (*found, *evaluate(judged, samples[: plan.rival_documents], rivals, audit_rows=0, on_step=announce)[1:])
@@ -94,7 +95,7 @@ def figures_of(records: Sequence[dict], plan: Plan) -> list:
         place = f"{where}, {plan.length:,} tokens"
         found += [equal_pairs(points, place), equal_time(points, place, own)]
     losses = {each["row"]: each for each in records if each["part"] == "loss"}
-    names = ("exact", DROPPED, f"sinks_window@{plan.fifth}", f"{OURS[0]}@{plan.fifth}")
+    names = ("exact", DROPPED, f"sinks_window@{plan.few}", f"{OURS[0]}@{plan.few}")
     return [*found, *loss(*(losses[name] for name in names))]
 
 

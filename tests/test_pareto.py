@@ -8,24 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import hyperattention as ha
 from assertions import assert_exact
 from hyperattention.bench import frontier
 from hyperattention.bench.call import Call
-from hyperattention.bench.entrants import CONTROL, OURS, default_at, entrants
+from hyperattention.bench.entrants import CONTROL, OURS, Entrant, default_at, entrants
 from hyperattention.bench.front import error_at, on_front
 from hyperattention.bench.frontier import Care, Point, measure_frontier, steps_of
 from hyperattention.bench.ranking import not_told_apart, rank
-from hyperattention.bench.rows import find_default
+from hyperattention.bench.rows import Row, find_default
+from hyperattention.report import demo, pareto
 from hyperattention.report.pareto import parse_budgets, structured_calls
 from hyperattention.synthetic import structured
 from test_cli import invoke, read_lines
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-LENGTH, ROWS = 600, 64
-BUDGETS = (192, 256)
+LENGTH, ROWS = 1200, 64
+BUDGETS = (512, 576)
 FAMILIES = ["sinks_window", CONTROL, OURS]
 FIELDS = {
     "row", "family", "title", "label", "slots", "exact", "oracle", "method", "approximated", "complete", "pairs_per_query",
@@ -51,7 +53,7 @@ def points(calls: tuple[Call, ...]) -> dict[str, Point]:
 
 
 def test_errors_are_those_of_an_audit_of_each_output(calls: tuple[Call, ...], points: dict[str, Point]) -> None:
-    point = points[f"{OURS}@192"]
+    point = points[f"{OURS}@512"]
     for number, call in enumerate(calls):
         method = point.entrant.row.method
         inputs, shared = (call.q, call.k, call.v), {"is_causal": True, "scale": call.scale, "enable_gqa": number == 2}
@@ -64,6 +66,7 @@ def test_errors_are_those_of_an_audit_of_each_output(calls: tuple[Call, ...], po
 
 
 def test_exact_rows_are_computed_once_for_all_methods(calls: tuple[Call, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch.equal(calls[0].q, calls[1].q)
     measured = []
 
     def counted(*arguments: object) -> object:
@@ -108,18 +111,18 @@ def test_records_say_all_and_only_exact_attention_has_no_error(points: dict[str,
 
 def test_more_keys_err_less(points: dict[str, Point]) -> None:
     for family in FAMILIES:
-        assert points[f"{family}@256"].error.mean < points[f"{family}@192"].error.mean
+        assert points[f"{family}@576"].error.mean < points[f"{family}@512"].error.mean
 
 
 def test_a_frontier_needs_calls_and_exact_attention(calls: tuple[Call, ...]) -> None:
-    who = entrants((256,), [CONTROL])
+    who = entrants((512,), [CONTROL])
     for given, methods in (((), who), (calls, who[1:])):
         with pytest.raises(ValueError, match="at least one call, and exact attention"):
             measure_frontier(given, methods, Care(ROWS, 1, 1))
 
 
 def test_entrants_list_no_more_than_their_budget() -> None:
-    who = entrants((256, 768))
+    who = entrants((512, 768))
     assert [each.exact for each in who].count(True) == 1
     assert who[0].exact
     assert len({each.row.name for each in who}) == len(who)
@@ -128,8 +131,15 @@ def test_entrants_list_no_more_than_their_budget() -> None:
         if each.family != "published":
             assert each.row.cost(8192, True).pairs <= each.slots
     ours, control = ({each.slots: each for each in who if each.family == family} for family in (OURS, CONTROL))
-    for slots in (256, 768):
+    for slots in (512, 768):
         assert ours[slots].row.cost(8192, True).pairs == control[slots].row.cost(8192, True).pairs == slots
+
+
+def test_an_oracle_is_known_by_its_label() -> None:
+    label, method = "each query's own top keys (oracle)", ha.Exact()
+    assert [Entrant("top_keys", title, 512, Row("top_keys@512", title, method)).oracle for title in (label, "top keys")] == [
+        True, False,
+    ]  # fmt: skip
 
 
 def test_the_default_at_its_own_budget_is_the_default() -> None:
@@ -143,7 +153,7 @@ def test_the_default_at_its_own_budget_is_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("budgets", "families", "message"),
-    [((), None, "name at least one"), ((256, 256), None, "each once"), ((256,), ["none"], "no method is called none")],
+    [((), None, "name at least one"), ((512, 512), None, "each once"), ((512,), ["none"], "no method is called none")],
 )
 def test_entrants_refuse_what_cannot_take_part(budgets: tuple[int, ...], families: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -213,7 +223,7 @@ def claims(monkeypatch: pytest.MonkeyPatch):
 
 
 PLANTED = [
-    spot("exact", 0, 9.0, 0.0),
+    spot("exact", 0, 1.5, 0.0),
     spot("control", 512, 1.0, 0.4), spot("control", 1024, 2.0, 0.2),
     spot("blocks", 512, 1.0, 0.2), spot("blocks", 1024, 4.0, 0.1),
     spot("oracle_top", 512, 1.0, 0.001), spot("oracle_top", 1024, 1.0, 0.001),
@@ -286,7 +296,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pareto_measures_all_parts_and_writes_them_down(reference: Path, tmp_path: Path) -> None:
     plot, records = tmp_path / "pareto.png", tmp_path / "pareto.jsonl"
     code, output = invoke(
-        "pareto", "--quick", "--length", 1024, "--budgets", "256,320", "--methods", ",".join(FAMILIES), "--reference",
+        "pareto", "--quick", "--length", 2048, "--budgets", "512,640", "--methods", ",".join(FAMILIES), "--reference",
         reference, "--plot", plot, "--json", records,
     )  # fmt: skip
     assert code == 0, output
@@ -296,7 +306,7 @@ def test_pareto_measures_all_parts_and_writes_them_down(reference: Path, tmp_pat
     # one document tells nothing of noise
     assert "The order of these may be chance (added loss, 1 documents)" in output
     lines = read_lines(records)
-    names = ["exact", *(f"{family}@{slots}" for slots in (256, 320) for family in FAMILIES)]
+    names = ["exact", *(f"{family}@{slots}" for slots in (512, 640) for family in FAMILIES)]
     for inputs, heads, num_calls in (("model", 2, 2), ("structured", 4, 1)):
         found = [line for line in lines if line["part"] == "attention" and line["inputs"] == inputs]
         assert [line["row"] for line in found] == names
@@ -312,11 +322,22 @@ def test_pareto_measures_all_parts_and_writes_them_down(reference: Path, tmp_pat
 
 def test_pareto_can_leave_the_model_running_out(reference: Path, tmp_path: Path) -> None:
     code, output = invoke(
-        "pareto", "--quick", "--length", 1024, "--budgets", 256, "--methods", CONTROL, "--no-loss", "--reference", reference,
+        "pareto", "--quick", "--length", 1280, "--budgets", 512, "--methods", CONTROL, "--no-loss", "--reference", reference,
         "--plot", tmp_path / "pareto.png",
     )  # fmt: skip
     assert code == 0, output
     assert "all layers replaced" not in output
+
+
+def test_errors_are_measured_on_as_many_documents_as_seeds(reference: Path) -> None:
+    inputs = demo.Options(1280, reference=reference, documents=3)
+    options = pareto.Options(inputs, (512,), (CONTROL,), Care(ROWS, 1, 1), seeds=2, loss=False)
+    results = pareto.run(pareto.prepare(options), Console(quiet=True))
+    model, made = (results.points[name][1] for name in (pareto.MODEL, pareto.STRUCTURED))
+    # two layers of each document
+    assert [(call["seed"], call["layer"]) for call in model.calls] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [call["seed"] for call in made.calls] == [0, 1]
+    assert results.judgements == ()
 
 
 @pytest.mark.parametrize(

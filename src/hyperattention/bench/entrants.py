@@ -39,7 +39,7 @@ class Entrant:
     @property
     def oracle(self) -> bool:
         """Whether it chooses by what no method knows before attending."""
-        return "oracle" in self.family
+        return "oracle" in self.title
 
 
 def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> tuple[Entrant, ...]:

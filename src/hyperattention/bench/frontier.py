@@ -148,7 +148,9 @@ def _judge_all(call: Call, who: Sequence[Entrant], rows: int, on_step: Callable[
     # layers draw their rows independently, so that their errors can be pooled
     sample = sample_for(call.q, call.k, rows, is_causal=True, scale=call.scale, seed=call.seed * 1009 + call.layer)
     measured = measure_rows(call.q, call.k, call.v, None, sample)
-    stretches = max(1, min(_STRETCHES, sample.num_queries // _STRETCH_SIZE, len(sample.index)))
+    most = max(1, min(_STRETCHES, sample.num_queries // _STRETCH_SIZE, len(sample.index)))
+    # a power of two, as numbers of rows are: pieces of equal size average to the whole
+    stretches = 1 << (most.bit_length() - 1)
     found = {}
     for entrant in who:
         on_step(f"{entrant.row.label}: error")
@@ -190,11 +192,10 @@ def _point(
     entrant: Entrant, calls: Sequence[Call], judged: Sequence[_Judged], timing: Timing, error: Error, front: bool
 ) -> Point:
     length, head_dim = calls[0].q.shape[2:]
-    count = 0 if entrant.exact else len(judged)
     return Point(
         entrant,
-        entrant.row.label_for(length, True, count),
-        entrant.row.approximates(length, True, count),
+        entrant.row.label_for(length, True, len(calls)),
+        entrant.row.approximates(length, True, len(calls)),
         entrant.row.method.cost(length, is_causal=True, head_dim=head_dim),
         timing,
         error,

@@ -10,7 +10,8 @@ from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import BlockRank, KeyBounds, MeanKey
 
-_TILE, _SINKS, _BLOCK = 64, 16, 32
+_TILE, _SINKS, _WINDOW, _BLOCK = 64, 16, 256, 32
+_LEAST = 512
 
 
 def rivals(slots: int) -> tuple[Row, ...]:
@@ -20,21 +21,20 @@ def rivals(slots: int) -> tuple[Row, ...]:
         slots: most keys a query lists.
 
     Returns:
-        a row each, named without its budget; names with "oracle" in them are no methods, but bounds on what one can do.
+        a row each, named without its budget; labels with "oracle" in them are no methods, but bounds on what one can do.
 
     Raises:
-        ValueError: if `slots` has no room for sinks, a window and one block.
+        ValueError: if there are too few slots to choose with.
     """
-    window = min(256, (slots - _SINKS - _TILE - _BLOCK) // 2)
-    if window < 1:
-        raise ValueError(f"{slots} slots: {_SINKS} sinks, a window and a block need {_SINKS + _TILE + _BLOCK + 2} or more")
-    left = slots - _SINKS - _TILE - window
+    if slots < _LEAST:
+        raise ValueError(f"{slots} slots: rivals need {_LEAST} or more to choose with; name larger budgets")
+    left = slots - _SINKS - _TILE - _WINDOW
 
     def ranked(by: BlockRank) -> Method:
-        return Method(Sinks(_SINKS), Window(window), TopBlocks(left // _BLOCK, _BLOCK, by), tile=_TILE)
+        return Method(Sinks(_SINKS), Window(_WINDOW), TopBlocks(left // _BLOCK, _BLOCK, by), tile=_TILE)
 
     def drawn(by: Density) -> Method:
-        return Method(Sinks(_SINKS), Window(window), Draw(left, by=by), tile=_TILE)
+        return Method(Sinks(_SINKS), Window(_WINDOW), Draw(left, by=by), tile=_TILE)
 
     return (
         Row("top_blocks_mean", "top blocks by mean key", ranked(MeanKey())),
