@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from hyperattention.bench.ranking import not_told_apart, rank
 from hyperattention.bench.rows import Row, find_default
 from hyperattention.report import demo, pareto
 from hyperattention.report.pareto import parse_budgets, structured_calls
+from hyperattention.report.tables import frontier_table
 from hyperattention.synthetic import structured
 from test_cli import invoke, read_lines
 
@@ -112,6 +114,17 @@ def test_records_say_all_and_only_exact_attention_has_no_error(points: dict[str,
 def test_more_keys_err_less(points: dict[str, Point]) -> None:
     for family in FAMILIES:
         assert points[f"{family}@576"].error.mean < points[f"{family}@512"].error.mean
+
+
+def test_an_oracle_is_timed_once(calls: tuple[Call, ...]) -> None:
+    exact, control = entrants((512,), [CONTROL])
+    oracle = replace(control, title="an oracle", row=replace(control.row, name="oracle@512"))
+    steps: list[str] = []
+    who, care = (exact, control, oracle), Care(ROWS, 3, 2)
+    found = measure_frontier(calls, who, care, steps.append)
+    assert [len(point.timing.seconds) for point in found] == [3, 3, 1]
+    assert len(steps) == steps_of(calls, who, care) == 3 * 3 + 2 * (3 + 3 + 1)
+    frontier_table(found, "with an oracle")
 
 
 def test_a_frontier_needs_calls_and_exact_attention(calls: tuple[Call, ...]) -> None:

@@ -158,7 +158,6 @@ def pareto(
             report.parse_budgets(budgets or ("512,768" if quick else "512,1024,2048")),
             None if methods is None else tuple(name.strip() for name in methods.split(",")),
             Care(64, repeats or 1, 1) if quick else Care(repeats=repeats or 3),
-            seeds=1 if quick else 3,
             loss=loss,
         )
         prepared = report.prepare(options)

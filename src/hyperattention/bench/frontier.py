@@ -28,7 +28,7 @@ class Care:
 
     Args:
         audit_rows: rows of each output compared with exact attention.
-        repeats: rounds of interleaved timing.
+        repeats: rounds of interleaved timing; an oracle takes part in one.
         timed: calls that are timed, the first ones.
     """
 
@@ -105,7 +105,12 @@ class _Judged:
 
 def steps_of(calls: Sequence[Call], who: Sequence[Entrant], care: Care) -> int:
     """Count the steps that `measure_frontier` reports as it works."""
-    return len(who) * (len(calls) + min(care.timed, len(calls)) * care.repeats)
+    return sum(len(calls) + min(care.timed, len(calls)) * _rounds(entrant, care) for entrant in who)
+
+
+def _rounds(entrant: Entrant, care: Care) -> int:
+    # an oracle is slow, and its time claims nothing
+    return 1 if entrant.oracle else care.repeats
 
 
 @torch.no_grad()
@@ -134,7 +139,7 @@ def measure_frontier(
     for call in calls:
         for name, found in _judge_all(call, who, care.audit_rows, on_step).items():
             judged[name].append(found)
-    timings = _time_all(calls[: care.timed], who, care.repeats, on_step)
+    timings = _time_all(calls[: care.timed], who, care, on_step)
     exact = Error(0.0, 0.0, 0.0, care.audit_rows, len(calls))
     errors = {each.row.name: exact if each.exact else _pooled(judged[each.row.name]) for each in who}
     front = on_front([(timings[each.row.name].median, errors[each.row.name].mean) for each in who])
@@ -177,15 +182,21 @@ def _pooled(judged: Sequence[_Judged]) -> Error:
 
 
 def _time_all(
-    calls: Sequence[Call], who: Sequence[Entrant], repeats: int, on_step: Callable[[str], None]
+    calls: Sequence[Call], who: Sequence[Entrant], care: Care, on_step: Callable[[str], None]
 ) -> dict[str, Timing]:
     labels = {entrant.row.name: entrant.row.label for entrant in who}
 
     def announce(name: str) -> None:
         on_step(f"{labels[name]}: time")
 
-    rounds = [interleave({entrant.row.name: call.answer(entrant) for entrant in who}, repeats, announce) for call in calls]
-    return {name: Timing(tuple(map(sum, zip(*(each[name].seconds for each in rounds), strict=True)))) for name in labels}
+    timings: dict[str, Timing] = {}
+    for repeats in dict.fromkeys(_rounds(entrant, care) for entrant in who):
+        some = [entrant for entrant in who if _rounds(entrant, care) == repeats]
+        by_call = [interleave({each.row.name: call.answer(each) for each in some}, repeats, announce) for call in calls]
+        for each in some:
+            rounds = zip(*(found[each.row.name].seconds for found in by_call), strict=True)
+            timings[each.row.name] = Timing(tuple(map(sum, rounds)))
+    return timings
 
 
 def _point(
