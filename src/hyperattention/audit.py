@@ -8,9 +8,10 @@ from hyperattention.error_report import ErrorReport
 from hyperattention.exact import visible_keys
 from hyperattention.inputs import check_inputs, check_masks, check_tensors
 from hyperattention.interval import mean_interval, percentile_bound
-from hyperattention.judge import Sample, judge, misses
+from hyperattention.judge import Judgement, judge, misses
 from hyperattention.method import Approach, Method
 from hyperattention.random import uniform
+from hyperattention.sampled_rows import Sample
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 
@@ -18,6 +19,8 @@ __all__ = ["ErrorReport", "audit", "sample_rows"]
 
 # first counter of the row draws, so that rows and the draws they judge share no bits under one seed
 _STREAM = 0xA0D17
+# sinks and window that stand for a method unknown
+HEAVY = (16, 512)
 
 
 def sample_rows(num_queries: int, rows: int, seed: int, device: torch.device | str) -> Int[Tensor, " rows"]:
@@ -94,32 +97,82 @@ def audit(
     check_masks(query, key, None, key_mask, is_causal=is_causal, causal_align=causal_align)
     check_audit(query, key, value, out, rows)
     num_queries, num_keys = query.shape[2], key.shape[2]
-    index = sample_rows(num_queries, rows, seed, query.device)
-    visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
-    shift = num_keys - num_queries if causal_align == "lower_right" else 0
-    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if hardness:
-        sinks, window = _heavy_mask(method) if heavy is None else heavy
-        sample = Sample(
-            index=index,
-            visible=[num_keys] * len(index) if visible is None else visible[0, index].tolist(),
-            num_queries=num_queries,
-            scale=factor,
-            sinks=sinks,
-            windows=_windows([int(row) + shift for row in index], window, num_keys, is_causal),
-        )
+        heavy = _heavy_mask(method) if heavy is None else heavy
+        sample = sample_for(
+            query, key, rows, is_causal=is_causal, causal_align=causal_align, scale=scale, heavy=heavy, seed=seed
+        )  # fmt: skip
         found = judge(query, key, value, out, key_mask, sample)
     else:
+        index = sample_rows(num_queries, rows, seed, query.device)
+        visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
         seen = index.new_full(index.shape, num_keys) if visible is None else visible[0, index]
+        factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
         found = misses(query, key, value, out, key_mask, index, seen, factor)
-    mean = found.errors.masked_fill(~found.live[:, None], 0.0).sum(-1) / found.live.sum(-1, keepdim=True)
-    if len(index) < num_queries:
-        interval, bound = mean_interval(found.errors, found.live), percentile_bound(found.errors, found.live)
-    else:
-        interval, bound = (mean, mean), _percentile(found.errors, found.live)
     share = None
     if method is not None and num_queries == num_keys:
         share = method.cost(num_keys, is_causal=is_causal, head_dim=query.shape[-1]).share_of_exact
+    return report_on(found, num_queries, share)
+
+
+def sample_for(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    rows: int,
+    *,
+    is_causal: bool,
+    causal_align: str = "upper_left",
+    scale: float | None = None,
+    heavy: tuple[int, int] = HEAVY,
+    seed: int = 0,
+) -> Sample:
+    """Draw the rows of an audit, and note what each may see.
+
+    Args:
+        query: queries.
+        key: keys.
+        rows: rows to draw a head.
+        is_causal: whether the outputs to be judged are causal.
+        causal_align: "upper_left" or "lower_right".
+        scale: factor on the scores; 1 / sqrt(head_dim) if None.
+        heavy: sinks and window (in keys) left out of kappa.
+        seed: of the rows drawn.
+
+    Returns:
+        the sample.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    index = sample_rows(num_queries, rows, seed, query.device)
+    visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
+    shift = num_keys - num_queries if causal_align == "lower_right" else 0
+    sinks, window = heavy
+    return Sample(
+        index=index,
+        visible=[num_keys] * len(index) if visible is None else visible[0, index].tolist(),
+        num_queries=num_queries,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        sinks=sinks,
+        windows=_windows([int(row) + shift for row in index], window, num_keys, is_causal),
+    )
+
+
+def report_on(found: Judgement, num_queries: int, share_of_pairs: float | None) -> ErrorReport:
+    """Sum up what the sampled rows of an output show, with intervals for what the others may hide.
+
+    Args:
+        found: the rows, judged.
+        num_queries: rows there are.
+        share_of_pairs: pairs the method lists relative to exact attention's, if known.
+
+    Returns:
+        the report.
+    """
+    num_rows = found.errors.shape[-1]
+    mean = found.errors.masked_fill(~found.live[:, None], 0.0).sum(-1) / found.live.sum(-1, keepdim=True)
+    if num_rows < num_queries:
+        interval, bound = mean_interval(found.errors, found.live), percentile_bound(found.errors, found.live)
+    else:
+        interval, bound = (mean, mean), _percentile(found.errors, found.live)
     return ErrorReport(
         relative_error=mean,
         interval=interval,
@@ -127,8 +180,8 @@ def audit(
         operator_error=found.operator_error,
         alpha=found.alpha,
         kappa=found.kappa,
-        share_of_pairs=share,
-        num_rows=len(index),
+        share_of_pairs=share_of_pairs,
+        num_rows=num_rows,
         num_empty=(~found.live).sum(-1),
     )
 
@@ -167,7 +220,7 @@ def _heavy_mask(method: Approach | None) -> tuple[int, int]:
     stages = method.stages if isinstance(method, Method) else ()
     sinks = sum(stage.num for stage in stages if isinstance(stage, Sinks))
     window = sum(stage.size for stage in stages if isinstance(stage, Window))
-    return (sinks, window) if sinks or window else (16, 512)
+    return (sinks, window) if sinks or window else HEAVY
 
 
 def _windows(positions: list[int], size: int, num_keys: int, is_causal: bool) -> list[tuple[int, int]]:

@@ -123,6 +123,51 @@ def bench(
 
 
 @app.command()
+def pareto(
+    length: Length = None,
+    text: Text = None,
+    model: Model = None,
+    reference: Reference = None,
+    budgets: Annotated[str | None, typer.Option(help="Keys listed a query, with commas between (512,1024,2048).")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names of methods, with commas between; all by default.")] = None,
+    repeats: Repeats = None,
+    loss: Annotated[bool, typer.Option(help="Also run the model with every method in all its layers.")] = True,
+    plot: Plot = Path("hyperattention-pareto.png"),
+    json: Json = None,
+    quick: Quick = False,
+    seed: Seed = 0,
+) -> None:
+    """Compare all methods over budgets: time, error by head, loss and retrieval; which are on the Pareto front."""
+    console = _console()
+    with _explained():
+        from transformers.utils import logging
+
+        from hyperattention.bench.frontier import Care
+        from hyperattention.report import demo
+        from hyperattention.report import pareto as report
+
+        logging.disable_progress_bar()
+        _check_writable(plot, json)
+        usual, own = demo.Options(), model is not None or reference is not None
+        length = length or (2048 if quick and not own else None)
+        inputs = demo.Options(
+            length, text, model, reference or usual.reference, documents=1 if quick else usual.documents, seed=seed
+        )  # fmt: skip
+        options = report.Options(
+            inputs,
+            report.parse_budgets(budgets or ("512,768" if quick else "512,1024,2048")),
+            None if methods is None else tuple(name.strip() for name in methods.split(",")),
+            Care(64, repeats or 1, 1) if quick else Care(repeats=repeats or 3),
+            loss=loss,
+        )
+        prepared = report.prepare(options)
+    results = report.run(prepared, console)
+    report.show(prepared, results, console)
+    report.save(prepared, results, plot=plot, records=json)
+    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, which paths are available, and why one is not."""
     from hyperattention.doctor import examine

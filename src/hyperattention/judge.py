@@ -1,42 +1,14 @@
-"""The rows drawn, judged: exact attention on them, and every figure that needs their softmax weights."""
+"""The rows drawn, judged: exact rows against those of any output."""
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hyperattention.exact import grouped_scores
 from hyperattention.exact_rows import exact_rows
-from hyperattention.row_statistics import column_spread, operator_norm, residual_ratio, softmax_norm, value_norm
-
-# bytes of softmax rows held at once; more than one head at a time only while they fit
-_CHUNK_BYTES = 64 * 2**20
-# the same on any other device, where a few large operations pay
-_DEVICE_CHUNK_BYTES = 1024 * 2**20
-# causal rows are scored in blocks, each against the keys its last row sees: fewer rows would starve the matrix product
-_BLOCK_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The rows drawn, and what of the problem they need.
-
-    Args:
-        index: the rows, in order.
-        visible: leading keys each may see.
-        windows: keys [begin, end) around each that are heavy.
-        sinks: leading live keys that are heavy.
-        num_queries: queries there are to draw from.
-        scale: factor on the scores.
-    """
-
-    index: Int[Tensor, " rows"]
-    visible: list[int]
-    windows: list[tuple[int, int]]
-    sinks: int
-    num_queries: int
-    scale: float
+from hyperattention.row_statistics import operator_norm
+from hyperattention.sampled_rows import ExactSample, Sample, measure_rows
 
 
 @dataclass(frozen=True)
@@ -66,7 +38,7 @@ def judge(
     key_mask: Bool[Tensor, "batch keys"] | None,
     sample: Sample,
 ) -> Judgement:
-    """Compare sampled rows of an output with exact ones, as many heads at a time as fit.
+    """Compare sampled rows of an output with exact ones.
 
     Args:
         query: queries.
@@ -79,32 +51,23 @@ def judge(
     Returns:
         errors and the figures that come from the same softmax weights.
     """
-    batch, heads, kv_heads, num_keys = *query.shape[:2], *key.shape[1:3]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    shape = (kv_heads, heads // kv_heads)
-    q, rows_out = (x.index_select(2, sample.index).to(dtype).unflatten(1, shape) for x in (query, out))
-    per_head = max(1, len(sample.index) * num_keys * dtype.itemsize)
-    most = _CHUNK_BYTES if query.device.type == "cpu" else _DEVICE_CHUNK_BYTES
-    group_size = max(1, min(shape[1], most // per_head))
-    head_size = max(1, most // (per_head * shape[1]))
-    errors = q.new_empty((batch, *shape, len(sample.index)))
-    figures = q.new_empty((3, batch, *shape))
-    live = torch.empty((batch, len(sample.index)), dtype=torch.bool, device=q.device)
-    for entry in range(batch):
-        for start in range(0, kv_heads, head_size):
-            at = (slice(entry, entry + 1), slice(start, start + head_size))
-            mask = None if key_mask is None else key_mask[entry : entry + 1]
-            k, v = key[at].to(dtype), value[at].to(dtype)
-            # a masked value may hold anything, and 0 * NaN is NaN
-            v = v if mask is None else v.masked_fill(~mask[:, None, :, None], 0.0)
-            sized = value_norm(v)[..., None]
-            for first in range(0, shape[1], group_size):
-                part = (*at, slice(first, first + group_size))
-                judged = _judge_heads(q[part], k, v, rows_out[part], mask, sample)
-                errors[part], live[entry], figures[(slice(None), *part)] = judged
-            figures[(0, *at)] /= sized
-    operator_error, alpha, kappa = figures.flatten(2, 3)
-    return Judgement(errors.flatten(1, 2), live, operator_error, alpha, kappa)
+    return compare(measure_rows(query, key, value, key_mask, sample), out.index_select(2, sample.index))
+
+
+def compare(measured: ExactSample, rows_out: Float[Tensor, "batch heads rows value_dim"]) -> Judgement:
+    """Judge an output by exact rows that were measured before.
+
+    Args:
+        measured: the exact rows.
+        rows_out: the same rows of the output.
+
+    Returns:
+        errors, and the figures that depend on no output.
+    """
+    exact = measured.exact
+    difference = (rows_out.to(exact.dtype) - exact).masked_fill(~measured.live[:, None, :, None], 0.0)
+    error_norm = operator_norm(difference) / measured.size
+    return Judgement(relative_error(difference, exact), measured.live, error_norm, measured.alpha, measured.kappa)
 
 
 def misses(
@@ -138,73 +101,12 @@ def misses(
     # a row is live if any key it may see is
     live = torch.nn.functional.pad(seen.long().cumsum(1), (1, 0))[:, visible] > 0
     difference = (out.index_select(2, index).to(exact.dtype) - exact).masked_fill(~live[:, None, :, None], 0.0)
-    error = _relative(difference, exact)
+    error = relative_error(difference, exact)
     unknown = error.new_full(error.shape[:2], torch.nan)
     return Judgement(error, live, unknown, unknown, unknown)
 
 
-def _relative(difference: Tensor, exact: Tensor) -> Tensor:
+def relative_error(difference: Tensor, exact: Tensor) -> Tensor:
     """Relate norms of rows: infinite where the exact row is 0, unless the output is 0 too."""
     miss = torch.linalg.vector_norm(difference, dim=-1)
     return (miss / torch.linalg.vector_norm(exact, dim=-1)).masked_fill(miss == 0, 0.0)
-
-
-def _judge_heads(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, key_mask: Tensor | None, sample: Sample
-) -> tuple[Tensor, Tensor, Tensor]:
-    blocks, exact, lse = _softmax_blocks(q, k, v, key_mask, sample)
-    live, num_keys = lse[0, 0, 0] != -torch.inf, k.shape[2]
-    difference = (out - exact).masked_fill(~live[:, None], 0.0)
-    error = _relative(difference, exact)
-    stretch = (sample.num_queries / len(sample.index)) ** 0.5
-    error_norm = stretch * operator_norm(difference) / softmax_norm(blocks, num_keys, sample.num_queries, int(live.sum()))
-    first = sample.sinks
-    if key_mask is not None:
-        # sinks are the first live keys; dead ones between them weigh nothing
-        first = int((key_mask.long().cumsum(-1) <= sample.sinks).sum())
-    kappa = residual_ratio(blocks, lse, first, sample.windows)
-    return error, live, torch.stack([error_norm, column_spread(blocks, num_keys), kappa])
-
-
-def hide_later(scores: Tensor, counts: list[int], *, at_once: bool | None = None) -> None:
-    """Overwrite the scores of keys that a row may not see.
-
-    Args:
-        scores: ``[..., rows, keys]``.
-        counts: leading keys that each row may see.
-        at_once: whether to do it in one operation, by a mask of rows x keys: None does so on all devices but a CPU, where a
-            fill for each row costs less.
-    """
-    if scores.device.type != "cpu" if at_once is None else at_once:
-        limit = torch.tensor(counts, device=scores.device)[:, None]
-        scores.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) >= limit, -torch.inf)
-        return
-    for row, count in enumerate(counts):
-        scores[..., row, count:] = -torch.inf
-
-
-def _softmax_blocks(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sample: Sample
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Compute the softmax rows in blocks [1, kv_heads, group, few rows, keys seen], the exact rows and their lse."""
-    rows = q.shape[3]
-    size = rows if min(sample.visible) == k.shape[2] else _BLOCK_ROWS
-    blocks, exact, lses = [], [], []
-    for start in range(0, rows, size):
-        few, counts = q[:, :, :, start : start + size], sample.visible[start : start + size]
-        stop = max(1, *counts)  # a softmax needs a column, hidden or not
-        scores = grouped_scores(few, k[:, :, :stop], sample.scale)
-        hide_later(scores, counts)
-        if key_mask is not None:
-            scores.masked_fill_(~key_mask[:, None, None, None, :stop], -torch.inf)
-        top = scores.amax(-1)
-        # softmax takes a quarter of the time of exponentials; a row's largest weight then tells its normaliser
-        weights = torch.softmax(scores, -1, out=scores)
-        empty = top == -torch.inf
-        if empty.any():
-            weights.masked_fill_(empty[..., None], 0.0)
-        lse = torch.where(empty, top, top - weights.amax(-1).log())
-        blocks.append(weights)
-        exact.append((weights.flatten(2, 3) @ v[:, :, :stop]).unflatten(2, few.shape[2:4]))
-        lses.append(lse)
-    return blocks, torch.cat(exact, dim=3), torch.cat(lses, dim=3)

@@ -28,11 +28,16 @@ def _point(axes: Axes, row: str, label: str, seconds: float, error: Error | None
     axes.errorbar([seconds], [mean], yerr=spread, fmt="o", capsize=4, color=_COLOURS.get(row, "0.2"), label=label)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def scale_seconds(axes: Axes) -> None:
+    """Give an axis of seconds a logarithmic scale, with numbers that can be read."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _finish(axes: Axes, title: str) -> None:
+    scale_seconds(axes)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("time of attention, seconds")
     axes.set_ylabel("mean relative error, 95% interval")

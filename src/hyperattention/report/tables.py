@@ -6,6 +6,7 @@ from rich.table import Table
 
 from hyperattention.bench.case import Case
 from hyperattention.bench.error import Error
+from hyperattention.bench.frontier import Point
 from hyperattention.bench.speed import Speed
 from hyperattention.bench.timing import Ratio
 from hyperattention.method import Cost
@@ -51,18 +52,21 @@ def loss_table(judgements: Sequence[Judgement], title: str) -> Table:
         the table.
     """
     asked = judgements[0].retrieval is not None
+    audited = any(each.error is not None for each in judgements)
     table = Table(title=title, title_justify="left", caption=_LOSS_NOTE, caption_justify="left")
     table.add_column("method")
-    for name in ("bits/byte", "added nats/byte", *(["retrieval"] if asked else []), "pairs/query", "error [95%]"):
+    some = (*(["retrieval"] if asked else []), "pairs/query", *(["error [95%]"] if audited else []))
+    for name in ("bits/byte", "added nats/byte", *some):
         table.add_column(name, justify="right")
     for name in ("calls approx.", "attention", "model"):
         table.add_column(name, justify="right")
     for each in judgements:
         retrieval = [f"{each.retrieval:.1%}"] if each.retrieval is not None else []
+        error = [format_error(each.error)] if audited else []
         table.add_row(
-            each.label, f"{each.bits_per_byte:.3f}", format_added(each), *retrieval, _pairs(each.cost),
-            format_error(each.error), f"{each.share_of_calls:.0%}", format_ratio(each.attention_ratio),
-            format_ratio(each.model_ratio), style=_style(each.row),
+            each.label, f"{each.bits_per_byte:.3f}", format_added(each), *retrieval, _pairs(each.cost), *error,
+            f"{each.share_of_calls:.0%}", format_ratio(each.attention_ratio), format_ratio(each.model_ratio),
+            style=_style(each.row),
         )  # fmt: skip
     return table
 
@@ -116,10 +120,47 @@ def speed_table(speeds: Sequence[Speed], case: Case, title: str) -> Table:
     return table
 
 
+def frontier_table(points: Sequence[Point], title: str) -> Table:
+    """Tabulate time and error of methods at several budgets, and who is beaten in both.
+
+    Args:
+        points: one a method and budget, exact attention first.
+        title: what the methods were given.
+
+    Returns:
+        the table, a section for each budget.
+    """
+    table = Table(title=title, title_justify="left", caption=_FRONTIER_NOTE, caption_justify="left")
+    table.add_column("method")
+    for name in ("pairs/query", "to choose", "time", "vs exact", "error [95%]", "95th pct.", "norm", "worst head"):
+        table.add_column(name, justify="right")
+    table.add_column("front")
+    slots = points[0].entrant.slots
+    for each in points:
+        if each.entrant.slots != slots:
+            slots = each.entrant.slots
+            table.add_section()
+        figures = (each.overall("percentile_95_bound"), each.overall("operator_error"), each.worst_head)
+        table.add_row(
+            each.label, _pairs(each.cost), f"{each.cost.selection_pairs:,.0f}", format_seconds(each.timing.median),
+            f"{points[0].timing.median / each.timing.median:.2f}x", format_error(each.error),
+            *(f"{value:.3f}" for value in figures), "front" if each.front else "dominated",
+            style=_style(each.entrant.family),
+        )  # fmt: skip
+    return table
+
+
+_FRONTIER_NOTE = (
+    "error: mean relative L2 error of attention rows over heads and calls; 95th pct.: with 95% confidence 95% of a head's\n"
+    "rows err less; norm: the error in the paper's norm; front: nothing else is as fast and errs as little"
+)
+
+
 def _pairs(cost: Cost) -> str:
     share = cost.share_of_exact
     return f"{cost.pairs:,.0f}" if share >= 1 else f"{cost.pairs:,.0f} ({1 / share:.1f}x fewer)"
 
 
 def _style(row: str) -> str:
-    return {"default": "bold", "exact": "dim"}.get(row, "")
+    # a row's name may tell its budget as well
+    return {"default": "bold", "exact": "dim"}.get(row.partition("@")[0], "")

@@ -1,0 +1,139 @@
+"""Compare all methods over budgets on the reference model's own attention and on structured inputs, beside their bars.
+
+    python benchmarks/pareto.py                          # a quarter of an hour on two cores
+    python benchmarks/pareto.py --toy --out /tmp/p.jsonl --plot /tmp/p.png    # to see that the script runs; says nothing
+
+Time and error of every method at every budget; added loss and retrieval, at five times fewer pairs than exact attention, of
+what the claims are about on all documents, and of the best other methods on fewer. Lines of kind "figure" are what is
+claimed (pareto_claims.py), the others what it rests on. `hyperattention pareto` does the same for a user's own model.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from claims import announce
+from pareto_claims import FEWER, OURS, equal_pairs, equal_time, loss
+from rich.console import Console
+
+from hyperattention.bench.entrants import default_at
+from hyperattention.bench.frontier import Care, Point
+from hyperattention.bench.rows import Row, find_default, window_of
+from hyperattention.method import exact_pairs
+from hyperattention.reference.evaluate import Judgement, evaluate
+from hyperattention.reference.model import WEIGHTS
+from hyperattention.report import demo, pareto
+from hyperattention.report.pareto_plot import plot_pareto
+from hyperattention.report.records import plain, write_records
+
+ROOT = Path(__file__).parents[1]
+LENGTH = 8192
+# what the default's own sinks and window add by themselves
+DROPPED = "sinks_window_of_default"
+
+
+@dataclass(frozen=True)
+class Plan:
+    length: int = LENGTH
+    # beside the budget that makes pairs `fewer` times fewer, rounded down to a multiple of `step`
+    budgets: tuple[int, ...] = (512, 1024, 1536)
+    step: int = 16
+    fewer: float = FEWER
+    care: Care = field(default_factory=lambda: Care(1024, 3, 4))
+    seeds: int = 3
+    documents: int = 24
+    rivals: int = 4
+    rival_documents: int = 8
+    reference: Path = WEIGHTS
+
+    @property
+    def few(self) -> int:
+        return int(exact_pairs(self.length, True) / self.fewer) // self.step * self.step
+
+    def options(self) -> pareto.Options:
+        inputs = demo.Options(self.length, reference=self.reference, documents=self.documents)
+        budgets = tuple(sorted({*self.budgets, self.few}))
+        return pareto.Options(inputs, budgets, care=self.care, seeds=self.seeds, loss=False)
+
+
+TOY = Plan(2048, (640,), fewer=2, care=Care(64, 1, 1), seeds=1, documents=2, rivals=1, rival_documents=1)
+
+
+def best_rivals(points: Sequence[Point], plan: Plan) -> list[Row]:
+    """The other methods that err least on the model's own attention, at the budget of few pairs."""
+    apart = {*OURS, "control", "sinks_window"}
+    others = [
+        each for each in points
+        if each.entrant.slots == plan.few and each.entrant.family not in apart and not each.entrant.oracle
+        and each.cost.share_of_exact <= 1 / plan.fewer
+    ]  # fmt: skip
+    return [each.entrant.row for each in sorted(others, key=lambda each: each.error.mean)[: plan.rivals]]
+
+
+def judge_loss(prepared: pareto.Prepared, points: Sequence[Point], plan: Plan) -> tuple[Judgement, ...]:
+    """Run the model with what the claims are about on all documents, and with the best rivals on fewer."""
+    judged, samples = prepared.inputs.judged, prepared.inputs.samples
+    named = {each.row.name: each.row for each in prepared.who}
+    core = [named[name] for name in ("exact", f"sinks_window@{plan.few}", f"control@{plan.few}")]
+    dropped = Row(DROPPED, "sinks + window of the default", window_of(default_at(plan.few)))
+    ours = [named[f"{family}@{plan.few}"] for family in OURS]
+    found = evaluate(judged, samples, (*core, dropped, *ours), audit_rows=0, on_step=announce)
+    rivals = [core[0], *best_rivals(points, plan)]
+    return (*found, *evaluate(judged, samples[: plan.rival_documents], rivals, audit_rows=0, on_step=announce)[1:])
+
+
+def figures_of(records: Sequence[dict], plan: Plan) -> list:
+    """All that is claimed, from the records."""
+    found = []
+    budgets, usual = plan.options().budgets, find_default().cost(plan.length).pairs
+    own = max((slots for slots in budgets if slots <= usual), default=min(budgets))
+    for name, where in ((pareto.MODEL, "the reference model's own q, k, v"), (pareto.STRUCTURED, "structured inputs")):
+        points = [each for each in records if each["part"] == "attention" and each["inputs"] == name]
+        place = f"{where}, {plan.length:,} tokens"
+        found += [equal_pairs(points, place), equal_time(points, place, own)]
+    losses = {each["row"]: each for each in records if each["part"] == "loss"}
+    names = ("exact", DROPPED, f"sinks_window@{plan.few}", f"{OURS[0]}@{plan.few}")
+    return [*found, *loss(*(losses[name] for name in names))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "records" / "pareto.jsonl")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "pareto.png")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reference", type=Path, default=WEIGHTS, help="folder of the reference model")
+    parser.add_argument("--toy", action="store_true", help="short inputs, to see that the script runs")
+    args = parser.parse_args()
+    if args.toy and (args.out == parser.get_default("out") or args.plot == parser.get_default("plot")):
+        parser.error("--toy measures nothing worth committing: name other files with --out and --plot")
+    torch.set_num_threads(args.threads)
+    plan, began, console = (
+        replace(TOY if args.toy else Plan(), reference=args.reference),
+        time.perf_counter(),
+        Console(width=150),
+    )
+    prepared = pareto.prepare(plan.options())
+    # the oracle takes as long as all methods together: one budget shows how far they are from it
+    who = tuple(each for each in prepared.who if not each.oracle or each.slots == plan.few)
+    prepared = replace(prepared, who=who)
+    print(f"time and error of {len(prepared.who)} methods and budgets", flush=True)
+    points = pareto.run(prepared, console).points
+    print("loss and retrieval", flush=True)
+    judgements = judge_loss(prepared, points[pareto.MODEL], plan)
+    results = pareto.Results(points, judgements)
+    pareto.show(prepared, results, console)
+    measured = [plain(each) for each in pareto.records_of(prepared, results)]
+    figures = figures_of(measured, plan)
+    write_records(args.out, [*figures, *measured], kind="pareto")
+    titles = {name: f"{name} q, k, v, {plan.length:,} tokens" for name in points}
+    plot_pareto(args.plot, {titles[name]: found for name, found in points.items()}, prepared.who, judgements)
+    for each in figures:
+        print(f"  {'met' if each['met'] else 'MISSED'}: {each['claim']}: {each['shown']} ({each['bar']}); {each['beside']}")
+    print(f"{time.perf_counter() - began:.0f} s; wrote {args.out} and {args.plot}")
+
+
+if __name__ == "__main__":
+    main()

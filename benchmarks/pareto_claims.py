@@ -1,0 +1,116 @@
+"""What is claimed of the comparison over budgets, computed from its records alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from claims import Record, figure
+
+from hyperattention.bench.front import error_at
+
+# families that are this project's, and whose points are compared with all others
+OURS = ("default",)
+EQUAL_PAIRS, TIME_ALLOWED = 0.6, 1.25
+EQUAL_TIME = 0.8
+ADDED, SHARE, FEWER = 0.01, 10, 5
+POINTS = 3
+
+
+def span(low: float, high: float) -> str:
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def over(mine: float, theirs: float) -> float:
+    return mine / theirs if theirs > 0 else float("inf")
+
+
+def equal_pairs(points: Sequence[Mapping], where: str) -> Record:
+    """Our error over the control's at the same keys a query: the best budget among those that keep to the time allowed."""
+    controls = {each["slots"]: each for each in points if each["family"] == "control"}
+    found = []
+    for ours in (each for each in points if each["family"] in OURS):
+        control = controls[ours["slots"]]
+        mine, theirs = ours["error"], control["error"]
+        ratio, time = over(mine["mean"], theirs["mean"]), ours["median_s"] / control["median_s"]
+        ends = span(over(mine["low"], theirs["high"]), over(mine["high"], theirs["low"]))
+        found.append((ratio, time, ours["slots"], ends))
+    allowed = [each for each in found if each[1] <= TIME_ALLOWED]
+    ratio, time, slots, _ = min(allowed or found)
+    beside = "; ".join(f"{n:,} keys: {r:.2f}x {ends} at {t:.2f}x the time" for r, t, n, ends in found)
+    return figure(
+        f"error on {where}, vs the control at equal pairs, best budget within {TIME_ALLOWED:g}x its time",
+        f"<= {EQUAL_PAIRS:g}x", ratio, bool(allowed) and ratio <= EQUAL_PAIRS,
+        f"{ratio:.3g}x ({slots:,} keys, {time:.2f}x the time)", beside,
+    )  # fmt: skip
+
+
+def curves_of(points: Sequence[Mapping], end: str) -> dict[str, list[tuple[float, float]]]:
+    """Time and error of every other method over its budgets; exact attention and the oracle are no rivals."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for each in points:
+        if each["family"] not in OURS and not each["exact"] and not each["oracle"]:
+            curves.setdefault(each["title"], []).append((each["median_s"], each["error"][end]))
+    return curves
+
+
+def best_at(seconds: float, points: Sequence[Mapping], end: str = "mean") -> tuple[float, str]:
+    """The least error that another method reaches in a time, and which; the fastest one's where none is as fast."""
+    curves = curves_of(points, end)
+    reached = ((error_at(seconds, curve), title) for title, curve in curves.items())
+    known = [(error, title) for error, title in reached if error is not None]
+    fastest = min((*spot, title) for title, curve in curves.items() for spot in curve)
+    return min(known, default=fastest[1:])
+
+
+def equal_time(points: Sequence[Mapping], where: str, slots: int) -> Record:
+    """Our error over the least that any other method reaches in our time, at the default's own budget; the others beside."""
+    found = {}
+    for ours in (each for each in points if each["family"] in OURS):
+        (least, title), mine = best_at(ours["median_s"], points), ours["error"]
+        low, high = (best_at(ours["median_s"], points, end)[0] for end in ("low", "high"))
+        found[ours["slots"]] = over(mine["mean"], least), title, span(over(mine["low"], high), over(mine["high"], low))
+    ratio, title, _ = found[slots]
+    claim = f"error on {where}, {slots:,} keys a query, vs the best other method at equal time"
+    beside = "; ".join(f"{n:,} keys: {r:.2f}x {ends} of {other}" for n, (r, other, ends) in found.items())
+    return figure(claim, f"<= {EQUAL_TIME:g}x", ratio, ratio <= EQUAL_TIME, f"{ratio:.3g}x ({title})", beside)
+
+
+def loss(exact: Mapping, dropped: Mapping, widest: Mapping, ours: Mapping) -> list[Record]:
+    """Loss added by ours, as it is and beside what sinks and window alone add; retrieval at the worst depth.
+
+    `dropped` is the sinks and window of ours, all else left out; `widest` spends the whole budget on the window.
+    """
+    fewer = 1 / ours["cost"]["pairs"] * ours["cost"]["exact_pairs"]
+    where = f"all layers replaced, {fewer:.1f}x fewer pairs, {len(ours['nats_per_byte'])} documents"
+    added, spread = ours["added_nats"], ours["added_error"]
+    share = 100 * added / dropped["added_nats"] if dropped["added_nats"] > 0 else float("inf")
+    shown = f"{added:+.4f} nats" if spread is None else f"{added:+.4f} ± {spread:.4f} nats"
+    sizes = f"sinks + window of the same {dropped['added_nats']:+.4f}, of the same pairs {widest['added_nats']:+.4f}"
+    return [
+        figure(
+            f"added loss, {where}", f"<= {ADDED:g} nats a byte at >= {FEWER}x fewer pairs", added,
+            added <= ADDED and fewer >= FEWER, shown, sizes,
+        ),
+        figure(
+            "added loss there relative to that of the same sinks + window alone", f"<= {SHARE} %", share, share <= SHARE,
+            f"{share:.3g} %", sizes,
+        ),
+        retrieval(exact, ours),
+    ]  # fmt: skip
+
+
+def retrieval(exact: Mapping, ours: Mapping) -> Record:
+    """Retrieval lost at the depth where most is."""
+    lost = [
+        (100 * (a["share"] - b["share"]), b["share"], a["begin"], a["end"], a["answers"])
+        for a, b in zip(exact["depths"], ours["depths"], strict=True)
+        if a["share"] is not None
+    ]
+    points, share, begin, end, answers = max(lost)
+    # the digits of one answer are right or wrong together, so that answers are what is counted
+    noise = 100 * math.sqrt(share * (1 - share) / answers)
+    where = f"{begin:,} to {end:,} tokens back, {answers} answers, standard error {noise:.2g} points"
+    beside = f"{where}; overall {exact['retrieval']:.1%} and {ours['retrieval']:.1%}"
+    return figure(
+        "retrieval lost there, at the worst depth", f"<= {POINTS} points", points, points <= POINTS, f"{points:.3g} points",
+        beside,
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Who takes part in a comparison over budgets: exact attention once, and every method at every budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hyperattention.bench.rivals import rivals
+from hyperattention.bench.rows import Row, control_of, find_default
+from hyperattention.exact_method import Exact
+from hyperattention.method import Method
+from hyperattention.presets import HyperAttention
+from hyperattention.select.draw import Draw
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.window import Window
+
+EXACT, CONTROL, OURS = "exact", "control", "default"
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One method at one budget.
+
+    Args:
+        family: the method, whatever its budget.
+        title: the family's name in tables and plots.
+        slots: keys it may list a query; None for exact attention, which has no budget.
+        row: what runs, named for family and budget.
+    """
+
+    family: str
+    title: str
+    slots: int | None
+    row: Row
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is what errors are measured by."""
+        return isinstance(self.row.method, Exact)
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it chooses by what no method knows before attending."""
+        return "oracle" in self.title
+
+
+def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> tuple[Entrant, ...]:
+    """List exact attention first, then for each budget what must be beaten, the rivals, and the default method.
+
+    Args:
+        budgets: keys listed a query.
+        families: names of the methods wanted; None for all. Exact attention always takes part.
+
+    Returns:
+        the entrants, by budget.
+
+    Raises:
+        ValueError: if there is no budget, one is too small or there twice, or a name is unknown.
+    """
+    if not budgets or len(set(budgets)) < len(budgets):
+        raise ValueError(f"budgets {list(budgets)}: name at least one, and each once, such as 512,1024,2048")
+    found = [Entrant(EXACT, "exact (SDPA)", None, Row(EXACT, "exact (SDPA)", Exact()))]
+    for slots in budgets:
+        found += [_entrant(row, slots) for row in _rows(slots)]
+    known = list(dict.fromkeys(each.family for each in found))
+    unknown = [name for name in families or () if name not in known]
+    if unknown:
+        raise ValueError(f"no method is called {', '.join(unknown)}: choose among {', '.join(known)}")
+    return tuple(each for each in found if families is None or each.exact or each.family in families)
+
+
+def default_at(slots: int) -> Method:
+    """Give the default method another budget: fewer draws or more; a window smaller where draws would have less than it.
+
+    Args:
+        slots: keys it lists a query.
+
+    Returns:
+        the default method, at its own budget unchanged.
+
+    Raises:
+        ValueError: if the budget leaves nothing to draw.
+        TypeError: if the default does not end in draws after sinks and a window.
+    """
+    method = find_default()
+    *others, draw = method.stages
+    if not isinstance(draw, Draw) or not all(isinstance(stage, (Sinks, Window)) for stage in others):
+        raise TypeError(f"the default method is {method!r}: budgets can only be set for sinks, a window and draws")
+    # a window lists its tile as well
+    fixed = sum(stage.slots(method.tile) - (stage.size if isinstance(stage, Window) else 0) for stage in others)
+    if slots < fixed + 2:
+        raise ValueError(f"a budget of {slots} keys a query: the default method needs {fixed + 2}; name a larger one")
+    spare = slots - fixed
+    sized = [replace(stage, size=min(stage.size, spare // 2)) if isinstance(stage, Window) else stage for stage in others]
+    left = slots - sum(stage.slots(method.tile) for stage in sized)
+    return Method(*sized, replace(draw, num=left), tile=method.tile)
+
+
+def _rows(slots: int) -> tuple[Row, ...]:
+    ours = default_at(slots)
+    own = (
+        Row("sinks_window", "sinks + window", _window_at(slots, ours)),
+        Row(CONTROL, "control: + uniform draws", control_of(ours)),
+        Row("published", "HyperAttention, published", HyperAttention(block_size=slots // 2, sample_size=slots - slots // 2)),
+    )
+    names = {row.name for row in own}
+    # the control of the default is the one that its claims are about
+    others = tuple(row for row in rivals(slots) if row.name not in names)
+    return (*own, *others, Row(OURS, "hyperattention, default", ours))
+
+
+def _window_at(slots: int, ours: Method) -> Method:
+    """Spend a whole budget on sinks and window."""
+    sinks = next(stage for stage in ours.stages if isinstance(stage, Sinks))
+    return Method(sinks, Window(slots - sinks.slots(ours.tile) - ours.tile), tile=ours.tile)
+
+
+def _entrant(row: Row, slots: int) -> Entrant:
+    return Entrant(row.name, row.label, slots, Row(f"{row.name}@{slots}", f"{row.label}, {slots:,}", row.method))

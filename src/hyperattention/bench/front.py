@@ -1,0 +1,52 @@
+"""Who is beaten by whom: the Pareto front of time and error, and errors at equal time."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+# seconds and error
+Spot = tuple[float, float]
+
+
+def on_front(spots: Sequence[Spot]) -> tuple[bool, ...]:
+    """Tell which spots are on the Pareto front: no other is as good in both, and better in one.
+
+    Args:
+        spots: what each took, and how far it was off; a value that is no number is beaten by every number.
+
+    Returns:
+        one answer a spot; equal spots get the same.
+    """
+    known = [tuple(math.inf if math.isnan(value) else value for value in spot) for spot in spots]
+    return tuple(not any(_beats(other, spot) for other in known) for spot in known)
+
+
+def _beats(other: tuple[float, ...], spot: tuple[float, ...]) -> bool:
+    return other != spot and all(a <= b for a, b in zip(other, spot, strict=True))
+
+
+def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
+    """Read off a method's error in a given time, from what it did at several budgets.
+
+    Between two budgets log(error) is taken as linear in log(time). Beyond the last nothing is gained: what is left of the
+    time goes unused. A budget that takes longer than another and errs more is left out, for it would not be chosen.
+
+    Args:
+        seconds: the time there is.
+        curve: time and error at each budget, in any order.
+
+    Returns:
+        the error; None where even the smallest budget takes longer.
+    """
+    best: list[Spot] = []
+    for spot in sorted(curve):
+        if not best or spot[1] < best[-1][1]:
+            best.append(spot)
+    if not best or seconds < best[0][0]:
+        return None
+    for (t0, e0), (t1, e1) in pairwise(best):
+        if t0 <= seconds < t1:
+            # an error of 0 has no logarithm, and is reached at its own time alone
+            share = math.log(seconds / t0) / math.log(t1 / t0)
+            return e0 * (e1 / e0) ** share if e1 > 0 else e0
+    return best[-1][1]

@@ -1,0 +1,218 @@
+"""Time and error of many methods on the same attention calls: exact rows are computed once a call, for all of them."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hyperattention.audit import report_on, sample_for
+from hyperattention.bench.call import Call
+from hyperattention.bench.entrants import Entrant
+from hyperattention.bench.error import Error, pool
+from hyperattention.bench.front import on_front
+from hyperattention.bench.timing import Timing, ignore, interleave
+from hyperattention.error_report import ErrorReport
+from hyperattention.judge import compare
+from hyperattention.method import Cost
+from hyperattention.sampled_rows import measure_rows
+
+# methods are compared on stretches of a call, each longer than a tile, whose rows share their draws
+_STRETCHES, _STRETCH_SIZE = 32, 128
+_FIGURES = ("relative_error", "percentile_95_bound", "operator_error")
+
+
+@dataclass(frozen=True)
+class Care:
+    """How carefully to measure.
+
+    Args:
+        audit_rows: rows of each output compared with exact attention.
+        repeats: rounds of interleaved timing; an oracle takes part in one.
+        timed: calls that are timed, the first ones.
+    """
+
+    audit_rows: int = 256
+    repeats: int = 3
+    timed: int = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one method at one budget did on all calls.
+
+    Args:
+        entrant: the method and its budget.
+        label: its name, with a remark where it saved no pairs.
+        approximated: whether it listed fewer pairs than exact attention.
+        cost: pairs listed, and spent on choosing.
+        timing: seconds of each round, summed over the calls timed.
+        error: mean relative error over rows, heads and calls; 0 for exact attention, which errors are measured by.
+        figures: for each figure of the audit its values, a call and head at a time: the mean relative error, the bound of
+            its 95th percentile, the error in the paper's norm.
+        interval: ends of the error's 95% interval, a call and head at a time.
+        pieces: the error averaged over heads, in each stretch of each call: what methods are compared on.
+        front: whether no other method is as fast and errs as little, and better in one.
+        calls: seed, layer and shapes of each call.
+    """
+
+    entrant: Entrant
+    label: str
+    approximated: bool
+    cost: Cost
+    timing: Timing
+    error: Error
+    figures: dict[str, tuple[tuple[float, ...], ...]]
+    interval: tuple[tuple[tuple[float, ...], ...], ...]
+    pieces: tuple[float, ...]
+    front: bool
+    calls: tuple[dict[str, object], ...]
+
+    def overall(self, figure: str) -> float:
+        """Average a figure of the audit over heads and calls."""
+        return statistics.fmean(value for call in self.figures[figure] for value in call)
+
+    @property
+    def worst_head(self) -> float:
+        """Largest error of any head in any call."""
+        return max(max(call) for call in self.figures["relative_error"])
+
+    def record(self) -> dict[str, object]:
+        """Give all of it as one record."""
+        low, high = self.timing.quartiles
+        return {
+            "row": self.entrant.row.name, "family": self.entrant.family, "title": self.entrant.title, "label": self.label,
+            "slots": self.entrant.slots, "exact": self.entrant.exact, "oracle": self.entrant.oracle,
+            "method": repr(self.entrant.row.method), "approximated": self.approximated, "complete": self.cost.complete,
+            "pairs_per_query": self.cost.pairs, "selection_pairs_per_query": self.cost.selection_pairs,
+            "share_of_exact_pairs": self.cost.share_of_exact, "median_s": self.timing.median, "quartiles_s": (low, high),
+            "seconds": self.timing.seconds, "error": self.error, "percentile_95": self.overall("percentile_95_bound"),
+            "operator_error": self.overall("operator_error"), "error_by_head": self.figures["relative_error"],
+            "interval_by_head": self.interval, "percentile_95_by_head": self.figures["percentile_95_bound"],
+            "operator_error_by_head": self.figures["operator_error"], "front": self.front, "calls": self.calls,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One output: what its audit says, and its error in each stretch."""
+
+    figures: dict[str, tuple[float, ...]]  # a head at a time
+    interval: tuple[tuple[float, ...], tuple[float, ...]]
+    pieces: tuple[float, ...]
+    report: ErrorReport | None = None
+
+
+def steps_of(calls: Sequence[Call], who: Sequence[Entrant], care: Care) -> int:
+    """Count the steps that `measure_frontier` reports as it works."""
+    return sum(len(calls) + min(care.timed, len(calls)) * _rounds(entrant, care) for entrant in who)
+
+
+def _rounds(entrant: Entrant, care: Care) -> int:
+    # an oracle is slow, and its time claims nothing
+    return 1 if entrant.oracle else care.repeats
+
+
+@torch.no_grad()
+def measure_frontier(
+    calls: Sequence[Call], who: Sequence[Entrant], care: Care, on_step: Callable[[str], None] = ignore
+) -> tuple[Point, ...]:
+    """Let every method answer every call: first its errors are measured, on all calls, then its time, on the first ones.
+
+    Errors of all methods on a call are taken on the same rows, so that they differ by the methods alone.
+
+    Args:
+        calls: what is to be answered.
+        who: the methods; one must be exact attention.
+        care: how carefully to measure.
+        on_step: told what comes next, `steps_of` times in all.
+
+    Returns:
+        a point for each method and budget, in order.
+
+    Raises:
+        ValueError: if there is no call, or exact attention does not take part.
+    """
+    if not calls or not any(entrant.exact for entrant in who):
+        raise ValueError(f"{len(calls)} calls and {len(who)} methods: give at least one call, and exact attention")
+    judged: dict[str, list[_Judged]] = {entrant.row.name: [] for entrant in who}
+    for call in calls:
+        for name, found in _judge_all(call, who, care.audit_rows, on_step).items():
+            judged[name].append(found)
+    timings = _time_all(calls[: care.timed], who, care, on_step)
+    exact = Error(0.0, 0.0, 0.0, care.audit_rows, len(calls))
+    errors = {each.row.name: exact if each.exact else _pooled(judged[each.row.name]) for each in who}
+    front = on_front([(timings[each.row.name].median, errors[each.row.name].mean) for each in who])
+    return tuple(
+        _point(each, calls, judged[each.row.name], timings[each.row.name], errors[each.row.name], kept)
+        for each, kept in zip(who, front, strict=True)
+    )
+
+
+def _judge_all(call: Call, who: Sequence[Entrant], rows: int, on_step: Callable[[str], None]) -> dict[str, _Judged]:
+    # layers draw their rows independently, so that their errors can be pooled
+    sample = sample_for(call.q, call.k, rows, is_causal=True, scale=call.scale, seed=call.seed * 1009 + call.layer)
+    measured = measure_rows(call.q, call.k, call.v, None, sample)
+    most = max(1, min(_STRETCHES, sample.num_queries // _STRETCH_SIZE, len(sample.index)))
+    # a power of two, as numbers of rows are: pieces of equal size average to the whole
+    stretches = 1 << (most.bit_length() - 1)
+    found = {}
+    for entrant in who:
+        on_step(f"{entrant.row.label}: error")
+        out = call.answer(entrant)()
+        if entrant.exact:
+            # what errors are measured by is not measured itself
+            none = (0.0,) * call.q.shape[1]
+            found[entrant.row.name] = _Judged(dict.fromkeys(_FIGURES, none), (none, none), (0.0,) * stretches)
+            continue
+        judgement = compare(measured, out.index_select(2, sample.index))
+        report = report_on(judgement, sample.num_queries, None)
+        low, high = (tuple(end[0].tolist()) for end in report.interval)
+        pieces = tuple(float(part.mean()) for part in judgement.errors[0].double().tensor_split(stretches, -1))
+        figures = {name: tuple(getattr(report, name)[0].tolist()) for name in _FIGURES}
+        found[entrant.row.name] = _Judged(figures, (low, high), pieces, report)
+    return found
+
+
+def _pooled(judged: Sequence[_Judged]) -> Error:
+    error = pool([each.report for each in judged if each.report is not None])
+    if error is None:
+        raise ValueError("nothing was audited: there is no error to pool")
+    return error
+
+
+def _time_all(
+    calls: Sequence[Call], who: Sequence[Entrant], care: Care, on_step: Callable[[str], None]
+) -> dict[str, Timing]:
+    labels = {entrant.row.name: entrant.row.label for entrant in who}
+
+    def announce(name: str) -> None:
+        on_step(f"{labels[name]}: time")
+
+    timings: dict[str, Timing] = {}
+    for repeats in dict.fromkeys(_rounds(entrant, care) for entrant in who):
+        some = [entrant for entrant in who if _rounds(entrant, care) == repeats]
+        by_call = [interleave({each.row.name: call.answer(each) for each in some}, repeats, announce) for call in calls]
+        for each in some:
+            rounds = zip(*(found[each.row.name].seconds for found in by_call), strict=True)
+            timings[each.row.name] = Timing(tuple(map(sum, rounds)))
+    return timings
+
+
+def _point(
+    entrant: Entrant, calls: Sequence[Call], judged: Sequence[_Judged], timing: Timing, error: Error, front: bool
+) -> Point:
+    length, head_dim = calls[0].q.shape[2:]
+    return Point(
+        entrant,
+        entrant.row.label_for(length, True, len(calls)),
+        entrant.row.approximates(length, True, len(calls)),
+        entrant.row.method.cost(length, is_causal=True, head_dim=head_dim),
+        timing,
+        error,
+        {name: tuple(each.figures[name] for each in judged) for name in _FIGURES},
+        (tuple(each.interval[0] for each in judged), tuple(each.interval[1] for each in judged)),
+        tuple(piece for each in judged for piece in each.pieces),
+        front,
+        tuple(call.described for call in calls),
+    )

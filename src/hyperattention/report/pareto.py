@@ -1,0 +1,248 @@
+"""The pareto command: all methods at several budgets, on a model's own attention, on structured inputs, in the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from hyperattention.bench.call import Call
+from hyperattention.bench.entrants import Entrant, entrants
+from hyperattention.bench.frontier import Care, Point, measure_frontier, steps_of
+from hyperattention.bench.ranking import not_told_apart, rank
+from hyperattention.reference.evaluate import Judgement, evaluate
+from hyperattention.reference.model import Judged
+from hyperattention.reference.passes import capture
+from hyperattention.reference.samples import Sample
+from hyperattention.report import demo
+from hyperattention.report.pareto_plot import plot_pareto
+from hyperattention.report.progress import progress
+from hyperattention.report.records import write_records
+from hyperattention.report.tables import depth_table, frontier_table, loss_table
+from hyperattention.synthetic import structured
+
+MODEL, STRUCTURED = "model", "structured"
+STRUCTURED_HEADS = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        inputs: the model, its text, their length, how many documents it reads for loss, and the seed.
+        budgets: keys listed a query.
+        methods: names of the methods; None for all.
+        care: how carefully errors and times are measured.
+        seeds: documents, and structured inputs, on which errors are measured.
+        loss: whether the model runs with every method but the oracle in all its layers.
+    """
+
+    inputs: demo.Options = field(default_factory=demo.Options)
+    budgets: tuple[int, ...] = (512, 1024, 2048)
+    methods: tuple[str, ...] | None = None
+    care: Care = field(default_factory=Care)
+    seeds: int = 1
+    loss: bool = True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that can be wrong with the options is found before anything slow begins."""
+
+    options: Options
+    who: tuple[Entrant, ...]
+    inputs: demo.Prepared
+
+    @property
+    def length(self) -> int:
+        """Tokens of all inputs."""
+        return len(self.inputs.samples[0].tokens)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured: time and error on two kinds of inputs, and what the methods did to the model."""
+
+    points: dict[str, tuple[Point, ...]]
+    judgements: tuple[Judgement, ...]
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """Read budgets such as "512,1024".
+
+    Args:
+        text: numbers with commas between them.
+
+    Returns:
+        the numbers.
+
+    Raises:
+        ValueError: if one is no positive whole number.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"budgets {text!r}: name keys a query, whole and positive, with commas between: 512,1024,2048")
+    return tuple(int(word) for word in words)
+
+
+def prepare(options: Options) -> Prepared:
+    """List the methods, load the model and cut its text.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        what the command needs to run.
+
+    """
+    who = entrants(options.budgets, options.methods)
+    return Prepared(options, who, demo.prepare(options.inputs))
+
+
+def model_calls(judged: Judged, samples: Sequence[Sample], exact: Entrant, seed: int) -> tuple[Call, ...]:
+    """Take a model's own queries, keys and values, of all layers.
+
+    Args:
+        judged: the model.
+        samples: what it reads.
+        exact: exact attention, which it runs.
+        seed: of the first sample; each further sample gets the next.
+
+    Returns:
+        a call for each sample and layer.
+    """
+    return tuple(
+        Call(each.q, each.k, each.v, each.scale, each.layer, seed + turn)
+        for turn, sample in enumerate(samples)
+        for each in capture(judged, sample, exact.row)
+    )
+
+
+def structured_calls(length: int, count: int, seed: int) -> tuple[Call, ...]:
+    """Make structured inputs, of heads from diffuse to sharp.
+
+    Args:
+        length: tokens.
+        count: inputs made.
+        seed: of the first; each further one gets the next.
+
+    Returns:
+        a call each.
+    """
+    made = (structured(length, heads=STRUCTURED_HEADS, seed=seed + turn) for turn in range(count))
+    return tuple(Call(each.q, each.k, each.v, seed=seed + turn) for turn, each in enumerate(made))
+
+
+def run(prepared: Prepared, console: Console) -> Results:
+    """Measure all parts, with a bar for each.
+
+    Args:
+        prepared: methods, model and samples.
+        console: where progress goes.
+
+    Returns:
+        the results.
+    """
+    options, who = prepared.options, prepared.who
+    judged, samples, seed = prepared.inputs.judged, prepared.inputs.samples, options.inputs.seed
+    calls = {
+        MODEL: model_calls(judged, samples[: options.seeds], who[0], seed),
+        STRUCTURED: structured_calls(prepared.length, options.seeds, seed),
+    }
+    parts, points = 2 + options.loss, {}
+    # structured calls have no layers that differ: one is timed
+    care = {MODEL: options.care, STRUCTURED: replace(options.care, timed=1)}
+    for turn, (name, given) in enumerate(calls.items(), 1):
+        with progress(console, f"{turn}/{parts} {name} q, k, v", steps_of(given, who, care[name])) as on_step:
+            points[name] = measure_frontier(given, who, care[name], on_step)
+    judgements: tuple[Judgement, ...] = ()
+    if options.loss:
+        rows = [entrant.row for entrant in who if not entrant.oracle]
+        with progress(console, "3/3 loss and retrieval", len(rows) * len(samples)) as on_step:
+            # errors were measured before, on the same inputs for all
+            judgements = evaluate(judged, samples, rows, seed=seed, audit_rows=0, on_step=on_step)
+    return Results(points, judgements)
+
+
+def show(prepared: Prepared, results: Results, console: Console) -> None:
+    """Print the tables, and where the measurement cannot tell methods apart.
+
+    Args:
+        prepared: methods, model and samples.
+        results: what was measured.
+        console: where to.
+    """
+    judged, length = prepared.inputs.judged.name, prepared.length
+    titles = {MODEL: f"1. {judged}'s own q, k, v", STRUCTURED: "2. structured q, k, v"}
+    for name, points in results.points.items():
+        console.print(frontier_table(points, f"{titles[name]}, {length:,} tokens, causal"))
+    if results.judgements:
+        count = len(prepared.inputs.samples)
+        console.print(loss_table(results.judgements, f"3. {judged}, {count} x {length:,} tokens, all layers replaced"))
+        if results.judgements[0].depths:
+            console.print(depth_table(results.judgements))
+    for found in rankings(results):
+        for chain in found["not_told_apart"]:
+            console.print(f"The order of these may be chance ({found['of']}): {' ~ '.join(chain)}")
+
+
+def rankings(results: Results) -> list[dict]:
+    """Rank methods by error at each budget, on each kind of inputs, and by the loss they add.
+
+    Args:
+        results: what was measured.
+
+    Returns:
+        a record each: every step from one method to the next with the interval of the difference, and those not told apart.
+    """
+    found = []
+    for name, points in results.points.items():
+        for slots in dict.fromkeys(each.entrant.slots for each in points if each.entrant.slots is not None):
+            pieces = {each.entrant.title: each.pieces for each in points if each.entrant.slots == slots}
+            found.append({"of": f"error, {name} q, k, v, {slots:,} keys a query", "slots": slots, "steps": rank(pieces)})
+    if results.judgements:
+        # documents are read in the same order by all, if not by all of them
+        count = min(len(each.nats_per_byte) for each in results.judgements)
+        losses = {each.label: each.nats_per_byte[:count] for each in results.judgements}
+        found.append({"of": f"added loss, {count} documents", "slots": None, "steps": rank(losses)})
+    return [{"part": "ranking", **each, "not_told_apart": not_told_apart(each["steps"])} for each in found]
+
+
+def records_of(prepared: Prepared, results: Results) -> list[dict[str, object]]:
+    """Give all that was measured as records.
+
+    Args:
+        prepared: methods, model and samples.
+        results: what was measured.
+
+    Returns:
+        a record for each kind of inputs, method and budget; for each method run in the model; and what is not told apart.
+    """
+    shared = {"length": prepared.length, "seed": prepared.options.inputs.seed}
+    model = {"model": prepared.inputs.judged.name}
+    care = {"audit_rows": prepared.options.care.audit_rows, "seeds": prepared.options.seeds}
+    found: list[dict[str, object]] = []
+    for name, points in results.points.items():
+        found += [{"part": "attention", "inputs": name, **shared, **care, **point.record()} for point in points]
+    for each in results.judgements:
+        documents = len(each.nats_per_byte)
+        found.append({"part": "loss", **shared, **model, "documents": documents, **demo.judgement_record(each)})
+    return [*found, *rankings(results)]
+
+
+def save(prepared: Prepared, results: Results, *, plot: Path | None, records: Path | None) -> None:
+    """Write the plot and the records.
+
+    Args:
+        prepared: methods, model and samples.
+        results: what was measured.
+        plot: the picture; None for none.
+        records: JSON lines; None for none.
+    """
+    if records is not None:
+        write_records(records, records_of(prepared, results), kind="pareto")
+    if plot is not None:
+        titles = {MODEL: f"{prepared.inputs.judged.name}'s own q, k, v", STRUCTURED: "structured q, k, v"}
+        named = {f"{titles[name]}, {prepared.length:,} tokens": points for name, points in results.points.items()}
+        plot_pareto(plot, named, prepared.who, results.judgements)

@@ -1,0 +1,97 @@
+"""The picture of a comparison over budgets: error against time on both kinds of inputs, added loss against pairs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hyperattention.bench.entrants import Entrant
+from hyperattention.bench.frontier import Point
+from hyperattention.reference.evaluate import Judgement
+from hyperattention.report.plots import scale_seconds
+
+_EXACT, _OURS = "0.4", "tab:blue"
+# added losses below this, nats a byte, are drawn on a linear scale: they may be zero or less
+_LINEAR_NATS = 1e-3
+
+
+def plot_pareto(
+    path: Path, points: Mapping[str, Sequence[Point]], who: Sequence[Entrant], judgements: Sequence[Judgement] = ()
+) -> None:
+    """Plot a panel for each kind of inputs, and one of loss where it was measured.
+
+    Args:
+        path: a PNG, or what else matplotlib writes.
+        points: what was measured, by the title of the panel.
+        who: the methods and budgets.
+        judgements: what the methods did to a model; may be of some of them.
+    """
+    panels = len(points) + bool(judgements)
+    figure = Figure(figsize=(5.6 * panels, 6.6), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    styles = _styles(who)
+    for panel, (title, found) in zip(axes, points.items(), strict=False):
+        _plot_errors(panel, found, styles)
+        panel.set_title(title, fontsize=10)
+    if judgements:
+        _plot_losses(axes[-1], judgements, who, styles)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=130)
+
+
+def _styles(who: Sequence[Entrant]) -> dict[str, dict]:
+    """Give each family a colour of its own; the oracle, which is no method, a broken line."""
+    colours = (colormaps["tab20"](number) for number in range(2, 20))
+    styles: dict[str, dict] = {}
+    for entrant in who:
+        if entrant.family not in styles and not entrant.exact:
+            ours = entrant.family == "default"
+            colour = _OURS if ours else next(colours, "0.2")
+            line, wide = ("--" if entrant.oracle else "-"), (2.4 if ours else 1.2)
+            styles[entrant.family] = {"color": colour, "linestyle": line, "linewidth": wide}
+    return styles
+
+
+def _plot_errors(panel: Axes, points: Sequence[Point], styles: Mapping[str, dict]) -> None:
+    # what saved no pairs is exact up to rounding, far below everything else
+    shown = sorted((each for each in points if each.approximated), key=lambda each: each.cost.pairs)
+    for family, style in styles.items():
+        curve = [each for each in shown if each.entrant.family == family]
+        if not curve:
+            continue
+        times, errors = [each.timing.median for each in curve], [each.error.mean for each in curve]
+        below = [each.error.mean - each.error.low for each in curve]
+        above = [each.error.high - each.error.mean for each in curve]
+        panel.errorbar(times, errors, yerr=[below, above], capsize=2, label=curve[0].entrant.title, **style)
+        for each, seconds, error in zip(curve, times, errors, strict=True):
+            # a dominated point is hollow
+            face = style["color"] if each.front else "white"
+            panel.plot([seconds], [error], "o", color=style["color"], markerfacecolor=face, markersize=6)
+    for each in points:
+        if each.entrant.exact:
+            # an error of 0 has no place on a logarithmic axis
+            panel.axvline(each.timing.median, color=_EXACT, linestyle=":", label=f"{each.entrant.title}: error 0")
+    scale_seconds(panel)
+    panel.set_yscale("log")
+    panel.set_xlabel("time of the attention calls, seconds")
+    panel.set_ylabel("mean relative error, 95% interval; hollow: dominated")
+    panel.grid(alpha=0.3, which="both")
+
+
+def _plot_losses(panel: Axes, judgements: Sequence[Judgement], who: Sequence[Entrant], styles: Mapping[str, dict]) -> None:
+    found = {each.row: each for each in judgements}
+    for family, style in styles.items():
+        curve = [found[each.row.name] for each in who if each.family == family and each.row.name in found]
+        pairs, added = [each.cost.pairs for each in curve], [each.added_nats for each in curve]
+        panel.errorbar(pairs, added, yerr=[each.added_error or 0.0 for each in curve], fmt="o", capsize=2, **style)
+    panel.axhline(0.0, color=_EXACT, linestyle=":")
+    panel.axvline(judgements[0].cost.exact_pairs, color=_EXACT, linestyle=":")
+    panel.set_xscale("log")
+    panel.set_yscale("symlog", linthresh=_LINEAR_NATS)
+    panel.set_xlabel("pairs a query; dotted: exact attention")
+    panel.set_ylabel("nats a byte added, ± standard error over documents")
+    panel.set_title("all layers of the model replaced", fontsize=10)
+    panel.grid(alpha=0.3, which="both")
