@@ -15,7 +15,7 @@ import hyperattention as ha
 from assertions import assert_exact
 from hyperattention.bench import frontier
 from hyperattention.bench.call import Call
-from hyperattention.bench.entrants import CONTROL, OURS, Entrant, default_at, entrants
+from hyperattention.bench.entrants import CONTROL, OURS, Entrant, at_budget, entrants
 from hyperattention.bench.front import error_at, on_front
 from hyperattention.bench.frontier import Care, Point, measure_frontier, steps_of
 from hyperattention.bench.ranking import not_told_apart, rank
@@ -157,11 +157,11 @@ def test_an_oracle_is_known_by_its_label() -> None:
 
 def test_the_default_at_its_own_budget_is_the_default() -> None:
     usual = find_default()
-    assert default_at(round(usual.cost(8192).pairs)) == usual
-    assert default_at(2048).cost(8192).pairs == 2048
+    assert at_budget(usual, round(usual.cost(8192).pairs)) == usual
+    assert at_budget(usual, 2048).cost(8192).pairs == 2048
     with pytest.raises(ValueError, match="needs 82"):
-        default_at(81)
-    assert default_at(82).cost(8192).pairs == 82
+        at_budget(usual, 81)
+    assert at_budget(usual, 82).cost(8192).pairs == 82
 
 
 @pytest.mark.parametrize(

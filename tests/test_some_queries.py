@@ -81,3 +81,12 @@ def test_a_wrong_number_of_methods_is_refused():
         ha.ByHead(())
     with pytest.raises(TypeError, match="not ByHead"):
         ha.ByHead((ha.ByHead((CONTROL,)),))
+
+
+def test_standard_errors_by_head():
+    q, k, v = tensors(150, heads=4, kv_heads=2)
+    options = {"is_causal": True, "enable_gqa": True, "return_standard_error": True}
+    mixed = ha.attention(q, k, v, method=ha.ByHead((ha.Exact(), CONTROL)), **options)[1]
+    alone = ha.attention(q, k, v, method=CONTROL, **options)[1]
+    assert_same_bits(mixed[:, 2:], alone[:, 2:])
+    assert_same_bits(mixed[:, :2], torch.zeros_like(mixed[:, :2]))

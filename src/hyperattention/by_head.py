@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hyperattention.method import Approach, Cost
 from hyperattention.problem import Problem
@@ -65,24 +67,42 @@ class ByHead(Approach):
             problem: the problem.
 
         Returns:
-            the rows of all heads, in order.
-
-        Raises:
-            ValueError: if the problem has another number of kv heads.
+            the rows of all heads, in order; another number of kv heads raises ValueError.
         """
+        self._check(problem)
+        groups = self.groups()
+        if len(groups) == 1:
+            return self.methods[0].attend(problem)
+        parts = [method.attend(problem.of_heads(heads)) for method, heads in groups.items()]
+        out, lse = (self._join([getattr(part, name) for part in parts], problem) for name in ("out", "lse"))
+        return Partial(out, lse)
+
+    def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
+        """Attend head by head, and tell the standard error of every row, as far as each head's method does.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            the rows of all heads, in order, and their standard errors; raises what its methods raise.
+        """
+        self._check(problem)
+        parts = [method.attend_with_error(problem.of_heads(heads)) for method, heads in self.groups().items()]
+        out, lse = (self._join([getattr(part, name) for part, _ in parts], problem) for name in ("out", "lse"))
+        return Partial(out, lse), self._join([error for _, error in parts], problem)
+
+    def _check(self, problem: Problem) -> None:
         num = problem.k.shape[1]
         if num != len(self.methods):
             raise ValueError(
                 f"ByHead has {len(self.methods)} methods and the keys have {num} heads: give one method for each kv head"
             )
-        groups = self.groups()
-        if len(groups) == 1:
-            return self.methods[0].attend(problem)
-        parts = [method.attend(problem.of_heads(heads)) for method, heads in groups.items()]
-        order = torch.tensor([head for heads in groups.values() for head in heads], device=problem.device).argsort()
-        joined = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("out", "lse"))
-        out, lse = (x.unflatten(1, (num, problem.group)).index_select(1, order).flatten(1, 2) for x in joined)
-        return Partial(out, lse)
+
+    def _join(self, parts: list[Tensor], problem: Problem) -> Tensor:
+        """Bring what groups of heads gave, ``[batch, heads of the group, queries, ...]``, into the order of the heads."""
+        order = torch.tensor([head for heads in self.groups().values() for head in heads], device=problem.device).argsort()
+        joined = torch.cat(parts, 1).unflatten(1, (len(self.methods), problem.group))
+        return joined.index_select(1, order).flatten(1, 2)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost, averaged over the heads.

@@ -219,6 +219,8 @@ class Method(Approach):
                 f"{self!r} drops keys, and no draw of its own tells how much that changes: end it with a stage such as "
                 "Draw(64), or judge it with audit=64"
             )
+        if not all(stage.tells_error for stage in self.stages):
+            return super().attend_with_error(problem)
         with torch.no_grad():
             selected = self.selections(problem)
         partial = _attend(problem, selected)

@@ -4,15 +4,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hyperattention.bench.rivals import rivals
-from hyperattention.bench.rows import Row, control_of, find_default
+from hyperattention.bench.rows import LONG, Row, control_of, find_default
+from hyperattention.default import thorough_method
 from hyperattention.exact_method import Exact
 from hyperattention.method import Method
 from hyperattention.presets import HyperAttention
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
+from hyperattention.select.score.key_scan import KeyScan
 
 EXACT, CONTROL, OURS = "exact", "control", "default"
+# names and titles of this project's own methods
+OWN = {
+    "thorough": "hyperattention, thorough",
+    "scan_32": "hyperattention, keys scanned by 32 averages",
+    "scan_16": "hyperattention, keys scanned by 16 averages",
+    OURS: "hyperattention, default",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Entrant:
 
 
 def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> tuple[Entrant, ...]:
-    """List exact attention first, then for each budget what must be beaten, the rivals, and the default method.
+    """List exact attention first, then for each budget what must be beaten, the rivals, and this project's methods.
 
     Args:
         budgets: keys listed a query.
@@ -67,27 +76,43 @@ def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> t
     return tuple(each for each in found if families is None or each.exact or each.family in families)
 
 
-def default_at(slots: int) -> Method:
-    """Give the default method another budget: fewer draws or more; a window smaller where draws would have less than it.
+def own_methods() -> dict[str, Method]:
+    """Give this project's methods at their usual budgets, by name: the default last."""
+    usual, careful = find_default(), thorough_method(LONG)
+    if not isinstance(careful, Method):
+        raise TypeError(f"the thorough method is {careful!r}: budgets can only be set for a Method")
+    scans = {f"scan_{num}": _scanning(usual, num) for num in (32, 16)}
+    return {"thorough": careful} | scans | {OURS: usual}
+
+
+def _scanning(usual: Method, pooled: int) -> Method:
+    *others, draw = usual.stages
+    if not isinstance(draw, Draw):
+        raise TypeError(f"the default method is {usual!r}: it does not end in draws")
+    return Method(*others, Draw(draw.num, by=KeyScan(pooled)), tile=usual.tile)
+
+
+def at_budget(method: Method, slots: int) -> Method:
+    """Give a method another budget: fewer draws or more; a window smaller where draws would have less than it.
 
     Args:
+        method: sinks, a window and draws.
         slots: keys it lists a query.
 
     Returns:
-        the default method, at its own budget unchanged.
+        the method, at its own budget unchanged.
 
     Raises:
         ValueError: if the budget leaves nothing to draw.
-        TypeError: if the default does not end in draws after sinks and a window.
+        TypeError: if the method does not end in draws after sinks and a window.
     """
-    method = find_default()
     *others, draw = method.stages
     if not isinstance(draw, Draw) or not all(isinstance(stage, (Sinks, Window)) for stage in others):
-        raise TypeError(f"the default method is {method!r}: budgets can only be set for sinks, a window and draws")
+        raise TypeError(f"the method is {method!r}: budgets can only be set for sinks, a window and draws")
     # a window lists its tile as well
     fixed = sum(stage.slots(method.tile) - (stage.size if isinstance(stage, Window) else 0) for stage in others)
     if slots < fixed + 2:
-        raise ValueError(f"a budget of {slots} keys a query: the default method needs {fixed + 2}; name a larger one")
+        raise ValueError(f"a budget of {slots} keys a query: the method needs {fixed + 2}; name a larger one")
     spare = slots - fixed
     sized = [replace(stage, size=min(stage.size, spare // 2)) if isinstance(stage, Window) else stage for stage in others]
     left = slots - sum(stage.slots(method.tile) for stage in sized)
@@ -95,7 +120,8 @@ def default_at(slots: int) -> Method:
 
 
 def _rows(slots: int) -> tuple[Row, ...]:
-    ours = default_at(slots)
+    own_at = {name: at_budget(method, slots) for name, method in own_methods().items()}
+    ours = own_at[OURS]
     own = (
         Row("sinks_window", "sinks + window", _window_at(slots, ours)),
         Row(CONTROL, "control: + uniform draws", control_of(ours)),
@@ -104,7 +130,7 @@ def _rows(slots: int) -> tuple[Row, ...]:
     names = {row.name for row in own}
     # the control of the default is the one that its claims are about
     others = tuple(row for row in rivals(slots) if row.name not in names)
-    return (*own, *others, Row(OURS, "hyperattention, default", ours))
+    return (*own, *others, *(Row(name, OWN[name], method) for name, method in own_at.items()))
 
 
 def _window_at(slots: int, ours: Method) -> Method:

@@ -12,7 +12,7 @@ from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 
 # any length beyond the crossover gives the same default
-_LONG = 10**9
+LONG = 10**9
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def find_default() -> Method:
     Raises:
         TypeError: if the default is not a list of stages.
     """
-    method = default_method(_LONG)
+    method = default_method(LONG)
     if not isinstance(method, Method):
         raise TypeError(f"the default method is {method!r}: rows at the same slots can only be made for a Method")
     return method
@@ -130,7 +130,7 @@ def _sinks_and_window(method: Method) -> tuple[Sinks, Window]:
 
 
 def _slots(method: Method) -> int:
-    pairs = method.cost(_LONG).pairs
+    pairs = method.cost(LONG).pairs
     if pairs != round(pairs):
         raise ValueError(f"{method!r} lists {pairs} pairs a query: a control at the same slots needs a whole number")
     return round(pairs)

@@ -64,6 +64,11 @@ class BudgetedDraw(Stage):
         return True
 
     @property
+    def tells_error(self) -> bool:
+        """Slots are no strata, from whose neighbours an error could be estimated."""
+        return False
+
+    @property
     def looks_ahead(self) -> LookAhead:
         """The number of a tile's draws depends on all of its queries."""
         return LookAhead.TILE

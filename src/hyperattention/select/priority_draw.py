@@ -56,6 +56,11 @@ class PriorityDraw(Stage):
         return True
 
     @property
+    def tells_error(self) -> bool:
+        """Slots are no strata, from whose neighbours an error could be estimated."""
+        return False
+
+    @property
     def looks_ahead(self) -> LookAhead:
         """Draws of a tile depend on all of its queries."""
         return LookAhead.TILE

@@ -109,6 +109,11 @@ class Stage(ABC):
         """Whether the choice reads values."""
         return False
 
+    @property
+    def tells_error(self) -> bool:
+        """Whether a standard error can be told from its slots: it draws nothing, or `Runs.sample` says how it drew."""
+        return True
+
     @abstractmethod
     def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
         """Choose keys for every tile.
