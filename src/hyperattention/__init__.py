@@ -3,6 +3,9 @@
 from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
+from hyperattention.by_layer import ByLayer
+from hyperattention.calibration.plan import Plan
+from hyperattention.calibration.plan_file import load_plan, save_plan
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
@@ -30,6 +33,7 @@ from hyperattention.varlen import varlen_attention
 __all__ = [
     "BlockScore",
     "ByHead",
+    "ByLayer",
     "Coarse",
     "Cost",
     "Descent",
@@ -46,6 +50,7 @@ __all__ = [
     "Method",
     "Mix",
     "Partial",
+    "Plan",
     "Representatives",
     "Sinks",
     "TopBlocks",
@@ -55,7 +60,9 @@ __all__ = [
     "attention",
     "audit",
     "default_method",
+    "load_plan",
     "merge",
     "paged_attention",
+    "save_plan",
     "varlen_attention",
 ]

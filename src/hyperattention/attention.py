@@ -90,7 +90,7 @@ def attention(
             partial = _attend_dense(query, key, value, dense, live, method, scale)
         else:
             problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer)
-            partial = method.output(problem) if isinstance(method, Exact) and not return_lse else method.attend(problem)
+            partial = method.attend(problem) if return_lse else method.output(problem)
     out, lse = (partial.out, partial.lse) if isinstance(partial, Partial) else (partial, None)
     # exact attention returns rows as accumulated
     out = out.to(query.dtype)

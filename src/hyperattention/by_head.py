@@ -1,8 +1,10 @@
 """A method for each head: sharp heads and diffuse ones need different keys, and different numbers of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hyperattention.method import Approach, Cost
 from hyperattention.problem import Problem
@@ -66,6 +68,26 @@ class ByHead(Approach):
 
         Returns:
             the rows of all heads, in order.
+        """
+        parts = [method.attend(part) for method, part in self._parts(problem)]
+        return Partial(self._in_order([part.out for part in parts]), self._in_order([part.lse for part in parts]))
+
+    def output(self, problem: Problem) -> Tensor:
+        """Compute the output alone: heads served exactly then run torch's own kernel.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            the rows of all heads, in order.
+        """
+        return self._in_order([method.output(part) for method, part in self._parts(problem)])
+
+    def _parts(self, problem: Problem) -> list[tuple[Approach, Problem]]:
+        """Share a problem out.
+
+        Returns:
+            each method with the heads it serves.
 
         Raises:
             ValueError: if the problem has another number of kv heads.
@@ -77,12 +99,17 @@ class ByHead(Approach):
             )
         groups = self.groups()
         if len(groups) == 1:
-            return self.methods[0].attend(problem)
-        parts = [method.attend(problem.of_heads(heads)) for method, heads in groups.items()]
-        order = torch.tensor([head for heads in groups.values() for head in heads], device=problem.device).argsort()
-        joined = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("out", "lse"))
-        out, lse = (x.unflatten(1, (num, problem.group)).index_select(1, order).flatten(1, 2) for x in joined)
-        return Partial(out, lse)
+            return [(self.methods[0], problem)]
+        return [(method, problem.of_heads(heads)) for method, heads in groups.items()]
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        """Bring the rows of all groups of heads back into the order of the heads."""
+        if len(parts) == 1:
+            return parts[0]
+        heads = [head for served in self.groups().values() for head in served]
+        order = torch.tensor(heads, device=parts[0].device).argsort()
+        joined = torch.cat(parts, 1)
+        return joined.unflatten(1, (len(heads), joined.shape[1] // len(heads))).index_select(1, order).flatten(1, 2)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost, averaged over the heads.
@@ -95,12 +122,23 @@ class ByHead(Approach):
         Returns:
             the cost.
         """
-        costs = [method.cost(num_keys, is_causal=is_causal, head_dim=head_dim) for method in self.methods]
-        count = len(costs)
-        return Cost(
-            sum(cost.pairs for cost in costs) / count,
-            sum(cost.selection_pairs for cost in costs) / count,
-            costs[0].exact_pairs,
-            sum(cost.memory_bytes for cost in costs) // count,
-            self.complete,
-        )
+        return mean_cost([each.cost(num_keys, is_causal=is_causal, head_dim=head_dim) for each in self.methods])
+
+
+def mean_cost(costs: Sequence[Cost]) -> Cost:
+    """Average the costs of methods that share the heads, or the layers, of a model out among them.
+
+    Args:
+        costs: of each, at one length.
+
+    Returns:
+        their mean; complete if all are.
+    """
+    count = len(costs)
+    return Cost(
+        sum(cost.pairs for cost in costs) / count,
+        sum(cost.selection_pairs for cost in costs) / count,
+        costs[0].exact_pairs,
+        sum(cost.memory_bytes for cost in costs) // count,
+        all(cost.complete for cost in costs),
+    )

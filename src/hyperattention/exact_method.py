@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.exact import exact_attention
@@ -33,7 +34,7 @@ class Exact(Approach):
         visible = problem.live_before(end)
         return exact_attention(problem.q, problem.k, problem.v, scale=problem.scale, visible=visible)
 
-    def output(self, problem: Problem):
+    def output(self, problem: Problem) -> Tensor:
         """Compute the output alone, with torch's fused kernel where alignment and masks allow it."""
         plain = problem.rank is None and (not problem.causal or (problem.offset == 0 and problem.spans is None))
         if not plain or not problem.num_keys or not problem.num_queries:
