@@ -24,6 +24,10 @@ app = typer.Typer(
 Length = Annotated[int | None, typer.Option(help="Tokens of each document; by default what the model was made for.")]
 Text = Annotated[Path | None, typer.Option(help="Your own text, read in place of the held-out one.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of your own transformers model and its tokenizer; loss only.")]
+ModelArgument = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
+TextArgument = Annotated[
+    Path | None, typer.Argument(help="Text like what the model will read; the held-out one if omitted.")
+]
 Reference = Annotated[Path | None, typer.Option(help="Folder of another byte-level reference model, such as a checkpoint.")]
 Plot = Annotated[Path | None, typer.Option(help="Picture to write.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON lines.")]
@@ -120,6 +124,34 @@ def bench(
     results = report.run(options, console)
     report.save(results, plot=plot, records=json)
     console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+
+
+@app.command(name="calibrate")
+def calibrate_model(
+    model: ModelArgument = "reference",
+    text: TextArgument = None,
+    tolerance: Annotated[float, typer.Option(help="Largest mean relative error of any head.")] = 0.05,
+    out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.json"),
+    length: Length = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents read; the worst decides.")] = 2,
+    seed: Seed = 0,
+) -> None:
+    """Choose a method for each layer and head of a model, by error and time measured here; resumed if interrupted."""
+    console = _console()
+    with _explained():
+        from transformers.utils import logging
+
+        from hyperattention.report import calibrate as report
+        from hyperattention.report.demo import Options as Texts
+
+        logging.disable_progress_bar()
+        _check_writable(out)
+        texts = Texts(length, text, report.find_folder(model), documents=documents, seed=seed)
+        options = report.Options(out, texts, report.Settings(tolerance, seed))
+        prepared = report.ready(options)
+        plan = report.run(prepared, options, console)
+    report.show(plan, console)
+    console.print(f"wrote {out}: apply it with `use(model, load_plan({str(out)!r}))`")
 
 
 @app.command()
