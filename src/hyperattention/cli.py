@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     # before typer there is nothing to report an error with
     raise SystemExit(f"the command line needs {error.name}: pip install 'hyperattention[demo]'") from error
 
-_EXTRAS = frozenset({"matplotlib", "numpy", "rich", "safetensors", "transformers", "typer"})
+_EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})
 # a file or a pipe has no width; tables need this much
 _PLAIN_WIDTH = 150
 
@@ -152,6 +152,33 @@ def calibrate_model(
         plan = report.run(prepared, options, console)
     report.show(plan, console)
     console.print(f"wrote {out}: apply it with `use(model, load_plan({str(out)!r}))`")
+
+
+@app.command(name="inspect")
+def inspect_model(
+    model: ModelArgument = "reference",
+    text: TextArgument = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("hyperattention-inspect.html"),
+    plan: Annotated[Path | None, typer.Option(help="Show what this plan chose; by default the default method.")] = None,
+    length: Length = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw where every head looks, what serves it and what that costs, as one page that needs no network."""
+    console = _console()
+    with _explained():
+        from transformers.utils import logging
+
+        from hyperattention.report import inspect as report
+        from hyperattention.report.calibrate import find_folder
+        from hyperattention.report.demo import Options as Texts
+
+        logging.disable_progress_bar()
+        _check_writable(out)
+        texts = Texts(length, text, find_folder(model), documents=1, seed=seed)
+        prepared = report.ready(report.Options(plan, texts))
+        layers = report.run(prepared, console)
+    report.save(prepared, layers, out)
+    console.print(f"wrote {out}")
 
 
 @app.command()

@@ -60,7 +60,7 @@ class Settings:
 
 def steps_of(judged: Judged, samples: Sequence[Sample]) -> int:
     """Count the steps that `calibrate` reports at most: layers that stay exact are not among them."""
-    return (fingerprint(judged.model).num_layers + 1) * (len(samples) + 1) + len(samples) - 1
+    return fingerprint(judged.model).num_layers * (len(samples) + 1) + len(samples)
 
 
 def calibrate(

@@ -10,15 +10,11 @@ from rich.table import Table
 from hyperattention.calibration.calibrate import Settings, calibrate, steps_of
 from hyperattention.calibration.plan import Plan
 from hyperattention.calibration.plan_file import save_plan
-from hyperattention.exact_method import Exact
-from hyperattention.method import Approach, Method
 from hyperattention.report.demo import Options as Texts
 from hyperattention.report.demo import Prepared, prepare
+from hyperattention.report.method_names import short_name
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import format_seconds
-from hyperattention.select.draw import Draw
-from hyperattention.select.locate.sinks import Sinks
-from hyperattention.select.locate.window import Window
 
 # the word that stands for the embedded model on the command line
 REFERENCE = "reference"
@@ -122,30 +118,3 @@ def conclude(plan: Plan) -> list[str]:
         f"Its attention takes {format_seconds(found.seconds)} a pass, exact attention {format_seconds(found.exact_seconds)} "
         f"({faster:.1f}x), on {found.device}, threads: {found.threads}; it pays from {plan.crossover:,} keys on.",
     ]
-
-
-def short_name(method: Approach) -> str:
-    """Name a method in a few words, for tables and maps.
-
-    Args:
-        method: the method.
-
-    Returns:
-        such as ``16 + window 256 + 688 by Descent``; its code where it is made of other stages.
-    """
-    if isinstance(method, Exact):
-        return "exact"
-    if not isinstance(method, Method):
-        return type(method).__name__
-    return " + ".join(map(_stage_name, method.stages))
-
-
-def _stage_name(stage: object) -> str:
-    match stage:
-        case Sinks(num=num):
-            return str(num)
-        case Window(size=size):
-            return f"window {size:,}"
-        case Draw(num=num, by=by):
-            return f"{num:,} by {type(by).__name__}"
-    return repr(stage)
