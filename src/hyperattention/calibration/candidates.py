@@ -15,7 +15,7 @@ _SINKS = Sinks(16)
 _WINDOWS = (64, 256, 1024)
 _UNIFORM_DRAWS = (128, 512)
 _NARROW_DRAWS = (64, 128, 256, 448, 1024)
-_WIDE_DRAWS = (256, 688, 1024, 1536, 3072)
+_WIDE_DRAWS = (256, 688, 1024, 1536, 2048, 3072)
 
 
 def candidates(length: int) -> tuple[Approach, ...]:
