@@ -16,7 +16,7 @@ import hyperattention as ha
 from hyperattention.calibration.candidates import candidates
 from hyperattention.calibration.choose import choose
 from hyperattention.calibration.journal import Journal
-from hyperattention.calibration.measure import Measurement
+from hyperattention.calibration.measure import Measurement, measure_layer
 from tiny_models import LENGTH, NUM_LAYERS, build, tokens
 
 pytest.importorskip("transformers")
@@ -26,7 +26,6 @@ from hyperattention.calibration import calibrate as calibration
 from hyperattention.calibration.calibrate import Settings, calibrate, steps_of
 from hyperattention.calibration.crossover import Crossing
 from hyperattention.calibration.head_statistics import inspect_layer
-from hyperattention.integrations.transformers import use
 from hyperattention.reference.model import Judged, load_reference
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.samples import Sample
@@ -115,19 +114,27 @@ def test_a_calibrated_plan_keeps_its_promises(judged: Judged, samples: tuple[Sam
     assert all(0 <= error <= 0.3 for errors in plan.errors.values() for error in errors)
     assert plan.measured.length == LENGTH
     assert plan.measured.pairs_per_query == plan.method.cost(LENGTH).pairs
-    # the errors are those of the methods, measured again from the model's own inputs
-    calls: list = []
-    watch_exact(judged, samples[1], calls.append)
-    shown = inspect_layer(calls[0], plan.layers[0], LADDER, rows=LENGTH, seed=1)
-    worst = [max(pair) for pair in zip(shown.figures["error"][::2], shown.figures["error"][1::2], strict=True)]
-    assert all(error <= 0.3 + 1e-6 for error in worst)
-    with use(judged.model, plan, min_length=0) as counter:
-        judged.model(samples[0].tokens[None])
-    assert counter.counts.total == NUM_LAYERS
     # every candidate but exact attention is hopeless at a tolerance near 0
     strict = calibrate(judged, samples, Settings(1e-9, ladder=LADDER[:3], repeats=1), tmp_path / "strict")
     assert set(strict.layers.values()) == {ha.ByHead((ha.Exact(), ha.Exact()))}
     assert strict.measured.added_nats == 0
+
+
+def test_errors_are_those_of_all_rows_of_the_worst_query_head(judged: Judged, samples: tuple[Sample, ...]) -> None:
+    calls: list = []
+    watch_exact(judged, samples[0], calls.append)
+    found = measure_layer(calls[1], LADDER, 1, 5)
+    assert (found.document, found.layer, found.shape) == (1, 1, (4, 2, 16, 16))
+    assert all(seconds > 0 for seconds in found.seconds)
+    shape = {"is_causal": True, "enable_gqa": True, "layer": 1, "seed": 6, "scale": calls[1].scale}
+    exact, drawn = (
+        ha.attention(calls[1].q, calls[1].k, calls[1].v, method=method, **shape) for method in (ha.Exact(), DRAWN)
+    )
+    rows = (drawn - exact).norm(dim=-1) / exact.norm(dim=-1)
+    heads = rows[0].mean(-1).tolist()
+    assert found.errors[2] == pytest.approx((max(heads[:2]), max(heads[2:])), rel=1e-4)
+    assert found.errors[0] == (0.0, 0.0)
+    assert found.errors[1] > found.errors[2]
 
 
 class Interrupted(Exception):

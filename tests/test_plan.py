@@ -74,11 +74,21 @@ def test_a_plan_survives_its_file(plan: ha.Plan, tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())["methods"]) == 3
 
 
-def test_a_failed_write_leaves_the_old_plan(plan: ha.Plan, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_plan(plan: ha.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
     ha.save_plan(plan, path)
-    with pytest.raises(TypeError):
-        ha.save_plan(replace(plan, layers={0: ha.ByHead((object.__new__(_Unknown),))}, errors={0: (0.0,)}), path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ha.save_plan(replace(plan, crossover=7), path)
+    assert ha.load_plan(path) == plan
+    unknown = replace(plan, layers={0: ha.ByHead((_Unknown(),))}, errors={0: (0.0,)})
+    with pytest.raises(TypeError, match="cannot be kept in a plan"):
+        ha.save_plan(unknown, path)
     assert ha.load_plan(path) == plan
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -163,20 +173,23 @@ def test_a_file_that_is_no_plan_is_refused(plan: ha.Plan, tmp_path: Path) -> Non
             ha.load_plan(unreadable)
 
 
-def test_each_head_runs_its_own_method(model: nn.Module) -> None:
+def test_each_head_runs_its_own_method() -> None:
     shape = {"is_causal": True, "enable_gqa": True, "layer": 1}
-    q, k, v = (torch.randn(1, heads, 96, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
-    plan = make(model, {1: ha.ByHead((NARROW, ha.Exact()))})
-    out = ha.attention(q, k, v, method=plan.method, **shape)
-    for heads, method in ((slice(0, 2), NARROW), (slice(2, 4), ha.Exact())):
-        torch.testing.assert_close(out[:, heads], ha.attention(q, k, v, method=method, **shape)[:, heads])
+    q, k, v = (torch.randn(1, heads, 96, 16, generator=torch.Generator().manual_seed(heads)) for heads in (8, 4, 4))
+    # heads of one method are not neighbours
+    method = ha.ByLayer({1: ha.ByHead((NARROW, ha.Exact(), NARROW, ha.Exact()))})
+    out = ha.attention(q, k, v, method=method, **shape)
+    exact, lse = ha.attention(q, k, v, method=ha.Exact(), return_lse=True, **shape)
+    narrow = ha.attention(q, k, v, method=NARROW, **shape)
+    for heads in range(0, 8, 4):
+        torch.testing.assert_close(out[:, heads : heads + 2], narrow[:, heads : heads + 2])
+        torch.testing.assert_close(out[:, heads + 2 : heads + 4], exact[:, heads + 2 : heads + 4])
+    both, own_lse = ha.attention(q, k, v, method=method, return_lse=True, **shape)
+    torch.testing.assert_close(both, out)
+    torch.testing.assert_close(own_lse[:, 2:4], lse[:, 2:4])
+    assert (narrow - exact).abs().max() > 1e-2
     # a layer that is not named
-    assert torch.equal(
-        ha.attention(q, k, v, method=plan.method, **shape | {"layer": 0}), ha.attention(q, k, v, method=ha.Exact(), **shape)
-    )
-    with_lse, lse = ha.attention(q, k, v, method=plan.method, return_lse=True, **shape)
-    torch.testing.assert_close(with_lse, out)
-    torch.testing.assert_close(lse[:, 2:], ha.attention(q, k, v, method=ha.Exact(), return_lse=True, **shape)[1][:, 2:])
+    torch.testing.assert_close(ha.attention(q, k, v, method=method, **shape | {"layer": 0}), exact)
 
 
 def logits(model: nn.Module, length: int = LENGTH) -> torch.Tensor:
@@ -196,7 +209,7 @@ def test_use_runs_a_plan_and_counts_by_reason(model: nn.Module) -> None:
     assert (planned - reference).abs().max() > 1e-2
     with use(model, ha.ByLayer(plan.layers)) as calls:
         assert torch.equal(logits(model), planned)
-    with use(model, make(model, {1: plan.layers[1]})) as calls:
+    with use(model, make(model, {1: plan.layers[1]}), layers=[0, 1]) as calls:
         assert torch.equal(logits(model), planned)
     assert calls.counts.exact == {"layer not listed": 1}
     with pytest.warns(UserWarning, match="layer not listed"), use(model, plan, layers=[0]) as calls:

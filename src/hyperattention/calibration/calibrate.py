@@ -147,7 +147,7 @@ def _describe(judged: Judged, samples: Sequence[Sample], settings: Settings) -> 
     """Say what the measurements depend on, beside the candidates."""
     device = judged.model.device
     on_gpu = device.type == "cuda"
-    tokens = b"".join(sample.tokens.to(torch.int64).cpu().numpy().tobytes() for sample in samples)
+    tokens = str([sample.tokens.tolist() for sample in samples]).encode()
     return {
         "model": asdict(fingerprint(judged.model)),
         "length": len(samples[0].tokens),

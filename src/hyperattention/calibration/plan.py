@@ -22,11 +22,11 @@ class Measured:
         device: where it was measured.
         threads: of torch on the CPU.
         versions: of the packages that matter.
-        pairs_per_query: slots listed for a query, mean over heads, exact ones included.
+        pairs_per_query: slots listed for a query, mean over the heads of the plan, exact ones included.
         exact_pairs_per_query: the same of exact attention.
         seconds: of attention in all the plan's layers, at `length`.
         exact_seconds: the same of exact attention.
-        added_nats: loss a token more than with exact attention, on the same documents.
+        added_nats: loss a byte of the documents' second half, more than with exact attention.
     """
 
     length: int

@@ -67,11 +67,18 @@ def run(prepared: Prepared, options: Options, console: Console) -> Plan:
 
     Returns:
         the plan.
+
+    Raises:
+        KeyboardInterrupt: as it came, once it is said how to go on.
     """
     if options.journal.exists():
         console.print(f"going on with {options.journal}, as far as it was measured for the same model, text and machine")
-    with progress(console, "calibrate", steps_of(prepared.judged, prepared.samples)) as on_step:
-        plan = calibrate(prepared.judged, prepared.samples, options.settings, options.journal, on_step)
+    try:
+        with progress(console, "calibrate", steps_of(prepared.judged, prepared.samples)) as on_step:
+            plan = calibrate(prepared.judged, prepared.samples, options.settings, options.journal, on_step)
+    except KeyboardInterrupt:
+        console.print(f"stopped: what was measured is in {options.journal}, and the same command goes on from there")
+        raise
     save_plan(plan, options.out)
     options.journal.unlink(missing_ok=True)
     return plan
