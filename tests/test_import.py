@@ -6,7 +6,7 @@ CHECK = """
 import sys
 import hyperattention
 {more}
-loaded = sorted({{"triton", "transformers", "matplotlib", "typer", "rich"}} & set(sys.modules))
+loaded = sorted({{"triton", "transformers", "matplotlib", "plotly", "typer", "rich"}} & set(sys.modules))
 print(loaded)
 """
 

@@ -3,6 +3,9 @@
 from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
+from hyperattention.by_layer import ByLayer
+from hyperattention.calibration.plan import Plan
+from hyperattention.calibration.plan_file import load_plan, save_plan
 from hyperattention.default import default_method, thorough_method
 from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
@@ -40,6 +43,7 @@ __all__ = [
     "BlockScore",
     "BudgetedDraw",
     "ByHead",
+    "ByLayer",
     "Coarse",
     "CollisionDraw",
     "Cost",
@@ -58,6 +62,7 @@ __all__ = [
     "Method",
     "Mix",
     "Partial",
+    "Plan",
     "PriorityDraw",
     "Representatives",
     "Sinks",
@@ -71,8 +76,10 @@ __all__ = [
     "attention",
     "audit",
     "default_method",
+    "load_plan",
     "merge",
     "paged_attention",
+    "save_plan",
     "thorough_method",
     "varlen_attention",
 ]

@@ -131,10 +131,10 @@ def _problem(query, key, value, live, scale, is_causal, causal_align, seed, laye
 
 
 def _attend(problem: Problem, method: Approach, with_lse: bool, with_error: bool) -> tuple[Partial | Tensor, Tensor | None]:
-    """Run a method for what is asked for: the output alone is cheaper where it is exact."""
+    """Run a method for what is asked for: the output alone is cheaper where heads are exact."""
     if with_error:
         return method.attend_with_error(problem)
-    return (method.output(problem) if isinstance(method, Exact) and not with_lse else method.attend(problem)), None
+    return (method.attend(problem) if with_lse else method.output(problem)), None
 
 
 def _attend_dense(query, key, value, mask, live, method: Approach, scale: float) -> Partial:

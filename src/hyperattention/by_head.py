@@ -1,5 +1,6 @@
 """A method for each head: sharp heads and diffuse ones need different keys, and different numbers of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,15 +68,21 @@ class ByHead(Approach):
             problem: the problem.
 
         Returns:
-            the rows of all heads, in order; another number of kv heads raises ValueError.
+            the rows of all heads, in order.
         """
-        self._check(problem)
-        groups = self.groups()
-        if len(groups) == 1:
-            return self.methods[0].attend(problem)
-        parts = [method.attend(problem.of_heads(heads)) for method, heads in groups.items()]
-        out, lse = (self._join([getattr(part, name) for part in parts], problem) for name in ("out", "lse"))
-        return Partial(out, lse)
+        parts = [method.attend(part) for method, part in self._parts(problem)]
+        return Partial(self._in_order([part.out for part in parts]), self._in_order([part.lse for part in parts]))
+
+    def output(self, problem: Problem) -> Tensor:
+        """Compute the output alone: heads served exactly then run torch's own kernel.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            the rows of all heads, in order.
+        """
+        return self._in_order([method.output(part) for method, part in self._parts(problem)])
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
         """Attend head by head, and tell the standard error of every row, as far as each head's method does.
@@ -86,23 +93,39 @@ class ByHead(Approach):
         Returns:
             the rows of all heads, in order, and their standard errors; raises what its methods raise.
         """
-        self._check(problem)
-        parts = [method.attend_with_error(problem.of_heads(heads)) for method, heads in self.groups().items()]
-        out, lse = (self._join([getattr(part, name) for part, _ in parts], problem) for name in ("out", "lse"))
-        return Partial(out, lse), self._join([error for _, error in parts], problem)
+        parts = [method.attend_with_error(part) for method, part in self._parts(problem)]
+        out, lse, error = (
+            self._in_order(list(x)) for x in zip(*((part.out, part.lse, error) for part, error in parts), strict=True)
+        )
+        return Partial(out, lse), error
 
-    def _check(self, problem: Problem) -> None:
+    def _parts(self, problem: Problem) -> list[tuple[Approach, Problem]]:
+        """Share a problem out.
+
+        Returns:
+            each method with the heads it serves.
+
+        Raises:
+            ValueError: if the problem has another number of kv heads.
+        """
         num = problem.k.shape[1]
         if num != len(self.methods):
             raise ValueError(
                 f"ByHead has {len(self.methods)} methods and the keys have {num} heads: give one method for each kv head"
             )
+        groups = self.groups()
+        if len(groups) == 1:
+            return [(self.methods[0], problem)]
+        return [(method, problem.of_heads(heads)) for method, heads in groups.items()]
 
-    def _join(self, parts: list[Tensor], problem: Problem) -> Tensor:
-        """Bring what groups of heads gave, ``[batch, heads of the group, queries, ...]``, into the order of the heads."""
-        order = torch.tensor([head for heads in self.groups().values() for head in heads], device=problem.device).argsort()
-        joined = torch.cat(parts, 1).unflatten(1, (len(self.methods), problem.group))
-        return joined.index_select(1, order).flatten(1, 2)
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        """Bring the rows of all groups of heads back into the order of the heads."""
+        if len(parts) == 1:
+            return parts[0]
+        heads = [head for served in self.groups().values() for head in served]
+        order = torch.tensor(heads, device=parts[0].device).argsort()
+        joined = torch.cat(parts, 1)
+        return joined.unflatten(1, (len(heads), joined.shape[1] // len(heads))).index_select(1, order).flatten(1, 2)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost, averaged over the heads.
@@ -115,12 +138,23 @@ class ByHead(Approach):
         Returns:
             the cost.
         """
-        costs = [method.cost(num_keys, is_causal=is_causal, head_dim=head_dim) for method in self.methods]
-        count = len(costs)
-        return Cost(
-            sum(cost.pairs for cost in costs) / count,
-            sum(cost.selection_pairs for cost in costs) / count,
-            costs[0].exact_pairs,
-            sum(cost.memory_bytes for cost in costs) // count,
-            self.complete,
-        )
+        return mean_cost([each.cost(num_keys, is_causal=is_causal, head_dim=head_dim) for each in self.methods])
+
+
+def mean_cost(costs: Sequence[Cost]) -> Cost:
+    """Average the costs of methods that share the heads, or the layers, of a model out among them.
+
+    Args:
+        costs: of each, at one length.
+
+    Returns:
+        their mean; complete if all are.
+    """
+    count = len(costs)
+    return Cost(
+        sum(cost.pairs for cost in costs) / count,
+        sum(cost.selection_pairs for cost in costs) / count,
+        costs[0].exact_pairs,
+        sum(cost.memory_bytes for cost in costs) // count,
+        all(cost.complete for cost in costs),
+    )

@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     # before typer there is nothing to report an error with
     raise SystemExit(f"the command line needs {error.name}: pip install 'hyperattention[demo]'") from error
 
-_EXTRAS = frozenset({"matplotlib", "numpy", "rich", "safetensors", "transformers", "typer"})
+_EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})
 # a file or a pipe has no width; tables need this much
 _PLAIN_WIDTH = 150
 
@@ -24,6 +24,10 @@ app = typer.Typer(
 Length = Annotated[int | None, typer.Option(help="Tokens of each document; by default what the model was made for.")]
 Text = Annotated[Path | None, typer.Option(help="Your own text, read in place of the held-out one.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of your own transformers model and its tokenizer; loss only.")]
+ModelArgument = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
+TextArgument = Annotated[
+    Path | None, typer.Argument(help="Text like what the model will read; the held-out one if omitted.")
+]
 Reference = Annotated[Path | None, typer.Option(help="Folder of another byte-level reference model, such as a checkpoint.")]
 Plot = Annotated[Path | None, typer.Option(help="Picture to write.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON lines.")]
@@ -120,6 +124,61 @@ def bench(
     results = report.run(options, console)
     report.save(results, plot=plot, records=json)
     console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+
+
+@app.command(name="calibrate")
+def calibrate_model(
+    model: ModelArgument = "reference",
+    text: TextArgument = None,
+    tolerance: Annotated[float, typer.Option(help="Largest mean relative error of any head.")] = 0.05,
+    out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.json"),
+    length: Length = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents read; the worst decides.")] = 2,
+    seed: Seed = 0,
+) -> None:
+    """Choose a method for each layer and head of a model, by error and time measured here; resumed if interrupted."""
+    console = _console()
+    with _explained():
+        from transformers.utils import logging
+
+        from hyperattention.report import calibrate as report
+        from hyperattention.report.demo import Options as Texts
+
+        logging.disable_progress_bar()
+        _check_writable(out)
+        texts = Texts(length, text, report.find_folder(model), documents=documents, seed=seed)
+        options = report.Options(out, texts, report.Settings(tolerance, seed))
+        prepared = report.ready(options)
+        plan = report.run(prepared, options, console)
+    report.show(plan, console)
+    console.print(f"wrote {out}: apply it with `use(model, load_plan({str(out)!r}))`")
+
+
+@app.command(name="inspect")
+def inspect_model(
+    model: ModelArgument = "reference",
+    text: TextArgument = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("hyperattention-inspect.html"),
+    plan: Annotated[Path | None, typer.Option(help="Show what this plan chose; by default the default method.")] = None,
+    length: Length = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw where every head looks, what serves it and what that costs, as one page that needs no network."""
+    console = _console()
+    with _explained():
+        from transformers.utils import logging
+
+        from hyperattention.report import inspect as report
+        from hyperattention.report.calibrate import find_folder
+        from hyperattention.report.demo import Options as Texts
+
+        logging.disable_progress_bar()
+        _check_writable(out)
+        texts = Texts(length, text, find_folder(model), documents=1, seed=seed)
+        prepared = report.ready(report.Options(plan, texts))
+        layers = report.run(prepared, console)
+    report.save(prepared, layers, out)
+    console.print(f"wrote {out}")
 
 
 @app.command()

@@ -40,7 +40,7 @@ class Exact(Approach):
         partial = self.attend(problem)
         return partial, torch.zeros_like(partial.lse, requires_grad=False)
 
-    def output(self, problem: Problem):
+    def output(self, problem: Problem) -> Tensor:
         """Compute the output alone, with torch's fused kernel where alignment and masks allow it."""
         plain = problem.rank is None and (not problem.causal or (problem.offset == 0 and problem.spans is None))
         if not plain or not problem.num_keys or not problem.num_queries:

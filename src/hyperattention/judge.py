@@ -107,6 +107,14 @@ def misses(
 
 
 def relative_error(difference: Tensor, exact: Tensor) -> Tensor:
-    """Relate norms of rows: infinite where the exact row is 0, unless the output is 0 too."""
+    """Relate norms of rows: infinite where the exact row is 0, unless the output is 0 too.
+
+    Args:
+        difference: an output less the exact one.
+        exact: the exact output.
+
+    Returns:
+        the error of each row.
+    """
     miss = torch.linalg.vector_norm(difference, dim=-1)
     return (miss / torch.linalg.vector_norm(exact, dim=-1)).masked_fill(miss == 0, 0.0)

@@ -65,6 +65,10 @@ class Approach(ABC):
             "audit=64, which judges any output by exact rows"
         )
 
+    def output(self, problem: Problem) -> Tensor:
+        """Compute the output alone, which some methods have sooner than their lse."""
+        return self.attend(problem).out
+
     @abstractmethod
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost for as many queries as keys, before running."""

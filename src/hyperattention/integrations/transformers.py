@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from hyperattention.calibration.plan import Plan
 from hyperattention.integrations.transformers_counts import CallCounter, CallCounts
 from hyperattention.integrations.transformers_forward import ATTRIBUTE, Settings, attention_forward
 from hyperattention.integrations.transformers_masks import build_mask
@@ -34,7 +35,7 @@ def register() -> None:
 @contextmanager
 def use(
     model: nn.Module,
-    method: Approach | None = None,
+    method: Approach | Plan | None = None,
     *,
     layers: Iterable[int] | None = None,
     min_length: int = 0,
@@ -43,15 +44,17 @@ def use(
     """Run a model's attention by a method inside a ``with`` block, and say what really ran.
 
     Exact, and counted by reason: single queries (decoding), dropout, logit soft-capping, sinks, position bias, windows
-    shorter than the keys, dense 4-D masks, arguments unknown here, layers not listed, fewer keys than ``min_length``.
+    shorter than the keys, dense 4-D masks, arguments unknown here, layers not listed, fewer keys than ``min_length``, or
+    than pay with a plan.
     Packed batches run document by document. With gradient checkpointing call ``backward`` inside the block, for it calls
     attention again. A model whose attention cannot be switched, and an argument out of range, are refused with a
     ValueError. A block in which every call was exact ends with a warning.
 
     Args:
         model: a transformers model, or a module that holds one.
-        method: what runs; None for the default method.
-        layers: indices of the layers to approximate, others stay exact; None for all.
+        method: what runs; None for the default method. A plan runs its own method in each layer and head, from its
+            crossover on, and is refused for another model than its own.
+        layers: indices of the layers to approximate, others stay exact; None for all, or all of the plan's.
         min_length: fewest keys worth approximating.
         seed: of every random draw; the layer's index enters too.
 
@@ -65,7 +68,7 @@ def use(
     """
     counter = CallCounter()
     root = _find_model(model)
-    settings = Settings(method, _check_layers(model, layers), min_length, seed, counter)
+    settings = _settings(root, method, _check_layers(model, layers), min_length, seed, counter)
     _check_range("min_length", min_length, None)
     _check_range("seed", seed, SEED_LIMIT)
     register()
@@ -85,6 +88,18 @@ def use(
             config._attn_implementation = implementation
     if counter.counts.total and not counter.counts.approximated:
         warnings.warn(f"no attention call was approximated: {counter.counts}", UserWarning, stacklevel=3)
+
+
+def _settings(
+    root: PreTrainedModel, method: Approach | Plan | None, layers: frozenset[int] | None, min_length: int, seed: int,
+    counter: CallCounter,
+) -> Settings:  # fmt: skip
+    if not isinstance(method, Plan):
+        return Settings(method, layers, min_length, seed, counter)
+    method.check(root)
+    planned = frozenset(method.layers)
+    listed = planned if layers is None else planned & layers
+    return Settings(method.method, listed, min_length, seed, counter, method.crossover)
 
 
 def _attach(module: nn.Module, settings: Settings | None) -> None:

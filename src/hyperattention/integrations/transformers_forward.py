@@ -9,13 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hyperattention import Exact, default_method
+from hyperattention import ByHead, ByLayer, Exact, default_method
 from hyperattention.integrations.transformers_counts import CallCounter
 from hyperattention.integrations.transformers_exact import Call, run, run_exact
 from hyperattention.integrations.transformers_masks import document_bounds, longest_span
 from hyperattention.method import Approach
 
 ATTRIBUTE = "_hyperattention"
+# why a call ran exactly that any other method would have answered
+EXACT_METHOD = "exact method"
 
 # arguments that models pass along and that change nothing, or that are read here; any other makes the call exact
 _NEUTRAL = frozenset(
@@ -38,6 +40,7 @@ class Settings:
         min_length: fewest keys worth approximating.
         seed: of every random draw.
         counter: where calls are counted; None outside `use`.
+        crossover: keys from which a plan pays.
     """
 
     method: Approach | None = None
@@ -45,6 +48,20 @@ class Settings:
     min_length: int = 0
     seed: int = 0
     counter: CallCounter | None = None
+    crossover: int = 0
+
+    def runs_exactly(self, layer: int) -> bool:
+        """Tell whether a layer's method is exact attention.
+
+        Args:
+            layer: its index.
+
+        Returns:
+            whether nothing would be approximated.
+        """
+        method = self.method.of(layer) if isinstance(self.method, ByLayer) else self.method
+        methods = method.methods if isinstance(method, ByHead) else (method,)
+        return all(isinstance(each, Exact) for each in methods)
 
 
 def attention_forward(
@@ -170,4 +187,6 @@ def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None
     if settings.method is None:
         default = default_method(num_keys, num_queries=num_queries, device=call.key.device)
         return "below the crossover" if isinstance(default, Exact) else None
-    return "exact method" if isinstance(settings.method, Exact) else None
+    if num_keys < settings.crossover:
+        return "below the plan's crossover"
+    return EXACT_METHOD if settings.runs_exactly(layer or 0) else None

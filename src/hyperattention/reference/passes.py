@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from hyperattention.audit import ErrorReport
 from hyperattention.bench.rows import Row
+from hyperattention.exact_method import Exact
 from hyperattention.integrations.transformers import use
 from hyperattention.reference.model import Judged
 from hyperattention.reference.samples import Sample
@@ -111,6 +113,22 @@ def digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:
     first = torch.tensor(sample.answer_index, dtype=torch.int64)[:, None]
     place = (first + torch.arange(sample.answer_size) - 1).to(targets.device)  # [answers, digits]
     return (logits[place].argmax(-1) == targets[place]).cpu()
+
+
+def watch_exact(judged: Judged, sample: Sample, on_call: Callable[[CallInputs], None]) -> None:
+    """Run a pass with exact attention, and show the inputs of each attention call that a method could answer.
+
+    Args:
+        judged: the model.
+        sample: what it reads.
+        on_call: told the inputs of each such call, in order.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no attention call was approximated")
+        with use(judged.model, Exact()) as counter:
+            watch = Watch(counter, Exact(), on_call=on_call)
+            with watched(judged.model, watch):
+                judged.model(sample.tokens[None].to(judged.model.device), use_cache=False)
 
 
 def capture(judged: Judged, sample: Sample, exact: Row) -> tuple[CallInputs, ...]:

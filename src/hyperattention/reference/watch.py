@@ -1,7 +1,7 @@
 """Watch the attention calls of a model while it runs: their time, their measured error, or their inputs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.integrations.transformers import CallCounter
-from hyperattention.integrations.transformers_forward import attention_forward
+from hyperattention.integrations.transformers_forward import EXACT_METHOD, attention_forward
 from hyperattention.integrations.transformers_masks import build_mask
 from hyperattention.method import Approach
 
@@ -47,6 +47,8 @@ class Watch:
         rows: rows of each approximated call to audit; 0 for none.
         seed: of the rows, which differ from layer to layer.
         keep: whether to keep the inputs of every call.
+        on_call: told the inputs of each call that another method than exact attention would have answered, one at a time:
+            a large model's need not all be held.
     """
 
     counter: CallCounter
@@ -54,6 +56,7 @@ class Watch:
     rows: int = 0
     seed: int = 0
     keep: bool = False
+    on_call: Callable[[CallInputs], None] | None = None
     attention_seconds: float = 0.0
     audit_seconds: float = 0.0
     reports: list[ErrorReport] = field(default_factory=list)
@@ -73,7 +76,7 @@ class Watch:
         Returns:
             the output, ``[batch, queries, heads, value_dim]``.
         """
-        before, began = self.counter.counts.approximated, time.perf_counter()
+        counts, began = self.counter.counts, time.perf_counter()
         out, _ = attention_forward(module, q, k, v, mask, **options)
         ended = time.perf_counter()
         self.attention_seconds += ended - began
@@ -81,7 +84,7 @@ class Watch:
         if self.keep:
             self.inputs.append(CallInputs(layer, q.clone(), k.clone(), v.clone(), scale))
         # a mask would have to be told to the audit too; documents without padding have none
-        if self.rows and mask is None and self.counter.counts.approximated > before:
+        if self.rows and mask is None and self.counter.counts.approximated > counts.approximated:
             # layers draw their rows independently, so that their errors can be pooled
             self.reports.append(
                 audit(
@@ -89,6 +92,9 @@ class Watch:
                     enable_gqa=q.shape[1] != k.shape[1], seed=self.seed * 1009 + layer, method=self.method,
                 )
             )  # fmt: skip
+        replaceable = self.counter.counts.exact.get(EXACT_METHOD, 0) > counts.exact.get(EXACT_METHOD, 0)
+        if self.on_call is not None and mask is None and replaceable:
+            self.on_call(CallInputs(layer, q, k, v, scale))
         self.audit_seconds += time.perf_counter() - ended
         return out
 

@@ -1,0 +1,177 @@
+"""Calibrate a model: measure every candidate on its own text, choose by layer and head, and see what the plan does."""
+
+import hashlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperattention.bench.rows import Row
+from hyperattention.bench.timing import ignore
+from hyperattention.by_head import ByHead
+from hyperattention.by_layer import ByLayer
+from hyperattention.calibration.candidates import candidates
+from hyperattention.calibration.choose import Chosen, choose
+from hyperattention.calibration.crossover import Crossing, find_crossing
+from hyperattention.calibration.fingerprint import fingerprint
+from hyperattention.calibration.journal import Journal
+from hyperattention.calibration.measure import measure_layer, warm_up
+from hyperattention.calibration.method_json import method_to_json
+from hyperattention.calibration.plan import Measured, Plan
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach
+from hyperattention.reference.model import Judged
+from hyperattention.reference.passes import run_pass, watch_exact
+from hyperattention.reference.samples import Sample
+from hyperattention.reference.watch import CallInputs
+from hyperattention.report.records import find_processor, find_version
+
+_PACKAGES = ("hyperattention", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate.
+
+    Args:
+        tolerance: the largest mean relative error that a head may have.
+        seed: of draws.
+        repeats: rounds of interleaved timing of the finished plan.
+        ladder: what to choose from, exact attention first; None for `candidates`.
+
+    Raises:
+        ValueError: if the tolerance is not between 0 and 1, or the ladder does not begin with exact attention.
+    """
+
+    tolerance: float = 0.05
+    seed: int = 0
+    repeats: int = 3
+    ladder: tuple[Approach, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance {self.tolerance}: give a relative error between 0 and 1, such as 0.05")
+        if self.ladder is not None and (not self.ladder or not isinstance(self.ladder[0], Exact)):
+            raise ValueError(f"ladder {self.ladder}: begin it with Exact(), which serves heads that nothing else can")
+
+
+def steps_of(judged: Judged, samples: Sequence[Sample]) -> int:
+    """Count the steps that `calibrate` reports at most: layers that stay exact are not among them."""
+    return fingerprint(judged.model).num_layers * (len(samples) + 1) + len(samples)
+
+
+def calibrate(
+    judged: Judged,
+    samples: Sequence[Sample],
+    settings: Settings,
+    journal: Path,
+    on_step: Callable[[str], None] = ignore,
+) -> Plan:
+    """Choose a method for each layer and kv head of a model by measured error and time on this machine.
+
+    Each layer is measured on its own queries, keys and values, in a pass with exact attention, one layer in memory at a
+    time. Then the plan as a whole is timed against exact attention at every length, and its loss is measured.
+    Cost: a pass a document with every candidate in every layer, once; resumed from the journal if interrupted.
+    Guarantee: see `choose`. The error of a whole model under its plan is not bounded by it; `Measured.added_nats` says what
+    it did to the loss.
+
+    Args:
+        judged: the model.
+        samples: texts of one length, which the plan is for.
+        settings: how.
+        journal: where measurements are written as they are made; left there if interrupted.
+        on_step: told what comes next.
+
+    Returns:
+        the plan.
+
+    Raises:
+        ValueError: if there is no text, or none of the model's attention calls can be approximated.
+    """
+    if not samples:
+        raise ValueError("no text to calibrate on: give at least one sample")
+    length = len(samples[0].tokens)
+    ladder = candidates(length) if settings.ladder is None else settings.ladder
+    about = _describe(judged, samples, settings)
+    kept = Journal(journal, about | {"ladder": [method_to_json(method) for method in ladder]})
+    _measure(judged, samples, ladder, settings.seed, kept, on_step)
+    if not kept.measurements:
+        raise ValueError(
+            f"no attention call of {judged.name} can be approximated, for what its layers ask beside plain attention: see "
+            "the counter that `use` yields; there is nothing to calibrate"
+        )
+    chosen = choose(kept.measurements, ladder, settings.tolerance)
+    layers = {layer: method for layer, (method, _) in chosen.items()}
+    crossing = find_crossing(judged, samples[0], layers, repeats=settings.repeats, on_step=on_step)
+    added = _added_nats(judged, samples, layers, settings.seed, on_step)
+    return _plan(judged, chosen, crossing, settings, about, added)
+
+
+def _measure(
+    judged: Judged, samples: Sequence[Sample], ladder: Sequence[Approach], seed: int, kept: Journal,
+    on_step: Callable[[str], None],
+) -> None:  # fmt: skip
+    warm = False
+    for document, sample in enumerate(samples):
+
+        def measure(call: CallInputs, document=document) -> None:
+            nonlocal warm
+            on_step(f"document {document + 1} of {len(samples)}: layer {call.layer}")
+            if kept.has(document, call.layer):
+                return
+            if not warm:
+                warm_up(call, ladder)
+                warm = True
+            kept.add(measure_layer(call, ladder, document, seed))
+
+        watch_exact(judged, sample, measure)
+
+
+def _added_nats(
+    judged: Judged, samples: Sequence[Sample], layers: dict[int, ByHead], seed: int, on_step: Callable[[str], None]
+) -> float:
+    """Run the whole model under its plan, and with exact attention: the loss a byte of the second half, and how it grew."""
+    plan, exact = Row("plan", "plan", ByLayer(layers)), Row("exact", "exact", Exact())
+    added = []
+    for document, sample in enumerate(samples):
+        on_step(f"document {document + 1} of {len(samples)}: loss")
+        ours, theirs = (run_pass(judged, sample, row, seed=seed + document).nats_per_byte for row in (plan, exact))
+        added.append(ours - theirs)
+    return statistics.fmean(added)
+
+
+def _describe(judged: Judged, samples: Sequence[Sample], settings: Settings) -> dict[str, Any]:
+    """Say what the measurements depend on, beside the candidates."""
+    device = judged.model.device
+    on_gpu = device.type == "cuda"
+    tokens = str([sample.tokens.tolist() for sample in samples]).encode()
+    return {
+        "model": asdict(fingerprint(judged.model)),
+        "length": len(samples[0].tokens),
+        "documents": len(samples),
+        "text": hashlib.sha256(tokens).hexdigest(),
+        "seed": settings.seed,
+        "device": f"cuda: {torch.cuda.get_device_name(device)}" if on_gpu else f"cpu: {find_processor()}",
+        "threads": torch.get_num_threads(),
+        "versions": {name: find_version(name) or "unknown" for name in _PACKAGES},
+    }
+
+
+def _plan(
+    judged: Judged, chosen: Chosen, crossing: Crossing, settings: Settings, about: dict[str, Any], added: float
+) -> Plan:
+    layers = {layer: method for layer, (method, _) in chosen.items()}
+    errors = {layer: found for layer, (_, found) in chosen.items()}
+    cost = ByLayer(layers).cost(about["length"])
+    measured = Measured(
+        **{name: value for name, value in about.items() if name != "model"},
+        pairs_per_query=cost.pairs,
+        exact_pairs_per_query=cost.exact_pairs,
+        seconds=crossing.plan[-1],
+        exact_seconds=crossing.exact[-1],
+        added_nats=added,
+    )
+    return Plan(fingerprint(judged.model), layers, errors, settings.tolerance, crossing.keys, measured)

@@ -1,0 +1,88 @@
+"""Which model a plan was made for: its shape, and a hash over a few of its weights."""
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+# values of each weight that enter the hash
+_VALUES = 64
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one model from another.
+
+    Args:
+        model_class: name of its class.
+        num_layers: attention layers.
+        num_heads: query heads of a layer; 0 where the configuration does not give one number.
+        num_kv_heads: kv heads of a layer; likewise.
+        head_dim: width of a head; likewise.
+        weights: SHA-256 over the names and shapes of all weights, and a few values of each.
+    """
+
+    model_class: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    weights: str
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """Say in what another model differs.
+
+        Args:
+            other: the other model's.
+
+        Returns:
+            a phrase a difference; only the most telling where the shapes differ, for then the weights do too.
+        """
+        names = [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+        shapes = [name for name in names if name != "weights"]
+        return [
+            f"{name.replace('_', ' ')} {getattr(self, name)} there and {getattr(other, name)} here" for name in shapes
+        ] or (["other weights in the same shape"] if names else [])
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Take the fingerprint of a transformers model.
+
+    Values are rounded to bfloat16 before they are hashed, so that a model loaded in another precision is still itself.
+
+    Args:
+        model: the model itself, without wrappers.
+
+    Returns:
+        its fingerprint.
+    """
+    whole: Any = model.config
+    config = whole.get_text_config()
+    heads = _count(config, "num_attention_heads")
+    kv_heads = _count(config, "num_key_value_heads") or heads
+    head_dim = _count(config, "head_dim") or (_count(config, "hidden_size") // heads if heads else 0)
+    layers = _count(config, "num_hidden_layers")
+    return Fingerprint(type(model).__name__, layers, heads, kv_heads, head_dim, _hash_weights(model))
+
+
+def _count(config: object, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
+
+
+def _hash_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        if weight.is_meta or not weight.numel():
+            continue
+        flat = weight.detach().flatten()
+        # evenly spaced, the first and the last among them
+        index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
+        values = flat[index.to(flat.device)]
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16).view(torch.int16)
+        digest.update(str(values.tolist()).encode())
+    return digest.hexdigest()

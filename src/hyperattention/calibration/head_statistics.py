@@ -1,0 +1,114 @@
+"""Where the heads of one layer look, and how well a method serves them: the figures behind `inspect`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperattention.audit import audit, sample_rows
+from hyperattention.by_head import ByHead
+from hyperattention.calibration.measure import Measurement, measure_layer, run_on
+from hyperattention.exact import grouped_scores
+from hyperattention.method import Approach
+from hyperattention.reference.watch import CallInputs
+from hyperattention.row_statistics import light_weight
+from hyperattention.sampled_rows import hide_later
+
+SINKS, WINDOW = 16, 256
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What is shown of one layer: figures by query head, and what each kv head is served by.
+
+    Args:
+        layer: its index.
+        figures: by name, one number a query head: ``entropy`` of rows in nats; ``sinks``, ``window`` and ``far``, the shares
+            of attention that go there; ``alpha`` and ``kappa``; ``error`` of the method, its interval ``low`` to ``high``.
+        methods: of each kv head.
+        ladder: the candidates measured, exact attention first, every method of a head among them.
+        measured: their errors and times.
+        num_keys: keys of the text.
+    """
+
+    layer: int
+    figures: dict[str, list[float]]
+    methods: tuple[Approach, ...]
+    ladder: tuple[Approach, ...]
+    measured: Measurement
+    num_keys: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return len(self.figures["error"]) // len(self.methods)
+
+    @property
+    def shares(self) -> list[float]:
+        """Pairs listed relative to exact attention's, of each query head."""
+        shares = [method.cost(self.num_keys).share_of_exact for method in self.methods]
+        return [share for share in shares for _ in range(self.group)]
+
+    @property
+    def time_ms(self) -> list[float]:
+        """Milliseconds of each query head: its share of a call in which its method serves the whole layer."""
+        heads = len(self.figures["error"])
+        each = [1000 * self.measured.seconds[self.ladder.index(method)] / heads for method in self.methods]
+        return [time for time in each for _ in range(self.group)]
+
+
+@torch.no_grad()
+def inspect_layer(
+    call: CallInputs, served: ByHead, ladder: Sequence[Approach], *, rows: int = 256, seed: int = 0
+) -> LayerFigures:
+    """Take all figures of one layer.
+
+    Args:
+        call: its queries, keys and values.
+        served: what serves each kv head.
+        ladder: further candidates to measure, exact attention first.
+        rows: rows sampled a head.
+        seed: of draws and rows.
+
+    Returns:
+        the figures.
+    """
+    tried = tuple(dict.fromkeys((*ladder, *served.methods)))
+    shared = call.q.shape[1] != call.k.shape[1]
+    report = audit(
+        call.q, call.k, call.v, run_on(call, served, seed), rows=rows, is_causal=True, scale=call.scale, enable_gqa=shared,
+        seed=seed, heavy=(SINKS, WINDOW),
+    )  # fmt: skip
+    found = {"alpha": report.alpha, "kappa": report.kappa, "error": report.relative_error}
+    found |= dict(zip(("low", "high"), report.interval, strict=True))
+    figures = {name: figure[0].tolist() for name, figure in found.items()} | _row_figures(call, rows, seed)
+    measured = measure_layer(call, tried, 0, seed)
+    return LayerFigures(call.layer, figures, served.methods, tried, measured, call.k.shape[2])
+
+
+def _row_figures(call: CallInputs, rows: int, seed: int) -> dict[str, list[float]]:
+    """Average entropy and shares of attention over the rows that an audit with the same seed would draw."""
+    index = sample_rows(call.q.shape[2], rows, seed, call.q.device)
+    counts = [int(row) + 1 for row in index]
+    windows = [(count - WINDOW, count) for count in counts]
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    group = call.q.shape[1] // call.k.shape[1]
+    figures: dict[str, list[float]] = {name: [] for name in ("entropy", "sinks", "window", "far")}
+    for head in range(call.q.shape[1]):
+        # one head at a time: its rows may be long
+        query = call.q[:, head : head + 1, index].float()[:, :, None]
+        key = call.k[:, head // group : head // group + 1].float()
+        scores = grouped_scores(query, key, scale)
+        hide_later(scores, counts)
+        weights = torch.softmax(scores, -1)
+        far = light_weight(weights, SINKS, windows)
+        sinks = weights[..., :SINKS].sum(-1)
+        entropy = -torch.special.xlogy(weights, weights).sum(-1)
+        for name, figure in (("entropy", entropy), ("sinks", sinks), ("far", far), ("window", 1 - sinks - far)):
+            figures[name].append(_mean(figure))
+    return figures
+
+
+def _mean(figure: Tensor) -> float:
+    return float(figure.mean().clamp(min=0))

@@ -1,0 +1,176 @@
+"""Methods as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
+
+from dataclasses import MISSING, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hyperattention.calibration.fields import Field
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach, Method
+from hyperattention.presets import HyperAttention
+from hyperattention.select.budgeted_draw import BudgetedDraw
+from hyperattention.select.collision_draw import CollisionDraw
+from hyperattention.select.density import Density, Uniform
+from hyperattention.select.draw import Draw
+from hyperattention.select.locate.anti_diagonal import AntiDiagonal
+from hyperattention.select.locate.hash_buckets import HashBuckets
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.top_blocks import TopBlocks
+from hyperattention.select.locate.universal_set import UniversalSet
+from hyperattention.select.locate.vertical_slash import VerticalSlash
+from hyperattention.select.locate.window import Window
+from hyperattention.select.priority_draw import PriorityDraw
+from hyperattention.select.score.block_score import BlockScore
+from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
+from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.key_scan import KeyScan
+from hyperattention.select.score.level import Level
+from hyperattention.select.score.mix import Mix
+from hyperattention.select.score.pooling import Coarse
+from hyperattention.select.score.representatives import Representatives
+from hyperattention.select.score.value_norm import ValueNorm
+from hyperattention.top_keys import TopKeys
+
+# a new dataclass needs a line here; `Method` and `Mix` take lists of parts, and are written out below
+_DATACLASSES = (
+    AntiDiagonal,
+    BlockScore,
+    BudgetedDraw,
+    Coarse,
+    CollisionDraw,
+    Descent,
+    Draw,
+    Exact,
+    HashBuckets,
+    HyperAttention,
+    KeyBounds,
+    KeyScan,
+    KeySketch,
+    Level,
+    MeanKey,
+    PriorityDraw,
+    Representatives,
+    Sinks,
+    TopBlocks,
+    TopKeys,
+    Uniform,
+    UniversalSet,
+    ValueNorm,
+    VerticalSlash,
+    Window,
+)
+_TABLE = {each.__name__: each for each in _DATACLASSES}
+
+
+def method_to_json(method: object) -> object:
+    """Write a method, or a part of one, as what JSON can hold.
+
+    Args:
+        method: the method or part.
+
+    Returns:
+        nested objects, each with the name of its type.
+
+    Raises:
+        TypeError: if a part is of a type that plans do not know.
+
+    Example:
+        >>> method_to_json(Draw(688))
+        {'type': 'Draw', 'num': 688, 'by': {'type': 'Uniform'}}
+    """
+    if method is None or isinstance(method, bool | int | float | str):
+        return method
+    if isinstance(method, tuple):
+        return [method_to_json(part) for part in method]
+    if type(method) is Method:
+        return {"type": "Method", "stages": method_to_json(method.stages), "tile": method.tile}
+    if type(method) is Mix:
+        return {"type": "Mix", "parts": method_to_json(method.parts)}
+    if is_dataclass(method) and type(method) in _DATACLASSES:
+        return {"type": type(method).__name__} | {
+            field.name: method_to_json(getattr(method, field.name)) for field in fields(method)
+        }
+    raise TypeError(f"{method!r} of type {type(method).__name__} cannot be kept in a plan: add its type to the table")
+
+
+def method_from_json(field: Field) -> Approach:
+    """Build a method from what `method_to_json` wrote.
+
+    Args:
+        field: where it stands.
+
+    Returns:
+        the method; anything else, an unknown type or a wrong argument is refused with a ValueError.
+    """
+    method = _read(field)
+    if not isinstance(method, Approach):
+        field.refuse("it must be a method, such as Exact or Method")
+    return method
+
+
+def _read(field: Field) -> Any:
+    if isinstance(field.value, list):
+        return tuple(_read(item) for item in field.items())
+    if not isinstance(field.value, dict):
+        return field.value
+    name = field.part("type").text()
+    if name == "Method":
+        given = field.known("type", "stages", "tile")
+        stages = given["stages"].items()
+        return _build(field, lambda: Method(*(_read(stage) for stage in stages), tile=given["tile"].whole(1)))
+    if name == "Mix":
+        parts = field.known("type", "parts")["parts"].items()
+        return _build(field, lambda: Mix(*(_read_pair(part) for part in parts)))
+    if name not in _TABLE:
+        field.part("type").refuse(f"it must be one of {', '.join(sorted([*_TABLE, 'Method', 'Mix']))}")
+    return _read_dataclass(field, _TABLE[name])
+
+
+def _read_pair(field: Field) -> tuple[Density, float]:
+    pair = field.items()
+    if len(pair) != 2:
+        field.refuse("it must be a density and its share")
+    density = _read(pair[0])
+    if not isinstance(density, Density):
+        pair[0].refuse("it must be a density, such as Uniform")
+    return density, pair[1].number()
+
+
+def _read_dataclass(field: Field, cls: type) -> object:
+    """Build a part; arguments that the file leaves out take their defaults, so that a type may gain some."""
+    known, hints = {each.name: each for each in fields(cls)}, get_type_hints(cls)
+    given = {name: part for name, part in field.parts().items() if name != "type"}
+    for name in given.keys() - known.keys():
+        given[name].refuse(f"{cls.__name__} has no such argument")
+    for name, each in known.items():
+        if name not in given and each.default is MISSING and each.default_factory is MISSING:
+            field.part(name)
+    arguments = {name: _read(part) for name, part in given.items()}
+    for name, value in arguments.items():
+        if not _fits(value, hints[name]):
+            given[name].refuse(f"{cls.__name__} takes a {getattr(hints[name], '__name__', hints[name])} here")
+    return _build(field, lambda: cls(**arguments))
+
+
+def _fits(value: object, hint) -> bool:
+    """Tell whether a value is of the type that an argument is annotated with."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _build(field: Field, make):
+    """Make a part, and turn what its constructor objects to into an error of the file."""
+    try:
+        return make()
+    except (TypeError, AttributeError) as error:
+        field.refuse(str(error))
+    except ValueError as error:
+        # an inner part has already said which field it is
+        if str(error).startswith(f"{field.file}: "):
+            raise
+        field.refuse(str(error))

@@ -1,0 +1,101 @@
+"""A plan: a method for each layer and kv head of one model, what it was chosen by, and whom it is for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from hyperattention.by_head import ByHead
+from hyperattention.by_layer import ByLayer
+from hyperattention.calibration.fingerprint import Fingerprint, fingerprint
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a plan was chosen by, and what it then did.
+
+    Args:
+        length: tokens of each document.
+        documents: documents read.
+        text: SHA-256 of their tokens.
+        seed: of draws.
+        device: where it was measured.
+        threads: of torch on the CPU.
+        versions: of the packages that matter.
+        pairs_per_query: slots listed for a query, mean over the heads of the plan, exact ones included.
+        exact_pairs_per_query: the same of exact attention.
+        seconds: of attention in all the plan's layers, at `length`.
+        exact_seconds: the same of exact attention.
+        added_nats: loss a byte of the documents' second half, more than with exact attention.
+    """
+
+    length: int
+    documents: int
+    text: str
+    seed: int
+    device: str
+    threads: int
+    versions: Mapping[str, str]
+    pairs_per_query: float
+    exact_pairs_per_query: float
+    seconds: float
+    exact_seconds: float
+    added_nats: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `hyperattention calibrate` found for one model: a method for each layer and kv head, and where it begins to pay.
+
+    Query heads of a group share lists of keys, hence one method a kv head. ``use(model, plan)`` applies it.
+
+    Args:
+        model: whose plan this is; `use` refuses any other model.
+        layers: the methods of each layer that can be approximated, by its index; layers not named are exact.
+        errors: the measured error of each kv head under its method, by layer.
+        tolerance: the largest error allowed.
+        crossover: keys from which the plan ran faster than exact attention; shorter calls are exact.
+        measured: what it was chosen by.
+
+    Raises:
+        ValueError: if there is no layer, or errors and methods differ in number.
+
+    Example:
+        >>> plan = load_plan("plan.json")  # doctest: +SKIP
+        >>> with use(model, plan) as calls:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+
+    model: Fingerprint
+    layers: Mapping[int, ByHead]
+    errors: Mapping[int, tuple[float, ...]]
+    tolerance: float
+    crossover: int
+    measured: Measured
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a plan needs at least one layer")
+        heads = {layer: len(method.methods) for layer, method in self.layers.items()}
+        if heads != {layer: len(errors) for layer, errors in self.errors.items()}:
+            raise ValueError(f"a plan needs one error for each method; it has {heads} methods by layer")
+
+    @property
+    def method(self) -> ByLayer:
+        """The plan as a method: what runs, by layer, whatever the length."""
+        return ByLayer(self.layers)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse another model than the plan was made for.
+
+        Args:
+            model: the transformers model to be switched.
+
+        Raises:
+            ValueError: saying what differs.
+        """
+        if found := self.model.differences(fingerprint(model)):
+            raise ValueError(
+                f"this plan was made for another model: {'; '.join(found)}. Run `hyperattention calibrate` on this one, or "
+                "name the plan's own"
+            )

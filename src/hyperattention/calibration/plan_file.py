@@ -1,0 +1,135 @@
+"""The file of a plan: JSON, small, versioned, and checked field by field when it is read."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from hyperattention.by_head import ByHead
+from hyperattention.calibration.fields import Field
+from hyperattention.calibration.fingerprint import Fingerprint
+from hyperattention.calibration.method_json import method_from_json, method_to_json
+from hyperattention.calibration.plan import Measured, Plan
+from hyperattention.method import Approach
+
+FORMAT, VERSION = "hyperattention plan", 1
+_REMEDY = "run `hyperattention calibrate` again"
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan to a file, whole or not at all.
+
+    Args:
+        plan: the plan.
+        path: the file, which is replaced.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(_to_json(plan), indent=1) + "\n")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan from a file, and check all of it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        the plan.
+
+    Raises:
+        ValueError: if the file is no whole plan of this version; the message names file, field and remedy.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the plan {path}: {error}; name a file that `calibrate` wrote") from error
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no whole JSON file ({error}): cut short, or no plan; {_REMEDY}") from error
+    return _read_plan(Field(data, str(path), "", _REMEDY))
+
+
+def _to_json(plan: Plan) -> dict[str, object]:
+    methods = list(dict.fromkeys(method for layer in plan.layers.values() for method in layer.methods))
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": asdict(plan.model),
+        "tolerance": plan.tolerance,
+        "crossover": plan.crossover,
+        "methods": [method_to_json(method) for method in methods],
+        "layers": {
+            str(layer): {"methods": [methods.index(each) for each in served.methods], "errors": list(plan.errors[layer])}
+            for layer, served in plan.layers.items()
+        },
+        "measured": asdict(plan.measured),
+    }
+
+
+def _read_plan(whole: Field) -> Plan:
+    if whole.part("format").text() != FORMAT:
+        whole.part("format").refuse(f"it must be {FORMAT!r}")
+    if whole.part("version").whole() != VERSION:
+        whole.part("version").refuse(f"this release reads version {VERSION}")
+    names = ("format", "version", "model", "tolerance", "crossover", "methods", "layers", "measured")
+    given = whole.known(*names)
+    model = _read_fingerprint(given["model"])
+    methods = [method_from_json(method) for method in given["methods"].items()]
+    layers, errors = {}, {}
+    for name, layer in given["layers"].parts().items():
+        number = int(name) if name.isdecimal() and str(int(name)) == name else name
+        index = replace(layer, value=number).whole(0, model.num_layers - 1)
+        layers[index], errors[index] = _read_layer(layer, methods, model.num_kv_heads)
+    if not layers:
+        given["layers"].refuse("it must name at least one layer")
+    crossover = given["crossover"].whole()
+    return Plan(model, layers, errors, given["tolerance"].number(), crossover, _read_measured(given["measured"]))
+
+
+def _read_layer(layer: Field, methods: list[Approach], num_kv_heads: int) -> tuple[ByHead, tuple[float, ...]]:
+    given = layer.known("methods", "errors")
+    chosen = [methods[each.whole(0, len(methods) - 1)] for each in given["methods"].items()]
+    errors = tuple(each.number() for each in given["errors"].items())
+    # where a configuration does not tell one number of heads, the two lists still have to agree
+    wanted = num_kv_heads or max(1, len(chosen))
+    for name, entries in (("methods", chosen), ("errors", errors)):
+        if len(entries) != wanted:
+            given[name].refuse(f"it must have {wanted} entries, one for each kv head")
+    return ByHead(tuple(chosen)), errors
+
+
+def _read_fingerprint(field: Field) -> Fingerprint:
+    given = field.known(*(each.name for each in fields(Fingerprint)))
+    num_heads, num_kv_heads, head_dim = (given[name].whole() for name in ("num_heads", "num_kv_heads", "head_dim"))
+    return Fingerprint(
+        given["model_class"].text(), given["num_layers"].whole(1), num_heads, num_kv_heads, head_dim, given["weights"].text()
+    )
+
+
+def _read_measured(field: Field) -> Measured:
+    given = field.known(*(each.name for each in fields(Measured)))
+    length, documents, seed, threads = (given[name].whole() for name in ("length", "documents", "seed", "threads"))
+    names = ("pairs_per_query", "exact_pairs_per_query", "seconds", "exact_seconds")
+    pairs, exact_pairs, seconds, exact_seconds = (given[name].number() for name in names)
+    return Measured(
+        length=length,
+        documents=documents,
+        text=given["text"].text(),
+        seed=seed,
+        device=given["device"].text(),
+        threads=threads,
+        versions={name: part.text() for name, part in given["versions"].parts().items()},
+        pairs_per_query=pairs,
+        exact_pairs_per_query=exact_pairs,
+        seconds=seconds,
+        exact_seconds=exact_seconds,
+        # a plan may happen to help on a short text
+        added_nats=given["added_nats"].number(-sys.float_info.max),
+    )

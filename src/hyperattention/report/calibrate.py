@@ -1,0 +1,127 @@
+"""The calibrate command: measure, choose, write the plan, and say what it will do."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hyperattention.calibration.calibrate import Settings, calibrate, steps_of
+from hyperattention.calibration.plan import Plan
+from hyperattention.calibration.plan_file import save_plan
+from hyperattention.report.demo import Options as Texts
+from hyperattention.report.demo import Prepared, prepare
+from hyperattention.report.method_names import short_name
+from hyperattention.report.progress import progress
+from hyperattention.report.tables import format_seconds
+
+# the word that stands for the embedded model on the command line
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        out: the plan's file; what was measured so far stands beside it until the plan is whole.
+        texts: model, text, length and number of documents.
+        settings: how to calibrate.
+    """
+
+    out: Path
+    texts: Texts = field(default_factory=lambda: Texts(documents=2))
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def journal(self) -> Path:
+        """Where measurements are kept until the plan is whole."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+
+def find_folder(model: str) -> Path | None:
+    """Turn the model's name on the command line into a folder.
+
+    Args:
+        model: a folder, or the word for the embedded reference model.
+
+    Returns:
+        the folder; None for the reference model.
+    """
+    return None if model == REFERENCE else Path(model)
+
+
+def ready(options: Options) -> Prepared:
+    """Load model and text; errors as for the demo."""
+    return prepare(options.texts)
+
+
+def run(prepared: Prepared, options: Options, console: Console) -> Plan:
+    """Calibrate with a bar, write the plan, and delete what was kept to resume from.
+
+    Args:
+        prepared: model and text.
+        options: what was asked for.
+        console: where progress goes.
+
+    Returns:
+        the plan.
+
+    Raises:
+        KeyboardInterrupt: as it came, once it is said how to go on.
+    """
+    if options.journal.exists():
+        console.print(f"going on with {options.journal}, as far as it was measured for the same model, text and machine")
+    try:
+        with progress(console, "calibrate", steps_of(prepared.judged, prepared.samples)) as on_step:
+            plan = calibrate(prepared.judged, prepared.samples, options.settings, options.journal, on_step)
+    except KeyboardInterrupt:
+        console.print(f"stopped: what was measured is in {options.journal}, and the same command goes on from there")
+        raise
+    save_plan(plan, options.out)
+    options.journal.unlink(missing_ok=True)
+    return plan
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print what was chosen, by layer and head, and what it costs and saves.
+
+    Args:
+        plan: the plan.
+        console: where to.
+    """
+    table = Table(title="method of each kv head, and its measured error", title_justify="left")
+    table.add_column("layer", justify="right")
+    heads = max(len(method.methods) for method in plan.layers.values())
+    for head in range(heads):
+        table.add_column(f"kv head {head}")
+    for layer, method in plan.layers.items():
+        entries = zip(method.methods, plan.errors[layer], strict=True)
+        table.add_row(str(layer), *(f"{short_name(each)}  {error:.3f}" for each, error in entries))
+    console.print(table)
+    for line in conclude(plan):
+        console.print(line)
+
+
+def conclude(plan: Plan) -> list[str]:
+    """Say in words what the plan does.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        a sentence or two.
+    """
+    found = plan.measured
+    fewer = found.exact_pairs_per_query / found.pairs_per_query
+    faster = found.exact_seconds / found.seconds
+    methods = Counter(short_name(each) for method in plan.layers.values() for each in method.methods)
+    exact = methods["exact"]
+    return [
+        f"At {found.length:,} tokens the plan scores {fewer:.1f}x fewer pairs than exact attention and adds "
+        f"{found.added_nats:+.4f} nats a byte; every head errs at most {plan.tolerance:g}, and {exact} of {methods.total()} "
+        "kv heads stay exact.",
+        f"Its attention takes {format_seconds(found.seconds)} a pass, exact attention {format_seconds(found.exact_seconds)} "
+        f"({faster:.1f}x), on {found.device}, threads: {found.threads}; it pays from {plan.crossover:,} keys on.",
+    ]

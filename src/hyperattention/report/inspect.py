@@ -1,0 +1,215 @@
+"""The inspect command: where every head looks, what serves it, and what that costs, on one page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from hyperattention.bench.rows import find_default
+from hyperattention.by_head import ByHead
+from hyperattention.calibration.candidates import candidates
+from hyperattention.calibration.fingerprint import fingerprint
+from hyperattention.calibration.head_statistics import SINKS, WINDOW, LayerFigures, inspect_layer
+from hyperattention.calibration.measure import warm_up
+from hyperattention.calibration.plan import Plan
+from hyperattention.calibration.plan_file import load_plan
+from hyperattention.default import default_method
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach
+from hyperattention.reference.passes import watch_exact
+from hyperattention.reference.watch import CallInputs
+from hyperattention.report.demo import Options as Texts
+from hyperattention.report.demo import Prepared, prepare
+from hyperattention.report.maps import MapStyle, error_against_time, head_map, method_map
+from hyperattention.report.page import Section, write_page
+from hyperattention.report.progress import progress
+from hyperattention.report.records import find_processor
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        plan: whose methods are shown; None for the default method in all layers.
+        texts: model, text and length.
+        rows: rows sampled a head.
+        ladder: candidates of the plot, exact attention first; None for those of `calibrate`.
+    """
+
+    plan: Path | None = None
+    texts: Texts = field(default_factory=lambda: Texts(documents=1))
+    rows: int = 256
+    ladder: tuple[Approach, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that can be wrong with the options is found before anything slow begins."""
+
+    options: Options
+    prepared: Prepared
+    plan: Plan | None
+
+
+def ready(options: Options) -> Ready:
+    """Load model, text and plan; a plan of another model is refused.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        what is needed to run.
+    """
+    plan = None if options.plan is None else load_plan(options.plan)
+    prepared = prepare(options.texts)
+    if plan is not None:
+        plan.check(prepared.judged.model)
+    return Ready(options, prepared, plan)
+
+
+def run(prepared: Ready, console: Console) -> list[LayerFigures]:
+    """Take the figures of every layer that a method could serve, with a bar.
+
+    Args:
+        prepared: model, text and plan.
+        console: where progress goes.
+
+    Returns:
+        the figures, a layer each.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    options, judged, sample = prepared.options, prepared.prepared.judged, prepared.prepared.samples[0]
+    ladder = options.ladder or candidates(len(sample.tokens))
+    found: list[LayerFigures] = []
+    with progress(console, "inspect", fingerprint(judged.model).num_layers) as on_step:
+
+        def look(call: CallInputs) -> None:
+            on_step(f"layer {call.layer}")
+            if not found:
+                warm_up(call, ladder)
+            served = _served(prepared.plan, call)
+            found.append(inspect_layer(call, served, ladder, rows=options.rows, seed=options.texts.seed))
+
+        watch_exact(judged, sample, look)
+    if not found:
+        raise ValueError(f"no attention call of {judged.name} can be approximated: there is nothing to show")
+    return found
+
+
+def _served(plan: Plan | None, call: CallInputs) -> ByHead:
+    heads = call.k.shape[1]
+    if plan is None:
+        return ByHead((find_default(),) * heads)
+    return plan.layers.get(call.layer, ByHead((Exact(),) * heads))
+
+
+def save(prepared: Ready, layers: Sequence[LayerFigures], path: Path) -> None:
+    """Write the page.
+
+    Args:
+        prepared: model, text and plan.
+        layers: the figures of each layer.
+        path: the page.
+    """
+    judged = prepared.prepared.judged
+    write_page(path, f"Attention of {judged.name}", _introduce(prepared, layers), _sections(prepared, layers))
+
+
+def _introduce(prepared: Ready, layers: Sequence[LayerFigures]) -> list[str]:
+    length, rows = layers[0].num_keys, prepared.options.rows
+    device = prepared.prepared.judged.model.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else find_processor()
+    shares = [share for layer in layers for share in layer.shares]
+    errors = [error for layer in layers for error in layer.figures["error"]]
+    what = "the default method" if prepared.plan is None else f"the plan {Path(prepared.options.plan or '').name}"
+    lines = [
+        f"{length:,} tokens of {prepared.prepared.source}; exact rows: {rows} sampled a head; times: {where}, "
+        f"threads: {torch.get_num_threads()}. Point at a cell or a dot for its numbers.",
+        f"With {what}, heads list {sum(shares) / len(shares):.1%} of exact attention's pairs and err "
+        f"{sum(errors) / len(errors):.3f} on average, {max(errors):.3f} at worst.",
+    ]
+    if prepared.plan is not None and length < prepared.plan.crossover:
+        lines.append(f"At this length the plan runs exact attention: it pays from {prepared.plan.crossover:,} keys on.")
+    if prepared.plan is None and isinstance(default_method(length, device=device), Exact):
+        lines.append("At this length exact attention runs by default; shown is what the default runs on longer inputs.")
+    return lines
+
+
+def _sections(prepared: Ready, layers: Sequence[LayerFigures]) -> list[Section]:
+    def figure(name: str, style: MapStyle):
+        return head_map(layers, [layer.figures[name] for layer in layers], style)
+
+    chosen = "default method" if prepared.plan is None else "plan"
+    share = MapStyle("of the weight", least=0.0, most=1.0)
+    errors, low, high = ([layer.figures[name] for layer in layers] for name in ("error", "low", "high"))
+    intervals = [
+        [f"95% interval {a:.3f} to {b:.3f}" for a, b in zip(*pair, strict=True)] for pair in zip(low, high, strict=True)
+    ]
+    pairs, times = [layer.shares for layer in layers], [layer.time_ms for layer in layers]
+    return [
+        Section(
+            "Error of the chosen method",
+            "Mean relative error of output rows, ||out - exact|| / ||exact||. Dark heads lose most: give them more keys.",
+            head_map(layers, errors, MapStyle("relative error", ".3f", "Reds", least=0.0), intervals),
+        ),
+        Section(
+            "Share of pairs",
+            "Query-key pairs listed, relative to exact attention. Dark heads are the dear ones.",
+            head_map(layers, pairs, MapStyle("of exact's pairs", ".3f", "Purples", least=0.0)),
+        ),
+        Section(
+            "Time",
+            "A head's share of a call in which its method serves the whole layer. Compare with the plot at the end.",
+            head_map(layers, times, MapStyle("ms", ".1f", "Greens", least=0.0)),
+        ),
+        Section(
+            "Mass on sinks",
+            f"Attention that goes to the first {SINKS} tokens, mean over rows. Near 1 the head does almost nothing.",
+            figure("sinks", share),
+        ),
+        Section(
+            "Mass in the window",
+            f"Attention that goes to the nearest {WINDOW} tokens. Near 1 a window alone serves the head.",
+            figure("window", share),
+        ),
+        Section(
+            "Far mass",
+            "Attention that goes to all other tokens: what has to be found or drawn. Dark heads need it.",
+            figure("far", share),
+        ),
+        Section(
+            "Entropy of rows",
+            "Mean entropy, in nats; exp of it is the number of keys a row effectively reads. Low: sharp, so find the keys. "
+            "High: diffuse, so draw them.",
+            figure("entropy", MapStyle("nats", ".2f", "Viridis", least=0.0)),
+        ),
+        Section(
+            "Alpha",
+            "Keys times the largest squared norm of a column of the attention matrix: large where one key, such as a sink, "
+            "matters to all queries.",
+            figure("alpha", MapStyle("alpha", ".1e", "Viridis", logarithmic=True)),
+        ),
+        Section(
+            "Kappa",
+            "Largest over smallest row sum outside sinks and window: large where rows differ much in how far they look.",
+            figure("kappa", MapStyle("kappa", ".1e", "Viridis", logarithmic=True)),
+        ),
+        Section(
+            "Chosen method",
+            "What serves each head; query heads of one kv head share it. Equal colours are equal methods.",
+            method_map(layers),
+            wide=True,
+        ),
+        Section(
+            "Error against time",
+            "Every candidate, mean over layers, all heads by one method; further left and lower is better. The star is what "
+            "was chosen. Click a layer in the legend to see it alone.",
+            error_against_time(layers, chosen),
+            wide=True,
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,34 @@
+"""Methods in a few words, for tables and maps."""
+
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach, Method
+from hyperattention.select.draw import Draw
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.window import Window
+
+
+def short_name(method: Approach) -> str:
+    """Name a method in a few words, for tables and maps.
+
+    Args:
+        method: the method.
+
+    Returns:
+        such as ``sinks 16 + window 256 + 688 by Descent``; its code where it is made of other stages.
+    """
+    if isinstance(method, Exact):
+        return "exact"
+    if not isinstance(method, Method):
+        return type(method).__name__
+    return " + ".join(map(_stage_name, method.stages))
+
+
+def _stage_name(stage: object) -> str:
+    match stage:
+        case Sinks(num=num):
+            return f"sinks {num:,}"
+        case Window(size=size):
+            return f"window {size:,}"
+        case Draw(num=num, by=by):
+            return f"{num:,} by {type(by).__name__}"
+    return repr(stage)

@@ -1,0 +1,56 @@
+"""One self-contained page of maps and plots: plotly's script travels inside it, and nothing is loaded from anywhere."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from plotly.graph_objects import Figure
+from plotly.offline import get_plotlyjs
+
+_PAGE = Template((Path(__file__).parent / "page.html").read_text())
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure with what one needs to read it.
+
+    Args:
+        title: its heading.
+        reading: a sentence or two on what is shown and how to read it.
+        figure: the figure.
+        wide: whether it takes the whole width.
+    """
+
+    title: str
+    reading: str
+    figure: Figure
+    wide: bool = False
+
+
+def write_page(path: Path, title: str, lines: Sequence[str], sections: Sequence[Section]) -> None:
+    """Write a page.
+
+    Args:
+        path: the file, which is replaced.
+        title: its title, plain text.
+        lines: what was measured, and what it says; plain text, a paragraph each.
+        sections: the figures, in order.
+    """
+    # "</" would end the script that the figures stand in
+    figures = ",\n".join(str(section.figure.to_json()).replace("</", "<\\/") for section in sections)
+    page = _PAGE.substitute(
+        title=html.escape(title),
+        plotly=get_plotlyjs(),
+        lines="\n".join(f"<p>{html.escape(line)}</p>" for line in lines),
+        sections="\n".join(_section(section, number) for number, section in enumerate(sections)),
+        figures=figures,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _section(section: Section, number: int) -> str:
+    wide = ' class="wide"' if section.wide else ""
+    heading, reading = html.escape(section.title), html.escape(section.reading)
+    return f'<section{wide}><h2>{heading}</h2><p>{reading}</p><div id="figure-{number}"></div></section>'
