@@ -5,6 +5,7 @@ from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
+from hyperattention.ladder import Ladder, default_ladder
 from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
 from hyperattention.paged import paged_attention
@@ -24,6 +25,7 @@ from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
+from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.types import Partial
 from hyperattention.varlen import varlen_attention
 
@@ -40,6 +42,7 @@ __all__ = [
     "HyperAttention",
     "KeyBounds",
     "KeySketch",
+    "Ladder",
     "Level",
     "LookAhead",
     "MeanKey",
@@ -48,12 +51,14 @@ __all__ = [
     "Partial",
     "Representatives",
     "Sinks",
+    "ToleranceReport",
     "TopBlocks",
     "Uniform",
     "ValueNorm",
     "Window",
     "attention",
     "audit",
+    "default_ladder",
     "default_method",
     "merge",
     "paged_attention",

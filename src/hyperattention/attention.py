@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hyperattention.audit import ErrorReport
 from hyperattention.audit import audit as judge
+from hyperattention.by_head import ByHead
 from hyperattention.default import default_method
 from hyperattention.exact import exact_attention
 from hyperattention.exact_method import Exact
@@ -13,14 +14,17 @@ from hyperattention.inputs import (
     autocast_device,
     check_inputs,
     check_masks,
-    check_method,
     check_tensors,
+    check_tolerance,
     dense_mask,
     key_mask_of,
     narrowed,
 )
+from hyperattention.ladder import Ladder
 from hyperattention.method import Approach
 from hyperattention.problem import Problem, compact
+from hyperattention.tolerance import attend_within, exact_report
+from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.types import Partial
 
 
@@ -34,7 +38,8 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    method: Approach | None = None,
+    method: Approach | Ladder | None = None,
+    tolerance: float | None = None,
     key_mask: Bool[Tensor, "batch keys"] | None = None,
     seed: int = 0,
     layer: int = 0,
@@ -42,7 +47,7 @@ def attention(
     audit: int | None = None,
     return_lse: bool = False,
     check_finite: bool = False,
-) -> Tensor | tuple[Tensor | ErrorReport, ...]:
+) -> Tensor | tuple[Tensor | ErrorReport | ToleranceReport, ...]:
     """Attend, exactly or by a method that scores a bounded number of keys a query.
 
     out_i = sum_j softmax_j(q_i . k_j * scale) v_j, over the keys that query i may see. A query with nothing to attend to
@@ -61,7 +66,11 @@ def attention(
         is_causal: whether query i sees only keys at or before its position.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: whether several query heads may share a kv head.
-        method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written.
+        method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written. With
+            `tolerance` it is left out, or a `Ladder` of methods to climb in place of the default one.
+        tolerance: mean relative row error allowed each head of this output, in (0, 1). Each head then gets the cheapest of
+            ever dearer methods that is within it at 95% confidence, or exact attention; a `ToleranceReport`, returned as
+            well, says which and what it took. Decided by values, so a compiled graph breaks there. See `attend_within`.
         key_mask: True where a key may be attended to; combines with `is_causal`.
         seed: seed of every draw, in [0, 2**63).
         layer: layer of the model, so that layers draw independently.
@@ -72,7 +81,7 @@ def attention(
         check_finite: whether to refuse NaN and infinity; they are otherwise passed on, never cleaned.
 
     Returns:
-        out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, report])`` as asked for.
+        out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, audit's report][, tolerance's report])`` as asked for.
     """
     check_tensors(query=query, key=key, value=value)
     query, key, value = narrowed(query, key, value)
@@ -81,32 +90,43 @@ def attention(
     check_masks(query, key, attn_mask, key_mask, is_causal=is_causal, causal_align=causal_align, audit=audit)
     dense = dense_mask(attn_mask)
     live = key_mask_of(attn_mask, key_mask, key)
-    if method is None:
-        method = Exact() if dense is not None else _default(query, key)
-    check_method(method)
+    check_tolerance(tolerance, method)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    within: tuple[ToleranceReport, ...] = ()
     with torch.autocast(autocast_device(query), enabled=False):
         if dense is not None:
-            partial = _attend_dense(query, key, value, dense, live, method, scale)
+            within = () if tolerance is None else (exact_report(query, key, tolerance),)
+            run = method if isinstance(method, Approach) else Exact()
+            partial = _attend_dense(query, key, value, dense, live, run, scale)
         else:
             problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer)
-            partial = method.output(problem) if isinstance(method, Exact) and not return_lse else method.attend(problem)
+            if tolerance is not None:
+                partial, report = attend_within(problem, tolerance, _ladder(method), lse=return_lse)
+                within, run = (report,), ByHead(report.methods)
+            else:
+                run = method if isinstance(method, Approach) else _default(query, key)
+                partial = run.output(problem) if isinstance(run, Exact) and not return_lse else run.attend(problem)
     out, lse = (partial.out, partial.lse) if isinstance(partial, Partial) else (partial, None)
     # exact attention returns rows as accumulated
     out = out.to(query.dtype)
-    results: tuple[Tensor | ErrorReport, ...] = (out, lse) if return_lse and lse is not None else (out,)
+    results: tuple[Tensor | ErrorReport | ToleranceReport, ...] = (out, lse) if return_lse and lse is not None else (out,)
     if audit is not None:
         results += (
             judge(
                 query, key, value, out, rows=audit, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-                key_mask=live, causal_align=causal_align, seed=seed, method=method,
+                key_mask=live, causal_align=causal_align, seed=seed, method=run,
             ),
         )  # fmt: skip
+    results += within
     return results if len(results) > 1 else out
 
 
 def _default(query: Tensor, key: Tensor) -> Approach:
     return default_method(key.shape[2], num_queries=query.shape[2], device=key.device)
+
+
+def _ladder(method: Approach | Ladder | None) -> Ladder | None:
+    return method if isinstance(method, Ladder) else None
 
 
 def _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer) -> Problem:

@@ -138,12 +138,12 @@ def misses(
     # a row is live if any key it may see is
     live = torch.nn.functional.pad(seen.long().cumsum(1), (1, 0))[:, visible] > 0
     difference = (out.index_select(2, index).to(exact.dtype) - exact).masked_fill(~live[:, None, :, None], 0.0)
-    error = _relative(difference, exact)
+    error = relative_error(difference, exact)
     unknown = error.new_full(error.shape[:2], torch.nan)
     return Judgement(error, live, unknown, unknown, unknown)
 
 
-def _relative(difference: Tensor, exact: Tensor) -> Tensor:
+def relative_error(difference: Tensor, exact: Tensor) -> Tensor:
     """Relate norms of rows: infinite where the exact row is 0, unless the output is 0 too."""
     miss = torch.linalg.vector_norm(difference, dim=-1)
     return (miss / torch.linalg.vector_norm(exact, dim=-1)).masked_fill(miss == 0, 0.0)
@@ -155,7 +155,7 @@ def _judge_heads(
     blocks, exact, lse = _softmax_blocks(q, k, v, key_mask, sample)
     live, num_keys = lse[0, 0, 0] != -torch.inf, k.shape[2]
     difference = (out - exact).masked_fill(~live[:, None], 0.0)
-    error = _relative(difference, exact)
+    error = relative_error(difference, exact)
     stretch = (sample.num_queries / len(sample.index)) ** 0.5
     error_norm = stretch * operator_norm(difference) / softmax_norm(blocks, num_keys, sample.num_queries, int(live.sum()))
     first = sample.sinks
