@@ -12,6 +12,7 @@ from hyperattention import certificate, pilot, tolerance
 from hyperattention.inputs import check_tolerance
 from hyperattention.ladder import Ladder, default_ladder
 from hyperattention.method import Method
+from hyperattention.problem import Problem
 from problems import tensors
 
 NUM = 1024
@@ -238,7 +239,7 @@ def test_short_calls_and_dense_masks_are_exact_and_say_so():
         options.pop("method", None)
         assert_exact(out, ha.attention(q, k, v, enable_gqa=True, method=ha.Exact(), **options))
     few = Ladder((Method(ha.Draw(2), tile=16),))
-    _, report = ha.attention(*easy(num=48), tolerance=0.99, **(OPTIONS | {"method": few}))
+    _, report = ha.attention(*easy(num=63), tolerance=0.99, **(OPTIONS | {"method": few}))
     assert "too few whole tiles" in str(report)
 
 
@@ -283,9 +284,25 @@ def test_the_default_ladder_stands_around_the_default_method():
 
 
 def test_the_default_ladder_is_climbed_without_a_name():
-    q, k, v = tensors(4096, heads=1, kv_heads=1)
+    q, k, v = tensors(8192, heads=1, kv_heads=1)
     _, report = ha.attention(0.4 * q, k, v + 0.5, is_causal=True, tolerance=0.3)
-    assert report.methods[0] in default_ladder(4096).rungs
+    assert report.methods[0] in default_ladder(8192).rungs
+
+
+def test_no_pilot_is_run_where_even_the_cheapest_rung_would_save_nothing(monkeypatch):
+    monkeypatch.setattr(tolerance, "take_pilot", None)
+    q, k, v = easy(num=512)
+    # its pairs are fewer than exact attention's, but not with the pilot's tiles, which are half of the queries
+    narrow = Ladder(LADDER.rungs[:1], worth=0.4)
+    assert LADDER.rungs[0].cost(512).share_of_exact < 0.21
+    _, report = ha.attention(q, k, v, tolerance=0.9, **(OPTIONS | {"method": narrow}))
+    assert "no rung is worth running" in str(report)
+
+
+def test_heads_and_attempts_share_the_chance_of_a_wrong_bound():
+    q, k, v = easy(batch=3)
+    call = tolerance._Call(Problem(q, k, v, 1.0, causal=True), 0.2, LADDER, lse=False)
+    assert sum(aim.chance for aim in call.aims) * 3 * 4 == pytest.approx(1 - tolerance.CONFIDENCE)
 
 
 @pytest.mark.parametrize(

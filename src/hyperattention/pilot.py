@@ -50,6 +50,23 @@ class Pilot:
         return row_errors(out, exact.flatten(1, 2)).unflatten(1, (-1, group))
 
 
+def pilot_spends(spends: float, exact_pairs: float, num_queries: int, tile: int) -> float:
+    """Tell what a pilot will spend at most, before it runs: its exact rows, and probes of rungs like one.
+
+    Args:
+        spends: pairs that the rung spends a query.
+        exact_pairs: pairs of a row that is computed exactly.
+        num_queries: queries of the call.
+        tile: positions in a tile.
+
+    Returns:
+        pairs, for each query of the call.
+    """
+    queries = min(num_queries, _TILES * tile)
+    rows = queries // tile * min(_ROWS_IN_TILE, tile)
+    return (rows * exact_pairs + _PROBES * queries * spends) / max(1, num_queries)
+
+
 def take_pilot(problem: Problem, tile: int) -> Pilot | None:
     """Choose the tiles of a pilot and compute its exact rows.
 

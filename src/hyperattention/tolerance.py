@@ -10,7 +10,7 @@ from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
 from hyperattention.ladder import Ladder, default_ladder
 from hyperattention.method import Approach, Cost, Method
-from hyperattention.pilot import Pilot, cheapest, choose, take_pilot
+from hyperattention.pilot import Pilot, cheapest, choose, pilot_spends, take_pilot
 from hyperattention.problem import Problem
 from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.types import Partial
@@ -59,10 +59,14 @@ class _Call:
         for method in ladder.rungs:
             cost = method.cost(problem.num_keys, is_causal=problem.causal, head_dim=problem.q.shape[3])
             rung = _Rung(method, cost)
-            spent = rung.spends + self._rows_spend(self.aims[0].rows(cost.pairs))
-            if spent <= ladder.worth * self.exact_pairs:
+            if self._total(rung) <= ladder.worth * self.exact_pairs:
                 found.append(rung)
-        return found
+        # the pilot is paid whatever it finds: not where even the cheapest rung would then save nothing
+        pilot = pilot_spends(found[0].spends, self.exact_pairs, problem.num_queries, ladder.tile) if found else 0.0
+        return found if found and self._total(found[0]) + pilot <= ladder.worth * self.exact_pairs else []
+
+    def _total(self, rung: _Rung) -> float:
+        return rung.spends + self._rows_spend(self.aims[0].rows(rung.cost.pairs))
 
     def _rows_spend(self, rows: int) -> float:
         return rows / max(1, self.problem.num_queries) * self.exact_pairs
@@ -163,8 +167,9 @@ def attend_within(
        query heads, over the batch. 4. One that fails moves up, once, to the rung its certificate suggests, with fresh rows
        again; then to exact attention. The chance of a wrong bound, 5%, is divided over query heads and attempts.
 
-    Rungs come into question while they and their certificate spend fewer pairs than the ladder says are worth it. Without
-    one named, calls that `method=None` would serve exactly are served exactly.
+    Rungs come into question while they and their certificate spend fewer pairs than the ladder says are worth it, and all
+    of it only if the cheapest does so with the pilot. Without a ladder named, calls that `method=None` would serve exactly
+    are served exactly.
     Differs from a method chosen beforehand: the output's own error decides, so that no head is above tolerance silently.
     Cost: the rungs that run; beside them the pilot, and the exact rows of `Aim.rows`, a few times log(heads) / tolerance.
     Guarantee: with 95% confidence every head's bound holds, as `mean_bound` states it. Exact heads are as torch rounds them.
@@ -215,7 +220,7 @@ def _choose_rungs(call: _Call, ladder: Ladder) -> str:
     """Let a pilot choose, or say why no rung comes into question."""
     count = call.problem.num_queries
     if not call.ladder:
-        return f"no rung is worth running with the rows that certify it, among {count} queries"
+        return f"no rung is worth running with the rows that choose and certify it, among {count} queries"
     with torch.no_grad():
         pilot = take_pilot(call.problem, ladder.tile)
         if pilot is None:
