@@ -178,6 +178,60 @@ def test_values_that_are_not_finite_vouch_for_nothing():
     assert 0 in report.exact_heads
 
 
+@pytest.mark.parametrize(("entry", "member"), [(0, 0), (1, 1)])
+def test_one_hard_query_head_of_one_entry_fails_its_kv_head_alone(entry, member):
+    q, k, v = easy(batch=2)
+    q[entry, 2 + member] = 12 * k[entry, 1].roll(NUM // 2, 0)
+    out, report = ha.attention(q, k, v, tolerance=0.3, **OPTIONS)
+    assert report.exact_heads == (1,)
+    assert (errors(out, q, k, v, is_causal=True) <= 0.3).all()
+
+
+# the choice of rungs
+
+
+@pytest.mark.parametrize("power", [0.6, 0.8, 1.2])
+@pytest.mark.parametrize("wanted", range(6))
+def test_two_probes_find_the_cheapest_rung_that_will_do(monkeypatch, power, wanted):
+    pairs = [100.0 * 2**place for place in range(6)]
+    rungs = [Method(ha.Draw(int(num))) for num in pairs]
+    aim = certificate.Aim(0.1, 0.001, 10**6, torch.ones(1, 1))
+    # every row errs alike, so the rungs from `wanted` on are certified: by the rows that each of them asks for
+    level = next(x / 1000 for x in range(100, 0, -1) if aim.foresee(torch.full((1, 1, 96), x / 1000), pairs[wanted]))
+    probed = []
+
+    def errors(self, rung, heads):
+        probed.append(rung)
+        return torch.full((1, len(heads), 1, 96), level * (pairs[wanted] / rung.stages[0].num) ** power)
+
+    monkeypatch.setattr(pilot.Pilot, "errors", errors)
+    few = pilot.take_pilot(Problem(*tensors(600, heads=1, kv_heads=1), 1.0, causal=True), 16)
+    choice = pilot.choose(few, rungs, pairs, aim)
+    # a power fitted from rungs not next to it may miss by one
+    assert choice.rungs[0] in (wanted, wanted + 1)
+    assert len(probed) <= 2
+    assert choice.probed == (tuple(rungs.index(rung) for rung in probed),)
+
+
+def test_a_head_that_no_rung_can_serve_is_probed_no_more():
+    few = pilot.take_pilot(Problem(*inputs(), 8**-0.5, causal=True), 16)
+    aim = certificate.Aim(0.2, 0.01, NUM, torch.ones(1, 1))
+    choice = pilot.choose(few, LADDER.rungs, [rung.cost(NUM).pairs for rung in LADDER.rungs], aim)
+    assert choice.rungs[1] is None
+    assert choice.rungs[0] is not None
+    assert choice.probed[1] == (2,)
+
+
+def test_estimates_are_raised_by_their_standard_error():
+    by_tile = torch.tensor([0.1, 0.3, 0.1, 0.3])
+    errors = by_tile.repeat_interleave(8)[None, None]
+    # neighbours differ by 0.2: a deviation of 0.2 / sqrt 2 a tile, of half as much in the mean of four
+    assert_exact(pilot._raised(errors, 4).mean(), torch.tensor(0.2 + 0.1 / 2**0.5))
+    # a rise with position is no chance
+    steady = torch.linspace(0.1, 0.3, 32)[None, None]
+    assert pilot._raised(steady, 16).mean() < 1.02 * steady.mean()
+
+
 # the other arguments
 
 
@@ -204,11 +258,16 @@ def test_other_arguments_are_read(shape, options):
     assert (report.bound < 4 * error).all()
 
 
-def test_the_output_is_judged_as_it_is_returned():
+def test_the_output_is_judged_as_it_is_returned(monkeypatch):
+    judged, judge = [], tolerance.row_errors
+    monkeypatch.setattr(
+        tolerance, "row_errors", lambda rows, exact: judged.append((rows.dtype, exact.dtype)) or judge(rows, exact)
+    )
     q, k, v = (x.bfloat16() for x in easy())
     out, report = ha.attention(q, k, v, tolerance=0.3, **OPTIONS)
     assert out.dtype == torch.bfloat16
     assert not report.exact_heads
+    assert set(judged) == {(torch.bfloat16, torch.float32)}
 
 
 def test_gradients_are_those_of_the_methods_reported():
