@@ -85,8 +85,10 @@ def test_a_hard_head_runs_exactly_and_is_told_of():
     assert "95% confidence" in str(report)
 
 
-def test_the_output_is_that_of_the_methods_reported():
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["exact last", "exact first"])
+def test_the_output_is_that_of_the_methods_reported(order):
     q, k, v = inputs()
+    q, k, v = q.unflatten(1, (2, 2))[:, order].flatten(1, 2), k[:, order], v[:, order]
     options = {"is_causal": True, "enable_gqa": True, "seed": 5, "layer": 3}
     out, lse, report = ha.attention(q, k, v, tolerance=0.2, return_lse=True, **options, method=LADDER)
     again, lse_again = ha.attention(q, k, v, return_lse=True, **options, method=ha.ByHead(report.methods))
@@ -153,11 +155,19 @@ def test_a_head_that_fails_moves_up_with_fresh_rows(monkeypatch):
 
 def test_a_head_that_fails_twice_runs_exactly(monkeypatch):
     monkeypatch.setattr(certificate, "mean_bound", lambda errors, chance: torch.ones(errors.shape[:-1]))
+    whole, attend = [], Method.attend
+    monkeypatch.setattr(Method, "attend", lambda method, problem: whole.append((method, problem)) or attend(method, problem))
     q, k, v = easy()
-    out, report = ha.attention(q, k, v, tolerance=0.2, **OPTIONS)
+    out, report = ha.attention(q, k, v, tolerance=0.5, **OPTIONS)
     assert report.exact_heads == (0, 1)
+    assert (report.bound == 0).all()
     assert report.share_of_pairs > 1
-    assert "no rung came within 0.2" in str(report)
+    assert "no rung came within 0.5" in str(report)
+    # two rungs a head, the second above the first, and one more to go
+    for head in (0, 1):
+        climbed = [LADDER.rungs.index(rung) for rung, part in whole if part.spans is None and head in part.head_index]
+        assert len(climbed) == 2
+        assert climbed[0] < climbed[1] < len(LADDER.rungs) - 1
     assert_same_bits(out, ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=ha.Exact()))
 
 
@@ -178,8 +188,11 @@ def test_values_that_are_not_finite_vouch_for_nothing():
     assert 0 in report.exact_heads
 
 
+@pytest.mark.parametrize("piloted", [True, False])
 @pytest.mark.parametrize(("entry", "member"), [(0, 0), (1, 1)])
-def test_one_hard_query_head_of_one_entry_fails_its_kv_head_alone(entry, member):
+def test_one_hard_query_head_of_one_entry_fails_its_kv_head_alone(monkeypatch, entry, member, piloted):
+    if not piloted:
+        monkeypatch.setattr(tolerance, "choose", lambda *_: pilot.Choice((4, 4), ((4,), (4,))))
     q, k, v = easy(batch=2)
     q[entry, 2 + member] = 12 * k[entry, 1].roll(NUM // 2, 0)
     out, report = ha.attention(q, k, v, tolerance=0.3, **OPTIONS)
@@ -220,6 +233,13 @@ def test_a_head_that_no_rung_can_serve_is_probed_no_more():
     assert choice.rungs[1] is None
     assert choice.rungs[0] is not None
     assert choice.probed[1] == (2,)
+
+
+def test_the_power_is_fitted_to_the_worst_query_head():
+    one, two = torch.full((1, 2, 8), 0.1), torch.full((1, 2, 8), 0.01)
+    one[:, 1], two[:, 1] = 0.4, 0.2
+    assert pilot._fitted({3: one, 5: two}, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]) == pytest.approx(0.5)
+    assert pilot._fitted({3: one, 5: two * 0}, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]) == pilot._POWER
 
 
 def test_estimates_are_raised_by_their_standard_error():
