@@ -15,12 +15,11 @@ from hyperattention.inputs import (
     check_inputs,
     check_masks,
     check_tensors,
-    check_tolerance,
     dense_mask,
     key_mask_of,
     narrowed,
 )
-from hyperattention.ladder import Ladder
+from hyperattention.ladder import Ladder, check_tolerance
 from hyperattention.method import Approach
 from hyperattention.problem import Problem, compact
 from hyperattention.tolerance import attend_within, exact_report

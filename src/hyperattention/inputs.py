@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from hyperattention.ladder import Ladder
 from hyperattention.method import Approach
 from hyperattention.random import SEED_LIMIT
 
@@ -189,37 +188,6 @@ def check_masks(
         raise ValueError(
             f"a dense attn_mask over {full[2]} x {full[3]} pairs is beyond the limit of {DENSE_PAIRS}: use key_mask for "
             "padding, is_causal for causality, or varlen_attention for packed sequences"
-        )
-
-
-def check_tolerance(tolerance: object, method: object) -> None:
-    """Check that `method` is one, or a ladder of them where a tolerance is given.
-
-    Args:
-        tolerance: mean relative row error allowed, if it was given.
-        method: what should run, if it was named.
-
-    Raises:
-        TypeError: if the method is anything else, such as a stage alone, or the tolerance is no number.
-        ValueError: if the tolerance is not in (0, 1), or a method is named beside it.
-    """
-    ladder = isinstance(method, Ladder)
-    if tolerance is None:
-        if ladder:
-            raise ValueError("method is a Ladder, which is climbed until a tolerance is met: give tolerance=0.02 as well")
-        if method is not None:
-            check_method(method)
-        return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance={tolerance!r}: it must be a number in (0, 1), such as 0.02")
-    if not 0 < tolerance < 1:
-        raise ValueError(
-            f"tolerance={tolerance!r}: it is a mean relative error and must lie in (0, 1); for none use method=Exact()"
-        )
-    if method is not None and not ladder:
-        raise ValueError(
-            f"tolerance={tolerance} chooses the method by itself, and method={method!r} was given: leave one of them out, "
-            "or give method=Ladder((...)) to choose from"
         )
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from hyperattention.default import CROSSOVER, GPU_CROSSOVER, default_method
+from hyperattention.inputs import check_method
 from hyperattention.method import Method
 from hyperattention.select.draw import Draw
 from hyperattention.select.stage import LookAhead
@@ -93,6 +94,37 @@ def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -
     steps = max(0, math.floor(_TO_A_DOUBLING * math.log2(max(1, num_keys) / first)))
     numbers = {_rounded(first * 2 ** (step / _TO_A_DOUBLING)) for step in range(steps + 1)}
     return Ladder(tuple(_with_draws(method, num) for num in sorted(numbers)), worth)
+
+
+def check_tolerance(tolerance: object, method: object) -> None:
+    """Check that `method` is one, or a ladder of them where a tolerance is given.
+
+    Args:
+        tolerance: mean relative row error allowed, if it was given.
+        method: what should run, if it was named.
+
+    Raises:
+        TypeError: if the method is anything else, such as a stage alone, or the tolerance is no number.
+        ValueError: if the tolerance is not in (0, 1), or a method is named beside it.
+    """
+    ladder = isinstance(method, Ladder)
+    if tolerance is None:
+        if ladder:
+            raise ValueError("method is a Ladder, which is climbed until a tolerance is met: give tolerance=0.02 as well")
+        if method is not None:
+            check_method(method)
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance={tolerance!r}: it must be a number in (0, 1), such as 0.02")
+    if not 0 < tolerance < 1:
+        raise ValueError(
+            f"tolerance={tolerance!r}: it is a mean relative error and must lie in (0, 1); for none use method=Exact()"
+        )
+    if method is not None and not ladder:
+        raise ValueError(
+            f"tolerance={tolerance} chooses the method by itself, and method={method!r} was given: leave one of them out, "
+            "or give method=Ladder((...)) to choose from"
+        )
 
 
 def _rounded(num: float) -> int:
