@@ -1,6 +1,7 @@
 """The certificate: its bound covers however few rows are wrong, is nearly the tightest there is, and its rows are fresh."""
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -49,6 +50,16 @@ def test_bound_covers(name, order):
     assert (bound >= errors.mean()).double().mean() >= 1 - CHANCE
 
 
+@pytest.mark.parametrize("name", ["lognormal 1", "0.5% wholly wrong", "2% wholly wrong", "10% wholly wrong"])
+def test_bound_covers_at_every_look_at_once(name):
+    errors = population(ERRORS[name]).clamp(max=1)
+    batches = [samples(errors, rows)[0] for rows in (60, 61, 120)]
+    looks = [mean_bound(torch.cat(batches[: look + 1], -1), CHANCE) for look in range(3)]
+    least = torch.stack(looks).amin(0)
+    assert (least >= errors.mean()).double().mean() >= 1 - CHANCE
+    assert looks[2].median() < looks[0].median()
+
+
 @pytest.mark.parametrize("name", EXCESS)
 def test_what_exceeds_wholly_wrong_is_added(name):
     errors = population(EXCESS[name])
@@ -93,7 +104,7 @@ def test_errors_that_are_no_numbers_are_never_certified(bad):
     aim = Aim(0.5, CHANCE, ROWS, torch.ones(1, 1))
     assert aim.bound(errors)[0] <= 0.5
     assert aim.bound(errors)[1] == torch.inf
-    assert aim.foresee(errors, 100.0).tolist() == [[True], [False]]
+    assert aim.foresee(errors, ROWS).tolist() == [[True], [False]]
 
 
 def test_what_is_foreseen_is_what_is_certified():
@@ -102,7 +113,7 @@ def test_what_is_foreseen_is_what_is_certified():
     certified = aim.bound(drawn) <= aim.tolerance
     assert certified.any()
     assert not certified.all()
-    assert torch.equal(aim.foresee(drawn, 1e9), certified)
+    assert torch.equal(aim.foresee(drawn, ROWS), certified)
 
 
 def test_rows_that_see_nothing_do_not_dilute_the_mean():
@@ -112,7 +123,7 @@ def test_rows_that_see_nothing_do_not_dilute_the_mean():
     aim = Aim(0.135, CHANCE, 2 * ROWS, torch.full((1, 1), 0.5))
     assert (aim.bound(half) >= 0.98 * alone).all()
     # twice the rows, half of which see nothing, tell as much as the rows that see something alone
-    assert not aim.foresee(half, 1e9)[alone > 1.02 * aim.tolerance].any()
+    assert not aim.foresee(half, 2 * ROWS)[alone > 1.02 * aim.tolerance].any()
     assert (alone > 1.02 * aim.tolerance).any()
 
 
@@ -139,8 +150,8 @@ def test_every_attempt_and_the_pilot_draw_rows_of_their_own():
     pilot = take_pilot(whole, 16)
     assert pilot is not None
     piloted = pilot.problem.position[pilot.index]
-    drawn = [fresh_rows(whole, 256, attempt) for attempt in (0, 1)]
-    for rows, others in ((drawn[0], drawn[1]), (drawn[0], piloted), (drawn[1], piloted)):
+    drawn = [fresh_rows(whole, 256, *which) for which in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    for rows, others in combinations([*drawn, piloted], 2):
         # 256 of 4096 rows by chance: 16 in common are expected
         assert torch.isin(rows, others).sum() < 48
     assert all((rows // 16 == torch.arange(256)).all() for rows in drawn)

@@ -6,7 +6,7 @@ import torch
 import hyperattention as ha
 from assertions import assert_exact
 from front_door import padded
-from hyperattention import tolerance
+from hyperattention import certificate
 from hyperattention.ladder import Ladder, check_tolerance
 from hyperattention.method import Method
 from problems import tensors
@@ -37,9 +37,9 @@ def test_other_arguments_are_read(shape, options):
 
 
 def test_the_output_is_judged_as_it_is_returned(monkeypatch):
-    judged, judge = [], tolerance.row_errors
+    judged, judge = [], certificate.row_errors
     monkeypatch.setattr(
-        tolerance, "row_errors", lambda rows, exact: judged.append((rows.dtype, exact.dtype)) or judge(rows, exact)
+        certificate, "row_errors", lambda rows, exact: judged.append((rows.dtype, exact.dtype)) or judge(rows, exact)
     )
     q, k, v = (x.bfloat16() for x in easy())
     out, report = ha.attention(q, k, v, tolerance=0.3, **OPTIONS)

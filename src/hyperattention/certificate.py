@@ -27,6 +27,8 @@ _STREAM = 0xCE27
 # rows are chosen so that they cost what fewer would: a bound exceeds the mean by unseen / rows, and a rung that errs less by
 # that costs so much more, pairs being bought at this power of the error
 _PRICE = 1.2
+# rows are added in batches, in units of those: a head far below the tolerance needs few, one just below it more
+_BATCHES = (0.5, 0.5, 1.0)
 # yet what rows not seen may hide takes no more than a third of the tolerance
 _LEAST = 3
 
@@ -63,11 +65,11 @@ class Aim:
         unseen = -math.log(self.chance * _STAKES[0]) / self.tolerance
         return min(self.num_queries, math.ceil(max(_LEAST * unseen, math.sqrt(_PRICE * unseen * pairs))))
 
-    def foresee(self, errors: Float[Tensor, "batch heads some"], pairs: int | float) -> Bool[Tensor, "batch heads"]:
-        """Tell whether a rung that spends so many pairs, and whose rows err as these do, would be certified."""
+    def foresee(self, errors: Float[Tensor, "batch heads some"], rows: int) -> Bool[Tensor, "batch heads"]:
+        """Tell whether so many rows that err as these do would be certified."""
         whole, excess = _split(errors)
         left = self.tolerance * self.live - excess
-        return log_capital(whole, left, weight=self.rows(pairs) / max(1, errors.shape[-1])) >= -math.log(self.chance)
+        return log_capital(whole, left, weight=rows / max(1, errors.shape[-1])) >= -math.log(self.chance)
 
     def bound(self, errors: Float[Tensor, "batch heads rows"]) -> Float[Tensor, "batch heads"]:
         """Bound the mean error of all rows that see anything."""
@@ -106,8 +108,10 @@ def mean_bound(errors: Float[Tensor, "*head rows"], chance: float) -> Float[Tens
     and the bets l = b / (1 - m) are fixed before they are seen, so the capital of one bet is expected to be
     prod_s (1 - l (mu_s - m)), which by the inequality of arithmetic and geometric means is at most
     (1 - l (mu - m))^rows <= 1; no factor is negative, as errors are at most 1 and b <= 1. So is that of a mixture, and by
-    Markov's inequality it reaches 1 / chance with a chance of no more than `chance`. No normal approximation enters, hence
-    confidence may be split over any number of heads and attempts.
+    Markov's inequality it reaches 1 / chance with a chance of no more than `chance`. Further rows may be added until the
+    bound suffices, in batches that have strata of their own: what bets earn is a supermartingale from batch to batch, so by
+    Ville's inequality the same chance covers all looks. No normal approximation enters, hence confidence may be split over
+    any number of heads and attempts.
 
     Source: Waudby-Smith and Ramdas, 2024 (arXiv:2010.09686), betting on bounded means.   Differs: a mixture of fixed bets,
     for which strata may have unequal means, in place of bets adapted on the way.
@@ -137,18 +141,53 @@ def _split(errors: Tensor) -> tuple[Tensor, Tensor]:
     return shown.clamp(max=WRONG_ROW), (shown - WRONG_ROW).clamp(min=0).mean(-1)
 
 
-def fresh_rows(problem: Problem, rows: int, attempt: int) -> Int[Tensor, " rows"]:
-    """Draw rows to certify, one from each of equal strata; every attempt has its own.
+@torch.no_grad()
+def certify(
+    problem: Problem, out: Float[Tensor, "batch heads queries value_dim"], aim: Aim, rows: int, attempt: int
+) -> tuple[Float[Tensor, "batch heads rows"], Float[Tensor, "batch heads"]]:
+    """Judge an output on fresh rows, batch by batch, while more of them may still certify a kv head.
+
+    Args:
+        problem: the problem.
+        out: what is to be certified, as it will be returned.
+        aim: what is demanded.
+        rows: rows that are likely to be enough; half of them are tried first, twice as many at most.
+        attempt: number of the attempt, which has rows of its own.
+
+    Returns:
+        the errors of the rows judged, and the bounds.
+    """
+    most, seen = sum(math.ceil(part * rows) for part in _BATCHES), []
+    for batch, part in enumerate(_BATCHES):
+        index = fresh_rows(problem, math.ceil(part * rows), attempt, batch)
+        seen.append(row_errors(out.index_select(2, index), exact_at(problem, index)))
+        errors = torch.cat(seen, -1)
+        bound = aim.bound(errors)
+        enough = bound <= aim.tolerance
+        passed, hoped = (of_group(x, problem.group) for x in (enough, enough | aim.foresee(errors, most)))
+        if not (hoped & ~passed).any():
+            break
+    return errors, bound
+
+
+def of_group(certified: Bool[Tensor, "batch heads"], group: int) -> Bool[Tensor, " kv_heads"]:
+    """Tell for which kv heads all query heads are certified, in all batch entries."""
+    return certified.unflatten(1, (-1, group)).all(2).all(0)
+
+
+def fresh_rows(problem: Problem, rows: int, attempt: int, batch: int = 0) -> Int[Tensor, " rows"]:
+    """Draw rows to certify, one from each of equal strata; every attempt and batch has its own.
 
     Args:
         problem: whose rows.
         rows: strata.
         attempt: number of the attempt.
+        batch: number of the batch.
 
     Returns:
         indices in order.
     """
-    return sample_rows(problem.num_queries, rows, problem.seed, problem.device, (_STREAM, problem.layer, attempt))
+    return sample_rows(problem.num_queries, rows, problem.seed, problem.device, (_STREAM, problem.layer, attempt, batch))
 
 
 def visible_to(problem: Problem, index: Int[Tensor, " rows"]) -> Int[Tensor, "#batch rows"]:

@@ -167,7 +167,7 @@ def cheapest(
         its number, or None if there is none.
     """
     for place in range(first, len(pairs)):
-        if bool(aim.foresee(errors * (pairs[at] / pairs[place]) ** power, pairs[place]).all()):
+        if bool(aim.foresee(errors * (pairs[at] / pairs[place]) ** power, aim.rows(pairs[place])).all()):
             return place
     return None
 

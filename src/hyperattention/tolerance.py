@@ -1,11 +1,12 @@
 """Error as an argument: spend for each head what a tolerance needs, and let no head pass whose error is not vouched for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hyperattention.certificate import Aim, exact_at, fresh_rows, row_errors, visible_to
+from hyperattention.certificate import Aim, certify, of_group, visible_to
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
 from hyperattention.ladder import Ladder, default_ladder
@@ -89,24 +90,23 @@ class _Call:
         aim, again = self.aims[number], []
         chosen = {head: place for head in heads if (place := self.rungs[head]) is not None}
         for place in sorted(set(chosen.values())):
-            group = [head for head in heads if chosen[head] == place]
-            rung = self.ladder[place]
-            index = fresh_rows(self.problem, aim.rows(rung.cost.pairs), number)
+            group, rung = [head for head in heads if chosen[head] == place], self.ladder[place]
             few, out = self._run(rung.method, group)
-            with torch.no_grad():
-                errors = row_errors(out.index_select(2, index), exact_at(few, index))
-                bound = aim.bound(errors)
-            rows = [head * few.group + member for head in group for member in range(few.group)]
-            self.bound[:, rows] = bound
+            errors, bound = certify(few, out, aim, aim.rows(rung.cost.pairs), number)
+            self.bound[:, self._rows_of(group)] = bound
             # not "above": a bound that is not a number vouches for nothing
-            passed = (bound <= self.tolerance).unflatten(1, (-1, few.group)).all(2).all(0).tolist()
+            passed = of_group(bound <= self.tolerance, few.group).tolist()
             for head, own, fine in zip(group, errors.unflatten(1, (-1, few.group)).unbind(1), passed, strict=True):
-                self.spent[head] += rung.spends + self._rows_spend(len(index))
-                self.rows[head] = len(index)
+                self.spent[head] += rung.spends + self._rows_spend(errors.shape[-1])
+                self.rows[head] = errors.shape[-1]
                 if not fine:
                     self.rungs[head] = self._above(own, place, number + 1)
                     again += [head] if self.rungs[head] is not None else []
         return again
+
+    def _rows_of(self, heads: list[int]) -> list[int]:
+        """List the query heads of some kv heads."""
+        return [head * self.problem.group + member for head in heads for member in range(self.problem.group)]
 
     def _above(self, errors: Tensor, place: int, number: int) -> int | None:
         """Find the rung that a head should move up to, by what its certificate saw."""
@@ -119,8 +119,7 @@ class _Call:
         heads = [head for head in self.heads if self.rungs[head] is None]
         if heads:
             self._run(Exact(), heads)
-            rows = [head * self.problem.group + member for head in heads for member in range(self.problem.group)]
-            self.bound[:, rows] = 0.0
+            self.bound[:, self._rows_of(heads)] = 0.0
             for head in heads:
                 self.spent[head] += self.exact_pairs
 
@@ -138,22 +137,16 @@ class _Call:
 
     def joined(self) -> tuple[Tensor, Tensor | None]:
         """Put the heads in order, each as it was served last."""
-        last = {head: number for number, (_, _, heads) in enumerate(self.served) for head in heads}
-        # what no head was served by in the end is dropped
-        kept = [part for number, part in enumerate(self.served) if number in last.values()]
-        place, begin = {}, 0
-        for _, _, heads in kept:
-            place |= {head: begin + at for at, head in enumerate(heads)}
-            begin += len(heads)
-        order = [place[head] for head in self.heads]
-        lses = [lse for _, lse, _ in kept if lse is not None]
-        return self._in_order([out for out, _, _ in kept], order), self._in_order(lses, order) if self.lse else None
+        last = {head: (number, at) for number, (_, _, heads) in enumerate(self.served) for at, head in enumerate(heads)}
+        order = [last[head] for head in self.heads]
+        lses = [lse for _, lse, _ in self.served if lse is not None]
+        return self._in_order([out for out, _, _ in self.served], order), self._in_order(lses, order) if self.lse else None
 
-    def _in_order(self, parts: list[Tensor], order: list[int]) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        group, index = self.problem.group, torch.tensor(order, device=self.problem.device)
-        return torch.cat(parts, 1).unflatten(1, (-1, group)).index_select(1, index).flatten(1, 2)
+    def _in_order(self, parts: Sequence[Tensor], order: list[tuple[int, int]]) -> Tensor:
+        group, numbers = self.problem.group, {number for number, _ in order}
+        if len(numbers) == 1:
+            return parts[numbers.pop()]
+        return torch.cat([parts[number][:, at * group : (at + 1) * group] for number, at in order], 1)
 
 
 def attend_within(
