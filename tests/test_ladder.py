@@ -25,7 +25,9 @@ def test_two_probes_find_the_cheapest_rung_that_will_do(monkeypatch, power, want
     aim = certificate.Aim(0.1, 0.001, 10**6, torch.ones(1, 1))
     # every row errs alike, so the rungs from `wanted` on are certified: by the rows that each of them asks for
     level = next(
-        x / 1000 for x in range(100, 0, -1) if aim.foresee(torch.full((1, 1, 96), x / 1000), aim.rows(pairs[wanted]))
+        x / 1000
+        for x in range(100, 0, -1)
+        if aim.foresee(torch.full((1, 1, 96), x / 1000), round(pilot._ROOM * aim.rows(pairs[wanted])))
     )
     probed = []
 

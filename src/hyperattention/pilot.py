@@ -20,6 +20,8 @@ _FEWEST_TILES = 4
 _PROBES = 2
 # error ~ pairs^-power between two rungs: what is usual, the steepest that is worth a look, and the limits of what is fitted
 _POWER, _STEEP, _POWERS = 0.8, 1.3, (0.4, 1.6)
+# a choice counts on a few more rows than planned, since a certificate may add some; on all of them, too many rungs failed
+_ROOM = 1.2
 # first counter of the choice of tiles and rows, which no certificate shares
 _STREAM = 0x9170
 
@@ -167,7 +169,7 @@ def cheapest(
         its number, or None if there is none.
     """
     for place in range(first, len(pairs)):
-        if bool(aim.foresee(errors * (pairs[at] / pairs[place]) ** power, aim.rows(pairs[place])).all()):
+        if bool(aim.foresee(errors * (pairs[at] / pairs[place]) ** power, round(_ROOM * aim.rows(pairs[place]))).all()):
             return place
     return None
 
