@@ -8,6 +8,7 @@ from hyperattention.calibration.plan import Plan
 from hyperattention.calibration.plan_file import load_plan, save_plan
 from hyperattention.default import default_method, thorough_method
 from hyperattention.exact_method import Exact
+from hyperattention.ladder import Ladder, default_ladder
 from hyperattention.merge import merge
 from hyperattention.method import Cost, Method
 from hyperattention.paged import paged_attention
@@ -34,6 +35,7 @@ from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
+from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.top_keys import TopKeys
 from hyperattention.types import Partial
 from hyperattention.varlen import varlen_attention
@@ -56,6 +58,7 @@ __all__ = [
     "KeyBounds",
     "KeyScan",
     "KeySketch",
+    "Ladder",
     "Level",
     "LookAhead",
     "MeanKey",
@@ -66,6 +69,7 @@ __all__ = [
     "PriorityDraw",
     "Representatives",
     "Sinks",
+    "ToleranceReport",
     "TopBlocks",
     "TopKeys",
     "Uniform",
@@ -75,6 +79,7 @@ __all__ = [
     "Window",
     "attention",
     "audit",
+    "default_ladder",
     "default_method",
     "load_plan",
     "merge",

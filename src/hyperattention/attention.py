@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hyperattention.audit import ErrorReport
 from hyperattention.audit import audit as judge
+from hyperattention.by_head import ByHead
 from hyperattention.default import default_method
 from hyperattention.exact import exact_attention
 from hyperattention.exact_method import Exact
@@ -13,14 +14,16 @@ from hyperattention.inputs import (
     autocast_device,
     check_inputs,
     check_masks,
-    check_method,
     check_tensors,
     dense_mask,
     key_mask_of,
     narrowed,
 )
+from hyperattention.ladder import Ladder, check_tolerance
 from hyperattention.method import Approach
 from hyperattention.problem import Problem, compact
+from hyperattention.tolerance import attend_within, exact_report
+from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.types import Partial
 
 
@@ -34,7 +37,8 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    method: Approach | None = None,
+    method: Approach | Ladder | None = None,
+    tolerance: float | None = None,
     key_mask: Bool[Tensor, "batch keys"] | None = None,
     seed: int = 0,
     layer: int = 0,
@@ -43,7 +47,7 @@ def attention(
     return_lse: bool = False,
     return_standard_error: bool = False,
     check_finite: bool = False,
-) -> Tensor | tuple[Tensor | ErrorReport, ...]:
+) -> Tensor | tuple[Tensor | ErrorReport | ToleranceReport, ...]:
     """Attend, exactly or by a method that scores a bounded number of keys a query.
 
     out_i = sum_j softmax_j(q_i . k_j * scale) v_j, over the keys that query i may see. A query with nothing to attend to
@@ -68,7 +72,11 @@ def attention(
         is_causal: whether query i sees only keys at or before its position.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: whether several query heads may share a kv head.
-        method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written.
+        method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written. With
+            `tolerance` it is left out, or a `Ladder` of methods to climb in place of the default one.
+        tolerance: mean relative row error allowed each head of this output, in (0, 1). Each head then gets the cheapest of
+            ever dearer methods that is within it at 95% confidence, or exact attention; a `ToleranceReport`, returned as
+            well, says which and what it took. Decided by values, so a compiled graph breaks there. See `attend_within`.
         key_mask: True where a key may be attended to; combines with `is_causal`.
         seed: seed of every draw, in [0, 2**63).
         layer: layer of the model, so that layers draw independently.
@@ -80,7 +88,8 @@ def attention(
         check_finite: whether to refuse NaN and infinity; they are otherwise passed on, never cleaned.
 
     Returns:
-        out ``[batch, heads, queries, value_dim]``, or ``(out[, lse][, standard_error][, report])`` as asked for.
+        out ``[batch, heads, queries, value_dim]``, or a tuple ``(out[, lse][, standard_error][, audit's report]
+        [, tolerance's report])`` as asked for.
     """
     check_tensors(query=query, key=key, value=value)
     query, key, value = narrowed(query, key, value)
@@ -89,20 +98,26 @@ def attention(
     check_masks(query, key, attn_mask, key_mask, is_causal=is_causal, causal_align=causal_align, audit=audit)
     dense = dense_mask(attn_mask)
     live = key_mask_of(attn_mask, key_mask, key)
-    if method is None:
-        method = Exact() if dense is not None else _default(query, key)
-    check_method(method)
+    check_tolerance(tolerance, method, return_standard_error)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    within: tuple[ToleranceReport, ...] = ()
     with torch.autocast(autocast_device(query), enabled=False):
         if dense is not None:
-            partial = _attend_dense(query, key, value, dense, live, method, scale)
+            within = () if tolerance is None else (exact_report(query, key, tolerance),)
+            run = method if isinstance(method, Approach) else Exact()
+            partial = _attend_dense(query, key, value, dense, live, run, scale)
             error = torch.zeros_like(partial.lse) if return_standard_error else None
         else:
             problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer)
-            partial, error = _attend(problem, method, return_lse, return_standard_error)
+            if tolerance is not None:
+                partial, report = attend_within(problem, tolerance, _ladder(method), lse=return_lse)
+                within, run, error = (report,), ByHead(report.methods), None
+            else:
+                run = method if isinstance(method, Approach) else _default(query, key)
+                partial, error = _attend(problem, run, return_lse, return_standard_error)
     # exact attention returns rows as accumulated
     out = (partial.out if isinstance(partial, Partial) else partial).to(query.dtype)
-    results: tuple[Tensor | ErrorReport, ...] = (out,)
+    results: tuple[Tensor | ErrorReport | ToleranceReport, ...] = (out,)
     if return_lse and isinstance(partial, Partial):
         results += (partial.lse,)
     if error is not None:
@@ -111,14 +126,19 @@ def attention(
         results += (
             judge(
                 query, key, value, out, rows=audit, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-                key_mask=live, causal_align=causal_align, seed=seed, method=method,
+                key_mask=live, causal_align=causal_align, seed=seed, method=run,
             ),
         )  # fmt: skip
+    results += within
     return results if len(results) > 1 else out
 
 
 def _default(query: Tensor, key: Tensor) -> Approach:
     return default_method(key.shape[2], num_queries=query.shape[2], device=key.device)
+
+
+def _ladder(method: Approach | Ladder | None) -> Ladder | None:
+    return method if isinstance(method, Ladder) else None
 
 
 def _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer) -> Problem:

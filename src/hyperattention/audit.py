@@ -23,7 +23,9 @@ _STREAM = 0xA0D17
 HEAVY = (16, 512)
 
 
-def sample_rows(num_queries: int, rows: int, seed: int, device: torch.device | str) -> Int[Tensor, " rows"]:
+def sample_rows(
+    num_queries: int, rows: int, seed: int, device: torch.device | str, stream: tuple[int, ...] = (_STREAM,)
+) -> Int[Tensor, " rows"]:
     """Draw one query from each of equal strata of the positions, or take all where there are no more than `rows`.
 
     row_s = floor((s + u_s) * num_queries / rows), u_s uniform: strata are equal in real numbers, so every query is as likely
@@ -32,8 +34,9 @@ def sample_rows(num_queries: int, rows: int, seed: int, device: torch.device | s
     Args:
         num_queries: number of queries.
         rows: number of strata.
-        seed: seed of the draws; nothing else enters but the stratum.
+        seed: seed of the draws; nothing else enters but the stratum and the stream.
         device: where the indices are wanted.
+        stream: first counters of the draws: rows of another stream are drawn afresh.
 
     Returns:
         indices in order.
@@ -41,7 +44,7 @@ def sample_rows(num_queries: int, rows: int, seed: int, device: torch.device | s
     if rows >= num_queries:
         return torch.arange(num_queries, device=device)
     stratum = torch.arange(rows, device=device)
-    place = (stratum + uniform((_STREAM, seed, stratum), device)) * (num_queries / rows)
+    place = (stratum + uniform((*stream, seed, stratum), device)) * (num_queries / rows)
     return place.long().clamp(max=num_queries - 1)
 
 

@@ -1,0 +1,209 @@
+"""The pilot: a few tiles of the call tell which rung of a ladder each head needs, before any rung runs as a whole."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hyperattention.certificate import Aim, exact_at, row_errors
+from hyperattention.method import Method
+from hyperattention.problem import Problem
+from hyperattention.random import uniform
+
+# tiles of a pilot, and rows of each that are computed exactly
+_TILES, _ROWS_IN_TILE = 16, 8
+# fewer whole tiles than this tell nothing of a call that would be worth an approximation
+_FEWEST_TILES = 4
+_PROBES = 2
+# error ~ pairs^-power between two rungs: what is usual, the steepest that is worth a look, and the limits of what is fitted
+_POWER, _STEEP, _POWERS = 0.8, 1.3, (0.4, 1.6)
+# a choice counts on a few more rows than planned, since a certificate may add some; on all of them, too many rungs failed
+_ROOM = 1.2
+# first counter of the choice of tiles and rows, which no certificate shares
+_STREAM = 0x9170
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Tiles spread evenly over a call from a random one on, and exact rows in them that all rungs are judged by.
+
+    Args:
+        problem: the queries of those tiles, thinned so that each lists the keys that it lists among all.
+        index: rows judged, counted in it, equally many in each tile.
+        exact: those rows, exactly.
+        tiles: how many tiles there are.
+        share: of the queries of the call, those in the tiles.
+    """
+
+    problem: Problem
+    index: Int[Tensor, " rows"]
+    exact: Float[Tensor, "batch heads rows value_dim"]
+    tiles: int
+    share: float
+
+    def errors(self, rung: Method, kv_heads: Sequence[int]) -> Float[Tensor, "batch kv_heads group rows"]:
+        """Run a rung on the tiles, for some kv heads, and judge it."""
+        group = self.problem.group
+        out = rung.attend(self.problem.of_heads(kv_heads)).out.index_select(2, self.index).to(self.problem.q.dtype)
+        exact = self.exact.unflatten(1, (-1, group))[:, list(kv_heads)]
+        return row_errors(out, exact.flatten(1, 2)).unflatten(1, (-1, group))
+
+
+def pilot_spends(spends: float, exact_pairs: float, num_queries: int, tile: int) -> float:
+    """Tell what a pilot will spend at most, before it runs: its exact rows, and probes of rungs like one.
+
+    Args:
+        spends: pairs that the rung spends a query.
+        exact_pairs: pairs of a row that is computed exactly.
+        num_queries: queries of the call.
+        tile: positions in a tile.
+
+    Returns:
+        pairs, for each query of the call.
+    """
+    queries = min(num_queries, _TILES * tile)
+    rows = queries // tile * min(_ROWS_IN_TILE, tile)
+    return (rows * exact_pairs + _PROBES * queries * spends) / max(1, num_queries)
+
+
+def take_pilot(problem: Problem, tile: int) -> Pilot | None:
+    """Choose the tiles of a pilot and compute its exact rows.
+
+    Args:
+        problem: the call.
+        tile: positions in a tile.
+
+    Returns:
+        the pilot, or None where the call has too few whole tiles for one.
+    """
+    edge = -problem.offset % tile
+    count = (problem.num_queries - edge) // tile
+    if count < _FEWEST_TILES:
+        return None
+    step = -(-count // _TILES)
+    counters, device = (_STREAM, problem.seed, problem.layer), problem.device
+    start = min(int(uniform((*counters, 0), "cpu") * step), step - 1)
+    few = problem.of_spans(edge + start * tile, tile, step * tile)
+    tiles, each = few.num_queries // tile, min(_ROWS_IN_TILE, tile)
+    place = torch.arange(each, device=device)
+    noise = uniform((*counters, 1, torch.arange(tiles, device=device)[:, None], place), device)
+    row = ((place + noise) * (tile / each)).long().clamp(max=tile - 1)
+    index = (torch.arange(tiles, device=device)[:, None] * tile + row).flatten()
+    return Pilot(few, index, exact_at(few, index), tiles, few.num_queries / problem.num_queries)
+
+
+@dataclass
+class _Search:
+    """What was found of one kv head on its way to a rung."""
+
+    probed: dict[int, Tensor] = field(default_factory=dict)
+    rung: int | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a pilot chose for each kv head.
+
+    Args:
+        rungs: number of the rung, or None where exact attention is to run.
+        probed: numbers of the rungs that were tried on its tiles.
+    """
+
+    rungs: tuple[int | None, ...]
+    probed: tuple[tuple[int, ...], ...]
+
+
+def choose(pilot: Pilot, rungs: Sequence[Method], pairs: Sequence[float], aim: Aim) -> Choice:
+    """Find the cheapest rung for each kv head that its certificate is likely to pass.
+
+    One probe of the middle rung, one more where its extrapolation leads far away: a search by bisection that is told by the
+    errors themselves how far to jump. The mean error of each head is raised by its standard error over tiles.
+
+    Args:
+        pilot: the tiles.
+        rungs: from cheap to dear.
+        pairs: pairs that each lists a query.
+        aim: what the certificate will demand.
+
+    Returns:
+        the choice.
+    """
+    heads = range(pilot.problem.k.shape[1])
+    searches, wanted = [_Search() for _ in heads], {len(rungs) // 2: list(heads)}
+    for probe in range(_PROBES):
+        for place, served in wanted.items():
+            for head, errors in zip(served, pilot.errors(rungs[place], served).unbind(1), strict=True):
+                searches[head].probed[place] = _raised(errors, pilot.tiles)
+        wanted = {}
+        for head in heads:
+            if not searches[head].done:
+                _step(searches[head], pairs, aim, last=probe + 1 == _PROBES)
+            if not searches[head].done:
+                wanted.setdefault(searches[head].rung, []).append(head)
+    return Choice(tuple(each.rung for each in searches), tuple(tuple(each.probed) for each in searches))
+
+
+def cheapest(
+    errors: Float[Tensor, "batch group rows"],
+    at: int,
+    pairs: Sequence[float],
+    aim: Aim,
+    power: float = _POWER,
+    first: int = 0,
+) -> int | None:
+    """Find the cheapest rung whose certificate is foreseen, from the errors of another one.
+
+    Args:
+        errors: row errors of one kv head's query heads.
+        at: rung that they were measured at.
+        pairs: pairs of each rung.
+        aim: what the certificate will demand.
+        power: of the pairs, by which errors fall.
+        first: first rung that comes into question.
+
+    Returns:
+        its number, or None if there is none.
+    """
+    for place in range(first, len(pairs)):
+        if bool(aim.foresee(errors * (pairs[at] / pairs[place]) ** power, round(_ROOM * aim.rows(pairs[place]))).all()):
+            return place
+    return None
+
+
+def _raised(errors: Tensor, tiles: int) -> Tensor:
+    """Raise row errors so that their mean stands a standard error higher, found from neighbouring tiles' differences."""
+    by_tile = errors.unflatten(-1, (tiles, -1)).mean(-1)
+    mean = by_tile.mean(-1, keepdim=True)
+    # errors rise with position: the spread over all tiles would count that as chance
+    deviation = by_tile.diff(dim=-1).square().mean(-1, keepdim=True).div(2).sqrt()
+    return errors * (1 + deviation / math.sqrt(tiles) / mean.clamp(min=torch.finfo(mean.dtype).tiny))
+
+
+def _step(search: _Search, pairs: Sequence[float], aim: Aim, *, last: bool) -> None:
+    """Decide on a rung, or on one to probe next."""
+    *before, at = search.probed
+    power = _fitted(search.probed, pairs) if before else _POWER
+    search.rung = cheapest(search.probed[at], at, pairs, aim, power)
+    search.done = last
+    if last:
+        return
+    if search.rung is None:
+        # the dearest is worth a look unless even the steepest fall would not do
+        hopeless = at == len(pairs) - 1 or cheapest(search.probed[at], at, pairs, aim, _STEEP) is None
+        search.rung, search.done = (None, True) if hopeless else (len(pairs) - 1, False)
+    else:
+        search.done = abs(search.rung - at) <= 1
+
+
+def _fitted(probed: dict[int, Tensor], pairs: Sequence[float]) -> float:
+    """Fit the power by which the mean error of the worst query head fell between the last two probes."""
+    (one, before), (two, after) = list(probed.items())[-2:]
+    mean = [float(errors.mean(-1).amax()) for errors in (before, after)]
+    if not all(0 < each < math.inf for each in mean):
+        return _POWER
+    power = math.log(mean[0] / mean[1]) / math.log(pairs[two] / pairs[one])
+    return min(max(power, _POWERS[0]), _POWERS[1])

@@ -1,0 +1,57 @@
+"""What a call with a tolerance spent, and what it can vouch for."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hyperattention.exact_method import Exact
+from hyperattention.method import Approach
+
+
+@dataclass(frozen=True)
+class ToleranceReport:
+    """What ran for each head of one call, and the bounds of its mean relative row errors.
+
+    The bounds speak of the rows of this output, not of what other seeds would have given; all of them hold together.
+
+    Args:
+        tolerance: the mean relative row error allowed each query head.
+        confidence: that no head's error exceeds its bound.
+        methods: what ran for each kv head: a rung for all batch entries and query heads that share it, or `Exact()`.
+        bound: upper bound of the mean over rows of ||out_i - exact_i|| / ||exact_i||, at most `tolerance`; 0 where exact
+            attention ran.
+        share_of_pairs: pairs scored relative to exact attention's, over all heads: rungs, those given up included, the
+            choice of keys, pilot tiles and exact rows.
+        num_rows: rows of each kv head's last certificate; 0 where there was none.
+        note: why exact attention ran for all heads without a trial; empty if it did not.
+    """
+
+    tolerance: float
+    confidence: float
+    methods: tuple[Approach, ...]
+    bound: Float[Tensor, "batch heads"]
+    share_of_pairs: float
+    num_rows: tuple[int, ...]
+    note: str = ""
+
+    @property
+    def exact_heads(self) -> tuple[int, ...]:
+        """List the kv heads that exact attention served."""
+        return tuple(head for head, method in enumerate(self.methods) if isinstance(method, Exact))
+
+    def __str__(self) -> str:
+        """Say what is vouched for and what it took, in a line or two."""
+        exact, count = self.exact_heads, len(self.methods)
+        spent = f"{self.share_of_pairs:.3g} of exact's pairs"
+        if len(exact) == count:
+            why = f": {self.note}" if self.note else f", as no rung came within {self.tolerance:g}"
+            return f"exact attention ran for all heads{why}; {spent}"
+        worst = float(self.bound.max())
+        text = (
+            f"mean relative error of every head <= {worst:.2g}, within {self.tolerance:g} "
+            f"({self.confidence:.0%} confidence); up to {max(self.num_rows)} rows a head, {spent}"
+        )
+        if exact:
+            text += f"\nran exactly: kv heads {', '.join(map(str, exact))} of {count}"
+        return text

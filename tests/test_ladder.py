@@ -1,0 +1,131 @@
+"""Ladders, and the pilot that chooses from their rungs."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import hyperattention as ha
+from assertions import assert_exact
+from hyperattention import certificate, pilot, tolerance
+from hyperattention.ladder import Ladder, default_ladder
+from hyperattention.method import Method
+from hyperattention.problem import Problem
+from problems import tensors
+from tolerance_cases import LADDER, NUM, OPTIONS, easy, inputs
+
+# the choice of rungs
+
+
+@pytest.mark.parametrize("power", [0.6, 0.8, 1.2])
+@pytest.mark.parametrize("wanted", range(6))
+def test_two_probes_find_the_cheapest_rung_that_will_do(monkeypatch, power, wanted):
+    pairs = [100.0 * 2**place for place in range(6)]
+    rungs = [Method(ha.Draw(int(num))) for num in pairs]
+    aim = certificate.Aim(0.1, 0.001, 10**6, torch.ones(1, 1))
+    # every row errs alike, so the rungs from `wanted` on are certified: by the rows that each of them asks for
+    level = next(
+        x / 1000
+        for x in range(100, 0, -1)
+        if aim.foresee(torch.full((1, 1, 96), x / 1000), round(pilot._ROOM * aim.rows(pairs[wanted])))
+    )
+    probed = []
+
+    def errors(self, rung, heads):
+        probed.append(rung)
+        return torch.full((1, len(heads), 1, 96), level * (pairs[wanted] / rung.stages[0].num) ** power)
+
+    monkeypatch.setattr(pilot.Pilot, "errors", errors)
+    few = pilot.take_pilot(Problem(*tensors(600, heads=1, kv_heads=1), 1.0, causal=True), 16)
+    choice = pilot.choose(few, rungs, pairs, aim)
+    # a power fitted from rungs not next to it may miss by one
+    assert choice.rungs[0] in (wanted, wanted + 1)
+    assert len(probed) <= 2
+    assert choice.probed == (tuple(rungs.index(rung) for rung in probed),)
+
+
+def test_a_head_that_no_rung_can_serve_is_probed_no_more():
+    few = pilot.take_pilot(Problem(*inputs(), 8**-0.5, causal=True), 16)
+    aim = certificate.Aim(0.2, 0.01, NUM, torch.ones(1, 1))
+    choice = pilot.choose(few, LADDER.rungs, [rung.cost(NUM).pairs for rung in LADDER.rungs], aim)
+    assert choice.rungs[1] is None
+    assert choice.rungs[0] is not None
+    assert choice.probed[1] == (2,)
+
+
+def test_the_power_is_fitted_to_the_worst_query_head():
+    one, two = torch.full((1, 2, 8), 0.1), torch.full((1, 2, 8), 0.01)
+    one[:, 1], two[:, 1] = 0.4, 0.2
+    assert pilot._fitted({3: one, 5: two}, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]) == pytest.approx(0.5)
+    assert pilot._fitted({3: one, 5: two * 0}, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]) == pilot._POWER
+
+
+def test_estimates_are_raised_by_their_standard_error():
+    by_tile = torch.tensor([0.1, 0.3, 0.1, 0.3])
+    errors = by_tile.repeat_interleave(8)[None, None]
+    # neighbours differ by 0.2: a deviation of 0.2 / sqrt 2 a tile, of half as much in the mean of four
+    assert_exact(pilot._raised(errors, 4).mean(), torch.tensor(0.2 + 0.1 / 2**0.5))
+    # a rise with position is no chance
+    steady = torch.linspace(0.1, 0.3, 32)[None, None]
+    assert pilot._raised(steady, 16).mean() < 1.02 * steady.mean()
+
+
+# ladders
+
+
+def test_the_default_ladder_stands_around_the_default_method():
+    ladder = default_ladder(32768)
+    usual = ha.default_method(32768)
+    same = [rung for rung in ladder.rungs if rung.stages[-1].num == usual.stages[-1].num]
+    assert [rung.stages[:-1] for rung in same] == [usual.stages[:-1]]
+    assert same[0].stages[-1].by == ha.KeyScan(8, beyond=usual.stages[-1].by)
+    draws = [rung.stages[-1].num for rung in ladder.rungs]
+    assert draws[0] < 688 / 3
+    assert 16384 < draws[-1] <= 32768
+    assert all(1.3 < above / below < 1.5 for below, above in pairwise(draws))
+    assert 0.3 < ladder.worth < 1
+    # exact attention is the faster one on a GPU up to longer lengths
+    assert default_ladder(32768, device="cuda").worth < ladder.worth
+    assert default_ladder(1).rungs
+
+
+def test_the_default_ladder_is_climbed_without_a_name():
+    q, k, v = tensors(8192, heads=1, kv_heads=1)
+    _, report = ha.attention(0.4 * q, k, v + 0.5, is_causal=True, tolerance=0.3)
+    assert report.methods[0] in default_ladder(8192).rungs
+
+
+def test_no_pilot_is_run_where_even_the_cheapest_rung_would_save_nothing(monkeypatch):
+    monkeypatch.setattr(tolerance, "take_pilot", None)
+    q, k, v = easy(num=512)
+    # its pairs are fewer than exact attention's, but not with the pilot's tiles, which are half of the queries
+    narrow = Ladder(LADDER.rungs[:1], worth=0.4)
+    assert LADDER.rungs[0].cost(512).share_of_exact < 0.21
+    _, report = ha.attention(q, k, v, tolerance=0.9, **(OPTIONS | {"method": narrow}))
+    assert "no rung is worth running" in str(report)
+
+
+def test_heads_and_attempts_share_the_chance_of_a_wrong_bound():
+    q, k, v = easy(batch=3)
+    call = tolerance._Call(Problem(q, k, v, 1.0, causal=True), 0.2, LADDER, lse=False)
+    assert sum(aim.chance for aim in call.aims) * 3 * 4 == pytest.approx(1 - tolerance.CONFIDENCE)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "error", "message"),
+    [
+        ((), ValueError, "at least one rung"),
+        ((Method(ha.HashBuckets(16), ha.Draw(16)),), ValueError, "no few of them can tell"),
+        ((Method(ha.Draw(16)), Method(ha.Draw(32), tile=16)), ValueError, "one tile size"),
+        ((Method(ha.Draw(32)), Method(ha.Draw(16))), ValueError, "from cheap to dear"),
+    ],
+)
+def test_ladders_that_cannot_be_climbed(rungs, error, message):
+    with pytest.raises(error, match=message):
+        Ladder(rungs)
+
+
+def test_a_rung_that_is_no_list_of_stages_is_refused(run_python):
+    # by the class itself, which the annotations forestall under the import hook
+    code = "import hyperattention as ha\ntry: ha.Ladder((ha.Exact(),))\nexcept TypeError as error: print(error)"
+    assert "not Exact()" in run_python(code)
