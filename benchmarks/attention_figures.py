@@ -12,6 +12,7 @@ from hyperattention.bench.error import pool
 from hyperattention.bench.rows import rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed
 from hyperattention.bench.timing import interleave
+from hyperattention.default import lean_method
 from hyperattention.problem import Problem
 from hyperattention.report.tables import format_error, format_memory
 
@@ -98,6 +99,37 @@ def growth(plan: Plan) -> list[Record]:
         at_most(f"selection pairs at {plan.long:,} tokens", 100 * long.selection_pairs / long.exact_pairs, 10, chosen, " %"),
         *records,
     ]
+
+
+def selection_at_length(plan: Plan) -> list[Record]:
+    """What choosing costs beside the kernel at a million tokens, counted; what the method that costs least does there."""
+    lean, usual = lean_method(plan.longest), next(row.method for row in rows() if row.name == "default")
+    contenders = {"lean": lean, "default": usual, "control": next(row.method for row in rows() if row.name == "control")}
+    case = Case(plan.longest)
+    inputs = case.structured_inputs()
+    calls = {name: case.call(method, inputs) for name, method in contenders.items()}
+    errors = {
+        name: pool(
+            [audit(*inputs, call(), rows=plan.audit_rows // 4, is_causal=True, method=contenders[name], hardness=False)]
+        )
+        for name, call in calls.items()
+    }
+    times = interleave(calls, plan.long_repeats)
+    records = [
+        {"part": "length", "case": case, "row": name, "method": repr(method), "cost": method.cost(plan.longest),
+         "cost_at_8_times_the_length": method.cost(8 * plan.longest), "error": errors[name],
+         "median_s": times[name].median, "quartiles_s": times[name].quartiles}
+        for name, method in contenders.items()
+    ]  # fmt: skip
+    cost, longer = lean.cost(plan.longest), lean.cost(8 * plan.longest)
+    beside = "; ".join(
+        f"{name}: {contenders[name].cost(plan.longest).selection_pairs:,.0f} products a query, error "
+        f"{format_error(errors[name])}, {times[name].median / times['control'].median:.2f}x the control's time"
+        for name in contenders
+    )
+    grows = f"{cost.selection_pairs:,.0f} products a query, and {longer.selection_pairs:,.0f} at {8 * plan.longest:,}"
+    claim = f"selection pairs of the lean method at {plan.longest:,} tokens, relative to the kernel's"
+    return [at_most(claim, 100 * cost.selection_pairs / cost.pairs, 10, f"{grows}; {beside}", " %"), *records]
 
 
 def audit_cost(plan: Plan) -> list[Record]:

@@ -13,6 +13,7 @@ Record = Mapping[str, object]
 class Plan:
     medium: int = 32768
     long: int = 131072
+    longest: int = 2**20
     judged: int | None = None
     documents: int = 16
     captured: int = 4
@@ -24,7 +25,16 @@ class Plan:
 
 
 TOY = Plan(
-    medium=1024, long=2048, judged=1024, documents=2, captured=1, repeats=1, long_repeats=1, audit_rows=64, memory=False
+    medium=1024,
+    long=2048,
+    longest=4096,
+    judged=1024,
+    documents=2,
+    captured=1,
+    repeats=1,
+    long_repeats=1,
+    audit_rows=64,
+    memory=False,
 )
 
 

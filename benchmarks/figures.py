@@ -20,6 +20,7 @@ from attention_figures import (
     causal_speed_long,
     growth,
     non_causal_speed_long,
+    selection_at_length,
     structured_error,
 )
 from claims import TOY, Plan
@@ -37,6 +38,7 @@ FIGURES = (
     backward_speed,
     reference_loss,
     growth,
+    selection_at_length,
     audit_cost,
 )
 

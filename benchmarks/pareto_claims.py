@@ -8,7 +8,7 @@ from claims import Record, figure
 from hyperattention.bench.front import error_at
 
 # families that are this project's, and whose points are compared with all others
-OURS = ("thorough", "scan_32", "scan_16", "default")
+OURS = ("thorough", "scan_32", "scan_16", "default", "lean")
 EQUAL_PAIRS, TIME_ALLOWED = 0.6, 1.25
 EQUAL_TIME = 0.8
 ADDED, SHARE, FEWER = 0.01, 10, 5

@@ -51,6 +51,7 @@ CASES = (
     Case("exact", ha.Exact(), exact_up_to=150),
     Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=688),
     Case("thorough", ha.thorough_method(10**6), num_tokens=1000, exact_up_to=611),
+    Case("lean", ha.lean_method(10**6), num_tokens=1250, exact_up_to=688),
     Case("control", CONTROL, exact_up_to=31),
     Case("sinks and window", ha.Method(ha.Sinks(4), ha.Window(16), tile=16)),
     Case("window and sinks", ha.Method(ha.Window(16), ha.Sinks(4), ha.Draw(16), tile=16), exact_up_to=31),

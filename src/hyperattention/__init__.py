@@ -6,7 +6,7 @@ from hyperattention.by_head import ByHead
 from hyperattention.by_layer import ByLayer
 from hyperattention.calibration.plan import Plan
 from hyperattention.calibration.plan_file import load_plan, save_plan
-from hyperattention.default import default_method, thorough_method
+from hyperattention.default import default_method, lean_method, thorough_method
 from hyperattention.exact_method import Exact
 from hyperattention.ladder import Ladder, default_ladder
 from hyperattention.merge import merge
@@ -81,6 +81,7 @@ __all__ = [
     "audit",
     "default_ladder",
     "default_method",
+    "lean_method",
     "load_plan",
     "merge",
     "paged_attention",

@@ -9,12 +9,21 @@ from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.descent import Descent
 from hyperattention.select.score.key_scan import KeyScan
+from hyperattention.select.score.level import Level
+from hyperattention.select.score.representatives import Representatives
 
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
 CROSSOVER = 4096
 # the same on a GPU: derived in docs/performance.md, to be measured (benchmarks/gpu.py --only crossover)
 GPU_CROSSOVER = 16_384
 FEW_QUERIES = 256
+# levels whose products grow from 65 to 100 a query between 131,072 and a million keys, and to 140 at eight million
+_FEW_LEVELS = (
+    Level(65_536, 16, Representatives(2, 4)),
+    Level(4096, 12, Representatives(1, 2)),
+    Level(256, 12, Representatives(1, 2)),
+    Level(16, 8, Representatives(1, 1)),
+)
 
 
 def default_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
@@ -49,6 +58,25 @@ def thorough_method(num_keys: int, *, num_queries: int | None = None, device: to
     """
     if _pays(num_keys, num_queries, device):
         return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(64, beyond=Descent(pooled=32))))
+    return Exact()
+
+
+def lean_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
+    """Tell which method to run on hundreds of thousands of keys: choosing takes a tenth of what attending does.
+
+    Blocks are opened as by the default, but fewer, with fewer representatives, and by four averaged queries a tile: what
+    single queries look for is lost more often.
+
+    Args:
+        num_keys: keys of the call.
+        num_queries: queries of the call, as many as keys if None.
+        device: where the call's tensors are, on the CPU if None.
+
+    Returns:
+        exact attention below the crossover of the default, the list of stages from there on.
+    """
+    if _pays(num_keys, num_queries, device):
+        return Method(Sinks(16), Window(256), Draw(688, by=Descent(_FEW_LEVELS, pooled=4)))
     return Exact()
 
 

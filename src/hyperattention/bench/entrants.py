@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from hyperattention.bench.rivals import rivals
 from hyperattention.bench.rows import LONG, Row, control_of, find_default
-from hyperattention.default import thorough_method
+from hyperattention.default import lean_method, thorough_method
 from hyperattention.exact_method import Exact
 from hyperattention.method import Method
 from hyperattention.presets import HyperAttention
@@ -21,6 +21,7 @@ OWN = {
     "scan_32": "hyperattention, keys scanned by 32 averages",
     "scan_16": "hyperattention, keys scanned by 16 averages",
     OURS: "hyperattention, default",
+    "lean": "hyperattention, lean",
 }
 
 
@@ -77,12 +78,12 @@ def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> t
 
 
 def own_methods() -> dict[str, Method]:
-    """Give this project's methods at their usual budgets, by name: the default last."""
-    usual, careful = find_default(), thorough_method(LONG)
-    if not isinstance(careful, Method):
-        raise TypeError(f"the thorough method is {careful!r}: budgets can only be set for a Method")
+    """Give this project's methods at their usual budgets, by name."""
+    usual, careful, lean = find_default(), thorough_method(LONG), lean_method(LONG)
+    if not isinstance(careful, Method) or not isinstance(lean, Method):
+        raise TypeError(f"{careful!r} and {lean!r}: budgets can only be set for a Method")
     scans = {f"scan_{num}": _scanning(usual, num) for num in (32, 16)}
-    return {"thorough": careful} | scans | {OURS: usual}
+    return {"thorough": careful} | scans | {OURS: usual, "lean": lean}
 
 
 def _scanning(usual: Method, pooled: int) -> Method:
