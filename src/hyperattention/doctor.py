@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hyperattention.kernels.triton_reads import TRITON_INSTALLED, WIDEST, capable
+from hyperattention.select.score.precision import integers_are_fast
 
 _COMPILERS = "gcc", "clang", "cc"
 _REFERENCE = Path(__file__).parent / "reference"
@@ -42,6 +43,7 @@ def examine() -> tuple[Finding, ...]:
         Finding("python", None, f"{platform.python_version()} on {platform.platform()}"),
         Finding("torch", None, torch.__version__),
         Finding("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads (OMP_NUM_THREADS; {_waiting()})"),
+        _integers(),
         *_devices(),
         *_kernels(),
         _package("transformers", "models cannot be switched: pip install 'hyperattention[transformers]'"),
@@ -76,6 +78,13 @@ def _waiting() -> str:
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         return "waiting threads sleep"
     return "waiting threads spin: set OMP_WAIT_POLICY=passive where other programs use the cores"
+
+
+def _integers() -> Finding:
+    fast = integers_are_fast(torch.empty(0))
+    return Finding(
+        "8-bit products", fast, "fast: keys are scanned in them" if fast else "slow: keys are scanned in wider numbers"
+    )
 
 
 def _devices() -> tuple[Finding, ...]:
