@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention import Exact, Sinks, attention, default_method
+from hyperattention.approach import Approach
 from hyperattention.bench.rows import Row, control_of
-from hyperattention.method import Approach, Method
+from hyperattention.method import Method
 
 BACKENDS = {"exact_flash": SDPBackend.FLASH_ATTENTION, "exact_cudnn": SDPBackend.CUDNN_ATTENTION}
 _PROBE = 256

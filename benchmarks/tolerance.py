@@ -18,6 +18,7 @@ import torch
 from claims import Record, at_most, figure
 from torch import Tensor
 
+from hyperattention.approach import Approach
 from hyperattention.attention import attention
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import rows
@@ -25,7 +26,6 @@ from hyperattention.bench.timing import interleave
 from hyperattention.by_head import ByHead
 from hyperattention.exact_method import Exact
 from hyperattention.ladder import default_ladder
-from hyperattention.method import Approach
 from hyperattention.reference.model import load_reference
 from hyperattention.reference.passes import capture
 from hyperattention.reference.samples import samples_of_documents

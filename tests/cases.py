@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import hyperattention as ha
-from hyperattention.method import Approach
+from hyperattention.approach import Approach
 from hyperattention.select.density import Density
 from hyperattention.select.stage import Stage
 

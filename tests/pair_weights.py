@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import hyperattention as ha
-from hyperattention.method import Approach
+from hyperattention.approach import Approach
 
 
 def pair_weights(method: Approach, q: Tensor, k: Tensor, size: Tensor | None = None, **options) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import hyperattention as ha
+from cases import CASES
 from hyperattention.calibration.fields import Field
 from hyperattention.calibration.fingerprint import fingerprint
 from hyperattention.calibration.method_json import method_from_json, method_to_json
@@ -42,21 +43,10 @@ def plan(model: nn.Module) -> ha.Plan:
     return make(model, {0: ha.ByHead((NARROW, ha.Exact())), 1: ha.ByHead((DRAWN, NARROW))})
 
 
-EVERY_TYPE = (
-    ha.Exact(),
-    ha.HyperAttention(),
-    ha.Method(ha.Sinks(4), ha.Window(16), ha.HashBuckets(16), ha.Draw(8, by=ha.ValueNorm(power=1, mix=0.5)), tile=8),
-    ha.Method(ha.TopBlocks(2, block_size=8, by=ha.KeyBounds(), coarse=ha.Coarse(4, 64)), ha.Draw(8)),
-    ha.Method(ha.TopBlocks(2, by=ha.KeySketch(4)), ha.Draw(9, by=ha.Mix((ha.Descent(), 0.7), (ha.BlockScore(4), 0.3)))),
-    ha.Method(ha.TopBlocks(2, by=ha.MeanKey()), ha.Draw(8, by=ha.Uniform())),
-    ha.Method(ha.Draw(8, by=ha.Descent(levels=(ha.Level(64, 8, ha.Representatives(2, 2)),), dim=8, uniform_share=0.5))),
-)
-
-
-@pytest.mark.parametrize("method", EVERY_TYPE, ids=repr)
-def test_every_method_survives_json(method) -> None:
-    text = json.dumps(method_to_json(method))
-    assert method_from_json(Field(json.loads(text), "file", "methods", "again")) == method
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_method_survives_json(case) -> None:
+    text = json.dumps(method_to_json(case.method))
+    assert method_from_json(Field(json.loads(text), "file", "methods", "again")) == case.method
 
 
 def test_a_type_that_plans_do_not_know_is_refused_when_written() -> None:

@@ -1,5 +1,6 @@
 """Attention over long contexts in near-linear time, with a measured error bar."""
 
+from hyperattention.approach import Cost
 from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
@@ -10,7 +11,7 @@ from hyperattention.default import default_method, lean_method, thorough_method
 from hyperattention.exact_method import Exact
 from hyperattention.ladder import Ladder, default_ladder
 from hyperattention.merge import merge
-from hyperattention.method import Cost, Method
+from hyperattention.method import Method
 from hyperattention.paged import paged_attention
 from hyperattention.presets import HyperAttention
 from hyperattention.select.budgeted_draw import BudgetedDraw

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from hyperattention.approach import Approach
 from hyperattention.audit import ErrorReport
 from hyperattention.audit import audit as judge
 from hyperattention.by_head import ByHead
@@ -20,7 +21,6 @@ from hyperattention.inputs import (
     narrowed,
 )
 from hyperattention.ladder import Ladder, check_tolerance
-from hyperattention.method import Approach
 from hyperattention.problem import Problem, compact
 from hyperattention.tolerance import attend_within, exact_report
 from hyperattention.tolerance_report import ToleranceReport

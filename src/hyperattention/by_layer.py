@@ -6,9 +6,9 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from hyperattention.approach import Approach, Cost
 from hyperattention.by_head import mean_cost
 from hyperattention.exact_method import Exact
-from hyperattention.method import Approach, Cost
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial

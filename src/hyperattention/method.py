@@ -1,12 +1,12 @@
 """A method: an ordered, immutable tuple of stages that prints as the code that makes it."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hyperattention.approach import Approach, Cost, exact_pairs, refuse_spans
 from hyperattention.check import positive
 from hyperattention.kernels.list_attention import list_attention
 from hyperattention.merge import merge
@@ -15,84 +15,6 @@ from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
 from hyperattention.standard_error import standard_error
 from hyperattention.tiling import Tiles, cut
 from hyperattention.types import Partial, Selection
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a method will spend on a sequence, before it runs.
-
-    Args:
-        pairs: slots listed per query, masked ones included.
-        selection_pairs: query-key products spent on choosing, per query, in units of one full-length product.
-        exact_pairs: keys that exact attention scores per query, on average.
-        memory_bytes: keys, values and queries read and rows written, for one head in float32.
-        complete: whether every key has an expected weight of one.
-    """
-
-    pairs: float
-    selection_pairs: float
-    exact_pairs: float
-    memory_bytes: int
-    complete: bool
-
-    @property
-    def share_of_exact(self) -> float:
-        """Pairs listed, relative to those exact attention scores."""
-        return self.pairs / self.exact_pairs if self.exact_pairs else 1.0
-
-
-class Approach(ABC):
-    """Anything that turns a problem into attention: a list of stages, exact attention, or a published algorithm."""
-
-    @property
-    @abstractmethod
-    def complete(self) -> bool:
-        """Whether every visible key has an expected weight of one."""
-
-    @property
-    @abstractmethod
-    def looks_ahead(self) -> LookAhead:
-        """How far beyond a row its list may depend on queries or keys."""
-
-    @abstractmethod
-    def attend(self, problem: Problem) -> Partial:
-        """Compute attention."""
-
-    def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Compute attention, and the standard error of every row; an approach that cannot tell it refuses, as this does."""
-        raise NotImplementedError(
-            f"{self!r} does not tell the standard error of its rows: use a Method whose last stage is a Draw, or "
-            "audit=64, which judges any output by exact rows"
-        )
-
-    def output(self, problem: Problem) -> Tensor:
-        """Compute the output alone, which some methods have sooner than their lse."""
-        return self.attend(problem).out
-
-    @abstractmethod
-    def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost for as many queries as keys, before running."""
-
-
-def exact_pairs(num_keys: int, is_causal: bool) -> float:
-    """Count the keys that exact attention scores per query, on average."""
-    return (num_keys + 1) / 2 if is_causal else float(num_keys)
-
-
-def refuse_spans(method: Approach, problem: Problem) -> None:
-    """Refuse to thin the queries of a method whose choice depends on all of them.
-
-    Args:
-        method: what is to run.
-        problem: on which queries.
-
-    Raises:
-        ValueError: if the queries are spans, and the method looks at the whole sequence.
-    """
-    if problem.spans is not None and method.looks_ahead == LookAhead.SEQUENCE:
-        raise ValueError(
-            f"{method!r} chooses by all queries of a sequence, and was given some of them: run it on all of them"
-        )
 
 
 class Method(Approach):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from hyperattention.approach import Approach
 from hyperattention.exact_method import Exact
-from hyperattention.method import Approach
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from hyperattention.approach import Approach, Cost
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
-from hyperattention.method import Approach, Cost, Method
+from hyperattention.method import Method
 from hyperattention.presets import HyperAttention
 from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw

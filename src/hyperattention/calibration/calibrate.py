@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hyperattention.approach import Approach
 from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import ignore
 from hyperattention.by_head import ByHead
@@ -22,7 +23,6 @@ from hyperattention.calibration.measure import measure_layer, warm_up
 from hyperattention.calibration.method_json import method_to_json
 from hyperattention.calibration.plan import Measured, Plan
 from hyperattention.exact_method import Exact
-from hyperattention.method import Approach
 from hyperattention.reference.model import Judged
 from hyperattention.reference.passes import run_pass, watch_exact
 from hyperattention.reference.samples import Sample

@@ -1,8 +1,9 @@
 """The methods that a calibration chooses from, from cheap to dear."""
 
+from hyperattention.approach import Approach
 from hyperattention.default import default_method, thorough_method
 from hyperattention.exact_method import Exact
-from hyperattention.method import Approach, Method
+from hyperattention.method import Method
 from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks

@@ -4,9 +4,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from hyperattention.approach import Approach
 from hyperattention.calibration.fields import Field
 from hyperattention.exact_method import Exact
-from hyperattention.method import Approach, Method
+from hyperattention.method import Method
 from hyperattention.presets import HyperAttention
 from hyperattention.select.budgeted_draw import BudgetedDraw
 from hyperattention.select.collision_draw import CollisionDraw

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from hyperattention.approach import Approach
 from hyperattention.bench.rows import find_default
 from hyperattention.by_head import ByHead
 from hyperattention.calibration.candidates import candidates
@@ -17,7 +18,6 @@ from hyperattention.calibration.plan import Plan
 from hyperattention.calibration.plan_file import load_plan
 from hyperattention.default import default_method
 from hyperattention.exact_method import Exact
-from hyperattention.method import Approach
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.watch import CallInputs
 from hyperattention.report.demo import Options as Texts
