@@ -39,7 +39,7 @@ DROPPED = "sinks_window_of_ours"
 class Plan:
     length: int = LENGTH
     # beside the budget that makes pairs `fewer` times fewer, rounded down to a multiple of `step`
-    budgets: tuple[int, ...] = (512, 1024, 1536)
+    budgets: tuple[int, ...] = (1024, 1536, 2048)
     step: int = 16
     fewer: float = FEWER
     care: Care = field(default_factory=lambda: Care(1024, 3, 4))

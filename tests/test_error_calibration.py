@@ -45,6 +45,7 @@ def _after_window(density: Density) -> ha.Method:
 SPARSE = {
     "uniform": _after_window(ha.Uniform()),
     "descent": _after_window(DESCENT),
+    "scan": _after_window(ha.KeyScan(8)),
     "block score": _after_window(ha.BlockScore(8)),
     "value norm": _after_window(ha.ValueNorm()),
     "mixture": _after_window(MIXTURE),

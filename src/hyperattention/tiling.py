@@ -1,6 +1,6 @@
 """Tiles of consecutive positions: how queries are cut so that neighbours share one list of keys."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -64,6 +64,14 @@ class Tiles:
         if self.problem.rank is not None or self.problem.num_keys <= num:
             return len(self.index)
         return self.before(num // self.size + 1) if self.problem.causal else 0
+
+    def leading(self, count: int) -> "Tiles":
+        """Keep the first tiles, with their queries."""
+        if count >= len(self.index):
+            return self
+        few = replace(self.problem, q=self.problem.q[:, :, : count * self.size - self.front])
+        start, end, limit = (x[:, :count] for x in (self.start, self.end, self.limit))
+        return replace(self, problem=few, index=self.index[:count], start=start, end=end, limit=limit)
 
     def by_list(self, x: Tensor) -> Tensor:
         """Repeat a tensor ``[batch, ...]`` for every batch row and kv head, without copying: ``[lists, ...]``."""

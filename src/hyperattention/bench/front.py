@@ -28,8 +28,8 @@ def _beats(other: tuple[float, ...], spot: tuple[float, ...]) -> bool:
 def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
     """Read off a method's error in a given time, from what it did at several budgets.
 
-    Between two budgets log(error) is taken as linear in log(time). Beyond the last nothing is gained: what is left of the
-    time goes unused. A budget that takes longer than another and errs more is left out, for it would not be chosen.
+    Between two budgets log(error) is taken as linear in log(time), and beyond the last as going on as between the last two.
+    A budget that takes longer than another and errs more is left out, for it would not be chosen.
 
     Args:
         seconds: the time there is.
@@ -45,8 +45,8 @@ def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
     if not best or seconds < best[0][0]:
         return None
     for (t0, e0), (t1, e1) in pairwise(best):
-        if t0 <= seconds < t1:
+        if t0 <= seconds < t1 or (t1, e1) == best[-1]:
             # an error of 0 has no logarithm, and is reached at its own time alone
             share = math.log(seconds / t0) / math.log(t1 / t0)
-            return e0 * (e1 / e0) ** share if e1 > 0 else e0
+            return e0 * (e1 / e0) ** share if e1 > 0 else e0 if seconds < t1 else e1
     return best[-1][1]

@@ -7,12 +7,12 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hyperattention.bench.entrants import Entrant
+from hyperattention.bench.entrants import OWN, Entrant
 from hyperattention.bench.frontier import Point
 from hyperattention.reference.evaluate import Judgement
 from hyperattention.report.plots import scale_seconds
 
-_EXACT, _OURS = "0.4", "tab:blue"
+_EXACT = "0.4"
 # added losses below this, nats a byte, are drawn on a linear scale: they may be zero or less
 _LINEAR_NATS = 1e-3
 
@@ -45,11 +45,13 @@ def plot_pareto(
 def _styles(who: Sequence[Entrant]) -> dict[str, dict]:
     """Give each family a colour of its own; the oracle, which is no method, a broken line."""
     colours = (colormaps["tab20"](number) for number in range(2, 20))
+    # shades of one colour for this project's methods, the most careful darkest
+    own = (colormaps["Blues"](0.95 - 0.13 * number) for number in range(len(OWN)))
     styles: dict[str, dict] = {}
     for entrant in who:
         if entrant.family not in styles and not entrant.exact:
-            ours = entrant.family == "default"
-            colour = _OURS if ours else next(colours, "0.2")
+            ours = entrant.family in OWN
+            colour = next(own) if ours else next(colours, "0.2")
             line, wide = ("--" if entrant.oracle else "-"), (2.4 if ours else 1.2)
             styles[entrant.family] = {"color": colour, "linestyle": line, "linewidth": wide}
     return styles

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from jaxtyping import Float
@@ -12,12 +13,12 @@ from hyperattention.select.density import Density, Distribution
 from hyperattention.select.score.descent import Descent
 from hyperattention.select.score.mass import inverse
 from hyperattention.select.score.pooling import edges, pool_queries, seen_keys
-from hyperattention.select.score.scan import Scan, sees_few
+from hyperattention.select.score.scan import Scan
 from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
 
 # rounds in which a key's listings are cut to one and the rest is given to the others
-_CLIP_ROUNDS = 3
+_CLIP_ROUNDS = 2
 # numbers held for each key while drawing
 _NUMBERS = 12
 # sums below count as none: draws over one of them would overflow
@@ -95,16 +96,20 @@ class KeyScan(Density):
 
     def seams(self, tiles: Tiles, num: int) -> list[int]:
         """Number the first tile that sees too many keys to scan, and the seams of what draws for it."""
-        if not tiles.problem.causal:
-            return self.beyond.seams(tiles, num)
-        return [tiles.before(self.most // tiles.size), *self.beyond.seams(tiles, num)]
+        return [self._scanned(tiles), *self.beyond.seams(tiles, num)]
+
+    def _scanned(self, tiles: Tiles) -> int:
+        """Count the leading tiles that see no more keys than are scanned, by position alone."""
+        if not tiles.problem.causal or tiles.problem.num_keys <= self.most:
+            return len(tiles.index) if tiles.problem.num_keys <= self.most else 0
+        return min(len(tiles.index), tiles.before(self.most // tiles.size))
 
     def numbers(self, tiles: Tiles) -> int:
         """Count a few numbers for every key scanned, or what the other density holds."""
         rows = tiles.problem.group * min(self.pooled, tiles.size)
-        # on a GPU the scores of a chunk are made at once
-        scores = 0 if tiles.problem.device.type == "cpu" else rows
-        scanned = (_NUMBERS + scores) * min(self.most, tiles.problem.num_keys)
+        # on a GPU the scores of a chunk are made at once; those of blocks always are
+        scores = rows / Scan.BLOCK if tiles.problem.device.type == "cpu" else rows
+        scanned = ceil((_NUMBERS + scores) * min(self.most, tiles.problem.num_keys))
         return scanned if tiles.problem.num_keys <= self.most else max(scanned, self.beyond.numbers(tiles))
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
@@ -123,37 +128,40 @@ class KeyScan(Density):
     def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
         """Round keys and pooled queries, and prepare the other density where some tile needs it."""
         problem, left = tiles.problem, edges(tiles, taken)
-        # the last tile sees the most
-        whole = slice(0, len(tiles.index))
-        beyond = self.beyond.prepare(tiles, taken, num) if not sees_few(tiles, whole, self.most) else None
-        if not sees_few(tiles, slice(0, 1), self.most) and beyond is not None:
+        scanned = self._scanned(tiles)
+        beyond = self.beyond.prepare(tiles, taken, num) if scanned < len(tiles.index) else None
+        if beyond is not None and not scanned:
             return beyond
-        keys = problem.k.flatten(0, 1)[:, : self.most]
-        query = pool_queries(tiles, self.pooled, problem.scale)
+        few = tiles.leading(scanned)
         # while no more keys than draws are left all are listed: those keys may tell of the others
-        scan = Scan.of(tiles, keys, query, num)
+        scan = Scan.of(few, problem.k.flatten(0, 1)[:, : self.most], pool_queries(few, self.pooled, problem.scale), num)
 
         def law(part: slice) -> Distribution:
-            if beyond is not None and not sees_few(tiles, part, self.most):
+            if beyond is not None and part.stop > scanned:
                 return beyond(part)
-            return self._law(scan.shares(part, seen_keys(tiles, part)), tuple(x[:, part] for x in left), num)
+            some = tuple(x[:, part] for x in left)
+            return self._law(scan.shares(part, seen_keys(tiles, part)), some, num, problem.causal and taken.gap is not None)
 
         return law
 
-    def _law(self, share: Tensor, left: tuple[Tensor, ...], num: int) -> _Listings:
-        """Turn the largest shares of keys, overwritten, into expected listings."""
+    def _law(self, share: Tensor, left: tuple[Tensor, ...], num: int, to_the_end: bool) -> _Listings:
+        """Turn the largest shares of keys, overwritten, into expected listings; nothing may be left beyond the hole."""
         begin, hole_begin, hole_end, end = left
         key = torch.arange(share.shape[2], device=share.device)
-        gone = (key < begin) | ((key >= hole_begin) & (key < hole_end)) | (key >= end)
-        mass = torch.nan_to_num_(share, nan=0.0, posinf=0.0).masked_fill_(gone, 0.0)
+        gone = (key < begin) | (key >= hole_begin)
+        if not to_the_end:
+            gone &= (key < hole_end) | (key >= end)
+            gone |= key < begin
+        mass = share.masked_fill_(gone, 0.0)
         count = (hole_begin - begin + end - hole_end).clamp(min=1)
         weighted = (1 - self.uniform_share) * num
         for _ in range(_CLIP_ROUNDS):
             torch.minimum(mass, _sum(mass) / weighted, out=mass)
-        mass.mul_(weighted / _sum(mass).clamp(min=_LEAST)).add_(self.uniform_share * num / count).masked_fill_(gone, 0.0)
-        # what an even draw adds to keys listed for certain is worth more to others
-        mass.clamp_(max=1.0)
-        return _Listings(mass.mul_(num / _sum(mass).clamp(min=_LEAST)), num)
+        total = _sum(mass)
+        # where nothing was scored all draws are even
+        even = torch.where(total > 0, self.uniform_share, 1.0) * (num / count)
+        mass.mul_(weighted / total.clamp(min=_LEAST)).add_(even).masked_fill_(gone, 0.0)
+        return _Listings(mass, num)
 
 
 def _sum(mass: Tensor) -> Tensor:

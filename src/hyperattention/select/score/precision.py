@@ -5,8 +5,8 @@ from torch import Tensor
 
 # instructions that multiply bfloat16 at twice the rate of float32, as torch names them; without one it is emulated, slowly
 _FAST = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-# the same for 8-bit integers, at four times that rate
-_FAST_INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
+# the same for 8-bit integers, at four times that rate, in a library that torch may lack
+_FAST_INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def _can(names: tuple[str, ...]) -> bool:
@@ -17,7 +17,8 @@ def _can(names: tuple[str, ...]) -> bool:
 
 
 # asked once: a compiler that traces `for_estimates` could not ask
-_CPU_IS_FAST, _CPU_INTEGERS_ARE_FAST = _can(_FAST), _can(_FAST_INTEGERS)
+_CPU_IS_FAST = _can(_FAST)
+_CPU_INTEGERS_ARE_FAST = _can(_FAST_INTEGERS) and torch.backends.mkldnn.is_available()
 
 
 def for_estimates(x: Tensor) -> Tensor:

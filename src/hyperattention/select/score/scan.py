@@ -14,16 +14,11 @@ from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
 # scores in one product: few enough to stay in the cache
-_SCORES = 2**20
+_SCORES = 2**21
 # the largest 8-bit integer, and the room above the first keys' largest numbers that later keys may need
 _LARGEST, _ROOM = 127.0, 8.0
 # below any score, and far enough from the end of 32-bit integers to be subtracted from
 _HIDDEN = -(2**29)
-
-
-def sees_few(tiles: Tiles, part: slice, most: int) -> bool:
-    """Tell by position alone whether no tile of a chunk sees more than `most` keys."""
-    return seen_keys(tiles, part) <= most
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,8 @@ class Scan:
         query: pooled queries; heads are apart, because each has a unit of its own.
         keys: centred keys, in the dtype of `query`.
         unit: what a score of one stands for, for each tile and head.
-        seen: estimated log-sum-exp of each query over the keys before its tile.
+        pooled: the queries before they were rounded.
+        moments: means of blocks of keys beside their variances.
         scores: memory for scores.
     """
 
@@ -45,7 +41,8 @@ class Scan:
     query: Shaped[Tensor, "lists tiles group pooled width"]
     keys: Shaped[Tensor, "lists keys width"]
     unit: Float[Tensor, "lists tiles group 1"]
-    seen: Float[Tensor, "lists tiles group pooled"]
+    pooled: Float[Tensor, "lists tiles rows width"]
+    moments: Float[Tensor, "lists blocks moments"]
     scores: Scratch
 
     @classmethod
@@ -66,36 +63,50 @@ class Scan:
         # a key or query that is not finite tells nothing: it is left to the even share
         keys = torch.nan_to_num(k - head.mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
         query = torch.nan_to_num(query, nan=0.0, posinf=0.0, neginf=0.0)
-        seen = _log_sums(tiles, keys, query)
-        query = query.unflatten(2, (tiles.problem.group, -1))
+        moments, rounded = _moments(keys), query.unflatten(2, (tiles.problem.group, -1))
         if integers_are_fast(query):
             # channel by channel, the scale of the keys moves over to the queries
             step = keys[:, :num].abs().amax(1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny) * (_ROOM / _LARGEST)
             keys = (keys / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-            query = query * step[:, :, None, None]
-            unit = query.abs().amax((3, 4)).clamp(min=torch.finfo(query.dtype).tiny) / _LARGEST
-            query = (query / unit[..., None, None]).round_().to(torch.int8)
+            rounded = rounded * step[:, :, None, None]
+            unit = rounded.abs().amax((3, 4)).clamp(min=torch.finfo(query.dtype).tiny) / _LARGEST
+            rounded = (rounded / unit[..., None, None]).round_().to(torch.int8)
             scores = Scratch(unit.new_empty(0, dtype=torch.int32), _SCORES)
         else:
-            keys, query = for_estimates(keys), for_estimates(query)
-            unit = torch.ones(query.shape[:3], dtype=seen.dtype, device=query.device)
+            keys, rounded = for_estimates(keys), for_estimates(rounded)
+            unit = torch.ones(rounded.shape[:3], dtype=query.dtype, device=query.device)
             scores = Scratch(keys, _SCORES)
-        return cls(tiles, query, keys, unit[..., None], seen.view(query.shape[:4]), scores)
+        return cls(tiles, rounded, keys, unit[..., None], query, moments, scores)
 
     def shares(self, part: slice, num: int) -> Float[Tensor, "lists chunk num"]:
         """Estimate the largest share that any query of a tile gives each of the first `num` keys, for a chunk of tiles."""
         lists, _, group, pooled, _ = self.query.shape
-        best = self.seen.new_full((lists, part.stop - part.start, num), -torch.inf)
+        best = self.pooled.new_full((lists, part.stop - part.start, num), -torch.inf)
+        seen = self._log_sums(part, num).unflatten(2, (group, pooled))
         on_cpu = self.query.device.type == "cpu"
         step = max(1, _SCORES // (group * pooled * max(1, num))) if on_cpu else part.stop - part.start
         for at in range(part.start, part.stop, step):
             some = slice(at, min(at + step, part.stop))
             count = min(num, seen_keys(self.tiles, some))
+            inside = slice(some.start - part.start, some.stop - part.start)
             for one in range(lists):
-                best[one, some.start - part.start : some.stop - part.start, :count] = self._best(one, some, count)
+                best[one, inside, :count] = self._best(one, some, count, seen[one, inside])
         return best.exp_()
 
-    def _best(self, one: int, some: slice, count: int) -> Tensor:
+    def _log_sums(self, part: slice, num: int) -> Float[Tensor, "lists chunk rows"]:
+        """Estimate each query's log-sum-exp over whole blocks before its tile, scores inside a block taken for normal."""
+        query, moments = self.pooled[:, part], self.moments[:, : num // self.BLOCK]
+        score = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2) @ moments.transpose(1, 2)
+        score = score.view(*query.shape[:3], -1)
+        end = (torch.arange(moments.shape[1], device=query.device) + 1) * self.BLOCK
+        known = self.tiles.by_list(self.tiles.start if self.tiles.problem.causal else self.tiles.visible_end)[:, part]
+        score.masked_fill_((end > known[..., None])[:, :, None], -torch.inf)
+        # in float64, where hidden blocks change no bit that is kept: a chunk may see more or fewer
+        total = score.double().logsumexp(-1).to(score.dtype)
+        least = torch.finfo(score.dtype).min
+        return torch.nan_to_num_(total, nan=least, neginf=least).add_(log(self.BLOCK))
+
+    def _best(self, one: int, some: slice, count: int, seen: Tensor) -> Tensor:
         """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, count]``."""
         query, unit = self.query[one, some], self.unit[one, some]
         score = self.scores.take(query.shape[:3].numel(), count)
@@ -106,9 +117,7 @@ class Scan:
         self._hide(score, one, some)
         top = score.amax(-1)
         # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
-        seen, spread = (
-            (x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (self.seen[one, some], self._spread(one, some))
-        )
+        seen, spread = ((x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (seen, self._spread(one, some)))
         bar = torch.minimum(torch.maximum(seen, top), top + spread)
         share = score.sub_(bar[..., None]).amax(2)  # [tiles, group, count]
         return (share.to(unit.dtype) * unit).amax(1)
@@ -132,16 +141,8 @@ class Scan:
         return self.tiles.by_list(self.tiles.visible_end)[one, some, None, None].clamp(min=1).to(self.unit.dtype).log()
 
 
-def _log_sums(tiles: Tiles, keys: Tensor, query: Tensor) -> Float[Tensor, "lists tiles rows"]:
-    """Estimate each query's log-sum-exp over whole blocks before its tile, the scores inside a block taken for normal."""
+def _moments(keys: Tensor) -> Float[Tensor, "lists blocks moments"]:
+    """Average keys and their squares over whole blocks: means beside variances."""
     blocks = keys[:, : keys.shape[1] // Scan.BLOCK * Scan.BLOCK].unflatten(1, (-1, Scan.BLOCK))
     mean = blocks.mean(2)
-    variance = (blocks.square().mean(2) - mean.square()).clamp_(min=0)
-    moments = torch.cat([mean, variance], 2)
-    score = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2) @ moments.transpose(1, 2)
-    score = score.view(*query.shape[:3], -1)
-    end = (torch.arange(moments.shape[1], device=keys.device) + 1) * Scan.BLOCK
-    known = tiles.by_list(tiles.start if tiles.problem.causal else tiles.visible_end)
-    score.masked_fill_((end > known[..., None])[:, :, None], -torch.inf)
-    least = torch.finfo(score.dtype).min
-    return torch.nan_to_num_(score.logsumexp(-1), nan=least, neginf=least).add_(log(Scan.BLOCK))
+    return torch.cat([mean, (blocks.square().mean(2) - mean.square()).clamp_(min=0)], 2)
