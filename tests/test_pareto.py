@@ -275,7 +275,8 @@ def judged(added: float, shares: list[float], pairs: float = 800.0) -> dict:
     depths = [{"begin": i, "end": i + 1, "share": share, "answers": 9} for i, share in enumerate(shares)]
     return {
         "added_nats": added, "added_error": 0.001, "retrieval": sum(shares) / len(shares), "depths": depths,
-        "cost": {"pairs": pairs, "exact_pairs": 4096.0}, "nats_per_byte": [0.0] * 24,
+        "cost": {"pairs": pairs, "exact_pairs": 4096.0, "selection_pairs": 64.0}, "nats_per_byte": [0.0] * 24,
+        "attention_ratio": {"value": 1.5},
     }  # fmt: skip
 
 

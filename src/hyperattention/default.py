@@ -15,6 +15,8 @@ from hyperattention.select.score.representatives import Representatives
 
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
 CROSSOVER = 4096
+# the same for the thorough method: 1.2 times as fast as SDPA there (benchmarks/records/pareto.jsonl)
+THOROUGH_CROSSOVER = 8192
 # the same on a GPU: derived in docs/performance.md, to be measured (benchmarks/gpu.py --only crossover)
 GPU_CROSSOVER = 16_384
 FEW_QUERIES = 256
@@ -46,8 +48,8 @@ def default_method(num_keys: int, *, num_queries: int | None = None, device: tor
 def thorough_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
     """Tell which method to run where a lost key matters more than time: fewer pairs, chosen with more care.
 
-    Every key is scored, by every query alone, while a tile sees no more than 8,192 of them; beyond that blocks are opened,
-    by twice as many averaged queries as the default's.
+    Every key is scored, by averages of two neighbouring queries, while a tile sees no more than 8,192 of them; beyond that
+    blocks are opened, by twice as many averaged queries as the default's.
 
     Args:
         num_keys: keys of the call.
@@ -55,10 +57,10 @@ def thorough_method(num_keys: int, *, num_queries: int | None = None, device: to
         device: where the call's tensors are, on the CPU if None.
 
     Returns:
-        exact attention below the crossover of the default, the list of stages from there on.
+        exact attention below its own crossover, which is later than the default's; the list of stages from there on.
     """
-    if _pays(num_keys, num_queries, device):
-        return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(64, beyond=Descent(pooled=32))))
+    if _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
+        return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=Descent(pooled=32))))
     return Exact()
 
 
@@ -81,8 +83,8 @@ def lean_method(num_keys: int, *, num_queries: int | None = None, device: torch.
     return Exact()
 
 
-def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None) -> bool:
+def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None, crossover: int = CROSSOVER) -> bool:
     """Tell whether approximating takes less time than exact attention."""
     on_gpu = device is not None and torch.device(device).type == "cuda"
-    enough = num_keys >= (GPU_CROSSOVER if on_gpu else CROSSOVER)
+    enough = num_keys >= (GPU_CROSSOVER if on_gpu else crossover)
     return enough and (num_queries is None or num_queries >= FEW_QUERIES)

@@ -18,7 +18,7 @@ EXACT, CONTROL, OURS = "exact", "control", "default"
 # names and titles of this project's own methods
 OWN = {
     "thorough": "hyperattention, thorough",
-    "scan_32": "hyperattention, keys scanned by 32 averages",
+    "scan_64": "hyperattention, keys scanned by every query",
     "scan_16": "hyperattention, keys scanned by 16 averages",
     OURS: "hyperattention, default",
     "lean": "hyperattention, lean",
@@ -82,15 +82,15 @@ def own_methods() -> dict[str, Method]:
     usual, careful, lean = find_default(), thorough_method(LONG), lean_method(LONG)
     if not isinstance(careful, Method) or not isinstance(lean, Method):
         raise TypeError(f"{careful!r} and {lean!r}: budgets can only be set for a Method")
-    scans = {f"scan_{num}": _scanning(usual, num) for num in (32, 16)}
+    scans = {f"scan_{num}": _scanning(careful, num) for num in (64, 16)}
     return {"thorough": careful} | scans | {OURS: usual, "lean": lean}
 
 
-def _scanning(usual: Method, pooled: int) -> Method:
-    *others, draw = usual.stages
-    if not isinstance(draw, Draw):
-        raise TypeError(f"the default method is {usual!r}: it does not end in draws")
-    return Method(*others, Draw(draw.num, by=KeyScan(pooled)), tile=usual.tile)
+def _scanning(careful: Method, pooled: int) -> Method:
+    *others, draw = careful.stages
+    if not isinstance(draw, Draw) or not isinstance(draw.by, KeyScan):
+        raise TypeError(f"the thorough method is {careful!r}: it does not end in draws by a scan")
+    return Method(*others, replace(draw, by=replace(draw.by, pooled=pooled)), tile=careful.tile)
 
 
 def at_budget(method: Method, slots: int) -> Method:
