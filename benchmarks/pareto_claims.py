@@ -82,8 +82,8 @@ def loss(exact: Mapping, dropped: Mapping, widest: Mapping, ours: Mapping) -> li
     shown = f"{added:+.4f} nats" if spread is None else f"{added:+.4f} ± {spread:.4f} nats"
     sizes = f"sinks + window of the same {dropped['added_nats']:+.4f}, of the same pairs {widest['added_nats']:+.4f}"
     spent = (
-        f"{sizes}; choosing takes {ours['cost']['selection_pairs']:,.0f} products a query more, in 8-bit integers; attention "
-        f"{ours['attention_ratio']['value']:.2f}x as fast as exact"
+        f"{sizes}; choosing takes {ours['cost']['selection_pairs']:,.0f} products a query more, in 8-bit integers; "
+        f"attention {ours['attention_ratio']['value']:.2f}x as fast as exact"
     )
     return [
         figure(
