@@ -18,7 +18,7 @@ from hyperattention.select.stage import LookAhead, Taken
 from hyperattention.tiling import Tiles
 
 # rounds in which a key's listings are cut to one and the rest is given to the others
-_CLIP_ROUNDS = 2
+_CLIP_ROUNDS = 4
 # numbers held for each key while drawing
 _NUMBERS = 12
 # sums below count as none: draws over one of them would overflow
@@ -161,7 +161,9 @@ class KeyScan(Density):
         # where nothing was scored all draws are even
         even = torch.where(total > 0, self.uniform_share, 1.0) * (num / count)
         mass.mul_(weighted / total.clamp(min=_LEAST)).add_(even).masked_fill_(gone, 0.0)
-        return _Listings(mass, num)
+        # what an even draw adds to keys listed for certain is worth more to others
+        mass.clamp_(max=1.0)
+        return _Listings(mass.mul_(num / _sum(mass).clamp(min=_LEAST)), num)
 
 
 def _sum(mass: Tensor) -> Tensor:
