@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from assertions import assert_exact
-from hyperattention.certificate import Aim, fresh_rows, log_capital, mean_bound
+from hyperattention import certificate
+from hyperattention.betting import log_capital, mean_bound
+from hyperattention.certificate import Aim, certify, fresh_rows
 from hyperattention.pilot import take_pilot
 from problems import problem
 from test_interval import binomial_cdf, constant, gamma_half, lognormal, missed, population, samples, uniform
@@ -102,15 +104,18 @@ def test_errors_that_are_no_numbers_are_never_certified(bad):
     errors = torch.zeros(2, 1, ROWS)
     errors[1, 0, 7] = bad
     aim = Aim(0.5, CHANCE, ROWS, torch.ones(1, 1))
-    assert aim.bound(errors)[0] <= 0.5
-    assert aim.bound(errors)[1] == torch.inf
+    assert aim.certificate(errors).bound[0] <= 0.5
+    assert aim.certificate(errors).bound[1] == torch.inf
+    # nor if rows seen before were fine
+    assert aim.certificate(errors, aim.certificate(torch.zeros(2, 1, 7))).bound[1] == torch.inf
+    assert mean_bound(errors, CHANCE)[1] == torch.inf
     assert aim.foresee(errors, ROWS).tolist() == [[True], [False]]
 
 
 def test_what_is_foreseen_is_what_is_certified():
     drawn = samples(population(ERRORS["lognormal 1"]), ROWS)[0][:, None]
     aim = Aim(0.135, CHANCE, ROWS, torch.ones(1, 1))
-    certified = aim.bound(drawn) <= aim.tolerance
+    certified = aim.certificate(drawn).bound <= aim.tolerance
     assert certified.any()
     assert not certified.all()
     assert torch.equal(aim.foresee(drawn, ROWS), certified)
@@ -119,12 +124,34 @@ def test_what_is_foreseen_is_what_is_certified():
 def test_rows_that_see_nothing_do_not_dilute_the_mean():
     errors = samples(population(ERRORS["lognormal 1"]), ROWS)[0][:, None]
     half = torch.cat([errors, torch.zeros_like(errors)], -1)
-    alone = Aim(0.5, CHANCE, ROWS, torch.ones(1, 1)).bound(errors)
+    alone = Aim(0.5, CHANCE, ROWS, torch.ones(1, 1)).certificate(errors).bound
     aim = Aim(0.135, CHANCE, 2 * ROWS, torch.full((1, 1), 0.5))
-    assert (aim.bound(half) >= 0.98 * alone).all()
+    assert (aim.certificate(half).bound >= 0.98 * alone).all()
     # twice the rows, half of which see nothing, tell as much as the rows that see something alone
     assert not aim.foresee(half, 2 * ROWS)[alone > 1.02 * aim.tolerance].any()
     assert (alone > 1.02 * aim.tolerance).any()
+
+
+@pytest.mark.parametrize("huge", [0.0, 50.0], ids=["at most wholly wrong", "huge"])
+def test_a_head_once_certified_stays_so_while_others_are_looked_at_again(monkeypatch, huge):
+    aim, rows = Aim(0.2, CHANCE, 10**6, torch.ones(1, 1)), 60
+    looks = [torch.zeros(1, 2, 30), torch.zeros(1, 2, 30), torch.zeros(1, 2, 60)]
+    for look in looks:
+        # the other head needs all looks; this one errs in the later ones only
+        look[:, 1] = 0.165
+    looks[1][:, 0, :12], looks[2][:, 0, :12] = 1.0, 1.0
+    looks[2][:, 0, 0] += huge
+    left = iter(looks)
+    monkeypatch.setattr(certificate, "row_errors", lambda *_: next(left))
+    some = problem(128, heads=2, kv_heads=2)
+    given = certify(some, some.q, aim, rows, 0)
+    assert given.errors.shape == (1, 2, 120)
+    assert mean_bound(given.errors.clamp(max=1), CHANCE)[0, 0] > 0.2
+    assert_exact(given.bounded[0, 0], mean_bound(looks[0][0, 0], CHANCE), size=1.0)
+    assert given.bounded[0, 0] <= 0.2
+    # what exceeds wholly wrong is no bet: once seen, it counts
+    assert_exact(given.excess[0, 0], torch.tensor(huge / 120, dtype=torch.float64), size=1.0)
+    assert bool(given.bound[0, 0] <= 0.2) == (huge == 0)
 
 
 def test_capital_rises_with_the_mean_bet_against():
@@ -136,13 +163,16 @@ def test_capital_rises_with_the_mean_bet_against():
 
 
 def test_more_rows_where_tolerance_or_confidence_ask_for_them():
-    def rows(tolerance, chance, pairs, queries=10**6):
-        return Aim(tolerance, chance, queries, torch.ones(1, 1)).rows(pairs)
+    def rows(tolerance, chance, pairs, queries=10**6, live=((1.0,),)):
+        return Aim(tolerance, chance, queries, torch.tensor(live)).rows(pairs)
 
     assert rows(0.01, 0.01, 1000) > 5 * rows(0.1, 0.01, 1000)
     assert rows(0.1, 0.0001, 1000) > rows(0.1, 0.01, 1000)
     assert rows(0.1, 0.01, 8000) > rows(0.1, 0.01, 1000)
     assert rows(0.01, 0.01, 1000, queries=300) == 300
+    # rows that see nothing tell nothing: the entry with the fewest others asks for more
+    assert rows(0.1, 0.01, 1000, live=((1.0,), (0.1,))) == pytest.approx(rows(0.01, 0.01, 1000), rel=0.01)
+    assert rows(0.1, 0.01, 1000, queries=300, live=((0.001,),)) == 300
 
 
 def test_every_attempt_and_the_pilot_draw_rows_of_their_own():

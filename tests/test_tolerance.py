@@ -1,4 +1,4 @@
-"""Error as an argument: no head above tolerance silently, exact where it must be, and no more spent than that takes."""
+"""Error as an argument: no bound above the tolerance, exact where it must be, and no more spent than that takes."""
 
 import math
 
@@ -59,6 +59,32 @@ def test_a_hard_head_runs_exactly_and_is_told_of():
     assert report.num_rows[0] > 0
     assert "ran exactly: kv heads 1 of 2" in str(report)
     assert "95% confidence" in str(report)
+    assert (report.excess == 0).all()
+    assert "not bounded" not in str(report)
+
+
+def test_what_is_estimated_and_not_bounded_is_told_of(monkeypatch):
+    judge = certificate.row_errors
+
+    def one_row_worse(rows, exact):
+        found = judge(rows, exact)
+        found[:, 0, 0] = 2.0
+        return found
+
+    monkeypatch.setattr(certificate, "row_errors", one_row_worse)
+    monkeypatch.setattr(tolerance, "choose", lambda *_: pilot.Choice((4, 4), ((4,), (4,))))
+    _, report = ha.attention(*easy(), tolerance=0.6, **OPTIONS)
+    assert not report.exact_heads
+    # one row of the first batch exceeds wholly wrong by one
+    assert report.excess[0].tolist() == pytest.approx([1 / report.num_rows[0], 0.0, 0.0, 0.0])
+    assert "estimated, not bounded" in str(report)
+
+
+def test_a_trial_that_was_not_made_is_not_told_of(monkeypatch):
+    monkeypatch.setattr(tolerance, "choose", lambda *_: pilot.Choice((None, None), ((2,), (2,))))
+    _, report = ha.attention(*easy(), tolerance=0.4, **OPTIONS)
+    assert report.exact_heads == (0, 1)
+    assert "no rung was expected to come within 0.4" in str(report)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["exact last", "exact first"])

@@ -6,7 +6,7 @@ import torch
 import hyperattention as ha
 from assertions import assert_exact
 from front_door import padded
-from hyperattention import certificate
+from hyperattention import certificate, tolerance
 from hyperattention.ladder import Ladder, check_tolerance
 from hyperattention.method import Method
 from problems import tensors
@@ -96,6 +96,30 @@ def test_a_batch_entry_that_sees_nothing_forces_nothing():
     out, report = ha.attention(q, k, v, tolerance=0.3, key_mask=mask, **OPTIONS)
     assert not report.exact_heads
     assert (out[1] == 0).all()
+
+
+def padded_to(live, num):
+    """A batch whose second entry ends in `live` live keys, and in as many queries that see any."""
+    return torch.arange(num) >= torch.tensor([[0], [num - live]])
+
+
+def test_a_batch_entry_of_few_live_queries_is_certified():
+    num = 4096
+    q, k, v = easy(batch=2, num=num)
+    options = {"is_causal": True, "key_mask": padded_to(400, num)}
+    out, report = ha.attention(q, k, v, enable_gqa=True, method=LADDER, tolerance=0.3, **options)
+    assert not report.exact_heads
+    assert report.share_of_pairs < 1
+    assert (errors(out, q, k, v, **options) <= report.bound).all()
+    assert (report.bound <= 0.3).all()
+
+
+def test_no_pilot_is_paid_where_too_few_queries_are_live_to_certify_them(monkeypatch):
+    monkeypatch.setattr(tolerance, "take_pilot", None)
+    q, k, v = easy(batch=2)
+    _, report = ha.attention(q, k, v, tolerance=0.3, key_mask=padded_to(10, NUM), **OPTIONS)
+    assert report.share_of_pairs == 1
+    assert "no rung is worth running" in str(report)
 
 
 def test_all_padding_of_a_short_call():

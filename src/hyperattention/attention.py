@@ -74,9 +74,11 @@ def attention(
         enable_gqa: whether several query heads may share a kv head.
         method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written. With
             `tolerance` it is left out, or a `Ladder` of methods to climb in place of the default one.
-        tolerance: mean relative row error allowed each head of this output, in (0, 1). Each head then gets the cheapest of
-            ever dearer methods that is within it at 95% confidence, or exact attention; a `ToleranceReport`, returned as
-            well, says which and what it took. Decided by values, so a compiled graph breaks there. See `attend_within`.
+        tolerance: mean relative row error allowed each head of this output, in (0, 1). Each head then gets, of ever dearer
+            methods, the cheapest that is likely enough and then certified at 95% confidence, or exact attention. What rows
+            err by above 1 is estimated, not bounded: rare huge errors can hide. Over many calls vary `seed`, or they fail
+            together. A `ToleranceReport`, returned as well, says what ran and what it took. Decided by values, so a compiled
+            graph breaks there. See `attend_within`.
         key_mask: True where a key may be attended to; combines with `is_causal`.
         seed: seed of every draw, in [0, 2**63).
         layer: layer of the model, so that layers draw independently.

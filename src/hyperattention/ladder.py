@@ -76,8 +76,9 @@ class Ladder:
 def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -> Ladder:
     """Give the ladder that `tolerance` climbs if none is named: the default method with fewer draws, and with more.
 
-    Where a tile sees few keys they are scanned by eight averaged queries, which takes the time of the default's descent and
-    halves the error; an error is what is asked for here, and lost keys show in it.
+    Where a tile sees few keys they are scanned by eight averaged queries, since an error is what is asked for here, and lost
+    keys show in it: a mean error of 0.040 beside 0.056 by the default's descent on the reference model, up to 40% less on
+    structured inputs. The time is about the descent's only where the CPU multiplies 8-bit integers fast, elsewhere more.
 
     A rung is worth running while it spends no larger a share of exact attention's pairs than the default method does at its
     measured crossover, where both take equal time.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -95,13 +95,19 @@ def take_pilot(problem: Problem, tile: int) -> Pilot | None:
     return Pilot(few, index, exact_at(few, index), tiles, few.num_queries / problem.num_queries)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Search:
-    """What was found of one kv head on its way to a rung."""
+    """How far one kv head is on its way to a rung.
 
-    probed: dict[int, Tensor] = field(default_factory=dict)
-    rung: int | None = None
-    done: bool = False
+    Args:
+        probed: errors by rung tried, in order.
+        rung: the one decided on, or None where exact attention is to run.
+        upcoming: the one to try next, or None where it is decided.
+    """
+
+    probed: dict[int, Tensor]
+    rung: int | None
+    upcoming: int | None
 
 
 @dataclass(frozen=True)
@@ -132,18 +138,16 @@ def choose(pilot: Pilot, rungs: Sequence[Method], pairs: Sequence[float], aim: A
     Returns:
         the choice.
     """
-    heads = range(pilot.problem.k.shape[1])
-    searches, wanted = [_Search() for _ in heads], {len(rungs) // 2: list(heads)}
+    searches = [_Search({}, None, len(rungs) // 2) for _ in range(pilot.problem.k.shape[1])]
     for probe in range(_PROBES):
+        wanted: dict[int, list[int]] = {}
+        for head, search in enumerate(searches):
+            if search.upcoming is not None:
+                wanted.setdefault(search.upcoming, []).append(head)
         for place, served in wanted.items():
             for head, errors in zip(served, pilot.errors(rungs[place], served).unbind(1), strict=True):
-                searches[head].probed[place] = _raised(errors, pilot.tiles)
-        wanted = {}
-        for head in heads:
-            if not searches[head].done:
-                _step(searches[head], pairs, aim, last=probe + 1 == _PROBES)
-            if not searches[head].done:
-                wanted.setdefault(searches[head].rung, []).append(head)
+                probed = searches[head].probed | {place: _raised(errors, pilot.tiles)}
+                searches[head] = _decide(probed, pairs, aim, last=probe + 1 == _PROBES)
     return Choice(tuple(each.rung for each in searches), tuple(tuple(each.probed) for each in searches))
 
 
@@ -183,20 +187,18 @@ def _raised(errors: Tensor, tiles: int) -> Tensor:
     return errors * (1 + deviation / math.sqrt(tiles) / mean.clamp(min=torch.finfo(mean.dtype).tiny))
 
 
-def _step(search: _Search, pairs: Sequence[float], aim: Aim, *, last: bool) -> None:
-    """Decide on a rung, or on one to probe next."""
-    *before, at = search.probed
-    power = _fitted(search.probed, pairs) if before else _POWER
-    search.rung = cheapest(search.probed[at], at, pairs, aim, power)
-    search.done = last
+def _decide(probed: dict[int, Tensor], pairs: Sequence[float], aim: Aim, *, last: bool) -> _Search:
+    """Decide on a rung, or on one to probe next, by the last one probed."""
+    *before, at = probed
+    rung = cheapest(probed[at], at, pairs, aim, _fitted(probed, pairs) if before else _POWER)
     if last:
-        return
-    if search.rung is None:
+        return _Search(probed, rung, None)
+    if rung is None:
         # the dearest is worth a look unless even the steepest fall would not do
-        hopeless = at == len(pairs) - 1 or cheapest(search.probed[at], at, pairs, aim, _STEEP) is None
-        search.rung, search.done = (None, True) if hopeless else (len(pairs) - 1, False)
-    else:
-        search.done = abs(search.rung - at) <= 1
+        dearest = len(pairs) - 1
+        hopeless = at == dearest or cheapest(probed[at], at, pairs, aim, _STEEP) is None
+        return _Search(probed, None, None if hopeless else dearest)
+    return _Search(probed, rung, None if abs(rung - at) <= 1 else rung)
 
 
 def _fitted(probed: dict[int, Tensor], pairs: Sequence[float]) -> float:

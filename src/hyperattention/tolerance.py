@@ -51,7 +51,7 @@ class _Call:
         self.ladder = self._affordable(ladder) if ladder is not None else []
         self.rungs: list[int | None] = [None for _ in self.heads]
         self.served: list[tuple[Tensor, Tensor | None, list[int]]] = []
-        self.bound = torch.zeros(problem.q.shape[:2], dtype=torch.float64, device=problem.device)
+        self.bound, self.excess = torch.zeros(2, *problem.q.shape[:2], dtype=torch.float64, device=problem.device)
         self.spent = [0.0 for _ in self.heads]
         self.rows = [0 for _ in self.heads]
 
@@ -93,10 +93,9 @@ class _Call:
         for place in sorted(set(chosen.values())):
             group, rung = [head for head in heads if chosen[head] == place], self.ladder[place]
             few, out = self._run(rung.method, group)
-            errors, bound = certify(few, out, aim, aim.rows(rung.cost.pairs), number)
-            self.bound[:, self._rows_of(group)] = bound
-            # not "above": a bound that is not a number vouches for nothing
-            passed = of_group(bound <= self.tolerance, few.group).tolist()
+            given = certify(few, out, aim, aim.rows(rung.cost.pairs), number)
+            self._vouch(group, given.bound, given.excess)
+            errors, passed = given.errors, of_group(given.bound <= self.tolerance, few.group).tolist()
             for head, own, fine in zip(group, errors.unflatten(1, (-1, few.group)).unbind(1), passed, strict=True):
                 self.spent[head] += rung.spends + self._rows_spend(errors.shape[-1])
                 self.rows[head] = errors.shape[-1]
@@ -105,9 +104,10 @@ class _Call:
                     again += [head] if self.rungs[head] is not None else []
         return again
 
-    def _rows_of(self, heads: list[int]) -> list[int]:
-        """List the query heads of some kv heads."""
-        return [head * self.problem.group + member for head in heads for member in range(self.problem.group)]
+    def _vouch(self, heads: list[int], bound: Tensor | float, excess: Tensor | float) -> None:
+        """Write down what holds for the query heads of some kv heads."""
+        rows = [head * self.problem.group + member for head in heads for member in range(self.problem.group)]
+        self.bound[:, rows], self.excess[:, rows] = bound, excess
 
     def _above(self, errors: Tensor, place: int, number: int) -> int | None:
         """Find the rung that a head should move up to, by what its certificate saw."""
@@ -120,7 +120,7 @@ class _Call:
         heads = [head for head in self.heads if self.rungs[head] is None]
         if heads:
             self._run(Exact(), heads)
-            self.bound[:, self._rows_of(heads)] = 0.0
+            self._vouch(heads, 0.0, 0.0)
             for head in heads:
                 self.spent[head] += self.exact_pairs
 
@@ -153,10 +153,10 @@ class _Call:
 def attend_within(
     problem: Problem, tolerance: float, named: Ladder | None = None, *, lse: bool
 ) -> tuple[Partial | Tensor, ToleranceReport]:
-    """Attend so that the mean relative row error of every query head of this output is within a tolerance.
+    """Attend so that the mean relative row error of every query head of this output is, by its bound, within a tolerance.
 
     1. A pilot (`pilot.py`): whole tiles at evenly spaced positions, exact rows in them, and at most two rungs tried on them
-       choose the cheapest rung for each kv head that is likely to pass. 2. Heads of one rung run together. 3. A
+       choose for each kv head the cheapest rung that is likely enough to pass. 2. Heads of one rung run together. 3. A
        certificate (`certificate.py`) on fresh rows bounds every query head's error; a kv head passes with the worst of its
        query heads, over the batch. 4. One that fails moves up, once, to the rung its certificate suggests, with fresh rows
        again; then to exact attention. The chance of a wrong bound, 5%, is divided over query heads and attempts.
@@ -164,9 +164,13 @@ def attend_within(
     Rungs come into question while they and their certificate spend fewer pairs than the ladder says are worth it, and all
     of it only if the cheapest does so with the pilot. Without a ladder named, calls that `method=None` would serve exactly
     are served exactly.
-    Differs from a method chosen beforehand: the output's own error decides, so that no head is above tolerance silently.
+    Differs from a method chosen beforehand: the output's own error decides.
     Cost: the rungs that run; beside them the pilot, and the exact rows of `Aim.rows`, a few times log(heads) / tolerance.
-    Guarantee: with 95% confidence every head's bound holds, as `mean_bound` states it. Exact heads are as torch rounds them.
+    Guarantee: with 95% confidence every head's mean of min(e, 1) is within its bound, as `mean_bound` states it. What rows
+    err by above 1 is added as the rows drawn show it, so rare rows with huge errors can hide. A rung is the cheapest that
+    was likely enough (two probes and an extrapolation), not surely the cheapest that would do. Rows are a pure function of
+    layer, seed, attempt and batch: over many calls vary `seed`, or failures are not independent from call to call. Exact
+    heads are as torch rounds them.
 
     Args:
         problem: the problem.
@@ -188,15 +192,16 @@ def attend_within(
     out, log_sum = call.joined()
     methods = tuple(Exact() if rung is None else call.ladder[rung].method for rung in call.rungs)
     share = sum(call.spent) / len(call.spent) / call.exact_pairs if call.exact_pairs else 1.0
-    report = ToleranceReport(tolerance, CONFIDENCE, methods, call.bound, share, tuple(call.rows), note)
+    report = ToleranceReport(tolerance, CONFIDENCE, methods, call.bound, call.excess, share, tuple(call.rows), note)
     return (out if log_sum is None else Partial(out, log_sum)), report
 
 
 def exact_report(query: Tensor, key: Tensor, tolerance: float) -> ToleranceReport:
     """Report a call under a dense mask, which only exact attention reads."""
-    methods, bound = (Exact(),) * key.shape[1], torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
-    rows = (0,) * key.shape[1]
-    return ToleranceReport(tolerance, CONFIDENCE, methods, bound, 1.0, rows, "no list of keys follows a dense attn_mask")
+    methods, rows = (Exact(),) * key.shape[1], (0,) * key.shape[1]
+    zero = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
+    note = "no list of keys follows a dense attn_mask"
+    return ToleranceReport(tolerance, CONFIDENCE, methods, zero, zero, 1.0, rows, note)
 
 
 def _ladder_of(problem: Problem, named: Ladder | None) -> tuple[Ladder | None, str]:
