@@ -184,7 +184,7 @@ def test_errors_at_equal_time_are_read_off_in_logarithms() -> None:
     for seconds in (1.0, 1.5, 2.0, 5.0, 8.0):
         assert error_at(seconds, law) == pytest.approx(0.8 / seconds**1.5)
     assert error_at(0.9, law) is None
-    # beyond the last budget as between the last two; a single budget tells no slope
+    # beyond the last budget with the mean slope; a single budget tells none
     assert error_at(100.0, law) == pytest.approx(0.8 / 100**1.5)
     assert error_at(100.0, law[:1]) == law[0][1]
     assert error_at(100.0, [(1.0, 0.5), (2.0, 0.0)]) == 0.0

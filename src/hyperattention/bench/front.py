@@ -28,8 +28,9 @@ def _beats(other: tuple[float, ...], spot: tuple[float, ...]) -> bool:
 def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
     """Read off a method's error in a given time, from what it did at several budgets.
 
-    Between two budgets log(error) is taken as linear in log(time), and beyond the last as going on as between the last two.
-    A budget that takes longer than another and errs more is left out, for it would not be chosen.
+    Between two budgets log(error) is taken as linear in log(time), and beyond the last as going on with the mean slope from the
+    first to the last, which the noise of single times hardly moves. A budget that takes longer than another and errs more is
+    left out, for it would not be chosen.
 
     Args:
         seconds: the time there is.
@@ -45,8 +46,9 @@ def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
     if not best or seconds < best[0][0]:
         return None
     for (t0, e0), (t1, e1) in pairwise(best):
-        if t0 <= seconds < t1 or (t1, e1) == best[-1]:
+        if t0 <= seconds < t1:
             # an error of 0 has no logarithm, and is reached at its own time alone
             share = math.log(seconds / t0) / math.log(t1 / t0)
-            return e0 * (e1 / e0) ** share if e1 > 0 else e0 if seconds < t1 else e1
-    return best[-1][1]
+            return e0 * (e1 / e0) ** share if e1 > 0 else e0
+    (t0, e0), (t1, e1) = best[0], best[-1]
+    return e1 * (e1 / e0) ** (math.log(seconds / t1) / math.log(t1 / t0)) if t1 > t0 and e1 > 0 else e1
