@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ import torch
 import hyperattention as ha
 from hyperattention.calibration.candidates import candidates
 from hyperattention.calibration.choose import choose
-from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import Measurement, measure_layer
 from tiny_models import LENGTH, NUM_LAYERS, build, tokens
 
@@ -30,7 +30,10 @@ from hyperattention.reference.model import Judged, load_reference
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.samples import Sample
 from hyperattention.report import inspect as page
+from hyperattention.report.calibrate import conclude
 from hyperattention.report.demo import Prepared
+from hyperattention.report.maps import error_against_time
+from hyperattention.report.method_names import short_name
 from test_cli import invoke
 
 NARROW = ha.Method(ha.Sinks(4), ha.Window(16))
@@ -93,8 +96,11 @@ def test_the_worst_document_decides_and_layers_of_a_shape_share_their_times() ->
 
 def test_a_plan_pays_from_where_it_is_never_slower_again() -> None:
     lengths = (256, 512, 1024, 2048)
-    for plan, keys in (((2, 1, 1, 1), 512), ((1, 3, 1, 1), 1024), ((1, 1, 1, 1), 256), ((3, 3, 3, 3), 2048)):
+    for plan, keys in (((2, 1, 1, 1), 512), ((1, 3, 1, 1), 1024), ((1, 1, 1, 1), 256), ((3, 3, 3, 1), 2048)):
         assert Crossing(lengths, tuple(map(float, plan)), (1.5,) * 4).keys == keys
+    # slower at the full length: it never pays, whatever it did on shorter ones
+    for plan in ((3, 3, 3, 3), (1, 1, 1, 3)):
+        assert Crossing(lengths, tuple(map(float, plan)), (1.5,) * 4).keys is None
 
 
 def test_candidates_list_fewer_pairs_than_exact_attention_and_hold_the_default() -> None:
@@ -114,6 +120,11 @@ def test_a_calibrated_plan_keeps_its_promises(judged: Judged, samples: tuple[Sam
     assert all(0 <= error <= 0.3 for errors in plan.errors.values() for error in errors)
     assert plan.measured.length == LENGTH
     assert plan.measured.pairs_per_query == plan.method.cost(LENGTH).pairs
+    words = " ".join(conclude(plan))
+    assert re.search(r"On these documents it adds .* errs at most 0\.3 with all other layers exact", words)
+    paying, slow = (" ".join(conclude(replace(plan, crossover=keys))) for keys in (1234, None))
+    assert "it pays from 1,234 keys on" in paying
+    assert "it did not pay, so `use` will run exact attention" in slow
     # every candidate but exact attention is hopeless at a tolerance near 0
     strict = calibrate(judged, samples, Settings(1e-9, ladder=LADDER[:3], repeats=1), tmp_path / "strict")
     assert set(strict.layers.values()) == {ha.ByHead((ha.Exact(), ha.Exact()))}
@@ -135,6 +146,22 @@ def test_errors_are_those_of_all_rows_of_the_worst_query_head(judged: Judged, sa
     assert found.errors[2] == pytest.approx((max(heads[:2]), max(heads[2:])), rel=1e-4)
     assert found.errors[0] == (0.0, 0.0)
     assert found.errors[1] > found.errors[2]
+
+
+def test_a_page_says_that_its_plan_does_not_run(judged: Judged, samples: tuple[Sample, ...], tmp_path: Path) -> None:
+    plan = calibrate(judged, samples, Settings(0.3, ladder=LADDER, repeats=1), tmp_path / "journal")
+    options = page.Options(plan=Path("plan.json"), rows=32, ladder=LADDER)
+    prepared = Prepared(options.texts, judged, samples, "text")
+    layers = page.run(page.Ready(options, prepared, plan), Console(quiet=True))
+
+    def text_under(crossover: int | None) -> str:
+        page.save(page.Ready(options, prepared, replace(plan, crossover=crossover)), layers, tmp_path / "page.html")
+        return (tmp_path / "page.html").read_text()
+
+    slow, long, paying = map(text_under, (None, LENGTH + 1, LENGTH))
+    assert "The plan did not pay where it was calibrated" in slow
+    assert f"it pays from {LENGTH + 1} keys on" in long
+    assert "keys on" not in paying.split("<main>")[0].split("<body>")[1]
 
 
 class Interrupted(Exception):
@@ -167,20 +194,14 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(
     assert measured == [(0, 0), (0, 1), (1, 0), (1, 1)]
     # another tolerance rests on the same measurements, another seed does not
     calibrate(judged, samples, replace(settings, tolerance=0.1), journal)
-    with pytest.raises(Interrupted):
+    kept = journal.read_text()
+    with pytest.raises(ValueError, match="seed 0 there and 1 here"):
         calibrate(judged, samples, replace(settings, seed=1), journal)
+    assert journal.read_text() == kept
+    with pytest.raises(Interrupted):
+        calibrate(judged, samples, replace(settings, seed=1), tmp_path / "another")
     # the model is what it was
     assert judged.model.config._attn_implementation == "sdpa"
-
-
-def test_a_journal_keeps_measurements_and_their_settings(tmp_path: Path) -> None:
-    path, one = tmp_path / "journal", measurement(1, [[0.0, 0.0], [math.inf, 0.5]], (2.0, 1.0))
-    Journal(path, {"seed": 0}).add(one)
-    assert Journal(path, {"seed": 0}).measurements == [one]
-    assert Journal(path, {"seed": 0}).has(0, 1)
-    assert not Journal(path, {"seed": 0}).has(1, 1)
-    assert Journal(path, {"seed": 1}).measurements == []
-    assert len(path.read_text().splitlines()) == 1
 
 
 def test_settings_and_models_that_cannot_be_calibrated_are_refused(samples: tuple[Sample, ...], tmp_path: Path) -> None:
@@ -217,6 +238,29 @@ def test_row_figures_are_those_of_the_softmax_rows(judged: Judged, samples: tupl
     assert shown.methods == (NARROW, DRAWN)
     assert shown.shares == [method.cost(LENGTH).share_of_exact for method in (NARROW, NARROW, DRAWN, DRAWN)]
     assert all(error > 0 for error in shown.figures["error"])
+
+
+def test_the_star_is_measured_like_the_dots(judged: Judged, samples: tuple[Sample, ...]) -> None:
+    calls: list = []
+    watch_exact(judged, samples[0], calls.append)
+    served = (ha.ByHead((NARROW, NARROW)), ha.ByHead((NARROW, DRAWN)))
+    layers = [inspect_layer(call, each, LADDER, rows=32) for call, each in zip(calls, served, strict=True)]
+    # heads draw what they would have drawn had all run that method, so errors are the candidates' own
+    for layer in layers:
+        places = [layer.ladder.index(method) for method in layer.methods]
+        own = [layer.measured.errors[place][head] for head, place in enumerate(places)]
+        assert layer.measured.errors[-1] == pytest.approx(own, rel=1e-4)
+    star = error_against_time(layers, "plan").data[-1]
+    assert star.name == "plan"
+    assert star.y[0] == pytest.approx(statistics.fmean(x for layer in layers for x in layer.measured.errors[-1]))
+    assert star.x[0] == pytest.approx(statistics.fmean(1000 * layer.measured.seconds[-1] for layer in layers))
+    # served by one method everywhere, the star lies at the height of that method's dot
+    alike = [inspect_layer(call, served[0], LADDER, rows=32) for call in calls]
+    figure = error_against_time(alike, "plan")
+    shown = [trace for trace in figure.data[:-1] if trace.visible is True]
+    dots = {text: y for trace in shown for text, y in zip(trace.text, trace.y, strict=True)}
+    assert len(dots) == len(LADDER)
+    assert figure.data[-1].y[0] == pytest.approx(dots[short_name(NARROW)], rel=1e-4)
 
 
 class Loads(html.parser.HTMLParser):

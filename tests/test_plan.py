@@ -33,7 +33,7 @@ def model() -> nn.Module:
     return model
 
 
-def make(model: nn.Module, layers: dict[int, ha.ByHead], crossover: int = 0) -> ha.Plan:
+def make(model: nn.Module, layers: dict[int, ha.ByHead], crossover: int | None = 0) -> ha.Plan:
     errors = {layer: tuple(0.125 for _ in method.methods) for layer, method in layers.items()}
     return ha.Plan(fingerprint(model), layers, errors, 0.25, crossover, MEASURED)
 
@@ -62,6 +62,9 @@ def test_a_plan_survives_its_file(plan: ha.Plan, tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["plan.json"]
     # each distinct method stands there once
     assert len(json.loads(path.read_text())["methods"]) == 3
+    never = replace(plan, crossover=None)
+    ha.save_plan(never, path)
+    assert ha.load_plan(path) == never
 
 
 def test_a_failed_write_leaves_the_old_plan(plan: ha.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +133,8 @@ WRONG = {
     "an endless error": (set_at("layers", "1", "errors", 0, value=float("inf")), "layers.1.errors.0 is inf: .* finite"),
     "no number": (set_at("tolerance", value=float("nan")), "tolerance is nan: it must be a finite number"),
     "a negative crossover": (set_at("crossover", value=-1), "crossover is -1: it must be a whole number from 0 on"),
+    "a crossover in words": (set_at("crossover", value="never"), "crossover is 'never': it must be a whole number"),
+    "no crossover": (set_at("crossover", value=None), "crossover is missing"),
     "no layers": (set_at("layers", value={}), "layers is {}: it must name at least one layer"),
     "a list of layers": (set_at("layers", value=[1]), r"layers is \[1\]: it must be an object"),
     "a version of a package as a number": (set_at("measured", "versions", "torch", value=2), "measured.versions.torch is 2"),
@@ -205,6 +210,36 @@ def test_use_runs_a_plan_and_counts_by_reason(model: nn.Module) -> None:
     with pytest.warns(UserWarning, match="layer not listed"), use(model, plan, layers=[0]) as calls:
         logits(model)
     assert calls.counts.exact == {"exact method": 1, "layer not listed": 1}
+
+
+def test_use_stays_exact_under_a_plan_that_did_not_pay(model: nn.Module) -> None:
+    plan = make(model, {1: ha.ByHead((DRAWN, NARROW))}, crossover=None)
+    assert not plan.pays(10**9)
+    reference = logits(model)
+    with pytest.warns(UserWarning, match="no attention call was approximated"), use(model, plan) as calls:
+        unchanged = logits(model)
+    assert torch.equal(unchanged, reference)
+    assert calls.counts.exact == {"layer not listed": 1, "the plan did not pay": 1}
+    # asked for by method, it runs all the same
+    with use(model, plan.method, layers=[1]) as calls:
+        assert (logits(model) - reference).abs().max() > 1e-2
+    assert calls.counts.approximated == 1
+
+
+def test_by_layer_tells_the_standard_errors_of_its_layers() -> None:
+    shape = {"is_causal": True, "enable_gqa": True, "return_standard_error": True}
+    q, k, v = (torch.randn(1, heads, 96, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    by_head = ha.ByHead((DRAWN, ha.Exact()))
+    method = ha.ByLayer({1: by_head, 2: NARROW})
+    out, error = ha.attention(q, k, v, method=method, layer=1, **shape)
+    own_out, own_error = ha.attention(q, k, v, method=by_head, layer=1, **shape)
+    assert torch.equal(out, own_out)
+    assert torch.equal(error, own_error)
+    assert error[:, :2].max() > 0
+    # a layer that is not named is exact
+    assert not ha.attention(q, k, v, method=method, layer=0, **shape)[1].any()
+    with pytest.raises(ValueError, match="drops keys"):
+        ha.attention(q, k, v, method=method, layer=2, **shape)
 
 
 def test_a_plan_of_another_model_is_refused(model: nn.Module, plan: ha.Plan) -> None:

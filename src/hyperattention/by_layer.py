@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.approach import Approach, Cost
@@ -75,6 +76,10 @@ class ByLayer(Approach):
     def attend(self, problem: Problem) -> Partial:
         """Attend by the method of the problem's layer."""
         return self.of(problem.layer).attend(problem)
+
+    def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
+        """Attend by the method of the problem's layer, and tell the standard error of every row; raises what it raises."""
+        return self.of(problem.layer).attend_with_error(problem)
 
     def output(self, problem: Problem) -> Tensor:
         """Compute the output alone, by the method of the problem's layer."""

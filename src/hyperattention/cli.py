@@ -130,7 +130,7 @@ def bench(
 def calibrate_model(
     model: ModelArgument = "reference",
     text: TextArgument = None,
-    tolerance: Annotated[float, typer.Option(help="Largest mean relative error of any head.")] = 0.05,
+    tolerance: Annotated[float, typer.Option(help="Largest mean relative error of any head, on these documents.")] = 0.05,
     out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.json"),
     length: Length = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents read; the worst decides.")] = 2,

@@ -82,14 +82,15 @@ def calibrate(
         judged: the model.
         samples: texts of one length, which the plan is for.
         settings: how.
-        journal: where measurements are written as they are made; left there if interrupted.
+        journal: where measurements are written as they are made, to go on from; never deleted here.
         on_step: told what comes next.
 
     Returns:
         the plan.
 
     Raises:
-        ValueError: if there is no text, or none of the model's attention calls can be approximated.
+        ValueError: if there is no text, none of the model's attention calls can be approximated, or the journal is one of
+            other settings.
     """
     if not samples:
         raise ValueError("no text to calibrate on: give at least one sample")

@@ -1,4 +1,4 @@
-"""The methods that a calibration chooses from, from cheap to dear."""
+"""The methods that a calibration chooses from."""
 
 from hyperattention.approach import Approach
 from hyperattention.default import default_method, thorough_method
@@ -25,7 +25,8 @@ def candidates(length: int) -> tuple[Approach, ...]:
     """List the methods worth trying at a length: those that list fewer pairs than exact attention there.
 
     Sinks and a window alone serve heads that look nowhere else; uniform draws cost no search; draws by `Descent` and by
-    `KeyScan`, which takes more care, find far keys, from few to many; exact attention serves a head that nothing else can.
+    `KeyScan`, which takes more care, find far keys; exact attention serves a head that nothing else can. They stand family
+    by family, not from cheap to dear; of two about as quick that list equally many pairs, the earlier is chosen.
 
     Args:
         length: tokens of the texts measured.

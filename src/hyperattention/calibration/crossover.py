@@ -30,9 +30,9 @@ class Crossing:
     exact: tuple[float, ...]
 
     @property
-    def keys(self) -> int:
-        """The shortest length from which on the plan was never slower; the longest, at which it was chosen, if none is."""
-        pays = self.lengths[-1]
+    def keys(self) -> int | None:
+        """The shortest length from which on the plan was never slower; None if it was slower at the longest."""
+        pays = None
         for length, plan, exact in reversed(list(zip(self.lengths, self.plan, self.exact, strict=True))):
             if plan > exact:
                 break

@@ -28,7 +28,7 @@ class LayerFigures:
             of attention that go there; ``alpha`` and ``kappa``; ``error`` of the method, its interval ``low`` to ``high``.
         methods: of each kv head.
         ladder: the candidates measured, exact attention first, every method of a head among them.
-        measured: their errors and times.
+        measured: their errors and times, and last those of the layer served by `methods`.
         num_keys: keys of the text.
     """
 
@@ -83,7 +83,7 @@ def inspect_layer(
     found = {"alpha": report.alpha, "kappa": report.kappa, "error": report.relative_error}
     found |= dict(zip(("low", "high"), report.interval, strict=True))
     figures = {name: figure[0].tolist() for name, figure in found.items()} | _row_figures(call, rows, seed)
-    measured = measure_layer(call, tried, 0, seed)
+    measured = measure_layer(call, (*tried, served), 0, seed)
     return LayerFigures(call.layer, figures, served.methods, tried, measured, call.k.shape[2])
 
 

@@ -6,14 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hyperattention.calibration.measure import Measurement
+from hyperattention.calibration.write_whole import write_whole
+
+# settings longer than this, such as hashes and candidates, are not shown
+_SHOWN = 60
 
 
 class Journal:
     """JSON lines: first what the measurements depend on, then one line for each layer and document.
 
     Args:
-        path: the file; it is begun anew where its first line says that something else was measured.
+        path: the file; begun if it is not there.
         settings: what the measurements depend on.
+
+    Raises:
+        ValueError: if it holds something else, which may have taken hours and is left as it is; the message says what.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
@@ -21,10 +28,14 @@ class Journal:
         self.path = path
         header = json.dumps(settings, sort_keys=True)
         lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-        found = lines[1:] if lines and lines[0] == header else []
-        self.measurements = [each for line in found if (each := _read(line)) is not None]
+        if any(lines) and (why := _why_other(lines[0], json.loads(header))):
+            raise ValueError(
+                f"{path}: {why}: calibrate as then to go on from it, delete it to begin anew, or write the plan to another "
+                "file"
+            )
+        self.measurements = [each for line in lines[1:] if (each := _read(line)) is not None]
         # what was cut short in the middle of a line is left out
-        path.write_text("".join(f"{line}\n" for line in (header, *map(_write, self.measurements))))
+        write_whole(path, "".join(f"{line}\n" for line in (header, *map(_write, self.measurements))))
 
     def has(self, document: int, layer: int) -> bool:
         """Tell whether a layer was measured on a document.
@@ -48,13 +59,36 @@ class Journal:
         with self.path.open("a") as file:
             file.write(_write(measurement) + "\n")
 
-    def remove(self) -> None:
-        """Delete the file: its plan is written."""
-        self.path.unlink(missing_ok=True)
-
 
 def _write(measurement: Measurement) -> str:
     return json.dumps(asdict(measurement))
+
+
+def _why_other(line: str, settings: Mapping[str, object]) -> str | None:
+    """Say in what a first line differs from the settings wanted, if it does."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return "this holds no measurements of a calibration"
+    phrases = _differences(found, settings)
+    return f"this was measured under other settings ({'; '.join(phrases)})" if phrases else None
+
+
+def _differences(there: Mapping[str, object], here: Mapping[str, object], inside: str = "") -> list[str]:
+    phrases = []
+    for name in sorted(there.keys() | here.keys()):
+        old, new = there.get(name), here.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            phrases += _differences(old, new, f"{name} ")
+        elif max(len(str(old)), len(str(new))) > _SHOWN:
+            phrases.append(f"another {inside}{name}")
+        else:
+            phrases.append(f"{inside}{name} {old} there and {new} here")
+    return phrases
 
 
 def _read(line: str) -> Measurement | None:

@@ -54,7 +54,8 @@ class Plan:
         layers: the methods of each layer that can be approximated, by its index; layers not named are exact.
         errors: the measured error of each kv head under its method, by layer.
         tolerance: the largest error allowed.
-        crossover: keys from which the plan ran faster than exact attention; shorter calls are exact.
+        crossover: keys from which the plan ran faster than exact attention; shorter calls are exact. None if it was slower
+            at the length it was calibrated at: then every call is.
         measured: what it was chosen by.
 
     Raises:
@@ -70,7 +71,7 @@ class Plan:
     layers: Mapping[int, ByHead]
     errors: Mapping[int, tuple[float, ...]]
     tolerance: float
-    crossover: int
+    crossover: int | None
     measured: Measured
 
     def __post_init__(self) -> None:
@@ -84,6 +85,17 @@ class Plan:
     def method(self) -> ByLayer:
         """The plan as a method: what runs, by layer, whatever the length."""
         return ByLayer(self.layers)
+
+    def pays(self, num_keys: int) -> bool:
+        """Tell whether a call is long enough for the plan to run.
+
+        Args:
+            num_keys: keys of the call.
+
+        Returns:
+            whether it would be faster than exact attention, as far as was measured.
+        """
+        return self.crossover is not None and num_keys >= self.crossover
 
     def check(self, model: nn.Module) -> None:
         """Refuse another model than the plan was made for.

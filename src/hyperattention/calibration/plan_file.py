@@ -1,7 +1,6 @@
 """The file of a plan: JSON, small, versioned, and checked field by field when it is read."""
 
 import json
-import os
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from hyperattention.calibration.fields import Field
 from hyperattention.calibration.fingerprint import Fingerprint
 from hyperattention.calibration.method_json import method_from_json, method_to_json
 from hyperattention.calibration.plan import Measured, Plan
+from hyperattention.calibration.write_whole import write_whole
 
 FORMAT, VERSION = "hyperattention plan", 1
 _REMEDY = "run `hyperattention calibrate` again"
@@ -24,13 +24,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         plan: the plan.
         path: the file, which is replaced.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(_to_json(plan), indent=1) + "\n")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(Path(path), json.dumps(_to_json(plan), indent=1) + "\n")
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -89,7 +83,8 @@ def _read_plan(whole: Field) -> Plan:
         layers[index], errors[index] = _read_layer(layer, methods, model.num_kv_heads)
     if not layers:
         given["layers"].refuse("it must name at least one layer")
-    crossover = given["crossover"].whole()
+    # null where the plan did not pay
+    crossover = None if given["crossover"].value is None else given["crossover"].whole()
     return Plan(model, layers, errors, given["tolerance"].number(), crossover, _read_measured(given["measured"]))
 
 

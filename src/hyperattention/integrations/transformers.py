@@ -53,7 +53,7 @@ def use(
     Args:
         model: a transformers model, or a module that holds one.
         method: what runs; None for the default method. A plan runs its own method in each layer and head, from its
-            crossover on, and is refused for another model than its own.
+            crossover on, never if it did not pay where it was calibrated, and is refused for another model than its own.
         layers: indices of the layers to approximate, others stay exact; None for all, or all of the plan's.
         min_length: fewest keys worth approximating.
         seed: of every random draw; the layer's index enters too.

@@ -40,7 +40,7 @@ class Settings:
         min_length: fewest keys worth approximating.
         seed: of every random draw.
         counter: where calls are counted; None outside `use`.
-        crossover: keys from which a plan pays.
+        crossover: keys from which a plan pays; None if it never does.
     """
 
     method: Approach | None = None
@@ -48,7 +48,7 @@ class Settings:
     min_length: int = 0
     seed: int = 0
     counter: CallCounter | None = None
-    crossover: int = 0
+    crossover: int | None = 0
 
     def runs_exactly(self, layer: int) -> bool:
         """Tell whether a layer's method is exact attention.
@@ -187,6 +187,8 @@ def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None
     if settings.method is None:
         default = default_method(num_keys, num_queries=num_queries, device=call.key.device)
         return "below the crossover" if isinstance(default, Exact) else None
+    if settings.crossover is None:
+        return "the plan did not pay"
     if num_keys < settings.crossover:
         return "below the plan's crossover"
     return EXACT_METHOD if settings.runs_exactly(layer or 0) else None

@@ -72,7 +72,7 @@ def run(prepared: Prepared, options: Options, console: Console) -> Plan:
         KeyboardInterrupt: as it came, once it is said how to go on.
     """
     if options.journal.exists():
-        console.print(f"going on with {options.journal}, as far as it was measured for the same model, text and machine")
+        console.print(f"found {options.journal}: what it holds is not measured again")
     try:
         with progress(console, "calibrate", steps_of(prepared.judged, prepared.samples)) as on_step:
             plan = calibrate(prepared.judged, prepared.samples, options.settings, options.journal, on_step)
@@ -111,17 +111,23 @@ def conclude(plan: Plan) -> list[str]:
         plan: the plan.
 
     Returns:
-        a sentence or two.
+        a few sentences.
     """
     found = plan.measured
     fewer = found.exact_pairs_per_query / found.pairs_per_query
     faster = found.exact_seconds / found.seconds
     methods = Counter(short_name(each) for method in plan.layers.values() for each in method.methods)
     exact = methods["exact"]
+    pays = (
+        f"it pays from {plan.crossover:,} keys on"
+        if plan.crossover is not None
+        else "it did not pay, so `use` will run exact attention in its place"
+    )
     return [
-        f"At {found.length:,} tokens the plan scores {fewer:.1f}x fewer pairs than exact attention and adds "
-        f"{found.added_nats:+.4f} nats a byte; every head errs at most {plan.tolerance:g}, and {exact} of {methods.total()} "
-        "kv heads stay exact.",
+        f"At {found.length:,} tokens the plan scores {fewer:.1f}x fewer pairs than exact attention; {exact} of "
+        f"{methods.total()} kv heads stay exact.",
+        f"On these documents it adds {found.added_nats:+.4f} nats a byte, and every head errs at most {plan.tolerance:g} "
+        "with all other layers exact; other texts may differ.",
         f"Its attention takes {format_seconds(found.seconds)} a pass, exact attention {format_seconds(found.exact_seconds)} "
-        f"({faster:.1f}x), on {found.device}, threads: {found.threads}; it pays from {plan.crossover:,} keys on.",
+        f"({faster:.1f}x), on {found.device}, threads: {found.threads}; {pays}.",
     ]

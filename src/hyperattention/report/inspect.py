@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from plotly.graph_objects import Figure
 from rich.console import Console
 
 from hyperattention.approach import Approach
@@ -90,9 +91,9 @@ def run(prepared: Ready, console: Console) -> list[LayerFigures]:
 
         def look(call: CallInputs) -> None:
             on_step(f"layer {call.layer}")
-            if not found:
-                warm_up(call, ladder)
             served = _served(prepared.plan, call)
+            if not found:
+                warm_up(call, (*ladder, served))
             found.append(inspect_layer(call, served, ladder, rows=options.rows, seed=options.texts.seed))
 
         watch_exact(judged, sample, look)
@@ -133,19 +134,30 @@ def _introduce(prepared: Ready, layers: Sequence[LayerFigures]) -> list[str]:
         f"With {what}, heads list {sum(shares) / len(shares):.1%} of exact attention's pairs and err "
         f"{sum(errors) / len(errors):.3f} on average, {max(errors):.3f} at worst.",
     ]
-    if prepared.plan is not None and length < prepared.plan.crossover:
-        lines.append(f"At this length the plan runs exact attention: it pays from {prepared.plan.crossover:,} keys on.")
+    if prepared.plan is not None and not prepared.plan.pays(length):
+        lines.append(_why_not(prepared.plan))
     if prepared.plan is None and isinstance(default_method(length, device=device), Exact):
         lines.append("At this length exact attention runs by default; shown is what the default runs on longer inputs.")
     return lines
 
 
-def _sections(prepared: Ready, layers: Sequence[LayerFigures]) -> list[Section]:
-    def figure(name: str, style: MapStyle):
-        return head_map(layers, [layer.figures[name] for layer in layers], style)
+def _why_not(plan: Plan) -> str:
+    if plan.crossover is None:
+        return "The plan did not pay where it was calibrated, so `use` runs exact attention; shown is what it chose."
+    return f"At this length the plan runs exact attention: it pays from {plan.crossover:,} keys on."
 
+
+def _sections(prepared: Ready, layers: Sequence[LayerFigures]) -> list[Section]:
     chosen = "default method" if prepared.plan is None else "plan"
-    share = MapStyle("of the weight", least=0.0, most=1.0)
+    return [*_cost_sections(layers), *_mass_sections(layers), *_row_sections(layers), *_choice_sections(layers, chosen)]
+
+
+def _draw(layers: Sequence[LayerFigures], name: str, style: MapStyle) -> Figure:
+    return head_map(layers, [layer.figures[name] for layer in layers], style)
+
+
+def _cost_sections(layers: Sequence[LayerFigures]) -> list[Section]:
+    """What the chosen method loses, and what it costs."""
     errors, low, high = ([layer.figures[name] for layer in layers] for name in ("error", "low", "high"))
     intervals = [
         [f"95% interval {a:.3f} to {b:.3f}" for a, b in zip(*pair, strict=True)] for pair in zip(low, high, strict=True)
@@ -167,38 +179,57 @@ def _sections(prepared: Ready, layers: Sequence[LayerFigures]) -> list[Section]:
             "A head's share of a call in which its method serves the whole layer. Compare with the plot at the end.",
             head_map(layers, times, MapStyle("ms", ".1f", "Greens", least=0.0)),
         ),
+    ]
+
+
+def _mass_sections(layers: Sequence[LayerFigures]) -> list[Section]:
+    """Where attention goes."""
+    share = MapStyle("of the weight", least=0.0, most=1.0)
+    return [
         Section(
             "Mass on sinks",
             f"Attention that goes to the first {SINKS} tokens, mean over rows. Near 1 the head does almost nothing.",
-            figure("sinks", share),
+            _draw(layers, "sinks", share),
         ),
         Section(
             "Mass in the window",
             f"Attention that goes to the nearest {WINDOW} tokens. Near 1 a window alone serves the head.",
-            figure("window", share),
+            _draw(layers, "window", share),
         ),
         Section(
             "Far mass",
             "Attention that goes to all other tokens: what has to be found or drawn. Dark heads need it.",
-            figure("far", share),
+            _draw(layers, "far", share),
         ),
+    ]
+
+
+def _row_sections(layers: Sequence[LayerFigures]) -> list[Section]:
+    """What makes a head hard."""
+    return [
         Section(
             "Entropy of rows",
             "Mean entropy, in nats; exp of it is the number of keys a row effectively reads. Low: sharp, so find the keys. "
             "High: diffuse, so draw them.",
-            figure("entropy", MapStyle("nats", ".2f", "Viridis", least=0.0)),
+            _draw(layers, "entropy", MapStyle("nats", ".2f", "Viridis", least=0.0)),
         ),
         Section(
             "Alpha",
             "Keys times the largest squared norm of a column of the attention matrix: large where one key, such as a sink, "
             "matters to all queries.",
-            figure("alpha", MapStyle("alpha", ".1e", "Viridis", logarithmic=True)),
+            _draw(layers, "alpha", MapStyle("alpha", ".1e", "Viridis", logarithmic=True)),
         ),
         Section(
             "Kappa",
             "Largest over smallest row sum outside sinks and window: large where rows differ much in how far they look.",
-            figure("kappa", MapStyle("kappa", ".1e", "Viridis", logarithmic=True)),
+            _draw(layers, "kappa", MapStyle("kappa", ".1e", "Viridis", logarithmic=True)),
         ),
+    ]
+
+
+def _choice_sections(layers: Sequence[LayerFigures], chosen: str) -> list[Section]:
+    """What was chosen, and from what."""
+    return [
         Section(
             "Chosen method",
             "What serves each head; query heads of one kv head share it. Equal colours are equal methods.",
@@ -207,9 +238,10 @@ def _sections(prepared: Ready, layers: Sequence[LayerFigures]) -> list[Section]:
         ),
         Section(
             "Error against time",
-            "Every candidate, mean over layers, all heads by one method; further left and lower is better. The star is what "
-            "was chosen. Click a layer in the legend to see it alone.",
+            "Every candidate, all heads by one method; the star is what was chosen, each head by its own. Both are means "
+            "over layers, errors of all rows in the worst query head of each kv head. Further left and lower is better. "
+            "Click a layer in the legend to see its candidates alone.",
             error_against_time(layers, chosen),
             wide=True,
         ),
-    ]  # fmt: skip
+    ]

@@ -109,6 +109,9 @@ def method_map(layers: Sequence[LayerFigures]) -> Figure:
 def error_against_time(layers: Sequence[LayerFigures], chosen: str) -> Figure:
     """Draw error against time of every candidate, and of what was chosen: means over the layers, layers on demand.
 
+    Both were measured alike: in one call a layer, of all heads; the error is that of all rows, of the worst query head of
+    each kv head.
+
     Args:
         layers: the layers, in order.
         chosen: what the chosen methods are called.
@@ -123,12 +126,12 @@ def error_against_time(layers: Sequence[LayerFigures], chosen: str) -> Figure:
         _add_points(figure, layers, members, name, shown=True)
     for layer in layers:
         _add_points(figure, [layer], ladder, f"layer {layer.layer} alone", shown=False)
-    time = sum(sum(layer.time_ms) for layer in layers) / len(layers)
-    errors = [error for layer in layers for error in layer.figures["error"]]
+    # what serves a layer stands behind its candidates
+    time, error = _mean_point(layers, [len(layer.ladder) for layer in layers])
     star = {"symbol": "star", "size": 16, "color": "#cf222e"}
     figure.add_trace(
         Scatter(
-            x=[time], y=[sum(errors) / len(errors)], name=chosen, mode="markers", marker=star, text=[chosen],
+            x=[time], y=[error], name=chosen, mode="markers", marker=star, text=[chosen],
             hovertemplate=_HOVER,
         )
     )  # fmt: skip
@@ -146,10 +149,8 @@ def _add_points(
 ) -> None:
     points = []
     for method in methods:
-        found = [(layer.measured, layer.ladder.index(method)) for layer in layers]
-        time = sum(measured.seconds[place] for measured, place in found) / len(found)
-        errors = [error for measured, place in found for error in measured.errors[place]]
-        points.append((1000 * time, sum(errors) / len(errors), short_name(method)))
+        time, error = _mean_point(layers, [layer.ladder.index(method) for layer in layers])
+        points.append((time, error, short_name(method)))
     x, y, text = zip(*sorted(points), strict=True)
     visible = True if shown else "legendonly"
     mode = "lines+markers" if shown else "markers"
@@ -159,6 +160,14 @@ def _add_points(
             x=x, y=y, text=text, name=name, mode=mode, visible=visible, marker=marker, cliponaxis=False, hovertemplate=_HOVER
         )
     )  # fmt: skip
+
+
+def _mean_point(layers: Sequence[LayerFigures], places: Sequence[int]) -> tuple[float, float]:
+    """Average what stands at one place of each layer's measurements: milliseconds, and errors of kv heads."""
+    found = [(layer.measured, place) for layer, place in zip(layers, places, strict=True)]
+    time = sum(measured.seconds[place] for measured, place in found) / len(found)
+    errors = [error for measured, place in found for error in measured.errors[place]]
+    return 1000 * time, sum(errors) / len(errors)
 
 
 def _family(method: Approach) -> str:
