@@ -29,8 +29,8 @@ def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
     """Read off a method's error in a given time, from what it did at several budgets.
 
     Between two budgets log(error) is taken as linear in log(time), and beyond the last as going on with the mean slope from
-    the first to the last, which the noise of single times hardly moves. A budget that takes longer than another and errs more
-    is left out, for it would not be chosen.
+    the first to the last, which the noise of single times hardly moves. A budget that takes longer than another and errs
+    more is left out, for it would not be chosen.
 
     Args:
         seconds: the time there is.
