@@ -76,7 +76,7 @@ def loss(exact: Mapping, dropped: Mapping, widest: Mapping, ours: Mapping) -> li
     `dropped` is the sinks and window of ours, all else left out; `widest` spends the whole budget on the window.
     """
     fewer = 1 / ours["cost"]["pairs"] * ours["cost"]["exact_pairs"]
-    where = f"all layers replaced, {fewer:.1f}x fewer pairs, {len(ours['nats_per_byte'])} documents"
+    where = f"{ours['label']}, all layers replaced, {fewer:.1f}x fewer pairs, {len(ours['nats_per_byte'])} documents"
     added, spread = ours["added_nats"], ours["added_error"]
     share = 100 * added / dropped["added_nats"] if dropped["added_nats"] > 0 else float("inf")
     shown = f"{added:+.4f} nats" if spread is None else f"{added:+.4f} ± {spread:.4f} nats"

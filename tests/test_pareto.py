@@ -276,7 +276,7 @@ def judged(added: float, shares: list[float], pairs: float = 800.0) -> dict:
     return {
         "added_nats": added, "added_error": 0.001, "retrieval": sum(shares) / len(shares), "depths": depths,
         "cost": {"pairs": pairs, "exact_pairs": 4096.0, "selection_pairs": 64.0}, "nats_per_byte": [0.0] * 24,
-        "attention_ratio": {"value": 1.5},
+        "attention_ratio": {"value": 1.5}, "label": "ours",
     }  # fmt: skip
 
 
