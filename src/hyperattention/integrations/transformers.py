@@ -12,12 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from hyperattention.approach import Approach
 from hyperattention.calibration.plan import Plan
+from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.integrations.transformers_counts import CallCounter, CallCounts
 from hyperattention.integrations.transformers_forward import ATTRIBUTE, Settings, attention_forward
 from hyperattention.integrations.transformers_masks import build_mask
 from hyperattention.random import SEED_LIMIT
 
-__all__ = ["NAME", "CallCounter", "CallCounts", "register", "use"]
+__all__ = ["NAME", "CallCounter", "CallCounts", "HyperCache", "register", "use"]
 
 # transformers treats names that contain "flash", "sdpa", "flex_attention" or "/" as implementations of its own
 NAME = "hyperattention"

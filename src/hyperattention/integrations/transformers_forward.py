@@ -13,6 +13,7 @@ from hyperattention import ByHead, ByLayer, Exact, default_method
 from hyperattention.approach import Approach
 from hyperattention.integrations.transformers_counts import CallCounter
 from hyperattention.integrations.transformers_exact import Call, run, run_exact
+from hyperattention.integrations.transformers_held import READS_HELD, Handle, handle_of
 from hyperattention.integrations.transformers_masks import document_bounds, longest_span
 
 ATTRIBUTE = "_hyperattention"
@@ -94,6 +95,12 @@ def attention_forward(
     settings = getattr(module, ATTRIBUTE, None) or Settings()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     extras = {name: option for name, option in options.items() if option is not None and name not in _NEUTRAL}
+    handle = handle_of(key)
+    if handle is not None:
+        handle.check(attention_mask, extras, dropout)
+        handle.mark(attention_mask)
+        if not handle.store.is_whole:
+            return _read_held(handle, settings, query, scaling), None
     plain = Call(module, query, key, value, causal, None, None, None, scaling, dropout, extras)
     call = _read_mask(plain, attention_mask, options)
     reason = _why_exact(call, settings, options.get("sliding_window"))
@@ -101,8 +108,23 @@ def attention_forward(
         settings.counter.record(reason)
     layer = getattr(module, "layer_idx", None) or 0
     out = run_exact(call) if reason is not None else run(call, settings.method, settings.seed, layer)
+    if handle is not None:
+        handle.store.settle(query, query.shape[3] ** -0.5 if scaling is None else scaling)
     batch, num_heads, num_queries, _ = query.shape
     return out.transpose(1, 2).reshape(batch, num_queries, num_heads, -1).contiguous(), None
+
+
+setattr(attention_forward, READS_HELD, True)
+
+
+def _read_held(handle: Handle, settings: Settings, query: Tensor, scaling: float | None) -> Tensor:
+    """Attend to a compressed cache, through its weights."""
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    out = handle.store.attend(query, scale).out.to(query.dtype)
+    handle.store.settle(query, scale)
+    if settings.counter is not None:
+        settings.counter.record(None)
+    return out.transpose(1, 2).flatten(2).contiguous()
 
 
 def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, Any]) -> Call:

@@ -62,7 +62,8 @@ def error_variance(
     q, out, lse = (x.flatten(0, 1) for x in rows)
     (tiles, size, head_dim), value_dim, slots = q.shape, v.shape[-1], sum(run.first.shape[2] for run in runs)
     variance = lse.new_zeros(tiles, size)
-    (k_rows, num_keys), (v_rows, _) = as_rows(k, table), as_rows(v, table)
+    k_rows, v_rows = as_rows(k, table), as_rows(v, table)
+    num_keys = k.shape[1] if table is None else table.shape[1] * k.shape[2]
     if num_keys and q.numel() and slots:
         # a second buffer of the size of the scores
         step = tiles_at_once(slots, 2 * size, head_dim + value_dim, tiles)

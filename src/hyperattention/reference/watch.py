@@ -13,6 +13,7 @@ from hyperattention.approach import Approach
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.integrations.transformers import CallCounter
 from hyperattention.integrations.transformers_forward import EXACT_METHOD, attention_forward
+from hyperattention.integrations.transformers_held import READS_HELD
 from hyperattention.integrations.transformers_masks import build_mask
 
 _NAME, _ATTRIBUTE = "hyperattention_watched", "_hyperattention_watch"
@@ -102,6 +103,9 @@ class Watch:
 def _watched_forward(module: nn.Module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
     watch: Watch = getattr(module, _ATTRIBUTE)
     return watch.call(module, query, key, value, attention_mask, options), None
+
+
+setattr(_watched_forward, READS_HELD, True)
 
 
 @contextmanager

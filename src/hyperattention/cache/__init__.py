@@ -1,0 +1,1 @@
+"""What one layer of a compressed cache holds while a model generates: stores that grow, condense, select and are read."""

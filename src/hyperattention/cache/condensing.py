@@ -1,0 +1,200 @@
+"""A store within a budget: sinks, what a policy condensed, and the latest keys, in one buffer."""
+
+import torch
+from torch import Tensor
+
+from hyperattention.cache.room import Room
+from hyperattention.cache.store import Store
+from hyperattention.condense.attended import attended
+from hyperattention.condense.held import Held, joined
+from hyperattention.condense.policy import Full, Policy
+from hyperattention.types import Partial
+
+_NAMES = ("k", "v", "log_weight", "position", "score")
+
+
+class CondensingStore(Store):
+    """Hold at most a budget of slots: when there are more, let a policy condense those between sinks and window.
+
+    Slots lie in the order of their positions: sinks, what was condensed, the latest. New tokens are written behind, into
+    room that is left for them; when the budget is exceeded, one condensation makes room for the next `Room.pending`.
+
+    Cost: O(1) copies a token beside the policy's work, which one token in `Room.pending` pays.
+
+    Args:
+        policy: what stays.
+        room: how much may.
+        layer: layer of the model, a counter of every draw.
+        seed: seed of every draw.
+    """
+
+    def __init__(self, policy: Policy, room: Room, *, layer: int = 0, seed: int = 0) -> None:
+        """Hold nothing."""
+        self.policy, self.room, self.layer, self.seed = policy, room, layer, seed
+        self._buffer: Held | None = None
+        self._queries: Tensor | None = None
+        self._count = self._seen = self._turn = self._new = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended so far, padding included."""
+        return self._seen
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return 0 if self._buffer is None else self._buffer.k.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use."""
+        return self._count
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was condensed yet."""
+        return self._turn == 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the buffer and of the queries kept."""
+        queries = 0 if self._queries is None else self._queries.numel() * self._queries.element_size()
+        return queries + (0 if self._buffer is None else self._buffer.memory_bytes)
+
+    @property
+    def held(self) -> Held:
+        """Show all slots in use, as views.
+
+        Returns:
+            the slots.
+
+        Raises:
+            ValueError: if nothing was appended yet.
+        """
+        if self._buffer is None:
+            raise ValueError("nothing is held yet: append keys and values first")
+        return self._buffer.part(0, self._count)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys behind the others."""
+        new, first = k.shape[2], self._seen
+        buffer = self._grown(k, v, self._count + new)
+        part = buffer.part(self._count, self._count + new)
+        part.k.copy_(k)
+        part.v.copy_(v)
+        part.log_weight.zero_()
+        part.score.zero_()
+        part.position.copy_(torch.arange(first, first + new, device=k.device))
+        self._buffer, self._count, self._seen, self._new = buffer, self._count + new, first + new, new
+        held = self.held
+        return held.k, held.v
+
+    def _grown(self, k: Tensor, v: Tensor, count: int) -> Held:
+        """Make room for `count` slots: as many as are needed at first, then half as much again, or just the budget."""
+        old = self._buffer
+        have = 0 if old is None else old.num_slots
+        if old is not None and count <= have:
+            return old
+        room = (
+            count if not self.is_whole or count > self.room.budget else min(self.room.budget + 1, max(count, 3 * have // 2))
+        )
+        shape, device = (k.shape[0], k.shape[1], room), k.device
+        weight = torch.promote_types(k.dtype, torch.float32)
+        k, v = (x.new_empty((*shape, x.shape[3])) for x in (k, v))
+        types = (weight, torch.int32, weight)
+        fresh = Held(k, v, *(torch.empty(shape, dtype=dtype, device=device) for dtype in types))
+        if old is not None:
+            for to, source in zip(fresh.tensors, old.tensors, strict=True):
+                to[:, :, : self._count] = source[:, :, : self._count]
+        return fresh
+
+    def mark(self, live: Tensor) -> None:
+        """Empty the slots of padding."""
+        if self._buffer is not None and not bool(live.all()):
+            new = self.held.part(self._count - self._new, self._count)
+            new.log_weight.masked_fill_(~live[:, None], -torch.inf)
+            # so that nothing that stood there can reach a sum
+            for x in (new.k, new.v):
+                x.masked_fill_(~live[:, None, :, None], 0.0)
+
+    def attend(self, q: Tensor, scale: float) -> Partial:
+        """Attend to all slots, the newest causally."""
+        return self.held.coreset.attend(q, scale=scale, own=self._new)
+
+    def settle(self, q: Tensor, scale: float) -> None:
+        """Watch what the queries attend to, and condense if the budget is exceeded."""
+        if num := self.policy.num_queries:
+            kept = q[:, :, -num:] if self._queries is None else torch.cat([self._queries, q], 2)[:, :, -num:]
+            self._queries = kept.clone()
+        if self.policy.watches:
+            self.held.score.add_(attended(self.held, q, scale))
+        if self._count > self.room.budget:
+            self._condense(scale)
+
+    def _condense(self, scale: float) -> None:
+        held, begin, end = self.held, self.room.sinks, self._count - self.room.window
+        if self.is_whole:
+            held = _live_first(held, end)
+        queries = self._queries
+        if queries is None:
+            queries = held.k.new_zeros((held.k.shape[0], held.k.shape[1], 0, held.k.shape[3]))
+        full = Full(held, begin, end, self.room.middle, queries, scale, (self.seed, self.layer, self._turn))
+        parts = (held.part(0, begin), self.policy.condense(full), held.part(end, self._count))
+        self._turn += 1
+        self._count = sum(part.num_slots for part in parts)
+        # room for what is pending is part of the budget; beside it there is room for the one token that exceeds it
+        spare = self.room.budget + 1 - self._count
+        self._buffer = joined((*parts, held.part(0, 1).take(*_repeated(held, spare))))
+
+    def take_rows(self, index: Tensor) -> None:
+        """Copy rows of everything."""
+        if self._buffer is not None:
+            self._buffer = self._buffer.rows(index)
+        if self._queries is not None:
+            self._queries = self._queries.index_select(0, index.to(self._queries.device))
+
+    def crop(self, num: int) -> None:
+        """Forget tokens that are still held one by one, in the window or behind it."""
+        recent = self._count if self.is_whole else self._count - self.room.sinks - self.room.middle
+        if num > recent:
+            raise ValueError(
+                f"cannot forget the latest {num} tokens: all but the last {recent} were condensed by {self.policy!r}; "
+                f"give a window of at least {num}"
+            )
+        self._count, self._seen, self._new = self._count - num, self._seen - num, 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy the slots in use, and the counters."""
+        numbers = torch.tensor([self._seen, self._turn])
+        queries = {} if self._queries is None else {"queries": self._queries.contiguous()}
+        return (
+            {name: x.contiguous() for name, x in zip(_NAMES, self.held.tensors, strict=True)}
+            | {"numbers": numbers}
+            | queries
+        )
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over slots and counters."""
+        missing = [name for name in (*_NAMES, "numbers") if name not in state]
+        shapes = {name: tuple(state[name].shape[:3]) for name in _NAMES if name in state}
+        if missing or len(set(shapes.values())) != 1:
+            raise ValueError(f"the state of a layer lacks {missing}, or its shapes {shapes} differ: it is not whole")
+        self._seen, self._turn = (int(x) for x in state["numbers"])
+        self._buffer, self._queries = Held(*(state[name] for name in _NAMES)), state.get("queries")
+        self._count, self._new = self._buffer.num_slots, 0
+
+
+def _repeated(held: Held, num: int) -> tuple[Tensor, Tensor]:
+    """Name the first slot `num` times, as room to be written over."""
+    index = torch.zeros(*held.log_weight.shape[:2], num, dtype=torch.int64, device=held.k.device)
+    return index, torch.full(index.shape, -torch.inf, device=held.k.device)
+
+
+def _live_first(held: Held, end: int) -> Held:
+    """Move the empty slots of padded rows behind the others, before `end`, so that sinks are the first keys there are."""
+    live = held.live[:, :, :end]
+    if bool(live.all()):
+        return held
+    order = torch.argsort(live.to(torch.uint8), dim=-1, descending=True, stable=True)
+    index = torch.cat([order, torch.arange(end, held.num_slots, device=order.device).expand(*order.shape[:2], -1)], -1)
+    return held.take(index, held.log_weight.gather(2, index))

@@ -1,0 +1,42 @@
+"""How much attention held keys get from given queries: what several policies score by."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hyperattention.condense.held import Held
+
+# scores held at a time: 64 MiB in float32
+_SCORES_AT_A_TIME = 2**24
+
+
+def attended(
+    held: Held, queries: Float[Tensor, "batch heads queries head_dim"], scale: float
+) -> Float[Tensor, "batch kv_heads slots"]:
+    """Sum the attention that each slot gets over queries, the heads of a group together.
+
+    a_s = sum_i w_s exp(scale q_i . k_s) / sum_t w_t exp(scale q_i . k_t)
+
+    The queries are taken for the latest: the last one sees every slot, the one before it all but the last, and so on.
+
+    Args:
+        held: all slots.
+        queries: the latest queries.
+        scale: factor of the scores.
+
+    Returns:
+        the sums; 0 for empty slots.
+    """
+    batch, kv_heads, slots = held.log_weight.shape
+    num, total = queries.shape[2], torch.zeros_like(held.log_weight)
+    grouped = queries.unflatten(1, (kv_heads, -1))
+    keys, place = held.k.to(total.dtype).transpose(2, 3), torch.arange(slots, device=total.device)
+    size = max(1, _SCORES_AT_A_TIME // max(1, batch * queries.shape[1] * slots))
+    for start in range(0, num, size):
+        rows = grouped[:, :, :, start : start + size].to(total.dtype) * scale
+        limit = torch.arange(start, start + rows.shape[3], device=total.device) + (slots - num + 1)
+        scores = (rows.flatten(2, 3) @ keys).unflatten(2, rows.shape[2:4]) + held.log_weight[:, :, None, None]
+        scores.masked_fill_(place >= limit[:, None], -torch.inf)
+        # a row of padding sees nothing, and its softmax is NaN
+        total += torch.nan_to_num_(torch.softmax(scores, -1), nan=0.0).flatten(2, 3).sum(2)
+    return total

@@ -1,0 +1,39 @@
+"""From numbers to slots: the best of the candidates, or a sample of them."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hyperattention.condense.policy import Full
+from hyperattention.random import uniform
+
+
+def best(score: Float[Tensor, "batch kv_heads slots"], full: Full) -> Int[Tensor, "batch kv_heads num"]:
+    """Take the candidates of the largest scores.
+
+    Args:
+        score: one a candidate.
+        full: the cache.
+
+    Returns:
+        which they are, in the order of their positions; empty slots only where no other is left.
+    """
+    score = score.masked_fill(~full.candidates.live, -torch.inf)
+    return score.topk(full.num, -1).indices.sort(-1).values
+
+
+def lottery(full: Full, salt: int = 0, *, anew: bool = False) -> Float[Tensor, "batch kv_heads slots"]:
+    """Give every candidate a number in (0, 1], fixed by its position and head.
+
+    Args:
+        full: the cache.
+        salt: sets lotteries of one policy apart.
+        anew: whether the numbers are new ones in every condensation.
+
+    Returns:
+        float64; rows of a batch share them.
+    """
+    position = full.candidates.position.long()
+    seed, layer, turn = full.counters
+    head = torch.arange(position.shape[1], device=position.device)[:, None]
+    return 1.0 - uniform((seed, layer, salt, turn + 1 if anew else 0, head, position), position.device)

@@ -1,0 +1,105 @@
+"""Slots of a cache with what is known of each: what policies condense."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hyperattention.coreset import Coreset
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weighted keys and values, the position of each in the text, and how much attention it was seen to get.
+
+    Args:
+        k: keys, positions applied.
+        v: values.
+        log_weight: natural log of how many keys each stands for; -inf for a slot that holds none.
+        position: position of each key in the sequence.
+        score: attention that the key got so far, summed over the queries watched; zeros where nobody watches.
+    """
+
+    k: Float[Tensor, "batch kv_heads slots head_dim"]
+    v: Float[Tensor, "batch kv_heads slots value_dim"]
+    log_weight: Float[Tensor, "batch kv_heads slots"]
+    position: Int[Tensor, "batch kv_heads slots"]
+    score: Float[Tensor, "batch kv_heads slots"]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of each head, empty ones included."""
+        return self.k.shape[2]
+
+    @property
+    def live(self) -> Tensor:
+        """Tell which slots hold a key, ``[batch, kv_heads, slots]``."""
+        return self.log_weight > -torch.inf
+
+    @property
+    def coreset(self) -> Coreset:
+        """Give what attention reads."""
+        return Coreset(self.k, self.v, self.log_weight)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all that is held."""
+        return sum(x.numel() * x.element_size() for x in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """List the tensors, in the order of the arguments."""
+        return self.k, self.v, self.log_weight, self.position, self.score
+
+    def part(self, begin: int, end: int) -> "Held":
+        """Keep a range of slots, as views.
+
+        Args:
+            begin: the first.
+            end: the end of the range.
+
+        Returns:
+            the fewer slots.
+        """
+        return Held(*(x[:, :, begin:end] for x in self.tensors))
+
+    def take(self, index: Int[Tensor, "batch kv_heads num"], log_weight: Float[Tensor, "batch kv_heads num"]) -> "Held":
+        """Copy some slots, with new weights.
+
+        Args:
+            index: which, for each head.
+            log_weight: what they now stand for; -inf makes a slot empty.
+
+        Returns:
+            the slots, in the order of `index`.
+        """
+        # an empty slot must not carry a number that is not finite into a product with weight 0
+        wide = index[..., None]
+        k, v = (x.gather(2, wide.expand(-1, -1, -1, x.shape[3])) for x in (self.k, self.v))
+        position, score = (x.gather(2, index) for x in (self.position, self.score))
+        return Held(k, v, log_weight.to(self.log_weight.dtype), position, score)
+
+    def rows(self, index: Int[Tensor, " rows"]) -> "Held":
+        """Copy some rows of the batch, as beam search reorders them.
+
+        Args:
+            index: which, repeats allowed.
+
+        Returns:
+            a batch of those.
+        """
+        return Held(*(x.index_select(0, index.to(x.device)) for x in self.tensors))
+
+
+def joined(parts: Sequence[Held]) -> Held:
+    """Put slots of the same heads one after another.
+
+    Args:
+        parts: at least one.
+
+    Returns:
+        all of them, in the order given.
+    """
+    return Held(*(torch.cat(each, 2) for each in zip(*(part.tensors for part in parts), strict=True)))

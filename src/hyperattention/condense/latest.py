@@ -1,0 +1,28 @@
+"""Keep the latest keys and drop the rest: sinks and a window, the least that a cache can do."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hyperattention.condense.held import Held
+from hyperattention.condense.policy import Full, Policy
+
+
+@dataclass(frozen=True)
+class Latest(Policy):
+    """Keep the latest keys, with weight one; with sinks this is streaming attention.
+
+    Source: Xiao et al., 2023 (arXiv:2309.17453), StreamingLLM.   Differs: keys keep the positions they were read at.
+    Cost: none.   Guarantee: none; what is older than the budget is gone.
+    """
+
+    @property
+    def weighted(self) -> bool:
+        """What is dropped is gone."""
+        return False
+
+    def condense(self, full: Full) -> Held:
+        """Keep the last candidates."""
+        kept = full.candidates.part(full.end - full.begin - full.num, full.end - full.begin)
+        # a copy: what it was cut from is to be freed
+        return Held(*(torch.clone(x) for x in kept.tensors))

@@ -1,0 +1,184 @@
+"""A coreset: fewer, weighted keys and values that stand for many, and attention over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperattention.kernels.list_attention import list_attention
+from hyperattention.types import Partial, Runs, Selection
+
+# queries of a head that share one list
+_TILE = 64
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """Weighted keys and values, in place of the many that they stand for.
+
+    out_i = sum_s w_s exp(scale q_i . k_s) v_s / sum_s w_s exp(scale q_i . k_s)
+
+    A key kept as itself has log-weight 0, one that stands for n keys log n, an empty slot -inf: heads, and rows of a batch,
+    may so hold different numbers of keys, and what lies in an empty slot is never read as a key.
+
+    Source: coresets for attention, as in Zandieh et al., 2024 (arXiv:2402.06082), SubGen; Han et al., 2025
+    (arXiv:2502.07861), BalanceKV.   Differs: one weight serves numerator and denominator.
+    Cost: slots products a query and head.   Guarantee: exact where nothing was dropped; otherwise that of whoever made it.
+
+    Args:
+        k: keys.
+        v: their values.
+        log_weight: natural log of how many keys each stands for.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+
+    k: Float[Tensor, "batch kv_heads slots head_dim"]
+    v: Float[Tensor, "batch kv_heads slots value_dim"]
+    log_weight: Float[Tensor, "batch kv_heads slots"]
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.k.shape[:3]), tuple(self.v.shape[:3]), tuple(self.log_weight.shape)
+        if self.k.ndim != 4 or self.v.ndim != 4 or len(set(shapes)) != 1:
+            raise ValueError(
+                f"keys {tuple(self.k.shape)}, values {tuple(self.v.shape)} and weights {tuple(self.log_weight.shape)} do "
+                "not fit: give [batch, kv_heads, slots, width] twice, and [batch, kv_heads, slots]"
+            )
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "Coreset":
+        """Keep every key as itself.
+
+        Args:
+            k: keys, ``[batch, kv_heads, keys, head_dim]``.
+            v: their values.
+
+        Returns:
+            a coreset of weights 1.
+        """
+        return cls(k, v, torch.zeros(k.shape[:3], device=k.device))
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of each head, empty ones included."""
+        return self.k.shape[2]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of keys, values and weights."""
+        return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.log_weight))
+
+    def attend(
+        self, q: Float[Tensor, "batch heads queries head_dim"], *, scale: float | None = None, own: int = 0
+    ) -> Partial:
+        """Attend to the coreset.
+
+        Args:
+            q: queries; query head h reads kv head h // (heads // kv_heads).
+            scale: factor of the scores; 1 / sqrt(head_dim) if None.
+            own: how many of the last slots are the keys of the queries themselves, as many as there are queries, of which
+                each query sees those up to its own; 0 where every query sees every slot.
+
+        Returns:
+            the rows and their log-sum-exp, which merge with attention over other keys.
+
+        Raises:
+            ValueError: if the queries fit neither the heads nor `own`.
+        """
+        batch, kv_heads, slots = self.log_weight.shape
+        heads, queries = q.shape[1], q.shape[2]
+        if q.shape[0] != batch or q.shape[3] != self.k.shape[3] or heads % max(1, kv_heads):
+            raise ValueError(
+                f"queries of shape {tuple(q.shape)} do not fit keys of shape {tuple(self.k.shape)}: batch and width must be "
+                "the same, and the query heads a multiple of the kv heads"
+            )
+        if own not in (0, queries) or own > slots:
+            raise ValueError(f"own={own} with {queries} queries and {slots} slots: give 0, or the number of queries")
+        group, size = heads // kv_heads, max(1, min(_TILE, queries))
+        tiles = -(-queries // size)
+        rows = pad(q, (0, 0, 0, tiles * size - queries)).unflatten(1, (kv_heads, group)).unflatten(3, (tiles, size))
+        rows = rows.permute(0, 1, 3, 2, 4, 5).flatten(0, 1)  # [lists, tiles, group, size, head_dim]
+        out, lse = list_attention(rows, *self._rows(), self._selection(queries, tiles, group, own), self._scale(scale))
+
+        def restored(x: Tensor) -> Tensor:
+            return x.unflatten(0, (batch, kv_heads)).transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries]
+
+        return Partial(restored(out), restored(lse))
+
+    def _scale(self, scale: float | None) -> float:
+        return float(self.k.shape[3] ** -0.5 if scale is None else scale)
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Hand out keys and values head by head, without a copy where they are the front of a longer buffer."""
+        return _joined(self.k), _joined(self.v)
+
+    def _selection(self, queries: int, tiles: int, group: int, own: int) -> Selection:
+        """List every slot for every tile."""
+        slots, lists, device = self.num_slots, self.log_weight.shape[0] * self.log_weight.shape[1], self.k.device
+        size = max(1, min(_TILE, queries))
+        row = torch.arange(tiles * size, device=device).view(tiles, size)
+        limit = row + (slots - queries + 1) if own else torch.full_like(row, slots)
+        limit = limit.masked_fill(row >= queries, 0)
+        first = torch.arange(slots, device=device).expand(lists, tiles, -1)
+        weight = self.log_weight.flatten(0, 1)[:, None].expand(-1, tiles, -1)
+        zero = torch.zeros(lists, tiles, dtype=torch.int64, device=device)
+        runs = Runs(first, 1, weight, zero, zero + slots, causal=own > 1)
+        return Selection(
+            (runs,), limit[None, :, None].expand(lists, -1, group, -1).flatten(2), torch.arange(lists, device=device)
+        )
+
+
+def _joined(x: Tensor) -> Tensor:
+    """Join batch and heads; a view where the slots are the front of a longer buffer."""
+    batch, heads = x.shape[:2]
+    if x.stride(0) == heads * x.stride(1):
+        return x.as_strided((batch * heads, *x.shape[2:]), x.stride()[1:], x.storage_offset())
+    return x.flatten(0, 1)
+
+
+def join(coresets: Sequence[Coreset]) -> Coreset:
+    """Put coresets of disjoint keys together: what is attended to is their union, with the weights they had.
+
+    Args:
+        coresets: at least one, over the same batch and heads; they may differ in their numbers of slots.
+
+    Returns:
+        their union, slots in the order given.
+
+    Raises:
+        ValueError: if there is none, or they are of different batches, heads or widths.
+    """
+    shapes = {(tuple(c.k.shape[:2]), c.k.shape[3], c.v.shape[3]) for c in coresets}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"coresets over {sorted(shapes)} cannot be joined: give at least one, of one batch, heads and widths"
+        )
+    return Coreset(*(torch.cat(parts, 2) for parts in zip(*((c.k, c.v, c.log_weight) for c in coresets), strict=True)))
+
+
+def of_heads(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Coreset:
+    """Hold a different number of keys in every kv head: shorter heads end in empty slots.
+
+    Args:
+        parts: for each kv head its keys ``[slots, head_dim]``, values ``[slots, value_dim]`` and log-weights ``[slots]``.
+
+    Returns:
+        a coreset of a batch of one.
+
+    Raises:
+        ValueError: if there is no head, or the parts of a head differ in length.
+    """
+    if not parts or any(len({len(x) for x in part}) != 1 for part in parts):
+        raise ValueError(
+            f"{[tuple(len(x) for x in part) for part in parts]} keys, values and weights: give one of each a slot"
+        )
+    slots = max(len(k) for k, _, _ in parts)
+    k, v, log_weight = (
+        torch.stack([pad(x, (0, 0) * (x.ndim - 1) + (0, slots - len(x)), value=fill) for x in column])[None]
+        for column, fill in zip(zip(*parts, strict=True), (0.0, 0.0, -torch.inf), strict=True)
+    )
+    return Coreset(k, v, log_weight)
