@@ -1,0 +1,75 @@
+"""How right an answer is, and how sure a share of right answers is."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from hyperattention.evaluation.item import Item
+
+_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How right the answers to an item are.
+
+    Args:
+        right: answers found in what the model said.
+        digits: sum of the answers' shares of characters in the right place.
+        answers: answers expected.
+    """
+
+    right: int
+    digits: float
+    answers: int
+
+
+def mark(item: Item, outputs: tuple[str, ...]) -> Marks:
+    """Compare what a model said with what was expected.
+
+    Args:
+        item: what was asked.
+        outputs: what was said, for each turn.
+
+    Returns:
+        the marks.
+    """
+    pairs = [(answer, said) for turn, said in zip(item.turns, outputs, strict=True) for answer in turn.answers]
+    return Marks(
+        sum(answer in said for answer, said in pairs), sum(_share(answer, said) for answer, said in pairs), len(pairs)
+    )
+
+
+def _share(answer: str, said: str) -> float:
+    """Take the best of the words said."""
+    words = re.findall(r"\w+", said)
+    return max((sum(a == b for a, b in zip(answer, word, strict=False)) / len(answer) for word in words), default=0.0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of right answers, with its interval.
+
+    p = (s + z^2 / 2 +- z sqrt(s (n - s) / n + z^2 / 4)) / (n + z^2)
+    Source: Wilson, 1927, "Probable inference, the law of succession, and statistical inference".   Differs: nothing.
+    Guarantee: 95% on average over shares, were the answers independent; those of one context are not quite.
+
+    Args:
+        right: right answers.
+        total: all answers.
+    """
+
+    right: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.right / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95% interval."""
+        s, n, z2 = self.right, self.total, _Z**2
+        middle, spread = s + z2 / 2, _Z * math.sqrt(s * (n - s) / n + z2 / 4)
+        return max(0.0, (middle - spread) / (n + z2)), min(1.0, (middle + spread) / (n + z2))

@@ -1,0 +1,48 @@
+"""What every task is told: how long, how deep, how many."""
+
+import random
+from dataclasses import dataclass
+
+from hyperattention.evaluation.haystack import Haystack
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a task makes items for.
+
+    Args:
+        haystack: the text, and how facts are told.
+        length: tokens of a context.
+        depths: ranges of depth, of equal size.
+        contexts: how many contexts of each kind.
+        seed: of texts, keys, values and places.
+    """
+
+    haystack: Haystack
+    length: int
+    depths: int = 8
+    contexts: int = 1
+    seed: int = 0
+
+    def rng(self, task: str) -> random.Random:
+        """Give a source of chance for one task, the same every time.
+
+        Args:
+            task: its name.
+
+        Returns:
+            the source.
+        """
+        return random.Random(f"{task} {self.length} {self.seed}")
+
+    def spread(self, num: int, rng: random.Random) -> list[float]:
+        """Spread depths evenly, each somewhere within its share.
+
+        Args:
+            num: how many.
+            rng: the source of where.
+
+        Returns:
+            the depths, ascending.
+        """
+        return [(place + rng.random()) / num for place in range(num)]
