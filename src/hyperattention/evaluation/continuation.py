@@ -28,6 +28,9 @@ class Texts:
         continuation: how many of the last are read through the condensed cache, and their loss counted.
         documents: texts for each seed.
         chunk: tokens read at a time.
+
+    Raises:
+        ValueError: if nothing is left to be condensed.
     """
 
     length: int
@@ -38,7 +41,7 @@ class Texts:
     def __post_init__(self) -> None:
         if not 0 < self.continuation < self.length:
             raise ValueError(
-                f"a continuation of {self.continuation} tokens in texts of {self.length}: give a greater length, or less of it"
+                f"a continuation of {self.continuation} tokens in texts of {self.length}: give a greater length"
             )
 
 

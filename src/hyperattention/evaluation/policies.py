@@ -71,6 +71,10 @@ class Contender:
     sinks: int = 16
     window: int = 128
 
+    def __post_init__(self) -> None:
+        # refuses a budget that leaves nothing beside sinks and window
+        Room(self.budget, self.sinks, self.window)
+
     @property
     def name(self) -> str:
         """Name it in tables: the entrant, and its budget where it has one."""
@@ -86,15 +90,11 @@ class Contender:
 
         Returns:
             the cache.
-
-        Raises:
-            ValueError: if the budget leaves nothing beside sinks and window.
         """
-        room = Room(self.budget, self.sinks, self.window)
-        if self.entrant.policy is None:
-            return HyperCache(model.config, budget=max(length, room.sinks + room.window + 1), seed=seed)
+        # to a cache that drops nothing sinks and window mean nothing
+        budget = self.budget if self.entrant.policy is not None else max(length, self.budget)
         return HyperCache(
-            model.config, budget=room.budget, policy=self.entrant.policy, sinks=room.sinks, window=room.window, seed=seed
+            model.config, budget=budget, policy=self.entrant.policy, sinks=self.sinks, window=self.window, seed=seed
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
@@ -146,15 +147,14 @@ def fill(cache: HyperCache, recorded: HyperCache) -> None:
         cache: the empty cache, which condenses if its budget is exceeded.
         recorded: the prompt, in a cache of `Recording`.
     """
-    for number, layer in enumerate(recorded.layers):
-        store = recorded.stores.get(number)
-        if isinstance(store, RecordingStore):
-            cache.layers[number].lazy_initialization(store.k, store.v)
-            cache.stores[number].append(store.k, store.v)
-            cache.stores[number].settle(store.q, store.scale)
+    for number, (own, read) in enumerate(zip(cache.layers, recorded.layers, strict=True)):
+        if isinstance(own, HyperCacheLayer) and isinstance(read, HyperCacheLayer) and isinstance(read.store, RecordingStore):
+            own.lazy_initialization(read.store.k, read.store.v)
+            own.store.append(read.store.k, read.store.v)
+            own.store.settle(read.store.q, read.store.scale)
         else:
             # layers with sliding windows keep transformers' own cache, the same for every policy
-            cache.layers[number] = copy.deepcopy(layer)
+            cache.layers[number] = copy.deepcopy(read)
 
 
 def start(model: PreTrainedModel) -> HyperCache:
@@ -179,13 +179,21 @@ def rows_of(recorded: HyperCache, model: PreTrainedModel, rows: Sequence[int]) -
 
     Returns:
         a recording of its own.
+
+    Raises:
+        ValueError: if a layer keeps something else than keys and values.
     """
     index, copied = torch.tensor(rows), start(model)
     for number, (old, new) in enumerate(zip(recorded.layers, copied.layers, strict=True)):
         if isinstance(old, HyperCacheLayer) and isinstance(new, HyperCacheLayer) and isinstance(old.store, RecordingStore):
             new.store = old.store.rows(index)
             new.lazy_initialization(old.store.k, old.store.v)
+        elif isinstance(old, DynamicLayer):
+            copied.layers[number] = own = copy.deepcopy(old)
+            own.batch_select_indices(index)
         else:
-            copied.layers[number] = copy.deepcopy(old)
-            copied.layers[number].batch_select_indices(index)
+            raise ValueError(
+                f"layer {number} keeps a {type(old).__name__}, whose rows cannot be repeated: evaluate a model whose layers "
+                "all have attention"
+            )
     return copied
