@@ -1,14 +1,13 @@
 """How items are answered: contexts are read once for all, condensed by each contender, and asked about in batches."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hyperattention.bench.timing import ignore
 from hyperattention.evaluation.dialect import Dialect
 from hyperattention.evaluation.item import Item
 from hyperattention.evaluation.policies import Contender
@@ -54,7 +53,6 @@ class Asking:
         visible: whether the question is there when the cache is condensed.
         rows: contexts read, or questions asked, at a time.
         seed: of every draw of a policy.
-        on_step: told what runs next, for each batch and contender.
     """
 
     model: PreTrainedModel
@@ -63,7 +61,6 @@ class Asking:
     visible: bool = False
     rows: int = 8
     seed: int = 0
-    on_step: Callable[[str], None] = ignore
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,6 @@ def _ask_hidden(asking: Asking, recorded: HyperCache, batches: Sequence[_Batch],
     for contender in asking.contenders:
         whole = condensed(asking.model, recorded, contender, more, asking.seed)
         for number, batch in enumerate(batches):
-            asking.on_step(_name(contender, batch))
             cache = whole if number == len(batches) - 1 else copy.deepcopy(whole)
             cache.batch_select_indices(torch.tensor(batch.rows))
             yield from _ask_batch(asking, cache, contender, batch, counter)
@@ -138,7 +134,6 @@ def _ask_visible(asking: Asking, recorded: HyperCache, batches: Sequence[_Batch]
             read(asking.model, first[:, :-1], shown)
         left = _Batch(batch.items, batch.rows, (first[:, -1:], *batch.questions[1:]), batch.sizes)
         for contender in asking.contenders:
-            asking.on_step(_name(contender, batch))
             cache = condensed(asking.model, shown, contender, left.more, asking.seed)
             yield from _ask_batch(asking, cache, contender, left, counter)
 
@@ -152,7 +147,3 @@ def _ask_batch(
     for row, item in enumerate(batch.items):
         outputs = tuple(asking.dialect.decode(tuple(turn[row].tolist())) for turn in said.turns)
         yield Reply(item, contender, asking.visible, asking.seed, outputs, memory, said.seconds, approximated)
-
-
-def _name(contender: Contender, batch: _Batch) -> str:
-    return f"{batch.items[0].task}, {batch.items[0].length:,} tokens: {contender.name}"

@@ -128,7 +128,6 @@ def continuation_loss(asking: Asking, tokens: Sequence[int], texts: Texts) -> It
             recorded, exact = start(asking.model), None
             last = read(asking.model, rows[:, :begin], recorded)
             for contender in asking.contenders:
-                asking.on_step(f"continuation, {texts.length:,} tokens: {contender.name}")
                 cache = condensed(asking.model, recorded, contender, texts.continuation, asking.seed)
                 memory, before = cache.memory_bytes // len(some), counter.counts.approximated
                 nats = _read_on(asking, cache, rows[:, begin:], last, texts.chunk)

@@ -65,15 +65,28 @@ class Dialect(ABC):
             value: what it is.
 
         Returns:
-            a line or sentence of its own.
+            a line of its own.
         """
 
     @abstractmethod
-    def question(self, key: str) -> str:
+    def link(self, key: str, other: str) -> str:
+        """Tell that a key has the value of another.
+
+        Args:
+            key: of what.
+            other: which has the value.
+
+        Returns:
+            a line of its own.
+        """
+
+    @abstractmethod
+    def question(self, key: str, num: int = 1) -> str:
         """Ask for the value of a key, so that the value is what comes next.
 
         Args:
             key: of what.
+            num: how many values it was given.
 
         Returns:
             the question.
@@ -89,6 +102,16 @@ class Dialect(ABC):
         Returns:
             a number of tokens.
         """
+
+    @property
+    @abstractmethod
+    def preamble(self) -> tuple[int, ...]:
+        """Tokens that every context begins with: what the reader is to look out for."""
+
+    @property
+    @abstractmethod
+    def reserve(self) -> int:
+        """Tokens of an item that are left for its questions and answers."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +138,24 @@ class Lines(Dialect):
         """Set it."""
         return f"#set {key}={value}\n"
 
-    def question(self, key: str) -> str:
-        """Get it."""
+    def link(self, key: str, other: str) -> str:
+        """Set it to the other; the reference model never saw that."""
+        return f"#set {key}={other}\n"
+
+    def question(self, key: str, num: int = 1) -> str:
+        """Get it, however often it was set."""
         return f"\n#get {key}="
 
     def answer_size(self, answers: tuple[str, ...]) -> int:
         """Count digits, and what stands between several answers."""
         return sum(map(len, answers)) + len(answers) - 1
+
+    @property
+    def preamble(self) -> tuple[int, ...]:
+        """The reference model needs none."""
+        return ()
+
+    @property
+    def reserve(self) -> int:
+        """Enough for four lines."""
+        return 64

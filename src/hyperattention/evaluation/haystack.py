@@ -36,10 +36,11 @@ class Haystack:
             the haystack.
         """
         tokens = dialect.encode(text)
-        final = {token: dialect.decode((token,)).endswith(("\n", ". ", ".")) for token in set(tokens)}
-        newline = {token: dialect.decode((token,)).endswith("\n") for token in set(tokens)}
-        ends = newline if any(newline.values()) else final
-        return cls(dialect, tokens, tuple(ends[token] for token in tokens))
+        lines, sentences = (
+            {token for token in set(tokens) if dialect.decode((token,)).endswith(end)} for end in ("\n", ".")
+        )
+        ends = lines or sentences
+        return cls(dialect, tokens, tuple(token in ends for token in tokens))
 
     def piece(self, length: int, rng: random.Random) -> "Haystack":
         """Take a piece from anywhere.
@@ -59,6 +60,18 @@ class Haystack:
         first = rng.randrange(len(self.tokens) - length + 1)
         return Haystack(self.dialect, self.tokens[first : first + length], self.ends[first : first + length])
 
+    def end_of_line(self, place: int) -> int:
+        """Find the next end of a line or sentence, or stay where none is near.
+
+        Args:
+            place: where to begin.
+
+        Returns:
+            the place behind it.
+        """
+        nearest = range(max(0, place - 1), min(place + _FARTHEST, len(self.ends)))
+        return next((i + 1 for i in nearest if self.ends[i]), place) if place else 0
+
 
 def hide(facts: Sequence[tuple[float, str]], length: int, haystack: Haystack, rng: random.Random) -> tuple[int, ...]:
     """Put facts into a piece of text, each behind the end of a line near its depth.
@@ -75,16 +88,16 @@ def hide(facts: Sequence[tuple[float, str]], length: int, haystack: Haystack, rn
     Raises:
         ValueError: if the facts do not fit, or the text is too short.
     """
-    parts = [(depth, haystack.dialect.encode(words)) for depth, words in sorted(facts)]
-    left = sum(len(words) for _, words in parts)
+    dialect = haystack.dialect
+    parts = [(depth, dialect.encode(words)) for depth, words in sorted(facts)]
+    whole = list(dialect.preamble)
+    left = len(whole) + sum(len(words) for _, words in parts)
     if left > length:
         raise ValueError(f"{len(parts)} facts take {left} tokens, and the context has {length}: give a greater length")
-    straw = haystack.piece(length - left, rng)
-    done, whole = 0, []
+    straw, done = haystack.piece(length - left, rng), 0
     for depth, words in parts:
         target = min(max(done, done + int(depth * length) - len(whole)), len(straw.tokens))
-        cut = next((i + 1 for i in range(max(done, target - 1), len(straw.ends)) if straw.ends[i]), len(straw.ends))
-        cut = cut if cut - target < _FARTHEST and cut < len(straw.ends) else target
+        cut = straw.end_of_line(target)
         whole += [*straw.tokens[done:cut], *words]
         done = cut
     return (*whole, *straw.tokens[done:])

@@ -10,11 +10,13 @@ class Turn:
     Args:
         question: text that is fed after the context, and after the turns before.
         answers: what must be found in the model's continuation, each for itself.
+        depths: for each answer, where in the context it was told, 0 at the beginning and 1 at the end.
         answer_size: tokens that the model may continue with.
     """
 
     question: str
     answers: tuple[str, ...]
+    depths: tuple[float, ...]
     answer_size: int
 
 
@@ -24,17 +26,12 @@ class Item:
 
     Args:
         task: name of the task.
+        length: tokens that context, questions and answers may take together.
         context: tokens of the context.
         turns: what is asked, one after another.
-        depth: where what is asked for lies, 0 at the beginning of the context and 1 at its end.
     """
 
     task: str
+    length: int
     context: tuple[int, ...]
     turns: tuple[Turn, ...]
-    depth: float
-
-    @property
-    def length(self) -> int:
-        """Tokens of the context."""
-        return len(self.context)

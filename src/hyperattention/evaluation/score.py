@@ -10,21 +10,25 @@ _Z = 1.959964
 
 
 @dataclass(frozen=True)
-class Marks:
-    """How right the answers to an item are.
+class Mark:
+    """How right one answer is.
 
     Args:
-        right: answers found in what the model said.
-        digits: sum of the answers' shares of characters in the right place.
-        answers: answers expected.
+        answer: what was expected.
+        said: what the model continued with.
+        depth: where in the context it was told.
+        right: whether the answer was found in what was said.
+        digits: share of its characters in the right place.
     """
 
-    right: int
+    answer: str
+    said: str
+    depth: float
+    right: bool
     digits: float
-    answers: int
 
 
-def mark(item: Item, outputs: tuple[str, ...]) -> Marks:
+def marks(item: Item, outputs: tuple[str, ...]) -> tuple[Mark, ...]:
     """Compare what a model said with what was expected.
 
     Args:
@@ -32,11 +36,12 @@ def mark(item: Item, outputs: tuple[str, ...]) -> Marks:
         outputs: what was said, for each turn.
 
     Returns:
-        the marks.
+        a mark for each answer of each turn.
     """
-    pairs = [(answer, said) for turn, said in zip(item.turns, outputs, strict=True) for answer in turn.answers]
-    return Marks(
-        sum(answer in said for answer, said in pairs), sum(_share(answer, said) for answer, said in pairs), len(pairs)
+    return tuple(
+        Mark(answer, said, depth, answer in said, _share(answer, said))
+        for turn, said in zip(item.turns, outputs, strict=True)
+        for answer, depth in zip(turn.answers, turn.depths, strict=True)
     )
 
 

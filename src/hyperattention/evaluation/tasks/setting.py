@@ -12,7 +12,7 @@ class Setting:
 
     Args:
         haystack: the text, and how facts are told.
-        length: tokens of a context.
+        length: tokens that context, questions and answers may take together.
         depths: ranges of depth, of equal size.
         contexts: how many contexts of each kind.
         seed: of texts, keys, values and places.
@@ -23,6 +23,20 @@ class Setting:
     depths: int = 8
     contexts: int = 1
     seed: int = 0
+
+    @property
+    def context(self) -> int:
+        """Tokens of a context.
+
+        Raises:
+            ValueError: if there is nothing left for one.
+        """
+        if self.length <= 2 * self.haystack.dialect.reserve:
+            raise ValueError(
+                f"length {self.length}: questions and answers alone may take {self.haystack.dialect.reserve} tokens; "
+                f"give more than {2 * self.haystack.dialect.reserve}"
+            )
+        return self.length - self.haystack.dialect.reserve
 
     def rng(self, task: str) -> random.Random:
         """Give a source of chance for one task, the same every time.
