@@ -8,25 +8,14 @@ from transformers import PreTrainedTokenizerBase
 from hyperattention.evaluation.dialect import Dialect
 
 _FIRST = (
-    *("amber", "bitter", "calm", "distant", "early", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lively"),
-    *("modest", "narrow", "olive", "patient", "quiet", "rapid", "silent", "tender", "upper", "vivid", "wooden", "yellow"),
+    *("amber", "bitter", "calm", "distant", "early", "faint", "gentle", "hollow"),
+    *("icy", "jolly", "keen", "lively", "modest", "narrow", "olive", "patient"),
+    *("quiet", "rapid", "silent", "tender", "upper", "vivid", "wooden", "yellow"),
 )
 _SECOND = (
-    *("anchor", "bridge", "castle", "desert", "engine", "forest", "garden", "harbor", "island", "jacket", "kettle", "lamp"),
-    *(
-        "meadow",
-        "needle",
-        "orchard",
-        "pebble",
-        "quarry",
-        "river",
-        "saddle",
-        "temple",
-        "umbrella",
-        "valley",
-        "window",
-        "yard",
-    ),
+    *("anchor", "bridge", "castle", "desert", "engine", "forest", "garden", "harbor"),
+    *("island", "jacket", "kettle", "lamp", "meadow", "needle", "orchard", "pebble"),
+    *("quarry", "river", "saddle", "temple", "umbrella", "valley", "window", "yard"),
 )
 _NUMBERS = 100
 _PREAMBLE = (
