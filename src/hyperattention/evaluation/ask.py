@@ -50,7 +50,8 @@ class Asking:
         model: who answers.
         dialect: whose tokens.
         contenders: through whose caches.
-        visible: whether the question is there when the cache is condensed.
+        visible: whether the question is there when the cache is condensed; both are asked from one reading.
+        shown: most questions of one context that are asked visibly, for each needs a condensation of its own.
         rows: contexts read, or questions asked, at a time.
         seed: of every draw of a policy.
     """
@@ -58,7 +59,8 @@ class Asking:
     model: PreTrainedModel
     dialect: Dialect
     contenders: tuple[Contender, ...]
-    visible: bool = False
+    visible: tuple[bool, ...] = (False, True)
+    shown: int = 8
     rows: int = 8
     seed: int = 0
 
@@ -94,11 +96,27 @@ def ask(asking: Asking, items: Sequence[Item]) -> Iterator[Reply]:
     contexts = list(dict.fromkeys(item.context for item in items))
     for begin in range(0, len(contexts), asking.rows):
         some = {context: row for row, context in enumerate(contexts[begin : begin + asking.rows])}
-        batches = _batches([item for item in items if item.context in some], some, asking)
+        own = [item for item in items if item.context in some]
         with reading(asking.model) as counter:
             recorded = start(asking.model)
             read(asking.model, torch.tensor(list(some)), recorded)
-            yield from (_ask_visible if asking.visible else _ask_hidden)(asking, recorded, batches, counter)
+            # hidden first: what it works out for a context serves every copy of it
+            if False in asking.visible:
+                yield from _ask_hidden(asking, recorded, _batches(own, some, asking), counter)
+            if True in asking.visible:
+                yield from _ask_visible(asking, recorded, _batches(_thinned(own, asking.shown), some, asking), counter)
+
+
+def _thinned(items: Sequence[Item], most: int) -> list[Item]:
+    """Keep at most so many items of a context, evenly spread."""
+    groups: dict[tuple[int, ...], list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.context, []).append(item)
+    return [
+        group[number * len(group) // min(most, len(group))]
+        for group in groups.values()
+        for number in range(min(most, len(group)))
+    ]
 
 
 def _batches(items: Sequence[Item], place: dict[tuple[int, ...], int], asking: Asking) -> list[_Batch]:
@@ -124,7 +142,7 @@ def _ask_hidden(asking: Asking, recorded: HyperCache, batches: Sequence[_Batch],
         for number, batch in enumerate(batches):
             cache = whole if number == len(batches) - 1 else copy.deepcopy(whole)
             cache.batch_select_indices(torch.tensor(batch.rows))
-            yield from _ask_batch(asking, cache, contender, batch, counter)
+            yield from _ask_batch(asking, cache, contender, batch, (False, counter))
 
 
 def _ask_visible(asking: Asking, recorded: HyperCache, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
@@ -135,15 +153,16 @@ def _ask_visible(asking: Asking, recorded: HyperCache, batches: Sequence[_Batch]
         left = _Batch(batch.items, batch.rows, (first[:, -1:], *batch.questions[1:]), batch.sizes)
         for contender in asking.contenders:
             cache = condensed(asking.model, shown, contender, left.more, asking.seed)
-            yield from _ask_batch(asking, cache, contender, left, counter)
+            yield from _ask_batch(asking, cache, contender, left, (True, counter))
 
 
 def _ask_batch(
-    asking: Asking, cache: HyperCache, contender: Contender, batch: _Batch, counter: CallCounter
+    asking: Asking, cache: HyperCache, contender: Contender, batch: _Batch, kind: tuple[bool, CallCounter]
 ) -> Iterator[Reply]:
+    visible, counter = kind
     before, memory = counter.counts.approximated, cache.memory_bytes // len(batch.items)
     said = converse(asking.model, cache, batch.questions, batch.sizes)
     approximated = counter.counts.approximated - before
     for row, item in enumerate(batch.items):
         outputs = tuple(asking.dialect.decode(tuple(turn[row].tolist())) for turn in said.turns)
-        yield Reply(item, contender, asking.visible, asking.seed, outputs, memory, said.seconds, approximated)
+        yield Reply(item, contender, visible, asking.seed, outputs, memory, said.seconds, approximated)

@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
+from hyperattention.condense.attended import attended
+from hyperattention.condense.held import Held
 from hyperattention.coreset import Coreset
 from hyperattention.integrations.transformers_cache import HyperCache, HyperCacheLayer
 from hyperattention.types import Partial
@@ -26,6 +29,7 @@ class RecordingStore(Store):
         """Hold nothing."""
         self._steps: list[tuple[Tensor, Tensor]] = []
         self._queries: list[Tensor] = []
+        self._watched: dict[int, Tensor] = {}
         self.scale = 1.0
 
     @property
@@ -43,6 +47,26 @@ class RecordingStore(Store):
         """All queries."""
         self._queries = [torch.cat(self._queries, 2)] if len(self._queries) > 1 else self._queries
         return self._queries[0]
+
+    def watched(self, queries: int) -> Tensor:
+        """Sum the attention that keys get from the first queries, as `CondensingStore` would have; worked out once.
+
+        Args:
+            queries: how many.
+
+        Returns:
+            the sums for as many keys, ``[batch, kv_heads, queries]``.
+        """
+        if queries not in self._watched:
+            before = max((number for number in self._watched if number < queries), default=0)
+            k, v, q = self.k[:, :, :queries], self.v[:, :, :queries], self.q[:, :, before:queries]
+            weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
+            # positions and scores do not matter to what is attended to
+            total = attended(Held(k, v, weight, weight.int(), weight), q, self.scale)
+            if before:
+                total[:, :, :before] += self._watched[before]
+            self._watched[queries] = total
+        return self._watched[queries]
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         if len(self._steps) > 1:
@@ -100,6 +124,7 @@ class RecordingStore(Store):
         if self._steps:
             k, v, q = (x.index_select(0, index.to(x.device)) for x in (self.k, self.v, self.q))
             self._steps, self._queries = [(k, v)], [q]
+            self._watched = {n: x.index_select(0, index.to(x.device)) for n, x in self._watched.items()}
 
     def rows(self, index: Tensor) -> "RecordingStore":
         """Copy rows of everything into a store of their own.
@@ -118,7 +143,7 @@ class RecordingStore(Store):
         """Forget the latest tokens."""
         if num:
             self._steps = [(self.k[:, :, :-num], self.v[:, :, :-num])]
-            self._queries = [self.q[:, :, :-num]]
+            self._queries, self._watched = [self.q[:, :, :-num]], {}
 
     def state(self) -> dict[str, Tensor]:
         """Give all tensors."""
@@ -128,7 +153,8 @@ class RecordingStore(Store):
         """Take over what `state` gave."""
         if missing := sorted({"k", "v", "q", "scale"} - state.keys()):
             raise ValueError(f"the state of a recording lacks {missing}: it is not whole")
-        self._steps, self._queries, self.scale = [(state["k"], state["v"])], [state["q"]], float(state["scale"])
+        self._steps, self._queries, self._watched = [(state["k"], state["v"])], [state["q"]], {}
+        self.scale = float(state["scale"])
 
 
 @dataclass(frozen=True)
@@ -151,10 +177,21 @@ def fill(cache: HyperCache, recorded: HyperCache) -> None:
         if isinstance(own, HyperCacheLayer) and isinstance(read, HyperCacheLayer) and isinstance(read.store, RecordingStore):
             own.lazy_initialization(read.store.k, read.store.v)
             own.store.append(read.store.k, read.store.v)
-            own.store.settle(read.store.q, read.store.scale)
+            _settle(own.store, read.store)
         else:
             # layers with sliding windows keep transformers' own cache, the same for every policy
             cache.layers[number] = copy.deepcopy(read)
+
+
+def _settle(store: Store, read: RecordingStore) -> None:
+    if not isinstance(store, CondensingStore):
+        store.settle(read.q, read.scale)
+        return
+    # what a policy wants to know of earlier queries is the same at every budget and in every copy of a prompt
+    last = max(1, store.policy.num_queries)
+    if store.policy.watches and read.seen > last:
+        store.held.score[:, :, : read.seen - last].add_(read.watched(read.seen - last))
+    store.settle(read.q[:, :, -last:], read.scale)
 
 
 def start(model: PreTrainedModel) -> HyperCache:

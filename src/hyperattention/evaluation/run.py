@@ -30,6 +30,7 @@ class Plan:
         visible: whether the question is there when the cache is condensed; both by default.
         documents: texts for each seed whose continuation is read; 0 for none.
         continuation: share of each such text that is read through the condensed cache.
+        shown: most questions of one context that are asked visibly.
         rows: contexts read, or questions asked, at a time.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     visible: tuple[bool, ...] = (False, True)
     documents: int = 8
     continuation: float = 0.25
+    shown: int = 8
     rows: int = 8
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Steps that are announced."""
-        asked = len(self.tasks) * len(self.lengths) * self.seeds * len(self.visible)
+        asked = len(self.tasks) * len(self.lengths) * self.seeds
         return asked + (len(self.lengths) * self.seeds if self.documents else 0)
 
 
@@ -114,10 +116,9 @@ def evaluate(judged: Judged, haystack: Haystack, plan: Plan, on_step: Callable[[
         setting = Setting(haystack, length, plan.depths, plan.contexts, seed)
         for task in plan.tasks:
             items = TASKS[task](setting)
-            for visible in plan.visible:
-                on_step(f"{task}, {length:,} tokens, question {'visible' if visible else 'hidden'}, seed {seed}")
-                asking = Asking(judged.model, haystack.dialect, plan.contenders, visible, plan.rows, seed)
-                replies += ask(asking, items)
+            on_step(f"{task}, {length:,} tokens, seed {seed}")
+            asking = Asking(judged.model, haystack.dialect, plan.contenders, plan.visible, plan.shown, plan.rows, seed)
+            replies += ask(asking, items)
         if plan.documents:
             on_step(f"continuation, {length:,} tokens, seed {seed}")
             texts = Texts(length, max(1, int(length * plan.continuation)), plan.documents)

@@ -77,4 +77,6 @@ class Share:
         """Its 95% interval."""
         s, n, z2 = self.right, self.total, _Z**2
         middle, spread = s + z2 / 2, _Z * math.sqrt(s * (n - s) / n + z2 / 4)
-        return max(0.0, (middle - spread) / (n + z2)), min(1.0, (middle + spread) / (n + z2))
+        low, high = (middle - spread) / (n + z2), (middle + spread) / (n + z2)
+        # at the ends the formula is 0 and 1, but for rounding
+        return (0.0 if s == 0 else low), (1.0 if s == n else high)

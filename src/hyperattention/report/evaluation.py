@@ -14,7 +14,7 @@ from hyperattention.exact_method import Exact
 from hyperattention.integrations.transformers import use
 from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
 from hyperattention.reference.text import held_out_text
-from hyperattention.report.evaluation_files import METRICS, write_files
+from hyperattention.report.evaluation_files import METRICS, contender_record, write_files
 from hyperattention.report.evaluation_plot import plot_heat_map
 from hyperattention.report.evaluation_tables import continuation_table, retrieval_table
 from hyperattention.report.progress import progress
@@ -169,7 +169,9 @@ def save(prepared: Prepared, results: Results) -> list[Path]:
     for contender in plan.contenders if results.cells else ():
         pictures.append(out / f"heat_map_{contender.name.replace('@', '_')}.png")
         plot_heat_map(pictures[-1], [cell for cell in results.cells if cell.contender == contender], plan.depths)
-    settings = {"options": prepared.options, "plan": plan, "tokens_of_text": len(prepared.haystack.tokens)}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(prepared.options).items()}
+    who = [contender_record(each) | {"sinks": each.sinks, "window": each.window} for each in plan.contenders]
+    settings = options | vars(plan) | {"contenders": who, "tokens_of_text": len(prepared.haystack.tokens)}
     return [
         *pictures,
         *write_files(out, prepared.judged, settings, results.findings, (results.cells, results.continuations)),

@@ -104,7 +104,7 @@ def write_files(
     Args:
         out: the folder.
         judged: the model.
-        settings: options and plan; the plan tells the ranges of depth.
+        settings: all that was asked for, by name.
         findings: every reply.
         summary: cells and continuations.
 
@@ -112,7 +112,7 @@ def write_files(
         the files.
     """
     cells, continuations = summary
-    depths = max((cell.depth + 1 for cell in cells if cell.depth is not None), default=1)
+    depths = int(str(settings["depths"]))
     metrics = {
         "floor": FLOOR,
         "retrieval": [cell_record(cell, depths) for cell in cells],
