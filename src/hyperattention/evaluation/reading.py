@@ -77,12 +77,12 @@ class Said:
         seconds: of a token, where they came one by one; its share of the batch.
     """
 
-    turns: tuple[Int[Tensor, "batch tokens"], ...]
+    turns: tuple[Int[Tensor, "batch _"], ...]
     seconds: float
 
 
 def converse(
-    model: PreTrainedModel, cache: HyperCache, questions: Sequence[Int[Tensor, "batch tokens"]], sizes: Sequence[int]
+    model: PreTrainedModel, cache: HyperCache, questions: Sequence[Int[Tensor, "batch _"]], sizes: Sequence[int]
 ) -> Said:
     """Ask questions one after another; the model continues greedily after each.
 

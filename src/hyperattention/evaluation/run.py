@@ -32,6 +32,9 @@ class Plan:
         continuation: share of each such text that is read through the condensed cache.
         shown: most questions of one context that are asked visibly.
         rows: contexts read, or questions asked, at a time.
+
+    Raises:
+        ValueError: if a task is unknown, or nothing is left to do.
     """
 
     tasks: tuple[str, ...]
@@ -49,6 +52,8 @@ class Plan:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise ValueError(f"unknown tasks {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+        if not self.tasks and not self.documents:
+            raise ValueError("no tasks and no documents: there is nothing to evaluate")
         if min(self.depths, self.contexts, self.seeds, self.rows, *self.lengths) < 1 or not self.lengths:
             raise ValueError(f"{self.depths=}, {self.contexts=}, {self.seeds=}, {self.lengths=}: all must be positive")
 

@@ -24,6 +24,8 @@ _PREAMBLE = (
 )
 # what may stand around and between the values of an answer
 _SLACK = 6
+# most questions of an item, and a value as wide as any
+_TURNS, _WIDEST = 4, "999999"
 
 
 @dataclass(frozen=True)
@@ -81,5 +83,7 @@ class Sentences(Dialect):
 
     @property
     def reserve(self) -> int:
-        """Enough for four questions."""
-        return 384
+        """Enough for four questions, with some to spare for names of more tokens than the longest name has."""
+        longest = f"{max(_FIRST, key=len)}-{max(_SECOND, key=len)}-{_NUMBERS - 1}"
+        turn = len(self.encode(self.question(longest))) + self.answer_size((_WIDEST,))
+        return _TURNS * (turn + turn // 4)
