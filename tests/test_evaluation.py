@@ -16,6 +16,7 @@ from hyperattention.evaluation.continuation import Texts, continuation_loss, pie
 from hyperattention.evaluation.dialect import Lines
 from hyperattention.evaluation.haystack import Haystack
 from hyperattention.evaluation.policies import EXACT, Contender, Entrant, choose_entrants, contenders_at
+from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import read, reading
 from hyperattention.evaluation.recording import fill, rows_of, start
 from hyperattention.evaluation.summary import cells
@@ -128,6 +129,32 @@ def test_with_room_for_everything_nothing_is_approximated(judged: Judged, haysta
     assert all(cell.exact for cell in cells(replies, 4))
     # the reference model never saw a key with several values
     assert {cell.beyond for cell in cells(replies, 4) if cell.depth is None} == {True}
+
+
+def test_in_pieces_later_ones_are_read_through_what_is_left_of_earlier_ones(judged: Judged, haystack: Haystack) -> None:
+    contenders = contenders_at((EXACT, Entrant("streaming", Latest())), (BUDGET,))
+    items = TASKS["lines"](Setting(haystack, LENGTH, depths=4, seed=1))
+    whole, pieced = (
+        list(ask(Asking(judged.model, haystack.dialect, contenders, chunk=chunk), items)) for chunk in (None, 100)
+    )
+    assert [r.outputs for r in whole if r.contender.entrant is EXACT] == [
+        r.outputs for r in pieced if r.contender.entrant is EXACT
+    ]
+    assert {r.approximated for r in pieced if r.contender.entrant is EXACT} == {0}
+    tokens, caches = torch.tensor([items[0].context]), []
+    with reading(judged.model) as counter:
+        for chunk in (None, 100):
+            before = counter.counts.approximated
+            caches.append(Prompt.of(judged.model, tokens, chunk).condensed(contenders[1], 20, 0)[0])
+            assert (counter.counts.approximated - before > 0) is (chunk is not None)
+        by_hand = contenders[1].cache(judged.model, 0, 0)
+        for part in tokens.split(100, 1):
+            judged.model(part, past_key_values=by_hand)
+    for number, store in by_hand.stores.items():
+        torch.testing.assert_close(caches[1].stores[number].held.v, store.held.v)
+    # the latest tokens are held either way, and what the last layer knows of them depends on what earlier ones read
+    ours, theirs = (cache.stores[max(by_hand.stores)].held.v[:, :, -100:] for cache in caches)
+    assert not torch.allclose(ours, theirs)
 
 
 def test_the_question_is_seen_by_the_policy_only_where_it_is_visible(judged: Judged, haystack: Haystack) -> None:

@@ -24,6 +24,9 @@ def evaluate(
         int | None, typer.Option(min=0, help="Texts a seed whose continuation is read (8); 0 for none.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text to hide facts in; the held-out one if omitted.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read prompts in pieces of so many tokens, as a bounded memory needs.")
+    ] = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of another byte-level reference model.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished evaluation in the folder.")] = False,
@@ -43,7 +46,8 @@ def evaluate(
             usual.tasks if tasks is None else names(tasks), names(policies),
             usual.lengths if lengths is None else numbers("--lengths", lengths),
             usual.budgets if budget is None else numbers("--budget", budget),
-            depths or usual.depths, seeds or usual.seeds, usual.documents if documents is None else documents, overwrite,
+            depths or usual.depths, seeds or usual.seeds, usual.documents if documents is None else documents,
+            overwrite, chunk,
         )  # fmt: skip
         prepared = report.prepare(options)
     results = report.run(prepared, console)

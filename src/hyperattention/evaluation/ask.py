@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from hyperattention.evaluation.dialect import Dialect
 from hyperattention.evaluation.item import Item
 from hyperattention.evaluation.policies import Contender
-from hyperattention.evaluation.reading import condensed, converse, read, reading
-from hyperattention.evaluation.recording import rows_of, start
+from hyperattention.evaluation.prompt import Prompt
+from hyperattention.evaluation.reading import converse, reading
 from hyperattention.integrations.transformers import CallCounter
 from hyperattention.integrations.transformers_cache import HyperCache
 
@@ -54,6 +54,7 @@ class Asking:
         shown: most questions of one context that are asked visibly, for each needs a condensation of its own.
         rows: contexts read, or questions asked, at a time.
         seed: of every draw of a policy.
+        chunk: tokens of a piece in which prompts are read, through what is left of earlier ones; None for all at once.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,7 @@ class Asking:
     shown: int = 8
     rows: int = 8
     seed: int = 0
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,8 @@ class _Batch:
 def ask(asking: Asking, items: Sequence[Item]) -> Iterator[Reply]:
     """Ask items through every contender's cache.
 
-    The prompt is attended to exactly whoever condenses it afterwards, so it is read once, and every policy is shown the
-    same keys, values and queries. With the question visible, that of the first turn is part of what is condensed, all but
-    its last token; otherwise the context alone is.
+    With the question visible, that of the first turn is part of what is condensed, all but its last token; otherwise the
+    context alone is. A context is read once for all of them, unless it comes in pieces.
 
     Args:
         asking: who is asked, and how.
@@ -98,13 +99,12 @@ def ask(asking: Asking, items: Sequence[Item]) -> Iterator[Reply]:
         some = {context: row for row, context in enumerate(contexts[begin : begin + asking.rows])}
         own = [item for item in items if item.context in some]
         with reading(asking.model) as counter:
-            recorded = start(asking.model)
-            read(asking.model, torch.tensor(list(some)), recorded)
+            prompt = Prompt.of(asking.model, torch.tensor(list(some)), asking.chunk)
             # hidden first: what it works out for a context serves every copy of it
             if False in asking.visible:
-                yield from _ask_hidden(asking, recorded, _batches(own, some, asking), counter)
+                yield from _ask_hidden(asking, prompt, _batches(own, some, asking), counter)
             if True in asking.visible:
-                yield from _ask_visible(asking, recorded, _batches(_thinned(own, asking.shown), some, asking), counter)
+                yield from _ask_visible(asking, prompt, _batches(_thinned(own, asking.shown), some, asking), counter)
 
 
 def _thinned(items: Sequence[Item], most: int) -> list[Item]:
@@ -135,24 +135,23 @@ def _batches(items: Sequence[Item], place: dict[tuple[int, ...], int], asking: A
     return batches
 
 
-def _ask_hidden(asking: Asking, recorded: HyperCache, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
+def _ask_hidden(asking: Asking, prompt: Prompt, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
     more = max(batch.more for batch in batches)
     for contender in asking.contenders:
-        whole = condensed(asking.model, recorded, contender, more, asking.seed)
+        whole, _ = prompt.condensed(contender, more, asking.seed)
         for number, batch in enumerate(batches):
             cache = whole if number == len(batches) - 1 else copy.deepcopy(whole)
             cache.batch_select_indices(torch.tensor(batch.rows))
             yield from _ask_batch(asking, cache, contender, batch, (False, counter))
 
 
-def _ask_visible(asking: Asking, recorded: HyperCache, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
+def _ask_visible(asking: Asking, prompt: Prompt, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
     for batch in batches:
-        shown, first = rows_of(recorded, asking.model, batch.rows), batch.questions[0]
-        if first.shape[1] > 1:
-            read(asking.model, first[:, :-1], shown)
+        first = batch.questions[0]
+        shown = prompt.followed(batch.rows, first[:, :-1])
         left = _Batch(batch.items, batch.rows, (first[:, -1:], *batch.questions[1:]), batch.sizes)
         for contender in asking.contenders:
-            cache = condensed(asking.model, shown, contender, left.more, asking.seed)
+            cache, _ = shown.condensed(contender, left.more, asking.seed)
             yield from _ask_batch(asking, cache, contender, left, (True, counter))
 
 

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from hyperattention.evaluation.ask import Asking
 from hyperattention.evaluation.policies import Contender
-from hyperattention.evaluation.reading import condensed, read, reading
-from hyperattention.evaluation.recording import start
+from hyperattention.evaluation.prompt import Prompt
+from hyperattention.evaluation.reading import read, reading
 from hyperattention.integrations.transformers_cache import HyperCache
 
 # any seed but that of the tasks: the same documents whatever the tasks are
@@ -125,10 +125,9 @@ def continuation_loss(asking: Asking, tokens: Sequence[int], texts: Texts) -> It
         some = numbers[first : first + asking.rows]
         rows = torch.tensor([chosen[number] for number in some])
         with reading(asking.model) as counter:
-            recorded, exact = start(asking.model), None
-            last = read(asking.model, rows[:, :begin], recorded)
+            prompt, exact = Prompt.of(asking.model, rows[:, :begin], asking.chunk), None
             for contender in asking.contenders:
-                cache = condensed(asking.model, recorded, contender, texts.continuation, asking.seed)
+                cache, last = prompt.condensed(contender, texts.continuation, asking.seed)
                 memory, before = cache.memory_bytes // len(some), counter.counts.approximated
                 nats = _read_on(asking, cache, rows[:, begin:], last, texts.chunk)
                 exact = nats if exact is None else exact

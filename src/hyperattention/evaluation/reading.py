@@ -11,8 +11,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hyperattention.evaluation.policies import Contender
-from hyperattention.evaluation.recording import fill
 from hyperattention.exact_method import Exact
 from hyperattention.integrations.transformers import CallCounter, use
 from hyperattention.integrations.transformers_cache import HyperCache
@@ -48,24 +46,6 @@ def read(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], cache: Hyp
         the logits.
     """
     return model(tokens.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
-
-
-def condensed(model: PreTrainedModel, recorded: HyperCache, contender: Contender, more: int, seed: int) -> HyperCache:
-    """Let a contender read a recorded prompt.
-
-    Args:
-        model: who read it.
-        recorded: the prompts.
-        contender: what stays of them.
-        more: tokens that are to follow.
-        seed: of every draw.
-
-    Returns:
-        the contender's cache.
-    """
-    cache = contender.cache(model, recorded.get_seq_length() + more, seed)
-    fill(cache, recorded)
-    return cache
 
 
 @dataclass(frozen=True)

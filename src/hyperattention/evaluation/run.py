@@ -32,6 +32,7 @@ class Plan:
         continuation: share of each such text that is read through the condensed cache.
         shown: most questions of one context that are asked visibly.
         rows: contexts read, or questions asked, at a time.
+        chunk: tokens of a piece in which prompts are read, through what is left of earlier ones; None for all at once.
 
     Raises:
         ValueError: if a task is unknown, or nothing is left to do.
@@ -48,13 +49,14 @@ class Plan:
     continuation: float = 0.25
     shown: int = 8
     rows: int = 8
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise ValueError(f"unknown tasks {', '.join(unknown)}: choose from {', '.join(TASKS)}")
         if not self.tasks and not self.documents:
             raise ValueError("no tasks and no documents: there is nothing to evaluate")
-        if min(self.depths, self.contexts, self.seeds, self.rows, *self.lengths) < 1 or not self.lengths:
+        if min(self.depths, self.contexts, self.seeds, self.rows, self.chunk or 1, *self.lengths) < 1 or not self.lengths:
             raise ValueError(f"{self.depths=}, {self.contexts=}, {self.seeds=}, {self.lengths=}: all must be positive")
 
     @property
@@ -119,15 +121,16 @@ def evaluate(judged: Judged, haystack: Haystack, plan: Plan, on_step: Callable[[
     losses: list[tuple[int, Loss]] = []
     for length, seed in product(plan.lengths, range(plan.seeds)):
         setting = Setting(haystack, length, plan.depths, plan.contexts, seed)
+        asking = Asking(
+            judged.model, haystack.dialect, plan.contenders, plan.visible, plan.shown, plan.rows, seed, plan.chunk
+        )  # fmt: skip
         for task in plan.tasks:
             items = TASKS[task](setting)
             on_step(f"{task}, {length:,} tokens, seed {seed}")
-            asking = Asking(judged.model, haystack.dialect, plan.contenders, plan.visible, plan.shown, plan.rows, seed)
             replies += ask(asking, items)
         if plan.documents:
             on_step(f"continuation, {length:,} tokens, seed {seed}")
             texts = Texts(length, max(1, int(length * plan.continuation)), plan.documents)
-            asking = Asking(judged.model, haystack.dialect, plan.contenders, rows=plan.rows, seed=seed)
             losses += [(length, loss) for loss in continuation_loss(asking, haystack.tokens, texts)]
     return Findings(tuple(replies), tuple(losses))
 

@@ -37,6 +37,7 @@ class Options:
         seeds: how many.
         documents: texts for each seed whose continuation is read; 0 for none.
         overwrite: whether a finished run in the folder may be replaced.
+        chunk: tokens of a piece in which prompts are read; None for all at once.
     """
 
     out: Path
@@ -51,6 +52,7 @@ class Options:
     seeds: int = 3
     documents: int = 8
     overwrite: bool = False
+    chunk: int | None = None
 
 
 # a little of everything, to see that it works; the folder is the user's
@@ -89,7 +91,7 @@ def prepare(options: Options) -> Prepared:
     contenders = contenders_at(choose_entrants(options.policies), options.budgets)
     plan = Plan(
         tuple(TASKS) if options.tasks is None else options.tasks, options.lengths, contenders,
-        depths=options.depths, seeds=options.seeds, documents=options.documents,
+        depths=options.depths, seeds=options.seeds, documents=options.documents, chunk=options.chunk,
     )  # fmt: skip
     text = held_out_text() if options.text is None else _read(options.text)
     judged = load_reference(options.reference) if options.model is None else load_model(options.model)
