@@ -1,0 +1,165 @@
+"""A store that sketches old tokens and keeps the latest: SubGen as a cache."""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from hyperattention.cache.recent import Recent
+from hyperattention.cache.room import Room
+from hyperattention.cache.store import Store
+from hyperattention.condense.online_clusters import Clusters
+from hyperattention.condense.subgen_sketch import SketchSizes, SubGenSketch
+from hyperattention.condense.value_reservoir import Drawn
+from hyperattention.merge import merge
+from hyperattention.types import Partial
+
+_RECENT = ("k", "v", "live")
+_CLUSTERS, _DRAWN = (
+    tuple(f"{part}_{each.name}" for each in fields(kind)) for part, kind in (("cluster", Clusters), ("drawn", Drawn))
+)
+
+
+class SubGenStore(Store):
+    """Keep the latest tokens as they are, and let a sketch absorb those that are older, batch by batch.
+
+    Up to `Room.budget` tokens nothing is absorbed and attention is exact. From then on the window is exact, with up to
+    `Room.pending` tokens that wait to be absorbed; the sketch answers for all others, and the two are merged by their
+    log-sum-exp. `Room.sinks` has no meaning here: as published, the first keys are clustered as any other.
+
+    `append` hands out the exact tokens only, because the sketch holds no list of keys and values: `num_slots` counts those.
+
+    Cost: one distance a token and centre; a query reads the exact tokens, `samples` keys of each cluster, and the draws.
+
+    Args:
+        sizes: of the sketch.
+        room: how much is kept; where `sizes` names no most clusters, they are as many as the bytes of `budget` slots hold.
+        layer: layer of the model, a counter of every draw.
+        seed: seed of every draw.
+    """
+
+    def __init__(self, sizes: SketchSizes, room: Room, *, layer: int = 0, seed: int = 0) -> None:
+        """Hold nothing."""
+        self.sizes, self.room, self.layer, self.seed = sizes, room, layer, seed
+        self.sketch: SubGenSketch | None = None
+        self._recent = Recent()
+        self._seen = self._new = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended so far, padding included."""
+        return self._seen
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self._recent.batch
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens held as they are."""
+        return self._recent.num
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was absorbed yet."""
+        return self.sketch is None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the exact tokens and of the sketch."""
+        return self._recent.memory_bytes + (0 if self.sketch is None else self.sketch.memory_bytes)
+
+    @property
+    def _limit(self) -> int:
+        """Tokens beyond which the oldest are absorbed."""
+        return self.room.budget if self.is_whole else self.room.window + self.room.pending
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new tokens behind the others."""
+        self._recent.append(k, v, self._limit + 1)
+        self._new = k.shape[2]
+        self._seen += self._new
+        return self._recent.tensors[:2]
+
+    def mark(self, live: Tensor) -> None:
+        """Note the padding, which is never absorbed."""
+        self._recent.mark(live)
+
+    def attend(self, q: Tensor, scale: float) -> Partial:
+        """Attend to the exact tokens, the newest causally, and to the sketch."""
+        exact = self._recent.coreset.attend(q, scale=scale, own=self._new)
+        return exact if self.sketch is None else merge([exact, self.sketch.attend(q, scale=scale)])
+
+    def settle(self, q: Tensor, scale: float) -> None:
+        """Absorb all but the window, if there are more tokens than there may be."""
+        if self._recent.num <= self._limit:
+            return
+        k, v, live = self._recent.tensors
+        num, first = self._recent.num - self.room.window, self._seen - self._recent.num
+        sketch = self.sketch or SubGenSketch(self._sizes(k, v), counters=(self.seed, self.layer))
+        position = torch.arange(first, first + num, device=k.device)
+        sketch.absorb(k[:, :, :num], v[:, :, :num], position, live[:, :num])
+        self.sketch = sketch
+        self._recent.drop(num, self._limit + 1)
+
+    def _sizes(self, k: Tensor, v: Tensor) -> SketchSizes:
+        """Bound the clusters by what the budget leaves, if nobody said otherwise."""
+        if self.sizes.most_clusters is not None:
+            return self.sizes
+        slots = self.room.budget - self.room.window - self.room.pending
+        slot = k.shape[3] * k.element_size() + v.shape[3] * v.element_size()
+        left = slots * slot - self.sizes.reservoir_bytes(slot)
+        most = left // self.sizes.cluster_bytes(k.shape[3] * k.element_size())
+        if most < 1:
+            raise ValueError(
+                f"budget={self.room.budget} leaves no room for clusters of samples={self.sizes.samples} keys beside a "
+                f"window of {self.room.window} and value_samples={self.sizes.value_samples}: give a larger budget, fewer samples, or "
+                "most_clusters="
+            )
+        return self.sizes.bounded(most)
+
+    def take_rows(self, index: Tensor) -> None:
+        """Copy rows of everything."""
+        self._recent.take_rows(index)
+        if self.sketch is not None:
+            self.sketch.take_rows(index)
+
+    def crop(self, num: int) -> None:
+        """Forget tokens that are still held as they are."""
+        if num > self._recent.num:
+            raise ValueError(
+                f"cannot forget the latest {num} tokens: all but the last {self._recent.num} were absorbed into the sketch; "
+                f"give a window of at least {num}"
+            )
+        self._recent.crop(num)
+        self._seen, self._new = self._seen - num, 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy the exact tokens, the sketch and the counters."""
+        state = dict(zip(_RECENT, self._recent.tensors, strict=True)) if self._recent.batch else {}
+        if self.sketch is not None:
+            clusters, drawn = self.sketch.held
+            state |= dict(zip(_CLUSTERS, clusters.tensors, strict=True)) | dict(zip(_DRAWN, drawn.tensors, strict=True))
+        copied = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
+        return copied | {"numbers": torch.tensor([self._seen])}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over tokens, sketch and counters."""
+        absorbed = any(name in state for name in (*_CLUSTERS, *_DRAWN))
+        names = (*_RECENT, *_CLUSTERS, *_DRAWN) if absorbed else _RECENT
+        missing = [name for name in (*names, "numbers") if name not in state]
+        if missing:
+            raise ValueError(f"the state of a layer lacks {missing}: it is not whole")
+        k, v, live = (state[name] for name in _RECENT)
+        sketch = None
+        if absorbed:
+            clusters, drawn = Clusters(*(state[name] for name in _CLUSTERS)), Drawn(*(state[name] for name in _DRAWN))
+            sketch = SubGenSketch(self._sizes(k, v), counters=(self.seed, self.layer))
+            sketch.restore(clusters, drawn)
+        rows = k.shape[:2] if sketch is None else sketch.num_clusters.shape
+        if not k.shape[:2] == v.shape[:2] == rows or k.shape[2] != v.shape[2] or live.shape != (k.shape[0], k.shape[2]):
+            shapes = {name: tuple(state[name].shape) for name in names}
+            raise ValueError(f"the state of a layer has shapes {shapes}, which do not fit together: it is not whole")
+        self._recent.restore(k, v, live)
+        self.sketch, self._seen, self._new = sketch, int(state["numbers"][0]), 0

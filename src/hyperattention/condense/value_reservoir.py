@@ -1,0 +1,119 @@
+"""Keys and values drawn by the squared norms of the values, as they come: what SubGen's numerator is estimated from."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hyperattention.coreset import Coreset
+from hyperattention.random import uniform
+
+# sets these draws apart from the clusters'
+_PURPOSE = 2
+# tokens whose times are held at once
+_TOKENS_AT_A_TIME = 512
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pairs drawn, and what their weights follow from.
+
+    Args:
+        k: key of each draw.
+        v: value of each.
+        norm: squared norm of each value; 0 for a slot that holds none.
+        time: when each arrived in the race of its slot; inf for a slot that holds none.
+        total: squared norms of all values that were seen.
+    """
+
+    k: Float[Tensor, "batch kv_heads slots head_dim"]
+    v: Float[Tensor, "batch kv_heads slots value_dim"]
+    norm: Float[Tensor, "batch kv_heads slots"]
+    time: Float[Tensor, "batch kv_heads slots"]
+    total: Float[Tensor, "batch kv_heads"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """List the tensors, in the order of the arguments."""
+        return self.k, self.v, self.norm, self.time, self.total
+
+    @property
+    def coreset(self) -> Coreset:
+        """Weigh the draws so that sums over them estimate those over all keys.
+
+        w = total / (slots ||v||^2)
+
+        Returns:
+            the draws.
+        """
+        share = self.total[..., None] / (self.norm * self.norm.shape[2])
+        weight = share.masked_fill(self.norm == 0, 0.0).log()
+        return Coreset(self.k, self.v, weight.to(torch.promote_types(self.k.dtype, torch.float32)))
+
+
+class ValueReservoir:
+    """Keep `slots` pairs, each drawn independently among all that came, by the squared norm of its value.
+
+    P(slot holds (k, v)) = ||v||^2 / sum_j ||v_j||^2
+
+    In every slot the tokens race: each arrives at an exponential time of rate ||v||^2, and the first stays. The last of n
+    is the first to arrive with probability ||v_n||^2 / sum_j ||v_j||^2, as if the slot were replaced by a coin. A value of
+    norm zero adds nothing to any sum and never arrives.
+
+    Pairs are taken in many at a time, with the results, to the bit on a CPU, of one after another.
+
+    Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen.   Differs: coins are races of hashes, so that a token's draws
+    depend on nothing but its position.
+    Cost: O(slots) a token, and O(slots) pairs of memory.   Guarantee: weighted sums over the slots are unbiased.
+
+    Args:
+        slots: pairs kept for each head.
+        counters: seed and layer, of which every draw is a function.
+    """
+
+    def __init__(self, slots: int, *, counters: tuple[int, int] = (0, 0)) -> None:
+        """Hold nothing."""
+        self.slots, self.counters = slots, counters
+        self.drawn: Drawn | None = None
+
+    def absorb(
+        self,
+        k: Float[Tensor, "batch kv_heads new head_dim"],
+        v: Float[Tensor, "batch kv_heads new value_dim"],
+        position: Int[Tensor, " new"],
+        live: Bool[Tensor, "batch new"],
+    ) -> None:
+        """Take pairs in.
+
+        Args:
+            k: keys.
+            v: their values.
+            position: of each in the text: what its draws are a function of.
+            live: False for padding, which is never drawn.
+        """
+        if self.drawn is None:
+            shape = (k.shape[0], k.shape[1], self.slots)
+            norm = torch.zeros(shape, dtype=torch.float64, device=k.device)
+            held = k.new_zeros((*shape, k.shape[3])), v.new_zeros((*shape, v.shape[3]))
+            self.drawn = Drawn(*held, norm, torch.full_like(norm, torch.inf), norm[:, :, 0].clone())
+        for start in range(0, k.shape[2], _TOKENS_AT_A_TIME):
+            part = slice(start, start + _TOKENS_AT_A_TIME)
+            self._race(self.drawn, k[:, :, part], v[:, :, part], position[part], live[:, part])
+
+    def _race(self, held: Drawn, k: Tensor, v: Tensor, position: Tensor, live: Tensor) -> None:
+        norm = v.double().square().sum(-1).masked_fill(~live[:, None], 0.0)  # [batch, kv_heads, new]
+        heads, slots = (torch.arange(num, device=k.device)[:, None] for num in (k.shape[1], self.slots))
+        chance = uniform((*self.counters, _PURPOSE, heads[:, None], slots, position.long()), k.device)
+        time = torch.log1p(-chance).neg() / norm[:, :, None]  # [batch, kv_heads, slots, new]
+        time = time.masked_fill(norm[:, :, None] == 0, torch.inf)
+        # the earlier token where two arrive at once, as one after another would have it
+        first = time.argmin(-1)
+        best = time.gather(3, first[..., None])[..., 0]
+        where = (best < held.time).nonzero(as_tuple=True)
+        token = first[where]
+        for to, source in ((held.k, k), (held.v, v), (held.norm, norm)):
+            to[where] = source[where[0], where[1], token]
+        held.time[where] = best[where]
+        # one after another: the order of a sum is part of its result
+        held.total.copy_(torch.cat([held.total[..., None], norm], -1).cumsum(-1)[..., -1])
