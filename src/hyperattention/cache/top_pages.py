@@ -17,8 +17,8 @@ class TopPages(Keeping):
     all other pages and weighted, so that what is dropped is stood for.
 
     Source: Tang et al., 2024 (arXiv:2406.10774), Quest, which is ``TopPages(by=Bounds(), page=16)``; neighbouring layers
-    that share a choice: Zeng et al., 2025 (arXiv:2501.06807), MPCache.   Differs: pages of 8 ranked short of the bound; sinks
-    and window are always read; draws; heads of a group share.
+    that share a choice: Zeng et al., 2025 (arXiv:2501.06807), MPCache.   Differs: pages of 8 ranked short of the bound;
+    sinks and window are always read; draws; heads of a group share.
     Cost: the summaries of all pages, 2 / page of the keys for `Bounds`, and `Room.budget` keys a head and step.
     Guarantee: none for the pages; the draws are unbiased for what the pages leave out.
 

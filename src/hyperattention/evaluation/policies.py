@@ -5,9 +5,17 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from hyperattention.cache.page_rank import Bounds, TwoLevels
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping
+from hyperattention.cache.top_pages import TopPages
+from hyperattention.condense.balanced_halving import BalancedHalving
+from hyperattention.condense.cluster_centres import ClusterCentres
+from hyperattention.condense.cluster_means import ClusterMeans
+from hyperattention.condense.heavy_hitters import HeavyHitters
+from hyperattention.condense.last_window import LastWindow
 from hyperattention.condense.latest import Latest
+from hyperattention.condense.leverage import Leverage
 from hyperattention.condense.policy import Policy
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
 from hyperattention.integrations.transformers_cache import HyperCache
@@ -34,6 +42,15 @@ ENTRANTS = (
     Entrant("streaming", Latest(), baseline=True),
     Entrant("uniform", UniformSample(), baseline=True),
     Entrant("random", RandomKeys(), baseline=True),
+    Entrant("cluster_means", ClusterMeans()),
+    Entrant("cluster_centres", ClusterCentres()),
+    Entrant("last_window", LastWindow()),
+    Entrant("heavy_hitters", HeavyHitters()),
+    Entrant("leverage", Leverage()),
+    Entrant("halving", BalancedHalving()),
+    Entrant("pages", TopPages()),
+    Entrant("quest", TopPages(by=Bounds(), page=16)),
+    Entrant("two_levels", TopPages(by=TwoLevels(), page=16)),
 )
 
 
@@ -63,17 +80,17 @@ class Contender:
         entrant: who.
         budget: slots of each head.
         sinks: first tokens that are always kept.
-        window: latest tokens that are always kept.
+        window: latest tokens that are always kept; None for what `HyperCache` takes for the policy.
     """
 
     entrant: Entrant
     budget: int
     sinks: int = 16
-    window: int = 128
+    window: int | None = None
 
     def __post_init__(self) -> None:
         # refuses a budget that leaves nothing beside sinks and window
-        Room(self.budget, self.sinks, self.window)
+        Room(self.budget, self.sinks, max(1, self.budget // 2) if self.window is None else self.window)
 
     @property
     def name(self) -> str:
