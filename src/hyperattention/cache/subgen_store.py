@@ -114,8 +114,8 @@ class SubGenStore(Store):
         if most < 1:
             raise ValueError(
                 f"budget={self.room.budget} leaves no room for clusters of samples={self.sizes.samples} keys beside a "
-                f"window of {self.room.window} and value_samples={self.sizes.value_samples}: give a larger budget, fewer samples, or "
-                "most_clusters="
+                f"window of {self.room.window} and value_samples={self.sizes.value_samples}: give a larger budget, fewer "
+                "samples, or most_clusters="
             )
         return self.sizes.bounded(most)
 

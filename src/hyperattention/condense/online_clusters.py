@@ -150,7 +150,8 @@ class OnlineClusters:
             head = int(lists[num[lists].argmax()]) % old.num.shape[1]
             raise ValueError(
                 f"head {head} of layer {self.counters[1]} needs more than {self.most} clusters of radius "
-                f"delta={self.delta}: its keys are not clusterable so finely; give a larger delta=, more most_clusters=, or a larger budget"
+                f"delta={self.delta}: its keys are not clusterable so finely; give a larger delta=, more "
+                "most_clusters=, or a larger budget"
             )
         room = old.count.shape[2]
         if need <= room:

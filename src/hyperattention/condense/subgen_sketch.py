@@ -36,9 +36,7 @@ class SketchSizes:
         if not (math.isfinite(self.delta) and self.delta >= 0):
             raise ValueError(f"delta={self.delta} must be a finite distance of at least 0: clusters have this radius")
         if min(self.samples, self.value_samples) < 1:
-            raise ValueError(
-                f"samples={self.samples}, value_samples={self.value_samples}: give at least 1 of each, or nothing is estimated"
-            )
+            raise ValueError(f"samples={self.samples}, value_samples={self.value_samples}: give at least 1 of each")
         if self.most_clusters is not None and self.most_clusters < 1:
             raise ValueError(f"most_clusters={self.most_clusters} must be at least 1, or None for what the budget holds")
 
