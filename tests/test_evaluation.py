@@ -17,7 +17,7 @@ from hyperattention.evaluation.dialect import Lines
 from hyperattention.evaluation.haystack import Haystack
 from hyperattention.evaluation.policies import EXACT, Contender, Entrant, choose_entrants, contenders_at
 from hyperattention.evaluation.prompt import Prompt
-from hyperattention.evaluation.reading import read, reading
+from hyperattention.evaluation.reading import converse, read, reading
 from hyperattention.evaluation.recording import fill, rows_of, start
 from hyperattention.evaluation.summary import cells
 from hyperattention.evaluation.tasks import TASKS
@@ -71,14 +71,14 @@ def test_a_recorded_prompt_leaves_what_the_model_itself_would_have(
     policies = make(), make()
     read_by_itself, filled = (Contender(Entrant("x", x), 200).cache(judged.model, 300, 3) for x in policies)
     with reading(judged.model):
-        read(judged.model, tokens, read_by_itself)
+        read(judged.model, tokens[[1, 0]], read_by_itself)
         recorded = start(judged.model)
         read(judged.model, tokens[:, :290], recorded)
         fill(Contender(Entrant("x", make()), 200).cache(judged.model, 300, 3), recorded)
         # rows change places, and what was worked out for them goes along
         recorded = rows_of(recorded, judged.model, [1, 0])
         read(judged.model, tokens[[1, 0], 290:], recorded)
-        fill(filled, rows_of(recorded, judged.model, [1, 0]))
+        fill(filled, recorded)
     assert filled.get_seq_length() == 300
     for number, store in read_by_itself.stores.items():
         for name in ("k", "v", "log_weight", "position"):
@@ -92,7 +92,7 @@ def test_a_recorded_prompt_leaves_what_the_model_itself_would_have(
 
 def asked(judged: Judged, haystack: Haystack, contenders: tuple[Contender, ...], task: str = "single") -> list[Reply]:
     items = TASKS[task](Setting(haystack, LENGTH, depths=4, seed=1))
-    return list(ask(Asking(judged.model, haystack.dialect, contenders, shown=3), items))
+    return list(ask(Asking(judged.model, haystack.dialect, contenders, shown=3, rows=2), items))
 
 
 def test_streaming_loses_what_lies_deep_and_exact_attention_does_not(judged: Judged, haystack: Haystack) -> None:
@@ -119,6 +119,16 @@ def test_answers_through_a_whole_cache_are_those_of_generate(judged: Judged, hay
             whole = judged.model.generate(torch.tensor([text]), max_new_tokens=turn.answer_size, do_sample=False)
             assert said == haystack.dialect.decode(tuple(whole[0, len(text) :].tolist()))
             text = whole[0].tolist()
+
+
+def test_what_was_said_is_read_before_the_next_question(judged: Judged, haystack: Haystack) -> None:
+    cache, question = Contender(EXACT, BUDGET).cache(judged.model, 100, 0), torch.tensor([list(b"\n#get abc=")])
+    with reading(judged.model):
+        read(judged.model, torch.tensor([haystack.tokens[:50]]), cache)
+        said = converse(judged.model, cache, [question, question], [4, 3])
+    assert [turn.shape for turn in said.turns] == [(1, 4), (1, 3)]
+    # all but the very last token
+    assert cache.get_seq_length() == 50 + 10 + 4 + 10 + 3 - 1
 
 
 def test_with_room_for_everything_nothing_is_approximated(judged: Judged, haystack: Haystack) -> None:
@@ -162,9 +172,11 @@ def test_the_question_is_seen_by_the_policy_only_where_it_is_visible(judged: Jud
     replies = asked(judged, haystack, (Contender(EXACT, BUDGET), Contender(Entrant("watchful", policy), BUDGET)), "lines")
     first = [int(full.held.position.max()) + 1 for full in policy.shown if full.counters[1:] == (0, 0)]
     context, question = len(replies[0].item.context), len(replies[0].item.turns[0].question)
-    assert first == [context, context + question - 1]
+    # the three that are asked visibly come in two batches
+    assert first == [context, context + question - 1, context + question - 1]
     # and no more questions of one context are asked that way than was said
     assert [sum(r.visible is kind for r in replies) for kind in (False, True)] == [2 * 4, 2 * 3]
+    assert len({r.item for r in replies if r.visible}) == 3
 
 
 def test_the_loss_of_a_continuation_is_the_models_own_where_nothing_is_dropped(judged: Judged, haystack: Haystack) -> None:

@@ -70,6 +70,14 @@ def test_the_key_that_is_asked_for_is_told_once(haystack: Haystack) -> None:
         assert f"#set {key}={turn.answers[0]}\n" in text
 
 
+def test_a_key_of_several_values_is_told_with_each(haystack: Haystack) -> None:
+    for item in TASKS["multi-value"](Setting(haystack, 4096)):
+        (turn,), text = item.turns, haystack.dialect.decode(item.context)
+        key = turn.question.removeprefix("\n#get ").removesuffix("=")
+        assert text.count(f"#set {key}=") == len(turn.answers) == 4
+        assert all(f"#set {key}={answer}\n" in text for answer in turn.answers)
+
+
 def test_a_chain_leads_from_the_key_asked_for_to_the_value(haystack: Haystack) -> None:
     for item in TASKS["tracking"](Setting(haystack, 4096)):
         (turn,), text = item.turns, haystack.dialect.decode(item.context)
