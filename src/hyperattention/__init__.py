@@ -6,7 +6,6 @@ from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
 from hyperattention.by_layer import ByLayer
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
-from hyperattention.cache.subgen_store import SubGen
 from hyperattention.cache.top_pages import TopPages
 from hyperattention.calibration.plan import Plan
 from hyperattention.calibration.plan_file import load_plan, save_plan
@@ -17,6 +16,7 @@ from hyperattention.condense.heavy_hitters import HeavyHitters
 from hyperattention.condense.last_window import LastWindow
 from hyperattention.condense.latest import Latest
 from hyperattention.condense.leverage import Leverage
+from hyperattention.condense.subgen import SubGen
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
 from hyperattention.coreset import Coreset
 from hyperattention.default import default_method, lean_method, thorough_method
