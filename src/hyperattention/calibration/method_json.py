@@ -1,6 +1,7 @@
 """Methods as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
 
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -32,8 +33,8 @@ from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.top_keys import TopKeys
 
-# a new dataclass needs a line here; `Method` and `Mix` take lists of parts, and are written out below
-_DATACLASSES = (
+# a new type needs a line here; `Method` and `Mix` take lists of parts, and are written out below
+_TYPES = (
     AntiDiagonal,
     BlockScore,
     BudgetedDraw,
@@ -49,6 +50,8 @@ _DATACLASSES = (
     KeySketch,
     Level,
     MeanKey,
+    Method,
+    Mix,
     PriorityDraw,
     Representatives,
     Sinks,
@@ -60,7 +63,7 @@ _DATACLASSES = (
     VerticalSlash,
     Window,
 )
-_TABLE = {each.__name__: each for each in _DATACLASSES}
+_TABLE = {each.__name__: each for each in _TYPES}
 
 
 def method_to_json(method: object) -> object:
@@ -70,28 +73,40 @@ def method_to_json(method: object) -> object:
         method: the method or part.
 
     Returns:
-        nested objects, each with the name of its type.
-
-    Raises:
-        TypeError: if a part is of a type that plans do not know.
+        nested objects, each with the name of its type; a part of a type that plans do not know is refused with a TypeError.
 
     Example:
         >>> method_to_json(Draw(688))
         {'type': 'Draw', 'num': 688, 'by': {'type': 'Uniform'}}
     """
-    if method is None or isinstance(method, bool | int | float | str):
-        return method
-    if isinstance(method, tuple):
-        return [method_to_json(part) for part in method]
-    if type(method) is Method:
-        return {"type": "Method", "stages": method_to_json(method.stages), "tile": method.tile}
-    if type(method) is Mix:
-        return {"type": "Mix", "parts": method_to_json(method.parts)}
-    if is_dataclass(method) and type(method) in _DATACLASSES:
-        return {"type": type(method).__name__} | {
-            field.name: method_to_json(getattr(method, field.name)) for field in fields(method)
-        }
-    raise TypeError(f"{method!r} of type {type(method).__name__} cannot be kept in a plan: add its type to the table")
+    return part_to_json(method, _TABLE)
+
+
+def part_to_json(part: object, table: Mapping[str, type]) -> object:
+    """Write anything that is made of types of a table.
+
+    Args:
+        part: a number, a text, None, a tuple of parts, or an object of one of the types.
+        table: the types, by name.
+
+    Returns:
+        what JSON can hold.
+
+    Raises:
+        TypeError: if a type is not in the table.
+    """
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, tuple):
+        return [part_to_json(each, table) for each in part]
+    name = type(part).__name__
+    if table.get(name) is not type(part):
+        raise TypeError(f"{part!r} of type {name} cannot be kept in a plan: add its type to the table")
+    if type(part) is Method:
+        return {"type": name, "stages": part_to_json(part.stages, table), "tile": part.tile}
+    if type(part) is Mix:
+        return {"type": name, "parts": part_to_json(part.parts, table)}
+    return {"type": name} | {field.name: part_to_json(getattr(part, field.name), table) for field in fields(type(part))}
 
 
 def method_from_json(field: Field) -> Approach:
@@ -103,41 +118,50 @@ def method_from_json(field: Field) -> Approach:
     Returns:
         the method; anything else, an unknown type or a wrong argument is refused with a ValueError.
     """
-    method = _read(field)
+    method = part_from_json(field, _TABLE)
     if not isinstance(method, Approach):
         field.refuse("it must be a method, such as Exact or Method")
     return method
 
 
-def _read(field: Field) -> Any:
+def part_from_json(field: Field, table: Mapping[str, type]) -> Any:
+    """Build what `part_to_json` wrote; an unknown type or a wrong argument is refused with a ValueError.
+
+    Args:
+        field: where it stands.
+        table: the types that may be built, by name.
+
+    Returns:
+        the part.
+    """
     if isinstance(field.value, list):
-        return tuple(_read(item) for item in field.items())
+        return tuple(part_from_json(item, table) for item in field.items())
     if not isinstance(field.value, dict):
         return field.value
     name = field.part("type").text()
-    if name == "Method":
+    if name not in table:
+        field.part("type").refuse(f"it must be one of {', '.join(sorted(table))}")
+    if table[name] is Method:
         given = field.known("type", "stages", "tile")
         stages = given["stages"].items()
-        return _build(field, lambda: Method(*(_read(stage) for stage in stages), tile=given["tile"].whole(1)))
-    if name == "Mix":
+        return _build(field, lambda: Method(*(part_from_json(each, table) for each in stages), tile=given["tile"].whole(1)))
+    if table[name] is Mix:
         parts = field.known("type", "parts")["parts"].items()
-        return _build(field, lambda: Mix(*(_read_pair(part) for part in parts)))
-    if name not in _TABLE:
-        field.part("type").refuse(f"it must be one of {', '.join(sorted([*_TABLE, 'Method', 'Mix']))}")
-    return _read_dataclass(field, _TABLE[name])
+        return _build(field, lambda: Mix(*(_read_pair(part, table) for part in parts)))
+    return _read_dataclass(field, table[name], table)
 
 
-def _read_pair(field: Field) -> tuple[Density, float]:
+def _read_pair(field: Field, table: Mapping[str, type]) -> tuple[Density, float]:
     pair = field.items()
     if len(pair) != 2:
         field.refuse("it must be a density and its share")
-    density = _read(pair[0])
+    density = part_from_json(pair[0], table)
     if not isinstance(density, Density):
         pair[0].refuse("it must be a density, such as Uniform")
     return density, pair[1].number()
 
 
-def _read_dataclass(field: Field, cls: type) -> object:
+def _read_dataclass(field: Field, cls: type, table: Mapping[str, type]) -> object:
     """Build a part; arguments that the file leaves out take their defaults, so that a type may gain some."""
     known, hints = {each.name: each for each in fields(cls)}, get_type_hints(cls)
     given = {name: part for name, part in field.parts().items() if name != "type"}
@@ -146,7 +170,7 @@ def _read_dataclass(field: Field, cls: type) -> object:
     for name, each in known.items():
         if name not in given and each.default is MISSING and each.default_factory is MISSING:
             field.part(name)
-    arguments = {name: _read(part) for name, part in given.items()}
+    arguments = {name: part_from_json(part, table) for name, part in given.items()}
     for name, value in arguments.items():
         if not _fits(value, hints[name]):
             given[name].refuse(f"{cls.__name__} takes a {getattr(hints[name], '__name__', hints[name])} here")

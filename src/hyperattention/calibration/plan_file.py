@@ -74,7 +74,7 @@ def _read_plan(whole: Field) -> Plan:
         whole.part("version").refuse(f"this release reads version {VERSION}")
     names = ("format", "version", "model", "tolerance", "crossover", "methods", "layers", "measured")
     given = whole.known(*names)
-    model = _read_fingerprint(given["model"])
+    model = read_fingerprint(given["model"])
     methods = [method_from_json(method) for method in given["methods"].items()]
     layers, errors = {}, {}
     for name, layer in given["layers"].parts().items():
@@ -100,7 +100,15 @@ def _read_layer(layer: Field, methods: list[Approach], num_kv_heads: int) -> tup
     return ByHead(tuple(chosen)), errors
 
 
-def _read_fingerprint(field: Field) -> Fingerprint:
+def read_fingerprint(field: Field) -> Fingerprint:
+    """Read the fingerprint of a model.
+
+    Args:
+        field: where it stands.
+
+    Returns:
+        the fingerprint; missing, unknown and wrong fields are refused.
+    """
     given = field.known(*(each.name for each in fields(Fingerprint)))
     num_heads, num_kv_heads, head_dim = (given[name].whole() for name in ("num_heads", "num_kv_heads", "head_dim"))
     return Fingerprint(

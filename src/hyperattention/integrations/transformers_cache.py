@@ -1,6 +1,6 @@
 """A compressed cache for `generate`: a transformers `Cache` whose layers are stores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -208,6 +208,17 @@ class HyperCache(Cache):
     def stores(self) -> dict[int, Store]:
         """Give the store of every layer that has one, by the layer's number."""
         return {number: layer.store for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
+
+    def restore(self, states: Mapping[int, dict[str, Tensor]]) -> None:
+        """Go on from the states of all stores.
+
+        Args:
+            states: what each store's `state` gave, by the number of the layer.
+        """
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, HyperCacheLayer):
+                layer.store.restore(states[number])
+                layer.is_initialized = True
 
     @property
     def memory_bytes(self) -> int:

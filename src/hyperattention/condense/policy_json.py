@@ -1,0 +1,76 @@
+"""Policies as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
+
+from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
+from hyperattention.cache.store import Keeping
+from hyperattention.cache.top_pages import TopPages
+from hyperattention.calibration.fields import Field
+from hyperattention.calibration.method_json import part_from_json, part_to_json
+from hyperattention.condense.balanced_halving import BalancedHalving
+from hyperattention.condense.cluster_centres import ClusterCentres
+from hyperattention.condense.cluster_means import ClusterMeans
+from hyperattention.condense.heavy_hitters import HeavyHitters
+from hyperattention.condense.last_window import LastWindow
+from hyperattention.condense.latest import Latest
+from hyperattention.condense.leverage import Leverage
+from hyperattention.condense.policy import Policy
+from hyperattention.condense.subgen import SubGen
+from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
+
+# a new policy needs a line here
+_TYPES = (
+    BalancedHalving,
+    Bounds,
+    ClusterCentres,
+    ClusterMeans,
+    HeavyHitters,
+    LastWindow,
+    Latest,
+    Leverage,
+    Midpoint,
+    RandomKeys,
+    SubGen,
+    TopPages,
+    TwoLevels,
+    UniformSample,
+)
+_TABLE = {each.__name__: each for each in _TYPES}
+
+
+def policy_to_json(policy: Policy | Keeping) -> object:
+    """Write a policy as what JSON can hold.
+
+    Args:
+        policy: the policy.
+
+    Returns:
+        nested objects, each with the name of its type.
+
+    Raises:
+        ValueError: if a type is not in the table.
+
+    Example:
+        >>> policy_to_json(TopPages(page=16))["by"]
+        {'type': 'Bounds', 'reach': 0.3}
+    """
+    try:
+        return part_to_json(policy, _TABLE)
+    except TypeError as error:
+        raise ValueError(
+            f"the policy {policy!r} cannot be kept in a file: use one of {', '.join(_TABLE)}, or add its type to the table "
+            "of condense/policy_json.py"
+        ) from error
+
+
+def policy_from_json(field: Field) -> Policy | Keeping:
+    """Build a policy from what `policy_to_json` wrote.
+
+    Args:
+        field: where it stands.
+
+    Returns:
+        the policy; anything else, an unknown type or a wrong argument is refused with a ValueError.
+    """
+    policy = part_from_json(field, _TABLE)
+    if not isinstance(policy, Policy | Keeping):
+        field.refuse("it must be a policy, such as ClusterMeans or TopPages")
+    return policy

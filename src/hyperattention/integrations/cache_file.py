@@ -1,0 +1,198 @@
+"""The file of a compressed cache: read a document once, keep what is left of it, ask about it later."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hyperattention.cache.room import Room
+from hyperattention.cache.store import Keeping
+from hyperattention.calibration.fields import Field
+from hyperattention.calibration.fingerprint import fingerprint
+from hyperattention.calibration.plan_file import read_fingerprint
+from hyperattention.calibration.write_whole import write_whole_bytes
+from hyperattention.condense.policy import Policy
+from hyperattention.condense.policy_json import policy_from_json, policy_to_json
+from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.random import SEED_LIMIT
+
+__all__ = ["load_cache", "save_cache"]
+
+FORMAT, VERSION = "hyperattention cache", 1
+_REMEDY = "write it again with `hyperattention cache` or save_cache"
+_DIGEST, _TOKENS = "sha256", "tokens"
+
+
+def save_cache(
+    cache: HyperCache, model: PreTrainedModel, path: str | Path, *, tokens: Int[Tensor, "batch tokens"] | None = None
+) -> None:
+    """Write a cache to one safetensors file, whole or not at all.
+
+    Beside the tensors it holds which model and policy made them, and a SHA-256 over all of it.
+
+    Cost: a copy of the cache in memory, and its bytes on disk.   Guarantee: what `load_cache` gives goes on bit for bit as
+    this cache would, on the same device.
+
+    Args:
+        cache: what was read.
+        model: who read it.
+        path: the file, which is replaced.
+        tokens: what was read, to be kept with it; at least as many as the cache has seen.
+
+    Raises:
+        ValueError: if the cache is empty, a layer of it is not compressed, its policy is not one of this package's, or the
+            tokens are not its own.
+
+    Example:
+        >>> save_cache(cache, model, "document.safetensors", tokens=tokens)  # doctest: +SKIP
+    """
+    stores = cache.stores
+    if windowed := [number for number in range(len(cache.layers)) if number not in stores]:
+        raise ValueError(
+            f"layers {windowed} of {type(model).__name__} have sliding windows, which this file does not hold: save caches "
+            "of models whose layers all have full attention"
+        )
+    if empty := [number for number, store in stores.items() if not store.batch]:
+        raise ValueError(f"layers {empty} of the cache hold nothing: let the model read something before it is saved")
+    tensors = {f"layer.{number}.{name}": x for number, store in stores.items() for name, x in store.state().items()}
+    if tokens is not None:
+        first = next(iter(stores.values()))
+        if not _are_tokens_of(tokens, first.batch, first.seen):
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: give all {first.seen} that each of {first.batch} rows has seen"
+            )
+        tensors[_TOKENS] = tokens.to(torch.int32)
+    # copies, because safetensors refuses tensors that share memory
+    tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model": json.dumps(asdict(fingerprint(model))),
+        "cache": json.dumps({"policy": policy_to_json(cache.policy), "room": asdict(cache.room), "seed": cache.seed}),
+    }
+    write_whole_bytes(Path(path), save(tensors, metadata | {_DIGEST: _digest(tensors, metadata)}))
+
+
+def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, Int[Tensor, "batch tokens"] | None]:
+    """Read a cache that the same model wrote, and check all of it first.
+
+    Args:
+        path: the file.
+        model: who goes on; the tensors go where it is.
+
+    Returns:
+        the cache, and the tokens that were kept with it, if any.
+
+    Raises:
+        ValueError: if the file is no whole cache of this version, or another model's; the message names file and remedy.
+    """
+    metadata, tensors = _read(path)
+    _check_made_by(path, metadata, model)
+    made = _read_made(Field(_parsed(path, metadata["cache"]), str(path), "", _REMEDY))
+    tokens = tensors.pop(_TOKENS, None)
+    try:
+        cache = HyperCache(model.config, policy=made.policy, seed=made.seed, **asdict(made.room))
+        _fill(cache, tensors, model.device)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path}: {error}; {_REMEDY}") from error
+    first = next(iter(cache.stores.values()))
+    if tokens is not None and not (tokens.dtype == torch.int32 and _are_tokens_of(tokens, first.batch, first.seen)):
+        raise ValueError(f"{path}: its tokens, of shape {tuple(tokens.shape)}, are not those of the cache; {_REMEDY}")
+    return cache, None if tokens is None else tokens.to(model.device, torch.int64)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How a cache was made."""
+
+    policy: Policy | Keeping
+    room: Room
+    seed: int
+
+
+def _are_tokens_of(tokens: Tensor, batch: int, seen: int) -> bool:
+    # the last token that a model said was not read yet
+    return tokens.ndim == 2 and tokens.shape[0] == batch and tokens.shape[1] >= seen
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    names = sorted(tensors)
+    kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), kinds]).encode())
+    for name in names:
+        digest.update(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read metadata and tensors, and see that they are what was written."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a file that save_cache wrote") from error
+    try:
+        # refuses headers that are not JSON and sizes that do not add up, so that the header can be read below
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: no whole safetensors file ({error}): cut short, or no cache; {_REMEDY}") from error
+    metadata: dict[str, str] = header.get("__metadata__") or {}
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT!r}: it is no cache; {_REMEDY}")
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"{path}: its version is {metadata.get('version')!r} and this release reads {str(VERSION)!r}; {_REMEDY}"
+        )
+    written = metadata.pop(_DIGEST, None)
+    if written != _digest(tensors, metadata) or not {"model", "cache"} <= metadata.keys():
+        raise ValueError(f"{path}: its content is not what was written: the file is damaged; {_REMEDY}")
+    return metadata, tensors
+
+
+def _parsed(path: str | Path, text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata is no JSON ({error}); {_REMEDY}") from error
+
+
+def _check_made_by(path: str | Path, metadata: Mapping[str, str], model: PreTrainedModel) -> None:
+    there = read_fingerprint(Field(_parsed(path, metadata["model"]), str(path), "model", _REMEDY))
+    if differences := there.differences(fingerprint(model)):
+        raise ValueError(
+            f"{path} was written by another model: {', '.join(differences)}; load the model that wrote it, or let this one "
+            "read the document again"
+        )
+
+
+def _read_made(whole: Field) -> _Made:
+    given = whole.known("policy", "room", "seed")
+    room = given["room"].known("budget", "sinks", "window")
+    budget, sinks, window = (room[name].whole() for name in ("budget", "sinks", "window"))
+    try:
+        room = Room(budget, sinks, window)
+    except ValueError as error:
+        given["room"].refuse(str(error))
+    return _Made(policy_from_json(given["policy"]), room, given["seed"].whole(0, SEED_LIMIT - 1))
+
+
+def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give every layer its state, and see that they fit together."""
+    states: dict[str, dict[str, Tensor]] = {str(number): {} for number in cache.stores}
+    for full_name, x in tensors.items():
+        kind, _, rest = full_name.partition(".")
+        number, _, name = rest.partition(".")
+        if kind != "layer" or number not in states:
+            raise ValueError(f"it holds {full_name!r}, which is of no layer of the model")
+        states[number][name] = x.to(device)
+    cache.restore({number: states[str(number)] for number in cache.stores})
+    if len(lengths := {(store.batch, store.seen) for store in cache.stores.values()}) != 1:
+        raise ValueError(f"its layers have read different numbers of rows and tokens, {sorted(lengths)}")

@@ -1,0 +1,107 @@
+"""The file of a compressed cache: what was saved goes on as it would have, and nothing damaged is used."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hyperattention as ha
+from tiny_models import build, tokens
+
+transformers = pytest.importorskip("transformers")
+integration = import_module("hyperattention.integrations.transformers")
+file = import_module("hyperattention.integrations.cache_file")
+
+PROMPT = 60
+POLICIES = {
+    "cluster means": ha.ClusterMeans(latest=4),
+    "uniform sample": ha.UniformSample(),
+    "latest": ha.Latest(),
+    "heavy hitters": ha.HeavyHitters(),
+    "pages": ha.TopPages(page=4, by=ha.TwoLevels(ha.Bounds(0.5))),
+}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return build("Llama", {})
+
+
+def read(model: nn.Module, policy: object = None) -> object:
+    cache = integration.HyperCache(model.config, budget=40, policy=policy, sinks=2, window=16, seed=3)
+    with torch.no_grad(), pytest.warns(UserWarning, match="exact"), integration.use(model, ha.Exact()):
+        model(tokens(2, PROMPT), past_key_values=cache)
+    return cache
+
+
+def go_on(model: nn.Module, cache: object) -> torch.Tensor:
+    with torch.no_grad(), integration.use(model, ha.Exact()):
+        return torch.cat([model(tokens(2, 99)[:, i : i + 1], past_key_values=cache).logits for i in range(70, 99)], 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_what_was_saved_goes_on_as_it_would_have(model: nn.Module, tmp_path: Path, policy: object) -> None:
+    cache = read(model, policy)
+    file.save_cache(cache, model, tmp_path / "doc.safetensors", tokens=tokens(2, PROMPT))
+    loaded, text = file.load_cache(tmp_path / "doc.safetensors", model)
+    assert (loaded.policy, loaded.room, loaded.seed) == (cache.policy, cache.room, cache.seed)
+    assert loaded.get_seq_length() == PROMPT
+    assert torch.equal(text, tokens(2, PROMPT))
+    assert torch.equal(go_on(model, loaded), go_on(model, cache))
+    assert os.listdir(tmp_path) == ["doc.safetensors"]
+
+
+def test_what_is_damaged_or_of_another_is_refused_before_any_use(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "doc.safetensors"
+    file.save_cache(read(model), model, path)
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[-100] ^= 1
+    newer = data.replace(b'"version":"1"', b'"version":"2"')
+    assert newer != data
+    damages = {
+        "no whole safetensors file": data[: len(data) // 2],
+        "content is not what was written": bytes(flipped),
+        "version is '2'": newer,
+        "no whole safetensors": b"",
+    }
+    for message, content in damages.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            file.load_cache(path, model)
+    path.write_bytes(data)
+    other = build("Llama", {})
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    with pytest.raises(ValueError, match="written by another model: other weights"):
+        file.load_cache(path, other)
+    with pytest.raises(ValueError, match="num layers 2 there and 1 here"):
+        file.load_cache(path, build("Llama", {"num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match="cannot read"):
+        file.load_cache(tmp_path / "none", model)
+
+
+def test_an_interruption_leaves_what_was_there(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    cache = read(model)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        file.save_cache(cache, model, tmp_path / "doc.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_saved_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "doc.safetensors"
+    with pytest.raises(ValueError, match="hold nothing"):
+        file.save_cache(integration.HyperCache(model.config, budget=400), model, path)
+    with pytest.raises(ValueError, match="give all 60"):
+        file.save_cache(read(model), model, path, tokens=tokens(2, 10))
+    windowed = build("Qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1})
+    with pytest.raises(ValueError, match="sliding windows"):
+        file.save_cache(integration.HyperCache(windowed.config, budget=400), windowed, path)
+    assert not path.exists()
