@@ -121,6 +121,20 @@ def test_answers_through_a_whole_cache_are_those_of_generate(judged: Judged, hay
             text = whole[0].tolist()
 
 
+def test_questions_of_one_context_do_not_see_one_another(judged: Judged, haystack: Haystack) -> None:
+    items = TASKS["multi-key"](Setting(haystack, LENGTH, depths=6, seed=1))
+    contenders = contenders_at((EXACT, Entrant("streaming", Latest())), (BUDGET,))
+    few, many = (
+        {
+            (reply.item, reply.contender, reply.visible): reply.outputs
+            for reply in ask(Asking(judged.model, haystack.dialect, contenders, rows=rows), items)
+        }
+        for rows in (2, 8)
+    )  # fmt: skip
+    assert few == many
+    assert len(few) == 6 * 2 * 2
+
+
 def test_what_was_said_is_read_before_the_next_question(judged: Judged, haystack: Haystack) -> None:
     cache, question = Contender(EXACT, BUDGET).cache(judged.model, 100, 0), torch.tensor([list(b"\n#get abc=")])
     with reading(judged.model):
