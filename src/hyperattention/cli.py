@@ -1,21 +1,19 @@
 """The command line: parse, call, print."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Never
+from typing import Annotated
 
 try:
     import typer
-    from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
     # before typer there is nothing to report an error with
     raise SystemExit(f"the command line needs {error.name}: pip install 'hyperattention[demo]'") from error
 
-_EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})
-# a file or a pipe has no width; tables need this much
-_PLAIN_WIDTH = 150
+from hyperattention.cli_evaluation import evaluate
+from hyperattention.cli_support import check_writable as _check_writable
+from hyperattention.cli_support import explained as _explained
+from hyperattention.cli_support import make_console as _console
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Near-linear attention over long contexts, with a measured error bar."
@@ -35,34 +33,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="A little of everything, on
 Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and draws.")]
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved timing.")]
 
-
-def _refuse(message: object) -> Never:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what a user can put right into one line; anything else keeps its traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRAS:
-            raise
-        _refuse(f"this command needs {error.name}: pip install 'hyperattention[demo]'")
-    except (ValueError, FileNotFoundError) as error:
-        _refuse(error)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
-
-
-def _check_writable(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-            raise ValueError(f"cannot write {path}: name a file in an existing directory")
+app.command(name="eval")(evaluate)
 
 
 @app.command()

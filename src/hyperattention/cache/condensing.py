@@ -162,6 +162,8 @@ class CondensingStore(Store):
                 f"give a window of at least {num}"
             )
         self._count, self._seen, self._new = self._count - num, self._seen - num, 0
+        if self._queries is not None:
+            self._queries = self._queries[:, :, : max(0, self._queries.shape[2] - num)]
 
     def state(self) -> dict[str, Tensor]:
         """Copy the slots in use, and the counters."""

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-# tokens that may come before the cache is condensed again, at most
-_MOST_PENDING = 64
+# share of the slots between sinks and window that a condensation leaves free
+_PENDING = 8
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Room:
 
     @property
     def pending(self) -> int:
-        """Slots left free by a condensation, so that not every token pays for one."""
-        return max(1, min(_MOST_PENDING, (self.budget - self.sinks - self.window) // 4))
+        """Slots left free by a condensation, so that not every token pays for one; the latest fill them."""
+        return max(1, (self.budget - self.sinks - self.window) // _PENDING)
 
     @property
     def middle(self) -> int:

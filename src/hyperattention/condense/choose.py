@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hyperattention.condense.held import Held
 from hyperattention.condense.policy import Full
 from hyperattention.random import uniform
 
@@ -20,6 +21,20 @@ def best(score: Float[Tensor, "batch kv_heads slots"], full: Full) -> Int[Tensor
     """
     score = score.masked_fill(~full.candidates.live, -torch.inf)
     return score.topk(full.num, -1).indices.sort(-1).values
+
+
+def keep_best(score: Float[Tensor, "batch kv_heads slots"], full: Full) -> Held:
+    """Keep the candidates of the largest scores, with the weights that they had.
+
+    Args:
+        score: one a candidate.
+        full: the cache.
+
+    Returns:
+        them, in the order of their positions.
+    """
+    index = best(score, full)
+    return full.candidates.take(index, full.candidates.log_weight.gather(2, index))
 
 
 def lottery(full: Full, salt: int = 0, *, anew: bool = False) -> Float[Tensor, "batch kv_heads slots"]:

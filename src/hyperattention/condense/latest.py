@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from hyperattention.condense.choose import keep_best
 from hyperattention.condense.held import Held
 from hyperattention.condense.policy import Full, Policy
 
@@ -23,6 +22,4 @@ class Latest(Policy):
 
     def condense(self, full: Full) -> Held:
         """Keep the last candidates."""
-        kept = full.candidates.part(full.end - full.begin - full.num, full.end - full.begin)
-        # a copy: what it was cut from is to be freed
-        return Held(*(torch.clone(x) for x in kept.tensors))
+        return keep_best(full.candidates.position.double(), full)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.condense.choose import best, lottery
+from hyperattention.condense.choose import best, keep_best, lottery
 from hyperattention.condense.held import Held
 from hyperattention.condense.policy import Full, Policy
 
@@ -55,5 +55,4 @@ class RandomKeys(Policy):
 
     def condense(self, full: Full) -> Held:
         """Keep the smallest numbers, and their weights."""
-        index = best(-lottery(full), full)
-        return full.candidates.take(index, full.candidates.log_weight.gather(2, index))
+        return keep_best(-lottery(full), full)

@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
+from hyperattention.condense.cluster_means import ClusterMeans
 from hyperattention.condense.policy import Policy
-from hyperattention.condense.uniform_sample import UniformSample
 from hyperattention.integrations.transformers_held import READS_HELD, Handle, attach
 
 __all__ = ["HyperCache"]
@@ -130,9 +130,10 @@ class HyperCache(Cache):
         config: the model's configuration, which tells what its layers are.
         budget: most slots of each head, sinks and window included; for a policy that keeps everything, most keys that one
             step reads.
-        policy: what is kept, or how it is read; None for `UniformSample`.
+        policy: what is kept, or how it is read; None for `ClusterMeans`.
         sinks: first tokens that are always kept.
-        window: latest tokens that are always kept.
+        window: latest tokens that are always kept; None for half of the budget, or 128 at most for a policy that keeps
+            everything.
         seed: of every draw; the layer's number enters too.
 
     Raises:
@@ -151,12 +152,14 @@ class HyperCache(Cache):
         budget: int,
         policy: Policy | Keeping | None = None,
         sinks: int = 16,
-        window: int = 128,
+        window: int | None = None,
         seed: int = 0,
     ) -> None:
         """Make an empty cache."""
+        self.policy = ClusterMeans() if policy is None else policy
+        if window is None:
+            window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(128, budget // 4))
         self.room, self.seed = Room(budget, sinks, window), seed
-        self.policy = UniformSample() if policy is None else policy
         self._config = config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=config).layers)
         full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]

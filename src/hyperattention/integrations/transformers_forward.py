@@ -124,7 +124,7 @@ def _read_held(handle: Handle, settings: Settings, query: Tensor, scaling: float
     handle.store.settle(query, scale)
     if settings.counter is not None:
         settings.counter.record(None)
-    return out.transpose(1, 2).flatten(2).contiguous()
+    return out.transpose(1, 2).contiguous()
 
 
 def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, Any]) -> Call:

@@ -1,0 +1,152 @@
+"""How pages of keys are ranked for a query, from a few numbers kept for each."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class PageRank(ABC):
+    """A stand-in for the largest score in a page, from a summary that does not change once the page is full."""
+
+    @abstractmethod
+    def summarise(
+        self, k: Float[Tensor, "batch kv_heads pages page head_dim"]
+    ) -> Float[Tensor, "batch kv_heads pages width"]:
+        """Sum pages up.
+
+        Args:
+            k: keys of full pages.
+
+        Returns:
+            one row a page, in the dtype of the keys.
+        """
+
+    @abstractmethod
+    def rank(
+        self,
+        q: Float[Tensor, "batch kv_heads rows head_dim"],
+        summary: Float[Tensor, "batch kv_heads pages width"],
+        num: int,
+    ) -> Float[Tensor, "batch kv_heads rows pages"]:
+        """Score pages for queries.
+
+        Args:
+            q: queries, scaled.
+            summary: of all pages.
+            num: how many pages will be read.
+
+        Returns:
+            scores, in the unit of those of keys; -inf for pages that were ruled out before they were scored.
+        """
+
+
+@dataclass(frozen=True)
+class Bounds(PageRank):
+    """Rank pages by a bound on the score of any of their keys, or by a share of the way to it.
+
+    score_P = q . c + reach sum_i |q_i| r_i,   c the middle and r half the range of the page's keys, channel by channel
+
+    With reach 1 this is the least upper bound that the ranges give, max_{j in P} q . k_j <= score_P. No key lies in the
+    corner that attains it: on a trained model a third of the way ranks pages better, in retrieval and loss (docs/log.md).
+
+    Source: Tang et al., 2024 (arXiv:2406.10774), Quest, for reach 1.   Differs: the reach.
+    Cost: two products a page.   Guarantee: an upper bound for reach 1, none below.
+
+    Args:
+        reach: how far from the middle to the bound.
+
+    Raises:
+        ValueError: if the reach is not between 0 and 1.
+    """
+
+    reach: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.reach <= 1.0:
+            raise ValueError(f"Bounds(reach={self.reach}): it lies between 0, the middle, and 1, the bound")
+
+    def summarise(self, k: Tensor) -> Tensor:
+        """Take the middle and half the range of every channel."""
+        high, low = k.amax(3), k.amin(3)
+        return torch.cat([(high + low) / 2, (high - low) / 2], -1)
+
+    def rank(self, q: Tensor, summary: Tensor, num: int) -> Tensor:
+        """Multiply the middle by the query, the range by its magnitudes."""
+        return torch.cat([q, self.reach * q.abs()], -1) @ summary.to(q.dtype).transpose(2, 3)
+
+
+@dataclass(frozen=True)
+class Midpoint(PageRank):
+    """Rank pages by one product with a point between their bounds.
+
+    score_P = q . (alpha high + (1 - alpha) low)
+    Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache, with alpha = 0.6.   Differs: nothing.
+    Cost: one product a page.   Guarantee: none. It spares comparisons, which are dear under encryption and cheap here.
+
+    Args:
+        alpha: share of the upper bound.
+
+    Raises:
+        ValueError: if the share is not between 0 and 1.
+    """
+
+    alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"Midpoint(alpha={self.alpha}): a share lies between 0 and 1")
+
+    def summarise(self, k: Tensor) -> Tensor:
+        """Mix the bounds."""
+        return self.alpha * k.amax(3) + (1 - self.alpha) * k.amin(3)
+
+    def rank(self, q: Tensor, summary: Tensor, num: int) -> Tensor:
+        """Multiply."""
+        return q @ summary.to(q.dtype).transpose(2, 3)
+
+
+@dataclass(frozen=True)
+class TwoLevels(PageRank):
+    """Rank pairs of neighbouring pages first, and only the pages of the better pairs after.
+
+    Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache: clusters of 32 positions, of which half go on, then of 16.
+    Differs: a pair is as good as the better of its summaries' mean with any query of the call; `keep` is a share.
+    Cost: half a product a page for pairs, and one for every page of those kept.   Guarantee: none.
+
+    Args:
+        by: ranks both levels.
+        keep: share of the pairs that go on.
+
+    Raises:
+        ValueError: if the share is not above 0 and at most 1.
+    """
+
+    by: PageRank = Midpoint()
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"TwoLevels(keep={self.keep}): a share lies above 0 and is at most 1")
+
+    def summarise(self, k: Tensor) -> Tensor:
+        """Sum up pages; what stands for a pair follows from them."""
+        return self.by.summarise(k)
+
+    def rank(self, q: Tensor, summary: Tensor, num: int) -> Tensor:
+        """Rule pages out by pairs, and rank the others."""
+        pages = summary.shape[2]
+        pairs = torch.nn.functional.pad(summary, (0, 0, 0, pages % 2)).unflatten(2, (-1, 2)).mean(3)
+        coarse = self.by.rank(q, pairs, num).amax(2)
+        count = min(coarse.shape[2], max(-(-num // 2), round(self.keep * coarse.shape[2])))
+        best = coarse.topk(count, -1).indices.sort(-1).values
+        page = (best[..., None] * 2 + torch.arange(2, device=q.device)).flatten(2)  # [batch, kv_heads, survivors]
+        beyond = page >= pages
+        page = page.clamp(max=pages - 1)
+        few = summary.gather(2, page[..., None].expand(-1, -1, -1, summary.shape[3]))
+        score = self.by.rank(q, few, num).masked_fill(beyond[:, :, None], -torch.inf)
+        whole = score.new_full((*score.shape[:3], pages), -torch.inf)
+        # a page that stands for one beyond the end must not overwrite itself
+        return whole.scatter_reduce(3, page[:, :, None].expand(-1, -1, score.shape[2], -1), score, "amax")

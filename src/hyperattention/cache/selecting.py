@@ -1,0 +1,246 @@
+"""A store that keeps everything and reads a selection: sinks, window, the best pages, and draws from the others."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperattention.cache.page_rank import PageRank
+from hyperattention.cache.room import Room
+from hyperattention.cache.store import Store
+from hyperattention.kernels.list_attention import list_attention
+from hyperattention.random import uniform
+from hyperattention.types import Partial, Runs, Selection
+
+
+class SelectingStore(Store):
+    """Hold all keys, summed up in pages, and let each query read those of the best pages.
+
+    Args:
+        by: ranks pages.
+        room: its budget is what a step reads; sinks and window are always read.
+        page: keys in a page.
+        draws: keys drawn from the pages not read, with weights, so that what is read stands for all.
+        most_queries: queries of a step that still choose for themselves; more than that read everything, as a prompt does.
+        lender: another layer's store whose choice of pages is used; None to choose.
+        layer: layer of the model, a counter of every draw.
+        seed: seed of every draw.
+    """
+
+    def __init__(
+        self,
+        by: PageRank,
+        room: Room,
+        *,
+        page: int = 16,
+        draws: int = 0,
+        most_queries: int = 32,
+        lender: "SelectingStore | None" = None,
+        layer: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Hold nothing."""
+        self.by, self.room, self.page, self.draws, self.most_queries = by, room, page, draws, most_queries
+        self.lender, self.layer, self.seed = lender, layer, seed
+        self.chosen: Tensor | None = None
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+        self._summary: Tensor | None = None
+        self._begin: Tensor | None = None
+        self._seen = self._new = self._summed = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended so far."""
+        return self._seen
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return 0 if self._k is None else self._k.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """All keys are shown."""
+        return self._seen
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that a query reads beside sinks, window and draws."""
+        return max(1, (self.room.budget - self.room.sinks - self.room.window - self.page - self.draws) // self.page)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the step at hand reads every key."""
+        return self._seen <= self.room.budget or self._new > self.most_queries
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of keys, values and summaries."""
+        return sum(x.numel() * x.element_size() for x in (self._k, self._v, self._summary) if x is not None)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys behind the others, and sum up the pages that they fill."""
+        new = k.shape[2]
+        self._k, self._v = _grown(self._k, k, self._seen), _grown(self._v, v, self._seen)
+        if self._begin is None:
+            self._begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+        self._seen, self._new = self._seen + new, new
+        return self._k[:, :, : self._seen], self._v[:, :, : self._seen]
+
+    def mark(self, live: Tensor) -> None:
+        """Note where each row begins."""
+        dead = (~live).sum(-1)
+        if not bool(dead.any()):
+            return
+        first = torch.arange(live.shape[1], device=live.device) < dead[:, None]
+        before = self._seen - self._new
+        if bool((first == live).any()) or bool((dead > 0)[self._start < before].any()):
+            raise ValueError("padding stands behind tokens: a cache read by pages follows padding on the left alone")
+        self._begin = self._start + dead
+        for x in (self._k, self._v):
+            if x is not None:
+                x[:, :, before : self._seen].masked_fill_(~live[:, None, :, None], 0.0)
+
+    @property
+    def _start(self) -> Tensor:
+        if self._begin is None:
+            raise ValueError("nothing is held yet: append keys and values first")
+        return self._begin
+
+    def settle(self, q: Tensor, scale: float) -> None:
+        """Sum up the pages that are full now."""
+        full = self._seen // self.page
+        if self._k is None or full <= self._summed:
+            return
+        keys = self._k[:, :, self._summed * self.page : full * self.page].unflatten(2, (-1, self.page))
+        self._summary = _grown(self._summary, self.by.summarise(keys), self._summed)
+        self._summed = full
+
+    def attend(self, q: Tensor, scale: float) -> Partial:
+        """Choose pages for every query, and attend to what is chosen."""
+        if self._k is None or self._v is None:
+            raise ValueError("nothing is held yet: append keys and values first")
+        batch, kv_heads, _, _ = self._k.shape
+        queries = q.shape[2]
+        rows = q.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, queries, head_dim]
+        # all recent keys, from the edge of a page on
+        recent = max(0, self._seen - queries - self.room.window) // self.page * self.page
+        self.chosen = self._choose(rows, recent, scale) if self.lender is None else self.lender.chosen
+        selection = self._selection(rows, recent)
+        tiles = rows.permute(0, 1, 3, 2, 4).flatten(0, 1)[:, :, :, None]  # [lists, queries, group, 1, head_dim]
+        out, lse = list_attention(tiles, self._k.flatten(0, 1), self._v.flatten(0, 1), selection, scale)
+
+        def restored(x: Tensor) -> Tensor:
+            return x[:, :, :, 0].unflatten(0, (batch, kv_heads)).transpose(2, 3).flatten(1, 2)
+
+        return Partial(restored(out), restored(lse))
+
+    def _choose(self, rows: Tensor, recent: int, scale: float) -> Tensor:
+        """Rank the pages before `recent`, and take the best: ``[lists, queries, pages]``, ascending; -1 for none."""
+        pages, num = recent // self.page, self.num_pages
+        if not pages or self._summary is None:
+            return rows.new_full((rows.shape[0] * rows.shape[1], rows.shape[3], num), -1, dtype=torch.int64)
+        score = self.by.rank(rows.flatten(2, 3).float() * scale, self._summary[:, :, :pages], num)
+        score = torch.log_softmax(score, -1).unflatten(2, rows.shape[2:4]).amax(2)  # [batch, kv_heads, queries, pages]
+        last = (torch.arange(pages, device=rows.device) + 1) * self.page
+        score = score.masked_fill((last <= self._start[:, None] + self.room.sinks)[:, None, None], -torch.inf)
+        best, index = score.topk(min(num, pages), -1)
+        index = index.masked_fill(best == -torch.inf, -1).sort(-1).values
+        return pad(index, (num - index.shape[-1], 0), value=-1).flatten(0, 1)
+
+    def _selection(self, rows: Tensor, recent: int) -> Selection:
+        """List sinks, chosen pages, draws and the window for every query."""
+        batch, kv_heads, group, queries, _ = rows.shape
+        lists, device, chosen = batch * kv_heads, rows.device, self.chosen
+        if chosen is None:
+            raise ValueError("the layer that lends its choice has made none: it must be attended to first")
+        begin = self._start[:, None].expand(-1, kv_heads).reshape(lists, 1).expand(-1, queries)
+        sunk = begin + self.room.sinks
+        edge = torch.full_like(begin, recent)
+        runs = [
+            Runs(begin[..., None], max(1, self.room.sinks), _zeros(begin[..., None]), begin, torch.minimum(sunk, edge)),
+            Runs(chosen * self.page, self.page, _zeros(chosen).masked_fill(chosen < 0, -torch.inf), sunk, edge),
+        ]
+        if self.draws:
+            runs.append(self._drawn(chosen, sunk, edge))
+        end = torch.full_like(begin, self._seen)
+        low = torch.maximum(begin, edge)
+        runs.append(Runs(edge[..., None], self._seen - recent, _zeros(edge[..., None]), low, end, causal=queries > 1))
+        limit = torch.arange(queries, device=device) + (self._seen - queries + 1)
+        return Selection(
+            tuple(runs), limit[None, :, None].expand(lists, -1, group).contiguous(), torch.arange(lists, device=device)
+        )
+
+    def _drawn(self, chosen: Tensor, sunk: Tensor, edge: Tensor) -> Runs:
+        """Draw keys evenly from the pages not chosen, one from each of equal strata, with weights."""
+        lists, queries, _ = chosen.shape
+        first = -(-sunk // self.page)  # pages that sinks cut are not drawn from: `_choose` may still take them
+        pages = edge // self.page
+        inside = (chosen >= first[..., None]) & (chosen < pages[..., None])
+        left = ((pages - first - inside.sum(-1)) * self.page).clamp(min=0)  # [lists, queries]
+        head = torch.arange(lists, device=chosen.device)[:, None, None] % self._heads
+        at = torch.arange(queries, device=chosen.device)[:, None] + (self._seen - queries)
+        place = torch.arange(self.draws, device=chosen.device)
+        point = (place + uniform((self.seed, self.layer, head, at, place), chosen.device)) / self.draws
+        rank = (point * left[..., None]).long().clamp(max=(left[..., None] - 1).clamp(min=0))
+        # the r-th page that is not chosen lies behind as many chosen ones as stand before it
+        gap = torch.where(inside, chosen - first[..., None], 2**40).sort(-1).values
+        gap = gap - torch.arange(gap.shape[-1], device=gap.device)
+        page = rank // self.page
+        page = page + torch.searchsorted(gap, page, right=True) + first[..., None]
+        weight = (left[..., None] / self.draws).clamp(min=1.0).log().float().expand(page.shape)
+        # fewer keys than draws: each would come several times, and counts for its share
+        weight = torch.where(left[..., None] < self.draws, (left[..., None] / self.draws).log().float(), weight)
+        return Runs(page * self.page + rank % self.page, 1, weight, sunk, edge)
+
+    @property
+    def _heads(self) -> int:
+        return 1 if self._k is None else self._k.shape[1]
+
+    def take_rows(self, index: Tensor) -> None:
+        """Copy rows of everything."""
+        if self._k is not None and self._v is not None:
+            index = index.to(self._k.device)
+            self._k, self._v, self._begin = (x.index_select(0, index) for x in (self._k, self._v, self._start))
+            self._summary = None if self._summary is None else self._summary.index_select(0, index)
+
+    def crop(self, num: int) -> None:
+        """Forget tokens; all are held one by one."""
+        if num > self._seen:
+            raise ValueError(f"cannot forget {num} tokens of {self._seen}: give at most that")
+        self._seen, self._new = self._seen - num, 0
+        self._summed = min(self._summed, self._seen // self.page)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy keys and values; what sums them up follows."""
+        if self._k is None or self._v is None:
+            raise ValueError("nothing is held yet: append keys and values first")
+        k, v = (x[:, :, : self._seen].contiguous() for x in (self._k, self._v))
+        return {"k": k, "v": v, "begin": self._start}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take keys and values over, and sum them up again."""
+        missing = [name for name in ("k", "v", "begin") if name not in state]
+        if missing or state["k"].shape[:3] != state["v"].shape[:3] or state["begin"].shape != state["k"].shape[:1]:
+            shapes = {name: tuple(x.shape) for name, x in state.items()}
+            raise ValueError(f"the state of a layer lacks {missing}, or its shapes {shapes} do not fit: it is not whole")
+        self._k, self._v, self._begin = state["k"], state["v"], state["begin"]
+        self._seen, self._new, self._summed, self._summary = self._k.shape[2], 0, 0, None
+        self.settle(self._k, 1.0)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, device=like.device)
+
+
+def _grown(old: Tensor | None, new: Tensor, count: int) -> Tensor:
+    """Write new rows behind the first `count`, in a buffer that grows by halves: O(1) copies a row."""
+    end = count + new.shape[2]
+    if old is None:
+        return new.clone(memory_format=torch.contiguous_format)
+    if end > old.shape[2]:
+        old = torch.cat(
+            [old[:, :, :count], old.new_empty((*old.shape[:2], max(end, 3 * count // 2) - count, old.shape[3]))], 2
+        )
+    old[:, :, count:end] = new
+    return old

@@ -1,0 +1,69 @@
+"""Retrieval without dropping: everything stays in memory, and a decoding step reads the best pages."""
+
+from dataclasses import dataclass, field
+
+from hyperattention.cache.page_rank import Bounds, PageRank
+from hyperattention.cache.room import Room
+from hyperattention.cache.selecting import SelectingStore
+from hyperattention.cache.store import Keeping, Store
+from hyperattention.check import positive
+
+
+@dataclass(frozen=True)
+class TopPages(Keeping):
+    """Keep all keys, and let each query read sinks, window and the pages that rank best for it.
+
+    A key/value head reads what is best for any query head that shares it. With `draws` some of what is read is drawn from
+    all other pages and weighted, so that what is dropped is stood for.
+
+    Source: Tang et al., 2024 (arXiv:2406.10774), Quest, which is ``TopPages(by=Bounds(), page=16)``; neighbouring layers
+    that share a choice: Zeng et al., 2025 (arXiv:2501.06807), MPCache.   Differs: pages of 8 ranked short of the bound;
+    sinks and window are always read; draws; heads of a group share.
+    Cost: the summaries of all pages, 2 / page of the keys for `Bounds`, and `Room.budget` keys a head and step.
+    Guarantee: none for the pages; the draws are unbiased for all other pages. Of the page that the last sink shares, the
+    other keys are read or left out, never drawn.
+
+    Args:
+        by: ranks pages.
+        page: keys in a page.
+        draws: keys drawn from other pages, part of the budget.
+        most_queries: queries of a step that still choose; a longer step, such as a prompt, reads everything.
+        share: neighbouring layers that use one choice of pages.
+        first: layers that choose for themselves before any share.
+
+    Raises:
+        ValueError: if a count is out of range.
+    """
+
+    by: PageRank = field(default_factory=lambda: Bounds(0.3))
+    page: int = 8
+    draws: int = 0
+    most_queries: int = 32
+    share: int = 1
+    first: int = 2
+
+    def __post_init__(self) -> None:
+        positive("TopPages", page=self.page, most_queries=self.most_queries, share=self.share)
+        if self.draws < 0 or self.first < 0:
+            raise ValueError(f"TopPages(draws={self.draws}, first={self.first}): counts must not be negative")
+
+    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> Store:
+        """Make the store of a layer, which borrows from the one before unless it is its turn to choose."""
+        need = room.sinks + room.window + 2 * self.page + self.draws
+        if room.budget < need:
+            raise ValueError(
+                f"budget={room.budget} leaves no page of {self.page} beside {room.sinks} sinks, {room.window} of window and "
+                f"{self.draws} draws: give at least {need}"
+            )
+        borrows = layer >= self.first and (layer - self.first) % self.share > 0
+        lender = (previous.lender or previous) if borrows and isinstance(previous, SelectingStore) else None
+        return SelectingStore(
+            self.by,
+            room,
+            page=self.page,
+            draws=self.draws,
+            most_queries=self.most_queries,
+            lender=lender,
+            layer=layer,
+            seed=seed,
+        )

@@ -1,0 +1,55 @@
+"""The command `eval`: how good a compressed cache is on a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperattention.cli_support import explained, make_console, names, numbers
+
+_Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
+_Names = "with commas between; all by default."
+
+
+def evaluate(
+    model: _Folder = "reference",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("hyperattention-eval"),
+    lengths: Annotated[str | None, typer.Option(help="Tokens of context and question (2048,4096).")] = None,
+    depths: Annotated[int | None, typer.Option(min=1, help="Ranges of depth that facts are hidden at (8).")] = None,
+    budget: Annotated[str | None, typer.Option(help="Slots of each head, with commas between (512).")] = None,
+    policies: Annotated[str | None, typer.Option(help=f"Policies beside the baselines, {_Names}")] = None,
+    tasks: Annotated[str | None, typer.Option(help=f"Tasks, {_Names}")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of texts, facts and draws (3).")] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=0, help="Texts a seed whose continuation is read (8); 0 for none.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to hide facts in; the held-out one if omitted.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read prompts in pieces of so many tokens, as a bounded memory needs.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of another byte-level reference model.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished evaluation in the folder.")] = False,
+) -> None:
+    """Hide facts at depths of long texts, ask a model that reads through a compressed cache, and compare policies."""
+    console = make_console()
+    with explained():
+        from transformers.utils import logging
+
+        from hyperattention.report import evaluation as report
+        from hyperattention.report.calibrate import find_folder
+
+        logging.disable_progress_bar()
+        usual = report.QUICK if quick else report.Options(out)
+        options = report.Options(
+            out, find_folder(model), reference or usual.reference, text,
+            usual.tasks if tasks is None else names(tasks), names(policies),
+            usual.lengths if lengths is None else numbers("--lengths", lengths),
+            usual.budgets if budget is None else numbers("--budget", budget),
+            depths or usual.depths, seeds or usual.seeds, usual.documents if documents is None else documents,
+            overwrite, chunk,
+        )  # fmt: skip
+        prepared = report.prepare(options)
+    results = report.run(prepared, console)
+    report.show(prepared, results, console)
+    console.print(*[f"wrote {path}" for path in report.save(prepared, results)], sep="\n")

@@ -1,0 +1,127 @@
+"""Halve the keys again and again, so that what is kept and what is dropped look alike to every query."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperattention.check import positive
+from hyperattention.condense.choose import lottery
+from hyperattention.condense.held import Held
+from hyperattention.condense.policy import Full, Policy
+
+
+@dataclass(frozen=True)
+class BalancedHalving(Policy):
+    """Drop one key of each pair and give its weight to the other, with coins that correct one another.
+
+    P(a stays, not b) = 1/2 - <D, d> / (2 c)   for a pair of equal weights w,   d = w (phi(a) - phi(b)),   D = sum of the +-d
+    so far,   <phi(x), phi(y)> = exp(scale (k_x - mean) . (k_y - mean)) (v_x . v_y + mean ||v||^2)
+
+    A pair of unequal weights is first given to its heavier key with the probability that is left when both have had the
+    lighter one's chance; only the other pairs enter the walk, whose signs are so as likely as their opposites.
+
+    Source: Han et al., 2025 (arXiv:2502.07861), BalanceKV; the self-balancing walk is that of Alweiss, Liu and Sawhney, 2021
+    (arXiv:2006.14009).   Differs: a constant is added to the products of values, so that the normaliser is balanced too;
+    signs belong to pairs of neighbours in order of weight, then position, so that halves are equal; keys are scaled to one
+    size of phi in a walk's kernel; any weights and numbers of slots, the last round pairing the lightest keys only.
+    Cost: (head_dim + value_dim) * `pairs` * 4 products a candidate and round, rounds halving; `pairs` small steps a round.
+    Guarantee: the expected weight of every key is the one that it had, so numerator and denominator are unbiased; the
+    total weight never changes.
+
+    Args:
+        pairs: how many pairs share a walk.
+        strength: how strongly a walk corrects itself: 0 for fair coins.
+
+    Raises:
+        ValueError: if there is no pair in a walk, or the strength is negative.
+    """
+
+    pairs: int = 32
+    strength: float = 8.0
+    breadth: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive("BalancedHalving", pairs=self.pairs)
+        if not self.strength >= 0:
+            raise ValueError(f"BalancedHalving(strength={self.strength!r}): must not be negative; 0 tosses fair coins")
+
+    @property
+    def weighted(self) -> bool:
+        """What is kept stands for all."""
+        return True
+
+    def condense(self, full: Full) -> Held:
+        """Halve until it fits."""
+        left, turn = full, 0
+        while left.end - left.begin > full.num:
+            held = self._halved(left, turn)
+            left, turn = replace(left, held=held, begin=0, end=held.num_slots), turn + 1
+        return left.held
+
+    def _halved(self, full: Full, turn: int) -> Held:
+        """Drop one key of every pair, or of as many pairs as are needed."""
+        old = full.candidates
+        pairs = min(old.num_slots // 2, old.num_slots - full.num)
+        count = old.live.sum(-1, keepdim=True)
+        needed = torch.minimum(count // 2, (count - full.num).clamp(min=0))
+        real = torch.arange(pairs, device=count.device) < needed
+        # the lightest are dropped first, and meet their likes
+        order = old.log_weight.masked_fill(~old.live, torch.inf).argsort(dim=-1, stable=True)[..., : 2 * pairs]
+        pair = order.unflatten(-1, (pairs, 2))
+        weight = old.log_weight.gather(2, order).view(pair.shape)
+        first = self._first_stays(full, turn, pair, weight.masked_fill(~real[..., None], -torch.inf))
+        both = torch.logaddexp(*weight.unbind(-1))
+        stays = torch.stack([first, ~first], -1)
+        new = torch.where(stays, both[..., None], -torch.inf)
+        new = old.log_weight.scatter(2, order, torch.where(real[..., None], new, weight).flatten(2))
+        index = (new == -torch.inf).byte().argsort(dim=-1, stable=True)[..., : old.num_slots - pairs].sort(-1).values
+        return old.take(index, new.gather(2, index))
+
+    def _first_stays(self, full: Full, turn: int, pair: Tensor, weight: Tensor) -> Tensor:
+        """Toss the coin of every pair: whether it is the first that stays."""
+        order = pair.flatten(2)
+        certain, coin = (
+            lottery(full, 2 * turn + salt, anew=True).gather(2, order).view(pair.shape)[..., 0] for salt in (0, 1)
+        )
+        share = torch.softmax(weight.double().masked_fill((weight == -torch.inf).all(-1, keepdim=True), 0.0), -1)
+        fair = certain <= 2.0 * share.amin(-1)
+        amplitude = torch.logsumexp(weight, -1).exp() * fair
+        sign = self._walk(self._products(full, order, amplitude), coin.flatten(0, 1)).view(fair.shape)
+        return torch.where(fair, sign > 0, share[..., 0] > share[..., 1])
+
+    def _products(self, full: Full, order: Tensor, amplitude: Tensor) -> Tensor:
+        """Multiply the differences of the pairs of a walk: ``[lists, walks, pairs, pairs]``."""
+        old, dtype, live = full.candidates, full.held.log_weight.dtype, full.candidates.live
+        count = live.sum(-1).clamp(min=1)[..., None, None]
+        k, v = (x.to(dtype).masked_fill(~live[..., None], 0.0) for x in (old.k, old.v))
+        constant = v.square().sum((2, 3), keepdim=True) / count
+        k = k - k.sum(2, keepdim=True) / count
+        k, v = (
+            self._in_walks(x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[3])).flatten(0, 1), 2) for x in (k, v)
+        )
+        size = self._in_walks(torch.stack([amplitude, -amplitude], -1).flatten(2).flatten(0, 1)[..., None], 2)
+        length = k.square().sum(-1)
+        near = 2 * k @ k.transpose(2, 3) - length[..., None] - length[..., None, :]
+        product = (0.5 * self.breadth * full.scale * near).exp_() * (v @ v.transpose(2, 3) + constant.flatten(0, 1)[:, None])
+        product = product * size * size.transpose(2, 3)
+        # a pair's two keys lie side by side
+        return product.unflatten(3, (-1, 2)).sum(-1).unflatten(2, (-1, 2)).sum(3)
+
+    def _in_walks(self, x: Tensor, each: int) -> Tensor:
+        """Cut ``[lists, pairs * each, width]`` into walks, with zeros at the end."""
+        size = each * min(self.pairs, x.shape[1] // each)
+        return pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
+
+    def _walk(self, product: Tensor, coin: Tensor) -> Tensor:
+        """Choose a sign for each pair after the other, ``[lists, pairs]``, against the sum of those before it."""
+        coin, num = self._in_walks(coin[..., None], 1)[..., 0], coin.shape[1]
+        own = product.diagonal(dim1=2, dim2=3)
+        limit = own.clamp(min=torch.finfo(own.dtype).tiny)
+        sofar, signs = torch.zeros_like(own), []
+        for place in range(own.shape[2]):
+            tilt = self.strength * sofar[..., place] / limit[..., place]
+            signs.append(torch.where(2.0 * coin[..., place] - 1.0 <= -tilt, 1.0, -1.0).to(own.dtype))
+            sofar = sofar + signs[-1][..., None] * product[:, :, place]
+        return torch.stack(signs, -1).flatten(1)[:, :num]

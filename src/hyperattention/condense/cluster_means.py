@@ -1,0 +1,116 @@
+"""Let means of clusters stand for the keys in them: little is lost, and nothing is left to chance."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperattention.check import positive
+from hyperattention.condense.held import Held
+from hyperattention.condense.policy import Full, Policy
+
+# distances held at a time: 16 MiB in float32
+_DISTANCES_AT_A_TIME = 2**22
+
+
+@dataclass(frozen=True)
+class ClusterMeans(Policy):
+    """Cluster keys as the latest queries tell them apart, and keep the mean key and mean value of every cluster.
+
+    k_c = mean_c k_j,   v_c = mean_c v_j,   log w_c = log n_c + correction / 2 mean_c (q . (k_j - k_c))^2
+
+    A sample of a few among thousands has weights in the tens, and a softmax over them is mostly noise; means have none. What
+    they lose is the spread inside a cluster, whose exponentials exceed that of the mean: by half the variance of the scores
+    if those were normal. `correction` is the share of it that is added, with queries taken from the latest.
+    Distances are those of scores, ||A (k_j - k_c)|| with A'A = E[q q'], by k-means that begins evenly over positions.
+
+    Source: clusters as in Zandieh et al., 2024 (arXiv:2402.06082), SubGen.   Differs: means in place of samples, k-means in
+    place of online balls, the metric of the queries and the correction are ours.
+    Cost: rounds * slots products a candidate.   Guarantee: none; total weight is kept but for the correction.
+
+    Args:
+        rounds: of k-means.
+        latest: queries looked at.
+        correction: share of half the variance that is added to log-weights.
+
+    Raises:
+        ValueError: if a count is not positive, or the correction is negative.
+    """
+
+    rounds: int = 4
+    latest: int = 32
+    correction: float = 0.5
+
+    def __post_init__(self) -> None:
+        positive("ClusterMeans", rounds=self.rounds, latest=self.latest)
+        if not self.correction >= 0:
+            raise ValueError(f"ClusterMeans(correction={self.correction}): it must not be negative; 0 leaves it out")
+
+    @property
+    def num_queries(self) -> int:
+        """As many as it is told to look at."""
+        return self.latest
+
+    @property
+    def weighted(self) -> bool:
+        """Clusters stand for all of their keys."""
+        return True
+
+    def condense(self, full: Full) -> Held:
+        """Cluster, and keep means in the order of their mean positions."""
+        old, num = full.candidates, full.num
+        weight = torch.nan_to_num(old.log_weight.float().exp(), posinf=torch.finfo(torch.float32).max)
+        k, v = old.k.float(), old.v.float()
+        metric = _metric(full)  # [batch, kv_heads, head_dim, head_dim]
+        cluster = _clusters(k @ metric, weight, num, self.rounds)
+        total = _sums(weight[..., None], cluster, num)[..., 0]
+        share = (weight / total.gather(2, cluster).clamp(min=torch.finfo(torch.float32).tiny))[..., None]
+        means = [
+            _sums(x * share, cluster, num) for x in (k, v, old.position.float()[..., None], old.score.float()[..., None])
+        ]
+        off = (k - means[0].gather(2, cluster[..., None].expand_as(k))) @ metric
+        variance = _sums(off.square().sum(-1, keepdim=True) * share, cluster, num)[..., 0]
+        log_weight = total.log() + self.correction / 2 * variance
+        held = Held(
+            means[0].to(old.k.dtype), means[1].to(old.v.dtype), log_weight.to(old.log_weight.dtype),
+            means[2][..., 0].round().to(old.position.dtype), (means[3][..., 0] * total).to(old.score.dtype),
+        )  # fmt: skip
+        # empty clusters come last: they stand for no position
+        order = means[2][..., 0].masked_fill(total == 0, torch.inf).argsort(dim=-1, stable=True)
+        return held.take(order, held.log_weight.gather(2, order))
+
+
+def _metric(full: Full) -> Tensor:
+    """Find A with A'A = E[q q'] over the latest queries, scaled: distances under it are differences of scores."""
+    kv_heads, width = full.held.k.shape[1], full.held.k.shape[3]
+    q = full.queries.float().unflatten(1, (kv_heads, -1)).flatten(2, 3) * full.scale
+    if not q.shape[2]:
+        return torch.eye(width, device=q.device).expand(*q.shape[:2], -1, -1)
+    moment = q.transpose(2, 3) @ q / q.shape[2]
+    value, vector = torch.linalg.eigh(moment)
+    return vector * value.clamp(min=0).sqrt()[:, :, None]
+
+
+def _clusters(x: Tensor, weight: Tensor, num: int, rounds: int) -> Tensor:
+    """Assign points to the nearest of `num` weighted means, ``[batch, kv_heads, points]``."""
+    start = torch.linspace(0, x.shape[2] - 1, num, device=x.device).round().long()
+    centre = x[:, :, start]
+    nearest = start.new_zeros(x.shape[:3])
+    step = max(1, _DISTANCES_AT_A_TIME // (x.shape[0] * x.shape[1] * num))
+    for _ in range(rounds):
+        nearest = torch.cat([_nearest(part, centre) for part in x.split(step, 2)], 2)
+        total = _sums(weight[..., None], nearest, num)
+        mean = _sums(x * weight[..., None], nearest, num) / total.clamp(min=torch.finfo(torch.float32).tiny)
+        centre = torch.where(total > 0, mean, centre)
+    return nearest
+
+
+def _nearest(x: Tensor, centre: Tensor) -> Tensor:
+    # the points' own squares change no comparison
+    return torch.sub(centre.square().sum(-1)[:, :, None], x @ centre.transpose(2, 3), alpha=2).argmin(-1)
+
+
+def _sums(x: Tensor, cluster: Tensor, num: int) -> Tensor:
+    """Add up rows by cluster, ``[batch, kv_heads, num, width]``."""
+    total = x.new_zeros((*x.shape[:2], num, x.shape[3]))
+    return total.scatter_add_(2, cluster[..., None].expand_as(x), x)

@@ -1,0 +1,62 @@
+"""Keep the keys that the latest queries attend to, and their neighbours: the end of a prompt says what it is read for."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from hyperattention.check import positive
+from hyperattention.condense.attended import attended
+from hyperattention.condense.choose import keep_best
+from hyperattention.condense.held import Held
+from hyperattention.condense.policy import Full, Policy
+
+
+@dataclass(frozen=True)
+class LastWindow(Policy):
+    """Keep the keys with the most attention from the last queries, smoothed over neighbours, with the weights they have.
+
+    s_j = pool_{|i - j| <= kernel / 2} sum_{last queries} softmax_i(scale q . k_i)
+
+    Neighbours come along because an answer is more tokens than the one that was looked at.
+
+    Source: Li et al., 2024 (arXiv:2404.14469), SnapKV.   Differs: decoded tokens are condensed as well as the prompt, each
+    time by the queries that are then the last; query heads that share a kv head are summed.
+    Cost: the scores of `num_queries` queries a condensation.
+    Guarantee: none; what is dropped is gone, and a question that comes later was not asked.
+
+    Args:
+        num_queries: how many of the last queries vote.
+        kernel: slots that are pooled, odd.
+        average: whether their mean is taken, in place of their maximum.
+
+    Raises:
+        ValueError: if a number is not positive, or the kernel has no middle.
+    """
+
+    num_queries: int = 32
+    kernel: int = 5
+    average: bool = True
+
+    def __post_init__(self) -> None:
+        positive("LastWindow", num_queries=self.num_queries, kernel=self.kernel)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"LastWindow(kernel={self.kernel}): pooling around a slot needs an odd number of slots")
+
+    @property
+    def weighted(self) -> bool:
+        """What is dropped is gone."""
+        return False
+
+    def condense(self, full: Full) -> Held:
+        """Keep what the last queries look at."""
+        score = attended(full.held, full.queries, full.scale)[:, :, full.begin : full.end]
+        return keep_best(self._pooled(score, full.candidates.live), full)
+
+    def _pooled(self, score: Tensor, live: Tensor) -> Tensor:
+        half = self.kernel // 2
+        if not self.average:
+            return max_pool1d(score, self.kernel, 1, half)
+        # the mean over slots that hold a key: those at an edge have fewer neighbours, not emptier ones
+        total, count = (avg_pool1d(x, self.kernel, 1, half) for x in (score, live.to(score.dtype)))
+        return total / count.clamp(min=1.0 / self.kernel)

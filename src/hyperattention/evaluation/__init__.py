@@ -1,0 +1,1 @@
+"""How good a compressed cache is: tasks made here, asked of a model that reads them through the cache."""

@@ -1,0 +1,129 @@
+"""Who is compared: ways to keep a cache small, by the names that a user types; a new one is one more line here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from hyperattention.cache.page_rank import Bounds, TwoLevels
+from hyperattention.cache.room import Room
+from hyperattention.cache.store import Keeping
+from hyperattention.cache.top_pages import TopPages
+from hyperattention.condense.balanced_halving import BalancedHalving
+from hyperattention.condense.cluster_centres import ClusterCentres
+from hyperattention.condense.cluster_means import ClusterMeans
+from hyperattention.condense.heavy_hitters import HeavyHitters
+from hyperattention.condense.last_window import LastWindow
+from hyperattention.condense.latest import Latest
+from hyperattention.condense.leverage import Leverage
+from hyperattention.condense.policy import Policy
+from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
+from hyperattention.integrations.transformers_cache import HyperCache
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One way to keep a cache.
+
+    Args:
+        name: what it is called in commands, tables and records.
+        policy: what is kept, or how it is read; None for the whole cache, whatever the budget.
+        baseline: whether it always takes part.
+    """
+
+    name: str
+    policy: Policy | Keeping | None
+    baseline: bool = False
+
+
+EXACT = Entrant("exact", None, baseline=True)
+ENTRANTS = (
+    EXACT,
+    Entrant("streaming", Latest(), baseline=True),
+    Entrant("uniform", UniformSample(), baseline=True),
+    Entrant("random", RandomKeys(), baseline=True),
+    Entrant("cluster_means", ClusterMeans()),
+    Entrant("cluster_centres", ClusterCentres()),
+    Entrant("last_window", LastWindow()),
+    Entrant("heavy_hitters", HeavyHitters()),
+    Entrant("leverage", Leverage()),
+    Entrant("halving", BalancedHalving()),
+    Entrant("pages", TopPages()),
+    Entrant("quest", TopPages(by=Bounds(), page=16)),
+    Entrant("two_levels", TopPages(by=TwoLevels(), page=16)),
+)
+
+
+def choose_entrants(names: Sequence[str] | None = None) -> tuple[Entrant, ...]:
+    """Find entrants by name; the baselines always take part, exact attention first.
+
+    Args:
+        names: who is to take part beside the baselines; None for all.
+
+    Returns:
+        the entrants, in the order of the table.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    known = [each.name for each in ENTRANTS]
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"unknown policies {', '.join(unknown)}: choose from {', '.join(known)}")
+    return tuple(each for each in ENTRANTS if each.baseline or names is None or each.name in names)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An entrant at a budget.
+
+    Args:
+        entrant: who.
+        budget: slots of each head.
+        sinks: first tokens that are always kept.
+        window: latest tokens that are always kept; None for what `HyperCache` takes for the policy.
+    """
+
+    entrant: Entrant
+    budget: int
+    sinks: int = 16
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        # refuses a budget that leaves nothing beside sinks and window
+        Room(self.budget, self.sinks, max(1, self.budget // 2) if self.window is None else self.window)
+
+    @property
+    def name(self) -> str:
+        """Name it in tables: the entrant, and its budget where it has one."""
+        return self.entrant.name if self.entrant.policy is None else f"{self.entrant.name}@{self.budget}"
+
+    def cache(self, model: PreTrainedModel, length: int, seed: int) -> HyperCache:
+        """Make an empty cache.
+
+        Args:
+            model: who is going to read.
+            length: tokens that it may have to hold in all, which is the budget of a cache that drops nothing.
+            seed: of every draw.
+
+        Returns:
+            the cache.
+        """
+        # to a cache that drops nothing sinks and window mean nothing
+        budget = self.budget if self.entrant.policy is not None else max(length, self.budget)
+        return HyperCache(
+            model.config, budget=budget, policy=self.entrant.policy, sinks=self.sinks, window=self.window, seed=seed
+        )
+
+
+def contenders_at(entrants: Sequence[Entrant], budgets: Sequence[int]) -> tuple[Contender, ...]:
+    """Put everyone at every budget; exact attention has none, and comes once and first.
+
+    Args:
+        entrants: who.
+        budgets: slots of each head.
+
+    Returns:
+        the contenders.
+    """
+    whole = [Contender(each, budgets[0]) for each in entrants if each.policy is None]
+    return (*whole, *(Contender(each, budget) for budget in budgets for each in entrants if each.policy is not None))

@@ -1,0 +1,90 @@
+"""A model that reads and answers through a cache."""
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hyperattention.exact_method import Exact
+from hyperattention.integrations.transformers import CallCounter, use
+from hyperattention.integrations.transformers_cache import HyperCache
+
+
+@contextmanager
+def reading(model: PreTrainedModel) -> Iterator[CallCounter]:
+    """Let a model read through caches that may be condensed; all else is exact.
+
+    Args:
+        model: the model.
+
+    Yields:
+        the counter of attention calls.
+    """
+    with warnings.catch_warnings():
+        # with a cache that drops nothing no call is approximated, and every result says so itself
+        warnings.filterwarnings("ignore", message="no attention call was approximated")
+        with torch.inference_mode(), use(model, Exact()) as counter:
+            yield counter
+
+
+def read(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], cache: HyperCache, keep: int = 1) -> Tensor:
+    """Let a model read on.
+
+    Args:
+        model: the model.
+        tokens: what comes next.
+        cache: what it read before.
+        keep: how many of the last tokens to give logits of; 0 for all.
+
+    Returns:
+        the logits.
+    """
+    return model(tokens.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said.
+
+    Args:
+        turns: its tokens, for each turn.
+        seconds: of a token, where they came one by one; its share of the batch.
+    """
+
+    turns: tuple[Int[Tensor, "batch _"], ...]
+    seconds: float
+
+
+def converse(
+    model: PreTrainedModel, cache: HyperCache, questions: Sequence[Int[Tensor, "batch _"]], sizes: Sequence[int]
+) -> Said:
+    """Ask questions one after another; the model continues greedily after each.
+
+    Args:
+        model: who answers.
+        cache: what it has read.
+        questions: what is asked, one a turn.
+        sizes: tokens that it continues with in each turn.
+
+    Returns:
+        what it said.
+    """
+    turns, seconds, steps, said = [], 0.0, 0, []
+    for question, size in zip(questions, sizes, strict=True):
+        # the last token of an answer was said and not read yet
+        tokens, answer = torch.cat([*said, question.to(model.device)], 1), []
+        for _ in range(size):
+            began = time.perf_counter()
+            said = [read(model, tokens, cache)[:, -1:].argmax(-1)]
+            if tokens.shape[1] == 1:
+                seconds, steps = seconds + time.perf_counter() - began, steps + tokens.shape[0]
+            answer += said
+            tokens = said[0]
+        turns.append(torch.cat(answer, 1).cpu())
+    return Said(tuple(turns), seconds / max(1, steps))

@@ -1,0 +1,236 @@
+"""A prompt read once for all policies: the keys, values and queries of every layer, as exact attention made them."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from hyperattention.cache.condensing import CondensingStore
+from hyperattention.cache.room import Room
+from hyperattention.cache.store import Keeping, Store
+from hyperattention.condense.attended import attended
+from hyperattention.condense.held import Held
+from hyperattention.coreset import Coreset
+from hyperattention.integrations.transformers_cache import HyperCache, HyperCacheLayer
+from hyperattention.types import Partial
+
+# a recording is never full
+_BOUNDLESS = 2**62
+
+
+class RecordingStore(Store):
+    """Hold everything, and the queries as well: what a policy would have been shown had it been there."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+        self._steps: list[tuple[Tensor, Tensor]] = []
+        self._queries: list[Tensor] = []
+        self._watched: dict[int, Tensor] = {}
+        self.scale = 1.0
+
+    @property
+    def k(self) -> Tensor:
+        """All keys."""
+        return self._joined()[0]
+
+    @property
+    def v(self) -> Tensor:
+        """All values."""
+        return self._joined()[1]
+
+    @property
+    def q(self) -> Tensor:
+        """All queries."""
+        self._queries = [torch.cat(self._queries, 2)] if len(self._queries) > 1 else self._queries
+        return self._queries[0]
+
+    def watched(self, queries: int) -> Tensor:
+        """Sum the attention that keys get from the first queries, as `CondensingStore` would have; worked out once.
+
+        Args:
+            queries: how many.
+
+        Returns:
+            the sums for as many keys, ``[batch, kv_heads, queries]``.
+        """
+        if queries not in self._watched:
+            before = max((number for number in self._watched if number < queries), default=0)
+            k, v, q = self.k[:, :, :queries], self.v[:, :, :queries], self.q[:, :, before:queries]
+            weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
+            # positions and scores do not matter to what is attended to
+            total = attended(Held(k, v, weight, weight.int(), weight), q, self.scale)
+            if before:
+                total[:, :, :before] += self._watched[before]
+            self._watched[queries] = total
+        return self._watched[queries]
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        if len(self._steps) > 1:
+            k, v = (torch.cat(parts, 2) for parts in zip(*self._steps, strict=True))
+            self._steps = [(k, v)]
+        return self._steps[0]
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended so far."""
+        return sum(k.shape[2] for k, _ in self._steps)
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self._steps[0][0].shape[0] if self._steps else 0
+
+    @property
+    def num_slots(self) -> int:
+        """All tokens."""
+        return self.seen
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing is ever dropped."""
+        return True
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of keys, values and queries."""
+        tensors = (*(x for step in self._steps for x in step), *self._queries)
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new ones."""
+        self._steps.append((k, v))
+        return self._joined()
+
+    def mark(self, live: Tensor) -> None:
+        """Refuse padding: prompts that are read together have the same length."""
+        if not bool(live.all()):
+            raise ValueError("a prompt with padding cannot be recorded: read prompts of one length together")
+
+    def attend(self, q: Tensor, scale: float) -> Partial:
+        """Attend to everything."""
+        return Coreset.of(*self._joined()).attend(q, scale=scale, own=q.shape[2])
+
+    def settle(self, q: Tensor, scale: float) -> None:
+        """Keep the queries."""
+        self.scale = scale
+        self._queries.append(q)
+
+    def take_rows(self, index: Tensor) -> None:
+        """Copy rows of everything."""
+        if self._steps:
+            k, v, q = (x.index_select(0, index.to(x.device)) for x in (self.k, self.v, self.q))
+            self._steps, self._queries = [(k, v)], [q]
+            self._watched = {n: x.index_select(0, index.to(x.device)) for n, x in self._watched.items()}
+
+    def rows(self, index: Tensor) -> "RecordingStore":
+        """Copy rows of everything into a store of their own.
+
+        Args:
+            index: which, repeats allowed.
+
+        Returns:
+            the other store.
+        """
+        other = copy.copy(self)
+        other.take_rows(index)
+        return other
+
+    def crop(self, num: int) -> None:
+        """Forget the latest tokens."""
+        if num:
+            self._steps = [(self.k[:, :, :-num], self.v[:, :, :-num])]
+            self._queries, self._watched = [self.q[:, :, :-num]], {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Give all tensors."""
+        return {"k": self.k, "v": self.v, "q": self.q, "scale": torch.tensor(self.scale)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        if missing := sorted({"k", "v", "q", "scale"} - state.keys()):
+            raise ValueError(f"the state of a recording lacks {missing}: it is not whole")
+        self._steps, self._queries, self._watched = [(state["k"], state["v"])], [state["q"]], {}
+        self.scale = float(state["scale"])
+
+
+@dataclass(frozen=True)
+class Recording(Keeping):
+    """Keep everything that is read, queries included."""
+
+    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> Store:
+        """Make an empty store; the room does not matter."""
+        return RecordingStore()
+
+
+def fill(cache: HyperCache, recorded: HyperCache) -> None:
+    """Let an empty cache read a recorded prompt, as if the model had run: exact attention over it is the same for all.
+
+    Args:
+        cache: the empty cache, which condenses if its budget is exceeded.
+        recorded: the prompt, in a cache of `Recording`.
+    """
+    for number, (own, read) in enumerate(zip(cache.layers, recorded.layers, strict=True)):
+        if isinstance(own, HyperCacheLayer) and isinstance(read, HyperCacheLayer) and isinstance(read.store, RecordingStore):
+            own.lazy_initialization(read.store.k, read.store.v)
+            own.store.append(read.store.k, read.store.v)
+            _settle(own.store, read.store)
+        else:
+            # layers with sliding windows keep transformers' own cache, the same for every policy
+            cache.layers[number] = copy.deepcopy(read)
+
+
+def _settle(store: Store, read: RecordingStore) -> None:
+    if not isinstance(store, CondensingStore):
+        store.settle(read.q, read.scale)
+        return
+    # what a policy wants to know of earlier queries is the same at every budget and in every copy of a prompt
+    last = max(1, store.policy.num_queries)
+    if store.policy.watches and read.seen > last:
+        store.held.score[:, :, : read.seen - last].add_(read.watched(read.seen - last))
+    store.settle(read.q[:, :, -last:], read.scale)
+
+
+def start(model: PreTrainedModel) -> HyperCache:
+    """Make an empty recording.
+
+    Args:
+        model: who is going to read.
+
+    Returns:
+        the recording, a cache to run the model with.
+    """
+    return HyperCache(model.config, budget=_BOUNDLESS, policy=Recording())
+
+
+def rows_of(recorded: HyperCache, model: PreTrainedModel, rows: Sequence[int]) -> HyperCache:
+    """Copy some rows of a recording.
+
+    Args:
+        recorded: the prompts, one a row.
+        model: who read them.
+        rows: which, repeats allowed.
+
+    Returns:
+        a recording of its own.
+
+    Raises:
+        ValueError: if a layer keeps something else than keys and values.
+    """
+    index, copied = torch.tensor(rows), start(model)
+    for number, (old, new) in enumerate(zip(recorded.layers, copied.layers, strict=True)):
+        if isinstance(old, HyperCacheLayer) and isinstance(new, HyperCacheLayer) and isinstance(old.store, RecordingStore):
+            new.store = old.store.rows(index)
+            new.lazy_initialization(old.store.k, old.store.v)
+        elif isinstance(old, DynamicLayer):
+            copied.layers[number] = own = copy.deepcopy(old)
+            own.batch_select_indices(index)
+        else:
+            raise ValueError(
+                f"layer {number} keeps a {type(old).__name__}, whose rows cannot be repeated: evaluate a model whose layers "
+                "all have attention"
+            )
+    return copied

@@ -1,0 +1,154 @@
+"""An evaluation from end to end: every task, length and seed, asked of every contender; and the loss of a continuation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+from hyperattention.bench.timing import ignore
+from hyperattention.evaluation.ask import Asking, Reply, ask
+from hyperattention.evaluation.continuation import Loss, Texts, continuation_loss
+from hyperattention.evaluation.dialect import Dialect, Lines
+from hyperattention.evaluation.haystack import Haystack
+from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.sentences import Sentences
+from hyperattention.evaluation.tasks import TASKS
+from hyperattention.evaluation.tasks.setting import Setting
+from hyperattention.reference.model import Judged
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated.
+
+    Args:
+        tasks: names of tasks.
+        lengths: tokens that context, questions and answers may take together.
+        depths: ranges of depth.
+        contexts: contexts of each kind for each task, length and seed.
+        seeds: how many seeds: of texts, keys, values and places, and of the policies' draws.
+        contenders: who takes part, exact attention first.
+        visible: whether the question is there when the cache is condensed; both by default.
+        documents: texts for each seed whose continuation is read; 0 for none.
+        continuation: share of each such text that is read through the condensed cache.
+        shown: most questions of one context that are asked visibly.
+        rows: contexts read, or questions asked, at a time.
+        chunk: tokens of a piece in which prompts are read, through what is left of earlier ones; None for all at once.
+
+    Raises:
+        ValueError: if a task is unknown, or nothing is left to do.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    contenders: tuple[Contender, ...]
+    depths: int = 8
+    contexts: int = 1
+    seeds: int = 3
+    visible: tuple[bool, ...] = (False, True)
+    documents: int = 8
+    continuation: float = 0.25
+    shown: int = 8
+    rows: int = 8
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.tasks if name not in TASKS]:
+            raise ValueError(f"unknown tasks {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+        if not self.tasks and not self.documents:
+            raise ValueError("no tasks and no documents: there is nothing to evaluate")
+        if min(self.depths, self.contexts, self.seeds, self.rows, self.chunk or 1, *self.lengths) < 1 or not self.lengths:
+            raise ValueError(f"{self.depths=}, {self.contexts=}, {self.seeds=}, {self.lengths=}: all must be positive")
+
+    @property
+    def steps(self) -> int:
+        """Steps that are announced."""
+        asked = len(self.tasks) * len(self.lengths) * self.seeds
+        return asked + (len(self.lengths) * self.seeds if self.documents else 0)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What came of it.
+
+    Args:
+        replies: one for each item and contender.
+        losses: one for each text and contender, of the length beside it.
+    """
+
+    replies: tuple[Reply, ...]
+    losses: tuple[tuple[int, Loss], ...]
+
+
+def dialect_of(judged: Judged) -> Dialect:
+    """Choose the words that a model understands.
+
+    Args:
+        judged: the model; one without a tokenizer is the reference model.
+
+    Returns:
+        the dialect.
+    """
+    return Lines() if judged.tokenizer is None else Sentences(judged.tokenizer)
+
+
+def haystack_of(judged: Judged, text: bytes) -> Haystack:
+    """Cut a text into the tokens of a model.
+
+    Args:
+        judged: the model.
+        text: the text.
+
+    Returns:
+        the haystack.
+    """
+    # to a model of bytes every byte is a character
+    return Haystack.of(text.decode("latin-1" if judged.tokenizer is None else "utf-8", "replace"), dialect_of(judged))
+
+
+def evaluate(judged: Judged, haystack: Haystack, plan: Plan, on_step: Callable[[str], None] = ignore) -> Findings:
+    """Ask everything of everyone.
+
+    Args:
+        judged: the model.
+        haystack: the text to hide facts in, and to read on in.
+        plan: what is evaluated.
+        on_step: told what runs next.
+
+    Returns:
+        what came of it.
+    """
+    replies: list[Reply] = []
+    losses: list[tuple[int, Loss]] = []
+    for length, seed in product(plan.lengths, range(plan.seeds)):
+        setting = Setting(haystack, length, plan.depths, plan.contexts, seed)
+        asking = Asking(
+            judged.model, haystack.dialect, plan.contenders, plan.visible, plan.shown, plan.rows, seed, plan.chunk
+        )  # fmt: skip
+        for task in plan.tasks:
+            items = TASKS[task](setting)
+            on_step(f"{task}, {length:,} tokens, seed {seed}")
+            replies += ask(asking, items)
+        if plan.documents:
+            on_step(f"continuation, {length:,} tokens, seed {seed}")
+            texts = Texts(length, max(1, int(length * plan.continuation)), plan.documents)
+            losses += [(length, loss) for loss in continuation_loss(asking, haystack.tokens, texts)]
+    return Findings(tuple(replies), tuple(losses))
+
+
+def check(judged: Judged, haystack: Haystack, plan: Plan) -> None:
+    """Find out what is wrong before anything slow begins.
+
+    Args:
+        judged: the model.
+        haystack: the text.
+        plan: what is to be evaluated.
+
+    Raises:
+        ValueError: if a length is beyond the model, too short for a question, or longer than the text.
+    """
+    if too_long := [length for length in plan.lengths if length > judged.max_length]:
+        raise ValueError(f"lengths {too_long}: {judged.name} reads at most {judged.max_length:,} tokens")
+    for length in plan.lengths:
+        needed = max(length if plan.documents else 0, Setting(haystack, length).context)
+        if len(haystack.tokens) < needed:
+            raise ValueError(f"the text has {len(haystack.tokens):,} tokens and {needed:,} are needed: give a longer text")

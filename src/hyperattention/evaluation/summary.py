@@ -1,0 +1,146 @@
+"""What replies and losses say, by contender, task, length and depth."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hyperattention.evaluation.ask import Reply
+from hyperattention.evaluation.continuation import Added, Loss, added
+from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.score import Mark, Share, marks
+
+# where exact attention itself finds fewer answers, a task is beyond the model, and says nothing of a cache
+FLOOR = 0.5
+# task, length, whether the question was visible, range of depths
+_Where = tuple[str, int, bool, int | None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How many answers were found, of one contender, task, length and range of depths.
+
+    Args:
+        contender: through whose cache.
+        task: name of the task.
+        length: tokens that an item may take.
+        visible: whether the question was there when the cache was condensed.
+        depth: number of the range of depths; None for all together.
+        share: answers found.
+        digits: mean share of characters in the right place.
+        ceiling: answers found with exact attention.
+        memory_bytes: mean bytes of the cache of an item.
+        seconds: mean time of a token, its share of the batch.
+        approximated: attention calls that read a condensed cache.
+    """
+
+    contender: Contender
+    task: str
+    length: int
+    visible: bool
+    depth: int | None
+    share: Share
+    digits: float
+    ceiling: Share
+    memory_bytes: float
+    seconds: float
+    approximated: int
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the task is beyond the model here."""
+        return self.ceiling.value < FLOOR
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was approximated."""
+        return self.approximated == 0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Loss added on the continuation of texts, of one contender and length.
+
+    Args:
+        contender: through whose cache.
+        length: tokens of a text.
+        added: the loss.
+        memory_bytes: mean bytes of the cache of a text.
+        approximated: attention calls that read a condensed cache.
+    """
+
+    contender: Contender
+    length: int
+    added: Added
+    memory_bytes: float
+    approximated: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was approximated."""
+        return self.approximated == 0
+
+
+def range_of(depth: float, depths: int) -> int:
+    """Tell in which range a depth lies.
+
+    Args:
+        depth: from 0 to 1.
+        depths: ranges.
+
+    Returns:
+        the number of the range.
+    """
+    return min(depths - 1, int(depth * depths))
+
+
+def cells(replies: Iterable[Reply], depths: int) -> tuple[Cell, ...]:
+    """Sort answers by contender, task, length, visibility and depth.
+
+    Args:
+        replies: of all contenders, exact attention among them.
+        depths: ranges of depth.
+
+    Returns:
+        a cell for each range, and one over all ranges.
+    """
+    found: dict[tuple[Contender, _Where], list[tuple[Reply, Mark]]] = {}
+    for reply in replies:
+        for mark in marks(reply.item, reply.outputs):
+            for depth in (None, range_of(mark.depth, depths)):
+                where = reply.item.task, reply.item.length, reply.visible, depth
+                found.setdefault((reply.contender, where), []).append((reply, mark))
+    ceilings = {where: _share(group) for (who, where), group in found.items() if who.entrant.policy is None}
+    return tuple(
+        Cell(
+            who, *where, _share(group), statistics.fmean(mark.digits for _, mark in group), ceilings[where],
+            statistics.fmean(reply.memory_bytes for reply, _ in group),
+            statistics.fmean(reply.seconds for reply, _ in group),
+            sum(reply.approximated for reply, _ in group),
+        )
+        for (who, where), group in found.items()
+    )  # fmt: skip
+
+
+def _share(group: Sequence[tuple[Reply, Mark]]) -> Share:
+    return Share(sum(mark.right for _, mark in group), len(group))
+
+
+def continuations(losses: Sequence[tuple[int, Loss]]) -> tuple[Continuation, ...]:
+    """Pool losses by contender and length.
+
+    Args:
+        losses: each with the length of its text.
+
+    Returns:
+        one for each contender and length.
+    """
+    found: dict[tuple[Contender, int], list[Loss]] = {}
+    for length, loss in losses:
+        found.setdefault((loss.contender, length), []).append(loss)
+    return tuple(
+        Continuation(
+            who, length, added(group), statistics.fmean(each.memory_bytes for each in group),
+            sum(each.approximated for each in group),
+        )
+        for (who, length), group in found.items()
+    )  # fmt: skip

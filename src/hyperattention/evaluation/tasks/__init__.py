@@ -1,0 +1,23 @@
+"""Tasks, one family a file: what is hidden in a context, and what is asked."""
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from hyperattention.evaluation.item import Item
+from hyperattention.evaluation.tasks.line_retrieval import line_retrieval
+from hyperattention.evaluation.tasks.needle import multi_key, multi_query, multi_value, single
+from hyperattention.evaluation.tasks.setting import Setting
+from hyperattention.evaluation.tasks.tracking import tracking
+
+Task = Callable[[Setting], tuple[Item, ...]]
+
+TASKS: MappingProxyType[str, Task] = MappingProxyType(
+    {
+        "single": single,
+        "multi-key": multi_key,
+        "multi-value": multi_value,
+        "multi-query": multi_query,
+        "tracking": tracking,
+        "lines": line_retrieval,
+    }
+)

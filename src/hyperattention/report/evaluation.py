@@ -1,0 +1,180 @@
+"""The eval command: prepare, ask, say what was found, and write it into a folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from hyperattention.evaluation.haystack import Haystack
+from hyperattention.evaluation.policies import choose_entrants, contenders_at
+from hyperattention.evaluation.run import Findings, Plan, check, evaluate, haystack_of
+from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
+from hyperattention.evaluation.tasks import TASKS
+from hyperattention.exact_method import Exact
+from hyperattention.integrations.transformers import use
+from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
+from hyperattention.reference.text import held_out_text
+from hyperattention.report.evaluation_files import METRICS, contender_record, write_files
+from hyperattention.report.evaluation_plot import plot_heat_map
+from hyperattention.report.evaluation_tables import continuation_table, retrieval_table
+from hyperattention.report.progress import progress
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        out: the folder to write into.
+        model: folder of a model; None for the reference model.
+        reference: folder of the reference model.
+        text: a file to hide facts in, and to read on in; None for the held-out text.
+        tasks: names of tasks; None for all.
+        policies: names of policies beside the baselines; None for all.
+        lengths: tokens that context, questions and answers may take together.
+        budgets: slots of each head.
+        depths: ranges of depth.
+        seeds: how many.
+        documents: texts for each seed whose continuation is read; 0 for none.
+        overwrite: whether a finished run in the folder may be replaced.
+        chunk: tokens of a piece in which prompts are read; None for all at once.
+    """
+
+    out: Path
+    model: Path | None = None
+    reference: Path = WEIGHTS
+    text: Path | None = None
+    tasks: tuple[str, ...] | None = None
+    policies: tuple[str, ...] | None = None
+    lengths: tuple[int, ...] = (2048, 4096)
+    budgets: tuple[int, ...] = (512,)
+    depths: int = 8
+    seeds: int = 3
+    documents: int = 8
+    overwrite: bool = False
+    chunk: int | None = None
+
+
+# a little of everything, to see that it works; the folder is the user's
+QUICK = Options(Path(), tasks=("single", "multi-key"), lengths=(1024,), budgets=(256,), depths=4, seeds=1, documents=2)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that can be wrong with the options is found before anything slow begins."""
+
+    options: Options
+    judged: Judged
+    haystack: Haystack
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was found, and what it says."""
+
+    findings: Findings
+    cells: tuple[Cell, ...]
+    continuations: tuple[Continuation, ...]
+
+
+def prepare(options: Options) -> Prepared:
+    """Load the model, read the text and look at the folder.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        what the command needs to run.
+    """
+    _check_folder(options)
+    contenders = contenders_at(choose_entrants(options.policies), options.budgets)
+    plan = Plan(
+        tuple(TASKS) if options.tasks is None else options.tasks, options.lengths, contenders,
+        depths=options.depths, seeds=options.seeds, documents=options.documents, chunk=options.chunk,
+    )  # fmt: skip
+    text = held_out_text() if options.text is None else _read(options.text)
+    judged = load_reference(options.reference) if options.model is None else load_model(options.model)
+    with use(judged.model, Exact()):
+        pass  # a model whose attention cannot be switched is refused here
+    for contender in contenders:
+        contender.cache(judged.model, max(options.lengths), 0)  # and one whose cache cannot be compressed
+    haystack = haystack_of(judged, text)
+    check(judged, haystack, plan)
+    return Prepared(options, judged, haystack, plan)
+
+
+def _check_folder(options: Options) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out} is a file: name a folder to write into")
+    if not options.out.resolve().parent.is_dir():
+        raise ValueError(f"cannot make {options.out}: name a folder in an existing directory")
+    if (options.out / METRICS).exists() and not options.overwrite:
+        raise ValueError(f"{options.out} holds a finished evaluation: name another folder, or give --overwrite")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a readable text file") from error
+
+
+def run(prepared: Prepared, console: Console) -> Results:
+    """Ask everything of everyone, with a bar.
+
+    Args:
+        prepared: model, text and plan.
+        console: where progress goes.
+
+    Returns:
+        the results.
+    """
+    with progress(console, "eval", prepared.plan.steps) as on_step:
+        findings = evaluate(prepared.judged, prepared.haystack, prepared.plan, on_step)
+    return Results(findings, cells(findings.replies, prepared.plan.depths), continuations(findings.losses))
+
+
+def show(prepared: Prepared, results: Results, console: Console) -> None:
+    """Print a table for each length, and what they say in a sentence.
+
+    Args:
+        prepared: model, text and plan.
+        results: what was found.
+        console: where to.
+    """
+    for length in prepared.plan.lengths:
+        found = [cell for cell in results.cells if cell.length == length]
+        if found:
+            console.print(retrieval_table(found, f"{prepared.judged.name}, {length:,} tokens: answers found"))
+        losses = [each for each in results.continuations if each.length == length]
+        if losses:
+            console.print(continuation_table(losses, f"{prepared.judged.name}, {length:,} tokens: loss of the last quarter"))
+
+
+def save(prepared: Prepared, results: Results) -> list[Path]:
+    """Write all files into the folder; the metrics last, for they say that the run is finished.
+
+    Args:
+        prepared: model, text and plan.
+        results: what was found.
+
+    Returns:
+        the files.
+    """
+    out, plan = prepared.options.out, prepared.plan
+    out.mkdir(exist_ok=True)
+    (out / METRICS).unlink(missing_ok=True)
+    for old in out.glob("heat_map_*.png"):
+        old.unlink()
+    pictures = []
+    for contender in plan.contenders if results.cells else ():
+        pictures.append(out / f"heat_map_{contender.name.replace('@', '_')}.png")
+        plot_heat_map(pictures[-1], [cell for cell in results.cells if cell.contender == contender], plan.depths)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(prepared.options).items()}
+    who = [contender_record(each) | {"sinks": each.sinks, "window": each.window} for each in plan.contenders]
+    settings = options | vars(plan) | {"contenders": who, "tokens_of_text": len(prepared.haystack.tokens)}
+    return [
+        *pictures,
+        *write_files(out, prepared.judged, settings, results.findings, (results.cells, results.continuations)),
+    ]

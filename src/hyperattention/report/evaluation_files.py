@@ -1,0 +1,142 @@
+"""The files of an evaluation: what was found, every answer, and all settings."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hyperattention.calibration.fingerprint import fingerprint
+from hyperattention.calibration.write_whole import write_whole
+from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.run import Findings
+from hyperattention.evaluation.score import marks
+from hyperattention.evaluation.summary import FLOOR, Cell, Continuation
+from hyperattention.reference.model import Judged
+from hyperattention.report.records import environment, plain
+
+METRICS = "metrics.json"
+_PREDICTIONS = "predictions.csv"
+_CONFIG = "config.json"
+_COLUMNS = (
+    *("policy", "budget", "task", "length", "depth", "question_visible", "seed", "turn", "question", "expected", "said"),
+    *("right", "digits"),
+)
+
+
+def contender_record(contender: Contender) -> dict[str, object]:
+    """Give a contender as a record.
+
+    Args:
+        contender: who.
+
+    Returns:
+        its name, budget and policy; no budget where nothing is dropped.
+    """
+    whole = contender.entrant.policy is None
+    return {
+        "policy": contender.entrant.name,
+        "budget": None if whole else contender.budget,
+        "method": "everything is kept" if whole else repr(contender.entrant.policy),
+    }
+
+
+def cell_record(cell: Cell, depths: int) -> dict[str, object]:
+    """Give a cell as a record.
+
+    Args:
+        cell: what was found.
+        depths: ranges of depth.
+
+    Returns:
+        the record.
+    """
+    low, high = cell.share.interval
+    depth = None if cell.depth is None else [cell.depth / depths, (cell.depth + 1) / depths]
+    return {
+        **contender_record(cell.contender),
+        "task": cell.task,
+        "length": cell.length,
+        "question_visible": cell.visible,
+        "depth": depth,
+        "score": cell.share.value,
+        "answers": cell.share.total,
+        "interval_95": [low, high],
+        "digits": cell.digits,
+        "ceiling": cell.ceiling.value,
+        "beyond_the_model": cell.beyond,
+        "memory_bytes": cell.memory_bytes,
+        "seconds_a_token": cell.seconds,
+        "approximated_calls": cell.approximated,
+        "exact": cell.exact,
+    }
+
+
+def continuation_record(each: Continuation) -> dict[str, object]:
+    """Give losses as a record.
+
+    Args:
+        each: of a contender and length.
+
+    Returns:
+        the record.
+    """
+    return {
+        **contender_record(each.contender),
+        "length": each.length,
+        "added_nats": each.added.nats,
+        "standard_error": each.added.error,
+        "nats": each.added.loss,
+        "texts": each.added.texts,
+        "memory_bytes": each.memory_bytes,
+        "approximated_calls": each.approximated,
+        "exact": each.exact,
+    }
+
+
+def write_files(
+    out: Path, judged: Judged, settings: Mapping[str, object], findings: Findings,
+    summary: tuple[Sequence[Cell], Sequence[Continuation]],
+) -> list[Path]:  # fmt: skip
+    """Write the settings, every answer, and what was found, each file whole.
+
+    Args:
+        out: the folder.
+        judged: the model.
+        settings: all that was asked for, by name.
+        findings: every reply.
+        summary: cells and continuations.
+
+    Returns:
+        the files.
+    """
+    cells, continuations = summary
+    depths = int(str(settings["depths"]))
+    metrics = {
+        "floor": FLOOR,
+        "retrieval": [cell_record(cell, depths) for cell in cells],
+        "continuation": [continuation_record(each) for each in continuations],
+    }
+    config = {"model": judged.name, "fingerprint": asdict(fingerprint(judged.model)), **settings, **environment()}
+    write_whole(out / _CONFIG, json.dumps(plain(config), indent=1) + "\n")
+    write_whole(out / _PREDICTIONS, _predictions(findings))
+    write_whole(out / METRICS, json.dumps(metrics, indent=1) + "\n")
+    return [out / name for name in (_CONFIG, _PREDICTIONS, METRICS)]
+
+
+def _predictions(findings: Findings) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for reply in findings.replies:
+        who = contender_record(reply.contender)
+        asked = [(number, turn) for number, turn in enumerate(reply.item.turns) for _ in turn.answers]
+        for (number, turn), mark in zip(asked, marks(reply.item, reply.outputs), strict=True):
+            # bytes that are no text would break lines and readers
+            question, said = (json.dumps(words)[1:-1] for words in (turn.question, mark.said))
+            writer.writerow(
+                (who["policy"], who["budget"], reply.item.task, reply.item.length, f"{mark.depth:.4f}", reply.visible,
+                 reply.seed, number, question, mark.answer, said, mark.right, f"{mark.digits:.3f}")
+            )  # fmt: skip
+    return text.getvalue()

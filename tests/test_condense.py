@@ -1,0 +1,155 @@
+"""What every policy of a compressed cache must do, over every line of `policies.py`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from assertions import assert_unbiased
+from hyperattention.condense.attended import attended
+from hyperattention.condense.heavy_hitters import HeavyHitters
+from hyperattention.condense.held import Held
+from hyperattention.condense.last_window import LastWindow
+from hyperattention.condense.policy import Full, Policy
+from policies import POLICIES, PolicyCase
+
+BEGIN, END, SLOTS, NUM, WIDTH = 4, 84, 96, 24, 8
+each = pytest.mark.parametrize("case", POLICIES, ids=lambda case: case.name)
+
+
+def held(batch: int = 2, heads: int = 2, *, dtype: torch.dtype = torch.float32, weighted: bool = True) -> Held:
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randn(batch, heads, SLOTS, WIDTH, generator=generator) for _ in range(2))
+    weight = torch.rand(batch, heads, SLOTS, generator=generator) * 2 if weighted else torch.zeros(batch, heads, SLOTS)
+    position = torch.arange(SLOTS, dtype=torch.int32).mul(3).expand(batch, heads, -1).contiguous()
+    return Held(k.to(dtype), v.to(dtype), weight, position, torch.rand(batch, heads, SLOTS, generator=generator))
+
+
+def full(slots: Held, policy: Policy, *, seed: int = 0, num: int = NUM) -> Full:
+    generator = torch.Generator().manual_seed(4)
+    queries = torch.randn(1, 2 * slots.k.shape[1], policy.num_queries, WIDTH, generator=generator)
+    queries = queries.expand(slots.k.shape[0], -1, -1, -1).to(slots.k.dtype)
+    return Full(slots, BEGIN, END, num, queries, WIDTH**-0.5, (seed, 1, 2))
+
+
+def same(ours: Held, theirs: Held) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours.tensors, theirs.tensors, strict=True))
+
+
+def sums(kept: Held, q: Tensor) -> Tensor:
+    """Numerator and denominator of attention, by head."""
+    weight = kept.log_weight.double().exp() * (kept.k.double() @ q).exp()
+    return torch.cat([weight.sum(-1, keepdim=True), (weight[..., None] * kept.v.double()).sum(2)], -1)
+
+
+@each
+def test_as_many_slots_come_back_as_there_is_room_for_in_order(case: PolicyCase) -> None:
+    slots = held()
+    before = Held(*(x.clone() for x in slots.tensors))
+    kept = case.policy.condense(full(slots, case.policy))
+    assert kept.num_slots == NUM
+    assert bool(kept.live.all())
+    assert [x.dtype for x in kept.tensors] == [x.dtype for x in slots.tensors]
+    step = kept.position.diff(dim=-1)
+    # mean positions of two clusters may round to one
+    assert bool((step >= 0).all()) if case.name.startswith("cluster means") else bool((step > 0).all())
+    assert int(kept.position.min()) >= 3 * BEGIN
+    assert int(kept.position.max()) < 3 * END
+    # what was shown was only looked at
+    assert same(slots, before)
+
+
+@each
+def test_an_empty_slot_comes_back_only_where_too_few_are_left(case: PolicyCase) -> None:
+    slots = held()
+    # garbage in empty slots is never read as a key
+    dead = torch.zeros(2, 1, SLOTS, dtype=torch.bool)
+    dead[0, :, BEGIN + 5 : BEGIN + 25] = True
+    dead[1, :, BEGIN + 10 : END] = True
+    log_weight = slots.log_weight.masked_fill(dead, -torch.inf)
+    slots = replace(slots, log_weight=log_weight, k=slots.k.masked_fill(dead[..., None], 0.0))
+    kept = case.policy.condense(full(slots, case.policy))
+    live = kept.live.sum(-1)
+    # a cluster may hold several of the few keys there are
+    wanted = (live[0] == NUM) & (live[1] == 10)
+    assert bool(wanted.all()) if not case.name.startswith("cluster") else bool((live[1] <= 10).all() & (live > 0).all())
+    taken = kept.position[kept.live.logical_and(torch.tensor([True, False])[:, None, None])] // 3
+    assert case.name.startswith("cluster means") or not bool(dead[0, 0][taken].any())
+    assert bool((kept.position[1][kept.live[1]] < 3 * (BEGIN + 10)).all())
+    assert all(bool(x[kept.live].isfinite().all()) for x in (kept.k, kept.v, kept.log_weight))
+
+
+@each
+def test_the_same_counters_give_the_same_bits(case: PolicyCase) -> None:
+    torch.manual_seed(0)
+    ours = case.policy.condense(full(held(), case.policy))
+    torch.manual_seed(1)
+    assert same(ours, case.policy.condense(full(held(), case.policy)))
+
+
+@each
+def test_rows_and_heads_do_not_see_one_another(case: PolicyCase) -> None:
+    slots = held()
+    ours = case.policy.condense(full(slots, case.policy))
+    alone = case.policy.condense(full(Held(*(x[1:] for x in slots.tensors)), case.policy))
+    torch.testing.assert_close(ours.position[1:], alone.position, rtol=0, atol=0)
+    torch.testing.assert_close(ours.log_weight[1:], alone.log_weight)
+    other = Held(*(x.clone() for x in slots.tensors))
+    other.k[:, 0] += 1.0
+    other.v[:, 0] *= 2.0
+    other.score[:, 0] += torch.linspace(0, 1, SLOTS)
+    moved = case.policy.condense(full(other, case.policy))
+    torch.testing.assert_close(ours.position[:, 1], moved.position[:, 1], rtol=0, atol=0)
+    torch.testing.assert_close(ours.log_weight[:, 1], moved.log_weight[:, 1])
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keys_are_condensed(case: PolicyCase, dtype: torch.dtype) -> None:
+    kept = case.policy.condense(full(held(dtype=dtype), case.policy))
+    assert kept.k.dtype == kept.v.dtype == dtype
+    assert all(bool(x.isfinite().all()) for x in kept.tensors)
+
+
+@pytest.mark.parametrize("case", [case for case in POLICIES if case.keeps_total], ids=lambda case: case.name)
+def test_total_weight_is_kept(case: PolicyCase) -> None:
+    slots = full(held(weighted=case.name != "uniform sample"), case.policy)
+    kept = case.policy.condense(slots)
+    wanted = slots.candidates.log_weight.exp().sum(-1)
+    torch.testing.assert_close(kept.log_weight.exp().sum(-1), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in POLICIES if case.unbiased], ids=lambda case: case.name)
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_sums_over_keys_are_unbiased(case: PolicyCase, twice: bool) -> None:
+    slots = held(1, 2, weighted=False)
+    q = torch.randn(WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 0.5
+    truth = sums(full(slots, case.policy).candidates, q)
+    estimates = []
+    for seed in range(400):
+        kept = case.policy.condense(full(slots, case.policy, seed=seed, num=40 if twice else NUM))
+        if twice:
+            again = Full(kept, 0, 40, NUM, torch.zeros(1, 4, 0, WIDTH), 1.0, (seed, 1, 3))
+            kept = case.policy.condense(again)
+        estimates.append(sums(kept, q))
+    assert_unbiased(torch.stack(estimates), truth, largest_error=0.2 * truth.abs().amax().item())
+
+
+def test_a_key_that_queries_look_at_is_kept() -> None:
+    slots = held(1, 1)
+    slots.score.zero_()
+    slots.score[..., 37] = 1.0
+    assert 3 * 37 in HeavyHitters().condense(full(slots, HeavyHitters())).position.tolist()[0][0]
+    policy = LastWindow(8)
+    asked = full(slots, policy)
+    slots.k[0, 0, 37] = 20 * asked.queries[0, 0, -1]
+    assert 3 * 37 in policy.condense(asked).position.tolist()[0][0]
+
+
+def test_attention_is_summed_over_queries_causally() -> None:
+    slots, q = held(1, 1), torch.randn(1, 2, 3, WIDTH, generator=torch.Generator().manual_seed(5))
+    scores = (q.double() @ slots.k.double().transpose(2, 3)) * 0.3 + slots.log_weight.double()[:, :, None]
+    limit = torch.arange(SLOTS - 2, SLOTS + 1)
+    weights = scores.masked_fill(torch.arange(SLOTS) >= limit[:, None], -torch.inf).softmax(-1)
+    torch.testing.assert_close(attended(slots, q, 0.3).double(), weights.sum((1, 2))[:, None], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,120 @@
+"""Attention over weighted keys, against the formula written out in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from assertions import assert_same_math
+from hyperattention.coreset import Coreset, join, of_heads
+from hyperattention.kernels import list_torch
+from hyperattention.merge import merge
+
+
+def inputs(batch: int, heads: int, kv_heads: int, queries: int, slots: int, seed: int = 0) -> tuple[Tensor, Coreset]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    # the front of a longer buffer, as caches hand it out
+    k, v, weight = (
+        normal(batch, kv_heads, slots + 9, 16),
+        normal(batch, kv_heads, slots + 9, 8),
+        normal(batch, kv_heads, slots + 9),
+    )
+    weight[..., 3] = -torch.inf
+    return normal(batch, heads, queries, 16), Coreset(k[:, :, :slots], v[:, :, :slots], weight[:, :, :slots])
+
+
+def dense(q: Tensor, coreset: Coreset, own: int, dtype: torch.dtype) -> Tensor:
+    group = q.shape[1] // coreset.k.shape[1]
+    k, v, weight = (x.to(dtype).repeat_interleave(group, 1) for x in (coreset.k, coreset.v, coreset.log_weight))
+    scores = q.to(dtype) @ k.transpose(2, 3) * 16**-0.5 + weight[:, :, None]
+    if own:
+        limit = torch.arange(q.shape[2]) + coreset.num_slots - own + 1
+        scores = scores.masked_fill(torch.arange(coreset.num_slots) >= limit[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["all slots", "causal"])
+@pytest.mark.parametrize("queries", [1, 7, 150])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 2, 2), (2, 6, 2), (3, 4, 1)])
+def test_attention_follows_the_weights(batch: int, heads: int, kv_heads: int, queries: int, own: bool) -> None:
+    q, coreset = inputs(batch, heads, kv_heads, queries, 200)
+    ours = coreset.attend(q, own=queries if own else 0).out
+    truth, plain = (dense(q, coreset, queries if own else 0, dtype) for dtype in (torch.float64, torch.float32))
+    assert_same_math(ours, truth, plain)
+
+
+def test_a_coreset_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, coreset = inputs(2, 4, 2, 1, 50)
+    ours = coreset.attend(q)
+    calls = []
+    monkeypatch.setattr(list_torch, "gather", lambda *arguments: calls.append(arguments))
+    coreset.attend(q)
+    assert not calls
+    monkeypatch.undo()
+    monkeypatch.setattr(list_torch, "_lie_in_order", lambda lists, k: False)
+    gathered = coreset.attend(q)
+    torch.testing.assert_close(ours.out, gathered.out)
+    torch.testing.assert_close(ours.lse, gathered.lse)
+
+
+def test_joined_coresets_are_merged_attention() -> None:
+    q, one = inputs(2, 4, 2, 5, 30)
+    _, other = inputs(2, 4, 2, 5, 12, seed=1)
+    whole, merged = join([one, other]).attend(q), merge([one.attend(q), other.attend(q)])
+    torch.testing.assert_close(whole.out, merged.out)
+    torch.testing.assert_close(whole.lse, merged.lse)
+
+
+def test_a_key_listed_twice_is_a_key_of_twice_the_weight() -> None:
+    q, coreset = inputs(1, 2, 2, 3, 20)
+    twice = join([coreset, Coreset(*(x[:, :, 7:8] for x in (coreset.k, coreset.v, coreset.log_weight)))]).attend(q)
+    weight = coreset.log_weight.clone()
+    weight[..., 7] += torch.log(torch.tensor(2.0))
+    heavier = Coreset(coreset.k, coreset.v, weight).attend(q)
+    torch.testing.assert_close(twice.out, heavier.out)
+    torch.testing.assert_close(twice.lse, heavier.lse)
+
+
+def test_heads_may_hold_different_numbers_of_keys() -> None:
+    q, coreset = inputs(1, 4, 2, 3, 40)
+    sizes = (40, 11)
+    parts = [(coreset.k[0, h, :n], coreset.v[0, h, :n], coreset.log_weight[0, h, :n]) for h, n in enumerate(sizes)]
+    ours = of_heads(parts).attend(q).out
+    for h, (k, v, weight) in enumerate(parts):
+        alone = Coreset(k[None, None], v[None, None], weight[None, None]).attend(q[:, 2 * h : 2 * h + 2]).out
+        torch.testing.assert_close(ours[:, 2 * h : 2 * h + 2], alone)
+
+
+def test_what_was_not_dropped_is_exact() -> None:
+    q, coreset = inputs(2, 4, 2, 9, 64)
+    whole = Coreset.of(coreset.k, coreset.v)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, whole.k, whole.v, enable_gqa=True)
+    torch.testing.assert_close(whole.attend(q).out, plain)
+    assert whole.memory_bytes == 2 * 2 * 64 * (16 + 8 + 1) * 4
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, coreset = inputs(1, 4, 2, 3, 20)
+    with pytest.raises(ValueError, match="multiple of the kv heads"):
+        coreset.attend(q[:, :3])
+    with pytest.raises(ValueError, match="own=2 with 3 queries"):
+        coreset.attend(q, own=2)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        join([coreset, Coreset(*(x[:, :1] for x in (coreset.k, coreset.v, coreset.log_weight)))])
+    with pytest.raises(ValueError, match="one of each a slot"):
+        of_heads([(coreset.k[0, 0], coreset.v[0, 0, 1:], coreset.log_weight[0, 0])])
+
+
+def test_shapes_that_do_not_fit_are_refused_where_nothing_checks_annotations(run_python) -> None:
+    code = """
+import torch
+from hyperattention.coreset import Coreset
+try:
+    Coreset(torch.zeros(1, 2, 20, 16), torch.zeros(1, 2, 19, 8), torch.zeros(1, 2, 20))
+except ValueError as error:
+    print(error)
+"""
+    assert "values (1, 2, 19, 8)" in run_python(code)
