@@ -10,8 +10,9 @@ from hyperattention.random import uniform
 
 # sets these draws apart from the reservoir's
 _PURPOSE = 1
-# tokens whose distances to all centres are held at a time
+# tokens taken in at a time, and the distances to all centres that may be held for them: 16 MiB in float32
 _TOKENS_AT_A_TIME = 512
+_DISTANCES_AT_A_TIME = 2**22
 # tokens that positions tell apart within one value of the hash
 _TIES = 2**20
 
@@ -100,8 +101,11 @@ class OnlineClusters:
         """
         if self.clusters is None:
             self.clusters = Clusters.none(k, 1, self.samples)
-        for start in range(0, k.shape[2], _TOKENS_AT_A_TIME):
-            part = slice(start, start + _TOKENS_AT_A_TIME)
+        start = 0
+        while start < k.shape[2]:
+            most = _DISTANCES_AT_A_TIME // max(1, self._held.count.numel(), self._held.num.numel() * self.samples)
+            part = slice(start, start + max(1, min(_TOKENS_AT_A_TIME, most)))
+            start = part.stop
             keys = k[:, :, part].flatten(0, 1)
             counted = live[:, None, part].expand(-1, k.shape[1], -1).flatten(0, 1)
             cluster = self._assign(keys.to(torch.promote_types(k.dtype, torch.float32)), counted)

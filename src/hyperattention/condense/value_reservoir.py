@@ -11,8 +11,8 @@ from hyperattention.random import uniform
 
 # sets these draws apart from the clusters'
 _PURPOSE = 2
-# tokens whose times are held at once
-_TOKENS_AT_A_TIME = 512
+# times held at once: 8 MiB in float64, small enough to be written over in the cache
+_TIMES_AT_A_TIME = 2**20
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ class ValueReservoir:
             norm = torch.zeros(shape, dtype=torch.float64, device=k.device)
             held = k.new_zeros((*shape, k.shape[3])), v.new_zeros((*shape, v.shape[3]))
             self.drawn = Drawn(*held, norm, torch.full_like(norm, torch.inf), norm[:, :, 0].clone())
-        for start in range(0, k.shape[2], _TOKENS_AT_A_TIME):
-            part = slice(start, start + _TOKENS_AT_A_TIME)
+        size = max(1, _TIMES_AT_A_TIME // max(1, self.drawn.norm.numel()))
+        for start in range(0, k.shape[2], size):
+            part = slice(start, start + size)
             self._race(self.drawn, k[:, :, part], v[:, :, part], position[part], live[:, part])
 
     def _race(self, held: Drawn, k: Tensor, v: Tensor, position: Tensor, live: Tensor) -> None:
