@@ -104,9 +104,8 @@ def test_draws_stand_for_what_the_pages_leave_out() -> None:
         if not seed:
             weight = (q.double() @ keys.double().repeat_interleave(2, 1).transpose(2, 3) * 0.05).exp()
             truth = torch.cat([weight.sum(-1, keepdim=True), weight @ values.double().repeat_interleave(2, 1)], -1)
-    # the page that sinks cut is read or not, but never drawn from: its few other keys are left out of the sums
     spread = truth.abs().amax().item()
-    assert_unbiased(torch.stack(estimates), truth, largest_error=0.05 * spread, rounding=6 * 1.4)
+    assert_unbiased(torch.stack(estimates), truth, largest_error=0.05 * spread)
 
 
 def test_padding_on_the_left_is_never_read_and_elsewhere_refused() -> None:

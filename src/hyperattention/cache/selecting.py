@@ -174,7 +174,7 @@ class SelectingStore(Store):
     def _drawn(self, chosen: Tensor, sunk: Tensor, edge: Tensor) -> Runs:
         """Draw keys evenly from the pages not chosen, one from each of equal strata, with weights."""
         lists, queries, _ = chosen.shape
-        first = -(-sunk // self.page)  # pages that sinks cut are not drawn from: `_choose` may still take them
+        first = sunk // self.page  # what sinks hold of a page that they cut is drawn as well, and counts for nothing
         pages = edge // self.page
         inside = (chosen >= first[..., None]) & (chosen < pages[..., None])
         left = ((pages - first - inside.sum(-1)) * self.page).clamp(min=0)  # [lists, queries]

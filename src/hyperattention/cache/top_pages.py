@@ -20,8 +20,7 @@ class TopPages(Keeping):
     that share a choice: Zeng et al., 2025 (arXiv:2501.06807), MPCache.   Differs: pages of 8 ranked short of the bound;
     sinks and window are always read; draws; heads of a group share.
     Cost: the summaries of all pages, 2 / page of the keys for `Bounds`, and `Room.budget` keys a head and step.
-    Guarantee: none for the pages; the draws are unbiased for all other pages. Of the page that the last sink shares, the
-    other keys are read or left out, never drawn.
+    Guarantee: none for the pages; the draws are unbiased for what the pages leave out.
 
     Args:
         by: ranks pages.

@@ -106,7 +106,7 @@ def part_to_json(part: object, table: Mapping[str, type]) -> object:
         return {"type": name, "stages": part_to_json(part.stages, table), "tile": part.tile}
     if type(part) is Mix:
         return {"type": name, "parts": part_to_json(part.parts, table)}
-    return {"type": name} | {field.name: part_to_json(getattr(part, field.name), table) for field in fields(type(part))}
+    return {"type": name} | {field.name: part_to_json(getattr(part, field.name), table) for field in fields(table[name])}
 
 
 def method_from_json(field: Field) -> Approach:
