@@ -147,5 +147,5 @@ def test_baselines_always_take_part_and_unknown_names_do_not() -> None:
     assert [each.name for each in choose_entrants(None)][:4] == names
     with pytest.raises(ValueError, match="unknown policies nonsense: choose from exact, streaming"):
         choose_entrants(("uniform", "nonsense"))
-    with pytest.raises(ValueError, match="budget=100 leaves nothing"):
-        contenders_at(choose_entrants(()), (100,))
+    with pytest.raises(ValueError, match="budget=20 leaves nothing"):
+        contenders_at(choose_entrants(()), (20,))
