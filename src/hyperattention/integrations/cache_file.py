@@ -27,7 +27,7 @@ from hyperattention.random import SEED_LIMIT
 __all__ = ["load_cache", "save_cache"]
 
 FORMAT, VERSION = "hyperattention cache", 1
-_REMEDY = "write it again with `hyperattention cache` or save_cache"
+_REMEDY = "write it again with save_cache"
 _DIGEST, _TOKENS = "sha256", "tokens"
 
 
