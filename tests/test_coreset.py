@@ -6,7 +6,7 @@ from torch import Tensor
 
 from assertions import assert_same_math
 from hyperattention.coreset import Coreset, join, of_heads
-from hyperattention.kernels import list_torch
+from hyperattention.kernels import coreset_torch, list_torch
 from hyperattention.merge import merge
 
 
@@ -46,18 +46,42 @@ def test_attention_follows_the_weights(batch: int, heads: int, kv_heads: int, qu
     assert_same_math(ours, truth, plain)
 
 
-def test_a_coreset_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [0, 70])
+def test_with_and_without_lists_the_same_is_computed(own: int) -> None:
+    q, coreset = inputs(2, 4, 2, 70, 150)
+    in_place, by_lists = coreset.attend(q, own=own), coreset.attend(q.clone().requires_grad_(), own=own)
+    assert by_lists.out.requires_grad
+    torch.testing.assert_close(in_place.out, by_lists.out.detach())
+    torch.testing.assert_close(in_place.lse, by_lists.lse.detach())
+
+
+def test_a_decoding_step_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, coreset = inputs(2, 4, 2, 1, 50)
-    ours = coreset.attend(q)
     calls = []
     monkeypatch.setattr(list_torch, "gather", lambda *arguments: calls.append(arguments))
     coreset.attend(q)
     assert not calls
-    monkeypatch.undo()
-    monkeypatch.setattr(list_torch, "_lie_in_order", lambda lists, k: False)
-    gathered = coreset.attend(q)
-    torch.testing.assert_close(ours.out, gathered.out)
-    torch.testing.assert_close(ours.lse, gathered.lse)
+    with pytest.raises(TypeError):
+        coreset.attend(q.clone().requires_grad_())
+    assert calls
+
+
+def test_queries_beyond_one_block_are_attended_to_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, coreset = inputs(2, 4, 2, 70, 150)
+    whole = coreset.attend(q, own=70)
+    monkeypatch.setattr(coreset_torch, "_SCORE_BYTES", 4 * 4 * 2 * 150 * 32)
+    blocks = coreset.attend(q, own=70)
+    torch.testing.assert_close(blocks.out, whole.out)
+    torch.testing.assert_close(blocks.lse, whole.lse)
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_a_head_without_keys_gives_nothing(slots: int) -> None:
+    empty = Coreset(torch.zeros(1, 2, slots, 4), torch.zeros(1, 2, slots, 4), torch.full((1, 2, slots), -torch.inf))
+    for q in (torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4, requires_grad=True)):
+        part = empty.attend(q)
+        assert not part.out.any()
+        assert (part.lse == -torch.inf).all()
 
 
 def test_joined_coresets_are_merged_attention() -> None:

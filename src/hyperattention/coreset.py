@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hyperattention.kernels import coreset_torch
 from hyperattention.kernels.list_attention import list_attention
 from hyperattention.types import Partial, Runs, Selection
 
@@ -98,23 +99,26 @@ class Coreset:
             )
         if own not in (0, queries) or own > slots:
             raise ValueError(f"own={own} with {queries} queries and {slots} slots: give 0, or the number of queries")
-        group, size = heads // kv_heads, max(1, min(_TILE, queries))
+        rows = q.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # [lists, group, queries, head_dim]
+        k, v, weight = (_joined(x) for x in (self.k, self.v, self.log_weight))
+        factor = float(self.k.shape[3] ** -0.5 if scale is None else scale)
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if q.device.type == "cpu" and not learning:
+            out, lse = coreset_torch.forward(rows, k, v, weight, factor, causal=own > 1)
+        else:
+            out, lse = self._by_lists(rows, k, v, factor, own)
+        return Partial(*(x.unflatten(0, (batch, kv_heads)).flatten(1, 2) for x in (out, lse)))
+
+    def _by_lists(self, rows: Tensor, k: Tensor, v: Tensor, scale: float, own: int) -> tuple[Tensor, Tensor]:
+        """Let the list kernel do it, which has gradients and a form for GPUs."""
+        group, queries = rows.shape[1:3]
+        size = max(1, min(_TILE, queries))
         tiles = -(-queries // size)
-        rows = pad(q, (0, 0, 0, tiles * size - queries)).unflatten(1, (kv_heads, group)).unflatten(3, (tiles, size))
-        rows = rows.permute(0, 1, 3, 2, 4, 5).flatten(0, 1)  # [lists, tiles, group, size, head_dim]
-        out, lse = list_attention(rows, *self._rows(), self._selection(queries, tiles, group, own), self._scale(scale))
-
-        def restored(x: Tensor) -> Tensor:
-            return x.unflatten(0, (batch, kv_heads)).transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries]
-
-        return Partial(restored(out), restored(lse))
-
-    def _scale(self, scale: float | None) -> float:
-        return float(self.k.shape[3] ** -0.5 if scale is None else scale)
-
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Hand out keys and values head by head, without a copy where they are the front of a longer buffer."""
-        return _joined(self.k), _joined(self.v)
+        # [lists, tiles, group, size, head_dim]
+        q = pad(rows, (0, 0, 0, tiles * size - queries)).unflatten(2, (tiles, size)).transpose(1, 2)
+        found = list_attention(q, k, v, self._selection(queries, tiles, group, own), scale)
+        out, lse = (x.transpose(1, 2).flatten(2, 3)[:, :, :queries] for x in found)
+        return out, lse
 
     def _selection(self, queries: int, tiles: int, group: int, own: int) -> Selection:
         """List every slot for every tile."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hyperattention.check import positive
 from hyperattention.condense.held import Held
@@ -61,7 +62,7 @@ class ClusterMeans(Policy):
         old, num = full.candidates, full.num
         weight = torch.nan_to_num(old.log_weight.float().exp(), posinf=torch.finfo(torch.float32).max)
         k, v = old.k.float(), old.v.float()
-        metric = _metric(full)  # [batch, kv_heads, head_dim, head_dim]
+        metric = _metric(full)  # [batch, kv_heads, head_dim, directions]
         cluster = _clusters(k @ metric, weight, num, self.rounds)
         total = _sums(weight[..., None], cluster, num)[..., 0]
         share = (weight / total.gather(2, cluster).clamp(min=torch.finfo(torch.float32).tiny))[..., None]
@@ -88,7 +89,9 @@ def _metric(full: Full) -> Tensor:
         return torch.eye(width, device=q.device).expand(*q.shape[:2], -1, -1)
     moment = q.transpose(2, 3) @ q / q.shape[2]
     value, vector = torch.linalg.eigh(moment)
-    return vector * value.clamp(min=0).sqrt()[:, :, None]
+    # fewer queries than channels span no more directions than they are; values are in ascending order
+    span = slice(max(0, width - q.shape[2]), None)
+    return (vector * value.clamp(min=0).sqrt()[:, :, None])[..., span]
 
 
 def _clusters(x: Tensor, weight: Tensor, num: int, rounds: int) -> Tensor:
@@ -106,8 +109,9 @@ def _clusters(x: Tensor, weight: Tensor, num: int, rounds: int) -> Tensor:
 
 
 def _nearest(x: Tensor, centre: Tensor) -> Tensor:
-    # the points' own squares change no comparison
-    return torch.sub(centre.square().sum(-1)[:, :, None], x @ centre.transpose(2, 3), alpha=2).argmin(-1)
+    # one product gives |c|^2 - 2 x . c; the points' own squares change no comparison
+    factors = torch.cat([centre * -2, centre.square().sum(-1, keepdim=True)], -1)
+    return (pad(x, (0, 1), value=1.0) @ factors.transpose(2, 3)).argmin(-1)
 
 
 def _sums(x: Tensor, cluster: Tensor, num: int) -> Tensor:

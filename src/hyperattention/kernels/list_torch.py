@@ -197,8 +197,6 @@ def forward(
     out = q.new_empty(num_lists * num_tiles, rows, value_dim)
     if not (num_keys and q.numel() and slots):
         out.zero_()
-    elif table is None and _lie_in_order(lists, k):
-        _forward_in_place(_flat(q), k, v, lists, scale, (out, lse))
     else:
         q_flat, k_rows, v_rows = _flat(q), as_rows(k, table), as_rows(v, table)
         step = tiles_at_once(slots, rows, head_dim + value_dim, len(out))
@@ -218,39 +216,6 @@ def forward(
                 mean.masked_fill_(empty[..., None], 0.0)
                 lse[chunk.tiles].masked_fill_(empty, -torch.inf)
     return out.view(num_lists, num_tiles, rows, value_dim), lse.view(num_lists, num_tiles, rows)
-
-
-def _lie_in_order(lists: Lists, k: Tensor) -> bool:
-    """Tell whether every list is one tile that names the leading keys of its own row, in order: a coreset's."""
-    slots, tests = lists.num_slots, (*lists.labelled, lists.gap_low is not None)
-    if k.device.type != "cpu" or lists.size != [1] or lists.row_limit.shape[1] != 1 or any(tests) or lists.hole[0].numel():
-        return False
-    if slots > k.shape[1] or len(lists.key_row) != k.shape[0] or lists.row_limit.shape[2] * slots * 4 > CHUNK_BYTES:
-        return False
-    place = torch.arange(slots)
-    return torch.equal(lists.key_row, torch.arange(k.shape[0])) and bool((lists.first[0] == place).all())
-
-
-def _forward_in_place(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, results: tuple[Tensor, Tensor]) -> None:
-    """Attend to keys that lie in order, where they lie: gathering them would take longer than the arithmetic."""
-    (out, lse), slots = results, lists.num_slots
-    step = tiles_at_once(slots, q.shape[1], k.shape[-1] + v.shape[-1], len(q))
-    for start in range(0, len(q), step):
-        part = slice(start, start + step)
-        index, bias = _expand(lists, 0, part, lse.dtype)
-        pairs = _banned_pairs(lists, 0, part, index)
-        keys, values = k[part, :slots].to(lse.dtype), v[part, :slots].to(lse.dtype)
-        scores = torch.bmm(q[part].to(lse.dtype) * scale, keys.transpose(1, 2)).add_(bias[:, None])
-        if pairs is not None:
-            scores.masked_fill_(pairs, -torch.inf)
-        top = scores.amax(-1)
-        weights = torch.softmax(scores, -1, out=scores)
-        torch.sub(top, weights.amax(-1).log_(), out=lse[part])
-        mean = _mean(weights, values, out[part])
-        empty = top == -torch.inf
-        if empty.any():
-            mean.masked_fill_(empty[..., None], 0.0)
-            lse[part].masked_fill_(empty, -torch.inf)
 
 
 def _mean(weights: Tensor, values: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""Attention to every slot of a coreset, where it lies: what the list kernel computes for a list of all keys in order.
+
+    out_i = sum_s w_s exp(q_i . k_s * scale) v_s / sum_s w_s exp(q_i . k_s * scale),    lse_i = log of the denominator
+
+Nothing is gathered and no list is built: for one query each would take longer than the arithmetic.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# scores of one block of queries: small enough to stay in the last level of cache
+_SCORE_BYTES = 12 * 2**20
+
+
+def forward(
+    q: Float[Tensor, "lists group queries head_dim"],
+    k: Float[Tensor, "lists slots head_dim"],
+    v: Float[Tensor, "lists slots value_dim"],
+    log_weight: Float[Tensor, "lists slots"],
+    scale: float,
+    *,
+    causal: bool = False,
+) -> tuple[Float[Tensor, "lists group queries value_dim"], Float[Tensor, "lists group queries"]]:
+    """Attend from all queries to all slots.
+
+    Args:
+        q: queries; those of a group share keys.
+        k: keys.
+        v: values.
+        log_weight: of each slot; -inf where it is empty.
+        scale: factor of the scores.
+        causal: whether the last slots are the queries' own, of which each sees those up to itself.
+
+    Returns:
+        out in the dtype of `q`, and lse, float32 or float64.
+    """
+    lists, group, queries, _ = q.shape
+    slots, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    keys, values, bias = k.to(dtype).transpose(1, 2), v.to(dtype), log_weight.to(dtype)[:, None]
+    step = max(1, _SCORE_BYTES // (4 * lists * group * max(1, slots)))
+    parts = []
+    for start in range(0, queries, step):
+        part = q[:, :, start : start + step].to(dtype)
+        scores = torch.baddbmm(bias, part.flatten(1, 2), keys, alpha=scale)  # [lists, rows, slots]
+        if causal and queries > 1:
+            limit = torch.arange(start, start + part.shape[2], device=q.device) + (slots - queries)
+            later = torch.arange(slots, device=q.device) > limit[:, None]
+            scores.unflatten(1, part.shape[1:3]).masked_fill_(later, -torch.inf)
+        out, lse = _average(scores, values)
+        parts.append((out.to(q.dtype).unflatten(1, part.shape[1:3]), lse.unflatten(1, part.shape[1:3])))
+    if not parts:
+        return q.new_empty(lists, group, 0, v.shape[2]), q.new_empty(lists, group, 0, dtype=dtype)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _average(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    if not scores.shape[2]:
+        return values.new_zeros(*scores.shape[:2], values.shape[2]), scores.new_full(scores.shape[:2], -torch.inf)
+    top = scores.amax(-1)
+    weights = torch.softmax(scores, -1, out=scores)
+    # a row's largest weight tells its normaliser; softmax over nothing is NaN
+    lse, empty = top - weights.amax(-1).log_(), top == -torch.inf
+    out = torch.bmm(weights, values)
+    return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -torch.inf)
