@@ -72,6 +72,24 @@ def choose_entrants(names: Sequence[str] | None = None) -> tuple[Entrant, ...]:
     return tuple(each for each in ENTRANTS if each.baseline or names is None or each.name in names)
 
 
+def find_entrant(name: str) -> Entrant:
+    """Find one entrant by name.
+
+    Args:
+        name: as in the table.
+
+    Returns:
+        the entrant.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    for each in ENTRANTS:
+        if each.name == name:
+            return each
+    raise ValueError(f"unknown policy {name!r}: choose from {', '.join(each.name for each in ENTRANTS)}")
+
+
 @dataclass(frozen=True)
 class Contender:
     """An entrant at a budget.

@@ -31,6 +31,12 @@ class HyperCacheLayer(CacheLayerMixin):
         super().__init__()
         self._make_store, self.store = make_store, make_store()
         self._handle: Handle | None = None
+        self._token_bytes = 0
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the keys and values of every token seen, had all been kept; 0 before any came by."""
+        return self._token_bytes * self.store.seen * self.store.batch
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note that something is held; stores make their own room."""
@@ -59,6 +65,7 @@ class HyperCacheLayer(CacheLayerMixin):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError("a compressed cache has no gradient: use torch.no_grad(), or use_cache=False")
         self.is_initialized = True
+        self._token_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (key_states, value_states))
         k, v = self.store.append(key_states, value_states)
         self._handle = Handle(self.store, key_states.shape[2])
         return attach(k, self._handle), v
@@ -132,7 +139,7 @@ class HyperCache(Cache):
             step reads.
         policy: what is kept, or how it is read; None for `ClusterMeans`.
         sinks: first tokens that are always kept.
-        window: latest tokens that are always kept; None for half of the budget, or 128 at most for a policy that keeps
+        window: latest tokens that are always kept; None for half of the budget, or 64 at most for a policy that keeps
             everything.
         seed: of every draw; the layer's number enters too.
 
@@ -158,7 +165,7 @@ class HyperCache(Cache):
         """Make an empty cache."""
         self.policy = ClusterMeans() if policy is None else policy
         if window is None:
-            window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(128, budget // 4))
+            window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(64, budget // 4))
         self.room, self.seed = Room(budget, sinks, window), seed
         self._config = config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=config).layers)
@@ -224,3 +231,8 @@ class HyperCache(Cache):
     def memory_bytes(self) -> int:
         """Bytes held by all stores, room for more included."""
         return sum(store.memory_bytes for store in self.stores.values())
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes that the same layers would hold, had all keys and values been kept; 0 before any came by."""
+        return sum(layer.whole_bytes for layer in self.layers if isinstance(layer, HyperCacheLayer))
