@@ -19,6 +19,12 @@ _Chunk = Annotated[
 _New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to write.")]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="0 for the likeliest token, above for draws.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+_Audit = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Attend exactly as well from one token in so many, over a copy of all keys, and say the error; 0: never."
+    ),
+]
 _INTERRUPTED = 130
 
 
@@ -33,6 +39,7 @@ def generate(
     max_new_tokens: _New = 128,
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
+    audit: _Audit = 32,
 ) -> None:
     """Go on from a text, through a cache of bounded size: the text on standard output, what it cost on standard error."""
     console = make_console(stderr=True)
@@ -40,7 +47,7 @@ def generate(
         from hyperattention.report import generation as report
 
         _hide_bars()
-        options = report.Options(model, policy, budget, sinks, window, chunk, seed)
+        options = report.Options(model, policy, budget, sinks, window, chunk, seed, audit or None)
         sampling = report.Sampling(max_new_tokens, temperature, seed)
         prepared = report.prepare(options, prompt, max_new_tokens)
         reading = report.read(prepared, console, leave=1)

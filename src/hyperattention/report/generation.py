@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hyperattention.cache.store import Store
-from hyperattention.evaluation.policies import Contender, Entrant, find_entrant
+from hyperattention.evaluation.policies import Contender, find_entrant
 from hyperattention.exact_method import Exact
 from hyperattention.generation.codec import codec_of
 from hyperattention.generation.session import Sampling, Stretch, pieces_of, read_text, write_on
@@ -35,6 +35,7 @@ class Options:
         window: latest tokens that are always kept; None for what the policy takes.
         chunk: tokens of a piece in which the text is read; None for all at once.
         seed: of every draw.
+        audit: one token in so many is also attended to exactly; None for none.
     """
 
     model: str = REFERENCE
@@ -44,6 +45,7 @@ class Options:
     window: int | None = None
     chunk: int | None = None
     seed: int = 0
+    audit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def prepare(options: Options, path: Path, more: int) -> Prepared:
     Raises:
         ValueError: if the text, the model, the policy or the budget cannot be used; FileNotFoundError if one is missing.
     """
-    contender = Contender(_entrant(options), options.budget, options.sinks, options.window)
+    contender = Contender(find_entrant(options.policy), options.budget, options.sinks, options.window)
     try:
         # bytes that are no UTF-8 stay what they are to a model of bytes
         text = path.read_text("utf-8", "surrogateescape")
@@ -90,11 +92,8 @@ def prepare(options: Options, path: Path, more: int) -> Prepared:
     if tokens.shape[1] < 2:
         raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
     _check_length(judged, tokens.shape[1] + more)
-    return Prepared(judged, tokens, contender.cache(judged.model, tokens.shape[1] + more, options.seed), options)
-
-
-def _entrant(options: Options) -> Entrant:
-    return find_entrant(options.policy)
+    cache = contender.cache(judged.model, tokens.shape[1] + more, options.seed, options.audit)
+    return Prepared(judged, tokens, cache, options)
 
 
 def _load(model: str) -> Judged:
@@ -201,6 +200,8 @@ def show(prepared: Prepared, console: Console, *, reading: Stretch | None = None
     for name, stretch in (("reading", reading), ("writing", writing)):
         if stretch is not None:
             table.add_row(f"attention, {name}", str(stretch.counts))
+    if (report := cache.report()) is not None:
+        table.add_row("audit", str(report))
     console.print(table)
 
 
