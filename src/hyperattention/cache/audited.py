@@ -1,7 +1,7 @@
 """A store with a witness: a copy of every key and value, by which some of what the store gives is judged."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.cache.recent import Recent
@@ -112,9 +112,7 @@ class AuditedStore(Store):
         if not self.inner.is_whole:
             begin = self.seen - self._new
             self._approximated[begin:] = [True] * self._new
-            position = torch.arange(begin, self.seen)
-            run, place = position // self.every, position % self.every
-            drawn = (uniform((_STREAM, self.seed, run), "cpu") * self.every).long() == place
+            drawn = are_drawn(torch.arange(begin, self.seen), self.every, self.seed)
             if bool(drawn.any()):
                 self._judge(q, scale, part.out, drawn.nonzero()[:, 0].to(q.device))
         return part
@@ -158,3 +156,18 @@ class AuditedStore(Store):
             ValueError: always.
         """
         raise ValueError("an audit needs every key from the first on: restore into a cache without audit=")
+
+
+def are_drawn(position: Int[Tensor, " tokens"], every: int, seed: int) -> Bool[Tensor, " tokens"]:
+    """Tell which positions an audit looks at: one, chosen at random, in each run of `every`.
+
+    Args:
+        position: positions of tokens.
+        every: length of a run.
+        seed: seed of the draws.
+
+    Returns:
+        whether each was drawn.
+    """
+    run, place = position // every, position % every
+    return (uniform((_STREAM, seed, run), position.device) * every).long() == place
