@@ -101,13 +101,15 @@ class HyperCacheLayer(CacheLayerMixin):
     def _batch(self) -> int:
         return self.store.batch
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the latest tokens.
 
         Args:
-            tokens_to_remove: their number, negative; positive for the length to keep, as versions before 5.16 say it.
+            tokens_to_remove: their number, negative; positive for the length to keep, as versions before 5.16 say it. Some
+                versions give a tensor of one.
         """
-        num = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.store.seen - tokens_to_remove)
+        size = int(tokens_to_remove)
+        num = -size if size <= 0 else max(0, self.store.seen - size)
         if num:
             self.store.crop(num)
 
@@ -213,12 +215,20 @@ class HyperCache(Cache):
         """Go on from the states of all stores.
 
         Args:
-            states: what each store's `state` gave, by the number of the layer.
+            states: what each store's `state` gave, by the number of the layer; where one is refused, with a ValueError,
+                nothing of the cache changes.
         """
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, HyperCacheLayer):
+        layers = {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
+        before = [(layer, layer.store, layer.is_initialized) for layer in layers.values()]
+        try:
+            for number, layer in layers.items():
+                layer.reset()
                 layer.store.restore(states[number])
                 layer.is_initialized = True
+        except BaseException:
+            for layer, store, initialised in before:
+                layer.store, layer.is_initialized = store, initialised
+            raise
 
     @property
     def memory_bytes(self) -> int:

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, create_causal_mask, sdpa_mask
+
+# before callers could ask for a dense mask, somewhere between 5.9 and 5.16, static caches did so for every prompt
+_CALLERS_DECIDE = "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def build_mask(
         documents = pattern.documents.to(torch.int32) + 1
         whole = keys_mask is None and live == kv_length
         return documents if whole and pattern.reaches(documents) else dense(False)
-    if not allow_is_causal_skip or (pattern.window is not None and pattern.window < live):
+    if (_CALLERS_DECIDE and not allow_is_causal_skip) or (pattern.window is not None and pattern.window < live):
         return dense(False)
     if live < kv_length and keys_mask is None:
         keys_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=options.get("device"))
