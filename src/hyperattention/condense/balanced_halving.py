@@ -26,7 +26,8 @@ class BalancedHalving(Policy):
     Source: Han et al., 2025 (arXiv:2502.07861), BalanceKV; the self-balancing walk is that of Alweiss, Liu and Sawhney, 2021
     (arXiv:2006.14009).   Differs: a constant is added to the products of values, so that the normaliser is balanced too;
     signs belong to pairs of neighbours in order of weight, then position, so that halves are equal; keys are scaled to one
-    size of phi in a walk's kernel, and scores by `breadth`; any weights and numbers of slots, the last round pairing the lightest keys only.
+    size of phi in a walk's kernel, and scores by `breadth`; any weights and numbers of slots, the last round pairing the
+    lightest keys only.
     Cost: (head_dim + value_dim) * `pairs` * 4 products a candidate and round, rounds halving; `pairs` small steps a round.
     Guarantee: the expected weight of every key is the one that it had, so numerator and denominator are unbiased; the
     total weight never changes.
