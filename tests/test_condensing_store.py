@@ -1,5 +1,7 @@
 """The store that condenses: its budget, its sinks and its window, over every line of `policies.py`."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from dense import attention
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.condense.heavy_hitters import HeavyHitters
+from hyperattention.condense.held import Held
 from hyperattention.condense.latest import Latest
-from hyperattention.condense.policy import Policy
+from hyperattention.condense.policy import Full, Policy
 from hyperattention.coreset import Coreset
 from policies import POLICIES, PolicyCase
 
@@ -267,3 +270,43 @@ def test_keys_of_another_kind_are_refused(change: str) -> None:
     with pytest.raises(ValueError, match="is given .*: use one cache for one model"):
         store.append(*others[change])
     assert store.seen == PROMPT
+
+
+def test_scores_are_what_all_queries_attended_to() -> None:
+    store, (q, k, v) = new_store(HeavyHitters()), text()
+    # more in one step than may be taken back
+    read(store, (q, k, v), [36, 2, 1])
+    scores = q[:, :, :39].double() @ k[:, :, :39].double().repeat_interleave(2, 1).transpose(2, 3) * SCALE
+    weights = scores.masked_fill(torch.ones(39, 39).triu(1).bool(), -torch.inf).softmax(-1)
+    assert_exact(store.state()["score"], weights.sum(2).unflatten(1, (KV_HEADS, -1)).sum(2))
+
+
+@dataclass(frozen=True)
+class Shown(Policy):
+    """`Latest`, with a note of what it was shown."""
+
+    shown: list[Full] = field(default_factory=list)
+
+    @property
+    def num_queries(self) -> int:
+        return 5
+
+    @property
+    def weighted(self) -> bool:
+        return False
+
+    def condense(self, full: Full) -> Held:
+        self.shown.append(full)
+        return Latest().condense(full)
+
+
+def test_a_policy_is_shown_the_latest_queries_and_counters_of_its_own() -> None:
+    policy, qkv = Shown(), text()
+    store = new_store(policy)
+    read(store, qkv, [45] + [1] * 10)
+    # a condensation leaves room for three tokens
+    assert [full.counters for full in policy.shown] == [(7, 2, turn) for turn in range(3)]
+    for full, seen in zip(policy.shown, (45, 49, 53), strict=True):
+        assert (full.num, full.begin, full.held.num_slots - full.end) == (ROOM.middle, ROOM.sinks, ROOM.window)
+        assert_same_bits(full.queries, qkv[0][:, :, seen - 5 : seen])
+        assert int(full.held.position.max()) == seen - 1
