@@ -97,7 +97,7 @@ def build_mask(
     q_length: int,
     kv_length: int,
     q_offset: Any = 0,
-    kv_offset: int = 0,
+    kv_offset: Any = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
@@ -111,7 +111,7 @@ def build_mask(
         q_length: number of queries.
         kv_length: number of keys held, unwritten slots of a static cache included.
         q_offset: position of the first query, an integer; a 0-d tensor for static caches.
-        kv_offset: position of the first key.
+        kv_offset: position of the first key; a 0-d tensor where some versions cropped.
         mask_function: predicate of (batch, head, query, key) composed by transformers.
         attention_mask: ``[batch, positions]``, True = attend.
         allow_is_causal_skip: False where the caller wants a dense mask whatever it says.
@@ -138,6 +138,7 @@ def build_mask(
 
     if q_length == 1 or (isinstance(q_offset, Tensor) and torch.compiler.is_compiling()):
         return dense(allow_is_causal_skip and q_length == 1)
+    kv_offset = int(kv_offset)
     keys_mask = _slice_padding(attention_mask, kv_offset, kv_length)
     if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip:
         return None if keys_mask is None or _hides_nothing(keys_mask) else keys_mask[:, None, None, :]
