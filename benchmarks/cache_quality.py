@@ -40,7 +40,7 @@ CONTROL, STREAMING = "uniform", "streaming"
 @dataclass(frozen=True)
 class Plan:
     # length, then tasks with how many contexts a seed
-    tasks: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ((8192, (("multi-key", 3),)),)
+    tasks: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ((8192, (("multi-key", 6),)),)
     budgets: tuple[int, ...] = (512, 1024)
     depths: int = 8
     seeds: int = 3

@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"the command line needs {error.name}: pip install 'hyperattention[demo]'") from error
 
 from hyperattention.cli_evaluation import evaluate
+from hyperattention.cli_generation import ask, cache, generate
 from hyperattention.cli_support import check_writable as _check_writable
 from hyperattention.cli_support import explained as _explained
 from hyperattention.cli_support import make_console as _console
@@ -34,6 +35,8 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and dr
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved timing.")]
 
 app.command(name="eval")(evaluate)
+for command in (generate, cache, ask):
+    app.command()(command)
 
 
 @app.command()

@@ -39,10 +39,17 @@ def explained() -> Iterator[None]:
         refuse(error)
 
 
-def make_console() -> Console:
-    """Give the console to print on."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+def make_console(*, stderr: bool = False) -> Console:
+    """Give the console to print on.
+
+    Args:
+        stderr: whether it is that of errors, where standard output is for what a model writes.
+
+    Returns:
+        the console.
+    """
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH, stderr=stderr)
 
 
 def check_writable(*paths: Path | None) -> None:

@@ -50,7 +50,7 @@ class Bounds(PageRank):
     score_P = q . c + reach sum_i |q_i| r_i,   c the middle and r half the range of the page's keys, channel by channel
 
     With reach 1 this is the least upper bound that the ranges give, max_{j in P} q . k_j <= score_P. No key lies in the
-    corner that attains it: on a trained model a third of the way ranks pages better, in retrieval and loss (docs/log.md).
+    corner that attains it: on a trained model half of the way ranks pages better, in retrieval and loss (docs/log.md).
 
     Source: Tang et al., 2024 (arXiv:2406.10774), Quest, for reach 1.   Differs: the reach.
     Cost: two products a page.   Guarantee: an upper bound for reach 1, none below.

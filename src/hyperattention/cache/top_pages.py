@@ -34,7 +34,7 @@ class TopPages(Keeping):
         ValueError: if a count is out of range.
     """
 
-    by: PageRank = field(default_factory=lambda: Bounds(0.3))
+    by: PageRank = field(default_factory=lambda: Bounds(0.5))
     page: int = 8
     draws: int = 0
     most_queries: int = 32

@@ -72,6 +72,24 @@ def choose_entrants(names: Sequence[str] | None = None) -> tuple[Entrant, ...]:
     return tuple(each for each in ENTRANTS if each.baseline or names is None or each.name in names)
 
 
+def find_entrant(name: str) -> Entrant:
+    """Find one entrant by name.
+
+    Args:
+        name: as in the table.
+
+    Returns:
+        the entrant.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    for each in ENTRANTS:
+        if each.name == name:
+            return each
+    raise ValueError(f"unknown policy {name!r}: choose from {', '.join(each.name for each in ENTRANTS)}")
+
+
 @dataclass(frozen=True)
 class Contender:
     """An entrant at a budget.
@@ -97,13 +115,14 @@ class Contender:
         """Name it in tables: the entrant, and its budget where it has one."""
         return self.entrant.name if self.entrant.policy is None else f"{self.entrant.name}@{self.budget}"
 
-    def cache(self, model: PreTrainedModel, length: int, seed: int) -> HyperCache:
+    def cache(self, model: PreTrainedModel, length: int, seed: int, audit: int | None = None) -> HyperCache:
         """Make an empty cache.
 
         Args:
             model: who is going to read.
             length: tokens that it may have to hold in all, which is the budget of a cache that drops nothing.
             seed: of every draw.
+            audit: one token in so many is audited; None for none.
 
         Returns:
             the cache.
@@ -111,8 +130,9 @@ class Contender:
         # to a cache that drops nothing sinks and window mean nothing
         budget = self.budget if self.entrant.policy is not None else max(length, self.budget)
         return HyperCache(
-            model.config, budget=budget, policy=self.entrant.policy, sinks=self.sinks, window=self.window, seed=seed
-        )
+            model.config, budget=budget, policy=self.entrant.policy, sinks=self.sinks, window=self.window, seed=seed,
+            audit=audit,
+        )  # fmt: skip
 
 
 def contenders_at(entrants: Sequence[Entrant], budgets: Sequence[int]) -> tuple[Contender, ...]:

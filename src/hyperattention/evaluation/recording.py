@@ -15,7 +15,8 @@ from hyperattention.cache.store import Keeping, Store
 from hyperattention.condense.attended import attended
 from hyperattention.condense.held import Held
 from hyperattention.coreset import Coreset
-from hyperattention.integrations.transformers_cache import HyperCache, HyperCacheLayer
+from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers_layer import HyperCacheLayer
 from hyperattention.types import Partial
 
 # a recording is never full
@@ -223,7 +224,7 @@ def rows_of(recorded: HyperCache, model: PreTrainedModel, rows: Sequence[int]) -
     index, copied = torch.tensor(rows), start(model)
     for number, (old, new) in enumerate(zip(recorded.layers, copied.layers, strict=True)):
         if isinstance(old, HyperCacheLayer) and isinstance(new, HyperCacheLayer) and isinstance(old.store, RecordingStore):
-            new.store = old.store.rows(index)
+            new.store = new.inner = old.store.rows(index)
             new.lazy_initialization(old.store.k, old.store.v)
         elif isinstance(old, DynamicLayer):
             copied.layers[number] = own = copy.deepcopy(old)

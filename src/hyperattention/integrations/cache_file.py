@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,15 +25,20 @@ from hyperattention.integrations.cache_keys import check_keys
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.random import SEED_LIMIT
 
-__all__ = ["load_cache", "save_cache"]
+__all__ = ["find_maker", "load_cache", "save_cache"]
 
 FORMAT, VERSION = "hyperattention cache", 1
-_REMEDY = "write it again with save_cache"
-_DIGEST, _TOKENS = "sha256", "tokens"
+_REMEDY = "write it again with save_cache, or `hyperattention cache`"
+_DIGEST, _TOKENS, _MADE_BY = "sha256", "tokens", "made by"
 
 
 def save_cache(
-    cache: HyperCache, model: PreTrainedModel, path: str | Path, *, tokens: Int[Tensor, "batch tokens"] | None = None
+    cache: HyperCache,
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokens: Int[Tensor, "batch tokens"] | None = None,
+    made_by: str | None = None,
 ) -> None:
     """Write a cache to one safetensors file, whole or not at all.
 
@@ -47,6 +52,7 @@ def save_cache(
         model: who read it.
         path: the file, which is replaced.
         tokens: what was read, to be kept with it; at least as many as the cache has seen.
+        made_by: where the model was loaded from, so that it can be found again.
 
     Raises:
         ValueError: if the cache is empty, a layer of it is not compressed, its policy is not one of this package's, or the
@@ -79,6 +85,8 @@ def save_cache(
         "model": json.dumps(asdict(fingerprint(model))),
         "cache": json.dumps({"policy": policy_to_json(cache.policy), "room": asdict(cache.room), "seed": cache.seed}),
     }
+    if made_by is not None:
+        metadata[_MADE_BY] = made_by
     write_whole_bytes(Path(path), save(tensors, metadata | {_DIGEST: _digest(tensors, metadata)}))
 
 
@@ -108,6 +116,25 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, In
     if tokens is not None and not (tokens.dtype == torch.int32 and _are_tokens_of(tokens, first.batch, first.seen)):
         raise ValueError(f"{path}: its tokens, of shape {tuple(tokens.shape)}, are not those of the cache; {_REMEDY}")
     return cache, None if tokens is None else tokens.to(model.device, torch.int64)
+
+
+def find_maker(path: str | Path) -> str | None:
+    """Tell where the model of a cache was loaded from, before the cache is read; nothing else of the file is checked.
+
+    Args:
+        path: the file.
+
+    Returns:
+        what `save_cache` was told; None if nothing.
+
+    Raises:
+        ValueError: if the file is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), "pt") as opened:
+            return (opened.metadata() or {}).get(_MADE_BY)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {path} as a cache: {error}; {_REMEDY}") from error
 
 
 @dataclass(frozen=True)

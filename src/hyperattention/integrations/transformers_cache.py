@@ -1,117 +1,24 @@
 """A compressed cache for `generate`: a transformers `Cache` whose layers are stores."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
+from hyperattention.cache.audited import AuditedStore
+from hyperattention.cache.cache_report import CacheReport, report_on
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
 from hyperattention.condense.cluster_means import ClusterMeans
 from hyperattention.condense.policy import Policy
-from hyperattention.integrations.transformers_held import READS_HELD, Handle, attach
+from hyperattention.integrations.transformers_held import READS_HELD
+from hyperattention.integrations.transformers_layer import HyperCacheLayer
 
 __all__ = ["HyperCache"]
-
-
-class HyperCacheLayer(CacheLayerMixin):
-    """One layer of a `HyperCache`: what transformers asks of a layer, answered by a store."""
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(self, make_store: Callable[[], Store]) -> None:
-        """Hold nothing."""
-        super().__init__()
-        self._make_store, self.store = make_store, make_store()
-        self._handle: Handle | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note that something is held; stores make their own room."""
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys in, and hand out all of them with the handle through which they are read.
-
-        Args:
-            key_states: ``[batch, kv_heads, new, head_dim]``.
-            value_states: likewise.
-            args: what other versions of transformers pass along; unused.
-            kwargs: likewise.
-
-        Returns:
-            keys and values of all slots.
-
-        Raises:
-            ValueError: if the keys handed out last were not read through their handle, or gradients are asked for.
-        """
-        if self._handle is not None and not self._handle.collected:
-            raise ValueError(
-                "the model changed the keys between its cache and its attention, so that their weights were lost: "
-                f"{type(self).__name__} cannot serve it; use transformers' DynamicCache"
-            )
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise ValueError("a compressed cache has no gradient: use torch.no_grad(), or use_cache=False")
-        self.is_initialized = True
-        k, v = self.store.append(key_states, value_states)
-        self._handle = Handle(self.store, key_states.shape[2])
-        return attach(k, self._handle), v
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tell how many keys the next step is shown, and the position that the first would have if all were recent."""
-        new = query_length.numel() if isinstance(query_length, Tensor) else query_length
-        return self.store.num_slots + new, self.store.seen - self.store.num_slots
-
-    def get_seq_length(self) -> int:
-        """Tell the true length, from which positions follow."""
-        return self.store.seen
-
-    def get_max_length(self) -> int:
-        """Say that there is no longest text."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """Say the same to older versions."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.store, self._handle, self.is_initialized = self._make_store(), None, False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
-        self.store.take_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
-        if self.is_initialized:
-            self.store.take_rows(torch.arange(self._batch()).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows of the batch."""
-        if self.is_initialized:
-            self.store.take_rows(torch.arange(self._batch())[indices.cpu()])
-
-    def _batch(self) -> int:
-        return self.store.batch
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Forget the latest tokens.
-
-        Args:
-            tokens_to_remove: their number, negative; positive for the length to keep, as versions before 5.16 say it. Some
-                versions give a tensor of one.
-        """
-        size = int(tokens_to_remove)
-        num = -size if size <= 0 else max(0, self.store.seen - size)
-        if num:
-            self.store.crop(num)
 
 
 class HyperCache(Cache):
@@ -134,9 +41,11 @@ class HyperCache(Cache):
             step reads.
         policy: what is kept, or how it is read; None for `ClusterMeans`.
         sinks: first tokens that are always kept.
-        window: latest tokens that are always kept; None for half of the budget, or 128 at most for a policy that keeps
+        window: latest tokens that are always kept; None for half of the budget, or 64 at most for a policy that keeps
             everything.
         seed: of every draw; the layer's number enters too.
+        audit: one token in so many is also attended to exactly, over a copy of all keys and values, and `report` tells the
+            error; None for no audit, and no copy.
 
     Raises:
         ValueError: if the budget leaves nothing beside sinks and window, or no layer has full attention.
@@ -156,20 +65,22 @@ class HyperCache(Cache):
         sinks: int = 16,
         window: int | None = None,
         seed: int = 0,
+        audit: int | None = None,
     ) -> None:
         """Make an empty cache."""
         self.policy = ClusterMeans() if policy is None else policy
         if window is None:
-            window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(128, budget // 4))
+            window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(64, budget // 4))
         self.room, self.seed = Room(budget, sinks, window), seed
         self._config = config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=config).layers)
         full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             raise ValueError(f"{type(config).__name__} has no layer of full attention: there is nothing to compress")
+        watched = (lambda store: store) if audit is None else partial(AuditedStore, every=audit, seed=seed)
         previous: HyperCacheLayer | None = None
         for number in full:
-            previous = HyperCacheLayer(self._maker(number, previous))
+            previous = HyperCacheLayer(self._maker(number, previous), watched)
             layers[number] = previous
         super().__init__(layers=layers)
 
@@ -177,7 +88,7 @@ class HyperCache(Cache):
         policy, room, seed = self.policy, self.room, self.seed
         if isinstance(policy, Policy):
             return lambda: CondensingStore(policy, room, layer=number, seed=seed)
-        return lambda: policy.store(room, number, seed, None if previous is None else previous.store)
+        return lambda: policy.store(room, number, seed, None if previous is None else previous.inner)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -219,18 +130,32 @@ class HyperCache(Cache):
                 nothing of the cache changes.
         """
         layers = {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
-        before = [(layer, layer.store, layer.is_initialized) for layer in layers.values()]
+        before = [(layer, layer.inner, layer.store, layer.is_initialized) for layer in layers.values()]
         try:
             for number, layer in layers.items():
                 layer.reset()
                 layer.store.restore(states[number])
                 layer.is_initialized = True
         except BaseException:
-            for layer, store, initialised in before:
-                layer.store, layer.is_initialized = store, initialised
+            for layer, inner, store, initialised in before:
+                layer.inner, layer.store, layer.is_initialized = inner, store, initialised
             raise
+
+    def report(self) -> CacheReport | None:
+        """Tell the error that the audit has measured so far.
+
+        Returns:
+            the report; None without `audit`.
+        """
+        audited = {number: store for number, store in self.stores.items() if isinstance(store, AuditedStore)}
+        return report_on(audited) if audited else None
 
     @property
     def memory_bytes(self) -> int:
         """Bytes held by all stores, room for more included."""
         return sum(store.memory_bytes for store in self.stores.values())
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes that the same layers would hold, had all keys and values been kept; 0 before any came by."""
+        return sum(layer.whole_bytes for layer in self.layers if isinstance(layer, HyperCacheLayer))

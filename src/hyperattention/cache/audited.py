@@ -1,0 +1,160 @@
+"""A store with a witness: a copy of every key and value, by which some of what the store gives is judged."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hyperattention.cache.recent import Recent
+from hyperattention.cache.store import Store
+from hyperattention.check import positive
+from hyperattention.judge import relative_error
+from hyperattention.random import uniform
+from hyperattention.types import Partial
+
+# first counter of the draws, so that they share no bits with those of a policy under one seed
+_STREAM = 0xCA0D17
+# the copy is never full: it makes room by halves
+_BOUNDLESS = 2**62
+
+
+class AuditedStore(Store):
+    """Hand everything to a store, keep a copy of it all, and attend exactly from a few tokens drawn at random.
+
+    One position in each run of `every` is drawn by a hash of the seed, whatever the text: what is drawn is the same in all
+    layers. Where its query reads less than all keys, exact attention over the copy tells the relative error of every head.
+
+    Cost: memory for all keys and values, told apart from the store's own; exact attention for one token in `every`.
+    Guarantee: what the store gives is not changed by a bit.
+
+    Args:
+        inner: the store.
+        every: positions of which one is drawn.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: if `every` is not positive.
+    """
+
+    def __init__(self, inner: Store, every: int, seed: int) -> None:
+        """Hold nothing."""
+        positive("AuditedStore", every=every)
+        self.inner, self.every, self.seed = inner, every, seed
+        self._whole, self._new = Recent(), 0
+        # for every position, whether it was approximated; for some of these, the errors of all heads
+        self._approximated: list[bool] = []
+        self._errors: dict[int, Tensor] = {}
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended so far, padding included."""
+        return self.inner.seen
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.inner.batch
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the store."""
+        return self.inner.num_slots
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the store reads every key."""
+        return self.inner.is_whole
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the store alone."""
+        return self.inner.memory_bytes
+
+    @property
+    def shadow_bytes(self) -> int:
+        """Bytes of the copy."""
+        return self._whole.memory_bytes
+
+    @property
+    def num_approximated(self) -> int:
+        """Positions whose queries did not read every key."""
+        return sum(self._approximated)
+
+    @property
+    def errors(self) -> Float[Tensor, "heads audited"]:
+        """Relative errors of the positions drawn, in their order, each the mean over the rows of the batch that count.
+
+        Returns:
+            the errors; no columns where none was approximated and drawn.
+        """
+        columns = [self._errors[position] for position in sorted(self._errors)]
+        return torch.stack(columns, 1) if columns else torch.empty(0, 0)
+
+    @property
+    def audited(self) -> tuple[int, ...]:
+        """Positions that were drawn and approximated."""
+        return tuple(sorted(self._errors))
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy the new keys, and hand them on."""
+        self._whole.append(k, v, _BOUNDLESS)
+        self._new = k.shape[2]
+        self._approximated += [False] * self._new
+        return self.inner.append(k, v)
+
+    def mark(self, live: Tensor) -> None:
+        """Note the padding in both."""
+        self._whole.mark(live)
+        self.inner.mark(live)
+
+    def attend(self, q: Tensor, scale: float) -> Partial:
+        """Let the store attend, and judge it at the positions drawn."""
+        part = self.inner.attend(q, scale)
+        if not self.inner.is_whole:
+            begin = self.seen - self._new
+            self._approximated[begin:] = [True] * self._new
+            position = torch.arange(begin, self.seen)
+            run, place = position // self.every, position % self.every
+            drawn = (uniform((_STREAM, self.seed, run), "cpu") * self.every).long() == place
+            if bool(drawn.any()):
+                self._judge(q, scale, part.out, drawn.nonzero()[:, 0].to(q.device))
+        return part
+
+    def _judge(self, q: Tensor, scale: float, out: Tensor, places: Tensor) -> None:
+        exact = self._whole.coreset.attend(q, scale=scale, own=q.shape[2]).out[:, :, places]
+        error = relative_error(out[:, :, places] - exact, exact)  # [batch, heads, places]
+        live = self._whole.tensors[2][:, self.seen - self._new :][:, places][:, None]  # [batch, 1, places]
+        count = live.sum(0)
+        mean = error.masked_fill(~live, 0.0).sum(0) / count  # [heads, places]
+        for number, place in enumerate(places.tolist()):
+            # padding alone is no token
+            if int(count[0, number]):
+                self._errors[self.seen - self._new + place] = mean[:, number].cpu()
+
+    def settle(self, q: Tensor, scale: float) -> None:
+        """Hand on."""
+        self.inner.settle(q, scale)
+
+    def take_rows(self, index: Tensor) -> None:
+        """Copy rows of both; what was judged stays."""
+        self.inner.take_rows(index)
+        self._whole.take_rows(index)
+
+    def crop(self, num: int) -> None:
+        """Forget the latest tokens, and what was judged of them."""
+        self.inner.crop(num)
+        self._whole.crop(num)
+        del self._approximated[self.seen :]
+        self._errors = {position: error for position, error in self._errors.items() if position < self.seen}
+        self._new = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Give the state of the store alone: the copy is there to be compared with, not to go on from."""
+        return self.inner.state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Refuse: the keys that the store dropped are not in its state.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("an audit needs every key from the first on: restore into a cache without audit=")

@@ -1,0 +1,115 @@
+"""The commands `generate`, `cache` and `ask`: texts read through a cache of bounded size."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperattention.cli_support import check_writable, explained, make_console, refuse
+
+_Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
+_Budget = Annotated[int, typer.Option(min=1, help="Most slots of each head, or most keys that a step reads.")]
+_Policy = Annotated[str, typer.Option(help="What is kept: a name as in `eval`, such as cluster_means, pages, exact.")]
+_Sinks = Annotated[int, typer.Option(min=0, help="First tokens that are always kept.")]
+_Window = Annotated[int | None, typer.Option(min=1, help="Latest tokens that are always kept; by default the policy's.")]
+_Chunk = Annotated[
+    int | None,
+    typer.Option(min=1, help="Read the text in pieces of so many tokens: bounded memory, but through what is left of it."),
+]
+_New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to write.")]
+_Temperature = Annotated[float, typer.Option(min=0.0, help="0 for the likeliest token, above for draws.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+_Audit = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Attend exactly as well from one token in so many, over a copy of all keys, and say the error; 0: never."
+    ),
+]
+_INTERRUPTED = 130
+
+
+def generate(
+    model: _Folder,
+    prompt: Annotated[Path, typer.Argument(help="File of the text to go on from.")],
+    budget: _Budget = 1024,
+    policy: _Policy = "cluster_means",
+    sinks: _Sinks = 16,
+    window: _Window = None,
+    chunk: _Chunk = None,
+    max_new_tokens: _New = 128,
+    temperature: _Temperature = 0.0,
+    seed: _Seed = 0,
+    audit: _Audit = 32,
+) -> None:
+    """Go on from a text, through a cache of bounded size: the text on standard output, what it cost on standard error."""
+    console = make_console(stderr=True)
+    with explained():
+        from hyperattention.report import generation as report
+
+        _hide_bars()
+        options = report.Options(model, policy, budget, sinks, window, chunk, seed, audit or None)
+        sampling = report.Sampling(max_new_tokens, temperature, seed)
+        prepared = report.prepare(options, prompt, max_new_tokens)
+        reading = report.read(prepared, console, leave=1)
+        writing = report.write(prepared, sampling)
+    report.show(prepared, console, reading=reading, writing=writing)
+
+
+def cache(
+    model: _Folder,
+    document: Annotated[Path, typer.Argument(help="File of the text to read.")],
+    out: Annotated[Path, typer.Option(help="The cache to write, a safetensors file.")] = Path("cache.safetensors"),
+    budget: _Budget = 1024,
+    policy: _Policy = "cluster_means",
+    sinks: _Sinks = 16,
+    window: _Window = None,
+    chunk: _Chunk = None,
+    seed: _Seed = 0,
+) -> None:
+    """Read a document once, and keep what `ask` needs of it in one file."""
+    console = make_console(stderr=True)
+    with explained():
+        from hyperattention.report import generation as report
+
+        _hide_bars()
+        check_writable(out)
+        prepared = report.prepare(report.Options(model, policy, budget, sinks, window, chunk, seed), document, 0)
+        try:
+            reading = report.read(prepared, console, leave=0)
+            report.keep(prepared, out)
+        except KeyboardInterrupt:
+            stands = "what it held before stands" if out.exists() else "it does not exist"
+            typer.echo(f"stopped: nothing was written to {out}; {stands}", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
+    report.show(prepared, console, reading=reading)
+    console.print(f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def ask(
+    file: Annotated[Path, typer.Argument(help="A cache that `cache` wrote.")],
+    question: Annotated[str, typer.Argument(help="Text that is put behind the document, for the model to go on from.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder of the model, if it is no longer where the file says it was.")
+    ] = None,
+    max_new_tokens: _New = 128,
+    temperature: _Temperature = 0.0,
+    seed: _Seed = 0,
+) -> None:
+    """Ask about a document that was read before; the file stays as it is, so that every question starts from it."""
+    console = make_console(stderr=True)
+    with explained():
+        from hyperattention.report import generation as report
+
+        _hide_bars()
+        if not file.is_file():
+            refuse(f"no file {file}: write one with `hyperattention cache`")
+        sampling = report.Sampling(max_new_tokens, temperature, seed)
+        prepared = report.recall(file, question, model, max_new_tokens)
+        writing = report.write(prepared, sampling)
+    report.show(prepared, console, writing=writing)
+
+
+def _hide_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

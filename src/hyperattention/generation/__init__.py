@@ -1,0 +1,1 @@
+"""Texts read once through a cache, and continued: what the commands `generate`, `cache` and `ask` do."""

@@ -1,0 +1,160 @@
+"""Read a text through a cache, then let the model go on from there, with the time that either took."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
+
+from hyperattention.bench.timing import ignore
+from hyperattention.check import positive
+from hyperattention.evaluation.reading import read, reading
+from hyperattention.generation.codec import codec_of
+from hyperattention.integrations.transformers import CallCounts
+from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.reference.model import Judged
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        new_tokens: most tokens to write.
+        temperature: 0 for the likeliest token, otherwise what scores are divided by before one is drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if there is nothing to write, or the temperature is negative.
+    """
+
+    new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive("Sampling", new_tokens=self.new_tokens)
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature}: give 0 for the likeliest token, or a positive number")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens, the time that they took, and how attention over them ran.
+
+    Args:
+        num_tokens: how many were read or written.
+        seconds: in all.
+        counts: attention calls.
+    """
+
+    num_tokens: int
+    seconds: float
+    counts: CallCounts
+
+    @property
+    def per_second(self) -> float:
+        """Tokens a second."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+
+def pieces_of(num_tokens: int, chunk: int | None) -> int:
+    """Count the steps in which `read_text` reads.
+
+    Args:
+        num_tokens: of the text.
+        chunk: tokens of a piece; None for one piece.
+
+    Returns:
+        the steps.
+    """
+    return 1 if chunk is None else -(-num_tokens // chunk)
+
+
+def read_text(
+    judged: Judged,
+    cache: HyperCache,
+    tokens: Int[Tensor, "1 tokens"],
+    *,
+    chunk: int | None = None,
+    on_step: Callable[[str], None] = ignore,
+) -> Stretch:
+    """Let the model read a text into a cache.
+
+    In one piece the text is attended to exactly and condensed afterwards; in pieces memory stays bounded, and later ones are
+    read through what is left of earlier ones.
+
+    Args:
+        judged: the model.
+        cache: an empty cache, or one that holds what came before.
+        tokens: the text.
+        chunk: tokens of a piece; None for one piece.
+        on_step: told before each piece.
+
+    Returns:
+        what it took.
+
+    Raises:
+        ValueError: if the text is empty or the chunk is not positive.
+    """
+    if not tokens.shape[1]:
+        raise ValueError("the text has no tokens: there is nothing to read")
+    if chunk is not None:
+        positive("read_text", chunk=chunk)
+    began = time.perf_counter()
+    with reading(judged.model) as counter:
+        done = 0
+        for piece in tokens.split(chunk or tokens.shape[1], 1):
+            on_step(f"{done:,} of {tokens.shape[1]:,} tokens read")
+            read(judged.model, piece, cache)
+            done += piece.shape[1]
+    return Stretch(tokens.shape[1], time.perf_counter() - began, counter.counts)
+
+
+def write_on(
+    judged: Judged, cache: HyperCache, tokens: Int[Tensor, "1 tokens"], sampling: Sampling
+) -> tuple[Tensor, Stretch]:
+    """Let the model go on from what it has read, and print its text as it comes.
+
+    Args:
+        judged: the model.
+        cache: what it has read: all of the tokens but the last few.
+        tokens: the whole text so far; those that the cache has not seen, at least one, are read first.
+        sampling: how tokens are chosen.
+
+    Returns:
+        the new tokens, ``[new]``, and what it took.
+
+    Raises:
+        ValueError: if the cache has seen all tokens, so that there is nothing to go on from.
+    """
+    seen = cache.get_seq_length()
+    if tokens.shape[1] <= seen:
+        raise ValueError(f"{tokens.shape[1]} tokens, all {seen} of them read: leave at least the last to go on from")
+    codec, asked, model = codec_of(judged), sampling.temperature > 0, judged.model
+    # only `decode` is called
+    streamer = TextStreamer(codec, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+    config = GenerationConfig.from_dict(model.generation_config.to_dict() if model.generation_config else {})
+    config.update(
+        max_new_tokens=sampling.new_tokens, max_length=None, do_sample=asked, num_beams=1,
+        temperature=sampling.temperature if asked else None, top_p=None if not asked else config.top_p,
+        top_k=None if not asked else config.top_k,
+    )  # fmt: skip
+    if config.pad_token_id is None:
+        config.pad_token_id = 0 if config.eos_token_id is None else _first(config.eos_token_id)
+    began = time.perf_counter()
+    with torch.random.fork_rng(), reading(model) as counter:
+        torch.manual_seed(sampling.seed)
+        given = tokens.to(model.device)
+        written = model.generate(  # pyright: ignore[reportCallIssue]: mixed into every causal language model
+            given, attention_mask=torch.ones_like(given), past_key_values=cache, generation_config=config, streamer=streamer
+        )
+    new = written[0, tokens.shape[1] :].cpu()
+    return new, Stretch(len(new), time.perf_counter() - began, counter.counts)
+
+
+def _first(token: int | list[int]) -> int:
+    return token[0] if isinstance(token, list) else token

@@ -1,0 +1,222 @@
+"""The commands generate, cache and ask: prepare, read, write, and say what the cache cost and kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hyperattention.cache.store import Store
+from hyperattention.evaluation.policies import Contender, find_entrant
+from hyperattention.exact_method import Exact
+from hyperattention.generation.codec import codec_of
+from hyperattention.generation.session import Sampling, Stretch, pieces_of, read_text, write_on
+from hyperattention.integrations.cache_file import find_maker, load_cache, save_cache
+from hyperattention.integrations.transformers import use
+from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.reference.model import Judged, load_model, load_reference
+from hyperattention.report.calibrate import REFERENCE, find_folder
+from hyperattention.report.progress import progress
+
+_MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a text is read.
+
+    Args:
+        model: folder of a model, or the word for the reference model.
+        policy: what is kept, by name.
+        budget: most slots of each head.
+        sinks: first tokens that are always kept.
+        window: latest tokens that are always kept; None for what the policy takes.
+        chunk: tokens of a piece in which the text is read; None for all at once.
+        seed: of every draw.
+        audit: one token in so many is also attended to exactly; None for none.
+    """
+
+    model: str = REFERENCE
+    policy: str = "cluster_means"
+    budget: int = 1024
+    sinks: int = 16
+    window: int | None = None
+    chunk: int | None = None
+    seed: int = 0
+    audit: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that can be wrong with the options is found before anything slow begins.
+
+    Args:
+        judged: the model.
+        tokens: the text.
+        cache: empty, or what was read of the text before.
+        options: how the text is read.
+    """
+
+    judged: Judged
+    tokens: Tensor
+    cache: HyperCache
+    options: Options
+
+
+def prepare(options: Options, path: Path, more: int) -> Prepared:
+    """Load model and text, and make an empty cache.
+
+    Args:
+        options: how the text is read.
+        path: the text.
+        more: tokens that are to follow.
+
+    Returns:
+        what the commands need to run.
+
+    Raises:
+        ValueError: if the text, the model, the policy or the budget cannot be used; FileNotFoundError if one is missing.
+    """
+    contender = Contender(find_entrant(options.policy), options.budget, options.sinks, options.window)
+    try:
+        # bytes that are no UTF-8 stay what they are to a model of bytes
+        text = path.read_text("utf-8", "surrogateescape")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a readable text file") from error
+    judged = _load(options.model)
+    if judged.tokenizer is not None:
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    tokens = codec_of(judged).encode(text, first=True)[None]
+    if tokens.shape[1] < 2:
+        raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
+    _check_length(judged, tokens.shape[1] + more)
+    cache = contender.cache(judged.model, tokens.shape[1] + more, options.seed, options.audit)
+    return Prepared(judged, tokens, cache, options)
+
+
+def _load(model: str) -> Judged:
+    folder = find_folder(model)
+    judged = load_reference() if folder is None else load_model(folder)
+    with use(judged.model, Exact()):
+        pass  # a model whose attention cannot be switched is refused here
+    return judged
+
+
+def _check_length(judged: Judged, num_tokens: int) -> None:
+    if num_tokens > judged.max_length:
+        raise ValueError(
+            f"{num_tokens:,} tokens to read and write, and {judged.name} was made for {judged.max_length:,}: give a shorter "
+            "text, or a model of longer context"
+        )
+
+
+def read(prepared: Prepared, console: Console, *, leave: int) -> Stretch:
+    """Read the text into the cache, with a bar.
+
+    Args:
+        prepared: model, text and cache.
+        console: where progress goes.
+        leave: how many of the last tokens are not read yet.
+
+    Returns:
+        what it took.
+    """
+    tokens = prepared.tokens[:, : prepared.tokens.shape[1] - leave]
+    with progress(console, "read", pieces_of(tokens.shape[1], prepared.options.chunk)) as on_step:
+        return read_text(prepared.judged, prepared.cache, tokens, chunk=prepared.options.chunk, on_step=on_step)
+
+
+def write(prepared: Prepared, sampling: Sampling) -> Stretch:
+    """Go on from the text, printing as it comes.
+
+    Args:
+        prepared: model, text, and the cache that has read all of it but the end.
+        sampling: how tokens are chosen.
+
+    Returns:
+        what it took.
+    """
+    return write_on(prepared.judged, prepared.cache, prepared.tokens, sampling)[1]
+
+
+def keep(prepared: Prepared, out: Path) -> None:
+    """Write the cache of a text to a file, whole or not at all.
+
+    Args:
+        prepared: model, text and cache.
+        out: the file.
+    """
+    folder = find_folder(prepared.options.model)
+    made_by = REFERENCE if folder is None else str(folder.resolve())
+    save_cache(prepared.cache, prepared.judged.model, out, tokens=prepared.tokens, made_by=made_by)
+
+
+def recall(path: Path, question: str, model: str | None, more: int) -> Prepared:
+    """Load a cache and its model, and put a question behind the text.
+
+    Args:
+        path: the file of the cache.
+        question: what is asked.
+        model: folder of the model; None for the one that the file names.
+        more: tokens that are to follow.
+
+    Returns:
+        what the command needs to run.
+
+    Raises:
+        ValueError: if the file cannot be used, or the question is empty.
+    """
+    named = model or find_maker(path) or REFERENCE
+    judged = _load(named)
+    cache, tokens = load_cache(path, judged.model)
+    if tokens is None:
+        raise ValueError(f"{path} holds no tokens of its text: write it with `hyperattention cache`, or save_cache(tokens=)")
+    asked = codec_of(judged).encode(question, first=False)[None]
+    if not asked.shape[1]:
+        raise ValueError("the question is empty: say what the model is to go on from")
+    whole = torch.cat([tokens.cpu(), asked], 1)
+    _check_length(judged, whole.shape[1] + more)
+    return Prepared(judged, whole, cache, Options(named, seed=cache.seed, budget=cache.room.budget))
+
+
+def show(prepared: Prepared, console: Console, *, reading: Stretch | None = None, writing: Stretch | None = None) -> None:
+    """Print what the cache cost, what it kept, and how fast tokens were read and written.
+
+    Args:
+        prepared: model, text and cache.
+        console: where to.
+        reading: what reading took, if anything was read.
+        writing: what writing took, likewise.
+    """
+    cache, table = prepared.cache, Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name, stretch in (("read", reading), ("written", writing)):
+        if stretch is not None:
+            table.add_row(name, f"{stretch.num_tokens:,} tokens, {stretch.per_second:,.1f} a second")
+    table.add_row("cache", _memory(cache))
+    table.add_row("keys", _keys(cache))
+    for name, stretch in (("reading", reading), ("writing", writing)):
+        if stretch is not None:
+            table.add_row(f"attention, {name}", str(stretch.counts))
+    if (report := cache.report()) is not None:
+        table.add_row("audit", str(report))
+    console.print(table)
+
+
+def _memory(cache: HyperCache) -> str:
+    held, whole = cache.memory_bytes / _MEBIBYTE, cache.whole_bytes / _MEBIBYTE
+    beside = f", of {whole:.1f} for all keys and values ({held / whole:.0%})" if whole else ""
+    left = len(cache.layers) - len(cache.stores)
+    return f"{held:.1f} MiB{beside}" + (f"; {left} layers with sliding windows not counted" if left else "")
+
+
+def _keys(cache: HyperCache) -> str:
+    stores: list[Store] = list(cache.stores.values())
+    seen, held = max(store.seen for store in stores), max(store.num_slots for store in stores)
+    if held < seen:
+        return f"{held:,} slots a head for {seen:,} tokens ({held / seen:.1%}), by {cache.policy!r}"
+    if seen <= cache.room.budget:
+        return f"all {seen:,} kept and read: exact"
+    return f"all {seen:,} kept; a step reads {cache.room.budget:,} ({cache.room.budget / seen:.1%}), by {cache.policy!r}"
