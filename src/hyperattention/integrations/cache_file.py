@@ -21,6 +21,7 @@ from hyperattention.calibration.plan_file import read_fingerprint
 from hyperattention.calibration.write_whole import write_whole_bytes
 from hyperattention.condense.policy import Policy
 from hyperattention.condense.policy_json import policy_from_json, policy_to_json
+from hyperattention.integrations.cache_keys import check_keys
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.random import SEED_LIMIT
 
@@ -108,7 +109,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, In
     tokens = tensors.pop(_TOKENS, None)
     try:
         cache = HyperCache(model.config, policy=made.policy, seed=made.seed, **asdict(made.room))
-        _fill(cache, tensors, model.device)
+        _fill(cache, tensors, model)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}; {_REMEDY}") from error
     first = next(iter(cache.stores.values()))
@@ -211,15 +212,17 @@ def _read_made(whole: Field) -> _Made:
     return _Made(policy_from_json(given["policy"]), room, given["seed"].whole(0, SEED_LIMIT - 1))
 
 
-def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give every layer its state, and see that they fit together."""
+def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    """Give every layer its state, and see that they fit the model and one another."""
     states: dict[str, dict[str, Tensor]] = {str(number): {} for number in cache.stores}
     for full_name, x in tensors.items():
         kind, _, rest = full_name.partition(".")
         number, _, name = rest.partition(".")
         if kind != "layer" or number not in states:
             raise ValueError(f"it holds {full_name!r}, which is of no layer of the model")
-        states[number][name] = x.to(device)
-    cache.restore({number: states[str(number)] for number in cache.stores})
+        states[number][name] = x.to(model.device)
+    of_layers = {number: states[str(number)] for number in cache.stores}
+    check_keys(of_layers, model)
+    cache.restore(of_layers)
     if len(lengths := {(store.batch, store.seen) for store in cache.stores.values()}) != 1:
         raise ValueError(f"its layers have read different numbers of rows and tokens, {sorted(lengths)}")

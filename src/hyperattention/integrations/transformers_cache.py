@@ -126,12 +126,20 @@ class HyperCache(Cache):
         """Go on from the states of all stores.
 
         Args:
-            states: what each store's `state` gave, by the number of the layer.
+            states: what each store's `state` gave, by the number of the layer; where one is refused, with a ValueError,
+                nothing of the cache changes.
         """
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, HyperCacheLayer):
+        layers = {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
+        before = [(layer, layer.inner, layer.store, layer.is_initialized) for layer in layers.values()]
+        try:
+            for number, layer in layers.items():
+                layer.reset()
                 layer.store.restore(states[number])
                 layer.is_initialized = True
+        except BaseException:
+            for layer, inner, store, initialised in before:
+                layer.inner, layer.store, layer.is_initialized = inner, store, initialised
+            raise
 
     def report(self) -> CacheReport | None:
         """Tell the error that the audit has measured so far.
