@@ -22,6 +22,7 @@ POLICIES = {
     "latest": ha.Latest(),
     "heavy hitters": ha.HeavyHitters(),
     "pages": ha.TopPages(page=4, by=ha.TwoLevels(ha.Bounds(0.5))),
+    "look once": ha.LookOnce(keep=0.7, latest=4, pages=ha.TopPages(page=4)),
 }
 
 
