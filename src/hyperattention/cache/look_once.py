@@ -16,15 +16,15 @@ class LookOnce(Keeping):
 
     s_j = sum_{last queries} softmax_i(scale q . k_i),   kept: sinks, window, and the largest s_j
 
-    The eviction saves memory, the choice of pages saves time: a step reads `Room.budget` keys of those that are left. It
-    happens after the first step that is short enough to choose pages, so that a prompt may come in long chunks, and
-    a question after a document has its say; until then everything is held. Keys that come later all stay.
+    The eviction saves memory, the choice of pages saves time: a step reads `Room.budget` keys of those that are left. A step
+    of more queries than choose pages is a prompt and has a look of its own, so that of a prompt in chunks the same share
+    stays, as the last queries of each chunk see it. Keys of shorter steps all stay.
 
     Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache: look-once static eviction, then query-aware dynamic
     selection.   Differs: a share of the keys in place of a threshold for each data set; a fixed number of last queries in
     place of a fifth of the prompt; attention summed over them, with scale and causal mask, and each kv head keeps its own
     keys; layers do not share their choice, because after the eviction their pages hold different tokens.
-    Cost: the scores of `latest` queries, once; then that of `pages`.
+    Cost: the scores of `latest` queries for each prompt; then that of `pages`.
     Guarantee: none; what is dropped is gone. All rows of a batch keep equally many, so that padded ones lose fewer.
 
     Args:
