@@ -21,6 +21,7 @@ KEEPINGS = {
     "pages": ha.TopPages(page=4, by=ha.TwoLevels(ha.Bounds(0.5))),
     "pages and draws": ha.TopPages(page=4, by=ha.Midpoint(), draws=4, share=2, first=0),
     "subgen": ha.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
+    "look once": ha.LookOnce(keep=0.7, latest=4, pages=ha.TopPages(page=4)),
 }
 EVERY = {case.name: case.policy for case in POLICIES} | KEEPINGS
 

@@ -121,6 +121,26 @@ def test_beyond_the_budget_every_mode_runs_within_it(name: str, mode: str, polic
         assert store.memory_bytes <= bound
 
 
+@pytest.mark.filterwarnings("ignore:no attention call was approximated")
+@pytest.mark.parametrize("mode", MODES)
+def test_one_look_at_the_prompt_drops_a_share_of_it_beyond_the_budget_alone(model: nn.Module, mode: str) -> None:
+    # a chunk is a prompt, and guesses are none
+    most = 12 if mode == "chunked prefill" else 32
+    policy = ha.LookOnce(keep=0.5, latest=8, pages=ha.TopPages(page=4, most_queries=most))
+    reference, within, beyond = (
+        generate(model, mode), cache_of(model, policy, budget=PROMPT + NEW + 24), cache_of(model, policy)
+    )  # fmt: skip
+    assert torch.equal(with_cache(model, within, mode), reference)
+    out = with_cache(model, beyond, mode)
+    assert out.shape == reference.shape
+    assert not torch.equal(out, reference)
+    assert beyond.get_seq_length() == out.shape[1] - 1
+    for store, other in zip(beyond.stores.values(), within.stores.values(), strict=True):
+        assert other.num_slots == other.seen
+        assert store.num_slots < store.seen
+        assert store.memory_bytes < other.memory_bytes
+
+
 def test_layers_with_windows_keep_transformers_own_cache() -> None:
     for name in ("qwen2 windowed", "gemma2 windowed"):
         model = family(name)
