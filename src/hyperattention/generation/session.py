@@ -139,7 +139,9 @@ def write_on(
     streamer = TextStreamer(codec, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
     config = GenerationConfig.from_dict(model.generation_config.to_dict() if model.generation_config else {})
     config.update(
-        max_new_tokens=sampling.new_tokens, max_length=None, do_sample=asked, num_beams=1,
+        # one text through the cache at hand, whatever the model's folder asks for
+        max_new_tokens=sampling.new_tokens, max_length=None, do_sample=asked, num_beams=1, num_return_sequences=1,
+        cache_implementation=None,
         temperature=sampling.temperature if asked else None, top_p=None if not asked else config.top_p,
         top_k=None if not asked else config.top_k,
     )  # fmt: skip
