@@ -79,7 +79,7 @@ def cache(
             refuse(f"--out {out} is the document itself: name another file")
         options = report.Options(model, policy, budget, sinks, window, chunk, seed)
         try:
-            prepared = report.prepare(options, document, 0)
+            prepared = report.prepare(options, document, None)
             check_savable(prepared.cache, prepared.judged.model)
             reading = report.read(prepared, console, leave=0)
             report.keep(prepared, out)

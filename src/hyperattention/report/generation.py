@@ -67,13 +67,13 @@ class Prepared:
     options: Options
 
 
-def prepare(options: Options, path: Path, more: int) -> Prepared:
+def prepare(options: Options, path: Path, more: int | None) -> Prepared:
     """Load model and text, and make an empty cache.
 
     Args:
         options: how the text is read.
         path: the text.
-        more: tokens that are to follow.
+        more: tokens that are to follow; None if that is not known yet.
 
     Returns:
         what the commands need to run.
@@ -93,9 +93,10 @@ def prepare(options: Options, path: Path, more: int) -> Prepared:
     tokens = codec_of(judged).encode(text, first=True)[None]
     if tokens.shape[1] < 2:
         raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
-    _check_length(judged, tokens.shape[1] + more)
-    # what drops nothing has room for the questions, too, that are put to its file
-    cache = contender.cache(judged.model, judged.max_length, options.seed, options.audit)
+    _check_length(judged, tokens.shape[1] + (more or 0))
+    # a cache that drops nothing needs room for whatever follows, such as the questions that are put to its file
+    room = judged.max_length if more is None else tokens.shape[1] + more
+    cache = contender.cache(judged.model, room, options.seed, options.audit)
     return Prepared(judged, tokens, cache, options)
 
 
