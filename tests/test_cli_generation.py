@@ -97,6 +97,22 @@ def test_a_small_cache_is_called_what_it_is(document: Path) -> None:
     assert float(held) < float(whole) / 4
 
 
+def test_the_error_is_told_unless_no_audit_is_asked_for(document: Path) -> None:
+    audited = run("generate", "reference", document, *SMALL, "--audit", 4)
+    found = re.search(
+        r"relative error ([\d.]+) \(95% CI [\d.]+-[\d.]+\), (\d+) of (\d+) approximated tokens", audited.stderr
+    )
+    error, num_audited, num_approximated = map(float, found.groups())
+    assert 0 < error < 1
+    # one token in four, a run that is not over yet aside
+    assert 0 < num_audited <= num_approximated / 4 + 1 <= NEW / 4 + 1
+    plain = run("generate", "reference", document, *SMALL, "--audit", 0)
+    assert "audit" not in plain.stderr
+    assert plain.stdout == audited.stdout
+    roomy = run("generate", "reference", document, *ROOMY, "--audit", 4)
+    assert "none of" in roomy.stderr[roomy.stderr.index("audit ") :]
+
+
 def test_pages_keep_everything_and_say_what_a_step_reads(document: Path) -> None:
     result = run("generate", "reference", document, *SMALL, "--policy", "pages")
     assert f"all {LENGTH + NEW - 1} kept; a step reads 96" in result.stderr

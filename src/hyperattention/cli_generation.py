@@ -103,7 +103,10 @@ def ask(
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
 ) -> None:
-    """Ask about a document that was read before; the file stays as it is, so that every question starts from it."""
+    """Ask about a document that was read before; the file stays as it is, so that every question starts from it.
+
+    Attention cannot be audited here: that takes all keys of the document, and the file holds what is left of them.
+    """
     console = make_console(stderr=True)
     with explained():
         from hyperattention.report import generation as report
