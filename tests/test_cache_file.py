@@ -1,5 +1,6 @@
 """The file of a compressed cache: what was saved goes on as it would have, and nothing damaged is used."""
 
+import copy
 import os
 from importlib import import_module
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_what_is_damaged_or_of_another_is_refused_before_any_use(model: nn.Modul
         file.load_cache(path, build("Llama", {"num_hidden_layers": 1}))
     with pytest.raises(ValueError, match="cannot read"):
         file.load_cache(tmp_path / "none", model)
+
+
+def test_a_copy_is_read_by_whoever_reads_the_model(model: nn.Module) -> None:
+    cache = read(model)
+    with torch.no_grad(), integration.use(model, ha.Exact()) as calls:
+        within = copy.deepcopy(cache)
+        model(tokens(2, 99)[:, 70:71], past_key_values=copy.deepcopy(cache))
+    assert calls.counts.approximated == 2
+    # what is copied while the model reads weights does not let a model read on that no longer does
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot read the weights"):
+        model(tokens(2, 99)[:, 70:71], past_key_values=within)
+    assert torch.equal(go_on(model, copy.deepcopy(cache)), go_on(model, cache))
 
 
 def interrupted(*_: object) -> None:

@@ -25,7 +25,7 @@ from hyperattention.integrations.cache_keys import check_keys
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.random import SEED_LIMIT
 
-__all__ = ["find_maker", "load_cache", "save_cache"]
+__all__ = ["check_savable", "find_maker", "load_cache", "save_cache"]
 
 FORMAT, VERSION = "hyperattention cache", 1
 _REMEDY = "write it again with save_cache, or `hyperattention cache`"
@@ -61,12 +61,8 @@ def save_cache(
     Example:
         >>> save_cache(cache, model, "document.safetensors", tokens=tokens)  # doctest: +SKIP
     """
+    check_savable(cache, model)
     stores = cache.stores
-    if windowed := [number for number in range(len(cache.layers)) if number not in stores]:
-        raise ValueError(
-            f"layers {windowed} of {type(model).__name__} have sliding windows, which this file does not hold: save caches "
-            "of models whose layers all have full attention"
-        )
     if empty := [number for number, store in stores.items() if not store.batch]:
         raise ValueError(f"layers {empty} of the cache hold nothing: let the model read something before it is saved")
     tensors = {f"layer.{number}.{name}": x for number, store in stores.items() for name, x in store.state().items()}
@@ -88,6 +84,24 @@ def save_cache(
     if made_by is not None:
         metadata[_MADE_BY] = made_by
     write_whole_bytes(Path(path), save(tensors, metadata | {_DIGEST: _digest(tensors, metadata)}))
+
+
+def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
+    """Refuse, before anything is read, a cache that the file cannot hold.
+
+    Args:
+        cache: it may be empty still.
+        model: who is going to read.
+
+    Raises:
+        ValueError: if a layer of it is not compressed.
+    """
+    stores = cache.stores
+    if windowed := [number for number in range(len(cache.layers)) if number not in stores]:
+        raise ValueError(
+            f"layers {windowed} of {type(model).__name__} have sliding windows, which this file does not hold: save caches "
+            "of models whose layers all have full attention"
+        )
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, Int[Tensor, "batch tokens"] | None]:

@@ -72,7 +72,9 @@ class HyperCache(Cache):
         if window is None:
             window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(64, budget // 4))
         self.room, self.seed = Room(budget, sinks, window), seed
-        self._config = config.get_text_config(decoder=True)
+        text_config = config.get_text_config(decoder=True)
+        # a function is not copied: copies of this cache, too, ask the model's own configuration, which `use` switches
+        self._attention_name = lambda: text_config._attn_implementation
         layers = list(DynamicCache(config=config).layers)
         full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
@@ -108,7 +110,7 @@ class HyperCache(Cache):
         Raises:
             ValueError: if the model's attention cannot read weights.
         """
-        name = self._config._attn_implementation
+        name = self._attention_name()
         reader = AttentionInterface().get(name)
         if not getattr(reader, READS_HELD, False):
             raise ValueError(
