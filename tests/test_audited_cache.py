@@ -1,5 +1,7 @@
 """The audit of a cache: what it reports is the error there was, of tokens drawn whatever they say, and changes nothing."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -224,3 +226,18 @@ def test_a_layer_that_borrows_its_choice_may_be_audited() -> None:
     first, second = (layer.inner for layer in cache.layers[:2])
     assert second.lender is first
     assert cache.report().num_audited > 0
+
+
+def test_layers_of_a_copy_share_with_their_own_neighbours() -> None:
+    pytest.importorskip("transformers")
+    from test_hyper_cache import HyperCache, family, with_cache
+
+    model = family("llama")
+    cache = HyperCache(model.config, policy=TopPages(page=2, share=2, first=0), budget=32, sinks=2, window=16, audit=3)
+    plain = with_cache(model, copy.deepcopy(cache))
+    other = copy.deepcopy(cache)
+    other.reset()
+    first, second = (layer.inner for layer in other.layers[:2])
+    assert second.lender is first
+    assert first is not cache.layers[0].inner
+    assert torch.equal(with_cache(model, other), plain)
