@@ -338,3 +338,12 @@ def test_a_model_that_changes_keys_on_their_way_to_attention_is_refused(model: n
 def test_room_that_is_none_is_refused(model: nn.Module, room: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cache_of(model, **room)
+
+
+def test_beyond_the_length_of_the_model_only_if_asked() -> None:
+    model = build("Llama", {"max_position_embeddings": PROMPT + 3})
+    with pytest.raises(ValueError, match=r"made for 63: give a shorter one, fewer new tokens, or beyond=True"):
+        with_cache(model, cache_of(model))
+    cache = HyperCache(model.config, beyond=True, **SMALL)
+    assert with_cache(model, cache).shape[1] == PROMPT + NEW
+    assert not any(store.is_whole for store in cache.stores.values())

@@ -26,6 +26,7 @@ _Audit = Annotated[
         min=0, help="Attend exactly as well from one token in so many, over a copy of all keys, and say the error; 0: never."
     ),
 ]
+_Beyond = Annotated[bool, typer.Option("--beyond", help="Go on beyond the length that the model was made for.")]
 _INTERRUPTED = 130
 
 
@@ -41,6 +42,7 @@ def generate(
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
     audit: _Audit = 8,
+    beyond: _Beyond = False,
 ) -> None:
     """Go on from a text, through a cache of bounded size: the text on standard output, what it cost on standard error."""
     console = make_console(stderr=True)
@@ -48,7 +50,7 @@ def generate(
         from hyperattention.report import generation as report
 
         _hide_bars()
-        options = report.Options(model, policy, budget, sinks, window, chunk, seed, audit or None)
+        options = report.Options(model, policy, budget, sinks, window, chunk, seed, audit or None, beyond)
         sampling = report.Sampling(max_new_tokens, temperature, seed)
         prepared = report.prepare(options, prompt, max_new_tokens)
         reading = report.read(prepared, console, leave=1)
@@ -66,6 +68,7 @@ def cache(
     window: _Window = None,
     chunk: _Chunk = None,
     seed: _Seed = 0,
+    beyond: _Beyond = False,
 ) -> None:
     """Read a document once, and keep what `ask` needs of it in one file."""
     console = make_console(stderr=True)
@@ -77,7 +80,7 @@ def cache(
         check_writable(out)
         if out.resolve() == document.resolve():
             refuse(f"--out {out} is the document itself: name another file")
-        options = report.Options(model, policy, budget, sinks, window, chunk, seed)
+        options = report.Options(model, policy, budget, sinks, window, chunk, seed, beyond=beyond)
         try:
             prepared = report.prepare(options, document, None)
             check_savable(prepared.cache, prepared.judged.model)
@@ -102,6 +105,7 @@ def ask(
     max_new_tokens: _New = 128,
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
+    beyond: _Beyond = False,
 ) -> None:
     """Ask about a document that was read before; the file stays as it is, so that every question starts from it.
 
@@ -115,7 +119,7 @@ def ask(
         if not file.is_file():
             refuse(f"no file {file}: write one with `hyperattention cache`")
         sampling = report.Sampling(max_new_tokens, temperature, seed)
-        asked = report.recall(file, questions, model, max_new_tokens)
+        asked = report.recall(file, questions, model, max_new_tokens, beyond=beyond)
         for question, prepared in zip(questions, asked, strict=True):
             if len(questions) > 1:
                 console.print(question, style="bold", markup=False, highlight=False)

@@ -119,7 +119,9 @@ class Contender:
         """Name it in tables: the entrant, and its budget where it has one."""
         return self.entrant.name if self.entrant.policy is None else f"{self.entrant.name}@{self.budget}"
 
-    def cache(self, model: PreTrainedModel, length: int, seed: int, audit: int | None = None) -> HyperCache:
+    def cache(
+        self, model: PreTrainedModel, length: int, seed: int, *, audit: int | None = None, beyond: bool = False
+    ) -> HyperCache:
         """Make an empty cache.
 
         Args:
@@ -127,6 +129,7 @@ class Contender:
             length: tokens that it may have to hold in all, which is the budget of a cache that drops nothing.
             seed: of every draw.
             audit: one token in so many is audited; None for none.
+            beyond: whether to go on beyond the length that the model was made for.
 
         Returns:
             the cache.
@@ -135,7 +138,7 @@ class Contender:
         budget = self.budget if self.entrant.policy is not None else max(length, self.budget)
         return HyperCache(
             model.config, budget=budget, policy=self.entrant.policy, sinks=self.sinks, window=self.window, seed=seed,
-            audit=audit,
+            audit=audit, beyond=beyond,
         )  # fmt: skip
 
 

@@ -104,12 +104,15 @@ def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
         )
 
 
-def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, Int[Tensor, "batch tokens"] | None]:
+def load_cache(
+    path: str | Path, model: PreTrainedModel, *, beyond: bool = False
+) -> tuple[HyperCache, Int[Tensor, "batch tokens"] | None]:
     """Read a cache that the same model wrote, and check all of it first.
 
     Args:
         path: the file.
         model: who goes on; the tensors go where it is.
+        beyond: whether it may go on beyond the length that it was made for.
 
     Returns:
         the cache, and the tokens that were kept with it, if any.
@@ -122,7 +125,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, In
     made = _read_made(Field(_parsed(path, metadata["cache"]), str(path), "", _REMEDY))
     tokens = tensors.pop(_TOKENS, None)
     try:
-        cache = HyperCache(model.config, policy=made.policy, seed=made.seed, **asdict(made.room))
+        cache = HyperCache(model.config, policy=made.policy, seed=made.seed, beyond=beyond, **asdict(made.room))
         _fill(cache, tensors, model)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}; {_REMEDY}") from error

@@ -59,6 +59,8 @@ class HyperCache(Cache):
         seed: of every draw; the layer's number enters too.
         audit: one token in so many is also attended to exactly, over a copy of all keys and values, and `report` tells the
             error; None for no audit, and no copy.
+        beyond: whether to go on beyond the length that the model was made for, its `max_position_embeddings`; otherwise a
+            step that would exceed it is refused, because what a model says there means nothing unless it was made for it.
 
     Raises:
         ValueError: if the budget leaves nothing beside sinks and window, or no layer has full attention.
@@ -79,6 +81,7 @@ class HyperCache(Cache):
         window: int | None = None,
         seed: int = 0,
         audit: int | None = None,
+        beyond: bool = False,
     ) -> None:
         """Make an empty cache."""
         self.policy = ClusterMeans() if policy is None else policy
@@ -87,6 +90,8 @@ class HyperCache(Cache):
         text_config = config.get_text_config(decoder=True)
         # a function is not copied: copies of this cache, too, ask the model's own configuration, which `use` switches
         self._attention_name = lambda: text_config._attn_implementation
+        # models without learned or rotary positions name no length
+        self._limit: int | None = None if beyond else getattr(text_config, "max_position_embeddings", None)
         layers = list(DynamicCache(config=config).layers)
         full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
@@ -120,8 +125,14 @@ class HyperCache(Cache):
             keys and values to attend to.
 
         Raises:
-            ValueError: if the model's attention cannot read weights.
+            ValueError: if the model's attention cannot read weights, or was not made for so long a text.
         """
+        length = self.get_seq_length(layer_idx) + key_states.shape[2]
+        if self._limit is not None and length > self._limit:
+            raise ValueError(
+                f"a text of {length:,} tokens, and the model was made for {self._limit:,}: give a shorter one, fewer new "
+                "tokens, or beyond=True to go on all the same"
+            )
         name = self._attention_name()
         reader = AttentionInterface().get(name)
         if not getattr(reader, READS_HELD, False):

@@ -38,6 +38,7 @@ class Options:
         chunk: tokens of a piece in which the text is read; None for all at once.
         seed: of every draw.
         audit: one token in so many is also attended to exactly; None for none.
+        beyond: whether to go on beyond the length that the model was made for.
     """
 
     model: str = REFERENCE
@@ -48,6 +49,7 @@ class Options:
     chunk: int | None = None
     seed: int = 0
     audit: int | None = None
+    beyond: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ def prepare(options: Options, path: Path, more: int | None) -> Prepared:
     tokens = codec_of(judged).encode(text, first=True)[None]
     if tokens.shape[1] < 2:
         raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
-    _check_length(judged, tokens.shape[1] + (more or 0))
+    _check_length(judged, tokens.shape[1] + (more or 0), options.beyond)
     # a cache that drops nothing needs room for whatever follows, such as the questions that are put to its file
-    room = judged.max_length if more is None else tokens.shape[1] + more
-    cache = contender.cache(judged.model, room, options.seed, options.audit)
+    room = max(judged.max_length, 2 * tokens.shape[1]) if more is None else tokens.shape[1] + more
+    cache = contender.cache(judged.model, room, options.seed, audit=options.audit, beyond=options.beyond)
     return Prepared(judged, tokens, cache, options)
 
 
@@ -108,11 +110,11 @@ def _load(model: str) -> Judged:
     return judged
 
 
-def _check_length(judged: Judged, num_tokens: int) -> None:
-    if num_tokens > judged.max_length:
+def _check_length(judged: Judged, num_tokens: int, beyond: bool) -> None:
+    if num_tokens > judged.max_length and not beyond:
         raise ValueError(
             f"{num_tokens:,} tokens to read and write, and {judged.name} was made for {judged.max_length:,}: give a shorter "
-            "text, or a model of longer context"
+            "text, a model of longer context, or --beyond to go on all the same"
         )
 
 
@@ -159,7 +161,9 @@ def keep(prepared: Prepared, out: Path) -> None:
     save_cache(prepared.cache, prepared.judged.model, out, tokens=prepared.tokens, made_by=made_by)
 
 
-def recall(path: Path, questions: Sequence[str], model: str | None, more: int) -> Iterator[Prepared]:
+def recall(
+    path: Path, questions: Sequence[str], model: str | None, more: int, *, beyond: bool = False
+) -> Iterator[Prepared]:
     """Load a cache and its model, and put each question behind the text, as if the others had not been asked.
 
     Args:
@@ -167,6 +171,7 @@ def recall(path: Path, questions: Sequence[str], model: str | None, more: int) -
         questions: what is asked.
         model: folder of the model; None for the one that the file names.
         more: tokens that are to follow each.
+        beyond: whether to go on beyond the length that the model was made for.
 
     Returns:
         what each question needs, one after another; all of them were looked at.
@@ -176,13 +181,13 @@ def recall(path: Path, questions: Sequence[str], model: str | None, more: int) -
     """
     named = model or _maker(path)
     judged = _load(named)
-    cache, tokens = load_cache(path, judged.model)
+    cache, tokens = load_cache(path, judged.model, beyond=beyond)
     if tokens is None:
         raise ValueError(f"{path} holds no tokens of its text: write it with `hyperattention cache`, or save_cache(tokens=)")
     asked = [codec_of(judged).encode(question, first=False)[None] for question in questions]
     if not all(each.shape[1] for each in asked):
         raise ValueError("the question is empty: say what the model is to go on from")
-    _check_length(judged, tokens.shape[1] + max(each.shape[1] for each in asked) + more)
+    _check_length(judged, tokens.shape[1] + max(each.shape[1] for each in asked) + more, beyond)
     options = Options(named, seed=cache.seed, budget=cache.room.budget)
     texts = [torch.cat([tokens.cpu(), each], 1) for each in asked]
     return (Prepared(judged, text, copy.deepcopy(cache), options) for text in texts)
