@@ -13,6 +13,7 @@ from hyperattention.cache.cache_report import CacheReport, report_on
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
+from hyperattention.check import positive
 from hyperattention.condense.cluster_means import ClusterMeans
 from hyperattention.condense.policy import Policy
 from hyperattention.integrations.transformers_held import READS_HELD
@@ -48,7 +49,8 @@ class HyperCache(Cache):
             error; None for no audit, and no copy.
 
     Raises:
-        ValueError: if the budget leaves nothing beside sinks and window, or no layer has full attention.
+        ValueError: if the budget leaves nothing beside sinks and window, no layer has full attention, or `audit` is not
+            positive.
 
     Example:
         >>> cache = HyperCache(model.config, budget=1024)  # doctest: +SKIP
@@ -69,6 +71,8 @@ class HyperCache(Cache):
     ) -> None:
         """Make an empty cache."""
         self.policy = ClusterMeans() if policy is None else policy
+        if audit is not None:
+            positive("HyperCache", audit=audit)
         if window is None:
             window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(64, budget // 4))
         self.room, self.seed = Room(budget, sinks, window), seed
@@ -140,7 +144,7 @@ class HyperCache(Cache):
             the report; None without `audit`.
         """
         audited = {number: store for number, store in self.stores.items() if isinstance(store, AuditedStore)}
-        return report_on(audited) if audited else None
+        return report_on(audited, self.room.budget) if audited else None
 
     @property
     def memory_bytes(self) -> int:

@@ -1,0 +1,226 @@
+"""The audit of a cache: what it reports is the error there was, of tokens drawn whatever they say, and changes nothing."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hyperattention.cache.audited import AuditedStore, are_drawn
+from hyperattention.cache.cache_report import report_on
+from hyperattention.cache.condensing import CondensingStore
+from hyperattention.cache.room import Room
+from hyperattention.cache.top_pages import TopPages
+from hyperattention.condense.latest import Latest
+from hyperattention.condense.uniform_sample import UniformSample
+from hyperattention.interval import mean_interval
+from hyperattention.types import Partial
+
+HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 8**-0.5
+ROOM = Room(24, 2, 8)
+
+
+def inputs(tokens: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, heads, tokens, WIDTH, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    # values that agree somewhat, or exact rows are nearly 0 and every relative error is large
+    return q, k, v + 2
+
+
+def step(store: AuditedStore, q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
+    store.append(k[:, :, at], v[:, :, at])
+    out = store.attend(q[:, :, at], SCALE).out
+    store.settle(q[:, :, at], SCALE)
+    return out
+
+
+def run(store: AuditedStore, q: Tensor, k: Tensor, v: Tensor, prompt: int = 40) -> Tensor:
+    """Read a prompt whole, then token by token; the outputs of the latter."""
+    store.append(k[:, :, :prompt], v[:, :, :prompt])
+    store.settle(q[:, :, :prompt], SCALE)
+    return torch.cat([step(store, q, k, v, slice(at, at + 1)) for at in range(prompt, q.shape[2])], 2)
+
+
+def truth_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+
+
+def test_the_report_is_the_error_there_was() -> None:
+    q, k, v = inputs(140)
+    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 4, 0)
+    out, truth = run(store, q, k, v), truth_of(q, k, v)[:, :, 40:]
+    error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
+    assert store.num_approximated == 100
+    assert len(store.audited) == 25
+    torch.testing.assert_close(store.errors.double(), error[:, [at - 40 for at in store.audited]], rtol=1e-4, atol=1e-6)
+    report = report_on({3: store}, ROOM.budget)
+    assert report.relative_error == pytest.approx(float(store.errors.mean()))
+    assert report.interval[0] < report.relative_error < report.interval[1]
+    assert f"relative error {report.relative_error:.2g} (95% CI" in str(report)
+    assert "25 of 100 approximated tokens audited; worst: layer 3" in str(report)
+
+
+def test_where_every_token_is_audited_nothing_is_left_to_chance() -> None:
+    store = AuditedStore(CondensingStore(Latest(), ROOM), 1, 0)
+    run(store, *inputs(90))
+    report = report_on({0: store}, ROOM.budget)
+    assert report.num_audited == report.num_approximated == 50
+    assert report.interval == (report.relative_error, report.relative_error)
+
+
+class Wrong(CondensingStore):
+    """A planted fault: the wrong sign."""
+
+    def attend(self, q: Tensor, scale: float) -> Partial:
+        part = super().attend(q, scale)
+        return Partial(-part.out, part.lse)
+
+
+def test_a_store_that_is_wrong_is_found_out() -> None:
+    errors = []
+    for kind in (CondensingStore, Wrong):
+        store = AuditedStore(kind(UniformSample(), Room(60, 2, 30)), 2, 0)
+        run(store, *inputs(200), prompt=70)
+        errors.append(report_on({0: store}, ROOM.budget).relative_error)
+    assert errors[0] < 0.5 < 1.5 < errors[1]
+
+
+def test_what_is_given_is_not_changed_and_what_is_drawn_does_not_depend_on_it() -> None:
+    bare, places = CondensingStore(UniformSample(), ROOM), []
+    for seed in (0, 1):
+        q, k, v = inputs(200, seed=seed)
+        watched = AuditedStore(CondensingStore(UniformSample(), ROOM), 8, 5)
+        ours = run(watched, q, k, v)
+        bare = CondensingStore(UniformSample(), ROOM)
+        bare.append(k[:, :, :40], v[:, :, :40])
+        bare.settle(q[:, :, :40], SCALE)
+        for at in range(40, 200):
+            bare.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
+            assert torch.equal(bare.attend(q[:, :, at : at + 1], SCALE).out, ours[:, :, at - 40 : at - 39])
+            bare.settle(q[:, :, at : at + 1], SCALE)
+        assert watched.memory_bytes == bare.memory_bytes
+        assert watched.shadow_bytes > bare.memory_bytes
+        places.append(watched.audited)
+    assert places[0] == places[1]
+    assert [at // 8 for at in places[0]] == list(range(5, 25))  # one in each run
+    assert len({at % 8 for at in places[0]}) > 4
+    other = AuditedStore(CondensingStore(UniformSample(), ROOM), 8, 6)
+    run(other, *inputs(200))
+    assert other.audited != places[0]
+
+
+def test_exact_steps_count_for_nothing() -> None:
+    store = AuditedStore(CondensingStore(UniformSample(), Room(500, 2, 8)), 1, 0)
+    run(store, *inputs(90))
+    report = report_on({0: store}, ROOM.budget)
+    assert (report.num_approximated, report.num_audited, report.num_tokens) == (0, 0, 90)
+    assert str(report) == "exact: none of 90 tokens was approximated"
+    rarely = AuditedStore(CondensingStore(UniformSample(), ROOM), 10_000, 0)
+    run(rarely, *inputs(60))
+    assert "not measured: none of 20 approximated tokens was drawn" in str(report_on({0: rarely}, ROOM.budget))
+
+
+def test_steps_of_several_tokens_are_judged_token_by_token() -> None:
+    q, k, v = inputs(140)
+    store = AuditedStore(TopPages(page=2).store(ROOM, 0, 0, None), 4, 0)
+    store.append(k[:, :, :40], v[:, :, :40])
+    store.settle(q[:, :, :40], SCALE)
+    outs = [step(store, q, k, v, slice(at, at + 5)) for at in range(40, 140, 5)]
+    truth = truth_of(q, k, v)[:, :, 40:]
+    error = ((torch.cat(outs, 2) - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
+    assert len(store.audited) == 25
+    torch.testing.assert_close(store.errors.double(), error[:, [at - 40 for at in store.audited]], rtol=1e-4, atol=1e-6)
+    assert store.errors.max() > 0.01
+
+
+def test_padding_is_not_judged() -> None:
+    q, k, v = inputs(120, batch=2)
+    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
+    live = torch.ones(2, 40, dtype=torch.bool)
+    live[1, :25] = False
+    store.append(k[:, :, :40], v[:, :, :40])
+    store.mark(live)
+    store.settle(q[:, :, :40], SCALE)
+    outs = torch.cat([step(store, q, k, v, slice(at, at + 1)) for at in range(40, 120)], 2)
+    truth = torch.cat([truth_of(q[:1], k[:1], v[:1])[:, :, 40:], truth_of(*(x[1:, :, 25:] for x in (q, k, v)))[:, :, 15:]])
+    error = ((outs - truth).norm(dim=-1) / truth.norm(dim=-1)).mean(0)
+    torch.testing.assert_close(store.errors.double(), error, rtol=1e-4, atol=1e-6)
+
+
+def test_beams_and_crops_take_the_witness_along() -> None:
+    q, k, v = inputs(140, batch=2)
+    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 2, 0)
+    run(store, q, k, v)
+    before, errors = store.audited, store.errors
+    store.take_rows(torch.tensor([1, 1, 0]))
+    store.crop(3)
+    assert store.audited == tuple(at for at in before if at < 137)
+    assert store.num_approximated == 97
+    torch.testing.assert_close(store.errors, errors[:, : len(store.audited)])
+    rows = torch.tensor([1, 1, 0])
+    q, k, v = (x[rows] for x in (q, k, v))
+    out = torch.cat([step(store, q, k, v, slice(at, at + 1)) for at in range(137, 140)], 2)
+    assert store.audited == before
+    truth = truth_of(q, k, v)[:, :, 137:]
+    error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1)).mean(0)
+    new = [at - 137 for at in before if at >= 137]
+    torch.testing.assert_close(store.errors[:, -len(new) :].double(), error[:, new], rtol=1e-4, atol=1e-6)
+
+
+def test_the_interval_covers_the_error_of_all_approximated_tokens() -> None:
+    q, k, v = inputs(340)
+    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
+    run(store, q, k, v)
+    # heavy tails: a few tokens are wholly wrong
+    errors = store.errors.mean(0)
+    errors[::37] = 1.0
+    position, truth, covered = torch.tensor(store.audited), errors.mean(), []
+    for seed in range(200):
+        drawn = errors[are_drawn(position, 10, seed)]
+        assert len(drawn) == 30
+        low, high = mean_interval(drawn[None, None], torch.ones(1, 30, dtype=torch.bool))
+        covered.append(bool(low <= truth <= high))
+    # strata only concentrate a sample: more than 95% may be covered
+    assert sum(covered) / len(covered) >= 0.93
+    assert float(high - low) < 0.5
+
+
+def test_an_audit_cannot_begin_halfway() -> None:
+    store = AuditedStore(CondensingStore(Latest(), ROOM), 4, 0)
+    run(store, *inputs(60))
+    with pytest.raises(ValueError, match="every key from the first on"):
+        AuditedStore(CondensingStore(Latest(), ROOM), 4, 0).restore(store.state())
+    CondensingStore(Latest(), ROOM).restore(store.state())
+    with pytest.raises(ValueError, match=r"every=0"):
+        AuditedStore(CondensingStore(Latest(), ROOM), 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams", "prompt lookup", "assistant", "chunked prefill"])
+@pytest.mark.parametrize("policy", [None, TopPages(page=2)], ids=["means", "pages"])
+def test_generation_goes_on_as_without_an_audit(mode: str, policy: TopPages | None) -> None:
+    pytest.importorskip("transformers")
+    from test_hyper_cache import HyperCache, cache_of, family, with_cache
+
+    model = family("llama")
+    plain = with_cache(model, cache_of(model, policy), mode)
+    cache = HyperCache(model.config, policy=policy, budget=32, sinks=2, window=16, audit=3)
+    assert torch.equal(with_cache(model, cache, mode), plain)
+    report = cache.report()
+    assert 0 < report.num_audited < report.num_approximated < report.num_tokens
+    assert 0 <= report.interval[0] <= report.relative_error <= report.interval[1]
+    assert report.memory_bytes == cache.memory_bytes
+    assert cache_of(model, policy).report() is None
+
+
+def test_a_layer_that_borrows_its_choice_may_be_audited() -> None:
+    pytest.importorskip("transformers")
+    from test_hyper_cache import HyperCache, family, with_cache
+
+    model, policy = family("llama"), TopPages(page=2, share=2, first=0)
+    outs = []
+    for audit in (None, 3):
+        cache = HyperCache(model.config, policy=policy, budget=32, sinks=2, window=16, audit=audit)
+        outs.append(with_cache(model, cache))
+    assert torch.equal(*outs)
+    first, second = (layer.inner for layer in cache.layers[:2])
+    assert second.lender is first
+    assert cache.report().num_audited > 0
