@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hyperattention.cache import audited
 from hyperattention.cache.audited import AuditedStore, are_drawn
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.condensing import CondensingStore
@@ -12,6 +13,7 @@ from hyperattention.cache.room import Room
 from hyperattention.cache.top_pages import TopPages
 from hyperattention.condense.latest import Latest
 from hyperattention.condense.uniform_sample import UniformSample
+from hyperattention.exact_rows import exact_rows
 from hyperattention.interval import mean_interval
 from hyperattention.types import Partial
 
@@ -56,6 +58,8 @@ def test_the_report_is_the_error_there_was() -> None:
     assert report.relative_error == pytest.approx(float(store.errors.mean()))
     assert report.interval[0] < report.relative_error < report.interval[1]
     assert f"relative error {report.relative_error:.2g} (95% CI" in str(report)
+    assert (report.memory_bytes, report.whole_bytes) == (store.memory_bytes, 140 * 2 * KV_HEADS * WIDTH * 4)
+    assert f"{report.memory_bytes / report.whole_bytes:.1%} of 0.0171 MiB held, 17.1% of 140 keys read a step" in str(report)
     assert "25 of 100 approximated tokens audited; worst: layer 3" in str(report)
 
 
@@ -132,6 +136,48 @@ def test_steps_of_several_tokens_are_judged_token_by_token() -> None:
     assert store.errors.max() > 0.01
 
 
+def test_of_a_chunk_only_the_rows_drawn_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def counting(q: Tensor, *rest: object) -> Tensor:
+        rows.append(q.shape[2])
+        return exact_rows(q, *rest)
+
+    monkeypatch.setattr(audited, "exact_rows", counting)
+    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 10, 0)
+    q, k, v = inputs(240)
+    store.append(k[:, :, :40], v[:, :, :40])
+    store.settle(q[:, :, :40], SCALE)
+    for at in range(40, 240, 50):
+        step(store, q, k, v, slice(at, at + 50))
+    assert sum(rows) == len(store.audited) == 20
+    assert store.num_approximated == 200
+
+
+def test_narrow_numbers_are_judged_by_exact_rows_that_are_not_narrow() -> None:
+    q, k, v = (x.bfloat16() for x in inputs(60))
+    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
+    out, truth = run(store, q, k, v), truth_of(q, k, v)[:, :, 40:]
+    error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
+    torch.testing.assert_close(store.errors.double(), error, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_reads_every_key_errs_by_nothing() -> None:
+    q, k, v = inputs(100)
+    stores = {
+        n: AuditedStore(CondensingStore(UniformSample(), room), 3, 0) for n, room in enumerate((ROOM, Room(500, 2, 8)))
+    }
+    for store in stores.values():
+        run(store, q, k, v)
+    alone, both = report_on({0: stores[0]}, ROOM.budget), report_on(stores, ROOM.budget)
+    assert both.num_approximated == alone.num_approximated == 60
+    assert both.num_audited == alone.num_audited == len(stores[0].audited)
+    assert not stores[1].audited
+    assert both.by_layer.tolist() == [pytest.approx(alone.relative_error), 0.0]
+    assert both.relative_error == pytest.approx(alone.relative_error / 2)
+    assert "worst: layer 0" in str(both)
+
+
 def test_padding_is_not_judged() -> None:
     q, k, v = inputs(120, batch=2)
     store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
@@ -192,35 +238,3 @@ def test_an_audit_cannot_begin_halfway() -> None:
     CondensingStore(Latest(), ROOM).restore(store.state())
     with pytest.raises(ValueError, match=r"every=0"):
         AuditedStore(CondensingStore(Latest(), ROOM), 0, 0)
-
-
-@pytest.mark.parametrize("mode", ["greedy", "beams", "prompt lookup", "assistant", "chunked prefill"])
-@pytest.mark.parametrize("policy", [None, TopPages(page=2)], ids=["means", "pages"])
-def test_generation_goes_on_as_without_an_audit(mode: str, policy: TopPages | None) -> None:
-    pytest.importorskip("transformers")
-    from test_hyper_cache import HyperCache, cache_of, family, with_cache
-
-    model = family("llama")
-    plain = with_cache(model, cache_of(model, policy), mode)
-    cache = HyperCache(model.config, policy=policy, budget=32, sinks=2, window=16, audit=3)
-    assert torch.equal(with_cache(model, cache, mode), plain)
-    report = cache.report()
-    assert 0 < report.num_audited < report.num_approximated < report.num_tokens
-    assert 0 <= report.interval[0] <= report.relative_error <= report.interval[1]
-    assert report.memory_bytes == cache.memory_bytes
-    assert cache_of(model, policy).report() is None
-
-
-def test_a_layer_that_borrows_its_choice_may_be_audited() -> None:
-    pytest.importorskip("transformers")
-    from test_hyper_cache import HyperCache, family, with_cache
-
-    model, policy = family("llama"), TopPages(page=2, share=2, first=0)
-    outs = []
-    for audit in (None, 3):
-        cache = HyperCache(model.config, policy=policy, budget=32, sinks=2, window=16, audit=audit)
-        outs.append(with_cache(model, cache))
-    assert torch.equal(*outs)
-    first, second = (layer.inner for layer in cache.layers[:2])
-    assert second.lender is first
-    assert cache.report().num_audited > 0
