@@ -1,5 +1,6 @@
 """The file of a compressed cache: what was saved goes on as it would have, and nothing damaged is used."""
 
+import copy
 import os
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import hyperattention as ha
+from policies import POLICIES
 from tiny_models import build, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -16,13 +18,13 @@ integration = import_module("hyperattention.integrations.transformers")
 file = import_module("hyperattention.integrations.cache_file")
 
 PROMPT = 60
-POLICIES = {
-    "cluster means": ha.ClusterMeans(latest=4),
-    "uniform sample": ha.UniformSample(),
-    "latest": ha.Latest(),
-    "heavy hitters": ha.HeavyHitters(),
+KEEPINGS = {
     "pages": ha.TopPages(page=4, by=ha.TwoLevels(ha.Bounds(0.5))),
+    "pages and draws": ha.TopPages(page=4, by=ha.Midpoint(), draws=4, share=2, first=0),
+    "subgen": ha.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
+    "look once": ha.LookOnce(keep=0.7, latest=4, pages=ha.TopPages(page=4)),
 }
+EVERY = {case.name: case.policy for case in POLICIES} | KEEPINGS
 
 
 @pytest.fixture
@@ -39,10 +41,10 @@ def read(model: nn.Module, policy: object = None) -> object:
 
 def go_on(model: nn.Module, cache: object) -> torch.Tensor:
     with torch.no_grad(), integration.use(model, ha.Exact()):
-        return torch.cat([model(tokens(2, 99)[:, i : i + 1], past_key_values=cache).logits for i in range(70, 99)], 1)
+        return torch.cat([model(tokens(2, 99)[:, i : i + 1], past_key_values=cache).logits for i in range(70, 85)], 1)
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("policy", EVERY.values(), ids=EVERY)
 def test_what_was_saved_goes_on_as_it_would_have(model: nn.Module, tmp_path: Path, policy: object) -> None:
     cache = read(model, policy)
     file.save_cache(cache, model, tmp_path / "doc.safetensors", tokens=tokens(2, PROMPT))
@@ -84,15 +86,43 @@ def test_what_is_damaged_or_of_another_is_refused_before_any_use(model: nn.Modul
         file.load_cache(tmp_path / "none", model)
 
 
-def test_an_interruption_leaves_what_was_there(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
+def test_a_copy_is_read_by_whoever_reads_the_model(model: nn.Module) -> None:
     cache = read(model)
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        file.save_cache(cache, model, tmp_path / "doc.safetensors")
-    assert os.listdir(tmp_path) == []
+    with torch.no_grad(), integration.use(model, ha.Exact()) as calls:
+        within = copy.deepcopy(cache)
+        model(tokens(2, 99)[:, 70:71], past_key_values=copy.deepcopy(cache))
+    assert calls.counts.approximated == 2
+    # what is copied while the model reads weights does not let a model read on that no longer does
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot read the weights"):
+        model(tokens(2, 99)[:, 70:71], past_key_values=within)
+    assert torch.equal(go_on(model, copy.deepcopy(cache)), go_on(model, cache))
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def write_half(path: Path, data: bytes) -> int:
+    with path.open("wb") as opened:
+        opened.write(data[: len(data) // 2])
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["half written", "before it is put in place"])
+@pytest.mark.parametrize("old", [None, b"an old file"], ids=["no old file", "an old file"])
+def test_an_interruption_leaves_what_was_there(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, old: bytes | None
+) -> None:
+    cache, path = read(model), tmp_path / "doc.safetensors"
+    if old is not None:
+        path.write_bytes(old)
+    where, name, what = (Path, "write_bytes", write_half) if moment == "half written" else (os, "replace", interrupted)
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, what)
+        with pytest.raises(KeyboardInterrupt):
+            file.save_cache(cache, model, path)
+    assert os.listdir(tmp_path) == ([] if old is None else ["doc.safetensors"])
+    assert old is None or path.read_bytes() == old
 
 
 def test_what_cannot_be_saved_is_refused(model: nn.Module, tmp_path: Path) -> None:

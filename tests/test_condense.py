@@ -8,6 +8,7 @@ from torch import Tensor
 
 from assertions import assert_unbiased
 from hyperattention.condense.attended import attended
+from hyperattention.condense.balanced_halving import BalancedHalving
 from hyperattention.condense.heavy_hitters import HeavyHitters
 from hyperattention.condense.held import Held
 from hyperattention.condense.last_window import LastWindow
@@ -153,3 +154,20 @@ def test_attention_is_summed_over_queries_causally() -> None:
     limit = torch.arange(SLOTS - 2, SLOTS + 1)
     weights = scores.masked_fill(torch.arange(SLOTS) >= limit[:, None], -torch.inf).softmax(-1)
     torch.testing.assert_close(attended(slots, q, 0.3).double(), weights.sum((1, 2))[:, None], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pairs": 0}, "pairs=0.*positive integer"),
+        ({"strength": -1.0}, "strength=-1.0.*not negative"),
+        ({"strength": float("inf")}, "strength=inf.*finite"),
+        ({"breadth": 0.0}, "breadth=0.0.*must be positive"),
+        ({"breadth": -0.1}, "breadth=-0.1.*must be positive"),
+        ({"breadth": float("nan")}, "breadth=nan.*must be positive"),
+    ],
+    ids=str,
+)
+def test_a_walk_that_is_none_is_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BalancedHalving(**wrong)

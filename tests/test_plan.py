@@ -106,7 +106,7 @@ def set_at(*path: object, value: object) -> Callable[[dict], None]:
 WRONG = {
     "another format": (set_at("format", value="recipe"), "format is 'recipe': it must be 'hyperattention plan'"),
     "another version": (set_at("version", value=2), "version is 2: this release reads version 1"),
-    "no format": (set_at("format", value=None), "format is missing: the file is cut short, or no plan"),
+    "no format": (set_at("format", value=None), "format is missing: the file is cut short, or of another kind"),
     "no measurements": (set_at("measured", value=None), "measured is missing"),
     "an unknown field": (set_at("colour", value="red"), "colour is 'red': no such field is known"),
     "an unknown type": (set_at("methods", 0, "stages", 0, "type", value="Sink"), "stages.0.type is 'Sink': it must"),

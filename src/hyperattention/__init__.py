@@ -5,6 +5,7 @@ from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.by_head import ByHead
 from hyperattention.by_layer import ByLayer
+from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.top_pages import TopPages
 from hyperattention.calibration.plan import Plan
@@ -83,6 +84,7 @@ __all__ = [
     "Level",
     "Leverage",
     "LookAhead",
+    "LookOnce",
     "MeanKey",
     "Method",
     "Midpoint",

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hyperattention.cli_support import check_writable, explained, make_console, refuse
+from hyperattention.random import SEED_LIMIT
 
 _Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
 _Budget = Annotated[int, typer.Option(min=1, help="Most slots of each head, or most keys that a step reads.")]
@@ -18,7 +19,7 @@ _Chunk = Annotated[
 ]
 _New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to write.")]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="0 for the likeliest token, above for draws.")]
-_Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+_Seed = Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of every draw.")]
 _Audit = Annotated[
     int,
     typer.Option(
@@ -69,12 +70,17 @@ def cache(
     """Read a document once, and keep what `ask` needs of it in one file."""
     console = make_console(stderr=True)
     with explained():
+        from hyperattention.integrations.cache_file import check_savable
         from hyperattention.report import generation as report
 
         _hide_bars()
         check_writable(out)
-        prepared = report.prepare(report.Options(model, policy, budget, sinks, window, chunk, seed), document, 0)
+        if out.resolve() == document.resolve():
+            refuse(f"--out {out} is the document itself: name another file")
+        options = report.Options(model, policy, budget, sinks, window, chunk, seed)
         try:
+            prepared = report.prepare(options, document, None)
+            check_savable(prepared.cache, prepared.judged.model)
             reading = report.read(prepared, console, leave=0)
             report.keep(prepared, out)
         except KeyboardInterrupt:
@@ -87,7 +93,9 @@ def cache(
 
 def ask(
     file: Annotated[Path, typer.Argument(help="A cache that `cache` wrote.")],
-    question: Annotated[str, typer.Argument(help="Text that is put behind the document, for the model to go on from.")],
+    questions: Annotated[
+        list[str], typer.Argument(help="Text that is put behind the document, for the model to go on from; each on its own.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="Folder of the model, if it is no longer where the file says it was.")
     ] = None,
@@ -95,7 +103,10 @@ def ask(
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
 ) -> None:
-    """Ask about a document that was read before; the file stays as it is, so that every question starts from it."""
+    """Ask about a document that was read before; the file stays as it is, so that every question starts from it.
+
+    Attention cannot be audited here: that takes all keys of the document, and the file holds what is left of them.
+    """
     console = make_console(stderr=True)
     with explained():
         from hyperattention.report import generation as report
@@ -104,9 +115,13 @@ def ask(
         if not file.is_file():
             refuse(f"no file {file}: write one with `hyperattention cache`")
         sampling = report.Sampling(max_new_tokens, temperature, seed)
-        prepared = report.recall(file, question, model, max_new_tokens)
-        writing = report.write(prepared, sampling)
-    report.show(prepared, console, writing=writing)
+        asked = report.recall(file, questions, model, max_new_tokens)
+        for question, prepared in zip(questions, asked, strict=True):
+            if len(questions) > 1:
+                console.print(question, style="bold", markup=False, highlight=False)
+            reading = report.read(prepared, console, leave=1)
+            writing = report.write(prepared, sampling)
+            report.show(prepared, console, reading=reading, writing=writing)
 
 
 def _hide_bars() -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
 from hyperattention.condense.attended import attended
@@ -11,6 +12,8 @@ from hyperattention.condense.policy import Full, Policy
 from hyperattention.types import Partial
 
 _NAMES = ("k", "v", "log_weight", "position", "score")
+# queries of a step that are not watched before the next, so that guesses that assisted decoding takes back leave no trace
+_REVOCABLE = 32
 
 
 class CondensingStore(Store):
@@ -33,6 +36,7 @@ class CondensingStore(Store):
         self.policy, self.room, self.layer, self.seed = policy, room, layer, seed
         self._buffer: Held | None = None
         self._queries: Tensor | None = None
+        self._waiting: tuple[Tensor, float] | None = None
         self._count = self._seen = self._turn = self._new = 0
 
     @property
@@ -58,8 +62,10 @@ class CondensingStore(Store):
     @property
     def memory_bytes(self) -> int:
         """Bytes of the buffer and of the queries kept."""
-        queries = 0 if self._queries is None else self._queries.numel() * self._queries.element_size()
-        return queries + (0 if self._buffer is None else self._buffer.memory_bytes)
+        queries = [x for x in (self._queries, self._waiting and self._waiting[0]) if x is not None]
+        return sum(x.numel() * x.element_size() for x in queries) + (
+            0 if self._buffer is None else self._buffer.memory_bytes
+        )
 
     @property
     def held(self) -> Held:
@@ -77,6 +83,9 @@ class CondensingStore(Store):
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys behind the others."""
+        if self._buffer is not None:
+            fit_new((k, v), (self._buffer.k, self._buffer.v))
+        self._watch_waiting()
         new, first = k.shape[2], self._seen
         buffer = self._grown(k, v, self._count + new)
         part = buffer.part(self._count, self._count + new)
@@ -95,9 +104,8 @@ class CondensingStore(Store):
         have = 0 if old is None else old.num_slots
         if old is not None and count <= have:
             return old
-        room = (
-            count if not self.is_whole or count > self.room.budget else min(self.room.budget + 1, max(count, 3 * have // 2))
-        )
+        most = self.room.budget + 1
+        room = count if count >= most else most if not self.is_whole else min(most, max(count, 3 * have // 2))
         shape, device = (k.shape[0], k.shape[1], room), k.device
         weight = torch.promote_types(k.dtype, torch.float32)
         k, v = (x.new_empty((*shape, x.shape[3])) for x in (k, v))
@@ -123,17 +131,34 @@ class CondensingStore(Store):
 
     def settle(self, q: Tensor, scale: float) -> None:
         """Watch what the queries attend to, and condense if the budget is exceeded."""
-        if num := self.policy.num_queries:
-            kept = q[:, :, -num:] if self._queries is None else torch.cat([self._queries, q], 2)[:, :, -num:]
-            self._queries = kept.clone()
-        if self.policy.watches:
-            self.held.score.add_(attended(self.held, q, scale))
-        if self._count > self.room.budget:
+        full = self._count > self.room.budget
+        if self.policy.num_queries or self.policy.watches:
+            waiting = 0 if full else min(_REVOCABLE, q.shape[2])
+            known, rest = q.detach().split([q.shape[2] - waiting, waiting], 2)
+            self._watch(known, scale, self._count - waiting)
+            self._waiting = (rest.clone(), scale)
+        if full:
             self._condense(scale)
+
+    def _watch_waiting(self) -> None:
+        """Watch the latest queries: they will not be taken back any more."""
+        if self._waiting is not None:
+            self._watch(*self._waiting, self._count)
+            self._waiting = None
+
+    def _watch(self, q: Tensor, scale: float, end: int) -> None:
+        """Note queries, the last of which belongs to the slot before `end`, and what they attend to."""
+        if num := self.policy.num_queries:
+            kept = q if self._queries is None else torch.cat([self._queries, q], 2)
+            self._queries = kept[:, :, -num:].clone()
+        if self.policy.watches and q.shape[2]:
+            held = self.held.part(0, end)
+            held.score.add_(attended(held, q, scale))
 
     def _condense(self, scale: float) -> None:
         held, begin, end = self.held, self.room.sinks, self._count - self.room.window
-        if self.is_whole:
+        # at first, and later where a row had not as many keys as sinks
+        if self.is_whole or not bool(held.live[:, :, :begin].all()):
             held = _live_first(held, end)
         queries = self._queries
         if queries is None:
@@ -152,38 +177,57 @@ class CondensingStore(Store):
             self._buffer = self._buffer.rows(index)
         if self._queries is not None:
             self._queries = self._queries.index_select(0, index.to(self._queries.device))
+        if self._waiting is not None:
+            q, scale = self._waiting
+            self._waiting = (q.index_select(0, index.to(q.device)), scale)
 
     def crop(self, num: int) -> None:
         """Forget tokens that are still held one by one, in the window or behind it."""
         recent = self._count if self.is_whole else self._count - self.room.sinks - self.room.middle
         if num > recent:
-            raise ValueError(
-                f"cannot forget the latest {num} tokens: all but the last {recent} were condensed by {self.policy!r}; "
-                f"give a window of at least {num}"
-            )
+            why = f"all but the last {recent} were condensed by {self.policy!r}; give a window of at least {num}"
+            raise ValueError(f"cannot forget the latest {num} tokens: {'no more were read' if self.is_whole else why}")
         self._count, self._seen, self._new = self._count - num, self._seen - num, 0
+        if self._waiting is not None:
+            q, scale = self._waiting
+            self._waiting = (q[:, :, : max(0, q.shape[2] - num)], scale)
+            num = max(0, num - q.shape[2])
         if self._queries is not None:
             self._queries = self._queries[:, :, : max(0, self._queries.shape[2] - num)]
 
     def state(self) -> dict[str, Tensor]:
-        """Copy the slots in use, and the counters."""
-        numbers = torch.tensor([self._seen, self._turn])
-        queries = {} if self._queries is None else {"queries": self._queries.contiguous()}
-        return (
-            {name: x.contiguous() for name, x in zip(_NAMES, self.held.tensors, strict=True)}
-            | {"numbers": numbers}
-            | queries
-        )
+        """Copy the slots in use, and the counters; the latest queries are watched first, and stay so if they are cropped."""
+        self._watch_waiting()
+        state = dict(zip(_NAMES, self.held.tensors, strict=True)) | {"numbers": torch.tensor([self._seen, self._turn])}
+        state |= {} if self._queries is None else {"queries": self._queries}
+        return {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over slots and counters."""
-        missing = [name for name in (*_NAMES, "numbers") if name not in state]
-        shapes = {name: tuple(state[name].shape[:3]) for name in _NAMES if name in state}
-        if missing or len(set(shapes.values())) != 1:
-            raise ValueError(f"the state of a layer lacks {missing}, or its shapes {shapes} differ: it is not whole")
+        self._check(state)
         self._seen, self._turn = (int(x) for x in state["numbers"])
-        self._buffer, self._queries = Held(*(state[name] for name in _NAMES)), state.get("queries")
+        self._buffer, self._queries, self._waiting = Held(*(state[name] for name in _NAMES)), state.get("queries"), None
         self._count, self._new = self._buffer.num_slots, 0
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        """See that a store of this policy and room can be in this state."""
+        dtype = floating_type(state)
+        weight, slot = torch.promote_types(dtype, torch.float32), "batch kv_heads slots"
+        wanted = {"k": (f"{slot} head_dim", dtype), "v": (f"{slot} value_dim", dtype), "numbers": ("2", torch.int64)}
+        wanted |= {"log_weight": (slot, weight), "position": (slot, torch.int32), "score": (slot, weight)}
+        # a policy that wants queries has seen some by the time that anything is saved
+        if self.policy.num_queries:
+            wanted["queries"] = ("batch heads latest head_dim", floating_type(state, "queries"))
+        size = fit_state(state, wanted)
+        (seen, turn), slots, budget = (int(x) for x in state["numbers"]), size["slots"], self.room.budget
+        least = seen if turn == 0 else self.room.sinks + self.room.middle
+        insist(turn >= 0 and least <= slots <= min(seen, budget), f"{slots} slots of {seen} tokens, budget={budget}")
+        insist(size.get("latest", 0) <= self.policy.num_queries, f"at most {self.policy.num_queries} queries are kept")
+        insist(size.get("heads", 0) % max(1, size["kv_heads"]) == 0, "heads of queries are a multiple of the kv heads")
+        position, score = state["position"], state["score"]
+        insist((state["log_weight"] < torch.inf).all(), "log-weights are numbers below infinity")
+        insist(((position >= 0) & (position < seen)).all(), f"positions lie from 0 to {seen - 1}")
+        insist(((score >= 0) & (score < torch.inf)).all(), "attention that keys got is finite and not negative")
 
 
 def _repeated(held: Held, num: int) -> tuple[Tensor, Tensor]:

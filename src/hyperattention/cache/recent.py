@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hyperattention.cache.fitting import fit_new
 from hyperattention.coreset import Coreset
 
 
@@ -60,6 +61,8 @@ class Recent:
             v: values.
             most: tokens beyond which no room is made in advance.
         """
+        if self._buffer is not None:
+            fit_new((k, v), self._buffer[:2])
         live = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
         end = self.num + k.shape[2]
         have = 0 if self._buffer is None else self._buffer[0].shape[2]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
 from hyperattention.cache.page_rank import PageRank
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
@@ -81,6 +82,8 @@ class SelectingStore(Store):
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys behind the others, and sum up the pages that they fill."""
         new = k.shape[2]
+        if self._k is not None and self._v is not None:
+            fit_new((k, v), (self._k, self._v))
         self._k, self._v = _grown(self._k, k, self._seen), _grown(self._v, v, self._seen)
         if self._begin is None:
             self._begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
@@ -215,15 +218,15 @@ class SelectingStore(Store):
         """Copy keys and values; what sums them up follows."""
         if self._k is None or self._v is None:
             raise ValueError("nothing is held yet: append keys and values first")
-        k, v = (x[:, :, : self._seen].contiguous() for x in (self._k, self._v))
-        return {"k": k, "v": v, "begin": self._start}
+        k, v = (x[:, :, : self._seen].clone(memory_format=torch.contiguous_format) for x in (self._k, self._v))
+        return {"k": k, "v": v, "begin": self._start.clone()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take keys and values over, and sum them up again."""
-        missing = [name for name in ("k", "v", "begin") if name not in state]
-        if missing or state["k"].shape[:3] != state["v"].shape[:3] or state["begin"].shape != state["k"].shape[:1]:
-            shapes = {name: tuple(x.shape) for name, x in state.items()}
-            raise ValueError(f"the state of a layer lacks {missing}, or its shapes {shapes} do not fit: it is not whole")
+        dtype, key = floating_type(state), "batch kv_heads slots"
+        wanted = {"k": (f"{key} head_dim", dtype), "v": (f"{key} value_dim", dtype), "begin": ("batch", torch.int64)}
+        seen, begin = fit_state(state, wanted)["slots"], state["begin"]
+        insist(((begin >= 0) & (begin <= seen)).all(), f"rows begin from 0 to {seen}")
         self._k, self._v, self._begin = state["k"], state["v"], state["begin"]
         self._seen, self._new, self._summed, self._summary = self._k.shape[2], 0, 0, None
         self.settle(self._k, 1.0)

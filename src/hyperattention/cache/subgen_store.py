@@ -5,6 +5,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from hyperattention.cache.fitting import fit_state, floating_type, insist
 from hyperattention.cache.recent import Recent
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
@@ -18,6 +19,26 @@ _RECENT = ("k", "v", "live")
 _CLUSTERS, _DRAWN = (
     tuple(f"{part}_{each.name}" for each in fields(kind)) for part, kind in (("cluster", Clusters), ("drawn", Drawn))
 )
+
+# what each tensor of a state is: its axes, and its type, None for that of the keys
+_RECENT_KINDS = {
+    "k": ("batch kv_heads tokens head_dim", None),
+    "v": ("batch kv_heads tokens value_dim", None),
+    "live": ("batch tokens", torch.bool),
+    "numbers": ("1", torch.int64),
+}
+_KINDS = _RECENT_KINDS | {
+    "cluster_centre": ("batch kv_heads clusters head_dim", None),
+    "cluster_sample": ("batch kv_heads clusters samples head_dim", None),
+    "cluster_ticket": ("batch kv_heads clusters samples", torch.float64),
+    "cluster_count": ("batch kv_heads clusters", torch.int64),
+    "cluster_num": ("batch kv_heads", torch.int64),
+    "drawn_k": ("batch kv_heads slots head_dim", None),
+    "drawn_v": ("batch kv_heads slots value_dim", None),
+    "drawn_norm": ("batch kv_heads slots", torch.float64),
+    "drawn_time": ("batch kv_heads slots", torch.float64),
+    "drawn_total": ("batch kv_heads", torch.float64),
+}
 
 
 class SubGenStore(Store):
@@ -147,19 +168,36 @@ class SubGenStore(Store):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over tokens, sketch and counters."""
         absorbed = any(name in state for name in (*_CLUSTERS, *_DRAWN))
-        names = (*_RECENT, *_CLUSTERS, *_DRAWN) if absorbed else _RECENT
-        missing = [name for name in (*names, "numbers") if name not in state]
-        if missing:
-            raise ValueError(f"the state of a layer lacks {missing}: it is not whole")
+        self._check(state, absorbed)
         k, v, live = (state[name] for name in _RECENT)
         sketch = None
         if absorbed:
             clusters, drawn = Clusters(*(state[name] for name in _CLUSTERS)), Drawn(*(state[name] for name in _DRAWN))
             sketch = SubGenSketch(self._sizes(k, v), counters=(self.seed, self.layer))
             sketch.restore(clusters, drawn)
-        rows = k.shape[:2] if sketch is None else sketch.num_clusters.shape
-        if not k.shape[:2] == v.shape[:2] == rows or k.shape[2] != v.shape[2] or live.shape != (k.shape[0], k.shape[2]):
-            shapes = {name: tuple(state[name].shape) for name in names}
-            raise ValueError(f"the state of a layer has shapes {shapes}, which do not fit together: it is not whole")
         self._recent.restore(k, v, live)
         self.sketch, self._seen, self._new = sketch, int(state["numbers"][0]), 0
+
+    def _check(self, state: dict[str, Tensor], absorbed: bool) -> None:
+        """See that a store of this room can be in this state, but for the sizes of the sketch, which sees to them."""
+        dtype = floating_type(state)
+        held = _KINDS if absorbed else _RECENT_KINDS
+        fit_state(state, {name: (axes, dtype if kind is None else kind) for name, (axes, kind) in held.items()})
+        recent, seen = state["k"].shape[2], int(state["numbers"][0])
+        most = self.room.window + self.room.pending if absorbed else self.room.budget
+        insist(
+            recent <= min(most, seen) and (absorbed or recent == seen),
+            f"{recent} of {seen} tokens are exact, at most {most}",
+        )
+        if not absorbed:
+            return
+        count, num = state["cluster_count"], state["cluster_num"]
+        insist(((num >= 0) & (num <= count.shape[2])).all(), f"there are from 0 to {count.shape[2]} clusters")
+        insist(
+            (count >= 0).all() & (count.sum(-1) <= seen - recent).all(),
+            f"clusters count the {seen - recent} tokens absorbed",
+        )
+        for name in ("cluster_ticket", "drawn_time", "drawn_norm", "drawn_total"):
+            insist((state[name] >= 0).all(), f"{name} is not negative")
+        for name in ("drawn_norm", "drawn_total"):
+            insist(state[name].isfinite().all(), f"{name} is finite")

@@ -46,7 +46,7 @@ class TopPages(Keeping):
         if self.draws < 0 or self.first < 0:
             raise ValueError(f"TopPages(draws={self.draws}, first={self.first}): counts must not be negative")
 
-    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> Store:
+    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> SelectingStore:
         """Make the store of a layer, which borrows from the one before unless it is its turn to choose."""
         need = room.sinks + room.window + 2 * self.page + self.draws
         if room.budget < need:

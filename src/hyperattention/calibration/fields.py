@@ -49,7 +49,9 @@ class Field:
         """
         found = self.parts()
         if name not in found:
-            raise ValueError(f"{self.file}: {self._path(name)} is missing: the file is cut short, or no plan; {self.remedy}")
+            raise ValueError(
+                f"{self.file}: {self._path(name)} is missing: the file is cut short, or of another kind; {self.remedy}"
+            )
         return found[name]
 
     def parts(self) -> "dict[str, Field]":

@@ -1,5 +1,6 @@
 """Halve the keys again and again, so that what is kept and what is dropped look alike to every query."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,8 @@ class BalancedHalving(Policy):
     Source: Han et al., 2025 (arXiv:2502.07861), BalanceKV; the self-balancing walk is that of Alweiss, Liu and Sawhney, 2021
     (arXiv:2006.14009).   Differs: a constant is added to the products of values, so that the normaliser is balanced too;
     signs belong to pairs of neighbours in order of weight, then position, so that halves are equal; keys are scaled to one
-    size of phi in a walk's kernel; any weights and numbers of slots, the last round pairing the lightest keys only.
+    size of phi in a walk's kernel, and scores by `breadth`; any weights and numbers of slots, the last round pairing the
+    lightest keys only.
     Cost: (head_dim + value_dim) * `pairs` * 4 products a candidate and round, rounds halving; `pairs` small steps a round.
     Guarantee: the expected weight of every key is the one that it had, so numerator and denominator are unbiased; the
     total weight never changes.
@@ -33,9 +35,10 @@ class BalancedHalving(Policy):
     Args:
         pairs: how many pairs share a walk.
         strength: how strongly a walk corrects itself: 0 for fair coins.
+        breadth: factor of the scores in the walk's kernel: below 1, keys balance others that are further away.
 
     Raises:
-        ValueError: if there is no pair in a walk, or the strength is negative.
+        ValueError: if there is no pair in a walk, the strength is negative, or the breadth is not positive.
     """
 
     pairs: int = 32
@@ -44,8 +47,14 @@ class BalancedHalving(Policy):
 
     def __post_init__(self) -> None:
         positive("BalancedHalving", pairs=self.pairs)
-        if not self.strength >= 0:
-            raise ValueError(f"BalancedHalving(strength={self.strength!r}): must not be negative; 0 tosses fair coins")
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(
+                f"BalancedHalving(strength={self.strength!r}): must be finite and not negative; 0 tosses fair coins"
+            )
+        if not 0 < self.breadth < math.inf:
+            raise ValueError(
+                f"BalancedHalving(breadth={self.breadth!r}): must be positive and finite; 1 takes scores as they are"
+            )
 
     @property
     def weighted(self) -> bool:

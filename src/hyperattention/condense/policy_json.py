@@ -1,5 +1,6 @@
 """Policies as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
 
+from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.store import Keeping
 from hyperattention.cache.top_pages import TopPages
@@ -26,6 +27,7 @@ _TYPES = (
     LastWindow,
     Latest,
     Leverage,
+    LookOnce,
     Midpoint,
     RandomKeys,
     SubGen,

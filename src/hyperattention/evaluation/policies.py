@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, TwoLevels
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping
@@ -51,6 +52,7 @@ ENTRANTS = (
     Entrant("pages", TopPages()),
     Entrant("quest", TopPages(by=Bounds(), page=16)),
     Entrant("two_levels", TopPages(by=TwoLevels(), page=16)),
+    Entrant("look_once", LookOnce()),
 )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -24,7 +25,8 @@ class Sampling:
 
     Args:
         new_tokens: most tokens to write.
-        temperature: 0 for the likeliest token, otherwise what scores are divided by before one is drawn.
+        temperature: 0 for the likeliest token, otherwise what scores are divided by before one is drawn; `top_k`, `top_p`
+            and penalties are those of the model's folder, where it has any.
         seed: of the draws.
 
     Raises:
@@ -134,27 +136,30 @@ def write_on(
     seen = cache.get_seq_length()
     if tokens.shape[1] <= seen:
         raise ValueError(f"{tokens.shape[1]} tokens, all {seen} of them read: leave at least the last to go on from")
-    codec, asked, model = codec_of(judged), sampling.temperature > 0, judged.model
+    codec, model = codec_of(judged), judged.model
     # only `decode` is called
     streamer = TextStreamer(codec, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
-    config = GenerationConfig.from_dict(model.generation_config.to_dict() if model.generation_config else {})
-    config.update(
-        max_new_tokens=sampling.new_tokens, max_length=None, do_sample=asked, num_beams=1,
-        temperature=sampling.temperature if asked else None, top_p=None if not asked else config.top_p,
-        top_k=None if not asked else config.top_k,
-    )  # fmt: skip
-    if config.pad_token_id is None:
-        config.pad_token_id = 0 if config.eos_token_id is None else _first(config.eos_token_id)
     began = time.perf_counter()
     with torch.random.fork_rng(), reading(model) as counter:
         torch.manual_seed(sampling.seed)
         given = tokens.to(model.device)
         written = model.generate(  # pyright: ignore[reportCallIssue]: mixed into every causal language model
-            given, attention_mask=torch.ones_like(given), past_key_values=cache, generation_config=config, streamer=streamer
-        )
+            given, attention_mask=torch.ones_like(given), past_key_values=cache, streamer=streamer,
+            **_settings(model.generation_config, sampling),
+        )  # fmt: skip
     new = written[0, tokens.shape[1] :].cpu()
     return new, Stretch(len(new), time.perf_counter() - began, counter.counts)
 
 
-def _first(token: int | list[int]) -> int:
-    return token[0] if isinstance(token, list) else token
+def _settings(usual: GenerationConfig | None, sampling: Sampling) -> dict[str, Any]:
+    """Say how to generate: one text through the cache at hand, whatever else the model's folder asks for."""
+    usual, drawn = usual or GenerationConfig(), sampling.temperature > 0
+    ends = usual.eos_token_id
+    first_end = ends[0] if isinstance(ends, list) else ends
+    return {
+        "max_new_tokens": sampling.new_tokens, "max_length": None, "num_beams": 1, "num_return_sequences": 1,
+        # only arguments win over the folder where they are None
+        "cache_implementation": None, "do_sample": drawn, "temperature": sampling.temperature if drawn else None,
+        "top_p": usual.top_p if drawn else None, "top_k": usual.top_k or 0 if drawn else None,
+        "pad_token_id": next(token for token in (usual.pad_token_id, first_end, 0) if token is not None),
+    }  # fmt: skip

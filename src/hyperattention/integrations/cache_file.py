@@ -21,10 +21,11 @@ from hyperattention.calibration.plan_file import read_fingerprint
 from hyperattention.calibration.write_whole import write_whole_bytes
 from hyperattention.condense.policy import Policy
 from hyperattention.condense.policy_json import policy_from_json, policy_to_json
+from hyperattention.integrations.cache_keys import check_keys
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.random import SEED_LIMIT
 
-__all__ = ["find_maker", "load_cache", "save_cache"]
+__all__ = ["check_savable", "find_maker", "load_cache", "save_cache"]
 
 FORMAT, VERSION = "hyperattention cache", 1
 _REMEDY = "write it again with save_cache, or `hyperattention cache`"
@@ -60,12 +61,8 @@ def save_cache(
     Example:
         >>> save_cache(cache, model, "document.safetensors", tokens=tokens)  # doctest: +SKIP
     """
+    check_savable(cache, model)
     stores = cache.stores
-    if windowed := [number for number in range(len(cache.layers)) if number not in stores]:
-        raise ValueError(
-            f"layers {windowed} of {type(model).__name__} have sliding windows, which this file does not hold: save caches "
-            "of models whose layers all have full attention"
-        )
     if empty := [number for number, store in stores.items() if not store.batch]:
         raise ValueError(f"layers {empty} of the cache hold nothing: let the model read something before it is saved")
     tensors = {f"layer.{number}.{name}": x for number, store in stores.items() for name, x in store.state().items()}
@@ -89,6 +86,24 @@ def save_cache(
     write_whole_bytes(Path(path), save(tensors, metadata | {_DIGEST: _digest(tensors, metadata)}))
 
 
+def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
+    """Refuse, before anything is read, a cache that the file cannot hold.
+
+    Args:
+        cache: it may be empty still.
+        model: who is going to read.
+
+    Raises:
+        ValueError: if a layer of it is not compressed.
+    """
+    stores = cache.stores
+    if windowed := [number for number in range(len(cache.layers)) if number not in stores]:
+        raise ValueError(
+            f"layers {windowed} of {type(model).__name__} have sliding windows, which this file does not hold: save caches "
+            "of models whose layers all have full attention"
+        )
+
+
 def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, Int[Tensor, "batch tokens"] | None]:
     """Read a cache that the same model wrote, and check all of it first.
 
@@ -108,7 +123,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> tuple[HyperCache, In
     tokens = tensors.pop(_TOKENS, None)
     try:
         cache = HyperCache(model.config, policy=made.policy, seed=made.seed, **asdict(made.room))
-        _fill(cache, tensors, model.device)
+        _fill(cache, tensors, model)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}; {_REMEDY}") from error
     first = next(iter(cache.stores.values()))
@@ -211,15 +226,17 @@ def _read_made(whole: Field) -> _Made:
     return _Made(policy_from_json(given["policy"]), room, given["seed"].whole(0, SEED_LIMIT - 1))
 
 
-def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give every layer its state, and see that they fit together."""
+def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    """Give every layer its state, and see that they fit the model and one another."""
     states: dict[str, dict[str, Tensor]] = {str(number): {} for number in cache.stores}
     for full_name, x in tensors.items():
         kind, _, rest = full_name.partition(".")
         number, _, name = rest.partition(".")
         if kind != "layer" or number not in states:
             raise ValueError(f"it holds {full_name!r}, which is of no layer of the model")
-        states[number][name] = x.to(device)
-    cache.restore({number: states[str(number)] for number in cache.stores})
+        states[number][name] = x.to(model.device)
+    of_layers = {number: states[str(number)] for number in cache.stores}
+    check_keys(of_layers, model)
+    cache.restore(of_layers)
     if len(lengths := {(store.batch, store.seen) for store in cache.stores.values()}) != 1:
         raise ValueError(f"its layers have read different numbers of rows and tokens, {sorted(lengths)}")

@@ -76,7 +76,9 @@ class HyperCache(Cache):
         if window is None:
             window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(64, budget // 4))
         self.room, self.seed = Room(budget, sinks, window), seed
-        self._config = config.get_text_config(decoder=True)
+        text_config = config.get_text_config(decoder=True)
+        # a function is not copied: copies of this cache, too, ask the model's own configuration, which `use` switches
+        self._attention_name = lambda: text_config._attn_implementation
         layers = list(DynamicCache(config=config).layers)
         full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
@@ -112,7 +114,7 @@ class HyperCache(Cache):
         Raises:
             ValueError: if the model's attention cannot read weights.
         """
-        name = self._config._attn_implementation
+        name = self._attention_name()
         reader = AttentionInterface().get(name)
         if not getattr(reader, READS_HELD, False):
             raise ValueError(
@@ -130,12 +132,20 @@ class HyperCache(Cache):
         """Go on from the states of all stores.
 
         Args:
-            states: what each store's `state` gave, by the number of the layer.
+            states: what each store's `state` gave, by the number of the layer; where one is refused, with a ValueError,
+                nothing of the cache changes.
         """
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, HyperCacheLayer):
+        layers = {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
+        before = [(layer, layer.inner, layer.store, layer.is_initialized) for layer in layers.values()]
+        try:
+            for number, layer in layers.items():
+                layer.reset()
                 layer.store.restore(states[number])
                 layer.is_initialized = True
+        except BaseException:
+            for layer, inner, store, initialised in before:
+                layer.inner, layer.store, layer.is_initialized = inner, store, initialised
+            raise
 
     def report(self) -> CacheReport | None:
         """Tell the error that the audit has measured so far.

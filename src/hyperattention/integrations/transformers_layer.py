@@ -105,12 +105,14 @@ class HyperCacheLayer(CacheLayerMixin):
     def _batch(self) -> int:
         return self.store.batch
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the latest tokens.
 
         Args:
-            tokens_to_remove: their number, negative; positive for the length to keep, as versions before 5.16 say it.
+            tokens_to_remove: their number, negative; positive for the length to keep, as versions before 5.16 say it. Some
+                versions give a tensor of one.
         """
-        num = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.store.seen - tokens_to_remove)
+        size = int(tokens_to_remove)
+        num = -size if size <= 0 else max(0, self.store.seen - size)
         if num:
             self.store.crop(num)

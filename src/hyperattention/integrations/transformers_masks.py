@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, create_causal_mask, sdpa_mask
+
+# before callers could ask for a dense mask, somewhere between 5.9 and 5.16, static caches did so for every prompt
+_CALLERS_DECIDE = "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def build_mask(
     q_length: int,
     kv_length: int,
     q_offset: Any = 0,
-    kv_offset: int = 0,
+    kv_offset: Any = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
@@ -108,7 +111,7 @@ def build_mask(
         q_length: number of queries.
         kv_length: number of keys held, unwritten slots of a static cache included.
         q_offset: position of the first query, an integer; a 0-d tensor for static caches.
-        kv_offset: position of the first key.
+        kv_offset: position of the first key; a 0-d tensor where some versions cropped.
         mask_function: predicate of (batch, head, query, key) composed by transformers.
         attention_mask: ``[batch, positions]``, True = attend.
         allow_is_causal_skip: False where the caller wants a dense mask whatever it says.
@@ -135,6 +138,7 @@ def build_mask(
 
     if q_length == 1 or (isinstance(q_offset, Tensor) and torch.compiler.is_compiling()):
         return dense(allow_is_causal_skip and q_length == 1)
+    kv_offset = int(kv_offset)
     keys_mask = _slice_padding(attention_mask, kv_offset, kv_length)
     if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip:
         return None if keys_mask is None or _hides_nothing(keys_mask) else keys_mask[:, None, None, :]
@@ -146,7 +150,7 @@ def build_mask(
         documents = pattern.documents.to(torch.int32) + 1
         whole = keys_mask is None and live == kv_length
         return documents if whole and pattern.reaches(documents) else dense(False)
-    if not allow_is_causal_skip or (pattern.window is not None and pattern.window < live):
+    if (_CALLERS_DECIDE and not allow_is_causal_skip) or (pattern.window is not None and pattern.window < live):
         return dense(False)
     if live < kv_length and keys_mask is None:
         keys_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=options.get("device"))

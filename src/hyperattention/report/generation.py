@@ -1,5 +1,7 @@
 """The commands generate, cache and ask: prepare, read, write, and say what the cache cost and kept."""
 
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +67,13 @@ class Prepared:
     options: Options
 
 
-def prepare(options: Options, path: Path, more: int) -> Prepared:
+def prepare(options: Options, path: Path, more: int | None) -> Prepared:
     """Load model and text, and make an empty cache.
 
     Args:
         options: how the text is read.
         path: the text.
-        more: tokens that are to follow.
+        more: tokens that are to follow; None if that is not known yet.
 
     Returns:
         what the commands need to run.
@@ -82,7 +84,7 @@ def prepare(options: Options, path: Path, more: int) -> Prepared:
     contender = Contender(find_entrant(options.policy), options.budget, options.sinks, options.window)
     try:
         # bytes that are no UTF-8 stay what they are to a model of bytes
-        text = path.read_text("utf-8", "surrogateescape")
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}; name a readable text file") from error
     judged = _load(options.model)
@@ -91,8 +93,10 @@ def prepare(options: Options, path: Path, more: int) -> Prepared:
     tokens = codec_of(judged).encode(text, first=True)[None]
     if tokens.shape[1] < 2:
         raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
-    _check_length(judged, tokens.shape[1] + more)
-    cache = contender.cache(judged.model, tokens.shape[1] + more, options.seed, options.audit)
+    _check_length(judged, tokens.shape[1] + (more or 0))
+    # a cache that drops nothing needs room for whatever follows, such as the questions that are put to its file
+    room = judged.max_length if more is None else tokens.shape[1] + more
+    cache = contender.cache(judged.model, room, options.seed, options.audit)
     return Prepared(judged, tokens, cache, options)
 
 
@@ -112,8 +116,8 @@ def _check_length(judged: Judged, num_tokens: int) -> None:
         )
 
 
-def read(prepared: Prepared, console: Console, *, leave: int) -> Stretch:
-    """Read the text into the cache, with a bar.
+def read(prepared: Prepared, console: Console, *, leave: int) -> Stretch | None:
+    """Read into the cache what it has not seen of the text, with a bar.
 
     Args:
         prepared: model, text and cache.
@@ -121,9 +125,11 @@ def read(prepared: Prepared, console: Console, *, leave: int) -> Stretch:
         leave: how many of the last tokens are not read yet.
 
     Returns:
-        what it took.
+        what it took; None if nothing was left to read.
     """
-    tokens = prepared.tokens[:, : prepared.tokens.shape[1] - leave]
+    tokens = prepared.tokens[:, prepared.cache.get_seq_length() : prepared.tokens.shape[1] - leave]
+    if not tokens.shape[1]:
+        return None
     with progress(console, "read", pieces_of(tokens.shape[1], prepared.options.chunk)) as on_step:
         return read_text(prepared.judged, prepared.cache, tokens, chunk=prepared.options.chunk, on_step=on_step)
 
@@ -153,32 +159,40 @@ def keep(prepared: Prepared, out: Path) -> None:
     save_cache(prepared.cache, prepared.judged.model, out, tokens=prepared.tokens, made_by=made_by)
 
 
-def recall(path: Path, question: str, model: str | None, more: int) -> Prepared:
-    """Load a cache and its model, and put a question behind the text.
+def recall(path: Path, questions: Sequence[str], model: str | None, more: int) -> Iterator[Prepared]:
+    """Load a cache and its model, and put each question behind the text, as if the others had not been asked.
 
     Args:
         path: the file of the cache.
-        question: what is asked.
+        questions: what is asked.
         model: folder of the model; None for the one that the file names.
-        more: tokens that are to follow.
+        more: tokens that are to follow each.
 
     Returns:
-        what the command needs to run.
+        what each question needs, one after another; all of them were looked at.
 
     Raises:
-        ValueError: if the file cannot be used, or the question is empty.
+        ValueError: if the file cannot be used, or a question is empty or too long.
     """
-    named = model or find_maker(path) or REFERENCE
+    named = model or _maker(path)
     judged = _load(named)
     cache, tokens = load_cache(path, judged.model)
     if tokens is None:
         raise ValueError(f"{path} holds no tokens of its text: write it with `hyperattention cache`, or save_cache(tokens=)")
-    asked = codec_of(judged).encode(question, first=False)[None]
-    if not asked.shape[1]:
+    asked = [codec_of(judged).encode(question, first=False)[None] for question in questions]
+    if not all(each.shape[1] for each in asked):
         raise ValueError("the question is empty: say what the model is to go on from")
-    whole = torch.cat([tokens.cpu(), asked], 1)
-    _check_length(judged, whole.shape[1] + more)
-    return Prepared(judged, whole, cache, Options(named, seed=cache.seed, budget=cache.room.budget))
+    _check_length(judged, tokens.shape[1] + max(each.shape[1] for each in asked) + more)
+    options = Options(named, seed=cache.seed, budget=cache.room.budget)
+    texts = [torch.cat([tokens.cpu(), each], 1) for each in asked]
+    return (Prepared(judged, text, copy.deepcopy(cache), options) for text in texts)
+
+
+def _maker(path: Path) -> str:
+    named = find_maker(path) or REFERENCE
+    if (folder := find_folder(named)) is not None and not folder.is_dir():
+        raise ValueError(f"{path} was written with the model in {named}, which is not there any more: give its --model")
+    return named
 
 
 def show(prepared: Prepared, console: Console, *, reading: Stretch | None = None, writing: Stretch | None = None) -> None:
@@ -218,5 +232,5 @@ def _keys(cache: HyperCache) -> str:
     if held < seen:
         return f"{held:,} slots a head for {seen:,} tokens ({held / seen:.1%}), by {cache.policy!r}"
     if seen <= cache.room.budget:
-        return f"all {seen:,} kept and read: exact"
+        return f"all {seen:,} kept and read; exact: nothing was dropped"
     return f"all {seen:,} kept; a step reads {cache.room.budget:,} ({cache.room.budget / seen:.1%}), by {cache.policy!r}"

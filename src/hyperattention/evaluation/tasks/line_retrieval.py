@@ -10,8 +10,9 @@ _MOST = 17_000
 def line_retrieval(setting: Setting) -> tuple[Item, ...]:
     """Fill the context with facts, one a line, and ask for some at every depth.
 
-    Source: the line retrieval of LongEval, on which Zandieh et al., 2024 (arXiv:2402.06082) judge caches.   Differs: the
-    words; what is left at the end of the context is ordinary text.
+    Source: the line retrieval of LongEval (Li et al., 2023, LongChat), on which Zandieh et al., 2024 (arXiv:2402.06082)
+    judge caches.   Differs: the words; lines are asked for at every depth; what is left at the end of the context is
+    ordinary text.
 
     Args:
         setting: what for.

@@ -1,0 +1,88 @@
+"""Whether tensors fit what a store holds: those of a state before it is taken over, and new keys before they are written."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def fit_state(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, torch.dtype]]) -> dict[str, int]:
+    """Insist that a state holds just the tensors wanted, of the types wanted, with axes that agree.
+
+    Args:
+        state: tensors by name.
+        wanted: for each name its axes, as jaxtyping writes them, and its type; equal axes have equal sizes throughout, and
+            a number is a size.
+
+    Returns:
+        the size of every named axis.
+
+    Raises:
+        ValueError: naming what is missing, unknown, or of another type or shape.
+    """
+    missing, unknown = ([name for name in one if name not in other] for one, other in ((wanted, state), (state, wanted)))
+    if missing or unknown:
+        raise ValueError(f"the state of a layer lacks {missing} and holds unknown {unknown}: it is not whole")
+    sizes: dict[str, int] = {}
+    for name, (axes, dtype) in wanted.items():
+        x, names = state[name], axes.split()
+        if x.dtype != dtype:
+            raise ValueError(f"the state of a layer has {name} in {x.dtype}, which must be {dtype}: it is not whole")
+        if len(names) != x.ndim or any(
+            size != (int(axis) if axis.isdecimal() else sizes.setdefault(axis, size))
+            for axis, size in zip(names, x.shape, strict=False)
+        ):
+            shapes = {each: tuple(state[each].shape) for each in wanted}
+            raise ValueError(f"the state of a layer has shapes {shapes}, which do not fit together: {name} must be [{axes}]")
+    return sizes
+
+
+def floating_type(state: Mapping[str, Tensor], name: str = "k") -> torch.dtype:
+    """Find the type of the keys of a state, which those of other tensors follow, or that of another tensor.
+
+    Args:
+        state: tensors by name.
+        name: whose type.
+
+    Returns:
+        the type; float32 where there is no such tensor, which `fit_state` refuses.
+
+    Raises:
+        ValueError: if it is no floating-point type.
+    """
+    dtype = state[name].dtype if name in state else torch.float32
+    if not dtype.is_floating_point:
+        raise ValueError(f"the state of a layer has {name} in {dtype}, which must be a floating-point type: it is not whole")
+    return dtype
+
+
+def insist(holds: bool | Tensor, rule: str) -> None:
+    """Insist that the numbers of a state are possible.
+
+    Args:
+        holds: whether they are.
+        rule: what they must be.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if not bool(holds):
+        raise ValueError(f"the state of a layer is not one that a store can be in: {rule}")
+
+
+def fit_new(new: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> None:
+    """Insist that new keys and values are of the kind that is held, so that nothing is cast or spread to fit.
+
+    Args:
+        new: keys and values to be written.
+        held: keys and values that are held.
+
+    Raises:
+        ValueError: if rows, heads, widths or types differ.
+    """
+    ours, theirs = ([(*x.shape[:2], x.shape[3], x.dtype) for x in pair] for pair in (held, new))
+    if ours != theirs:
+        raise ValueError(
+            f"the cache holds keys and values of (rows, kv heads, width, type) {ours} and is given {theirs}: use one cache "
+            "for one model, in one precision, and reorder its rows when the batch changes"
+        )

@@ -1,0 +1,154 @@
+"""A store by pages that drops the keys of a prompt which its last queries attend to least."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hyperattention.cache.selecting import SelectingStore
+from hyperattention.cache.store import Store
+from hyperattention.condense.attended import attended
+from hyperattention.condense.held import Held
+from hyperattention.types import Partial
+
+
+class LookOnceStore(Store):
+    """Hold a share of the tokens of a prompt, and all that follow it.
+
+    What is left lies in order in a store by pages, which answers every step; that its tokens are not consecutive means
+    nothing to it. A step that is too long to choose pages is a prompt, or a chunk of one: it reads all that is left, and
+    where that exceeds the budget some of it is dropped after the step. Sinks and window are never dropped.
+
+    Args:
+        make: makes an empty store by pages.
+        keep: share of the tokens that stays, but never fewer than the budget.
+        latest: queries that vote.
+    """
+
+    def __init__(self, make: Callable[[], SelectingStore], *, keep: float, latest: int) -> None:
+        """Hold nothing."""
+        self.keep, self.latest = keep, latest
+        self._make, self.pages = make, make()
+        self._begin: Tensor | None = None
+        # keys and values of all slots, while a step lasts
+        self._shown: tuple[Tensor, Tensor] | None = None
+        self._gone = self._fixed = self._new = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended so far, padding and what was dropped included."""
+        return self.pages.seen + self._gone
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.pages.batch
+
+    @property
+    def num_slots(self) -> int:
+        """All keys that are left are shown."""
+        return self.pages.num_slots
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was dropped, and the step at hand reads every key."""
+        return not self._gone and self.pages.is_whole
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of keys, values and summaries."""
+        return self.pages.memory_bytes
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys behind the others."""
+        if self._begin is None:
+            self._begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+        self._new, self._shown = k.shape[2], self.pages.append(k, v)
+        return self._shown
+
+    def mark(self, live: Tensor) -> None:
+        """Note where each row begins."""
+        self.pages.mark(live)
+        self._begin = self._start + (~live).sum(-1)
+
+    @property
+    def _start(self) -> Tensor:
+        if self._begin is None:
+            raise ValueError("nothing is held yet: append keys and values first")
+        return self._begin
+
+    @property
+    def _held(self) -> Held:
+        """Show all slots of the step at hand, those of padding empty."""
+        if self._shown is None:
+            raise ValueError("nothing was appended in this step: append keys and values first")
+        k, v = self._shown
+        place = torch.arange(k.shape[2], device=k.device)
+        weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
+        weight.masked_fill_((place < self._start[:, None])[:, None], -torch.inf)
+        return Held(k, v, weight, place.expand(weight.shape), torch.zeros_like(weight))
+
+    def attend(self, q: Tensor, scale: float) -> Partial:
+        """Attend to sinks, window and the best pages; a long step to all that is left."""
+        if self.pages.is_whole:
+            return self._held.coreset.attend(q, scale=scale, own=self._new)
+        return self.pages.attend(q, scale)
+
+    def settle(self, q: Tensor, scale: float) -> None:
+        """Let the last queries of a prompt decide what stays, or sum up the pages that are full now."""
+        if self._new > self.pages.most_queries and self.pages.seen > self.pages.room.budget:
+            self._look(q[:, :, -self.latest :], scale)
+        else:
+            self.pages.settle(q, scale)
+        self._shown = None
+
+    def _look(self, queries: Tensor, scale: float) -> None:
+        """Keep what the queries attend to most, in order, and read by pages from there."""
+        held, room = self._held, self.pages.room
+        num, place = held.num_slots, held.position
+        count = min(num, max(room.budget, round(self.keep * self.seen)))
+        score = attended(held, queries, scale)
+        sunk = place < self._start[:, None, None] + room.sinks
+        score.masked_fill_(sunk | (place >= num - room.window), torch.inf)
+        # padding goes first; where there is too little else it stays, and it stands in front
+        score.masked_fill_(~held.live, -1.0)
+        index = score.topk(count, -1).indices.sort(-1).values
+        left = held.take(index, held.log_weight.gather(2, index))
+        # rows keep equally many tokens of padding in all heads
+        live = left.live[:, 0]
+        pages = self._make()
+        pages.append(left.k, left.v)
+        pages.mark(live)
+        pages.settle(queries, scale)
+        self.pages, self._begin = pages, (~live).sum(-1)
+        self._gone, self._fixed = self._gone + num - count, count - room.window
+
+    def take_rows(self, index: Tensor) -> None:
+        """Copy rows of everything."""
+        self.pages.take_rows(index)
+        self._begin = None if self._begin is None else self._begin.index_select(0, index.to(self._begin.device))
+
+    def crop(self, num: int) -> None:
+        """Forget tokens that came after the prompt, or were in the window when it ended."""
+        if self._gone and num > self.pages.seen - self._fixed:
+            raise ValueError(
+                f"cannot forget the latest {num} tokens: of all but the last {self.pages.seen - self._fixed} some were "
+                f"dropped after the prompt; give a window of at least {num}"
+            )
+        self.pages.crop(num)
+        self._new, self._shown = 0, None
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy what is left, and the counters."""
+        return self.pages.state() | {"numbers": torch.tensor([self._gone, self._fixed])}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take keys, values and counters over."""
+        if "numbers" not in state:
+            raise ValueError("the state of a layer lacks ['numbers']: it is not whole")
+        # so that a state that is refused leaves this store as it was
+        pages = self._make()
+        pages.restore(state)
+        self.pages, self._begin = pages, state["begin"]
+        self._gone, self._fixed = (int(x) for x in state["numbers"])
+        self._new, self._shown = 0, None
