@@ -207,7 +207,9 @@ def test_beams_and_crops_take_the_witness_along() -> None:
     assert store.num_approximated == 97
     torch.testing.assert_close(store.errors, errors[:, : len(store.audited)])
     rows = torch.tensor([1, 1, 0])
-    q, k, v = (x[rows] for x in (q, k, v))
+    # other tokens than those that were forgotten
+    others = inputs(3, batch=3, seed=1)
+    q, k, v = (torch.cat([x[rows, :, :137], other], 2) for x, other in zip((q, k, v), others, strict=True))
     out = torch.cat([step(store, q, k, v, slice(at, at + 1)) for at in range(137, 140)], 2)
     assert store.audited == before
     truth = truth_of(q, k, v)[:, :, 137:]

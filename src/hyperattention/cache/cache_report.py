@@ -18,8 +18,8 @@ class CacheReport:
     A token's error is the mean over layers and heads of ||out - exact|| / ||exact||, exact being attention of the same query
     over every key that this cache was given; a layer that read them all errs by 0. Tokens are drawn at random, one from each
     of equal runs; the intervals speak of all approximated tokens of this text, not of other texts or other draws of the
-    policy, and assume that no token that was not drawn errs by more than 1 and the worst that was. Each holds for itself at
-    95%: of many layers the one that looks worst is likely to look worse than it is.
+    policy, and assume that no other token errs by more than 1 or, where that is larger, than the worst one drawn. Each holds
+    for itself at 95%: of many layers the one that looks worst is likely to look worse than it is.
 
     Args:
         relative_error: mean over the tokens audited, all layers together; NaN if none was.
