@@ -1,5 +1,6 @@
 """Generation through an audited cache: the same tokens, and a report."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def test_a_layer_that_borrows_its_choice_may_be_audited() -> None:
     first, second = (layer.inner for layer in cache.layers[:2])
     assert second.lender is first
     assert cache.report().num_audited > 0
+
+
+def test_layers_of_a_copy_share_with_their_own_neighbours() -> None:
+    model = family("llama")
+    cache = HyperCache(model.config, policy=TopPages(page=2, share=2, first=0), **ROOM, audit=3)
+    plain = with_cache(model, copy.deepcopy(cache))
+    other = copy.deepcopy(cache)
+    other.reset()
+    first, second = (layer.inner for layer in other.layers[:2])
+    assert second.lender is first
+    assert first is not cache.layers[0].inner
+    assert torch.equal(with_cache(model, other), plain)
 
 
 def test_the_file_of_an_audited_cache_holds_no_copy(tmp_path: Path) -> None:

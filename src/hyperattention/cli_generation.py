@@ -40,7 +40,7 @@ def generate(
     max_new_tokens: _New = 128,
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
-    audit: _Audit = 32,
+    audit: _Audit = 8,
 ) -> None:
     """Go on from a text, through a cache of bounded size: the text on standard output, what it cost on standard error."""
     console = make_console(stderr=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hyperattention.cache.fitting import fit_state, insist
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Store
 from hyperattention.condense.attended import attended
@@ -144,11 +145,13 @@ class LookOnceStore(Store):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take keys, values and counters over."""
-        if "numbers" not in state:
-            raise ValueError("the state of a layer lacks ['numbers']: it is not whole")
+        others = {name: x for name, x in state.items() if name != "numbers"}
+        fit_state({name: x for name, x in state.items() if name not in others}, {"numbers": ("2", torch.int64)})
+        gone, fixed = (int(x) for x in state["numbers"])
         # so that a state that is refused leaves this store as it was
         pages = self._make()
-        pages.restore(state)
+        pages.restore(others)
+        insist(gone >= 0 <= fixed and (not gone or fixed <= pages.seen), f"of {pages.seen} slots {fixed} are what was left")
         self.pages, self._begin = pages, state["begin"]
-        self._gone, self._fixed = (int(x) for x in state["numbers"])
+        self._gone, self._fixed = gone, fixed
         self._new, self._shown = 0, None

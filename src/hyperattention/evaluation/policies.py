@@ -19,7 +19,7 @@ from hyperattention.condense.latest import Latest
 from hyperattention.condense.leverage import Leverage
 from hyperattention.condense.policy import Policy
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers_cache import HyperCache, default_window
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,10 @@ class Contender:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        # refuses a budget that leaves nothing beside sinks and window
-        Room(self.budget, self.sinks, max(1, self.budget // 2) if self.window is None else self.window)
+        # refuses a budget that leaves nothing beside sinks and window; to a cache that drops nothing they mean nothing
+        if self.entrant.policy is not None:
+            window = default_window(self.entrant.policy, self.budget) if self.window is None else self.window
+            Room(self.budget, self.sinks, window)
 
     @property
     def name(self) -> str:

@@ -19,7 +19,20 @@ from hyperattention.condense.policy import Policy
 from hyperattention.integrations.transformers_held import READS_HELD
 from hyperattention.integrations.transformers_layer import HyperCacheLayer
 
-__all__ = ["HyperCache"]
+__all__ = ["HyperCache", "default_window"]
+
+
+def default_window(policy: Policy | Keeping, budget: int) -> int:
+    """Tell how many of the latest tokens a cache keeps as they are where nobody says.
+
+    Args:
+        policy: what is kept, or how it is read.
+        budget: slots of each head.
+
+    Returns:
+        half of the budget; a quarter, and 64 at most, for a policy that keeps everything.
+    """
+    return max(1, budget // 2 if isinstance(policy, Policy) else min(64, budget // 4))
 
 
 class HyperCache(Cache):
@@ -73,9 +86,8 @@ class HyperCache(Cache):
         self.policy = ClusterMeans() if policy is None else policy
         if audit is not None:
             positive("HyperCache", audit=audit)
-        if window is None:
-            window = max(1, budget // 2 if isinstance(self.policy, Policy) else min(64, budget // 4))
-        self.room, self.seed = Room(budget, sinks, window), seed
+        self.room = Room(budget, sinks, default_window(self.policy, budget) if window is None else window)
+        self.seed = seed
         text_config = config.get_text_config(decoder=True)
         # a function is not copied: copies of this cache, too, ask the model's own configuration, which `use` switches
         self._attention_name = lambda: text_config._attn_implementation
@@ -86,15 +98,15 @@ class HyperCache(Cache):
         watched = (lambda store: store) if audit is None else partial(AuditedStore, every=audit, seed=seed)
         previous: HyperCacheLayer | None = None
         for number in full:
-            previous = HyperCacheLayer(self._maker(number, previous), watched)
+            previous = HyperCacheLayer(self._maker(number), watched, previous)
             layers[number] = previous
         super().__init__(layers=layers)
 
-    def _maker(self, number: int, previous: HyperCacheLayer | None) -> Callable[[], Store]:
+    def _maker(self, number: int) -> Callable[[Store | None], Store]:
         policy, room, seed = self.policy, self.room, self.seed
         if isinstance(policy, Policy):
-            return lambda: CondensingStore(policy, room, layer=number, seed=seed)
-        return lambda: policy.store(room, number, seed, None if previous is None else previous.inner)
+            return lambda previous: CondensingStore(policy, room, layer=number, seed=seed)
+        return lambda previous: policy.store(room, number, seed, previous)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

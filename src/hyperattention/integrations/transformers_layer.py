@@ -12,19 +12,30 @@ from hyperattention.integrations.transformers_held import Handle, attach
 
 
 class HyperCacheLayer(CacheLayerMixin):
-    """One layer of a `HyperCache`: what transformers asks of a layer, answered by a store."""
+    """One layer of a `HyperCache`.
+
+    Args:
+        make_store: makes an empty store, given the store of the layer before.
+        audit: puts a store under audit, or gives it back.
+        previous: the layer before, which is held so that copies of a cache find their own.
+    """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, make_store: Callable[[], Store], audit: Callable[[Store], Store]) -> None:
+    def __init__(
+        self,
+        make_store: Callable[[Store | None], Store],
+        audit: Callable[[Store], Store],
+        previous: "HyperCacheLayer | None",
+    ) -> None:
         """Hold nothing."""
         super().__init__()
-        self._make_store, self._audit = make_store, audit
+        self._make_store, self._audit, self._previous = make_store, audit, previous
         # what the next layer may share, and what is read, which may watch over it
-        self.inner = make_store()
+        self.inner = make_store(None if previous is None else previous.inner)
         self.store = audit(self.inner)
         self._handle: Handle | None = None
         self._token_bytes = 0
@@ -85,7 +96,7 @@ class HyperCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.inner = self._make_store()
+        self.inner = self._make_store(None if self._previous is None else self._previous.inner)
         self.store, self._handle, self.is_initialized = self._audit(self.inner), None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
