@@ -7,6 +7,7 @@ from torch import Tensor
 from hyperattention.cache.recent import Recent
 from hyperattention.cache.store import Store
 from hyperattention.check import positive
+from hyperattention.exact_rows import exact_rows
 from hyperattention.judge import relative_error
 from hyperattention.random import uniform
 from hyperattention.types import Partial
@@ -75,6 +76,16 @@ class AuditedStore(Store):
         return self._whole.memory_bytes
 
     @property
+    def whole_bytes(self) -> int:
+        """Bytes of all keys and values that came by, had just these been kept."""
+        return sum(x.numel() * x.element_size() for x in self._whole.tensors[:2]) if self.batch else 0
+
+    @property
+    def approximated(self) -> Bool[Tensor, " tokens"]:
+        """Tell for each position whether its query did not read every key."""
+        return torch.tensor(self._approximated, dtype=torch.bool)
+
+    @property
     def num_approximated(self) -> int:
         """Positions whose queries did not read every key."""
         return sum(self._approximated)
@@ -118,15 +129,18 @@ class AuditedStore(Store):
         return part
 
     def _judge(self, q: Tensor, scale: float, out: Tensor, places: Tensor) -> None:
-        exact = self._whole.coreset.attend(q, scale=scale, own=q.shape[2]).out[:, :, places]
-        error = relative_error(out[:, :, places] - exact, exact)  # [batch, heads, places]
-        live = self._whole.tensors[2][:, self.seen - self._new :][:, places][:, None]  # [batch, 1, places]
-        count = live.sum(0)
-        mean = error.masked_fill(~live, 0.0).sum(0) / count  # [heads, places]
+        """Compare the rows drawn with exact ones, and compute no others: a chunk of a prompt has many."""
+        k, v, live = self._whole.tensors
+        begin = self.seen - self._new
+        exact = exact_rows(q[:, :, places], k, v, begin + 1 + places, scale, live)
+        error = relative_error(out[:, :, places].to(exact.dtype) - exact, exact)  # [batch, heads, places]
+        counts = live[:, begin + places][:, None]  # [batch, 1, places]
+        num_live = counts.sum(0)
+        mean = error.masked_fill(~counts, 0.0).sum(0) / num_live  # [heads, places]
         for number, place in enumerate(places.tolist()):
             # padding alone is no token
-            if int(count[0, number]):
-                self._errors[self.seen - self._new + place] = mean[:, number].cpu()
+            if int(num_live[0, number]):
+                self._errors[begin + place] = mean[:, number].cpu()
 
     def settle(self, q: Tensor, scale: float) -> None:
         """Hand on."""

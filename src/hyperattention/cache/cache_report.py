@@ -15,8 +15,11 @@ from hyperattention.interval import mean_interval
 class CacheReport:
     """The measured error of attention through a compressed cache, with its interval: over all layers, and a layer at a time.
 
-    A token's error is the mean over the heads of ||out - exact|| / ||exact||. Tokens are drawn at random, one from each of
-    equal runs; the intervals speak of all approximated tokens of this text, not of other texts or other draws of the policy.
+    A token's error is the mean over layers and heads of ||out - exact|| / ||exact||, exact being attention of the same query
+    over every key that this cache was given; a layer that read them all errs by 0. Tokens are drawn at random, one from each
+    of equal runs; the intervals speak of all approximated tokens of this text, not of other texts or other draws of the
+    policy, and assume that no other token errs by more than 1 or, where that is larger, than the worst one drawn. Each holds
+    for itself at 95%: of many layers the one that looks worst is likely to look worse than it is.
 
     Args:
         relative_error: mean over the tokens audited, all layers together; NaN if none was.
@@ -25,9 +28,11 @@ class CacheReport:
         interval_by_layer: likewise.
         layers: numbers of the layers.
         num_audited: tokens audited.
-        num_approximated: tokens whose attention did not read every key.
+        num_approximated: tokens whose attention did not read every key, in some layer.
         num_tokens: tokens read and written.
+        num_read: most slots of a head that a step reads.
         memory_bytes: held by the cache.
+        whole_bytes: of all keys and values.
         shadow_bytes: held beside it for the audit alone.
     """
 
@@ -39,7 +44,9 @@ class CacheReport:
     num_audited: int
     num_approximated: int
     num_tokens: int
+    num_read: int
     memory_bytes: int
+    whole_bytes: int
     shadow_bytes: int
 
     def __str__(self) -> str:
@@ -53,38 +60,50 @@ class CacheReport:
         return (
             f"relative error {_span(self.relative_error, *self.interval)}, {self.num_audited:,} of "
             f"{self.num_approximated:,} approximated tokens audited; worst: layer {self.layers[worst]}, "
-            f"{_span(float(self.by_layer[worst]), low, high)}; {self.shadow_bytes / 2**20:.1f} MiB held for the audit alone"
+            f"{_span(float(self.by_layer[worst]), low, high)}; {self._kept()}; {_mebibytes(self.shadow_bytes)} held for the "
+            "audit alone"
         )
+
+    def _kept(self) -> str:
+        whole = f"{self.memory_bytes / self.whole_bytes:.1%} of {_mebibytes(self.whole_bytes)} held"
+        return f"{whole}, {self.num_read / self.num_tokens:.1%} of {self.num_tokens:,} keys read a step"
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.3g} MiB"
 
 
 def _span(middle: float, low: float, high: float) -> str:
     return f"{middle:.2g} (95% CI {low:.2g}-{high:.2g})"
 
 
-def report_on(stores: Mapping[int, AuditedStore]) -> CacheReport:
+def report_on(stores: Mapping[int, AuditedStore], budget: int) -> CacheReport:
     """Sum up what the audits of all layers found.
 
     Args:
         stores: the audited store of each layer, by its number; at least one.
+        budget: most slots of a head that a step reads.
 
     Returns:
         the report.
     """
     every = list(stores.values())
-    # a layer may read every key where another does not: only tokens that all of them judged say something of the whole
-    common = sorted(set.intersection(*(set(store.audited) for store in every)))
-    num_approximated = max(store.num_approximated for store in every)
-    columns = [
-        store.errors.mean(0)[[store.audited.index(at) for at in common]] if common else torch.empty(0) for store in every
-    ]
-    by_token = torch.stack(columns).double()  # [layers, audited]
-    whole = torch.cat([by_token.mean(0, keepdim=True), by_token])
-    mean = whole.mean(1) if common else torch.full((len(whole),), torch.nan)
-    low, high = mean, mean
-    if common and len(common) < num_approximated:
-        low, high = (end[0] for end in mean_interval(whole[None], torch.ones(1, len(common), dtype=torch.bool)))
+    found = [dict(zip(store.audited, store.errors.mean(0).tolist(), strict=True)) for store in every]
+    positions = sorted(set().union(*found))
+    # all layers draw the same positions: where one judged nothing, it had read every key
+    by_token = torch.tensor([[errors.get(at, 0.0) for at in positions] for errors in found], dtype=torch.float64)
+    num_audited, num_approximated = len(positions), int(torch.stack([store.approximated for store in every]).any(0).sum())
+    whole = torch.cat([by_token.mean(0, keepdim=True), by_token])  # [layers and one more, audited]
+    mean = low = high = whole.mean(1)
+    if 0 < num_audited < num_approximated:
+        low, high = (end[0] for end in mean_interval(whole[None], torch.ones(1, num_audited, dtype=torch.bool)))
+    num_tokens = max(store.seen for store in every)
     return CacheReport(
-        float(mean[0]), (float(low[0]), float(high[0])), mean[1:], (low[1:], high[1:]), tuple(stores),
-        len(common), num_approximated, max(store.seen for store in every),
-        sum(store.memory_bytes for store in every), sum(store.shadow_bytes for store in every),
+        relative_error=float(mean[0]), interval=(float(low[0]), float(high[0])),
+        by_layer=mean[1:], interval_by_layer=(low[1:], high[1:]), layers=tuple(stores),
+        num_audited=num_audited, num_approximated=num_approximated,
+        num_tokens=num_tokens, num_read=min(num_tokens, budget),
+        memory_bytes=sum(store.memory_bytes for store in every),
+        whole_bytes=sum(store.whole_bytes for store in every),
+        shadow_bytes=sum(store.shadow_bytes for store in every),
     )  # fmt: skip

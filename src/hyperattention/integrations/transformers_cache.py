@@ -13,6 +13,7 @@ from hyperattention.cache.cache_report import CacheReport, report_on
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
+from hyperattention.check import positive
 from hyperattention.condense.cluster_means import ClusterMeans
 from hyperattention.condense.policy import Policy
 from hyperattention.integrations.transformers_held import READS_HELD
@@ -63,7 +64,8 @@ class HyperCache(Cache):
             step that would exceed it is refused, because what a model says there means nothing unless it was made for it.
 
     Raises:
-        ValueError: if the budget leaves nothing beside sinks and window, or no layer has full attention.
+        ValueError: if the budget leaves nothing beside sinks and window, no layer has full attention, or `audit` is not
+            positive.
 
     Example:
         >>> cache = HyperCache(model.config, budget=1024)  # doctest: +SKIP
@@ -85,6 +87,8 @@ class HyperCache(Cache):
     ) -> None:
         """Make an empty cache."""
         self.policy = ClusterMeans() if policy is None else policy
+        if audit is not None:
+            positive("HyperCache", audit=audit)
         self.room = Room(budget, sinks, default_window(self.policy, budget) if window is None else window)
         self.seed = seed
         text_config = config.get_text_config(decoder=True)
@@ -173,7 +177,7 @@ class HyperCache(Cache):
             the report; None without `audit`.
         """
         audited = {number: store for number, store in self.stores.items() if isinstance(store, AuditedStore)}
-        return report_on(audited) if audited else None
+        return report_on(audited, self.room.budget) if audited else None
 
     @property
     def memory_bytes(self) -> int:
