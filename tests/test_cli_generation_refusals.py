@@ -36,7 +36,10 @@ def test_layers_that_no_file_holds_are_refused_before_the_text_is_read(
         (("generate", "reference", "nowhere.txt"), "cannot read nowhere.txt: No such file"),
         (("generate", "reference", "."), "cannot read .: Is a directory"),
         (("generate", "reference", "empty.txt"), "empty.txt has 0 tokens: give a text of at least two"),
-        (("generate", "reference", "document.txt", "--budget", 20), "budget=20 leaves nothing beside 16 sinks and 10"),
+        (
+            ("generate", "reference", "document.txt", "--budget", 20),
+            "budget=20 leaves nothing beside 16 sinks and 10 of window: give at least 33",
+        ),
         (("generate", "reference", "document.txt", "--budget", 96, "--window", 90), "leaves nothing beside 16 sinks and 90"),
         (
             ("generate", "reference", "document.txt", "--policy", "magic"),
@@ -51,6 +54,10 @@ def test_layers_that_no_file_holds_are_refused_before_the_text_is_read(
         (("cache", "reference", "document.txt", "--budget", 20), "budget=20 leaves nothing"),
         (("cache", "reference", "document.txt", "--out", "no/where"), "cannot write no/where"),
         (("cache", "reference", "document.txt", "--out", "./document.txt"), "is the document itself"),
+        (
+            ("cache", "reference", "document.txt", "--out", "empty.txt"),
+            "empty.txt exists: name another file, or give --overwrite",
+        ),
         (("ask", "nowhere.safetensors", "what?"), "no file nowhere.safetensors: write one with `hyperattention cache`"),
         (("ask", "document.txt", "what?"), "cannot read document.txt as a cache"),
         (("ask", "empty.txt", "what?"), "cannot read empty.txt as a cache"),

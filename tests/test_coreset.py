@@ -126,6 +126,8 @@ def test_what_does_not_fit_is_refused() -> None:
         coreset.attend(q[:, :3])
     with pytest.raises(ValueError, match="own=2 with 3 queries"):
         coreset.attend(q, own=2)
+    with pytest.raises(ValueError, match="log-weights have no gradient"):
+        Coreset(coreset.k, coreset.v, coreset.log_weight.clone().requires_grad_()).attend(q)
     with pytest.raises(ValueError, match="cannot be joined"):
         join([coreset, Coreset(*(x[:, :1] for x in (coreset.k, coreset.v, coreset.log_weight)))])
     with pytest.raises(ValueError, match="one of each a slot"):

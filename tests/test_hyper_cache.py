@@ -340,10 +340,23 @@ def test_room_that_is_none_is_refused(model: nn.Module, room: dict[str, int], me
         cache_of(model, **room)
 
 
-def test_beyond_the_length_of_the_model_only_if_asked() -> None:
-    model = build("Llama", {"max_position_embeddings": PROMPT + 3})
-    with pytest.raises(ValueError, match=r"made for 63: give a shorter one, fewer new tokens, or beyond=True"):
-        with_cache(model, cache_of(model))
-    cache = HyperCache(model.config, beyond=True, **SMALL)
-    assert with_cache(model, cache).shape[1] == PROMPT + NEW
-    assert not any(store.is_whole for store in cache.stores.values())
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": 33}, None),
+        ({"budget": 32}, "beside 16 sinks and 16 of window: give at least 33"),
+        ({"budget": 0}, "give at least 33"),
+        ({"budget": 21, "policy": ha.TopPages()}, "beside 16 sinks and 5 of window: give at least 22"),
+        ({"budget": 64, "policy": "pages"}, "policy='pages' is no policy"),
+        ({"budget": 64, "policy": ha.TopPages}, "is no policy: give one of the package's, made with its arguments"),
+        ({"budget": "64"}, "budget='64': give a whole number"),
+    ],
+)
+def test_bad_arguments_are_told(model: nn.Module, given: dict[str, object], message: str | None) -> None:
+    if message is None:
+        HyperCache(model.config, **given)
+        return
+    # the checks of annotations that tests switch on would come first
+    with pytest.raises((ValueError, TypeError)) as raised:
+        HyperCache.__init__.__wrapped__(HyperCache.__new__(HyperCache), model.config, **given)
+    assert message in str(raised.value)

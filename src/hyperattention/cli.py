@@ -72,7 +72,7 @@ def demo(
     results = report.run(prepared, console)
     report.show(prepared, results, console)
     report.save(prepared, results, plot=plot, records=json)
-    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n", markup=False)
 
 
 @app.command()
@@ -97,7 +97,7 @@ def bench(
         report.list_cases(options)
     results = report.run(options, console)
     report.save(results, plot=plot, records=json)
-    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n", markup=False)
 
 
 @app.command(name="calibrate")
@@ -125,7 +125,7 @@ def calibrate_model(
         prepared = report.ready(options)
         plan = report.run(prepared, options, console)
     report.show(plan, console)
-    console.print(f"wrote {out}: apply it with `use(model, load_plan({str(out)!r}))`")
+    console.print(f"wrote {out}: apply it with `use(model, load_plan({str(out)!r}))`", markup=False)
 
 
 @app.command(name="inspect")
@@ -152,7 +152,7 @@ def inspect_model(
         prepared = report.ready(report.Options(plan, texts))
         layers = report.run(prepared, console)
     report.save(prepared, layers, out)
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}", markup=False)
 
 
 @app.command()
@@ -197,7 +197,7 @@ def pareto(
     results = report.run(prepared, console)
     report.show(prepared, results, console)
     report.save(prepared, results, plot=plot, records=json)
-    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n")
+    console.print(*[f"wrote {path}" for path in (plot, json) if path is not None], sep="\n", markup=False)
 
 
 @app.command()

@@ -52,4 +52,4 @@ def evaluate(
         prepared = report.prepare(options)
     results = report.run(prepared, console)
     report.show(prepared, results, console)
-    console.print(*[f"wrote {path}" for path in report.save(prepared, results)], sep="\n")
+    console.print(*[f"wrote {path}" for path in report.save(prepared, results)], sep="\n", markup=False)

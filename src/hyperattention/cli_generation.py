@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli_support import check_writable, explained, make_console, refuse
+from hyperattention.cli_support import INTERRUPTED, check_writable, explained, make_console, refuse
 from hyperattention.random import SEED_LIMIT
 
 _Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
@@ -15,7 +15,11 @@ _Sinks = Annotated[int, typer.Option(min=0, help="First tokens that are always k
 _Window = Annotated[int | None, typer.Option(min=1, help="Latest tokens that are always kept; by default the policy's.")]
 _Chunk = Annotated[
     int | None,
-    typer.Option(min=1, help="Read the text in pieces of so many tokens: bounded memory, but through what is left of it."),
+    typer.Option(
+        min=1,
+        help="Read the text in pieces of so many tokens: memory is bounded, the audit's aside, but later pieces are read "
+        "through what is left of earlier ones.",
+    ),
 ]
 _New = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to write.")]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="0 for the likeliest token, above for draws.")]
@@ -27,7 +31,6 @@ _Audit = Annotated[
     ),
 ]
 _Beyond = Annotated[bool, typer.Option("--beyond", help="Go on beyond the length that the model was made for.")]
-_INTERRUPTED = 130
 
 
 def generate(
@@ -69,6 +72,7 @@ def cache(
     chunk: _Chunk = None,
     seed: _Seed = 0,
     beyond: _Beyond = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Read a document once, and keep what `ask` needs of it in one file."""
     console = make_console(stderr=True)
@@ -80,6 +84,8 @@ def cache(
         check_writable(out)
         if out.resolve() == document.resolve():
             refuse(f"--out {out} is the document itself: name another file")
+        if out.exists() and not overwrite:
+            refuse(f"{out} exists: name another file, or give --overwrite")
         options = report.Options(model, policy, budget, sinks, window, chunk, seed, beyond=beyond)
         try:
             prepared = report.prepare(options, document, None)
@@ -89,9 +95,9 @@ def cache(
         except KeyboardInterrupt:
             stands = "what it held before stands" if out.exists() else "it does not exist"
             typer.echo(f"stopped: nothing was written to {out}; {stands}", err=True)
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(INTERRUPTED) from None
     report.show(prepared, console, reading=reading)
-    console.print(f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB")
+    console.print(f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB", markup=False)
 
 
 def ask(

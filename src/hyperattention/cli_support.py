@@ -1,5 +1,6 @@
 """What all commands share: one line for what a user can put right, and a console of a width that tables fit."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ import typer
 from rich.console import Console
 
 _EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})
+# what shells give for a program that an interruption ended
+INTERRUPTED = 130
 # a file or a pipe has no width; tables need this much
 _PLAIN_WIDTH = 150
 
@@ -35,8 +38,11 @@ def explained() -> Iterator[None]:
         if (error.name or "").partition(".")[0] not in _EXTRAS:
             raise
         refuse(f"this command needs {error.name}: pip install 'hyperattention[demo]'")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         refuse(error)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -62,8 +68,11 @@ def check_writable(*paths: Path | None) -> None:
         ValueError: naming the first.
     """
     for path in paths:
-        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-            raise ValueError(f"cannot write {path}: name a file in an existing directory")
+        if path is None:
+            continue
+        folder = path.resolve().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"cannot write {path}: name a file in an existing directory that you may write to")
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

@@ -23,7 +23,7 @@ class Coreset:
     out_i = sum_s w_s exp(scale q_i . k_s) v_s / sum_s w_s exp(scale q_i . k_s)
 
     A key kept as itself has log-weight 0, one that stands for n keys log n, an empty slot -inf: heads, and rows of a batch,
-    may so hold different numbers of keys, and what lies in an empty slot is never read as a key.
+    may so hold different numbers of keys. What lies in an empty slot counts for nothing, but must be finite.
 
     Source: coresets for attention, as in Zandieh et al., 2024 (arXiv:2402.06082), SubGen; Han et al., 2025
     (arXiv:2502.07861), BalanceKV.   Differs: one weight serves numerator and denominator.
@@ -88,7 +88,7 @@ class Coreset:
             the rows and their log-sum-exp, which merge with attention over other keys.
 
         Raises:
-            ValueError: if the queries fit neither the heads nor `own`.
+            ValueError: if the queries fit neither the heads nor `own`, or the weights require a gradient.
         """
         batch, kv_heads, slots = self.log_weight.shape
         heads, queries = q.shape[1], q.shape[2]
@@ -102,6 +102,8 @@ class Coreset:
         rows = q.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # [lists, group, queries, head_dim]
         k, v, weight = (_joined(x) for x in (self.k, self.v, self.log_weight))
         factor = float(self.k.shape[3] ** -0.5 if scale is None else scale)
+        if torch.is_grad_enabled() and self.log_weight.requires_grad:
+            raise ValueError("log-weights have no gradient: detach them, or attend under torch.no_grad()")
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if q.device.type == "cpu" and not learning:
             out, lse = coreset_torch.forward(rows, k, v, weight, factor, causal=own > 1)

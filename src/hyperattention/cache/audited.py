@@ -76,19 +76,14 @@ class AuditedStore(Store):
         return self._whole.memory_bytes
 
     @property
-    def whole_bytes(self) -> int:
-        """Bytes of all keys and values that came by, had just these been kept."""
-        return sum(x.numel() * x.element_size() for x in self._whole.tensors[:2]) if self.batch else 0
+    def num_read(self) -> int:
+        """Slots that the store reads."""
+        return self.inner.num_read
 
     @property
     def approximated(self) -> Bool[Tensor, " tokens"]:
         """Tell for each position whether its query did not read every key."""
         return torch.tensor(self._approximated, dtype=torch.bool)
-
-    @property
-    def num_approximated(self) -> int:
-        """Positions whose queries did not read every key."""
-        return sum(self._approximated)
 
     @property
     def errors(self) -> Float[Tensor, "heads audited"]:
@@ -132,7 +127,8 @@ class AuditedStore(Store):
         """Compare the rows drawn with exact ones, and compute no others: a chunk of a prompt has many."""
         k, v, live = self._whole.tensors
         begin = self.seen - self._new
-        exact = exact_rows(q[:, :, places], k, v, begin + 1 + places, scale, live)
+        mask = None if bool(live.all()) else live
+        exact = exact_rows(q[:, :, places], k, v, begin + 1 + places, scale, mask)
         error = relative_error(out[:, :, places].to(exact.dtype) - exact, exact)  # [batch, heads, places]
         counts = live[:, begin + places][:, None]  # [batch, 1, places]
         num_live = counts.sum(0)

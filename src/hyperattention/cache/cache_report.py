@@ -28,9 +28,10 @@ class CacheReport:
         interval_by_layer: likewise.
         layers: numbers of the layers.
         num_audited: tokens audited.
-        num_approximated: tokens whose attention did not read every key, in some layer.
+        num_approximated: tokens for which the cache of some layer did not read every key. Attention that another method
+            approximated over a whole cache, such as that of a prompt, is not among them: its own audit judges it.
         num_tokens: tokens read and written.
-        num_read: most slots of a head that a step reads.
+        num_read: slots of a head that the next step reads.
         memory_bytes: held by the cache.
         whole_bytes: of all keys and values.
         shadow_bytes: held beside it for the audit alone.
@@ -52,7 +53,7 @@ class CacheReport:
     def __str__(self) -> str:
         """Say in one line what was measured, on average and for the worst layer."""
         if not self.num_approximated:
-            return f"exact: none of {self.num_tokens:,} tokens was approximated"
+            return f"nothing to measure: the cache read every key for all {self.num_tokens:,} tokens"
         if not self.num_audited:
             return f"not measured: none of {self.num_approximated:,} approximated tokens was drawn; give a smaller audit="
         worst = int(self.by_layer.argmax())
@@ -77,12 +78,12 @@ def _span(middle: float, low: float, high: float) -> str:
     return f"{middle:.2g} (95% CI {low:.2g}-{high:.2g})"
 
 
-def report_on(stores: Mapping[int, AuditedStore], budget: int) -> CacheReport:
+def report_on(stores: Mapping[int, AuditedStore], whole_bytes: int) -> CacheReport:
     """Sum up what the audits of all layers found.
 
     Args:
         stores: the audited store of each layer, by its number; at least one.
-        budget: most slots of a head that a step reads.
+        whole_bytes: of all keys and values of these layers.
 
     Returns:
         the report.
@@ -102,8 +103,8 @@ def report_on(stores: Mapping[int, AuditedStore], budget: int) -> CacheReport:
         relative_error=float(mean[0]), interval=(float(low[0]), float(high[0])),
         by_layer=mean[1:], interval_by_layer=(low[1:], high[1:]), layers=tuple(stores),
         num_audited=num_audited, num_approximated=num_approximated,
-        num_tokens=num_tokens, num_read=min(num_tokens, budget),
+        num_tokens=num_tokens, num_read=max(store.num_read for store in every),
         memory_bytes=sum(store.memory_bytes for store in every),
-        whole_bytes=sum(store.whole_bytes for store in every),
+        whole_bytes=whole_bytes,
         shadow_bytes=sum(store.shadow_bytes for store in every),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
+from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist, is_writable
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
 from hyperattention.condense.attended import attended
@@ -55,6 +55,11 @@ class CondensingStore(Store):
         return self._count
 
     @property
+    def num_read(self) -> int:
+        """All slots."""
+        return self._count
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing was condensed yet."""
         return self._turn == 0
@@ -102,7 +107,7 @@ class CondensingStore(Store):
         """Make room for `count` slots: as many as are needed at first, then half as much again, or just the budget."""
         old = self._buffer
         have = 0 if old is None else old.num_slots
-        if old is not None and count <= have:
+        if old is not None and count <= have and is_writable(old.k):
             return old
         most = self.room.budget + 1
         room = count if count >= most else most if not self.is_whole else min(most, max(count, 3 * have // 2))

@@ -18,7 +18,9 @@ class LookOnce(Keeping):
 
     The eviction saves memory, the choice of pages saves time: a step reads `Room.budget` keys of those that are left. A step
     of more queries than choose pages is a prompt and has a look of its own, so that of a prompt in chunks the same share
-    stays, as the last queries of each chunk see it. Keys of shorter steps all stay.
+    stays, as the last queries of each chunk see it. Keys of shorter steps stay until then: the next long step, such as a
+    second question, has a look at all that is there, answers included. A prompt in chunks of at most `pages.most_queries`
+    has no long step, and nothing of it is dropped.
 
     Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache: look-once static eviction, then query-aware dynamic
     selection.   Differs: a share of the keys in place of a threshold for each data set; a fixed number of last queries in

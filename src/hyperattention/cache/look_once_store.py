@@ -51,6 +51,11 @@ class LookOnceStore(Store):
         return self.pages.num_slots
 
     @property
+    def num_read(self) -> int:
+        """Those of the store by pages."""
+        return self.pages.num_read
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing was dropped, and the step at hand reads every key."""
         return not self._gone and self.pages.is_whole

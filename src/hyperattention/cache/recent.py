@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.cache.fitting import fit_new
+from hyperattention.cache.fitting import fit_new, is_writable
 from hyperattention.coreset import Coreset
 
 
@@ -66,7 +66,7 @@ class Recent:
         live = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
         end = self.num + k.shape[2]
         have = 0 if self._buffer is None else self._buffer[0].shape[2]
-        if self._buffer is None or end > have:
+        if self._buffer is None or end > have or not is_writable(self._buffer[0]):
             self._move(0, max(end, min(most, 3 * have // 2)), like=(k, v, live))
         self.num = end
         for to, source in zip(self._latest(k.shape[2]), (k, v, live), strict=True):

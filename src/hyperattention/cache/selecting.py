@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
+from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist, is_writable
 from hyperattention.cache.page_rank import PageRank
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
@@ -63,6 +63,11 @@ class SelectingStore(Store):
     def num_slots(self) -> int:
         """All keys are shown."""
         return self._seen
+
+    @property
+    def num_read(self) -> int:
+        """As many as the budget, or all."""
+        return min(self._seen, self.room.budget)
 
     @property
     def num_pages(self) -> int:
@@ -241,7 +246,7 @@ def _grown(old: Tensor | None, new: Tensor, count: int) -> Tensor:
     end = count + new.shape[2]
     if old is None:
         return new.clone(memory_format=torch.contiguous_format)
-    if end > old.shape[2]:
+    if end > old.shape[2] or not is_writable(old):
         old = torch.cat(
             [old[:, :, :count], old.new_empty((*old.shape[:2], max(end, 3 * count // 2) - count, old.shape[3]))], 2
         )

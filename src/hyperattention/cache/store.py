@@ -34,6 +34,11 @@ class Store(ABC):
 
     @property
     @abstractmethod
+    def num_read(self) -> int:
+        """Keys of each head that a query of one more token reads, its own left out."""
+
+    @property
+    @abstractmethod
     def is_whole(self) -> bool:
         """Whether every key is held and read."""
 

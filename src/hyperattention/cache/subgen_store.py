@@ -5,7 +5,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from hyperattention.cache.fitting import fit_state, floating_type, insist
+from hyperattention.cache.fitting import fit_state, floating_type, insist, is_writable
 from hyperattention.cache.recent import Recent
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
@@ -82,6 +82,13 @@ class SubGenStore(Store):
         return self._recent.num
 
     @property
+    def num_read(self) -> int:
+        """Tokens held as they are, samples of every cluster, and draws."""
+        if self.sketch is None:
+            return self._recent.num
+        return self._recent.num + int(self.sketch.num_clusters.max()) * self.sizes.samples + self.sizes.value_samples
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing was absorbed yet."""
         return self.sketch is None
@@ -118,11 +125,18 @@ class SubGenStore(Store):
             return
         k, v, live = self._recent.tensors
         num, first = self._recent.num - self.room.window, self._seen - self._recent.num
-        sketch = self.sketch or SubGenSketch(self._sizes(k, v), counters=(self.seed, self.layer))
+        sketch = self._writable() or SubGenSketch(self._sizes(k, v), counters=(self.seed, self.layer))
         position = torch.arange(first, first + num, device=k.device)
         sketch.absorb(k[:, :, :num], v[:, :, :num], position, live[:, :num])
         self.sketch = sketch
         self._recent.drop(num, self._limit + 1)
+
+    def _writable(self) -> SubGenSketch | None:
+        """Copy a sketch whose tensors were made in inference mode, if that is over."""
+        if self.sketch is not None and not all(is_writable(x) for part in self.sketch.held for x in part.tensors):
+            clusters, drawn = self.sketch.held
+            self.sketch.restore(Clusters(*(x.clone() for x in clusters.tensors)), Drawn(*(x.clone() for x in drawn.tensors)))
+        return self.sketch
 
     def _sizes(self, k: Tensor, v: Tensor) -> SketchSizes:
         """Bound the clusters by what the budget leaves, if nobody said otherwise."""

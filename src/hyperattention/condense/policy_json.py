@@ -52,7 +52,7 @@ def policy_to_json(policy: Policy | Keeping) -> object:
 
     Example:
         >>> policy_to_json(TopPages(page=16))["by"]
-        {'type': 'Bounds', 'reach': 0.3}
+        {'type': 'Bounds', 'reach': 0.5}
     """
     try:
         return part_to_json(policy, _TABLE)

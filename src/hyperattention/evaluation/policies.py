@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, TwoLevels
-from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping
 from hyperattention.cache.top_pages import TopPages
 from hyperattention.condense.balanced_halving import BalancedHalving
@@ -19,7 +18,7 @@ from hyperattention.condense.latest import Latest
 from hyperattention.condense.leverage import Leverage
 from hyperattention.condense.policy import Policy
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
-from hyperattention.integrations.transformers_cache import HyperCache, default_window
+from hyperattention.integrations.transformers_cache import HyperCache, room_for
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,7 @@ class Contender:
     def __post_init__(self) -> None:
         # refuses a budget that leaves nothing beside sinks and window; to a cache that drops nothing they mean nothing
         if self.entrant.policy is not None:
-            window = default_window(self.entrant.policy, self.budget) if self.window is None else self.window
-            Room(self.budget, self.sinks, window)
+            room_for(self.entrant.policy, self.budget, self.sinks, self.window)
 
     @property
     def name(self) -> str:
@@ -135,9 +133,12 @@ class Contender:
             the cache.
         """
         # to a cache that drops nothing sinks and window mean nothing
-        budget = self.budget if self.entrant.policy is not None else max(length, self.budget)
+        if self.entrant.policy is None:
+            budget, sinks, window = max(length, self.budget, 2), 0, 1
+        else:
+            budget, sinks, window = self.budget, self.sinks, self.window
         return HyperCache(
-            model.config, budget=budget, policy=self.entrant.policy, sinks=self.sinks, window=self.window, seed=seed,
+            model.config, budget=budget, policy=self.entrant.policy, sinks=sinks, window=window, seed=seed,
             audit=audit, beyond=beyond,
         )  # fmt: skip
 

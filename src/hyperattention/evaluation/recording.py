@@ -91,6 +91,11 @@ class RecordingStore(Store):
         return self.seen
 
     @property
+    def num_read(self) -> int:
+        """All tokens."""
+        return self.seen
+
+    @property
     def is_whole(self) -> bool:
         """Nothing is ever dropped."""
         return True

@@ -131,7 +131,8 @@ def write_on(
         the new tokens, ``[new]``, and what it took.
 
     Raises:
-        ValueError: if the cache has seen all tokens, so that there is nothing to go on from.
+        ValueError: if the cache has seen all tokens, so that there is nothing to go on from, or the model's folder asks for
+            a way of decoding that reads them otherwise than once.
     """
     seen = cache.get_seq_length()
     if tokens.shape[1] <= seen:
@@ -147,6 +148,12 @@ def write_on(
             given, attention_mask=torch.ones_like(given), past_key_values=cache, streamer=streamer,
             **_settings(model.generation_config, sampling),
         )  # fmt: skip
+    # the last token was written and not read
+    if cache.get_seq_length() != written.shape[1] - 1:
+        raise ValueError(
+            f"the cache has seen {cache.get_seq_length()} tokens of {written.shape[1]}: the generation_config.json of "
+            f"{judged.name} asks for a way of decoding that this command does not know"
+        )
     new = written[0, tokens.shape[1] :].cpu()
     return new, Stretch(len(new), time.perf_counter() - began, counter.counts)
 
@@ -159,7 +166,9 @@ def _settings(usual: GenerationConfig | None, sampling: Sampling) -> dict[str, A
     return {
         "max_new_tokens": sampling.new_tokens, "max_length": None, "num_beams": 1, "num_return_sequences": 1,
         # only arguments win over the folder where they are None
-        "cache_implementation": None, "do_sample": drawn, "temperature": sampling.temperature if drawn else None,
+        "use_cache": True, "cache_implementation": None, "prompt_lookup_num_tokens": None, "return_dict_in_generate": False,
+        "stop_strings": None, "guidance_scale": None, "dola_layers": None, "prefill_chunk_size": None,
+        "do_sample": drawn, "temperature": sampling.temperature if drawn else None,
         "top_p": usual.top_p if drawn else None, "top_k": usual.top_k or 0 if drawn else None,
         "pad_token_id": next(token for token in (usual.pad_token_id, first_end, 0) if token is not None),
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -16,23 +17,42 @@ from hyperattention.cache.store import Keeping, Store
 from hyperattention.check import positive
 from hyperattention.condense.cluster_means import ClusterMeans
 from hyperattention.condense.policy import Policy
+from hyperattention.integrations.trained_length import trained_length
 from hyperattention.integrations.transformers_held import READS_HELD
 from hyperattention.integrations.transformers_layer import HyperCacheLayer
 
-__all__ = ["HyperCache", "default_window"]
+__all__ = ["HyperCache", "room_for"]
 
 
-def default_window(policy: Policy | Keeping, budget: int) -> int:
-    """Tell how many of the latest tokens a cache keeps as they are where nobody says.
+def room_for(policy: Policy | Keeping, budget: int, sinks: int, window: int | None) -> Room:
+    """Divide a budget.
 
     Args:
         policy: what is kept, or how it is read.
         budget: slots of each head.
+        sinks: first tokens that are always kept.
+        window: latest tokens that are always kept; None for half of the budget, or for a quarter, and 64 at most, with a
+            policy that keeps everything.
 
     Returns:
-        half of the budget; a quarter, and 64 at most, for a policy that keeps everything.
+        the room.
+
+    Raises:
+        ValueError: if sinks and window leave nothing.
     """
-    return max(1, budget // 2 if isinstance(policy, Policy) else min(64, budget // 4))
+    if window is not None:
+        return Room(budget, sinks, window)
+
+    def usual(budget: int) -> int:
+        return max(1, budget // 2 if isinstance(policy, Policy) else min(64, budget // 4))
+
+    if 0 <= sinks >= budget - usual(budget):
+        least = next(more for more in count(max(budget, 1) + 1) if more > sinks + usual(more))
+        raise ValueError(
+            f"budget={budget} leaves nothing beside {sinks} sinks and {usual(budget)} of window: give at least {least}, or "
+            "fewer sinks"
+        )
+    return Room(budget, sinks, usual(budget))
 
 
 class HyperCache(Cache):
@@ -60,8 +80,8 @@ class HyperCache(Cache):
         seed: of every draw; the layer's number enters too.
         audit: one token in so many is also attended to exactly, over a copy of all keys and values, and `report` tells the
             error; None for no audit, and no copy.
-        beyond: whether to go on beyond the length that the model was made for, its `max_position_embeddings`; otherwise a
-            step that would exceed it is refused, because what a model says there means nothing unless it was made for it.
+        beyond: whether to go on beyond the length that the model was made for, padding not counted; otherwise a step that
+            would exceed it is refused, because what a model says there means nothing.
 
     Raises:
         ValueError: if the budget leaves nothing beside sinks and window, no layer has full attention, or `audit` is not
@@ -89,13 +109,22 @@ class HyperCache(Cache):
         self.policy = ClusterMeans() if policy is None else policy
         if audit is not None:
             positive("HyperCache", audit=audit)
-        self.room = Room(budget, sinks, default_window(self.policy, budget) if window is None else window)
+        if not isinstance(self.policy, Policy | Keeping):
+            raise ValueError(
+                f"policy={policy!r} is no policy: give one of the package's, made with its arguments, such as TopPages()"
+            )
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(
+                f"the first argument is a {type(config).__name__}: give the model's configuration, model.config"
+            )
+        if isinstance(budget, bool) or not isinstance(budget, int):
+            raise ValueError(f"budget={budget!r}: give a whole number of slots")
+        self.room = room_for(self.policy, budget, sinks, window)
         self.seed = seed
         text_config = config.get_text_config(decoder=True)
         # a function is not copied: copies of this cache, too, ask the model's own configuration, which `use` switches
         self._attention_name = lambda: text_config._attn_implementation
-        # models without learned or rotary positions name no length
-        self._limit: int | None = None if beyond else getattr(text_config, "max_position_embeddings", None)
+        limit = None if beyond else trained_length(text_config)
         layers = list(DynamicCache(config=config).layers)
         full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
@@ -103,7 +132,7 @@ class HyperCache(Cache):
         watched = (lambda store: store) if audit is None else partial(AuditedStore, every=audit, seed=seed)
         previous: HyperCacheLayer | None = None
         for number in full:
-            previous = HyperCacheLayer(self._maker(number), watched, previous)
+            previous = HyperCacheLayer(self._maker(number), watched, previous, limit)
             layers[number] = previous
         super().__init__(layers=layers)
 
@@ -129,14 +158,8 @@ class HyperCache(Cache):
             keys and values to attend to.
 
         Raises:
-            ValueError: if the model's attention cannot read weights, or was not made for so long a text.
+            ValueError: if the model's attention cannot read weights.
         """
-        length = self.get_seq_length(layer_idx) + key_states.shape[2]
-        if self._limit is not None and length > self._limit:
-            raise ValueError(
-                f"a text of {length:,} tokens, and the model was made for {self._limit:,}: give a shorter one, fewer new "
-                "tokens, or beyond=True to go on all the same"
-            )
         name = self._attention_name()
         reader = AttentionInterface().get(name)
         if not getattr(reader, READS_HELD, False):
@@ -164,7 +187,7 @@ class HyperCache(Cache):
             for number, layer in layers.items():
                 layer.reset()
                 layer.store.restore(states[number])
-                layer.is_initialized = True
+                layer.begin_at(layer.store.seen)
         except BaseException:
             for layer, inner, store, initialised in before:
                 layer.inner, layer.store, layer.is_initialized = inner, store, initialised
@@ -177,7 +200,7 @@ class HyperCache(Cache):
             the report; None without `audit`.
         """
         audited = {number: store for number, store in self.stores.items() if isinstance(store, AuditedStore)}
-        return report_on(audited, self.room.budget) if audited else None
+        return report_on(audited, self.whole_bytes) if audited else None
 
     @property
     def memory_bytes(self) -> int:

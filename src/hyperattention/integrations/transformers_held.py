@@ -18,11 +18,14 @@ class Handle:
     Args:
         store: whose keys they are.
         new: how many of them were appended in this step.
+        before: tokens of the longest row before it, padding not counted.
+        limit: most there may be; None for no limit.
     """
 
-    def __init__(self, store: Store, new: int) -> None:
+    def __init__(self, store: Store, new: int, before: int, limit: int | None) -> None:
         """Wait to be collected."""
         self.store, self.new, self.collected = store, new, False
+        self.text, self._before, self._limit = before + new, before, limit
 
     def check(self, mask: Tensor | None, extras: dict[str, Any], dropout: float) -> None:
         """Refuse what attention over a compressed cache cannot follow.
@@ -54,7 +57,20 @@ class Handle:
 
         Args:
             mask: as the model built it: None, 2-D bool as wide as the keys, or 4-D.
+
+        Raises:
+            ValueError: if the text is longer than the model was made for.
         """
+        self._mark(mask)
+        # assisted decoding guesses further than it goes: of a later step the first token counts
+        reach = self._before + 1 if self._before else self.text
+        if self._limit is not None and reach > self._limit:
+            raise ValueError(
+                f"a text of {reach:,} tokens, and the model was made for {self._limit:,}: give a shorter one, fewer new "
+                "tokens, or beyond=True to go on all the same"
+            )
+
+    def _mark(self, mask: Tensor | None) -> None:
         if mask is None or (mask.ndim == 2 and mask.dtype != torch.bool):
             return
         if mask.ndim == 2:
@@ -64,6 +80,8 @@ class Handle:
             seen = mask[:, 0, -self.new :, -self.new :].diagonal(dim1=-2, dim2=-1)
             live = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
         self.store.mark(live)
+        if self._limit is not None:
+            self.text = self._before + int(live.sum(-1).max())
 
 
 def attach(keys: Tensor, handle: Handle) -> Tensor:

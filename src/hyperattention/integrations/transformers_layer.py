@@ -18,6 +18,7 @@ class HyperCacheLayer(CacheLayerMixin):
         make_store: makes an empty store, given the store of the layer before.
         audit: puts a store under audit, or gives it back.
         previous: the layer before, which is held so that copies of a cache find their own.
+        limit: most tokens of a text, padding not counted; None for no limit.
     """
 
     is_sliding = False
@@ -30,15 +31,16 @@ class HyperCacheLayer(CacheLayerMixin):
         make_store: Callable[[Store | None], Store],
         audit: Callable[[Store], Store],
         previous: "HyperCacheLayer | None",
+        limit: int | None,
     ) -> None:
         """Hold nothing."""
         super().__init__()
-        self._make_store, self._audit, self._previous = make_store, audit, previous
+        self._make_store, self._audit, self._previous, self._limit = make_store, audit, previous, limit
         # what the next layer may share, and what is read, which may watch over it
         self.inner = make_store(None if previous is None else previous.inner)
         self.store = audit(self.inner)
         self._handle: Handle | None = None
-        self._token_bytes = 0
+        self._token_bytes = self._text = 0
 
     @property
     def whole_bytes(self) -> int:
@@ -74,7 +76,8 @@ class HyperCacheLayer(CacheLayerMixin):
         self.is_initialized = True
         self._token_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (key_states, value_states))
         k, v = self.store.append(key_states, value_states)
-        self._handle = Handle(self.store, key_states.shape[2])
+        self._text = self._length()
+        self._handle = Handle(self.store, key_states.shape[2], self._text, self._limit)
         return attach(k, self._handle), v
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -97,7 +100,19 @@ class HyperCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.inner = self._make_store(None if self._previous is None else self._previous.inner)
-        self.store, self._handle, self.is_initialized = self._audit(self.inner), None, False
+        self.store, self._handle, self._text, self.is_initialized = self._audit(self.inner), None, 0, False
+
+    def begin_at(self, text: int) -> None:
+        """Go on from what the store was given.
+
+        Args:
+            text: tokens of the longest row so far.
+        """
+        self._handle, self._text, self.is_initialized = None, text, True
+
+    def _length(self) -> int:
+        """Count the tokens of the longest row, padding left out as attention told."""
+        return self._text if self._handle is None else self._handle.text
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -127,3 +142,4 @@ class HyperCacheLayer(CacheLayerMixin):
         num = -size if size <= 0 else max(0, self.store.seen - size)
         if num:
             self.store.crop(num)
+            self.begin_at(self._length() - num)

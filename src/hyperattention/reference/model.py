@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hyperattention.integrations.trained_length import trained_length
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -26,7 +28,10 @@ class Judged:
     @property
     def max_length(self) -> int:
         """Give the longest input the model was made for."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        length = trained_length(self.model.config.get_text_config())
+        if length is None:
+            raise ValueError(f"{self.name} names no longest input: its configuration lacks max_position_embeddings")
+        return length
 
 
 def load_reference(folder: Path = WEIGHTS) -> Judged:

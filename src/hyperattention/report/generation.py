@@ -189,6 +189,10 @@ def recall(
         raise ValueError("the question is empty: say what the model is to go on from")
     _check_length(judged, tokens.shape[1] + max(each.shape[1] for each in asked) + more, beyond)
     options = Options(named, seed=cache.seed, budget=cache.room.budget)
+    if tokens.shape[0] != 1:
+        raise ValueError(
+            f"{path} holds {tokens.shape[0]} texts, and one is asked about at a time: write a cache of one text"
+        )
     texts = [torch.cat([tokens.cpu(), each], 1) for each in asked]
     return (Prepared(judged, text, copy.deepcopy(cache), options) for text in texts)
 
@@ -213,7 +217,8 @@ def show(prepared: Prepared, console: Console, *, reading: Stretch | None = None
     table.add_column(style="bold")
     for name, stretch in (("read", reading), ("written", writing)):
         if stretch is not None:
-            table.add_row(name, f"{stretch.num_tokens:,} tokens, {stretch.per_second:,.1f} a second")
+            watched = ", audit included" if cache.report() is not None else ""
+            table.add_row(name, f"{stretch.num_tokens:,} tokens, {stretch.per_second:,.1f} a second{watched}")
     table.add_row("cache", _memory(cache))
     table.add_row("keys", _keys(cache))
     for name, stretch in (("reading", reading), ("writing", writing)):
@@ -234,8 +239,8 @@ def _memory(cache: HyperCache) -> str:
 def _keys(cache: HyperCache) -> str:
     stores: list[Store] = list(cache.stores.values())
     seen, held = max(store.seen for store in stores), max(store.num_slots for store in stores)
-    if held < seen:
-        return f"{held:,} slots a head for {seen:,} tokens ({held / seen:.1%}), by {cache.policy!r}"
-    if seen <= cache.room.budget:
+    read = max(store.num_read for store in stores)
+    if held == seen <= read:
         return f"all {seen:,} kept and read; exact: nothing was dropped"
-    return f"all {seen:,} kept; a step reads {cache.room.budget:,} ({cache.room.budget / seen:.1%}), by {cache.policy!r}"
+    kept = f"all {seen:,} kept; " if held == seen else ""
+    return f"{kept}a step reads {read:,} a head for {seen:,} tokens ({read / seen:.1%}), by {cache.policy!r}"
