@@ -220,3 +220,9 @@ def test_sizes_that_make_no_sense_are_refused(options: dict, message: str) -> No
         LookOnce(**options)
     with pytest.raises(ValueError, match="leaves no page of 4"):
         new_store(room=Room(18, 3, 10))
+
+
+def test_never_fewer_stay_than_a_step_reads() -> None:
+    store = new_store(LookOnce(keep=0.1, latest=LATEST, pages=TopPages(by=Bounds(), page=4)))
+    read(store, inputs(), [PROMPT])
+    assert round(0.1 * PROMPT) < store.num_slots == ROOM.budget
