@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist, is_writable
+from hyperattention.cache.buffer import is_writable
+from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
 from hyperattention.condense.attended import attended
-from hyperattention.condense.held import Held, joined
+from hyperattention.condense.held import Held, joined, live_first
 from hyperattention.condense.policy import Full, Policy
 from hyperattention.types import Partial
 
@@ -164,7 +165,7 @@ class CondensingStore(Store):
         held, begin, end = self.held, self.room.sinks, self._count - self.room.window
         # at first, and later where a row had not as many keys as sinks
         if self.is_whole or not bool(held.live[:, :, :begin].all()):
-            held = _live_first(held, end)
+            held = live_first(held, end)
         queries = self._queries
         if queries is None:
             queries = held.k.new_zeros((held.k.shape[0], held.k.shape[1], 0, held.k.shape[3]))
@@ -239,13 +240,3 @@ def _repeated(held: Held, num: int) -> tuple[Tensor, Tensor]:
     """Name the first slot `num` times, as room to be written over."""
     index = torch.zeros(*held.log_weight.shape[:2], num, dtype=torch.int64, device=held.k.device)
     return index, torch.full(index.shape, -torch.inf, device=held.k.device)
-
-
-def _live_first(held: Held, end: int) -> Held:
-    """Move the empty slots of padded rows behind the others, before `end`, so that sinks are the first keys there are."""
-    live = held.live[:, :, :end]
-    if bool(live.all()):
-        return held
-    order = torch.argsort(live.to(torch.uint8), dim=-1, descending=True, stable=True)
-    index = torch.cat([order, torch.arange(end, held.num_slots, device=order.device).expand(*order.shape[:2], -1)], -1)
-    return held.take(index, held.log_weight.gather(2, index))

@@ -86,15 +86,3 @@ def fit_new(new: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> None:
             f"the cache holds keys and values of (rows, kv heads, width, type) {ours} and is given {theirs}: use one cache "
             "for one model, in one precision, and reorder its rows when the batch changes"
         )
-
-
-def is_writable(x: Tensor) -> bool:
-    """Tell whether a buffer can be written in place: one made in inference mode only there.
-
-    Args:
-        x: the buffer.
-
-    Returns:
-        whether it can; otherwise copy it first.
-    """
-    return torch.is_inference_mode_enabled() or not x.is_inference()

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.cache.fitting import fit_new, is_writable
+from hyperattention.cache.buffer import is_writable
+from hyperattention.cache.fitting import fit_new
 from hyperattention.coreset import Coreset
 
 

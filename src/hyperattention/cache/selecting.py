@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist, is_writable
+from hyperattention.cache.buffer import grown
+from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
 from hyperattention.cache.page_rank import PageRank
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
@@ -89,7 +90,7 @@ class SelectingStore(Store):
         new = k.shape[2]
         if self._k is not None and self._v is not None:
             fit_new((k, v), (self._k, self._v))
-        self._k, self._v = _grown(self._k, k, self._seen), _grown(self._v, v, self._seen)
+        self._k, self._v = grown(self._k, k, self._seen), grown(self._v, v, self._seen)
         if self._begin is None:
             self._begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
         self._seen, self._new = self._seen + new, new
@@ -121,7 +122,7 @@ class SelectingStore(Store):
         if self._k is None or full <= self._summed:
             return
         keys = self._k[:, :, self._summed * self.page : full * self.page].unflatten(2, (-1, self.page))
-        self._summary = _grown(self._summary, self.by.summarise(keys), self._summed)
+        self._summary = grown(self._summary, self.by.summarise(keys), self._summed)
         self._summed = full
 
     def attend(self, q: Tensor, scale: float) -> Partial:
@@ -239,16 +240,3 @@ class SelectingStore(Store):
 
 def _zeros(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, device=like.device)
-
-
-def _grown(old: Tensor | None, new: Tensor, count: int) -> Tensor:
-    """Write new rows behind the first `count`, in a buffer that grows by halves: O(1) copies a row."""
-    end = count + new.shape[2]
-    if old is None:
-        return new.clone(memory_format=torch.contiguous_format)
-    if end > old.shape[2] or not is_writable(old):
-        old = torch.cat(
-            [old[:, :, :count], old.new_empty((*old.shape[:2], max(end, 3 * count // 2) - count, old.shape[3]))], 2
-        )
-    old[:, :, count:end] = new
-    return old

@@ -5,7 +5,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from hyperattention.cache.fitting import fit_state, floating_type, insist, is_writable
+from hyperattention.cache.buffer import is_writable
+from hyperattention.cache.fitting import fit_state, floating_type, insist
 from hyperattention.cache.recent import Recent
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store

@@ -103,3 +103,21 @@ def joined(parts: Sequence[Held]) -> Held:
         all of them, in the order given.
     """
     return Held(*(torch.cat(each, 2) for each in zip(*(part.tensors for part in parts), strict=True)))
+
+
+def live_first(held: Held, end: int) -> Held:
+    """Move the empty slots of padded rows behind the others, before `end`, so that sinks are the first keys there are.
+
+    Args:
+        held: the slots.
+        end: end of the range within which they move.
+
+    Returns:
+        all slots.
+    """
+    live = held.live[:, :, :end]
+    if bool(live.all()):
+        return held
+    order = torch.argsort(live.to(torch.uint8), dim=-1, descending=True, stable=True)
+    index = torch.cat([order, torch.arange(end, held.num_slots, device=order.device).expand(*order.shape[:2], -1)], -1)
+    return held.take(index, held.log_weight.gather(2, index))
