@@ -41,7 +41,8 @@ def test_bytes_come_back_as_they_were() -> None:
     text = b"caf\xc3\xa9 \xff".decode("utf-8", "surrogateescape")
     tokens = Bytes().encode(text, first=True)
     assert bytes(tokens.tolist()) == b"caf\xc3\xa9 \xff"
-    assert Bytes().decode(tokens) == "caf\u00e9 \ufffd"
+    assert Bytes().decode(tokens) == Bytes().decode(tokens.tolist()) == "caf\u00e9 \ufffd"
+    assert Bytes().decode(ord("a")) == "a"
 
 
 @pytest.fixture

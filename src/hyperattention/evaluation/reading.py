@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hyperattention.exact_method import Exact
+from hyperattention.integrations.cache_argument import cache_argument
 from hyperattention.integrations.transformers import CallCounter, use
 from hyperattention.integrations.transformers_cache import HyperCache
 
@@ -45,7 +46,8 @@ def read(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], cache: Hyp
     Returns:
         the logits.
     """
-    return model(tokens.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    given = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": keep}
+    return model(tokens.to(model.device), **given).logits
 
 
 @dataclass(frozen=True)

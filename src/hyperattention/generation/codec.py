@@ -32,7 +32,7 @@ class Codec(ABC):
         """Turn tokens into text.
 
         Args:
-            tokens: a list or tensor of tokens.
+            tokens: a token, or a list or tensor of them.
             options: what streamers pass along to tokenizers.
 
         Returns:
@@ -51,7 +51,7 @@ class Bytes(Codec):
 
     def decode(self, tokens: Any, **options: Any) -> str:
         """Read the bytes; those that are no character become a sign that says so."""
-        return bytes(int(token) for token in tokens).decode("utf-8", "replace")
+        return bytes(torch.as_tensor(tokens).flatten().tolist()).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)

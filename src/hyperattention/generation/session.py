@@ -14,6 +14,7 @@ from hyperattention.bench.timing import ignore
 from hyperattention.check import positive
 from hyperattention.evaluation.reading import read, reading
 from hyperattention.generation.codec import codec_of
+from hyperattention.integrations.cache_argument import cache_argument
 from hyperattention.integrations.transformers import CallCounts
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.reference.model import Judged
@@ -145,7 +146,7 @@ def write_on(
         torch.manual_seed(sampling.seed)
         given = tokens.to(model.device)
         written = model.generate(  # pyright: ignore[reportCallIssue]: mixed into every causal language model
-            given, attention_mask=torch.ones_like(given), past_key_values=cache, streamer=streamer,
+            given, attention_mask=torch.ones_like(given), streamer=streamer, **{cache_argument(model): cache},
             **_settings(model.generation_config, sampling),
         )  # fmt: skip
     # the last token was written and not read
