@@ -75,7 +75,7 @@ class Bounds(PageRank):
 
     def rank(self, q: Tensor, summary: Tensor, num: int) -> Tensor:
         """Multiply the middle by the query, the range by its magnitudes."""
-        return torch.cat([q, self.reach * q.abs()], -1) @ summary.to(q.dtype).transpose(2, 3)
+        return _scores(torch.cat([q, self.reach * q.abs()], -1), summary)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Midpoint(PageRank):
 
     def rank(self, q: Tensor, summary: Tensor, num: int) -> Tensor:
         """Multiply."""
-        return q @ summary.to(q.dtype).transpose(2, 3)
+        return _scores(q, summary)
 
 
 @dataclass(frozen=True)
@@ -150,3 +150,8 @@ class TwoLevels(PageRank):
         whole = score.new_full((*score.shape[:3], pages), -torch.inf)
         # a page that stands for one beyond the end must not overwrite itself
         return whole.scatter_reduce(3, page[:, :, None].expand(-1, -1, score.shape[2], -1), score, "amax")
+
+
+def _scores(q: Tensor, summary: Tensor) -> Tensor:
+    # summaries times queries: of few queries a CPU multiplies that way two to three times as fast as the other
+    return (summary.to(q.dtype) @ q.transpose(2, 3)).transpose(2, 3)

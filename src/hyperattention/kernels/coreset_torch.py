@@ -37,12 +37,14 @@ def forward(
     """
     lists, group, queries, _ = q.shape
     slots, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
-    keys, values, bias = k.to(dtype).transpose(1, 2), v.to(dtype), log_weight.to(dtype)[:, None]
+    keys, values, bias = k.to(dtype), v.to(dtype), log_weight.to(dtype)[:, None]
     step = max(1, _SCORE_BYTES // (4 * lists * group * max(1, slots)))
     parts = []
     for start in range(0, queries, step):
         part = q[:, :, start : start + step].to(dtype)
-        scores = torch.baddbmm(bias, part.flatten(1, 2), keys, alpha=scale)  # [lists, rows, slots]
+        # keys times queries: of few queries a CPU multiplies that way two to three times as fast as the other
+        scores = torch.bmm(keys, part.flatten(1, 2).transpose(1, 2).mul(scale)).transpose(1, 2)  # [lists, rows, slots]
+        scores = torch.add(scores, bias, out=torch.empty_like(scores, memory_format=torch.contiguous_format))
         if causal and queries > 1:
             limit = torch.arange(start, start + part.shape[2], device=q.device) + (slots - queries)
             later = torch.arange(slots, device=q.device) > limit[:, None]
