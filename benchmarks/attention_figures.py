@@ -12,7 +12,7 @@ from hyperattention.bench.error import pool
 from hyperattention.bench.rows import rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed
 from hyperattention.bench.timing import interleave
-from hyperattention.default import lean_method
+from hyperattention.methods.default import lean_method
 from hyperattention.problem import Problem
 from hyperattention.report.tables import format_error, format_memory
 

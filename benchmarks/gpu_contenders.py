@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention import Exact, Sinks, attention, default_method
-from hyperattention.approach import Approach
 from hyperattention.bench.rows import Row, control_of
-from hyperattention.method import Method
+from hyperattention.methods.base import Approach
+from hyperattention.methods.method import Method
 
 BACKENDS = {"exact_flash": SDPBackend.FLASH_ATTENTION, "exact_cudnn": SDPBackend.CUDNN_ATTENTION}
 _PROBE = 256

@@ -19,7 +19,7 @@ from gpu_session import Session, reason_of
 from gpu_tasks import Task
 from torch import Tensor
 
-from hyperattention.presets import HyperAttention
+from hyperattention.methods.presets import HyperAttention
 
 # where checkouts keep the class: the published repository's layout first
 MODULES = ("models.attention.hyper_attn", "hyper_attn.hyper_attn", "src.attn.hyper_attn", "hyper_attn")

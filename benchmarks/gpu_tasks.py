@@ -7,7 +7,7 @@ import torch
 from gpu_session import Plan
 from torch import Tensor
 
-from hyperattention.approach import exact_pairs
+from hyperattention.methods.base import exact_pairs
 from hyperattention.synthetic import gaussian, structured
 
 KINDS = ("structured", "gaussian")

@@ -20,10 +20,10 @@ from claims import announce, figure
 from pareto_claims import FEWER, OURS, equal_pairs, equal_time, loss
 from rich.console import Console
 
-from hyperattention.approach import exact_pairs
 from hyperattention.bench.entrants import at_budget, own_methods
 from hyperattention.bench.frontier import Care, Point
 from hyperattention.bench.rows import Row, find_default, window_of
+from hyperattention.methods.base import exact_pairs
 from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import WEIGHTS
 from hyperattention.report import demo, pareto

@@ -25,8 +25,8 @@ from hyperattention.bench.entrants import own_methods
 from hyperattention.bench.rows import Row
 from hyperattention.calibration.calibrate import Settings, calibrate
 from hyperattention.calibration.plan import Plan
-from hyperattention.exact_method import Exact
-from hyperattention.method import Method
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
 from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import load_reference
 from hyperattention.reference.samples import samples_of_documents

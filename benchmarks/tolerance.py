@@ -18,14 +18,14 @@ import torch
 from claims import Record, at_most, figure
 from torch import Tensor
 
-from hyperattention.approach import Approach
 from hyperattention.attention import attention
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import rows
 from hyperattention.bench.timing import interleave
-from hyperattention.by_head import ByHead
-from hyperattention.exact_method import Exact
 from hyperattention.ladder import default_ladder
+from hyperattention.methods.base import Approach
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import load_reference
 from hyperattention.reference.passes import capture
 from hyperattention.reference.samples import samples_of_documents

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import hyperattention as ha
-from hyperattention.approach import Approach
+from hyperattention.methods.base import Approach
 from hyperattention.select.density import Density
 from hyperattention.select.stage import Stage
 

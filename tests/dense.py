@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from hyperattention.types import Runs, Selection
 

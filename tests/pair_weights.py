@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import hyperattention as ha
-from hyperattention.approach import Approach
+from hyperattention.methods.base import Approach
 
 
 def pair_weights(method: Approach, q: Tensor, k: Tensor, size: Tensor | None = None, **options) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 import hyperattention as ha
 from assertions import assert_same_bits
 from cases import Case
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 

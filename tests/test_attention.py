@@ -151,7 +151,7 @@ def test_no_method_is_exact_below_the_crossover_and_visible():
 
 
 def test_above_the_crossover_no_method_runs_the_default():
-    from hyperattention.default import CROSSOVER
+    from hyperattention.methods.default import CROSSOVER
 
     q, k, v = tensors(CROSSOVER, heads=1, kv_heads=1, head_dim=4, value_dim=4)
     with torch.no_grad():

@@ -13,8 +13,8 @@ from hyperattention.bench.case import Case
 from hyperattention.bench.peak_memory import measure
 from hyperattention.bench.timing import Timing, interleave, speedup
 from hyperattention.cli import app
-from hyperattention.default import CROSSOVER
-from hyperattention.exact_method import Exact
+from hyperattention.methods.default import CROSSOVER
+from hyperattention.methods.exact import Exact
 from hyperattention.report.bench import Options, list_cases
 
 ROWS = ["exact", "sinks_window", "control", "published", "default"]

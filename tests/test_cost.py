@@ -8,7 +8,7 @@ from torch import Tensor
 
 import hyperattention as ha
 from cases import CASES, CONTROL, Case
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from hyperattention.select.score.blocks import BlockRank
 from problems import problem
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import dense
 from assertions import assert_exact, assert_same_math, assert_unbiased
 from cases import CASES, Case
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from pair_weights import pair_weights
 from problems import problem, tensors

@@ -9,7 +9,7 @@ import hyperattention as ha
 from assertions import assert_exact
 from hyperattention import certificate, pilot, tolerance
 from hyperattention.ladder import Ladder, default_ladder
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from problems import tensors
 from tolerance_cases import LADDER, NUM, OPTIONS, easy, inputs

@@ -7,7 +7,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
-from hyperattention.presets import HyperAttention
+from hyperattention.methods.presets import HyperAttention
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead

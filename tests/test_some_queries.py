@@ -6,7 +6,7 @@ import torch
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
 from cases import CASES, CONTROL
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from problems import problem, tensors
 
 SPANS = [case for case in CASES if isinstance(case.method, Method) and case.method.looks_ahead < ha.LookAhead.SEQUENCE]

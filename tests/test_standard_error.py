@@ -12,7 +12,7 @@ from assertions import assert_exact, assert_same_bits
 from cases import CASES, CONTROL, DESCENT, MIXTURE
 from hyperattention.kernels.list_attention import list_attention
 from hyperattention.kernels.list_error import error_variance
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from hyperattention.problem import Pages
 from hyperattention.select.stage import Taken
 from hyperattention.tiling import Tiles

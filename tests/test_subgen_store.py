@@ -14,8 +14,8 @@ from hyperattention.cache.subgen_store import SubGenStore
 from hyperattention.condense.subgen import SubGen
 from hyperattention.condense.subgen_sketch import SketchSizes, SubGenSketch
 from hyperattention.coreset import Coreset
-from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
+from hyperattention.methods.exact import Exact
 
 DIM, ROOM = 8, Room(80, sinks=4, window=24)
 SUBGEN = SubGen(delta=1.5, samples=2, value_samples=8, most_clusters=200)

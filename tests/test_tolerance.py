@@ -8,7 +8,7 @@ import torch
 import hyperattention as ha
 from assertions import assert_same_bits
 from hyperattention import certificate, pilot, tolerance
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from tolerance_cases import LADDER, NUM, OPTIONS, easy, errors, inputs
 
 

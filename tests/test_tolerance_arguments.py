@@ -8,7 +8,7 @@ from assertions import assert_exact
 from front_door import padded
 from hyperattention import certificate, tolerance
 from hyperattention.ladder import Ladder, check_tolerance
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from problems import tensors
 from tolerance_cases import LADDER, NUM, OPTIONS, SHAPE, easy, errors, inputs
 

@@ -2,7 +2,7 @@
 
 import hyperattention as ha
 from hyperattention.ladder import Ladder
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from problems import tensors
 
 NUM = 1024

@@ -1,10 +1,7 @@
 """Attention over long contexts in near-linear time, with a measured error bar."""
 
-from hyperattention.approach import Cost
 from hyperattention.attention import attention
 from hyperattention.audit import ErrorReport, audit
-from hyperattention.by_head import ByHead
-from hyperattention.by_layer import ByLayer
 from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.top_pages import TopPages
@@ -20,13 +17,17 @@ from hyperattention.condense.leverage import Leverage
 from hyperattention.condense.subgen import SubGen
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
 from hyperattention.coreset import Coreset
-from hyperattention.default import default_method, lean_method, thorough_method
-from hyperattention.exact_method import Exact
 from hyperattention.ladder import Ladder, default_ladder
 from hyperattention.merge import merge
-from hyperattention.method import Method
+from hyperattention.methods.base import Cost
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.by_layer import ByLayer
+from hyperattention.methods.default import default_method, lean_method, thorough_method
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
+from hyperattention.methods.oracle import TopKeys
+from hyperattention.methods.presets import HyperAttention
 from hyperattention.paged import paged_attention
-from hyperattention.presets import HyperAttention
 from hyperattention.select.budgeted_draw import BudgetedDraw
 from hyperattention.select.collision_draw import CollisionDraw
 from hyperattention.select.density import Uniform
@@ -50,7 +51,6 @@ from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
 from hyperattention.tolerance_report import ToleranceReport
-from hyperattention.top_keys import TopKeys
 from hyperattention.types import Partial
 from hyperattention.varlen import varlen_attention
 

@@ -4,13 +4,9 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from hyperattention.approach import Approach
 from hyperattention.audit import ErrorReport
 from hyperattention.audit import audit as judge
-from hyperattention.by_head import ByHead
-from hyperattention.default import default_method
 from hyperattention.exact import exact_attention
-from hyperattention.exact_method import Exact
 from hyperattention.inputs import (
     autocast_device,
     check_inputs,
@@ -21,6 +17,10 @@ from hyperattention.inputs import (
     narrowed,
 )
 from hyperattention.ladder import Ladder, check_tolerance
+from hyperattention.methods.base import Approach
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.default import default_method
+from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem, compact
 from hyperattention.tolerance import attend_within, exact_report
 from hyperattention.tolerance_report import ToleranceReport

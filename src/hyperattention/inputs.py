@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hyperattention.approach import Approach
+from hyperattention.methods.base import Approach
 from hyperattention.random import SEED_LIMIT
 
 # a dense mask of more pairs than this is refused: exact attention under it would take minutes and gigabytes

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import torch
 
-from hyperattention.default import CROSSOVER, GPU_CROSSOVER, default_method
 from hyperattention.inputs import check_method
-from hyperattention.method import Method
+from hyperattention.methods.default import CROSSOVER, GPU_CROSSOVER, default_method
+from hyperattention.methods.method import Method
 from hyperattention.select.density import Density
 from hyperattention.select.draw import Draw
 from hyperattention.select.score.descent import Descent

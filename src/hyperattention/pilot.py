@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.certificate import Aim, exact_at, row_errors
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from hyperattention.random import uniform
 

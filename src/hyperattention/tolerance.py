@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperattention.approach import Approach, Cost
 from hyperattention.certificate import Aim, certify, of_group, visible_to
-from hyperattention.default import default_method
-from hyperattention.exact_method import Exact
 from hyperattention.ladder import Ladder, default_ladder
-from hyperattention.method import Method
+from hyperattention.methods.base import Approach, Cost
+from hyperattention.methods.default import default_method
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
 from hyperattention.pilot import Pilot, cheapest, choose, pilot_spends, take_pilot
 from hyperattention.problem import Problem
 from hyperattention.tolerance_report import ToleranceReport

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.approach import Approach
-from hyperattention.exact_method import Exact
+from hyperattention.methods.base import Approach
+from hyperattention.methods.exact import Exact
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.approach import Approach
 from hyperattention.attention import attention
-from hyperattention.default import default_method
-from hyperattention.exact_method import Exact
 from hyperattention.inputs import autocast_device, check_inputs, check_masks, check_tensors, narrowed
 from hyperattention.kernels.triton_reads import triton_reads
+from hyperattention.methods.base import Approach
+from hyperattention.methods.default import default_method
+from hyperattention.methods.exact import Exact
 from hyperattention.ragged import Packed, ragged_attention
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hyperattention.approach import Approach
 from hyperattention.attention import attention
-from hyperattention.exact_method import Exact
+from hyperattention.methods.base import Approach
+from hyperattention.methods.exact import Exact
 from hyperattention.synthetic import structured
 
 Inputs = tuple[Tensor, Tensor, Tensor]

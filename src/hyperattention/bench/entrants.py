@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from hyperattention.bench.rivals import rivals
 from hyperattention.bench.rows import LONG, Row, control_of, find_default
-from hyperattention.default import lean_method, thorough_method
-from hyperattention.exact_method import Exact
-from hyperattention.method import Method
-from hyperattention.presets import HyperAttention
+from hyperattention.methods.default import lean_method, thorough_method
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
+from hyperattention.methods.presets import HyperAttention
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window

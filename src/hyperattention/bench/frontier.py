@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.approach import Cost
 from hyperattention.audit import report_on, sample_for
 from hyperattention.bench.call import Call
 from hyperattention.bench.entrants import Entrant
@@ -15,6 +14,7 @@ from hyperattention.bench.front import on_front
 from hyperattention.bench.timing import Timing, ignore, interleave
 from hyperattention.error_report import ErrorReport
 from hyperattention.judge import compare
+from hyperattention.methods.base import Cost
 from hyperattention.sampled_rows import measure_rows
 
 # methods are compared on stretches of a call, each longer than a tile, whose rows share their draws

@@ -1,7 +1,8 @@
 """Published ways of choosing keys, each at the same number of slots: what the accuracy of ours is measured against."""
 
 from hyperattention.bench.rows import Row
-from hyperattention.method import Method
+from hyperattention.methods.method import Method
+from hyperattention.methods.oracle import TopKeys
 from hyperattention.select.budgeted_draw import BudgetedDraw
 from hyperattention.select.collision_draw import CollisionDraw
 from hyperattention.select.draw import Draw
@@ -15,7 +16,6 @@ from hyperattention.select.priority_draw import PriorityDraw
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, MeanKey
 from hyperattention.select.stage import Stage
-from hyperattention.top_keys import TopKeys
 
 _TILE, _SINKS, _WINDOW = 64, 16, 256
 # below, a rival would have fewer than a few blocks to choose

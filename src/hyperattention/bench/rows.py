@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from hyperattention.approach import Approach, Cost
-from hyperattention.default import default_method
-from hyperattention.exact_method import Exact
-from hyperattention.method import Method
-from hyperattention.presets import HyperAttention
+from hyperattention.methods.base import Approach, Cost
+from hyperattention.methods.default import default_method
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
+from hyperattention.methods.presets import HyperAttention
 from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks

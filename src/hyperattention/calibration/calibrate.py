@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from hyperattention.approach import Approach
 from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import ignore
-from hyperattention.by_head import ByHead
-from hyperattention.by_layer import ByLayer
 from hyperattention.calibration.candidates import candidates
 from hyperattention.calibration.choose import Chosen, choose
 from hyperattention.calibration.crossover import Crossing, find_crossing
@@ -22,7 +19,10 @@ from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import measure_layer, warm_up
 from hyperattention.calibration.method_json import method_to_json
 from hyperattention.calibration.plan import Measured, Plan
-from hyperattention.exact_method import Exact
+from hyperattention.methods.base import Approach
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.by_layer import ByLayer
+from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged
 from hyperattention.reference.passes import run_pass, watch_exact
 from hyperattention.reference.samples import Sample

@@ -1,9 +1,9 @@
 """The methods that a calibration chooses from."""
 
-from hyperattention.approach import Approach
-from hyperattention.default import default_method, thorough_method
-from hyperattention.exact_method import Exact
-from hyperattention.method import Method
+from hyperattention.methods.base import Approach
+from hyperattention.methods.default import default_method, thorough_method
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
 from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks

@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
-from hyperattention.approach import Approach
-from hyperattention.by_head import ByHead
 from hyperattention.calibration.measure import Measurement
+from hyperattention.methods.base import Approach
+from hyperattention.methods.by_head import ByHead
 
 # candidates this close to the quickest count as equally quick: from run to run times differ by as much
 _TIE = 1.25

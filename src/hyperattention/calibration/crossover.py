@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from hyperattention.bench.timing import interleave
-from hyperattention.by_head import ByHead
 from hyperattention.calibration.measure import run_on
-from hyperattention.exact_method import Exact
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.samples import Sample

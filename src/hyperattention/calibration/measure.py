@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperattention.approach import Approach
 from hyperattention.attention import attention
 from hyperattention.judge import relative_error
+from hyperattention.methods.base import Approach
 from hyperattention.reference.watch import CallInputs
 
 # tokens of the calls that warm up: enough for every stage to have something to do

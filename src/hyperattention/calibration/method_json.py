@@ -5,11 +5,12 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hyperattention.approach import Approach
 from hyperattention.calibration.fields import Field
-from hyperattention.exact_method import Exact
-from hyperattention.method import Method
-from hyperattention.presets import HyperAttention
+from hyperattention.methods.base import Approach
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
+from hyperattention.methods.oracle import TopKeys
+from hyperattention.methods.presets import HyperAttention
 from hyperattention.select.budgeted_draw import BudgetedDraw
 from hyperattention.select.collision_draw import CollisionDraw
 from hyperattention.select.density import Density, Uniform
@@ -31,7 +32,6 @@ from hyperattention.select.score.mix import Mix
 from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
-from hyperattention.top_keys import TopKeys
 
 # a new type needs a line here; `Method` and `Mix` take lists of parts, and are written out below
 _TYPES = (

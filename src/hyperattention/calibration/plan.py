@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hyperattention.by_head import ByHead
-from hyperattention.by_layer import ByLayer
 from hyperattention.calibration.fingerprint import Fingerprint, fingerprint
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.by_layer import ByLayer
 
 
 @dataclass(frozen=True)

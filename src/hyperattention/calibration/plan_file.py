@@ -5,13 +5,13 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from hyperattention.approach import Approach
-from hyperattention.by_head import ByHead
 from hyperattention.calibration.fields import Field
 from hyperattention.calibration.fingerprint import Fingerprint
 from hyperattention.calibration.method_json import method_from_json, method_to_json
 from hyperattention.calibration.plan import Measured, Plan
 from hyperattention.calibration.write_whole import write_whole
+from hyperattention.methods.base import Approach
+from hyperattention.methods.by_head import ByHead
 
 FORMAT, VERSION = "hyperattention plan", 1
 _REMEDY = "run `hyperattention calibrate` again"

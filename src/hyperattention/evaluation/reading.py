@@ -11,10 +11,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hyperattention.exact_method import Exact
 from hyperattention.integrations.cache_argument import cache_argument
 from hyperattention.integrations.transformers import CallCounter, use
 from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.methods.exact import Exact
 
 
 @contextmanager

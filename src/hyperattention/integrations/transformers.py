@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from hyperattention.approach import Approach
 from hyperattention.calibration.plan import Plan
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.integrations.transformers_counts import CallCounter, CallCounts
 from hyperattention.integrations.transformers_forward import ATTRIBUTE, Settings, attention_forward
 from hyperattention.integrations.transformers_masks import build_mask
+from hyperattention.methods.base import Approach
 from hyperattention.random import SEED_LIMIT
 
 __all__ = ["NAME", "CallCounter", "CallCounts", "HyperCache", "register", "use"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hyperattention import Exact, attention, varlen_attention
-from hyperattention.approach import Approach
+from hyperattention.methods.base import Approach
 
 # scores held at a time by `attend_by_rows`: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24

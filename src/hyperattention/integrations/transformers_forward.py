@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hyperattention import ByHead, ByLayer, Exact, default_method
-from hyperattention.approach import Approach
 from hyperattention.integrations.transformers_counts import CallCounter
 from hyperattention.integrations.transformers_exact import Call, run, run_exact
 from hyperattention.integrations.transformers_held import READS_HELD, Handle, handle_of
 from hyperattention.integrations.transformers_masks import document_bounds, longest_span
+from hyperattention.methods.base import Approach
 
 ATTRIBUTE = "_hyperattention"
 # why a call ran exactly that any other method would have answered

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import torch
 
-from hyperattention.approach import Cost
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import Ratio, Timing, ignore, speedup
-from hyperattention.exact_method import Exact
+from hyperattention.methods.base import Cost
+from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged
 from hyperattention.reference.passes import Pass, run_pass
 from hyperattention.reference.samples import Sample

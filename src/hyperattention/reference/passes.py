@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from hyperattention.audit import ErrorReport
 from hyperattention.bench.rows import Row
-from hyperattention.exact_method import Exact
 from hyperattention.integrations.transformers import use
+from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged
 from hyperattention.reference.samples import Sample
 from hyperattention.reference.watch import CallInputs, Watch, watched

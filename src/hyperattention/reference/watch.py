@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from hyperattention.approach import Approach
 from hyperattention.audit import ErrorReport, audit
 from hyperattention.integrations.transformers import CallCounter
 from hyperattention.integrations.transformers_forward import EXACT_METHOD, attention_forward
 from hyperattention.integrations.transformers_held import READS_HELD
 from hyperattention.integrations.transformers_masks import build_mask
+from hyperattention.methods.base import Approach
 
 _NAME, _ATTRIBUTE = "hyperattention_watched", "_hyperattention_watch"
 

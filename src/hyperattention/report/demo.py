@@ -10,8 +10,8 @@ from rich.console import Console
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import Row, rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
-from hyperattention.default import CROSSOVER
 from hyperattention.integrations.transformers import use
+from hyperattention.methods.default import CROSSOVER
 from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
 from hyperattention.reference.samples import Sample, samples_of_documents, samples_of_text, tokens_of_text

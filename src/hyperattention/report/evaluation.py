@@ -10,8 +10,8 @@ from hyperattention.evaluation.policies import choose_entrants, contenders_at
 from hyperattention.evaluation.run import Findings, Plan, check, evaluate, haystack_of
 from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
 from hyperattention.evaluation.tasks import TASKS
-from hyperattention.exact_method import Exact
 from hyperattention.integrations.transformers import use
+from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
 from hyperattention.reference.text import held_out_text
 from hyperattention.report.evaluation_files import METRICS, contender_record, write_files

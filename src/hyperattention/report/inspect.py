@@ -8,17 +8,17 @@ import torch
 from plotly.graph_objects import Figure
 from rich.console import Console
 
-from hyperattention.approach import Approach
 from hyperattention.bench.rows import find_default
-from hyperattention.by_head import ByHead
 from hyperattention.calibration.candidates import candidates
 from hyperattention.calibration.fingerprint import fingerprint
 from hyperattention.calibration.head_statistics import SINKS, WINDOW, LayerFigures, inspect_layer
 from hyperattention.calibration.measure import warm_up
 from hyperattention.calibration.plan import Plan
 from hyperattention.calibration.plan_file import load_plan
-from hyperattention.default import default_method
-from hyperattention.exact_method import Exact
+from hyperattention.methods.base import Approach
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.default import default_method
+from hyperattention.methods.exact import Exact
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.watch import CallInputs
 from hyperattention.report.demo import Options as Texts

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from plotly.graph_objects import Figure, Heatmap, Scatter
 
-from hyperattention.approach import Approach
 from hyperattention.calibration.head_statistics import LayerFigures
-from hyperattention.method import Method
+from hyperattention.methods.base import Approach
+from hyperattention.methods.method import Method
 from hyperattention.report.method_names import short_name
 from hyperattention.select.draw import Draw
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from hyperattention.approach import Cost
 from hyperattention.bench.case import Case
 from hyperattention.bench.error import Error
 from hyperattention.bench.frontier import Point
 from hyperattention.bench.speed import Speed
 from hyperattention.bench.timing import Ratio
+from hyperattention.methods.base import Cost
 from hyperattention.reference.evaluate import Judgement
 
 

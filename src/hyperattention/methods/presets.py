@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyperattention.approach import Approach, Cost, exact_pairs, refuse_spans
 from hyperattention.check import positive
-from hyperattention.exact_method import Exact
 from hyperattention.merge import merge
-from hyperattention.method import Method
+from hyperattention.methods.base import Approach, Cost, exact_pairs, refuse_spans
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
 from hyperattention.problem import Problem, compact
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.hash_buckets import HashBuckets

@@ -2,9 +2,9 @@
 
 import torch
 
-from hyperattention.approach import Approach
-from hyperattention.exact_method import Exact
-from hyperattention.method import Method
+from hyperattention.methods.base import Approach
+from hyperattention.methods.exact import Exact
+from hyperattention.methods.method import Method
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperattention.approach import Approach, Cost, exact_pairs
 from hyperattention.check import positive
 from hyperattention.exact import grouped_scores
-from hyperattention.exact_method import Exact
 from hyperattention.kernels.list_attention import list_attention
+from hyperattention.methods.base import Approach, Cost, exact_pairs
+from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
 from hyperattention.select.score.pooling import SCORE_BYTES
 from hyperattention.select.stage import LookAhead

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.approach import Approach, Cost
-from hyperattention.by_head import mean_cost
-from hyperattention.exact_method import Exact
+from hyperattention.methods.base import Approach, Cost
+from hyperattention.methods.by_head import mean_cost
+from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial

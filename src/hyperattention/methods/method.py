@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.approach import Approach, Cost, exact_pairs, refuse_spans
 from hyperattention.check import positive
 from hyperattention.kernels.list_attention import list_attention
 from hyperattention.merge import merge
+from hyperattention.methods.base import Approach, Cost, exact_pairs, refuse_spans
+from hyperattention.methods.standard_error import standard_error
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
-from hyperattention.standard_error import standard_error
 from hyperattention.tiling import Tiles, cut
 from hyperattention.types import Partial, Selection
 

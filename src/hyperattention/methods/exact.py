@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hyperattention.approach import Approach, Cost, exact_pairs
 from hyperattention.exact import exact_attention
+from hyperattention.methods.base import Approach, Cost, exact_pairs
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
