@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from claims import Plan, Record, announce, at_least, at_most, pick
 
 from hyperattention.attention import attention
-from hyperattention.audit import audit
 from hyperattention.bench.case import Case
 from hyperattention.bench.error import pool
 from hyperattention.bench.rows import rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed
 from hyperattention.bench.timing import interleave
+from hyperattention.error.audit import audit
 from hyperattention.methods.default import lean_method
 from hyperattention.problem import Problem
 from hyperattention.report.tables import format_error, format_memory

@@ -11,9 +11,9 @@ from gpu_tasks import Task
 from gpu_timing import Outputs, Trial, calls_in_sample, interleave, ratio_of, try_out
 from torch import Tensor
 
-from hyperattention.audit import audit
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.timing import Timing
+from hyperattention.error.audit import audit
 
 # part of the time left that the rounds of one comparison may take
 _SHARE_OF_TIME = 0.3

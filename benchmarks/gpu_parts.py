@@ -11,8 +11,8 @@ from gpu_session import Record, Session
 from gpu_tasks import KINDS, Task, make_decode_tensors, make_long_tensors, make_tensors
 from gpu_timing import Call, Outputs
 
-from hyperattention.audit import audit as judge
 from hyperattention.bench.rows import control_of
+from hyperattention.error.audit import audit as judge
 from hyperattention.problem import Problem
 
 # time of a part beside its calls of exact attention: making inputs, audits, kernels built

@@ -12,8 +12,8 @@ from gpu_timing import Outputs, Stopwatch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from hyperattention.audit import audit
 from hyperattention.bench.error import Error, pool
+from hyperattention.error.audit import audit
 
 NOTE = "random weights and hidden states: times are a model's, errors are not"
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from claims import Plan, Record, announce, at_most, figure, pick
 
 from hyperattention.attention import attention
-from hyperattention.audit import audit
 from hyperattention.bench.error import pool
 from hyperattention.bench.rows import Row, rows
 from hyperattention.bench.timing import Timing, interleave
+from hyperattention.error.audit import audit
 from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import load_reference
 from hyperattention.reference.passes import capture

@@ -8,11 +8,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
-from hyperattention.audit import audit, check_audit, sample_rows
+from hyperattention.error.audit import audit, check_audit, sample_rows
+from hyperattention.error.row_statistics import light_weight
+from hyperattention.error.sampled_rows import hide_later
 from hyperattention.exact import exact_attention, visible_keys
 from hyperattention.inputs import check_tensors
-from hyperattention.row_statistics import light_weight
-from hyperattention.sampled_rows import hide_later
 from problems import tensors
 
 
@@ -133,7 +133,7 @@ def test_heads_do_not_mix_whatever_the_chunks(limit, monkeypatch):
     q, k, v = problem(heads=6, kv_heads=3)
     out = corrupted(exact(q, k, v))
     whole = audit(q, k, v, out, is_causal=True, enable_gqa=True)
-    monkeypatch.setattr("hyperattention.sampled_rows._CHUNK_BYTES", limit)
+    monkeypatch.setattr("hyperattention.error.sampled_rows._CHUNK_BYTES", limit)
     alone = audit(q, k, v, out, is_causal=True, enable_gqa=True)
     repeated = audit(q, *(x.repeat_interleave(2, 1) for x in (k, v)), out, is_causal=True)
     names = ("relative_error", "operator_error", "alpha", "kappa", "percentile_95_bound")

@@ -13,7 +13,7 @@ from hyperattention.cache.room import Room
 from hyperattention.cache.top_pages import TopPages
 from hyperattention.condense.latest import Latest
 from hyperattention.condense.uniform_sample import UniformSample
-from hyperattention.exact_rows import exact_rows
+from hyperattention.error.exact_rows import exact_rows
 from hyperattention.types import Partial
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 8**-0.5

@@ -8,7 +8,7 @@ from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.condense.uniform_sample import UniformSample
-from hyperattention.interval import mean_interval
+from hyperattention.error.interval import mean_interval
 from test_audited_cache import ROOM, inputs, run
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from assertions import assert_exact
-from hyperattention import certificate
-from hyperattention.betting import log_capital, mean_bound
-from hyperattention.certificate import Aim, certify, fresh_rows
-from hyperattention.pilot import take_pilot
+from hyperattention.error.tolerance import certificate
+from hyperattention.error.tolerance.betting import log_capital, mean_bound
+from hyperattention.error.tolerance.certificate import Aim, certify, fresh_rows
+from hyperattention.error.tolerance.pilot import take_pilot
 from problems import problem
 from test_interval import binomial_cdf, constant, gamma_half, lognormal, missed, population, samples, uniform
 

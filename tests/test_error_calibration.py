@@ -7,7 +7,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from cases import DESCENT, MIXTURE
-from hyperattention.audit import audit
+from hyperattention.error.audit import audit
 from hyperattention.select.density import Density
 from pair_weights import replicas
 from problems import tensors

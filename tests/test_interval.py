@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from assertions import assert_same_bits
-from hyperattention.audit import sample_rows
-from hyperattention.interval import mean_interval, percentile_bound
+from hyperattention.error.audit import sample_rows
+from hyperattention.error.interval import mean_interval, percentile_bound
 
 POPULATION = 16384
 CASES = 400  # samples drawn from each population of row errors

@@ -7,8 +7,9 @@ import torch
 
 import hyperattention as ha
 from assertions import assert_exact
-from hyperattention import certificate, pilot, tolerance
-from hyperattention.ladder import Ladder, default_ladder
+from hyperattention.error.tolerance import certificate, pilot
+from hyperattention.error.tolerance import within as tolerance
+from hyperattention.error.tolerance.ladder import Ladder, default_ladder
 from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from problems import tensors

@@ -7,7 +7,8 @@ import torch
 
 import hyperattention as ha
 from assertions import assert_same_bits
-from hyperattention import certificate, pilot, tolerance
+from hyperattention.error.tolerance import certificate, pilot
+from hyperattention.error.tolerance import within as tolerance
 from hyperattention.methods.method import Method
 from tolerance_cases import LADDER, NUM, OPTIONS, easy, errors, inputs
 

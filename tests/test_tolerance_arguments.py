@@ -6,8 +6,9 @@ import torch
 import hyperattention as ha
 from assertions import assert_exact
 from front_door import padded
-from hyperattention import certificate, tolerance
-from hyperattention.ladder import Ladder, check_tolerance
+from hyperattention.error.tolerance import certificate
+from hyperattention.error.tolerance import within as tolerance
+from hyperattention.error.tolerance.ladder import Ladder, check_tolerance
 from hyperattention.methods.method import Method
 from problems import tensors
 from tolerance_cases import LADDER, NUM, OPTIONS, SHAPE, easy, errors, inputs

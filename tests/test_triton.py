@@ -9,7 +9,8 @@ from torch import Tensor
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
-from hyperattention import exact_rows, ragged, varlen
+from hyperattention import ragged, varlen
+from hyperattention.error import exact_rows
 from hyperattention.exact import exact_attention
 from hyperattention.kernels import list_attention as operator
 from hyperattention.kernels.list_attention import list_attention

@@ -1,7 +1,7 @@
 """Calls with a tolerance, as their tests make them: heads that draws serve well or not at all, and a small ladder."""
 
 import hyperattention as ha
-from hyperattention.ladder import Ladder
+from hyperattention.error.tolerance.ladder import Ladder
 from hyperattention.methods.method import Method
 from problems import tensors
 

@@ -1,7 +1,6 @@
 """Attention over long contexts in near-linear time, with a measured error bar."""
 
 from hyperattention.attention import attention
-from hyperattention.audit import ErrorReport, audit
 from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.top_pages import TopPages
@@ -17,7 +16,9 @@ from hyperattention.condense.leverage import Leverage
 from hyperattention.condense.subgen import SubGen
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
 from hyperattention.coreset import Coreset
-from hyperattention.ladder import Ladder, default_ladder
+from hyperattention.error.audit import ErrorReport, audit
+from hyperattention.error.tolerance.ladder import Ladder, default_ladder
+from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.merge import merge
 from hyperattention.methods.base import Cost
 from hyperattention.methods.by_head import ByHead
@@ -50,7 +51,6 @@ from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
-from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.types import Partial
 from hyperattention.varlen import varlen_attention
 

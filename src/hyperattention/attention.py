@@ -4,8 +4,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from hyperattention.audit import ErrorReport
-from hyperattention.audit import audit as judge
+from hyperattention.error.audit import ErrorReport
+from hyperattention.error.audit import audit as judge
+from hyperattention.error.tolerance.ladder import Ladder, check_tolerance
+from hyperattention.error.tolerance.report import ToleranceReport
+from hyperattention.error.tolerance.within import attend_within, exact_report
 from hyperattention.exact import exact_attention
 from hyperattention.inputs import (
     autocast_device,
@@ -16,14 +19,11 @@ from hyperattention.inputs import (
     key_mask_of,
     narrowed,
 )
-from hyperattention.ladder import Ladder, check_tolerance
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem, compact
-from hyperattention.tolerance import attend_within, exact_report
-from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.types import Partial
 
 

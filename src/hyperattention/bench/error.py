@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hyperattention.audit import ErrorReport
+from hyperattention.error.audit import ErrorReport
 
 
 @dataclass(frozen=True)

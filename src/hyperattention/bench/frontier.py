@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.audit import report_on, sample_for
 from hyperattention.bench.call import Call
 from hyperattention.bench.entrants import Entrant
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.front import on_front
 from hyperattention.bench.timing import Timing, ignore, interleave
-from hyperattention.error_report import ErrorReport
-from hyperattention.judge import compare
+from hyperattention.error.audit import report_on, sample_for
+from hyperattention.error.judge import compare
+from hyperattention.error.report import ErrorReport
+from hyperattention.error.sampled_rows import measure_rows
 from hyperattention.methods.base import Cost
-from hyperattention.sampled_rows import measure_rows
 
 # methods are compared on stretches of a call, each longer than a tile, whose rows share their draws
 _STRETCHES, _STRETCH_SIZE = 32, 128

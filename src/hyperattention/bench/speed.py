@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.audit import audit
 from hyperattention.bench.case import Case
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.peak_memory import measure
 from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import Ratio, Timing, ignore, interleave, speedup
+from hyperattention.error.audit import audit
 from hyperattention.methods.base import Cost
 from hyperattention.methods.exact import Exact
 

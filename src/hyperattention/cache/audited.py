@@ -7,8 +7,8 @@ from torch import Tensor
 from hyperattention.cache.recent import Recent
 from hyperattention.cache.store import Store
 from hyperattention.check import positive
-from hyperattention.exact_rows import exact_rows
-from hyperattention.judge import relative_error
+from hyperattention.error.exact_rows import exact_rows
+from hyperattention.error.judge import relative_error
 from hyperattention.random import uniform
 from hyperattention.types import Partial
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.cache.audited import AuditedStore
-from hyperattention.interval import mean_interval
+from hyperattention.error.interval import mean_interval
 
 
 @dataclass(frozen=True)

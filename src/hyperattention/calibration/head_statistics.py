@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperattention.audit import audit, sample_rows
 from hyperattention.calibration.measure import Measurement, measure_layer, run_on
+from hyperattention.error.audit import audit, sample_rows
+from hyperattention.error.row_statistics import light_weight
+from hyperattention.error.sampled_rows import hide_later
 from hyperattention.exact import grouped_scores
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 from hyperattention.reference.watch import CallInputs
-from hyperattention.row_statistics import light_weight
-from hyperattention.sampled_rows import hide_later
 
 SINKS, WINDOW = 16, 256
 

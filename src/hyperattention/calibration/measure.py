@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.attention import attention
-from hyperattention.judge import relative_error
+from hyperattention.error.judge import relative_error
 from hyperattention.methods.base import Approach
 from hyperattention.reference.watch import CallInputs
 

@@ -10,8 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hyperattention.audit import ErrorReport
 from hyperattention.bench.rows import Row
+from hyperattention.error.audit import ErrorReport
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from hyperattention.audit import ErrorReport, audit
+from hyperattention.error.audit import ErrorReport, audit
 from hyperattention.integrations.transformers import CallCounter
 from hyperattention.integrations.transformers_forward import EXACT_METHOD, attention_forward
 from hyperattention.integrations.transformers_held import READS_HELD

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.interval import WRONG_ROW
+from hyperattention.error.interval import WRONG_ROW
 
 # shares of the largest bet allowed, and how the capital is divided among them. The largest is best for rows of like error,
 # and alone decides where no row errs; the others are for a few wholly wrong rows

@@ -4,15 +4,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.error_report import ErrorReport
+from hyperattention.error.interval import mean_interval, percentile_bound
+from hyperattention.error.judge import Judgement, judge, misses
+from hyperattention.error.report import ErrorReport
+from hyperattention.error.sampled_rows import Sample
 from hyperattention.exact import visible_keys
 from hyperattention.inputs import check_inputs, check_masks, check_tensors
-from hyperattention.interval import mean_interval, percentile_bound
-from hyperattention.judge import Judgement, judge, misses
 from hyperattention.methods.base import Approach
 from hyperattention.methods.method import Method
 from hyperattention.random import uniform
-from hyperattention.sampled_rows import Sample
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hyperattention.error.row_statistics import column_spread, residual_ratio, softmax_norm, value_norm
 from hyperattention.exact import grouped_scores
-from hyperattention.row_statistics import column_spread, residual_ratio, softmax_norm, value_norm
 
 # bytes of softmax rows held at once; more than one head at a time only while they fit
 _CHUNK_BYTES = 64 * 2**20

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hyperattention.exact_rows import exact_rows
-from hyperattention.row_statistics import operator_norm
-from hyperattention.sampled_rows import ExactSample, Sample, measure_rows
+from hyperattention.error.exact_rows import exact_rows
+from hyperattention.error.row_statistics import operator_norm
+from hyperattention.error.sampled_rows import ExactSample, Sample, measure_rows
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.audit import sample_rows
-from hyperattention.betting import STAKES, log_capital, mean_bound, split_errors
+from hyperattention.error.audit import sample_rows
+from hyperattention.error.exact_rows import exact_rows
+from hyperattention.error.judge import relative_error
+from hyperattention.error.tolerance.betting import STAKES, log_capital, mean_bound, split_errors
 from hyperattention.exact import exact_attention
-from hyperattention.exact_rows import exact_rows
-from hyperattention.judge import relative_error
 from hyperattention.problem import Problem
 
 # rows of all heads of a group that are scored at a time

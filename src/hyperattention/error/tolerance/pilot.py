@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.certificate import Aim, exact_at, row_errors
+from hyperattention.error.tolerance.certificate import Aim, exact_at, row_errors
 from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from hyperattention.random import uniform

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperattention.certificate import Aim, certify, of_group, visible_to
-from hyperattention.ladder import Ladder, default_ladder
+from hyperattention.error.tolerance.certificate import Aim, certify, of_group, visible_to
+from hyperattention.error.tolerance.ladder import Ladder, default_ladder
+from hyperattention.error.tolerance.pilot import Pilot, cheapest, choose, pilot_spends, take_pilot
+from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.methods.base import Approach, Cost
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
-from hyperattention.pilot import Pilot, cheapest, choose, pilot_spends, take_pilot
 from hyperattention.problem import Problem
-from hyperattention.tolerance_report import ToleranceReport
 from hyperattention.types import Partial
 
 CONFIDENCE = 0.95

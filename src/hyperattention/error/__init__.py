@@ -1,0 +1,1 @@
+"""How far an output is from exact attention: exact rows, intervals, reports."""
