@@ -9,11 +9,12 @@ from torch import Tensor
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
-from hyperattention import ragged, varlen
 from hyperattention.error import exact_rows
 from hyperattention.exact import exact_attention
 from hyperattention.kernels import list_attention as operator
 from hyperattention.kernels.list_attention import list_attention
+from hyperattention.layouts import packed as varlen
+from hyperattention.layouts import ragged
 from hyperattention.select.score.block_score import BlockScore
 from problems import tensors
 from random_lists import KEYS, LOG_2, SCALE, expand, gradients, make_selection, make_tensors, triple_loop

@@ -19,6 +19,8 @@ from hyperattention.coreset import Coreset
 from hyperattention.error.audit import ErrorReport, audit
 from hyperattention.error.tolerance.ladder import Ladder, default_ladder
 from hyperattention.error.tolerance.report import ToleranceReport
+from hyperattention.layouts.packed import varlen_attention
+from hyperattention.layouts.paged import paged_attention
 from hyperattention.merge import merge
 from hyperattention.methods.base import Cost
 from hyperattention.methods.by_head import ByHead
@@ -28,7 +30,6 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.methods.presets import HyperAttention
-from hyperattention.paged import paged_attention
 from hyperattention.select.budgeted_draw import BudgetedDraw
 from hyperattention.select.collision_draw import CollisionDraw
 from hyperattention.select.density import Uniform
@@ -52,7 +53,6 @@ from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
-from hyperattention.varlen import varlen_attention
 
 __all__ = [
     "AntiDiagonal",

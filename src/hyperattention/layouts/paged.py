@@ -5,12 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.inputs import autocast_device, check_method, check_pages, check_tensors, narrowed
+from hyperattention.layouts.ragged import Packed, ragged_attention
 from hyperattention.methods.base import Approach
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.problem import Pages, Problem
-from hyperattention.ragged import Packed, ragged_attention
 
 
 def paged_attention(

@@ -9,10 +9,10 @@ from torch import Tensor
 from hyperattention.attention import attention
 from hyperattention.inputs import autocast_device, check_inputs, check_masks, check_tensors, narrowed
 from hyperattention.kernels.triton_reads import triton_reads
+from hyperattention.layouts.ragged import Packed, ragged_attention
 from hyperattention.methods.base import Approach
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
-from hyperattention.ragged import Packed, ragged_attention
 
 
 def varlen_attention(
