@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.random import SEED_LIMIT, normal
-from hyperattention.synthetic_parts import (
+from hyperattention.synthetic.parts import (
     GAP,
     GAUSSIAN,
     PERIOD_SIZE,
