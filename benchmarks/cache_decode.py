@@ -29,7 +29,7 @@ from hyperattention.condense.cluster_means import ClusterMeans
 from hyperattention.condense.latest import Latest
 from hyperattention.condense.uniform_sample import UniformSample
 from hyperattention.coreset import Coreset
-from hyperattention.report.records import write_records
+from hyperattention.files.records import write_records
 from hyperattention.synthetic import Inputs, structured
 
 OUT = Path(__file__).parent / "records" / "cache_decode.jsonl"

@@ -25,11 +25,11 @@ from hyperattention.evaluation.run import dialect_of, haystack_of
 from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
 from hyperattention.evaluation.tasks import TASKS
 from hyperattention.evaluation.tasks.setting import Setting
+from hyperattention.files.records import plain, write_records
 from hyperattention.reference.model import WEIGHTS, load_reference
 from hyperattention.reference.text import held_out_text
 from hyperattention.report.evaluation_files import cell_record, continuation_record
 from hyperattention.report.evaluation_tables import continuation_table, retrieval_table
-from hyperattention.report.records import plain, write_records
 
 ROOT = Path(__file__).parents[1]
 # the control has to lose something before anyone can lose less

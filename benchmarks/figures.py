@@ -26,8 +26,8 @@ from attention_figures import (
 from claims import TOY, Plan
 from model_figures import reference_error, reference_loss
 
+from hyperattention.files.records import write_records
 from hyperattention.reference.model import WEIGHTS
-from hyperattention.report.records import write_records
 
 FIGURES = (
     causal_speed,

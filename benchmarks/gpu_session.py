@@ -14,7 +14,7 @@ import torch
 
 from hyperattention import Descent, Draw, Method, Sinks, Window
 from hyperattention.bench.rows import find_default
-from hyperattention.report.records import environment, plain
+from hyperattention.files.records import environment, plain
 
 Record = dict[str, object]
 

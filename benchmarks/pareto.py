@@ -23,12 +23,12 @@ from rich.console import Console
 from hyperattention.bench.entrants import at_budget, own_methods
 from hyperattention.bench.frontier import Care, Point
 from hyperattention.bench.rows import Row, find_default, window_of
+from hyperattention.files.records import plain, write_records
 from hyperattention.methods.base import exact_pairs
 from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import WEIGHTS
 from hyperattention.report import demo, pareto
 from hyperattention.report.pareto_plot import plot_pareto
-from hyperattention.report.records import plain, write_records
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 8192

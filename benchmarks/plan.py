@@ -24,7 +24,8 @@ from claims import Record, announce, figure
 from hyperattention.bench.entrants import own_methods
 from hyperattention.bench.rows import Row
 from hyperattention.calibration.calibrate import Settings, calibrate
-from hyperattention.calibration.plan import Plan
+from hyperattention.files.plan import Plan
+from hyperattention.files.records import write_records
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.reference.evaluate import Judgement, evaluate
@@ -33,7 +34,6 @@ from hyperattention.reference.samples import samples_of_documents
 from hyperattention.reference.text import documents_from, held_out_text
 from hyperattention.report.demo import judgement_record
 from hyperattention.report.method_names import short_name
-from hyperattention.report.records import write_records
 from hyperattention.report.tables import format_added
 from hyperattention.select.draw import Draw
 

@@ -29,7 +29,7 @@ from hyperattention.cache.subgen_store import SubGenStore
 from hyperattention.condense.cluster_centres import ClusterCentres
 from hyperattention.condense.subgen import SubGen
 from hyperattention.condense.uniform_sample import UniformSample
-from hyperattention.report.records import write_records
+from hyperattention.files.records import write_records
 from hyperattention.synthetic import structured
 
 OUT = Path(__file__).parent / "records" / "subgen.jsonl"

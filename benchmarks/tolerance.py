@@ -24,6 +24,7 @@ from hyperattention.bench.rows import rows
 from hyperattention.bench.timing import interleave
 from hyperattention.error.tolerance.ladder import default_ladder
 from hyperattention.error.tolerance.report import ToleranceReport
+from hyperattention.files.records import write_records
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
@@ -31,7 +32,6 @@ from hyperattention.reference.model import load_reference
 from hyperattention.reference.passes import capture
 from hyperattention.reference.samples import samples_of_documents
 from hyperattention.reference.text import held_out_documents
-from hyperattention.report.records import write_records
 
 TOLERANCES = (0.1, 0.05, 0.02, 0.01)
 HEADS, KV_HEADS = 4, 2

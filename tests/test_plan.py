@@ -12,10 +12,10 @@ from torch import nn
 
 import hyperattention as ha
 from cases import CASES
-from hyperattention.calibration.fields import Field
-from hyperattention.calibration.fingerprint import fingerprint
-from hyperattention.calibration.method_json import method_from_json, method_to_json
-from hyperattention.calibration.plan import Measured
+from hyperattention.files.fields import Field
+from hyperattention.files.fingerprint import fingerprint
+from hyperattention.files.method_table import method_from_json, method_to_json
+from hyperattention.files.plan import Measured
 from tiny_models import LENGTH, NUM_LAYERS, build, tokens
 
 pytest.importorskip("transformers")

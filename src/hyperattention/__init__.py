@@ -4,8 +4,6 @@ from hyperattention.attention import attention
 from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.top_pages import TopPages
-from hyperattention.calibration.plan import Plan
-from hyperattention.calibration.plan_file import load_plan, save_plan
 from hyperattention.condense.balanced_halving import BalancedHalving
 from hyperattention.condense.cluster_centres import ClusterCentres
 from hyperattention.condense.cluster_means import ClusterMeans
@@ -19,6 +17,8 @@ from hyperattention.coreset import Coreset
 from hyperattention.error.audit import ErrorReport, audit
 from hyperattention.error.tolerance.ladder import Ladder, default_ladder
 from hyperattention.error.tolerance.report import ToleranceReport
+from hyperattention.files.plan import Plan
+from hyperattention.files.plan_file import load_plan, save_plan
 from hyperattention.layouts.packed import varlen_attention
 from hyperattention.layouts.paged import paged_attention
 from hyperattention.merge import merge

@@ -14,11 +14,12 @@ from hyperattention.bench.timing import ignore
 from hyperattention.calibration.candidates import candidates
 from hyperattention.calibration.choose import Chosen, choose
 from hyperattention.calibration.crossover import Crossing, find_crossing
-from hyperattention.calibration.fingerprint import fingerprint
 from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import measure_layer, warm_up
-from hyperattention.calibration.method_json import method_to_json
-from hyperattention.calibration.plan import Measured, Plan
+from hyperattention.files.fingerprint import fingerprint
+from hyperattention.files.method_table import method_to_json
+from hyperattention.files.plan import Measured, Plan
+from hyperattention.files.records import find_processor, find_version
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
@@ -27,7 +28,6 @@ from hyperattention.reference.model import Judged
 from hyperattention.reference.passes import run_pass, watch_exact
 from hyperattention.reference.samples import Sample
 from hyperattention.reference.watch import CallInputs
-from hyperattention.report.records import find_processor, find_version
 
 _PACKAGES = ("hyperattention", "torch", "transformers")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hyperattention.calibration.measure import Measurement
-from hyperattention.calibration.write_whole import write_whole
+from hyperattention.files.atomic_write import write_whole
 
 # settings longer than this, such as hashes and candidates, are not shown
 _SHOWN = 60

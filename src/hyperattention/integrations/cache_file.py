@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping
-from hyperattention.calibration.fields import Field
-from hyperattention.calibration.fingerprint import fingerprint
-from hyperattention.calibration.plan_file import read_fingerprint
-from hyperattention.calibration.write_whole import write_whole_bytes
 from hyperattention.condense.policy import Policy
-from hyperattention.condense.policy_json import policy_from_json, policy_to_json
+from hyperattention.files.atomic_write import write_whole_bytes
+from hyperattention.files.fields import Field
+from hyperattention.files.fingerprint import fingerprint
+from hyperattention.files.plan_file import read_fingerprint
+from hyperattention.files.policy_table import policy_from_json, policy_to_json
 from hyperattention.integrations.cache_keys import check_keys
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.random import SEED_LIMIT

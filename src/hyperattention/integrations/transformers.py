@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from hyperattention.calibration.plan import Plan
+from hyperattention.files.plan import Plan
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.integrations.transformers_counts import CallCounter, CallCounts
 from hyperattention.integrations.transformers_forward import ATTRIBUTE, Settings, attention_forward

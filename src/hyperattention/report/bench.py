@@ -9,9 +9,9 @@ from rich.console import Console
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
+from hyperattention.files.records import write_records
 from hyperattention.report.plots import plot_bench
 from hyperattention.report.progress import progress
-from hyperattention.report.records import write_records
 from hyperattention.report.tables import speed_table
 
 # the published preset is left to the demo: on a CPU it is slower than exact attention and would take most of the time

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperattention.calibration.calibrate import Settings, calibrate, steps_of
-from hyperattention.calibration.plan import Plan
-from hyperattention.calibration.plan_file import save_plan
+from hyperattention.files.plan import Plan
+from hyperattention.files.plan_file import save_plan
 from hyperattention.report.demo import Options as Texts
 from hyperattention.report.demo import Prepared, prepare
 from hyperattention.report.method_names import short_name

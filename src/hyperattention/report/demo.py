@@ -10,6 +10,7 @@ from rich.console import Console
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import Row, rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
+from hyperattention.files.records import write_records
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.default import CROSSOVER
 from hyperattention.reference.evaluate import Judgement, evaluate
@@ -18,7 +19,6 @@ from hyperattention.reference.samples import Sample, samples_of_documents, sampl
 from hyperattention.reference.text import documents_from, held_out_text
 from hyperattention.report.plots import plot_demo
 from hyperattention.report.progress import progress
-from hyperattention.report.records import write_records
 from hyperattention.report.tables import depth_table, format_added, format_error, loss_table, speed_table
 
 # a user's model is judged no longer than this unless asked: exact attention has to run as well

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from hyperattention.calibration.fingerprint import fingerprint
-from hyperattention.calibration.write_whole import write_whole
 from hyperattention.evaluation.policies import Contender
 from hyperattention.evaluation.run import Findings
 from hyperattention.evaluation.score import marks
 from hyperattention.evaluation.summary import FLOOR, Cell, Continuation
+from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.fingerprint import fingerprint
+from hyperattention.files.records import environment, plain
 from hyperattention.reference.model import Judged
-from hyperattention.report.records import environment, plain
 
 METRICS = "metrics.json"
 _PREDICTIONS = "predictions.csv"

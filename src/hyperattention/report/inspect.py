@@ -10,11 +10,12 @@ from rich.console import Console
 
 from hyperattention.bench.rows import find_default
 from hyperattention.calibration.candidates import candidates
-from hyperattention.calibration.fingerprint import fingerprint
 from hyperattention.calibration.head_statistics import SINKS, WINDOW, LayerFigures, inspect_layer
 from hyperattention.calibration.measure import warm_up
-from hyperattention.calibration.plan import Plan
-from hyperattention.calibration.plan_file import load_plan
+from hyperattention.files.fingerprint import fingerprint
+from hyperattention.files.plan import Plan
+from hyperattention.files.plan_file import load_plan
+from hyperattention.files.records import find_processor
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
@@ -26,7 +27,6 @@ from hyperattention.report.demo import Prepared, prepare
 from hyperattention.report.maps import MapStyle, error_against_time, head_map, method_map
 from hyperattention.report.page import Section, write_page
 from hyperattention.report.progress import progress
-from hyperattention.report.records import find_processor
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from hyperattention.bench.call import Call
 from hyperattention.bench.entrants import Entrant, entrants
 from hyperattention.bench.frontier import Care, Point, measure_frontier, steps_of
 from hyperattention.bench.ranking import not_told_apart, rank
+from hyperattention.files.records import write_records
 from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import Judged
 from hyperattention.reference.passes import capture
@@ -17,7 +18,6 @@ from hyperattention.reference.samples import Sample
 from hyperattention.report import demo
 from hyperattention.report.pareto_plot import plot_pareto
 from hyperattention.report.progress import progress
-from hyperattention.report.records import write_records
 from hyperattention.report.tables import depth_table, frontier_table, loss_table
 from hyperattention.synthetic import structured
 

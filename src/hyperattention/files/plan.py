@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hyperattention.calibration.fingerprint import Fingerprint, fingerprint
+from hyperattention.files.fingerprint import Fingerprint, fingerprint
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
 

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hyperattention.calibration.fields import Field
+from hyperattention.files.fields import Field
 from hyperattention.methods.base import Approach
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method

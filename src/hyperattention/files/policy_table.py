@@ -4,8 +4,6 @@ from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.store import Keeping
 from hyperattention.cache.top_pages import TopPages
-from hyperattention.calibration.fields import Field
-from hyperattention.calibration.method_json import part_from_json, part_to_json
 from hyperattention.condense.balanced_halving import BalancedHalving
 from hyperattention.condense.cluster_centres import ClusterCentres
 from hyperattention.condense.cluster_means import ClusterMeans
@@ -16,6 +14,8 @@ from hyperattention.condense.leverage import Leverage
 from hyperattention.condense.policy import Policy
 from hyperattention.condense.subgen import SubGen
 from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
+from hyperattention.files.fields import Field
+from hyperattention.files.method_table import part_from_json, part_to_json
 
 # a new policy needs a line here
 _TYPES = (
@@ -59,7 +59,7 @@ def policy_to_json(policy: Policy | Keeping) -> object:
     except TypeError as error:
         raise ValueError(
             f"the policy {policy!r} cannot be kept in a file: use one of {', '.join(_TABLE)}, or add its type to the table "
-            "of condense/policy_json.py"
+            "of files/policy_table.py"
         ) from error
 
 

@@ -5,11 +5,11 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from hyperattention.calibration.fields import Field
-from hyperattention.calibration.fingerprint import Fingerprint
-from hyperattention.calibration.method_json import method_from_json, method_to_json
-from hyperattention.calibration.plan import Measured, Plan
-from hyperattention.calibration.write_whole import write_whole
+from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.fields import Field
+from hyperattention.files.fingerprint import Fingerprint
+from hyperattention.files.method_table import method_from_json, method_to_json
+from hyperattention.files.plan import Measured, Plan
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 
