@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hyperattention.bench.case import Case
 from hyperattention.bench.peak_memory import measure
 from hyperattention.bench.timing import Timing, interleave, speedup
-from hyperattention.cli import app
+from hyperattention.cli.main import app
 from hyperattention.methods.default import CROSSOVER
 from hyperattention.methods.exact import Exact
 from hyperattention.report.bench import Options, list_cases
@@ -228,12 +228,12 @@ def test_peak_memory_grows_with_what_a_call_needs() -> None:
 def test_without_the_extra_the_command_says_what_to_install(run_python: Callable[[str], str]) -> None:
     code = (
         "import sys; sys.modules['typer'] = None\n"
-        "try:\n    import hyperattention.cli\nexcept SystemExit as stop:\n    print(stop)"
+        "try:\n    import hyperattention.cli.main\nexcept SystemExit as stop:\n    print(stop)"
     )
     assert "pip install 'hyperattention[demo]'" in run_python(code)
     code = (
         "import sys; sys.modules['matplotlib'] = None\nfrom typer.testing import CliRunner\n"
-        "from hyperattention.cli import app\nprint(CliRunner().invoke(app, ['bench']).output)"
+        "from hyperattention.cli.main import app\nprint(CliRunner().invoke(app, ['bench']).output)"
     )
     assert "this command needs matplotlib" in run_python(code)
 
@@ -242,4 +242,4 @@ def test_importing_the_package_loads_nothing_of_the_command_line(run_python: Cal
     listed = "print(sorted({'typer', 'rich', 'matplotlib', 'transformers'} & set(sys.modules)))"
     assert run_python(f"import sys, hyperattention; {listed}").strip() == "[]"
     # the check can fail
-    assert "typer" in run_python(f"import sys, hyperattention.cli; {listed}")
+    assert "typer" in run_python(f"import sys, hyperattention.cli.main; {listed}")

@@ -11,7 +11,7 @@ import transformers
 from transformers import DynamicCache
 from typer.testing import CliRunner, Result
 
-from hyperattention.cli import app
+from hyperattention.cli.main import app
 from hyperattention.generation import session
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.reference.model import load_reference

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli_support import INTERRUPTED, check_writable, explained, make_console, refuse
+from hyperattention.cli.support import INTERRUPTED, check_writable, explained, make_console, refuse
 from hyperattention.random import SEED_LIMIT
 
 _Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]

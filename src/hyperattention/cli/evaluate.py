@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli_support import explained, make_console, names, numbers
+from hyperattention.cli.support import explained, make_console, names, numbers
 
 _Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
 _Names = "with commas between; all by default."

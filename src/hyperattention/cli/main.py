@@ -10,11 +10,11 @@ except ModuleNotFoundError as error:
     # before typer there is nothing to report an error with
     raise SystemExit(f"the command line needs {error.name}: pip install 'hyperattention[demo]'") from error
 
-from hyperattention.cli_evaluation import evaluate
-from hyperattention.cli_generation import ask, cache, generate
-from hyperattention.cli_support import check_writable as _check_writable
-from hyperattention.cli_support import explained as _explained
-from hyperattention.cli_support import make_console as _console
+from hyperattention.cli.evaluate import evaluate
+from hyperattention.cli.generate import ask, cache, generate
+from hyperattention.cli.support import check_writable as _check_writable
+from hyperattention.cli.support import explained as _explained
+from hyperattention.cli.support import make_console as _console
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Near-linear attention over long contexts, with a measured error bar."
@@ -203,7 +203,7 @@ def pareto(
 @app.command()
 def doctor() -> None:
     """Say what is installed, which paths are available, and why one is not."""
-    from hyperattention.doctor import examine
+    from hyperattention.cli.doctor import examine
 
     table = Table("", "what", "detail")
     for finding in examine():
