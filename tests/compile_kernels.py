@@ -16,9 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperattention.kernels import block_mass_triton, draw_leaves_triton, list_triton, list_triton_backward, prepare_triton
+from hyperattention.kernels.choose import block_mass as block_mass_triton
+from hyperattention.kernels.choose import draw_leaves as draw_leaves_triton
+from hyperattention.kernels.choose import prepare as prepare_triton
 from hyperattention.kernels.launch import Launch, store_of
-from hyperattention.kernels.list_torch import Lists
+from hyperattention.kernels.list import triton_backward as list_triton_backward
+from hyperattention.kernels.list import triton_forward as list_triton
+from hyperattention.kernels.list.reference import Lists
 
 TILES, KEYS = 4, 2048
 # the default method's groups, and blocks with a hole: first keys, and keys in a run

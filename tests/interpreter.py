@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from hyperattention.kernels import list_attention as operator
+from hyperattention.kernels.list import operator as operator
 
 
 def read_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

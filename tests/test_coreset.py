@@ -6,7 +6,8 @@ from torch import Tensor
 
 from assertions import assert_same_math
 from hyperattention.coreset import Coreset, join, of_heads
-from hyperattention.kernels import coreset_torch, list_torch
+from hyperattention.kernels import coreset as coreset_torch
+from hyperattention.kernels.list import reference as list_torch
 from hyperattention.merge import merge
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.select.score.block_score import BlockScore
 from problems import tensors
 from random_lists import SCALE, gradients, make_selection, make_tensors, triple_loop

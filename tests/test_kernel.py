@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits, assert_same_math
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list.operator import list_attention
 from random_lists import KEYS, LISTS, LOG_2, SCALE, VALUE_WIDTH, expand, gradients, make_selection, make_tensors, triple_loop
 
 
@@ -140,7 +140,7 @@ def test_non_contiguous_inputs():
 
 
 def test_results_do_not_depend_on_how_tiles_are_chunked(monkeypatch):
-    from hyperattention.kernels import list_torch
+    from hyperattention.kernels.list import reference as list_torch
 
     tensors, selection = make_tensors(), make_selection()
     whole = (*list_attention(*tensors, selection, SCALE), *gradients(list_attention, tensors, selection))

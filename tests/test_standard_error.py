@@ -10,8 +10,8 @@ from torch import Tensor
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
 from cases import CASES, CONTROL, DESCENT, MIXTURE
-from hyperattention.kernels.list_attention import list_attention
-from hyperattention.kernels.list_error import error_variance
+from hyperattention.kernels.list.error import error_variance
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.methods.method import Method
 from hyperattention.problem import Pages
 from hyperattention.select.stage import Taken
@@ -104,7 +104,7 @@ def test_the_formula_is_that_of_a_loop_over_rows_and_slots(seed):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    from hyperattention.kernels import list_torch
+    from hyperattention.kernels.list import reference as list_torch
 
     inputs, selection = make_tensors(), sampled_selection(0)
     whole = variance(*inputs, selection)

@@ -11,8 +11,8 @@ import hyperattention as ha
 from assertions import assert_exact, assert_same_math
 from hyperattention.error import exact_rows
 from hyperattention.exact import exact_attention
-from hyperattention.kernels import list_attention as operator
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list import operator as operator
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.layouts import packed as varlen
 from hyperattention.layouts import ragged
 from hyperattention.select.score.block_score import BlockScore
@@ -94,7 +94,7 @@ def test_tiles_of_more_rows_than_a_program_takes(in_pytorch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("splits", [2, 3, 50])
 def test_a_split_list_is_the_whole_list(splits, dtype):
-    from hyperattention.kernels import list_triton
+    from hyperattention.kernels.list import triton_forward as list_triton
 
     x, lists = make_tensors(dtype, keys=100), make_selection(keys=100, slots=SLOTS[63])
     split = run_with(partial(list_triton.forward, splits=splits), x, lists)
@@ -108,7 +108,7 @@ def test_a_split_list_is_the_whole_list(splits, dtype):
 
 def run_with(forward, x, lists):
     """Call a kernel's function with what the operator hands it."""
-    from hyperattention.kernels.list_torch import Lists
+    from hyperattention.kernels.list.reference import Lists
 
     runs, gap = lists.runs, lists.row_gap or (None, None)
     none = torch.empty(0, dtype=torch.int64)
@@ -336,7 +336,8 @@ def test_checkpointing_recomputes_the_same_bits():
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_deterministic_algorithms_take_the_pytorch_gradient(asked, monkeypatch):
-    from hyperattention.kernels import list_torch, list_triton_backward
+    from hyperattention.kernels.list import reference as list_torch
+    from hyperattention.kernels.list import triton_backward as list_triton_backward
 
     ran = []
     for module in (list_torch, list_triton_backward):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.problem import Problem
 from hyperattention.random import hash_bits
 from hyperattention.select.locate.hash_buckets import HashBuckets

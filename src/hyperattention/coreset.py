@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.kernels import coreset_torch
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels import coreset as coreset_torch
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.types import Partial, Runs, Selection
 
 # queries of a head that share one list

@@ -9,7 +9,7 @@ from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insi
 from hyperattention.cache.page_rank import PageRank
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.random import uniform
 from hyperattention.types import Partial, Runs, Selection
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hyperattention.kernels.triton_reads import TRITON_INSTALLED, WIDEST, capable
+from hyperattention.kernels.backend import TRITON_INSTALLED, WIDEST, capable
 from hyperattention.select.score.precision import integers_are_fast
 
 _COMPILERS = "gcc", "clang", "cc"

@@ -5,8 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.exact import exact_attention
-from hyperattention.kernels.list_torch import Lists
-from hyperattention.kernels.triton_reads import triton_reads
+from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.list.reference import Lists
 
 
 def exact_rows(
@@ -35,7 +35,7 @@ def exact_rows(
     """
     if key_mask is not None or not key.shape[2] or not triton_reads(rows, key, value):
         return exact_attention(rows, key, value, scale=scale, visible=visible[None], key_mask=key_mask).out
-    from hyperattention.kernels import list_triton
+    from hyperattention.kernels.list import triton_forward as list_triton
 
     (batch, heads, count, _), (kv_heads, keys) = rows.shape, key.shape[1:3]
     lists, group, like = batch * kv_heads, heads // kv_heads, {"dtype": torch.int64, "device": rows.device}

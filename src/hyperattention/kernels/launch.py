@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hyperattention.kernels.list_torch import Lists
+from hyperattention.kernels.list.reference import Lists
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperattention.attention import attention
 from hyperattention.inputs import autocast_device, check_inputs, check_masks, check_tensors, narrowed
-from hyperattention.kernels.triton_reads import triton_reads
+from hyperattention.kernels.backend import triton_reads
 from hyperattention.layouts.ragged import Packed, ragged_attention
 from hyperattention.methods.base import Approach
 from hyperattention.methods.default import default_method

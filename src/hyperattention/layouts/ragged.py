@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.types import Runs, Selection
 
 # positions in a tile, fewer where every sequence has fewer

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.merge import merge
 from hyperattention.methods.base import Approach, Cost, exact_pairs, refuse_spans
 from hyperattention.methods.standard_error import standard_error

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.exact import grouped_scores
-from hyperattention.kernels.list_attention import list_attention
+from hyperattention.kernels.list.operator import list_attention
 from hyperattention.methods.base import Approach, Cost, exact_pairs
 from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem

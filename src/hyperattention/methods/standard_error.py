@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.kernels.list_error import error_variance
+from hyperattention.kernels.list.error import error_variance
 from hyperattention.problem import Problem
 from hyperattention.select.stage import Tiling
 from hyperattention.types import Partial, Selection

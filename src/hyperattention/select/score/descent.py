@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.kernels.choosing import MOST_ROWS, prepare_keys, prepare_queries
-from hyperattention.kernels.triton_reads import triton_reads
+from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.choose.operator import MOST_ROWS, prepare_keys, prepare_queries
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
 from hyperattention.select.score.level import Level, first_level, opened_at

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.kernels.choosing import draw_leaves
+from hyperattention.kernels.choose.operator import draw_leaves
 from hyperattention.select.density import Distribution
 from hyperattention.select.score.mass import inverse
 

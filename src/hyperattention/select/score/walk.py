@@ -7,7 +7,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from hyperattention.kernels.choosing import block_lse, block_mass
+from hyperattention.kernels.choose.operator import block_lse, block_mass
 from hyperattention.select.score.leaves import Closed, Fused, Leaves, Opened, leaves_of
 from hyperattention.select.score.level import EDGES, Level, first_level, opened_at
 from hyperattention.select.score.pooling import any_left, seen_keys

@@ -10,7 +10,7 @@ MOST_ROWS = 256
 @torch.library.custom_op("hyperattention::block_lse", mutates_args=())
 def block_lse(query: Tensor, moments: Tensor, edges: Tensor, number: int, size: int) -> Tensor:
     """See `block_mass_triton.block_lse`."""
-    from hyperattention.kernels import block_mass_triton
+    from hyperattention.kernels.choose import block_mass as block_mass_triton
 
     return block_mass_triton.block_lse(query, moments, edges, number, size)
 
@@ -34,7 +34,7 @@ def block_mass(
     far: int,
 ) -> Tensor:
     """See `block_mass_triton.block_mass`."""
-    from hyperattention.kernels import block_mass_triton
+    from hyperattention.kernels.choose import block_mass as block_mass_triton
 
     return block_mass_triton.block_mass(query, summary, first, edges, lse, number, size, cut, (means, far))
 
@@ -58,7 +58,7 @@ def draw_leaves(
     least: float,
 ) -> tuple[Tensor, Tensor]:
     """See `draw_leaves_triton.draw_leaves`."""
-    from hyperattention.kernels import draw_leaves_triton
+    from hyperattention.kernels.choose import draw_leaves as draw_leaves_triton
 
     return draw_leaves_triton.draw_leaves(first, size, mass, alive, count, offset, num, uniform_share, clip_rounds, least)
 
@@ -72,7 +72,7 @@ def _(first, size, mass, alive, count, offset, num, *rest):
 @torch.library.custom_op("hyperattention::prepare_keys", mutates_args=())
 def prepare_keys(k: Tensor, middle: Tensor, basis: Tensor | None, room: int) -> Tensor:
     """See `prepare_triton.prepare_keys`."""
-    from hyperattention.kernels import prepare_triton
+    from hyperattention.kernels.choose import prepare as prepare_triton
 
     return prepare_triton.prepare_keys(k, middle, basis, room)
 
@@ -96,7 +96,7 @@ def prepare_queries(
     scale: float,
 ) -> Tensor:
     """See `prepare_triton.prepare_queries`."""
-    from hyperattention.kernels import prepare_triton
+    from hyperattention.kernels.choose import prepare as prepare_triton
 
     return prepare_triton.prepare_queries(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale)
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.kernels import list_torch
-from hyperattention.kernels.triton_reads import triton_reads
+from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.list import reference as list_torch
 from hyperattention.types import Runs, Selection
 
 
@@ -51,7 +51,7 @@ def _list_attention(
         gap_high,
     )
     if triton_reads(q, k, v):
-        from hyperattention.kernels import list_triton
+        from hyperattention.kernels.list import triton_forward as list_triton
 
         return list_triton.forward(q, k, v, lists, scale, table)
     out, lse = list_torch.forward(q.flatten(2, 3), k, v, lists, scale, table)
@@ -113,7 +113,7 @@ def _list_attention_backward(
         gap_high,
     )
     if triton_reads(q, k, v) and not torch.are_deterministic_algorithms_enabled():
-        from hyperattention.kernels import list_triton_backward
+        from hyperattention.kernels.list import triton_backward as list_triton_backward
 
         return list_triton_backward.backward((grad_out, grad_lse), (q, k, v, out, lse), lists, scale)
     grads, saved = ((x.flatten(2, 3) for x in pair) for pair in ((grad_out, grad_lse), (q, out, lse)))

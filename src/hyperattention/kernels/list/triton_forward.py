@@ -24,8 +24,8 @@ from hyperattention.kernels.launch import (
     row_tests_of,
     store_of,
 )
-from hyperattention.kernels.list_torch import Lists
-from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, places_of, slots_of, stored_at
+from hyperattention.kernels.list.reference import Lists
+from hyperattention.kernels.list.triton_slots import allowed, blocks_of, labels_of, places_of, slots_of, stored_at
 from hyperattention.merge import merge
 from hyperattention.types import Partial
 

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.kernels.list_attention import fields
-from hyperattention.kernels.list_torch import Lists, Workspace, as_rows, chunks, gather, masked_scores, tiles_at_once
+from hyperattention.kernels.list.operator import fields
+from hyperattention.kernels.list.reference import Lists, Workspace, as_rows, chunks, gather, masked_scores, tiles_at_once
 from hyperattention.types import Runs, Selection
 
 # least share that the other slots of a row are taken to have: below, rounding is larger than what is measured

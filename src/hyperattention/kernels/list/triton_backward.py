@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperattention.kernels.launch import Launch, by_head, groups_of, labels_in_a_row, precision_of, row_tests_of, store_of
-from hyperattention.kernels.list_torch import Lists
-from hyperattention.kernels.list_triton import Shape, capability_of, widest
-from hyperattention.kernels.list_triton_slots import allowed, blocks_of, labels_of, slots_of, stored_at
+from hyperattention.kernels.list.reference import Lists
+from hyperattention.kernels.list.triton_forward import Shape, capability_of, widest
+from hyperattention.kernels.list.triton_slots import allowed, blocks_of, labels_of, slots_of, stored_at
 
 
 def queries_shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shape:
