@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits, assert_unbiased
-from hyperattention.approx_row_sums import ApproxD
+from hyperattention.experimental.approx_row_sums import ApproxD
 from hyperattention.select.locate.hash_buckets import HashBuckets
 
 KEYS = 256

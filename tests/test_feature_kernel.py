@@ -11,8 +11,8 @@ import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from dense import attention
 from hyperattention.exact import exact_attention, visible_keys
-from hyperattention.kernels import feature_torch
-from hyperattention.kernels.feature_attention import feature_attention
+from hyperattention.experimental import feature_reference as feature_torch
+from hyperattention.experimental.feature_attention import feature_attention
 from hyperattention.merge import merge
 from hyperattention.types import Partial
 
@@ -386,7 +386,7 @@ def test_the_meta_device_gives_shapes():
 
 COMPILED = """
 import torch
-from hyperattention.kernels.feature_attention import feature_attention
+from hyperattention.experimental.feature_attention import feature_attention
 torch.manual_seed(0)
 tensors = torch.rand(2, 4, 50, 6), torch.rand(2, 2, 50, 6), torch.randn(2, 2, 50, 3), torch.randn(2, 2, 50)
 def attend(query, key, value, scale):

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.kernels import feature_torch
+from hyperattention.experimental import feature_reference as feature_torch
 
 
 @torch.library.custom_op("hyperattention::feature_attention", mutates_args=())
