@@ -10,7 +10,7 @@ import hyperattention as ha
 from assertions import assert_exact, assert_same_math, assert_unbiased
 from cases import CASES
 from hyperattention.bench.rivals import rivals
-from hyperattention.select.collision_draw import twice
+from hyperattention.rivals.collision_draw import twice
 from hyperattention.select.locate.universal_set import leverage
 from problems import problem, tensors
 from run_case import both_masks, run

@@ -11,18 +11,18 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.methods.presets import HyperAttention
-from hyperattention.select.budgeted_draw import BudgetedDraw
-from hyperattention.select.collision_draw import CollisionDraw
+from hyperattention.rivals.anti_diagonal import AntiDiagonal
+from hyperattention.rivals.budgeted_draw import BudgetedDraw
+from hyperattention.rivals.collision_draw import CollisionDraw
+from hyperattention.rivals.priority_draw import PriorityDraw
+from hyperattention.rivals.vertical_slash import VerticalSlash
 from hyperattention.select.density import Density, Uniform
 from hyperattention.select.draw import Draw
-from hyperattention.select.locate.anti_diagonal import AntiDiagonal
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.universal_set import UniversalSet
-from hyperattention.select.locate.vertical_slash import VerticalSlash
 from hyperattention.select.locate.window import Window
-from hyperattention.select.priority_draw import PriorityDraw
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
 from hyperattention.select.score.descent import Descent
