@@ -24,12 +24,12 @@ from hyperattention.bench.timing import Timing, speedup
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
-from hyperattention.cache.top_pages import TopPages
-from hyperattention.condense.cluster_means import ClusterMeans
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.uniform_sample import UniformSample
 from hyperattention.coreset import Coreset
 from hyperattention.files.records import write_records
+from hyperattention.policies.cluster_means import ClusterMeans
+from hyperattention.policies.latest import Latest
+from hyperattention.policies.top_pages import TopPages
+from hyperattention.policies.uniform_sample import UniformSample
 from hyperattention.synthetic import Inputs, structured
 
 OUT = Path(__file__).parent / "records" / "cache_decode.jsonl"

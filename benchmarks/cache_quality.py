@@ -17,7 +17,7 @@ import torch
 from claims import announce, figure
 from rich.console import Console
 
-from hyperattention.condense.policy import Policy
+from hyperattention.cache.policy import Policy
 from hyperattention.evaluation.ask import Asking, ask
 from hyperattention.evaluation.continuation import Texts, continuation_loss
 from hyperattention.evaluation.policies import choose_entrants, contenders_at

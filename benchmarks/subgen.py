@@ -25,11 +25,11 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
-from hyperattention.cache.subgen_store import SubGenStore
-from hyperattention.condense.cluster_centres import ClusterCentres
-from hyperattention.condense.subgen import SubGen
-from hyperattention.condense.uniform_sample import UniformSample
 from hyperattention.files.records import write_records
+from hyperattention.policies.cluster_centres import ClusterCentres
+from hyperattention.policies.subgen import SubGen
+from hyperattention.policies.subgen_store import SubGenStore
+from hyperattention.policies.uniform_sample import UniformSample
 from hyperattention.synthetic import structured
 
 OUT = Path(__file__).parent / "records" / "subgen.jsonl"

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from hyperattention.condense.balanced_halving import BalancedHalving
-from hyperattention.condense.cluster_centres import ClusterCentres
-from hyperattention.condense.cluster_means import ClusterMeans
-from hyperattention.condense.heavy_hitters import HeavyHitters
-from hyperattention.condense.last_window import LastWindow
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.leverage import Leverage
-from hyperattention.condense.policy import Policy
-from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
+from hyperattention.cache.policy import Policy
+from hyperattention.policies.balanced_halving import BalancedHalving
+from hyperattention.policies.cluster_centres import ClusterCentres
+from hyperattention.policies.cluster_means import ClusterMeans
+from hyperattention.policies.heavy_hitters import HeavyHitters
+from hyperattention.policies.last_window import LastWindow
+from hyperattention.policies.latest import Latest
+from hyperattention.policies.leverage import Leverage
+from hyperattention.policies.uniform_sample import RandomKeys, UniformSample
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
-from hyperattention.cache.top_pages import TopPages
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.uniform_sample import UniformSample
 from hyperattention.error.exact_rows import exact_rows
+from hyperattention.policies.latest import Latest
+from hyperattention.policies.top_pages import TopPages
+from hyperattention.policies.uniform_sample import UniformSample
 from hyperattention.types import Partial
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 8**-0.5

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperattention.cache.top_pages import TopPages
+from hyperattention.policies.top_pages import TopPages
 
 pytest.importorskip("transformers")
 

@@ -7,8 +7,8 @@ from hyperattention.cache.audited import AuditedStore, are_drawn
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
-from hyperattention.condense.uniform_sample import UniformSample
 from hyperattention.error.interval import mean_interval
+from hyperattention.policies.uniform_sample import UniformSample
 from test_audited_cache import ROOM, inputs, run
 
 

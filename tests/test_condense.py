@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from assertions import assert_unbiased
-from hyperattention.condense.attended import attended
-from hyperattention.condense.balanced_halving import BalancedHalving
-from hyperattention.condense.heavy_hitters import HeavyHitters
-from hyperattention.condense.held import Held
-from hyperattention.condense.last_window import LastWindow
-from hyperattention.condense.policy import Full, Policy
+from hyperattention.cache.attended import attended
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
+from hyperattention.policies.balanced_halving import BalancedHalving
+from hyperattention.policies.heavy_hitters import HeavyHitters
+from hyperattention.policies.last_window import LastWindow
 from policies import POLICIES, PolicyCase
 
 BEGIN, END, SLOTS, NUM, WIDTH = 4, 84, 96, 24, 8

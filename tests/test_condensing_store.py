@@ -9,12 +9,12 @@ from torch import Tensor
 from assertions import assert_exact, assert_same_bits
 from dense import attention
 from hyperattention.cache.condensing import CondensingStore
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
 from hyperattention.cache.room import Room
-from hyperattention.condense.heavy_hitters import HeavyHitters
-from hyperattention.condense.held import Held
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.policy import Full, Policy
 from hyperattention.coreset import Coreset
+from hyperattention.policies.heavy_hitters import HeavyHitters
+from hyperattention.policies.latest import Latest
 from policies import POLICIES, PolicyCase
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.3

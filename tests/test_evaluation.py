@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from hyperattention.condense.choose import best
-from hyperattention.condense.held import Held
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.policy import Full, Policy
-from hyperattention.condense.uniform_sample import UniformSample
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
 from hyperattention.evaluation.ask import Asking, Reply, ask
 from hyperattention.evaluation.continuation import Texts, continuation_loss, pieces
 from hyperattention.evaluation.dialect import Lines
@@ -22,6 +19,9 @@ from hyperattention.evaluation.recording import fill, rows_of, start
 from hyperattention.evaluation.summary import cells
 from hyperattention.evaluation.tasks import TASKS
 from hyperattention.evaluation.tasks.setting import Setting
+from hyperattention.policies.choose import best
+from hyperattention.policies.latest import Latest
+from hyperattention.policies.uniform_sample import UniformSample
 from hyperattention.reference.model import Judged, load_reference
 from hyperattention.reference.text import held_out_text
 

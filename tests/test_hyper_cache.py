@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.uniform_sample import UniformSample
+from hyperattention.policies.latest import Latest
+from hyperattention.policies.uniform_sample import UniformSample
 from tiny_models import VOCABULARY, build, tokens
 
 transformers = pytest.importorskip("transformers")

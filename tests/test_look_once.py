@@ -6,11 +6,11 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits
 from dense import attention
-from hyperattention.cache.look_once import LookOnce
-from hyperattention.cache.look_once_store import LookOnceStore
 from hyperattention.cache.page_rank import Bounds
 from hyperattention.cache.room import Room
-from hyperattention.cache.top_pages import TopPages
+from hyperattention.policies.look_once import LookOnce
+from hyperattention.policies.look_once_store import LookOnceStore
+from hyperattention.policies.top_pages import TopPages
 
 DIM, SCALE, PROMPT, LATEST = 8, 0.3, 200, 12
 ROOM, POLICY = Room(64, sinks=3, window=10), LookOnce(keep=0.4, latest=LATEST, pages=TopPages(by=Bounds(), page=4))

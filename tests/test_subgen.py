@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits, assert_unbiased
-from hyperattention.condense import online_clusters
-from hyperattention.condense.subgen_sketch import SketchSizes, SubGenSketch
+from hyperattention.policies import online_clusters
+from hyperattention.policies.subgen_sketch import SketchSizes, SubGenSketch
 from hyperattention.random import uniform
 
 DELTA = 0.8

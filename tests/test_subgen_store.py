@@ -10,12 +10,12 @@ from torch import Tensor
 from assertions import assert_exact, assert_same_bits
 from dense import attention
 from hyperattention.cache.room import Room
-from hyperattention.cache.subgen_store import SubGenStore
-from hyperattention.condense.subgen import SubGen
-from hyperattention.condense.subgen_sketch import SketchSizes, SubGenSketch
 from hyperattention.coreset import Coreset
 from hyperattention.merge import merge
 from hyperattention.methods.exact import Exact
+from hyperattention.policies.subgen import SubGen
+from hyperattention.policies.subgen_sketch import SketchSizes, SubGenSketch
+from hyperattention.policies.subgen_store import SubGenStore
 
 DIM, ROOM = 8, Room(80, sinks=4, window=24)
 SUBGEN = SubGen(delta=1.5, samples=2, value_samples=8, most_clusters=200)

@@ -8,7 +8,7 @@ from assertions import assert_unbiased
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.room import Room
 from hyperattention.cache.selecting import SelectingStore
-from hyperattention.cache.top_pages import TopPages
+from hyperattention.policies.top_pages import TopPages
 
 KEYS, PAGE, ROOM = 203, 8, Room(64, sinks=3, window=10)
 

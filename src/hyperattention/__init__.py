@@ -1,18 +1,7 @@
 """Attention over long contexts in near-linear time, with a measured error bar."""
 
 from hyperattention.attention import attention
-from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
-from hyperattention.cache.top_pages import TopPages
-from hyperattention.condense.balanced_halving import BalancedHalving
-from hyperattention.condense.cluster_centres import ClusterCentres
-from hyperattention.condense.cluster_means import ClusterMeans
-from hyperattention.condense.heavy_hitters import HeavyHitters
-from hyperattention.condense.last_window import LastWindow
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.leverage import Leverage
-from hyperattention.condense.subgen import SubGen
-from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
 from hyperattention.coreset import Coreset
 from hyperattention.error.audit import ErrorReport, audit
 from hyperattention.error.tolerance.ladder import Ladder, default_ladder
@@ -30,6 +19,17 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.methods.presets import HyperAttention
+from hyperattention.policies.balanced_halving import BalancedHalving
+from hyperattention.policies.cluster_centres import ClusterCentres
+from hyperattention.policies.cluster_means import ClusterMeans
+from hyperattention.policies.heavy_hitters import HeavyHitters
+from hyperattention.policies.last_window import LastWindow
+from hyperattention.policies.latest import Latest
+from hyperattention.policies.leverage import Leverage
+from hyperattention.policies.look_once import LookOnce
+from hyperattention.policies.subgen import SubGen
+from hyperattention.policies.top_pages import TopPages
+from hyperattention.policies.uniform_sample import RandomKeys, UniformSample
 from hyperattention.rivals.anti_diagonal import AntiDiagonal
 from hyperattention.rivals.budgeted_draw import BudgetedDraw
 from hyperattention.rivals.collision_draw import CollisionDraw

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from hyperattention.cache.attended import attended
 from hyperattention.cache.buffer import is_writable
 from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
+from hyperattention.cache.held import Held, joined, live_first
+from hyperattention.cache.policy import Full, Policy
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
-from hyperattention.condense.attended import attended
-from hyperattention.condense.held import Held, joined, live_first
-from hyperattention.condense.policy import Full, Policy
 from hyperattention.types import Partial
 
 _NAMES = ("k", "v", "log_weight", "position", "score")

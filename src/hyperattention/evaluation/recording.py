@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from hyperattention.cache.attended import attended
 from hyperattention.cache.condensing import CondensingStore
+from hyperattention.cache.held import Held
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
-from hyperattention.condense.attended import attended
-from hyperattention.condense.held import Held
 from hyperattention.coreset import Coreset
 from hyperattention.integrations.transformers_cache import HyperCache
 from hyperattention.integrations.transformers_layer import HyperCacheLayer

@@ -1,21 +1,21 @@
 """Policies as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
 
-from hyperattention.cache.look_once import LookOnce
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
+from hyperattention.cache.policy import Policy
 from hyperattention.cache.store import Keeping
-from hyperattention.cache.top_pages import TopPages
-from hyperattention.condense.balanced_halving import BalancedHalving
-from hyperattention.condense.cluster_centres import ClusterCentres
-from hyperattention.condense.cluster_means import ClusterMeans
-from hyperattention.condense.heavy_hitters import HeavyHitters
-from hyperattention.condense.last_window import LastWindow
-from hyperattention.condense.latest import Latest
-from hyperattention.condense.leverage import Leverage
-from hyperattention.condense.policy import Policy
-from hyperattention.condense.subgen import SubGen
-from hyperattention.condense.uniform_sample import RandomKeys, UniformSample
 from hyperattention.files.fields import Field
 from hyperattention.files.method_table import part_from_json, part_to_json
+from hyperattention.policies.balanced_halving import BalancedHalving
+from hyperattention.policies.cluster_centres import ClusterCentres
+from hyperattention.policies.cluster_means import ClusterMeans
+from hyperattention.policies.heavy_hitters import HeavyHitters
+from hyperattention.policies.last_window import LastWindow
+from hyperattention.policies.latest import Latest
+from hyperattention.policies.leverage import Leverage
+from hyperattention.policies.look_once import LookOnce
+from hyperattention.policies.subgen import SubGen
+from hyperattention.policies.top_pages import TopPages
+from hyperattention.policies.uniform_sample import RandomKeys, UniformSample
 
 # a new policy needs a line here
 _TYPES = (

@@ -13,9 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hyperattention.cache.policy import Policy
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping
-from hyperattention.condense.policy import Policy
 from hyperattention.files.atomic_write import write_whole_bytes
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint

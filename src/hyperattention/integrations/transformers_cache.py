@@ -12,14 +12,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import CacheReport, report_on
 from hyperattention.cache.condensing import CondensingStore
+from hyperattention.cache.policy import Policy
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
 from hyperattention.check import positive
-from hyperattention.condense.cluster_means import ClusterMeans
-from hyperattention.condense.policy import Policy
 from hyperattention.integrations.trained_length import trained_length
 from hyperattention.integrations.transformers_held import READS_HELD
 from hyperattention.integrations.transformers_layer import HyperCacheLayer
+from hyperattention.policies.cluster_means import ClusterMeans
 
 __all__ = ["HyperCache", "room_for"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.condense.held import Held
+from hyperattention.cache.held import Held
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from hyperattention.cache.look_once_store import LookOnceStore
 from hyperattention.cache.page_rank import TwoLevels
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
-from hyperattention.cache.top_pages import TopPages
 from hyperattention.check import positive
+from hyperattention.policies.look_once_store import LookOnceStore
+from hyperattention.policies.top_pages import TopPages
 
 
 @dataclass(frozen=True)

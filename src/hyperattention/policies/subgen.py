@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
-from hyperattention.cache.subgen_store import SubGenStore
-from hyperattention.condense.subgen_sketch import SketchSizes
+from hyperattention.policies.subgen_sketch import SketchSizes
+from hyperattention.policies.subgen_store import SubGenStore
 
 
 @dataclass(frozen=True)

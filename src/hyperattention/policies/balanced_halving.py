@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
 from hyperattention.check import positive
-from hyperattention.condense.choose import lottery
-from hyperattention.condense.held import Held
-from hyperattention.condense.policy import Full, Policy
+from hyperattention.policies.choose import lottery
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from hyperattention.cache.attended import attended
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
 from hyperattention.check import positive
-from hyperattention.condense.attended import attended
-from hyperattention.condense.choose import keep_best
-from hyperattention.condense.held import Held
-from hyperattention.condense.policy import Full, Policy
+from hyperattention.policies.choose import keep_best
 
 
 @dataclass(frozen=True)

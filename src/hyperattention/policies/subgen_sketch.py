@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.condense.online_clusters import Clusters, OnlineClusters
-from hyperattention.condense.value_reservoir import Drawn, ValueReservoir
 from hyperattention.coreset import Coreset
+from hyperattention.policies.online_clusters import Clusters, OnlineClusters
+from hyperattention.policies.value_reservoir import Drawn, ValueReservoir
 from hyperattention.types import Partial
 
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from hyperattention.condense.choose import keep_best
-from hyperattention.condense.held import Held
-from hyperattention.condense.policy import Full, Policy
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
+from hyperattention.policies.choose import keep_best
 
 
 @dataclass(frozen=True)

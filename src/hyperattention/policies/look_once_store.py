@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hyperattention.cache.attended import attended
 from hyperattention.cache.fitting import fit_state, insist
+from hyperattention.cache.held import Held
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Store
-from hyperattention.condense.attended import attended
-from hyperattention.condense.held import Held
 from hyperattention.types import Partial
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
 from hyperattention.check import positive
-from hyperattention.condense.held import Held
-from hyperattention.condense.policy import Full, Policy
 
 # distances held at a time: 16 MiB in float32
 _DISTANCES_AT_A_TIME = 2**22

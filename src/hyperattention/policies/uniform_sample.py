@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.condense.choose import best, keep_best, lottery
-from hyperattention.condense.held import Held
-from hyperattention.condense.policy import Full, Policy
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
+from hyperattention.policies.choose import best, keep_best, lottery
 
 
 @dataclass(frozen=True)

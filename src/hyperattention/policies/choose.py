@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.condense.held import Held
-from hyperattention.condense.policy import Full
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full
 from hyperattention.random import uniform
 
 

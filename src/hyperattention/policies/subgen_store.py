@@ -10,10 +10,10 @@ from hyperattention.cache.fitting import fit_state, floating_type, insist
 from hyperattention.cache.recent import Recent
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Store
-from hyperattention.condense.online_clusters import Clusters
-from hyperattention.condense.subgen_sketch import SketchSizes, SubGenSketch
-from hyperattention.condense.value_reservoir import Drawn
 from hyperattention.merge import merge
+from hyperattention.policies.online_clusters import Clusters
+from hyperattention.policies.subgen_sketch import SketchSizes, SubGenSketch
+from hyperattention.policies.value_reservoir import Drawn
 from hyperattention.types import Partial
 
 _RECENT = ("k", "v", "live")

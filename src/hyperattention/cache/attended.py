@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.condense.held import Held
+from hyperattention.cache.held import Held
 
 # scores held at a time: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.condense.held import Held
-from hyperattention.condense.policy import Full, Policy
+from hyperattention.cache.held import Held
+from hyperattention.cache.policy import Full, Policy
 
 # centres that are added between two looks at all keys, and how many of the farthest keys compete for each place
 _AT_ONCE, _RIVALS = 16, 4
