@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
-from hyperattention.integrations.cache_file import load_cache, save_cache
+from hyperattention.integrations.transformers.cache_file import load_cache, save_cache
 from test_hyper_cache import HyperCache, cache_of, family, with_cache
 
 ROOM = {"budget": 32, "sinks": 2, "window": 16}

@@ -15,7 +15,7 @@ from tiny_models import build, tokens
 
 transformers = pytest.importorskip("transformers")
 integration = import_module("hyperattention.integrations.transformers")
-file = import_module("hyperattention.integrations.cache_file")
+file = import_module("hyperattention.integrations.transformers.cache_file")
 
 PROMPT = 60
 KEEPINGS = {

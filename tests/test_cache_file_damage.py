@@ -16,7 +16,7 @@ from tiny_models import build, tokens
 
 pytest.importorskip("transformers")
 integration = import_module("hyperattention.integrations.transformers")
-file = import_module("hyperattention.integrations.cache_file")
+file = import_module("hyperattention.integrations.transformers.cache_file")
 safetensors = import_module("safetensors.torch")
 
 PROMPT, FLIPS = 60, 100

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from hyperattention.cli.main import app
 from hyperattention.generation import session
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.reference.model import load_reference
 from hyperattention.reference.text import held_out_text
 from hyperattention.report import generation as report

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from hyperattention.generation import session
-from hyperattention.integrations.cache_file import load_cache, save_cache
+from hyperattention.integrations.transformers.cache_file import load_cache, save_cache
 from hyperattention.reference.model import load_reference
 from test_cli import WORDS
 from test_cli_generation import QUESTIONS, TEXT, document, own_model, run

@@ -10,7 +10,7 @@ from test_hyper_cache import LIVE, NEW, PADDING, PROMPT, SMALL, cache_of, genera
 from tiny_models import build, tokens
 
 transformers = pytest.importorskip("transformers")
-trained_length = import_module("hyperattention.integrations.trained_length").trained_length
+trained_length = import_module("hyperattention.integrations.transformers.trained_length").trained_length
 integration = import_module("hyperattention.integrations.transformers")
 
 

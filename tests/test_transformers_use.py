@@ -14,8 +14,8 @@ from tiny_models import FULL, LENGTH, NUM_LAYERS, SMALL, assert_exact, build, le
 transformers = pytest.importorskip("transformers")
 # ours must import: a failure there is a failure, not a skip
 integration = import_module("hyperattention.integrations.transformers")
-masks = import_module("hyperattention.integrations.transformers_masks")
-exact = import_module("hyperattention.integrations.transformers_exact")
+masks = import_module("hyperattention.integrations.transformers.masks")
+exact = import_module("hyperattention.integrations.transformers.exact")
 use = integration.use
 
 

@@ -77,7 +77,7 @@ def cache(
     """Read a document once, and keep what `ask` needs of it in one file."""
     console = make_console(stderr=True)
     with explained():
-        from hyperattention.integrations.cache_file import check_savable
+        from hyperattention.integrations.transformers.cache_file import check_savable
         from hyperattention.report import generation as report
 
         _hide_bars()

@@ -14,7 +14,7 @@ from hyperattention.evaluation.policies import Contender
 from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import converse, reading
 from hyperattention.integrations.transformers import CallCounter
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hyperattention.evaluation.ask import Asking
 from hyperattention.evaluation.policies import Contender
 from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import read, reading
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
 
 # any seed but that of the tasks: the same documents whatever the tasks are
 _ORDER = "continuation"

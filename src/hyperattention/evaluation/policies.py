@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from hyperattention.cache.page_rank import Bounds, TwoLevels
 from hyperattention.cache.policy import Policy
 from hyperattention.cache.store import Keeping
-from hyperattention.integrations.transformers_cache import HyperCache, room_for
+from hyperattention.integrations.transformers.cache import HyperCache, room_for
 from hyperattention.policies.balanced_halving import BalancedHalving
 from hyperattention.policies.cluster_centres import ClusterCentres
 from hyperattention.policies.cluster_means import ClusterMeans

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hyperattention.evaluation.policies import Contender
 from hyperattention.evaluation.reading import read
 from hyperattention.evaluation.recording import fill, rows_of, start
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hyperattention.integrations.cache_argument import cache_argument
 from hyperattention.integrations.transformers import CallCounter, use
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
+from hyperattention.integrations.transformers.cache_argument import cache_argument
 from hyperattention.methods.exact import Exact
 
 

@@ -15,8 +15,8 @@ from hyperattention.cache.held import Held
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
 from hyperattention.coreset import Coreset
-from hyperattention.integrations.transformers_cache import HyperCache
-from hyperattention.integrations.transformers_layer import HyperCacheLayer
+from hyperattention.integrations.transformers.cache import HyperCache
+from hyperattention.integrations.transformers.cache_layer import HyperCacheLayer
 from hyperattention.types import Partial
 
 # a recording is never full

@@ -14,9 +14,9 @@ from hyperattention.bench.timing import ignore
 from hyperattention.check import positive
 from hyperattention.evaluation.reading import read, reading
 from hyperattention.generation.codec import codec_of
-from hyperattention.integrations.cache_argument import cache_argument
 from hyperattention.integrations.transformers import CallCounts
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
+from hyperattention.integrations.transformers.cache_argument import cache_argument
 from hyperattention.reference.model import Judged
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hyperattention.integrations.trained_length import trained_length
+from hyperattention.integrations.transformers.trained_length import trained_length
 
 WEIGHTS = Path(__file__).parent / "weights"
 

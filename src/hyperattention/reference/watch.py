@@ -11,9 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hyperattention.error.audit import ErrorReport, audit
 from hyperattention.integrations.transformers import CallCounter
-from hyperattention.integrations.transformers_forward import EXACT_METHOD, attention_forward
-from hyperattention.integrations.transformers_held import READS_HELD
-from hyperattention.integrations.transformers_masks import build_mask
+from hyperattention.integrations.transformers.cache_handle import READS_HELD
+from hyperattention.integrations.transformers.forward import EXACT_METHOD, attention_forward
+from hyperattention.integrations.transformers.masks import build_mask
 from hyperattention.methods.base import Approach
 
 _NAME, _ATTRIBUTE = "hyperattention_watched", "_hyperattention_watch"

@@ -14,9 +14,9 @@ from hyperattention.cache.store import Store
 from hyperattention.evaluation.policies import Contender, find_entrant
 from hyperattention.generation.codec import codec_of
 from hyperattention.generation.session import Sampling, Stretch, pieces_of, read_text, write_on
-from hyperattention.integrations.cache_file import find_maker, load_cache, save_cache
 from hyperattention.integrations.transformers import use
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
+from hyperattention.integrations.transformers.cache_file import find_maker, load_cache, save_cache
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged, load_model, load_reference
 from hyperattention.report.calibrate import REFERENCE, find_folder

@@ -16,9 +16,9 @@ from hyperattention.cache.policy import Policy
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
 from hyperattention.check import positive
-from hyperattention.integrations.trained_length import trained_length
-from hyperattention.integrations.transformers_held import READS_HELD
-from hyperattention.integrations.transformers_layer import HyperCacheLayer
+from hyperattention.integrations.transformers.cache_handle import READS_HELD
+from hyperattention.integrations.transformers.cache_layer import HyperCacheLayer
+from hyperattention.integrations.transformers.trained_length import trained_length
 from hyperattention.policies.cluster_means import ClusterMeans
 
 __all__ = ["HyperCache", "room_for"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hyperattention.cache.store import Store
-from hyperattention.integrations.transformers_held import Handle, attach
+from hyperattention.integrations.transformers.cache_handle import Handle, attach
 
 
 class HyperCacheLayer(CacheLayerMixin):

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from hyperattention.files.plan import Plan
-from hyperattention.integrations.transformers_cache import HyperCache
-from hyperattention.integrations.transformers_counts import CallCounter, CallCounts
-from hyperattention.integrations.transformers_forward import ATTRIBUTE, Settings, attention_forward
-from hyperattention.integrations.transformers_masks import build_mask
+from hyperattention.integrations.transformers.cache import HyperCache
+from hyperattention.integrations.transformers.counts import CallCounter, CallCounts
+from hyperattention.integrations.transformers.forward import ATTRIBUTE, Settings, attention_forward
+from hyperattention.integrations.transformers.masks import build_mask
 from hyperattention.methods.base import Approach
 from hyperattention.random import SEED_LIMIT
 

@@ -21,8 +21,8 @@ from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.plan_file import read_fingerprint
 from hyperattention.files.policy_table import policy_from_json, policy_to_json
-from hyperattention.integrations.cache_keys import check_keys
-from hyperattention.integrations.transformers_cache import HyperCache
+from hyperattention.integrations.transformers.cache import HyperCache
+from hyperattention.integrations.transformers.cache_keys import check_keys
 from hyperattention.random import SEED_LIMIT
 
 __all__ = ["check_savable", "find_maker", "load_cache", "save_cache"]

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hyperattention import ByHead, ByLayer, Exact, default_method
-from hyperattention.integrations.transformers_counts import CallCounter
-from hyperattention.integrations.transformers_exact import Call, run, run_exact
-from hyperattention.integrations.transformers_held import READS_HELD, Handle, handle_of
-from hyperattention.integrations.transformers_masks import document_bounds, longest_span
+from hyperattention.integrations.transformers.cache_handle import READS_HELD, Handle, handle_of
+from hyperattention.integrations.transformers.counts import CallCounter
+from hyperattention.integrations.transformers.exact import Call, run, run_exact
+from hyperattention.integrations.transformers.masks import document_bounds, longest_span
 from hyperattention.methods.base import Approach
 
 ATTRIBUTE = "_hyperattention"
