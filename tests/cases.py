@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import hyperattention as ha
+from hyperattention import rivals, select
 from hyperattention.methods.base import Approach
 from hyperattention.select.density import Density
 from hyperattention.select.stage import Stage
@@ -40,11 +41,15 @@ def _drawn(density: Density) -> ha.Method:
     return ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=density), tile=16)
 
 
-DESCENT = ha.Descent((ha.Level(32, 4, ha.Representatives(1, 2)), ha.Level(8, 4, ha.Representatives(2, 1))), dim=4, pooled=8)
-NARROW = ha.Descent((ha.Level(8, 4, ha.Representatives(1, 2)),), pooled=5)
+DESCENT = ha.Descent(
+    (select.Level(32, 4, select.Representatives(1, 2)), select.Level(8, 4, select.Representatives(2, 1))), dim=4, pooled=8
+)
+NARROW = ha.Descent((select.Level(8, 4, select.Representatives(1, 2)),), pooled=5)
 # the coarsest level is begun with from 128 keys on
-THREE = ha.Descent((ha.Level(32, 4, ha.Representatives(2, 2)), ha.Level(16, 4), ha.Level(4, 4)), dim=6, pooled=4)
-MIXTURE = ha.Mix((DESCENT, 2.0), (ha.BlockScore(8), 1.0))
+THREE = ha.Descent(
+    (select.Level(32, 4, select.Representatives(2, 2)), select.Level(16, 4), select.Level(4, 4)), dim=6, pooled=4
+)
+MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 
 # fmt: off
 CASES = (
@@ -58,21 +63,21 @@ CASES = (
     Case("odd sizes", ha.Method(ha.Sinks(3), ha.Window(13), ha.Draw(11), tile=7), exact_up_to=21),
     Case("window of one", ha.Method(ha.Window(1), ha.Draw(24), tile=16), exact_up_to=25),
     Case("draws only", ha.Method(ha.Draw(24), tile=16), exact_up_to=24),
-    Case("blocks by mean key", _ranked(ha.TopBlocks(2, block_size=8, by=ha.MeanKey())), exact_up_to=31),
-    Case("blocks by key bounds", _ranked(ha.TopBlocks(2, block_size=8, by=ha.KeyBounds())), exact_up_to=31),
-    Case("blocks by key sketch", _ranked(ha.TopBlocks(2, block_size=8, by=ha.KeySketch(4))), exact_up_to=31),
+    Case("blocks by mean key", _ranked(ha.TopBlocks(2, block_size=8, by=select.MeanKey())), exact_up_to=31),
+    Case("blocks by key bounds", _ranked(ha.TopBlocks(2, block_size=8, by=select.KeyBounds())), exact_up_to=31),
+    Case("blocks by key sketch", _ranked(ha.TopBlocks(2, block_size=8, by=select.KeySketch(4))), exact_up_to=31),
     Case("blocks twice", _ranked(ha.TopBlocks(1, block_size=32), ha.TopBlocks(2, block_size=8)), exact_up_to=31),
     Case("blocks and draws", ha.Method(ha.TopBlocks(2, block_size=16), ha.Draw(16), tile=16), exact_up_to=31),
     Case("blocks larger than tiles", ha.Method(ha.TopBlocks(2, block_size=24), ha.Draw(16), tile=16), exact_up_to=40),
     Case("blocks alone", ha.Method(ha.Window(16), ha.TopBlocks(4, block_size=8), tile=16), exact_up_to=31),
     Case("hash buckets", ha.Method(ha.Sinks(4), ha.Window(16), ha.HashBuckets(16), ha.Draw(16), tile=16), exact_up_to=31),
     Case("published", ha.HyperAttention(block_size=16, sample_size=96, min_seq_len=32), exact_up_to=31),
-    Case("draws by value norm", _drawn(ha.ValueNorm()), exact_up_to=31),
-    Case("draws by block score", _drawn(ha.BlockScore(4)), exact_up_to=31),
+    Case("draws by value norm", _drawn(select.ValueNorm()), exact_up_to=31),
+    Case("draws by block score", _drawn(select.BlockScore(4)), exact_up_to=31),
     Case("draws by descent", _drawn(DESCENT), exact_up_to=31),
-    Case("draws by one level", _drawn(ha.Descent((ha.Level(8, 6),), pooled=3)), exact_up_to=31),
+    Case("draws by one level", _drawn(ha.Descent((select.Level(8, 6),), pooled=3)), exact_up_to=31),
     Case("draws by three levels", _drawn(THREE), exact_up_to=31),
-    Case("draws by a level of keys", _drawn(ha.Descent((ha.Level(8, 6), ha.Level(1, 4)), pooled=4)), exact_up_to=31),
+    Case("draws by a level of keys", _drawn(ha.Descent((select.Level(8, 6), select.Level(1, 4)), pooled=4)), exact_up_to=31),
     Case("descent up to the tile", ha.Method(ha.Window(7), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent into the tile", ha.Method(ha.Window(6), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent without a window", ha.Method(ha.Draw(24, by=DESCENT), tile=16), exact_up_to=24),
@@ -80,19 +85,19 @@ CASES = (
     Case("draws by scanned keys up to a length", _drawn(ha.KeyScan(5, most=70, beyond=DESCENT)), exact_up_to=31),
     Case("scan without a window", ha.Method(ha.Draw(24, by=ha.KeyScan(16, uniform_share=0.5)), tile=16), exact_up_to=24),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
-    Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, ha.KeySketch(4), coarse=ha.Coarse(2, 16))), exact_up_to=31),
-    Case("top keys", ha.TopKeys(16), exact_up_to=16),
-    Case("blocks by anti-diagonals", _after_window(ha.AntiDiagonal(2, 8, stride=4), ha.Draw(16)), exact_up_to=31),
-    Case("anti-diagonals alone", ha.Method(ha.AntiDiagonal(3, 24, stride=8), tile=20), exact_up_to=72),
-    Case("verticals and slashes", _after_window(ha.VerticalSlash(6, 2, last=20), ha.Draw(16)), exact_up_to=31),
-    Case("slashes without a window", ha.Method(ha.TopBlocks(1, 8), ha.VerticalSlash(6, 2), tile=16), exact_up_to=8),
-    Case("draws by collisions", _after_window(ha.CollisionDraw(24, bits=2, tables=8)), exact_up_to=39),
-    Case("collisions beside blocks", ha.Method(ha.TopBlocks(1, 16), ha.CollisionDraw(24, 1, 4), tile=16), exact_up_to=24),
-    Case("draws by budget", _after_window(ha.TopBlocks(1, 8), ha.BudgetedDraw(24, 8, 0.3, pooled=2)), exact_up_to=39),
-    Case("draws by budget alone", ha.Method(ha.BudgetedDraw(32, 8, 0.2, 0.5), tile=16), exact_up_to=32),
-    Case("draws by priority", _after_window(ha.PriorityDraw(16, pooled=4)), exact_up_to=31),
-    Case("priorities beside blocks", ha.Method(ha.TopBlocks(1, 16), ha.PriorityDraw(24), tile=16), exact_up_to=24),
-    Case("universal set", _after_window(ha.UniversalSet(12), ha.Draw(16)), exact_up_to=31),
-    Case("universal set alone", ha.Method(ha.TopBlocks(1, 8), ha.UniversalSet(12), tile=16), exact_up_to=12),
+    Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, select.KeySketch(4), coarse=select.Coarse(2, 16))), exact_up_to=31),
+    Case("top keys", rivals.TopKeys(16), exact_up_to=16),
+    Case("blocks by anti-diagonals", _after_window(rivals.AntiDiagonal(2, 8, stride=4), ha.Draw(16)), exact_up_to=31),
+    Case("anti-diagonals alone", ha.Method(rivals.AntiDiagonal(3, 24, stride=8), tile=20), exact_up_to=72),
+    Case("verticals and slashes", _after_window(rivals.VerticalSlash(6, 2, last=20), ha.Draw(16)), exact_up_to=31),
+    Case("slashes without a window", ha.Method(ha.TopBlocks(1, 8), rivals.VerticalSlash(6, 2), tile=16), exact_up_to=8),
+    Case("draws by collisions", _after_window(rivals.CollisionDraw(24, bits=2, tables=8)), exact_up_to=39),
+    Case("collisions beside blocks", ha.Method(ha.TopBlocks(1, 16), rivals.CollisionDraw(24, 1, 4), tile=16), exact_up_to=24),
+    Case("draws by budget", _after_window(ha.TopBlocks(1, 8), rivals.BudgetedDraw(24, 8, 0.3, pooled=2)), exact_up_to=39),
+    Case("draws by budget alone", ha.Method(rivals.BudgetedDraw(32, 8, 0.2, 0.5), tile=16), exact_up_to=32),
+    Case("draws by priority", _after_window(rivals.PriorityDraw(16, pooled=4)), exact_up_to=31),
+    Case("priorities beside blocks", ha.Method(ha.TopBlocks(1, 16), rivals.PriorityDraw(24), tile=16), exact_up_to=24),
+    Case("universal set", _after_window(select.UniversalSet(12), ha.Draw(16)), exact_up_to=31),
+    Case("universal set alone", ha.Method(ha.TopBlocks(1, 8), select.UniversalSet(12), tile=16), exact_up_to=12),
 )
 # fmt: on

@@ -19,7 +19,7 @@ NARROW = [torch.bfloat16, torch.float16]
 def attend(
     q: Tensor, k: Tensor, v: Tensor, method: ha.Method | None, mask: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor]:
-    return ha.attention(q, k, v, mask, enable_gqa=True, method=method, return_lse=True, **options)
+    return with_lse(q, k, v, mask, enable_gqa=True, method=method, **options)
 
 
 def assert_attends(ours: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, **options) -> None:
@@ -37,3 +37,30 @@ def padded(side: str) -> Tensor:
     place, live = torch.arange(30), torch.ones(2, 30, dtype=torch.bool)
     live[1] = {"left": place >= 11, "right": place < 19, "holes": place % 3 > 0, "all": place < 0}[side]
     return live
+
+
+def with_lse(*tensors: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a measured call."""
+    result = ha.measured_attention(*tensors, **options)
+    return result.out, result.lse
+
+
+def with_error(*tensors: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    """Output and standard error."""
+    result = ha.measured_attention(*tensors, standard_error=True, **options)
+    assert result.standard_error is not None
+    return result.out, result.standard_error
+
+
+def with_audit(*tensors: Tensor | None, **options) -> tuple[Tensor, ha.ErrorReport]:
+    """Output and the audit's report."""
+    result = ha.measured_attention(*tensors, **options)
+    assert result.audit is not None
+    return result.out, result.audit
+
+
+def within(*tensors: Tensor | None, **options) -> tuple[Tensor, ha.ToleranceReport]:
+    """Output and the report of a tolerance."""
+    result = ha.measured_attention(*tensors, **options)
+    assert result.tolerance is not None
+    return result.out, result.tolerance

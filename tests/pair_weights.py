@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-import hyperattention as ha
+from front_door import with_lse
 from hyperattention.methods.base import Approach
 
 
@@ -21,7 +21,7 @@ def pair_weights(method: Approach, q: Tensor, k: Tensor, size: Tensor | None = N
     """
     size = torch.ones(k.shape[2], dtype=k.dtype) if size is None else size
     v = torch.diag(size).expand(*k.shape[:2], -1, -1)
-    out, lse = ha.attention(q, k, v, method=method, return_lse=True, enable_gqa=True, **options)
+    out, lse = with_lse(q, k, v, method=method, enable_gqa=True, **options)
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
     return out * (lse[..., None] - scores).exp() / size

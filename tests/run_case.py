@@ -6,6 +6,7 @@ from torch import Tensor
 import hyperattention as ha
 from assertions import assert_same_bits
 from cases import Case
+from front_door import with_lse
 from hyperattention.methods.method import Method
 
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -27,7 +28,7 @@ def nothing_ahead(case: Case) -> None:
 
 def run(case: Case, q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
     options = {"is_causal": True, "enable_gqa": True, "method": case.method} | options
-    return ha.attention(q, k, v, return_lse=True, **options)
+    return with_lse(q, k, v, **options)
 
 
 def assert_all_same_bits(ours: tuple[Tensor, ...] | list[Tensor], expected: tuple[Tensor, ...] | list[Tensor]) -> None:

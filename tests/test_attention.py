@@ -9,7 +9,7 @@ import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from cases import CONTROL
-from front_door import FULL, NARROW, assert_attends, attend, every_align, every_method, padded
+from front_door import FULL, NARROW, assert_attends, attend, every_align, every_method, padded, with_audit, with_lse
 from problems import tensors
 
 # shapes and dtypes
@@ -87,7 +87,7 @@ def test_packed_sequences_do_not_see_one_another(method, align, causal):
     assert_exact(ha.varlen_attention(q, k, v, edges_q.int(), edges_k.int(), **options), ours[0])
     for q0, q1, k0, k1 in zip(edges_q, edges_q[1:], edges_k, edges_k[1:], strict=False):
         piece = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
-        for x, y in zip(ours, ha.attention(*piece, return_lse=True, **options), strict=True):
+        for x, y in zip(ours, with_lse(*piece, **options), strict=True):
             assert_exact(x[:, :, q0:q1], y)
         assert_attends(tuple(x[:, :, q0:q1] for x in ours), *piece, causal=causal, align=align)
 
@@ -110,9 +110,9 @@ def test_return_forms(method):
     q, k, v = tensors(30)
     out = ha.attention(q, k, v, is_causal=True, method=method)
     assert isinstance(out, Tensor)
-    first, lse = ha.attention(q, k, v, is_causal=True, method=method, return_lse=True)
+    first, lse = with_lse(q, k, v, is_causal=True, method=method)
     assert lse.dtype == torch.float32
-    second, report = ha.attention(q, k, v, is_causal=True, method=method, audit=8)
+    second, report = with_audit(q, k, v, is_causal=True, method=method, audit=8)
     third, lse_again, report_again = ha.attention(q, k, v, is_causal=True, method=method, return_lse=True, audit=8)
     for x in (first, second, third):
         assert_exact(x, out)
@@ -129,9 +129,9 @@ def test_audit_sees_the_masks_and_the_alignment():
     for options in ({"key_mask": live}, {"attn_mask": live[:, None, None]}, {"causal_align": "lower_right"}, {"scale": 0.3}):
         options = {"is_causal": True, "enable_gqa": True, "method": FULL} | options
         mask = options.pop("attn_mask", None)
-        _, report = ha.attention(q, k, v, mask, audit=12, **options)
+        _, report = with_audit(q, k, v, mask, audit=12, **options)
         assert (report.relative_error < 1e-5).all()
-    _, report = ha.attention(q, k, v, enable_gqa=True, method=ha.Method(ha.Window(2), tile=2), audit=12)
+    _, report = with_audit(q, k, v, enable_gqa=True, method=ha.Method(ha.Window(2), tile=2), audit=12)
     assert (report.relative_error > 0.05).all()
 
 

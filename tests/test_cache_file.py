@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hyperattention as ha
+from hyperattention import policies
 from policies import POLICIES
 from tiny_models import build, tokens
 
@@ -19,10 +20,10 @@ file = import_module("hyperattention.integrations.transformers.cache_file")
 
 PROMPT = 60
 KEEPINGS = {
-    "pages": ha.TopPages(page=4, by=ha.TwoLevels(ha.Bounds(0.5))),
-    "pages and draws": ha.TopPages(page=4, by=ha.Midpoint(), draws=4, share=2, first=0),
-    "subgen": ha.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
-    "look once": ha.LookOnce(keep=0.7, latest=4, pages=ha.TopPages(page=4)),
+    "pages": policies.TopPages(page=4, by=policies.TwoLevels(policies.Bounds(0.5))),
+    "pages and draws": policies.TopPages(page=4, by=policies.Midpoint(), draws=4, share=2, first=0),
+    "subgen": policies.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
+    "look once": policies.LookOnce(keep=0.7, latest=4, pages=policies.TopPages(page=4)),
 }
 EVERY = {case.name: case.policy for case in POLICIES} | KEEPINGS
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
+from hyperattention import policies
 from tiny_models import build, tokens
 
 pytest.importorskip("transformers")
@@ -21,10 +22,10 @@ safetensors = import_module("safetensors.torch")
 
 PROMPT, FLIPS = 60, 100
 POLICIES = {
-    "means": ha.ClusterMeans(latest=4),
-    "hitters": ha.HeavyHitters(),
-    "pages": ha.TopPages(page=4),
-    "subgen": ha.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
+    "means": policies.ClusterMeans(latest=4),
+    "hitters": policies.HeavyHitters(),
+    "pages": policies.TopPages(page=4),
+    "subgen": policies.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
 }
 Change = Callable[[dict[str, Tensor]], object]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import hyperattention as ha
 from cases import CASES, CONTROL, Case
+from hyperattention import select
 from hyperattention.methods.method import Method
 from hyperattention.select.score.blocks import BlockRank
 from problems import problem
@@ -82,7 +83,7 @@ class Counting(BlockRank):
         return self.by.products(block_size)
 
 
-@pytest.mark.parametrize("by", [ha.MeanKey(), ha.KeyBounds(), ha.KeySketch(4)], ids=repr)
+@pytest.mark.parametrize("by", [select.MeanKey(), select.KeyBounds(), select.KeySketch(4)], ids=repr)
 def test_selection_pairs_are_what_ranking_multiplies(by):
     counted = Counting(by)
     method = ha.Method(ha.Window(16), ha.TopBlocks(2, block_size=8, by=counted), tile=16)

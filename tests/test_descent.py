@@ -6,6 +6,8 @@ import torch
 import dense
 import hyperattention as ha
 from assertions import assert_exact
+from front_door import with_audit
+from hyperattention import select
 from hyperattention.problem import Problem
 from hyperattention.select.score import descent, representatives
 from hyperattention.select.score.leaves import Closed, Opened, leaves_of
@@ -14,7 +16,7 @@ from hyperattention.tiling import cut
 from problems import problem, tensors
 from test_value_norm import tokens
 
-LEVELS = (ha.Level(64, 4, ha.Representatives(1, 3)), ha.Level(16, 4, ha.Representatives(2, 2)))
+LEVELS = (select.Level(64, 4, select.Representatives(1, 3)), select.Level(16, 4, select.Representatives(2, 2)))
 
 
 def haystack(num: int, place: int, *, sharp: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,7 +49,7 @@ def test_means_alone_miss_what_far_keys_find():
     for place in range(100, 1900, 150):
         q, k, v = haystack(2048, place, sharp=64.0)
         for far, outs in found.items():
-            by = ha.Descent((ha.Level(64, 4, ha.Representatives(1, far)),))
+            by = ha.Descent((select.Level(64, 4, select.Representatives(1, far)),))
             method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(512, by=by))
             outs.append(ha.attention(q, k, v, is_causal=True, method=method)[0, 0, -1, 0].item())
     assert min(found[3]) > 0.9
@@ -57,7 +59,7 @@ def test_means_alone_miss_what_far_keys_find():
 def test_far_keys_are_the_farthest_from_all_others():
     keys = torch.zeros(1, 1, 8, 2)
     keys[0, 0, 5], keys[0, 0, 2] = torch.tensor([9.0, 0.0]), torch.tensor([0.0, -7.0])
-    mean, first, second = ha.Representatives(1, 2).choose(keys)[0, 0]
+    mean, first, second = select.Representatives(1, 2).choose(keys)[0, 0]
     assert torch.equal(mean, keys[0, 0].mean(0))
     assert torch.equal(first, keys[0, 0, 5])
     assert torch.equal(second, keys[0, 0, 2])
@@ -65,13 +67,13 @@ def test_far_keys_are_the_farthest_from_all_others():
 
 def test_many_candidates_give_the_same_far_keys_as_few(monkeypatch):
     keys = tokens(2, 3, 32, 8).float()
-    wanted = ha.Representatives(2, 5).choose(keys)
+    wanted = select.Representatives(2, 5).choose(keys)
     monkeypatch.setattr(representatives, "_MANY", 31)
-    assert torch.equal(ha.Representatives(2, 5).choose(keys), wanted)
+    assert torch.equal(select.Representatives(2, 5).choose(keys), wanted)
 
 
 def test_representatives_count_every_key_of_their_block():
-    for by in (ha.Representatives(4, 0), ha.Representatives(1, 3), ha.Representatives(2, 2)):
+    for by in (select.Representatives(4, 0), select.Representatives(1, 3), select.Representatives(2, 2)):
         assert by.total(torch.ones(1, 1, 1, by.num), 16).item() == 16
 
 
@@ -105,11 +107,11 @@ def test_the_coarsest_level_is_scored_only_from_the_seam_on():
     by = ha.Descent(LEVELS)
     tiles = cut(problem(1024), 64)
     assert by.seams(tiles, 512) == [4]
-    assert ha.Descent((ha.Level(64, 64),)).seams(tiles, 8192) == [64]
+    assert ha.Descent((select.Level(64, 64),)).seams(tiles, 8192) == [64]
     # few draws open fewer of the last blocks, which is what the cost counts as well
-    few, many = (ha.Descent((ha.Level(64, 64),)).selection_pairs(4096, 64, 16, True, num) for num in (1024, 8192))
+    few, many = (ha.Descent((select.Level(64, 64),)).selection_pairs(4096, 64, 16, True, num) for num in (1024, 8192))
     assert few > many
-    assert ha.Descent((ha.Level(64, 64),)).seams(tiles, 1024) == [8]
+    assert ha.Descent((select.Level(64, 64),)).seams(tiles, 1024) == [8]
     short, long = (by.selection_pairs(keys, 64, 16, True, 512) for keys in (256, 2**20))
     assert short < long < 2**20 / 2
 
@@ -120,7 +122,7 @@ def test_what_is_computed_keeps_its_precision_however_weights_are_estimated(monk
     outs, errors = {}, []
     for dtype in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(descent, "for_estimates", lambda x, dtype=dtype: x.to(dtype))
-        outs[dtype], report = ha.attention(q, k, v, is_causal=True, method=method, audit=64)
+        outs[dtype], report = with_audit(q, k, v, is_causal=True, method=method, audit=64)
         assert outs[dtype].dtype == torch.float32
         errors.append(report.relative_error.mean().item())
     assert max(errors) < 1.2 * min(errors)
@@ -132,14 +134,14 @@ def test_what_is_computed_keeps_its_precision_however_weights_are_estimated(monk
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ha.Representatives(0, 1), "at least one mean"),
-        (lambda: ha.Representatives(1, -1), "no negative number"),
-        (lambda: ha.Level(16, 3), "keep at least 4"),
-        (lambda: ha.Level(0, 8), "block_size must be a positive integer"),
-        (lambda: ha.Level(16, 8, ha.Representatives(3)), "multiple of 3"),
-        (lambda: ha.Level(4, 8, ha.Representatives(2, 3)), "at least 5"),
+        (lambda: select.Representatives(0, 1), "at least one mean"),
+        (lambda: select.Representatives(1, -1), "no negative number"),
+        (lambda: select.Level(16, 3), "keep at least 4"),
+        (lambda: select.Level(0, 8), "block_size must be a positive integer"),
+        (lambda: select.Level(16, 8, select.Representatives(3)), "multiple of 3"),
+        (lambda: select.Level(4, 8, select.Representatives(2, 3)), "at least 5"),
         (lambda: ha.Descent(()), "at least one Level"),
-        (lambda: ha.Descent((ha.Level(48, 8), ha.Level(32, 8))), "use a divisor"),
+        (lambda: ha.Descent((select.Level(48, 8), select.Level(32, 8))), "use a divisor"),
         (lambda: ha.Descent(uniform_share=0.0), "between 0 and 1"),
         (lambda: ha.Descent(pooled=0), "pooled must be a positive integer"),
     ],
@@ -152,7 +154,7 @@ def test_bad_arguments_say_what_to_do(make, message):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("chunk", [64, 128])
 def test_chunks_of_a_prompt_choose_what_one_call_does_at_every_level(chunk, seed):
-    levels = ha.Level(32, 4, ha.Representatives(2, 2)), ha.Level(16, 4), ha.Level(4, 4)
+    levels = select.Level(32, 4, select.Representatives(2, 2)), select.Level(16, 4), select.Level(4, 4)
     # a window smaller than a block: blocks that reach into the tile are opened, whatever is in them
     method = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(40, by=ha.Descent(levels, pooled=4)), tile=64)
     q, k, v = tensors(704, batch=2, heads=4, kv_heads=2, dtype=torch.float64, seed=seed)

@@ -7,6 +7,8 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from cases import DESCENT, MIXTURE
+from front_door import with_error
+from hyperattention import select
 from hyperattention.error.audit import audit
 from hyperattention.select.density import Density
 from pair_weights import replicas
@@ -27,9 +29,7 @@ def z_scores(method: ha.Method, sharpness: float, *, tokens: int, value_dim: int
     q, k, v = tensors(tokens, heads=2, kv_heads=1, value_dim=value_dim)
     q = sharpness * q
     many, keys = replicas(q, k, REPLICAS)
-    out, error = ha.attention(
-        many, keys, v.repeat(1, REPLICAS, 1, 1), is_causal=causal, enable_gqa=True, method=method, return_standard_error=True
-    )
+    out, error = with_error(many, keys, v.repeat(1, REPLICAS, 1, 1), is_causal=causal, enable_gqa=True, method=method)
     truth = dense.reference(q, k, v, causal=causal)[0].repeat(1, REPLICAS, 1, 1)
     off = (out - truth).norm(dim=-1)[0].unflatten(0, (REPLICAS, 2)).flatten(1)
     error = error[0].double().unflatten(0, (REPLICAS, 2)).flatten(1)
@@ -46,8 +46,8 @@ SPARSE = {
     "uniform": _after_window(ha.Uniform()),
     "descent": _after_window(DESCENT),
     "scan": _after_window(ha.KeyScan(8)),
-    "block score": _after_window(ha.BlockScore(8)),
-    "value norm": _after_window(ha.ValueNorm()),
+    "block score": _after_window(select.BlockScore(8)),
+    "value norm": _after_window(select.ValueNorm()),
     "mixture": _after_window(MIXTURE),
     "after blocks": ha.Method(ha.Window(16), ha.TopBlocks(4, block_size=8), ha.Draw(64), tile=16),
     "after a hash": ha.Method(ha.HashBuckets(16), ha.Draw(64), tile=16),
@@ -78,7 +78,7 @@ def test_the_mean_square_is_that_of_the_errors(method, sharpness):
 @pytest.mark.parametrize("tokens", [72, 96])
 @pytest.mark.parametrize(
     "density",
-    [ha.Uniform(), DESCENT, ha.BlockScore(4), ha.ValueNorm(), MIXTURE],
+    [ha.Uniform(), DESCENT, select.BlockScore(4), select.ValueNorm(), MIXTURE],
     ids=["uniform", "descent", "block score", "value norm", "mixture"],
 )
 def test_where_most_keys_are_drawn_little_is_left(tokens, density):
@@ -96,7 +96,7 @@ def test_a_heavy_key_that_no_draw_hit_is_seen_by_an_audit_alone():
     # every query looks for one key, in vain if it is not drawn: the default window and sinks would not hold it either
     k[:, :, 300, 0], v[:, :, 300] = 30.0, torch.tensor([9.0] + 7 * [0.0])
     method = ha.Method(ha.Draw(16), tile=512)
-    out, error = ha.attention(q, k, v, method=method, return_standard_error=True)
+    out, error = with_error(q, k, v, method=method)
     assert out[..., 0].abs().max() < 1, "a draw hit the key: take another seed"
     truth = dense.reference(q, k, v)[0]
     assert ((out - truth).norm(dim=-1) / truth.norm(dim=-1)).min() > 0.9

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hyperattention as ha
+from hyperattention import select
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.rows import Row, control_of, find_default, rows, window_of
 from hyperattention.reference.documents import make_document
@@ -22,7 +23,7 @@ from hyperattention.reference.samples import Sample, samples_of_documents
 from hyperattention.reference.text import documents_from, held_out_documents, held_out_text
 
 LENGTH = 256
-SMALL = ha.Method(ha.Sinks(4), ha.Window(16), ha.TopBlocks(2, block_size=8, by=ha.KeySketch(8)), ha.Draw(8), tile=16)
+SMALL = ha.Method(ha.Sinks(4), ha.Window(16), ha.TopBlocks(2, block_size=8, by=select.KeySketch(8)), ha.Draw(8), tile=16)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from dense import attention
+from front_door import with_lse
 from hyperattention.exact import exact_attention, visible_keys
 from hyperattention.experimental import feature_reference as feature_torch
 from hyperattention.experimental.feature_attention import feature_attention
@@ -249,7 +250,7 @@ def test_sinks_and_window_by_lists_and_the_rest_by_features():
         (scores - top[..., None]).exp(), one_hot, v, query_log_scale=top, row_limit=limit, first_key=sinks
     )
     method = ha.Method(ha.Sinks(sinks), ha.Window(size), tile=tile)
-    lists = ha.attention(q, kinds[kind], v, method=method, is_causal=True, enable_gqa=True, return_lse=True)
+    lists = with_lse(q, kinds[kind], v, method=method, is_causal=True, enable_gqa=True)
     merged = merge([Partial(*lists), Partial(*rest)])
     assert_all_exact((merged.out, merged.lse), attention(q, kinds[kind], v, causal=True))
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 import hyperattention as ha
+from hyperattention import select
 
 pytest.importorskip("transformers")
 
 STEPS, LENGTH = 50, 512
-DESCENT = ha.Descent((ha.Level(32, 8, ha.Representatives(1, 3)), ha.Level(8, 4, ha.Representatives(1, 2))), dim=16)
+DESCENT = ha.Descent(
+    (select.Level(32, 8, select.Representatives(1, 3)), select.Level(8, 4, select.Representatives(1, 2))), dim=16
+)
 METHOD = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(96, by=DESCENT), tile=32)
 
 

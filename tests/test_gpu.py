@@ -7,6 +7,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
+from front_door import with_lse
 from hyperattention.kernels.list.operator import list_attention
 from hyperattention.select.score.block_score import BlockScore
 from problems import tensors
@@ -114,7 +115,7 @@ def test_a_graph_captures_a_whole_call(method):
     x = on_gpu(tensors(5000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16))
 
     def attend():
-        return ha.attention(*x, is_causal=True, enable_gqa=True, method=method, return_lse=True)
+        return with_lse(*x, is_causal=True, enable_gqa=True, method=method)
 
     expected = attend()
     stream = torch.cuda.Stream()
@@ -137,7 +138,7 @@ def test_checkpointing_recomputes_the_same_bits():
     from torch.utils.checkpoint import checkpoint
 
     def attend(*x):
-        return ha.attention(*x, is_causal=True, method=DEFAULT, return_lse=True)
+        return with_lse(*x, is_causal=True, method=DEFAULT)
 
     x = on_gpu(tensors(5000, head_dim=64))
     torch.use_deterministic_algorithms(True)

@@ -9,6 +9,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
+from front_door import with_lse
 from hyperattention.select.locate.hash_buckets import HashBuckets, gray_rank
 from hyperattention.select.stage import LookAhead, Stage, Taken
 from hyperattention.tiling import Tiles
@@ -131,7 +132,7 @@ def test_gradient_is_that_of_the_selection_held_fixed() -> None:
     method = ha.Method(ha.Window(4), HashBuckets(6), ha.Draw(5), tile=5)
     weight = pair_weights(method, q.detach(), k.detach(), v.detach()[0, 0].diagonal(), is_causal=True)
     weight = torch.where(weight < 1e-9, 0.0, weight)
-    ours = ha.attention(q, k, v, method=method, is_causal=True, enable_gqa=True, return_lse=True)
+    ours = with_lse(q, k, v, method=method, is_causal=True, enable_gqa=True)
     theirs = dense.attention(q, k, v, causal=True, weight=weight)
     mix = tokens(1, 4, 23, 23, seed=9)
     grads = [torch.autograd.grad((out * mix).sum() + lse.sin().sum(), (q, k, v)) for out, lse in (ours, theirs)]
@@ -159,8 +160,8 @@ def test_values_that_are_not_finite_never_break_the_selection() -> None:
 def test_few_tokens(queries: int, keys: int) -> None:
     q, k = tokens(1, 2, queries, 4), tokens(1, 1, keys, 4)
     method = ha.Method(HashBuckets(4), ha.Draw(4))
-    out, lse = ha.attention(q, k, k, method=method, enable_gqa=True, return_lse=True)
-    expected = ha.attention(q, k, k, method=ha.Exact(), enable_gqa=True, return_lse=True)
+    out, lse = with_lse(q, k, k, method=method, enable_gqa=True)
+    expected = with_lse(q, k, k, method=ha.Exact(), enable_gqa=True)
     assert_exact(out, expected[0])
     assert_exact(lse, expected[1])
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
+from hyperattention import policies
 from hyperattention.policies.latest import Latest
 from hyperattention.policies.uniform_sample import UniformSample
 from tiny_models import VOCABULARY, build, tokens
@@ -126,7 +127,7 @@ def test_beyond_the_budget_every_mode_runs_within_it(name: str, mode: str, polic
 def test_one_look_at_the_prompt_drops_a_share_of_it_beyond_the_budget_alone(model: nn.Module, mode: str) -> None:
     # a chunk is a prompt, and guesses are none
     most = 12 if mode == "chunked prefill" else 32
-    policy = ha.LookOnce(keep=0.5, latest=8, pages=ha.TopPages(page=4, most_queries=most))
+    policy = policies.LookOnce(keep=0.5, latest=8, pages=policies.TopPages(page=4, most_queries=most))
     reference, within, beyond = (
         generate(model, mode), cache_of(model, policy, budget=PROMPT + NEW + 24), cache_of(model, policy)
     )  # fmt: skip
@@ -346,9 +347,9 @@ def test_room_that_is_none_is_refused(model: nn.Module, room: dict[str, int], me
         ({"budget": 33}, None),
         ({"budget": 32}, "beside 16 sinks and 16 of window: give at least 33"),
         ({"budget": 0}, "give at least 33"),
-        ({"budget": 21, "policy": ha.TopPages()}, "beside 16 sinks and 5 of window: give at least 22"),
+        ({"budget": 21, "policy": policies.TopPages()}, "beside 16 sinks and 5 of window: give at least 22"),
         ({"budget": 64, "policy": "pages"}, "policy='pages' is no policy"),
-        ({"budget": 64, "policy": ha.TopPages}, "is no policy: give one of the package's, made with its arguments"),
+        ({"budget": 64, "policy": policies.TopPages}, "is no policy: give one of the package's, made with its arguments"),
         ({"budget": "64"}, "budget='64': give a whole number"),
     ],
 )

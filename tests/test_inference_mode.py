@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import hyperattention as ha
+from hyperattention import policies
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
@@ -14,12 +14,12 @@ ROOM, SCALE = Room(24, 2, 8), 8**-0.5
 
 def stores() -> dict[str, Store]:
     return {
-        "means": CondensingStore(ha.ClusterMeans(latest=4), ROOM),
-        "heavy hitters": CondensingStore(ha.HeavyHitters(), ROOM),
-        "pages": ha.TopPages(page=2, most_queries=4).store(ROOM, 0, 0, None),
-        "look once": ha.LookOnce(pages=ha.TopPages(page=2, most_queries=4)).store(ROOM, 0, 0, None),
-        "subgen": ha.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99).store(ROOM, 0, 0, None),
-        "audited": AuditedStore(CondensingStore(ha.Latest(), ROOM), 2, 0),
+        "means": CondensingStore(policies.ClusterMeans(latest=4), ROOM),
+        "heavy hitters": CondensingStore(policies.HeavyHitters(), ROOM),
+        "pages": policies.TopPages(page=2, most_queries=4).store(ROOM, 0, 0, None),
+        "look once": policies.LookOnce(pages=policies.TopPages(page=2, most_queries=4)).store(ROOM, 0, 0, None),
+        "subgen": policies.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99).store(ROOM, 0, 0, None),
+        "audited": AuditedStore(CondensingStore(policies.Latest(), ROOM), 2, 0),
     }
 
 

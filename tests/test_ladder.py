@@ -7,6 +7,7 @@ import torch
 
 import hyperattention as ha
 from assertions import assert_exact
+from front_door import within
 from hyperattention.error.tolerance import certificate, pilot
 from hyperattention.error.tolerance import within as tolerance
 from hyperattention.error.tolerance.ladder import Ladder, default_ladder
@@ -92,7 +93,7 @@ def test_the_default_ladder_stands_around_the_default_method():
 
 def test_the_default_ladder_is_climbed_without_a_name():
     q, k, v = tensors(8192, heads=1, kv_heads=1)
-    _, report = ha.attention(0.4 * q, k, v + 0.5, is_causal=True, tolerance=0.3)
+    _, report = within(0.4 * q, k, v + 0.5, is_causal=True, tolerance=0.3)
     assert report.methods[0] in default_ladder(8192).rungs
 
 
@@ -102,7 +103,7 @@ def test_no_pilot_is_run_where_even_the_cheapest_rung_would_save_nothing(monkeyp
     # its pairs are fewer than exact attention's, but not with the pilot's tiles, which are half of the queries
     narrow = Ladder(LADDER.rungs[:1], worth=0.4)
     assert LADDER.rungs[0].cost(512).share_of_exact < 0.21
-    _, report = ha.attention(q, k, v, tolerance=0.9, **(OPTIONS | {"method": narrow}))
+    _, report = within(q, k, v, tolerance=0.9, **(OPTIONS | {"method": narrow}))
     assert "no rung is worth running" in str(report)
 
 

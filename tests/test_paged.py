@@ -8,11 +8,12 @@ import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
 from cases import CASES, CONTROL
+from hyperattention import select
 from problems import tensors
 
 PAGE = 16
 HASHED = ha.Method(ha.Sinks(2), ha.HashBuckets(16), ha.Draw(8), tile=8)
-RANKED = ha.Method(ha.Window(16), ha.TopBlocks(2, block_size=8), ha.Draw(16, by=ha.ValueNorm()), tile=16)
+RANKED = ha.Method(ha.Window(16), ha.TopBlocks(2, block_size=8), ha.Draw(16, by=select.ValueNorm()), tile=16)
 METHODS = [case.method for case in CASES if isinstance(case.method, ha.Method)]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import hyperattention as ha
 from cases import CASES
+from front_door import with_lse
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import method_from_json, method_to_json
@@ -174,12 +175,12 @@ def test_each_head_runs_its_own_method() -> None:
     # heads of one method are not neighbours
     method = ha.ByLayer({1: ha.ByHead((NARROW, ha.Exact(), NARROW, ha.Exact()))})
     out = ha.attention(q, k, v, method=method, **shape)
-    exact, lse = ha.attention(q, k, v, method=ha.Exact(), return_lse=True, **shape)
+    exact, lse = with_lse(q, k, v, method=ha.Exact(), **shape)
     narrow = ha.attention(q, k, v, method=NARROW, **shape)
     for heads in range(0, 8, 4):
         torch.testing.assert_close(out[:, heads : heads + 2], narrow[:, heads : heads + 2])
         torch.testing.assert_close(out[:, heads + 2 : heads + 4], exact[:, heads + 2 : heads + 4])
-    both, own_lse = ha.attention(q, k, v, method=method, return_lse=True, **shape)
+    both, own_lse = with_lse(q, k, v, method=method, **shape)
     torch.testing.assert_close(both, out)
     torch.testing.assert_close(own_lse[:, 2:4], lse[:, 2:4])
     assert (narrow - exact).abs().max() > 1e-2

@@ -7,6 +7,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
+from front_door import with_lse
 from hyperattention.methods.presets import HyperAttention
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.score.value_norm import ValueNorm
@@ -78,7 +79,7 @@ def test_gradient_is_that_of_the_selection_held_fixed(door: str) -> None:
     v = torch.diag(torch.linspace(1, 3, 23, dtype=torch.float64)).expand(1, 2, -1, -1).clone().requires_grad_()
     weight = pair_weights(SMALL, q.detach(), k.detach(), v.detach()[0, 0].diagonal(), **DOORS[door])
     weight = torch.where(weight < 1e-9, 0.0, weight)
-    ours = ha.attention(q, k, v, method=SMALL, enable_gqa=True, return_lse=True, **DOORS[door])
+    ours = with_lse(q, k, v, method=SMALL, enable_gqa=True, **DOORS[door])
     theirs = dense.attention(q, k, v, causal=door == "causal", weight=weight)
     mix = tokens(1, 4, 23, 23, seed=9)
     grads = [torch.autograd.grad((out * mix).sum() + lse.sin().sum(), (q, k, v)) for out, lse in (ours, theirs)]
@@ -89,7 +90,7 @@ def test_gradient_is_that_of_the_selection_held_fixed(door: str) -> None:
 
 def test_rows_that_see_nothing() -> None:
     q, k = tokens(1, 1, 30, 4).requires_grad_(), tokens(1, 1, 12, 4, seed=1).requires_grad_()
-    out, lse = ha.attention(q, k, k, method=SMALL, is_causal=True, causal_align="lower_right", return_lse=True)
+    out, lse = with_lse(q, k, k, method=SMALL, is_causal=True, causal_align="lower_right")
     assert_same_bits(out[:, :, :18], torch.zeros(1, 1, 18, 4, dtype=torch.float64))
     assert bool((lse[:, :, :18] == -torch.inf).all())
     out.sum().backward()
@@ -102,7 +103,7 @@ def test_rows_that_see_nothing() -> None:
 def test_shapes_and_dtypes(queries: int, dtype: torch.dtype) -> None:
     q, k = tokens(1, 1, queries, 4).to(dtype), tokens(1, 1, 30, 4).to(dtype)
     for door in DOORS.values():
-        out, lse = ha.attention(q, k, k[..., :3], method=SMALL, return_lse=True, **door)
+        out, lse = with_lse(q, k, k[..., :3], method=SMALL, **door)
         assert (out.shape, out.dtype, lse.dtype) == ((1, 1, queries, 3), dtype, torch.float32)
         assert ha.attention(q, k[:, :, :0], k[:, :, :0], method=SMALL, **door).shape == q.shape
 

@@ -9,7 +9,10 @@ import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math, assert_unbiased
 from cases import CASES
+from front_door import with_lse
+from hyperattention import rivals, select
 from hyperattention.bench.rivals import rivals
+from hyperattention.problem import Problem
 from hyperattention.rivals.collision_draw import twice
 from hyperattention.select.locate.universal_set import leverage
 from problems import problem, tensors
@@ -65,7 +68,7 @@ def test_top_keys_are_the_largest_scores_of_each_row(causal):
     scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3)).masked_fill(~seen, -torch.inf)
     kept = torch.zeros_like(seen).scatter(3, scores.topk(7, dim=3)[1], True) & seen
     options = {"is_causal": causal, "causal_align": "lower_right"} if causal else {}
-    ours = ha.attention(q, k, v, method=ha.TopKeys(7), enable_gqa=True, key_mask=live, return_lse=True, **options)
+    ours = with_lse(q, k, v, method=rivals.TopKeys(7), enable_gqa=True, key_mask=live, **options)
     weight = kept.double()
     for x, y, z in zip(ours, *(f(q, k, v, weight=weight) for f in (dense.reference, dense.attention)), strict=True):
         assert_same_math(x, y, z)
@@ -73,7 +76,7 @@ def test_top_keys_are_the_largest_scores_of_each_row(causal):
 
 def test_top_keys_of_some_queries():
     whole = problem(100, causal=True)
-    few, method = whole.of_spans(16, 16, 32), ha.TopKeys(7)
+    few, method = whole.of_spans(16, 16, 32), rivals.TopKeys(7)
     assert_exact(method.attend(few).out, method.attend(whole).out[:, :, few.position])
 
 
@@ -91,7 +94,7 @@ def test_heads_alone_choose_what_they_choose_among_all(case):
 @pytest.mark.parametrize("stride", [2, 4])
 def test_anti_diagonals_written_out(causal, stride):
     asked, size, tile = problem(96, causal=causal, heads=2, kv_heads=1), 8, 16
-    ours = ha.Method(ha.AntiDiagonal(3, size, stride), tile=tile).select(asked)[1].runs[0].first[0] // size
+    ours = ha.Method(rivals.AntiDiagonal(3, size, stride), tile=tile).select(asked)[1].runs[0].first[0] // size
     scores = asked.q[0] @ asked.k[0, 0].T * asked.scale  # [heads, queries, keys]
     for t in range(96 // tile):
         end = (t + 1) * tile if causal else 96
@@ -109,9 +112,9 @@ def test_anti_diagonals_written_out(causal, stride):
 def test_sums_that_reach_past_a_tile_are_not_looked_at():
     q, k, v = tensors(80, heads=32, kv_heads=32)
     # one block that reaches past the tile is taken unseen, the other by its sums
-    method = ha.Method(ha.AntiDiagonal(2, block_size=8, stride=8), tile=20)
+    method = ha.Method(rivals.AntiDiagonal(2, block_size=8, stride=8), tile=20)
     before, after = (
-        method.select(ha.method.Problem(q, x, v, 0.3, causal=True))[1].runs[0].first[:, :3]
+        method.select(Problem(q, x, v, 0.3, causal=True))[1].runs[0].first[:, :3]
         for x in (k, k.index_fill(2, torch.arange(60, 64), torch.nan))
     )
     assert torch.equal(before, after)
@@ -125,8 +128,8 @@ def test_columns_and_diagonals_that_are_there_are_found():
     k[0, 0, 37] = column
     # every query looks for one key, and a little more for the key five tiles before itself
     q = 1.05 * code.roll(5 * tile, 2) + column
-    method = ha.Method(ha.Window(tile), ha.VerticalSlash(1, 1, last=tile), tile=tile)
-    _, selection = method.select(ha.method.Problem(q, k, k, 0.2, causal=True))
+    method = ha.Method(ha.Window(tile), rivals.VerticalSlash(1, 1, last=tile), tile=tile)
+    _, selection = method.select(Problem(q, k, k, 0.2, causal=True))
     slash, vertical = selection.runs[-2:]
     assert slash.first[0, :, 0].tolist()[5:] == [tile * t for t in range(n // tile - 5)]
     assert (vertical.first == 37).all()
@@ -134,8 +137,8 @@ def test_columns_and_diagonals_that_are_there_are_found():
     taken = (vertical.log_weight[0, :, 0] == -torch.inf).nonzero()[:, 0].tolist()
     assert taken == [2, 3, 7]
     # a column that sinks hold is no column to be found, nor is its diagonal
-    method = ha.Method(ha.Sinks(40), ha.Window(tile), ha.VerticalSlash(1, 1, last=tile), tile=tile)
-    vertical = method.select(ha.method.Problem(q, k, k, 0.2, causal=True))[1].runs[-1]
+    method = ha.Method(ha.Sinks(40), ha.Window(tile), rivals.VerticalSlash(1, 1, last=tile), tile=tile)
+    vertical = method.select(Problem(q, k, k, 0.2, causal=True))[1].runs[-1]
     assert (vertical.first >= 40).all()
 
 
@@ -151,11 +154,11 @@ def test_leverage_is_that_of_the_centred_keys():
 def test_a_key_that_stands_out_is_in_the_set_of_every_tile():
     q, k, v = tensors(200)
     k[:, 1, 30] *= 20
-    _, selection = ha.Method(ha.UniversalSet(5), tile=16).select(ha.method.Problem(q, k, v, 0.3, causal=True))
+    _, selection = ha.Method(select.UniversalSet(5), tile=16).select(Problem(q, k, v, 0.3, causal=True))
     first = selection.runs[0].first
     assert (first[1] == 30).any(-1).all()
     assert (first == first[:, :1]).all()
-    _, selection = ha.Method(ha.Sinks(40), ha.UniversalSet(5), tile=16).select(ha.method.Problem(q, k, v, 0.3, causal=True))
+    _, selection = ha.Method(ha.Sinks(40), select.UniversalSet(5), tile=16).select(Problem(q, k, v, 0.3, causal=True))
     assert (selection.runs[-1].first >= 40).all()
 
 
@@ -173,8 +176,8 @@ def test_chance_of_two_collisions():
 def test_keys_towards_the_query_collide_more_often_and_weigh_less():
     q, k, v = tensors(400, heads=1, kv_heads=1)
     k[:, :, 100:200] = 3 + k[:, :, 100:200] / 4
-    method = ha.Method(ha.CollisionDraw(60, bits=4, tables=20), tile=400)
-    runs = method.select(ha.method.Problem(q + 3, k, v, 0.3))[1].runs[0]
+    method = ha.Method(rivals.CollisionDraw(60, bits=4, tables=20), tile=400)
+    runs = method.select(Problem(q + 3, k, v, 0.3))[1].runs[0]
     near = (runs.first >= 100) & (runs.first < 200)
     assert near.double().mean() > 0.25 + 0.1
     assert runs.log_weight[near].max() < runs.log_weight[~near].mean() - 0.1
@@ -182,19 +185,19 @@ def test_keys_towards_the_query_collide_more_often_and_weigh_less():
 
 def drawn(method, q, k) -> torch.Tensor:
     """Slots in use of every tile of a method's last stage."""
-    runs = method.select(ha.method.Problem(q, k, k, 0.3))[1].runs[-1]
+    runs = method.select(Problem(q, k, k, 0.3))[1].runs[-1]
     return (runs.log_weight > -torch.inf).sum(-1)
 
 
 def test_as_many_draws_as_the_error_needs():
     q, k, _ = tensors(64, 3000)
-    counts = [drawn(ha.Method(ha.BudgetedDraw(1000, 50, epsilon)), q, k).double().mean() for epsilon in (0.5, 0.1, 0.05)]
+    counts = [drawn(ha.Method(rivals.BudgetedDraw(1000, 50, epsilon)), q, k).double().mean() for epsilon in (0.5, 0.1, 0.05)]
     assert 50 <= counts[0] < counts[1] < counts[2] <= 1000
     # keys that are all alike need no more than the pilot; a single one beside sinks that hold all the weight neither
-    assert (drawn(ha.Method(ha.BudgetedDraw(1000, 50)), q, torch.ones_like(k)) == 50).all()
+    assert (drawn(ha.Method(rivals.BudgetedDraw(1000, 50)), q, torch.ones_like(k)) == 50).all()
     heavy = k.clone()
     heavy[:, :, :4] = 5 * q[:, :, :1]
-    sinks = ha.Method(ha.Sinks(4), ha.BudgetedDraw(1000, 50, 0.1))
+    sinks = ha.Method(ha.Sinks(4), rivals.BudgetedDraw(1000, 50, 0.1))
     assert (drawn(sinks, q[:, :, :1], heavy) == 50).all()
 
 
@@ -202,10 +205,10 @@ def test_the_error_of_the_denominator_is_the_one_asked_for():
     heads, epsilon, delta = 64, 0.03, 0.1
     q, k, v = (x.expand(-1, heads, -1, -1) for x in tensors(1, 3000, heads=1, kv_heads=1))
     k = k / 4
-    method = ha.Method(ha.BudgetedDraw(2000, 200, epsilon, delta))
+    method = ha.Method(rivals.BudgetedDraw(2000, 200, epsilon, delta))
     assert drawn(method, q, k).max() < 2000
-    _, ours = ha.attention(q, k, v, method=method, return_lse=True)
-    _, exact = ha.attention(q, k, v, method=ha.Exact(), return_lse=True)
+    _, ours = with_lse(q, k, v, method=method)
+    _, exact = with_lse(q, k, v, method=ha.Exact())
     inside = ((ours - exact).exp() - 1).abs() <= epsilon
     assert inside.double().mean() >= 1 - delta - 4.5 * math.sqrt(delta * (1 - delta) / heads)
 
@@ -214,7 +217,7 @@ def test_priorities_list_heavy_keys_once_and_others_at_the_threshold():
     heads, num = 400, 20
     q, k, v = (x.expand(-1, heads, -1, -1) for x in tensors(4, 300, heads=1, kv_heads=1))
     q = 2 * q
-    runs = ha.Method(ha.PriorityDraw(num, pooled=4), tile=4).select(ha.method.Problem(q, k, v, 0.3))[1].runs[0]
+    runs = ha.Method(rivals.PriorityDraw(num, pooled=4), tile=4).select(Problem(q, k, v, 0.3))[1].runs[0]
     index, weight = runs.first[:, 0], runs.log_weight[:, 0].exp()
     assert all(len(set(row)) == num for row in index.tolist())
     mass = torch.softmax(q[0, 0] @ k[0, 0].T * 0.3, -1).amax(0)

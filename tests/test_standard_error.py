@@ -10,6 +10,7 @@ from torch import Tensor
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
 from cases import CASES, CONTROL, DESCENT, MIXTURE
+from front_door import with_error, with_lse
 from hyperattention.kernels.list.error import error_variance
 from hyperattention.kernels.list.operator import list_attention
 from hyperattention.methods.method import Method
@@ -154,7 +155,7 @@ def test_a_draw_tells_how_its_slots_were_drawn():
 
 def errors(method: ha.Method | ha.Exact, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     options = {"is_causal": True, "enable_gqa": True, "method": method} | options
-    return ha.attention(q, k, v, return_standard_error=True, **options)[1]
+    return with_error(q, k, v, **options)[1]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.method.complete], ids=lambda case: case.name)
@@ -176,7 +177,7 @@ def test_asking_changes_neither_output_nor_gradient(method, dtype, causal):
     q, k, v = (x.requires_grad_() for x in tensors(60, heads=4, dtype=dtype))
     options = {"method": method, "is_causal": causal, "enable_gqa": True}
     out, lse, error, report = ha.attention(q, k, v, return_lse=True, return_standard_error=True, audit=10, **options)
-    plain, plain_lse = ha.attention(q, k, v, return_lse=True, **options)
+    plain, plain_lse = with_lse(q, k, v, **options)
     assert_same_bits(out, plain)
     assert_same_bits(lse, plain_lse)
     assert isinstance(report, ha.ErrorReport)
@@ -215,7 +216,7 @@ def test_later_tokens_change_no_earlier_tile(method):
 def test_dense_masks_and_few_tokens():
     q, k, v = tensors(10)
     mask = torch.ones(10, 10, dtype=torch.bool).tril()
-    error = ha.attention(q, k, v, mask, method=ha.Exact(), return_standard_error=True)[1]
+    error = with_error(q, k, v, mask, method=ha.Exact())[1]
     assert_same_bits(error, torch.zeros(1, 2, 10))
     for shape in ((0, 0), (5, 0), (0, 5), (1, 1)):
         q, k, v = tensors(*shape)

@@ -7,6 +7,7 @@ import torch
 
 import hyperattention as ha
 from assertions import assert_same_bits
+from front_door import with_lse, within
 from hyperattention.error.tolerance import certificate, pilot
 from hyperattention.error.tolerance import within as tolerance
 from hyperattention.methods.method import Method
@@ -24,7 +25,7 @@ def test_calls_are_within_tolerance_and_within_their_bounds():
     for seed in range(calls):
         allowed = (0.3, 0.2, 0.15)[seed % 3]
         q, k, v = easy(seed) if seed % 2 else inputs(seed)
-        out, report = ha.attention(q, k, v, tolerance=allowed, seed=seed, **OPTIONS)
+        out, report = within(q, k, v, tolerance=allowed, seed=seed, **OPTIONS)
         error = errors(out, q, k, v, is_causal=True)
         held += bool((error <= report.bound + 1e-5).all())
         above += bool((error > allowed).any())
@@ -44,14 +45,14 @@ def test_a_mean_in_place_of_the_bound_lets_rungs_through_by_chance(monkeypatch, 
     above = 0
     for seed in range(20):
         q, k, v = easy(seed)
-        out, _ = ha.attention(q, k, v, tolerance=0.17, seed=seed, **OPTIONS)
+        out, _ = within(q, k, v, tolerance=0.17, seed=seed, **OPTIONS)
         above += bool((errors(out, q, k, v, is_causal=True) > 0.17).any())
     assert above == 0 if bounded else above > 0.05 * 20
 
 
 def test_a_hard_head_runs_exactly_and_is_told_of():
     q, k, v = inputs()
-    out, report = ha.attention(q, k, v, tolerance=0.2, **OPTIONS)
+    out, report = within(q, k, v, tolerance=0.2, **OPTIONS)
     assert report.exact_heads == (1,)
     assert isinstance(report.methods[1], ha.Exact)
     assert_same_bits(out[:, 2:], ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=ha.Exact())[:, 2:])
@@ -74,7 +75,7 @@ def test_what_is_estimated_and_not_bounded_is_told_of(monkeypatch):
 
     monkeypatch.setattr(certificate, "row_errors", one_row_worse)
     monkeypatch.setattr(tolerance, "choose", lambda *_: pilot.Choice((4, 4), ((4,), (4,))))
-    _, report = ha.attention(*easy(), tolerance=0.6, **OPTIONS)
+    _, report = within(*easy(), tolerance=0.6, **OPTIONS)
     assert not report.exact_heads
     # one row of the first batch exceeds wholly wrong by one
     assert report.excess[0].tolist() == pytest.approx([1 / report.num_rows[0], 0.0, 0.0, 0.0])
@@ -83,7 +84,7 @@ def test_what_is_estimated_and_not_bounded_is_told_of(monkeypatch):
 
 def test_a_trial_that_was_not_made_is_not_told_of(monkeypatch):
     monkeypatch.setattr(tolerance, "choose", lambda *_: pilot.Choice((None, None), ((2,), (2,))))
-    _, report = ha.attention(*easy(), tolerance=0.4, **OPTIONS)
+    _, report = within(*easy(), tolerance=0.4, **OPTIONS)
     assert report.exact_heads == (0, 1)
     assert "no rung was expected to come within 0.4" in str(report)
 
@@ -94,7 +95,7 @@ def test_the_output_is_that_of_the_methods_reported(order):
     q, k, v = q.unflatten(1, (2, 2))[:, order].flatten(1, 2), k[:, order], v[:, order]
     options = {"is_causal": True, "enable_gqa": True, "seed": 5, "layer": 3}
     out, lse, report = ha.attention(q, k, v, tolerance=0.2, return_lse=True, **options, method=LADDER)
-    again, lse_again = ha.attention(q, k, v, return_lse=True, **options, method=ha.ByHead(report.methods))
+    again, lse_again = with_lse(q, k, v, **options, method=ha.ByHead(report.methods))
     assert len(set(report.methods)) == 2
     assert_same_bits(out, again)
     assert_same_bits(lse, lse_again)
@@ -102,7 +103,7 @@ def test_the_output_is_that_of_the_methods_reported(order):
 
 def test_fewer_pairs_are_spent_where_more_error_is_allowed():
     q, k, v = easy()
-    spent = [ha.attention(q, k, v, tolerance=allowed, **OPTIONS)[1].share_of_pairs for allowed in (0.4, 0.3, 0.001)]
+    spent = [within(q, k, v, tolerance=allowed, **OPTIONS)[1].share_of_pairs for allowed in (0.4, 0.3, 0.001)]
     assert spent[0] < spent[1] < 1 <= spent[2]
 
 
@@ -121,7 +122,7 @@ def test_share_of_pairs_is_what_was_scored(monkeypatch):
 
     monkeypatch.setattr(certificate, "exact_rows", counted_rows)
     monkeypatch.setattr(Method, "attend", counted)
-    _, report = ha.attention(q, k, v, tolerance=0.2, **OPTIONS)
+    _, report = within(q, k, v, tolerance=0.2, **OPTIONS)
     assert not report.exact_heads
     # exact rows are counted by their number, each as long as the mean row
     assert report.share_of_pairs == pytest.approx(sum(scored) / (4 * NUM * (NUM + 1) / 2), rel=0.02)
@@ -131,7 +132,7 @@ def test_a_pilot_runs_no_whole_rung(monkeypatch):
     q, k, v = inputs(num=4096)
     seen, attend = [], Method.attend
     monkeypatch.setattr(Method, "attend", lambda method, problem: seen.append((method, problem)) or attend(method, problem))
-    _, report = ha.attention(q, k, v, tolerance=0.2, **OPTIONS)
+    _, report = within(q, k, v, tolerance=0.2, **OPTIONS)
     whole = [method for method, problem in seen if problem.spans is None]
     assert whole == [method for method in dict.fromkeys(report.methods) if isinstance(method, Method)]
     tiles = [problem.num_queries / method.tile for method, problem in seen if problem.spans is not None]
@@ -144,11 +145,11 @@ def test_rows_are_added_only_while_they_may_help(monkeypatch):
     monkeypatch.setattr(tolerance, "choose", lambda *_: pilot.Choice((4, 4), ((4,), (4,))))
     first = [math.ceil(aim_rows / 2) for aim_rows in (rows_for(0.2), rows_for(0.12))]
     # far within, and hopeless: the first batch says so
-    _, report = ha.attention(*inputs(), tolerance=0.2, **OPTIONS)
+    _, report = within(*inputs(), tolerance=0.2, **OPTIONS)
     assert report.exact_heads == (1,)
     assert report.num_rows == (first[0], first[0])
     # errors of 0.1: the first batch cannot tell
-    _, report = ha.attention(*easy(), tolerance=0.12, **OPTIONS)
+    _, report = within(*easy(), tolerance=0.12, **OPTIONS)
     assert min(report.num_rows) >= 2 * first[1]
 
 
@@ -159,7 +160,7 @@ def test_a_head_that_fails_moves_up_with_fresh_rows(monkeypatch):
     monkeypatch.setattr(tolerance, "choose", lambda *_: choice)
     draw = certificate.fresh_rows
     monkeypatch.setattr(certificate, "fresh_rows", lambda *x: drawn.append(draw(*x)) or drawn[-1])
-    out, report = ha.attention(q, k, v, tolerance=0.4, **OPTIONS)
+    out, report = within(q, k, v, tolerance=0.4, **OPTIONS)
     assert LADDER.rungs[0] not in report.methods
     assert len(report.exact_heads) < 2
     assert (errors(out, q, k, v, is_causal=True) <= 0.4).all()
@@ -173,7 +174,7 @@ def test_a_head_that_fails_twice_runs_exactly(monkeypatch):
     whole, attend = [], Method.attend
     monkeypatch.setattr(Method, "attend", lambda method, problem: whole.append((method, problem)) or attend(method, problem))
     q, k, v = easy()
-    out, report = ha.attention(q, k, v, tolerance=0.5, **OPTIONS)
+    out, report = within(q, k, v, tolerance=0.5, **OPTIONS)
     assert report.exact_heads == (0, 1)
     assert (report.bound == 0).all()
     assert report.share_of_pairs > 1
@@ -189,7 +190,7 @@ def test_a_head_that_fails_twice_runs_exactly(monkeypatch):
 def test_next_to_no_tolerance_is_exact_before_anything_runs(monkeypatch):
     monkeypatch.setattr(Method, "attend", None)
     q, k, v = easy()
-    out, report = ha.attention(q, k, v, tolerance=1e-6, **OPTIONS)
+    out, report = within(q, k, v, tolerance=1e-6, **OPTIONS)
     assert report.exact_heads == (0, 1)
     assert report.share_of_pairs == 1
     assert "no rung is worth running" in str(report)
@@ -199,7 +200,7 @@ def test_next_to_no_tolerance_is_exact_before_anything_runs(monkeypatch):
 def test_values_that_are_not_finite_vouch_for_nothing():
     q, k, v = easy()
     v[:, 0, 100] = torch.nan
-    _, report = ha.attention(q, k, v, tolerance=0.3, **OPTIONS)
+    _, report = within(q, k, v, tolerance=0.3, **OPTIONS)
     assert 0 in report.exact_heads
 
 
@@ -210,7 +211,7 @@ def test_one_hard_query_head_of_one_entry_fails_its_kv_head_alone(monkeypatch, e
         monkeypatch.setattr(tolerance, "choose", lambda *_: pilot.Choice((4, 4), ((4,), (4,))))
     q, k, v = easy(batch=2)
     q[entry, 2 + member] = 12 * k[entry, 1].roll(NUM // 2, 0)
-    out, report = ha.attention(q, k, v, tolerance=0.3, **OPTIONS)
+    out, report = within(q, k, v, tolerance=0.3, **OPTIONS)
     assert report.exact_heads == (1,)
     assert (errors(out, q, k, v, is_causal=True) <= 0.3).all()
 
@@ -218,7 +219,7 @@ def test_one_hard_query_head_of_one_entry_fails_its_kv_head_alone(monkeypatch, e
 def test_a_call_is_a_matter_of_its_seed():
     q, k, v = inputs()
     state = torch.random.get_rng_state()
-    one, two = (ha.attention(q, k, v, tolerance=0.2, seed=3, **OPTIONS)[0] for _ in range(2))
+    one, two = (within(q, k, v, tolerance=0.2, seed=3, **OPTIONS)[0] for _ in range(2))
     assert_same_bits(one, two)
     assert torch.equal(state, torch.random.get_rng_state())
 

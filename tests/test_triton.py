@@ -9,6 +9,7 @@ from torch import Tensor
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
+from front_door import with_lse
 from hyperattention.error import exact_rows
 from hyperattention.exact import exact_attention
 from hyperattention.kernels.list import operator as operator
@@ -76,7 +77,7 @@ def test_methods_at_odd_lengths_and_groups(method, num_tokens, group, in_pytorch
     x = tensors(num_tokens, heads=group, kv_heads=1, head_dim=16, value_dim=8)
 
     def attend(*x):
-        return ha.attention(*x, is_causal=True, enable_gqa=True, method=method, return_lse=True)
+        return with_lse(*x, is_causal=True, enable_gqa=True, method=method)
 
     ours, plain = (run(lambda: attend_and_differentiate(attend, x)) for run in (lambda f: f(), in_pytorch))
     for a, b in zip(ours, plain, strict=True):
@@ -323,7 +324,7 @@ def test_checkpointing_recomputes_the_same_bits():
     from torch.utils.checkpoint import checkpoint
 
     def attend(*x):
-        return ha.attention(*x, is_causal=True, method=LISTS, return_lse=True)
+        return with_lse(*x, is_causal=True, method=LISTS)
 
     x = tensors(100, head_dim=16)
     for a, b in zip(

@@ -10,6 +10,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
+from front_door import with_lse
 from hyperattention.select.density import Density, Distribution, Uniform
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead, Taken
@@ -91,7 +92,7 @@ def test_where_every_value_is_0_all_keys_are_alike(causal: bool) -> None:
     q, k = replicas(tokens(1, 1, KEYS, 4), torch.zeros(1, 1, KEYS, 4, dtype=torch.float64), 200)
     for stages in ((), (ha.Sinks(2), ha.Window(6))):
         method = ha.Method(*stages, ha.Draw(6, by=ValueNorm()), tile=5)
-        lse = ha.attention(q, k, k, method=method, is_causal=causal, return_lse=True)[1]
+        lse = with_lse(q, k, k, method=method, is_causal=causal)[1]
         # every score is 0, so that a denominator is a sum of weights: the number of keys in view
         seen = dense.visible(KEYS, KEYS, causal=causal).sum(1)
         assert_unbiased(lse[0].exp(), seen.double(), largest_error=0.5, rounding=1e-4)

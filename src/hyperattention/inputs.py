@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from hyperattention.methods.base import Approach
 from hyperattention.random import SEED_LIMIT
 
 # a dense mask of more pairs than this is refused: exact attention under it would take minutes and gigabytes
@@ -139,7 +138,6 @@ def check_masks(
     *,
     is_causal: bool,
     causal_align: str,
-    audit: int | None = None,
 ) -> None:
     """Check the masks against the tensors they mask.
 
@@ -150,10 +148,9 @@ def check_masks(
         key_mask: mask of keys.
         is_causal: whether causality is asked for as well.
         causal_align: which corner the diagonal starts from.
-        audit: rows to check afterwards, if any.
 
     Raises:
-        ValueError: if a mask has the wrong shape or does not go with `is_causal` or `audit`.
+        ValueError: if a mask has the wrong shape or does not go with `is_causal`.
         TypeError: if a mask has the wrong dtype.
     """
     if causal_align not in ("upper_left", "lower_right"):
@@ -182,26 +179,11 @@ def check_masks(
             "a dense attn_mask together with is_causal=True is ambiguous: fold causality into the mask, "
             "or pass padding as key_mask"
         )
-    if audit is not None:
-        raise ValueError(f"audit={audit} cannot follow a dense attn_mask, which only exact attention reads: leave audit out")
     if full[2] * full[3] > DENSE_PAIRS:
         raise ValueError(
             f"a dense attn_mask over {full[2]} x {full[3]} pairs is beyond the limit of {DENSE_PAIRS}: use key_mask for "
             "padding, is_causal for causality, or varlen_attention for packed sequences"
         )
-
-
-def check_method(method: object) -> None:
-    """Check that `method` is one.
-
-    Args:
-        method: what should run.
-
-    Raises:
-        TypeError: if it is anything else, such as a stage alone.
-    """
-    if not isinstance(method, Approach):
-        raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")
 
 
 def _is_key_mask(attn_mask: Tensor) -> bool:

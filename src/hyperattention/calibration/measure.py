@@ -52,7 +52,6 @@ def run_on(call: CallInputs, method: Approach, seed: int = 0, num_tokens: int | 
         q, k, v, method=method, is_causal=True, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1], layer=call.layer,
         seed=seed,
     )  # fmt: skip
-    assert isinstance(out, Tensor)  # neither lse nor a report was asked for
     wait_for(out)
     return out
 

@@ -1,16 +1,26 @@
 """Attention over keys and values in pages, as serving engines keep them: requests of unequal lengths in one call."""
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.inputs import autocast_device, check_method, check_pages, check_tensors, narrowed
+from hyperattention.error.audit import audit as judge
+from hyperattention.error.report import ErrorReport
+from hyperattention.error.tolerance.ladder import Ladder, check_tolerance
+from hyperattention.error.tolerance.report import ToleranceReport
+from hyperattention.error.tolerance.within import attend_within
+from hyperattention.inputs import autocast_device, check_pages, check_tensors, narrowed
 from hyperattention.layouts.ragged import Packed, ragged_attention
 from hyperattention.methods.base import Approach
+from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.problem import Pages, Problem
+from hyperattention.result import SequencesResult
 
 
 def paged_attention(
@@ -22,18 +32,18 @@ def paged_attention(
     seq_lens: Int[Tensor, " sequences"],
     *,
     scale: float | None = None,
-    method: Approach | None = None,
+    method: Approach | Ladder | None = None,
+    tolerance: float | None = None,
     seed: int = 0,
     layer: int = 0,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Float[Tensor, "tokens heads value_dim"]:
     """Attend causally within each of several requests, whose keys, those of this step included, are already in their pages.
 
     The queries of request s are its last ones: decoding has one, a chunk of a prompt several. Requests served exactly share
     one launch, which reads the pages where they lie. For a request served by a method, the method chooses, and the same
-    kernel reads what it listed from the pages; keys are copied out of them only if the method's choice reads keys.
-    Inference only: pages have no gradient. Arguments that do not fit raise ValueError or TypeError; the message says what to
-    do.
+    kernel reads what it listed from the pages; keys are copied out of them only if the method's choice reads keys, and for a
+    tolerance. Inference only: pages have no gradient. Arguments that do not fit raise ValueError or TypeError; the message
+    says what to do.
 
     Args:
         query: queries of all requests, end to end.
@@ -43,61 +53,185 @@ def paged_attention(
         query_start_loc: where each request's queries begin, and where the last ends; on a device the host waits for it.
         seq_lens: keys of each request, those of its queries included; on a device the host waits for it.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
-        method: what runs for each request; None decides by its own length.
+        method: what runs for each request; None decides by its own length. Methods that are neither exact nor a list of
+            stages are refused with a NotImplementedError.
+        tolerance: mean relative row error allowed each head of each request, in (0, 1).
         seed: seed of every draw.
         layer: layer of the model.
-        return_lse: whether to return the log-sum-exp as well.
 
     Returns:
-        out ``[tokens, heads, value_dim]``, or out and lse ``[tokens, heads]``.
-
-    Raises:
-        NotImplementedError: if `method` is neither exact nor a list of stages.
+        the outputs, end to end.
     """
+    check_tolerance(tolerance, method)
+    requests = _checked(query, key_pages, value_pages, block_table, query_start_loc, seq_lens, scale, seed, layer)
+    return _attend(requests, method, tolerance, standard_error=False)[0].out
+
+
+def measured_paged_attention(
+    query: Float[Tensor, "tokens heads head_dim"],
+    key_pages: Float[Tensor, "pages kv_heads page_size head_dim"],
+    value_pages: Float[Tensor, "pages kv_heads page_size value_dim"],
+    block_table: Int[Tensor, "sequences pages_each"],
+    query_start_loc: Int[Tensor, " sequences_plus_one"],
+    seq_lens: Int[Tensor, " sequences"],
+    *,
+    scale: float | None = None,
+    method: Approach | Ladder | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    layer: int = 0,
+    standard_error: bool = False,
+    audit: int | None = None,
+) -> SequencesResult:
+    """Attend as `paged_attention` does, and give the log-sum-exp and what else is asked for, a report for each request.
+
+    Each request is measured by itself. An audit copies a request's keys and values out of their pages.
+
+    Args:
+        query: as for `paged_attention`, and so are the next ten.
+        key_pages: the cache of keys.
+        value_pages: the cache of values.
+        block_table: the pages of each request.
+        query_start_loc: where each request's queries begin.
+        seq_lens: keys of each request.
+        scale: factor of the scores.
+        method: what runs.
+        tolerance: mean relative row error allowed each head of each request.
+        seed: seed of every draw.
+        layer: layer of the model.
+        standard_error: whether to estimate the standard error of every row.
+        audit: rows of each request to check against exact attention; None for no audit.
+
+    Returns:
+        out ``[tokens, heads, value_dim]``, lse and standard errors ``[tokens, heads]``, and one report a request.
+    """
+    check_tolerance(tolerance, method, standard_error)
+    requests = _checked(query, key_pages, value_pages, block_table, query_start_loc, seq_lens, scale, seed, layer)
+    result, runs = _attend(requests, method, tolerance, standard_error=standard_error)
+    if audit is None:
+        return result
+    reports = tuple(_audit(requests, s, result.out, run, audit) for s, run in enumerate(runs))
+    return SequencesResult(result.out, result.lse, result.standard_error, reports, result.tolerance)
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """The requests of one call, checked: where each one's queries and keys are."""
+
+    query: Tensor
+    pages: Pages
+    starts: list[int]
+    lengths: list[int]
+    scale: float
+    seed: int
+    layer: int
+
+    def queries(self, number: int) -> Tensor:
+        """Queries of a request: ``[queries, heads, head_dim]``."""
+        return self.query[self.starts[number] : self.starts[number + 1]]
+
+    def problem(self, number: int, *, keys: bool, values: bool, in_pages: bool) -> Problem:
+        """Bring one request into normal form, with copies only of what is read outside its pages."""
+        length, query = self.lengths[number], self.queries(number)
+
+        def rows(x: Tensor, read: bool) -> Tensor:
+            return self.pages.rows(x, number, length) if read else x.new_zeros(1).expand(1, x.shape[1], length, x.shape[3])
+
+        table = self.pages.table[number : number + 1]
+        return Problem(
+            q=query.transpose(0, 1)[None],
+            k=rows(self.pages.key, keys),
+            v=rows(self.pages.value, values),
+            scale=self.scale,
+            causal=True,
+            offset=length - query.shape[0],
+            seed=self.seed,
+            layer=self.layer,
+            stored=Pages(self.pages.key, self.pages.value, table) if in_pages else None,
+        )
+
+
+def _checked(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor,
+    scale: float | None, seed: int, layer: int,
+) -> _Requests:  # fmt: skip
     check_tensors(query=query, key_pages=key_pages, value_pages=value_pages)
     query, key_pages, value_pages = narrowed(query, key_pages, value_pages)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     check_pages(query, key_pages, value_pages, block_table, starts, lengths)
-    if method is not None:
-        check_method(method)
     scale = float(query.shape[2] ** -0.5 if scale is None else scale)
-    pages, kv_heads = Pages(key_pages, value_pages, block_table), key_pages.shape[1]
-    out = query.new_zeros((*query.shape[:2], value_pages.shape[3]))
+    return _Requests(query, Pages(key_pages, value_pages, block_table), starts, lengths, scale, seed, layer)
+
+
+@torch.no_grad()
+def _attend(
+    requests: _Requests, method: Approach | Ladder | None, tolerance: float | None, *, standard_error: bool
+) -> tuple[SequencesResult, list[Approach]]:
+    """Serve every request: those that lists serve one by one, the exact ones together."""
+    query, starts = requests.query, requests.starts
+    out = query.new_zeros((*query.shape[:2], requests.pages.value.shape[3]))
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-    exact = []
-    with torch.no_grad(), torch.autocast(autocast_device(query), enabled=False):
-        for s, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
-            runs = default_method(length, num_queries=end - begin, device=query.device) if method is None else method
-            if isinstance(runs, Exact):
-                exact.append(s)
-            elif isinstance(runs, Method):
-                part = runs.attend(_problem(pages, s, length, query[begin:end], runs, scale, seed, layer))
+    error = torch.zeros_like(lse) if standard_error else None
+    runs: list[Approach] = []
+    reports: list[ToleranceReport] = []
+    with torch.autocast(autocast_device(query), enabled=False):
+        for s, (begin, end) in enumerate(pairwise(starts)):
+            if tolerance is not None:
+                problem = requests.problem(s, keys=True, values=True, in_pages=False)
+                ladder = method if isinstance(method, Ladder) else None
+                rows, own_lse, report = attend_within(problem, tolerance, ladder, lse=True)
+                assert own_lse is not None  # asked for
+                out[begin:end], lse[begin:end] = rows[0].transpose(0, 1), own_lse[0].transpose(0, 1)
+                reports.append(report)
+                runs.append(ByHead(report.methods))
+                continue
+            run = _method_of(requests, s, method)
+            runs.append(run)
+            if isinstance(run, Method):
+                problem = requests.problem(s, keys=run.reads_keys, values=run.reads_values, in_pages=True)
+                part, own = run.attend_with_error(problem) if error is not None else (run.attend(problem), None)
                 out[begin:end], lse[begin:end] = part.out[0].transpose(0, 1), part.lse[0].transpose(0, 1)
-            else:
-                raise NotImplementedError(f"{runs!r} does not read pages: use Exact(), or a Method of stages")
+                if error is not None and own is not None:
+                    error[begin:end] = own[0].transpose(0, 1)
+        exact = [s for s, run in enumerate(runs) if isinstance(run, Exact)]
         if exact:
-            count = [starts[s + 1] - starts[s] for s in exact]
-            keys = [lengths[s] for s in exact]
-            offset = [k - c for k, c in zip(keys, count, strict=True)]
-            packed = Packed([starts[s] for s in exact], count, keys, offset, causal=True)
-            parts = ragged_attention(
-                query, key_pages, value_pages, packed, scale, table=block_table[exact], kv_heads=kv_heads
-            )
-            rows = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in exact]).to(query.device)
-            out.index_copy_(0, rows, parts[0])
-            lse.index_copy_(0, rows, parts[1])
-    return (out, lse) if return_lse else out
+            _attend_exactly(requests, exact, out, lse)
+    return SequencesResult(out, lse, error, (), tuple(reports)), runs
 
 
-def _problem(
-    pages: Pages, sequence: int, length: int, query: Tensor, method: Method, scale: float, seed: int, layer: int
-) -> Problem:
-    """Bring one request into normal form, with copies only of what the method's choice reads."""
+def _method_of(requests: _Requests, number: int, method: Approach | Ladder | None) -> Approach:
+    """Decide what serves a request."""
+    if isinstance(method, Exact | Method):
+        return method
+    if method is None:
+        count, device = len(requests.queries(number)), requests.query.device
+        return default_method(requests.lengths[number], num_queries=count, device=device)
+    raise NotImplementedError(f"{method!r} does not read pages: use Exact(), or a Method of stages")
 
-    def rows(x: Tensor, read: bool) -> Tensor:
-        return pages.rows(x, sequence, length) if read else x.new_zeros(1).expand(1, x.shape[1], length, x.shape[3])
 
-    k, v = rows(pages.key, method.reads_keys), rows(pages.value, method.reads_values)
-    stored = Pages(pages.key, pages.value, pages.table[sequence : sequence + 1])
-    offset = length - query.shape[0]
-    return Problem(query.transpose(0, 1)[None], k, v, scale, True, offset, None, seed, layer, stored)
+def _attend_exactly(requests: _Requests, exact: list[int], out: Tensor, lse: Tensor) -> None:
+    """Serve some requests in one launch, into their places."""
+    starts = requests.starts
+    count, keys = [starts[s + 1] - starts[s] for s in exact], [requests.lengths[s] for s in exact]
+    offset = [k - c for k, c in zip(keys, count, strict=True)]
+    packed = Packed([starts[s] for s in exact], count, keys, offset, causal=True)
+    pages = requests.pages
+    parts = ragged_attention(
+        requests.query, pages.key, pages.value, packed, requests.scale, table=pages.table[exact],
+        kv_heads=pages.key.shape[1],
+    )  # fmt: skip
+    rows = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in exact]).to(out.device)
+    out.index_copy_(0, rows, parts[0])
+    lse.index_copy_(0, rows, parts[1])
+
+
+def _audit(requests: _Requests, number: int, out: Tensor, run: Approach, rows: int) -> ErrorReport | None:
+    """Judge the output of a request on exact rows; None where it has no queries."""
+    problem = requests.problem(number, keys=True, values=True, in_pages=False)
+    if not problem.num_queries or not problem.num_keys:
+        return None
+    own = out[requests.starts[number] : requests.starts[number + 1]].transpose(0, 1)[None]
+    return judge(
+        problem.q, problem.k, problem.v, own, rows=rows, is_causal=True, scale=requests.scale, enable_gqa=True,
+        causal_align="lower_right", seed=requests.seed, method=run,
+    )  # fmt: skip

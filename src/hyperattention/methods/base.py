@@ -87,3 +87,16 @@ def refuse_spans(method: Approach, problem: Problem) -> None:
         raise ValueError(
             f"{method!r} chooses by all queries of a sequence, and was given some of them: run it on all of them"
         )
+
+
+def check_method(method: object) -> None:
+    """Check that `method` is one.
+
+    Args:
+        method: what should run.
+
+    Raises:
+        TypeError: if it is anything else, such as a stage alone.
+    """
+    if not isinstance(method, Approach):
+        raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")

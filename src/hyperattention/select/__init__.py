@@ -1,1 +1,45 @@
-"""Selections: which keys each tile reads. Stages decide; they never compute attention."""
+"""Which keys each tile reads: stages, densities of draws and rankings of blocks, with the parts they are made of."""
+
+from hyperattention.select.density import Density, Distribution, Uniform
+from hyperattention.select.draw import Draw
+from hyperattention.select.locate.hash_buckets import HashBuckets
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.top_blocks import TopBlocks
+from hyperattention.select.locate.universal_set import UniversalSet
+from hyperattention.select.locate.window import Window
+from hyperattention.select.score.block_score import BlockScore
+from hyperattention.select.score.blocks import BlockRank, KeyBounds, KeySketch, MeanKey
+from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.key_scan import KeyScan
+from hyperattention.select.score.level import Level
+from hyperattention.select.score.mix import Mix
+from hyperattention.select.score.pooling import Coarse
+from hyperattention.select.score.representatives import Representatives
+from hyperattention.select.score.value_norm import ValueNorm
+from hyperattention.select.stage import LookAhead, Stage
+
+__all__ = [
+    "BlockRank",
+    "BlockScore",
+    "Coarse",
+    "Density",
+    "Descent",
+    "Distribution",
+    "Draw",
+    "HashBuckets",
+    "KeyBounds",
+    "KeyScan",
+    "KeySketch",
+    "Level",
+    "LookAhead",
+    "MeanKey",
+    "Mix",
+    "Representatives",
+    "Sinks",
+    "Stage",
+    "TopBlocks",
+    "Uniform",
+    "UniversalSet",
+    "ValueNorm",
+    "Window",
+]

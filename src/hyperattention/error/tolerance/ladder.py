@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from hyperattention.inputs import check_method
+from hyperattention.methods.base import check_method
 from hyperattention.methods.default import CROSSOVER, GPU_CROSSOVER, default_method
 from hyperattention.methods.method import Method
 from hyperattention.select.density import Density

@@ -117,10 +117,12 @@ class Choice:
     Args:
         rungs: number of the rung, or None where exact attention is to run.
         probed: numbers of the rungs that were tried on its tiles.
+        spends: pairs that the choice took, for each query of the call; empty until they are counted.
     """
 
     rungs: tuple[int | None, ...]
     probed: tuple[tuple[int, ...], ...]
+    spends: tuple[float, ...] = ()
 
 
 def choose(pilot: Pilot, rungs: Sequence[Method], pairs: Sequence[float], aim: Aim) -> Choice:

@@ -1,158 +1,48 @@
 """Error as an argument: spend for each head what a tolerance needs, and let no head pass whose error is not vouched for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hyperattention.error.tolerance.certificate import Aim, certify, of_group, visible_to
+from hyperattention.error.tolerance.certificate import Certificate, certify, of_group
 from hyperattention.error.tolerance.ladder import Ladder, default_ladder
-from hyperattention.error.tolerance.pilot import Pilot, cheapest, choose, pilot_spends, take_pilot
+from hyperattention.error.tolerance.pilot import Choice, cheapest, choose, take_pilot
 from hyperattention.error.tolerance.report import ToleranceReport
-from hyperattention.methods.base import Approach, Cost
+from hyperattention.error.tolerance.terms import ATTEMPTS, CONFIDENCE, Rung, Terms, affordable, terms_of
+from hyperattention.methods.base import Approach
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
-from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
-from hyperattention.types import Partial
-
-CONFIDENCE = 0.95
-# how the chance of a wrong bound is divided: most for the rungs chosen, the rest for those that heads move up to
-_ATTEMPTS = (0.8, 0.2)
 
 
 @dataclass(frozen=True)
-class _Rung:
-    """A rung that is worth running in this call."""
+class _Group:
+    """Some kv heads served together by one method: what came of it.
 
-    method: Method
-    cost: Cost
+    `rung` is its number, None for exact attention, which needs no certificate; `spends` are pairs a query and head.
+    """
 
-    @property
-    def spends(self) -> float:
-        return self.cost.pairs + self.cost.selection_pairs
+    heads: tuple[int, ...]
+    rung: int | None
+    out: Tensor
+    lse: Tensor | None
+    certificate: Certificate | None
+    spends: float
 
-
-class _Call:
-    """One call on its way up: which rung serves each kv head, what came of it, and what was spent."""
-
-    def __init__(self, problem: Problem, tolerance: float, ladder: Ladder | None, *, lse: bool) -> None:
-        self.problem, self.tolerance, self.lse = problem, tolerance, lse
-        self.heads = list(range(problem.k.shape[1]))
-        seen = visible_to(problem, torch.arange(problem.num_queries, device=problem.device))
-        live = (seen > 0).double().mean(1, keepdim=True)
-        # a batch entry that sees nothing has no error to bound
-        live = live.masked_fill(live == 0, 1.0)
-        self.exact_pairs = float(seen.double().mean()) if seen.numel() else 0.0
-        count = max(1, problem.q.shape[0] * problem.q.shape[1])
-        chances = [(1 - CONFIDENCE) * part / count for part in _ATTEMPTS]
-        self.aims = [Aim(tolerance, chance, problem.num_queries, live) for chance in chances]
-        self.ladder = self._affordable(ladder) if ladder is not None else []
-        self.rungs: list[int | None] = [None for _ in self.heads]
-        self.served: list[tuple[Tensor, Tensor | None, list[int]]] = []
-        self.bound, self.excess = torch.zeros(2, *problem.q.shape[:2], dtype=torch.float64, device=problem.device)
-        self.spent = [0.0 for _ in self.heads]
-        self.rows = [0 for _ in self.heads]
-
-    def _affordable(self, ladder: Ladder) -> list[_Rung]:
-        """Keep the rungs that, with the rows that certify them, are worth running: counted, before anything runs."""
-        problem, found = self.problem, []
-        for method in ladder.rungs:
-            cost = method.cost(problem.num_keys, is_causal=problem.causal, head_dim=problem.q.shape[3])
-            rung = _Rung(method, cost)
-            if self._total(rung) <= ladder.worth * self.exact_pairs:
-                found.append(rung)
-        # the pilot is paid whatever it finds: not where even the cheapest rung would then save nothing
-        pilot = pilot_spends(found[0].spends, self.exact_pairs, problem.num_queries, ladder.tile) if found else 0.0
-        return found if found and self._total(found[0]) + pilot <= ladder.worth * self.exact_pairs else []
-
-    def _total(self, rung: _Rung) -> float:
-        return rung.spends + self._rows_spend(self.aims[0].rows(rung.cost.pairs))
-
-    def _rows_spend(self, rows: int) -> float:
-        return rows / max(1, self.problem.num_queries) * self.exact_pairs
-
-    def pilot(self, pilot: Pilot) -> None:
-        """Choose a rung for every head."""
-        pairs = [rung.cost.pairs for rung in self.ladder]
-        choice = choose(pilot, [rung.method for rung in self.ladder], pairs, self.aims[0])
-        self.rungs = list(choice.rungs)
-        for head, probed in enumerate(choice.probed):
-            self.spent[head] += self._rows_spend(len(pilot.index))
-            self.spent[head] += sum(self.ladder[place].spends for place in probed) * pilot.share
-
-    def attempt(self, number: int, heads: list[int]) -> list[int]:
-        """Run the rungs of some heads and certify them on fresh rows; heads that fail move up.
-
-        Returns:
-            those that failed and have a rung to move to.
-        """
-        aim, again = self.aims[number], []
-        chosen = {head: place for head in heads if (place := self.rungs[head]) is not None}
-        for place in sorted(set(chosen.values())):
-            group, rung = [head for head in heads if chosen[head] == place], self.ladder[place]
-            few, out = self._run(rung.method, group)
-            given = certify(few, out, aim, aim.rows(rung.cost.pairs), number)
-            self._vouch(group, given.bound, given.excess)
-            errors, passed = given.errors, of_group(given.bound <= self.tolerance, few.group).tolist()
-            for head, own, fine in zip(group, errors.unflatten(1, (-1, few.group)).unbind(1), passed, strict=True):
-                self.spent[head] += rung.spends + self._rows_spend(errors.shape[-1])
-                self.rows[head] = errors.shape[-1]
-                if not fine:
-                    self.rungs[head] = self._above(own, place, number + 1)
-                    again += [head] if self.rungs[head] is not None else []
-        return again
-
-    def _vouch(self, heads: list[int], bound: Tensor | float, excess: Tensor | float) -> None:
-        """Write down what holds for the query heads of some kv heads."""
-        rows = [head * self.problem.group + member for head in heads for member in range(self.problem.group)]
-        self.bound[:, rows], self.excess[:, rows] = bound, excess
-
-    def _above(self, errors: Tensor, place: int, number: int) -> int | None:
-        """Find the rung that a head should move up to, by what its certificate saw."""
-        if number == len(self.aims):
-            return None
-        return cheapest(errors, place, [rung.cost.pairs for rung in self.ladder], self.aims[number], first=place + 1)
-
-    def run_exactly(self) -> None:
-        """Serve the heads that have no rung."""
-        heads = [head for head in self.heads if self.rungs[head] is None]
-        if heads:
-            self._run(Exact(), heads)
-            self._vouch(heads, 0.0, 0.0)
-            for head in heads:
-                self.spent[head] += self.exact_pairs
-
-    def _run(self, method: Approach, heads: list[int]) -> tuple[Problem, Tensor]:
-        few = self.problem if heads == self.heads else self.problem.of_heads(heads)
-        if isinstance(method, Exact) and not self.lse:
-            out, lse = method.output(few), None
-        else:
-            partial = method.attend(few)
-            out, lse = partial.out, partial.lse if self.lse else None
-        # what is judged is what is returned, rounded as it is
-        out = out.to(self.problem.q.dtype)
-        self.served.append((out, lse, heads))
-        return few, out
-
-    def joined(self) -> tuple[Tensor, Tensor | None]:
-        """Put the heads in order, each as it was served last."""
-        last = {head: (number, at) for number, (_, _, heads) in enumerate(self.served) for at, head in enumerate(heads)}
-        order = [last[head] for head in self.heads]
-        lses = [lse for _, lse, _ in self.served if lse is not None]
-        return self._in_order([out for out, _, _ in self.served], order), self._in_order(lses, order) if self.lse else None
-
-    def _in_order(self, parts: Sequence[Tensor], order: list[tuple[int, int]]) -> Tensor:
-        group, numbers = self.problem.group, {number for number, _ in order}
-        if len(numbers) == 1:
-            return parts[numbers.pop()]
-        return torch.cat([parts[number][:, at * group : (at + 1) * group] for number, at in order], 1)
+    def failed(self, tolerance: float, group: int) -> list[tuple[int, Tensor]]:
+        """List the heads that are not certified, with the errors that their rows showed."""
+        if self.certificate is None:
+            return []
+        passed = of_group(self.certificate.bound <= tolerance, group).tolist()
+        errors = self.certificate.errors.unflatten(1, (-1, group)).unbind(1)
+        return [(head, own) for head, own, fine in zip(self.heads, errors, passed, strict=True) if not fine]
 
 
 def attend_within(
     problem: Problem, tolerance: float, named: Ladder | None = None, *, lse: bool
-) -> tuple[Partial | Tensor, ToleranceReport]:
+) -> tuple[Tensor, Tensor | None, ToleranceReport]:
     """Attend so that the mean relative row error of every query head of this output is, by its bound, within a tolerance.
 
     1. A pilot (`pilot.py`): whole tiles at evenly spaced positions, exact rows in them, and at most two rungs tried on them
@@ -179,21 +69,25 @@ def attend_within(
         lse: whether the log-sum-exp is wanted.
 
     Returns:
-        out with lse, or alone, in the dtype of the query; and the report.
+        out in the dtype of the query; its lse, None if it is not wanted; and the report.
     """
+    terms = terms_of(problem, tolerance, lse)
     ladder, note = _ladder_of(problem, named)
-    call = _Call(problem, tolerance, ladder, lse=lse)
+    rungs = affordable(terms, ladder) if ladder is not None else ()
+    choice: Choice | None = None
     if ladder is not None and not note:
-        note = _choose_rungs(call, ladder)
-    left = [head for head in call.heads if call.rungs[head] is not None]
-    for number in range(len(_ATTEMPTS)):
-        left = call.attempt(number, left) if left else []
-    call.run_exactly()
-    out, log_sum = call.joined()
-    methods = tuple(Exact() if rung is None else call.ladder[rung].method for rung in call.rungs)
-    share = sum(call.spent) / len(call.spent) / call.exact_pairs if call.exact_pairs else 1.0
-    report = ToleranceReport(tolerance, CONFIDENCE, methods, call.bound, call.excess, share, tuple(call.rows), note)
-    return (out if log_sum is None else Partial(out, log_sum)), report
+        choice, note = _choose(terms, ladder, rungs)
+    chosen = dict(enumerate(choice.rungs)) if choice is not None else dict.fromkeys(range(problem.k.shape[1]))
+    groups: list[_Group] = []
+    climbing = {head: rung for head, rung in chosen.items() if rung is not None}
+    for attempt in range(len(ATTEMPTS)):
+        served = [_serve(terms, rungs[place], place, heads, attempt) for place, heads in _by_rung(climbing)]
+        groups += served
+        climbing, given_up = _move_up(terms, rungs, served, attempt)
+        chosen |= climbing | given_up
+    if left := tuple(head for head, rung in chosen.items() if rung is None):
+        groups.append(_run(terms, Exact(), None, left, terms.exact_pairs))
+    return _joined(terms, groups, rungs, choice, note)
 
 
 def exact_report(query: Tensor, key: Tensor, tolerance: float) -> ToleranceReport:
@@ -215,14 +109,116 @@ def _ladder_of(problem: Problem, named: Ladder | None) -> tuple[Ladder | None, s
     return default_ladder(problem.num_keys, device=problem.device), ""
 
 
-def _choose_rungs(call: _Call, ladder: Ladder) -> str:
-    """Let a pilot choose, or say why no rung comes into question."""
-    count = call.problem.num_queries
-    if not call.ladder:
-        return f"no rung is worth running with the rows that choose and certify it, among {count} queries"
+def _choose(terms: Terms, ladder: Ladder, rungs: tuple[Rung, ...]) -> tuple[Choice | None, str]:
+    """Let a pilot choose a rung for every head, or say why no rung comes into question."""
+    count = terms.problem.num_queries
+    if not rungs:
+        return None, f"no rung is worth running with the rows that choose and certify it, among {count} queries"
     with torch.no_grad():
-        pilot = take_pilot(call.problem, ladder.tile)
+        pilot = take_pilot(terms.problem, ladder.tile)
         if pilot is None:
-            return f"{count} queries are too few whole tiles for a pilot"
-        call.pilot(pilot)
-    return ""
+            return None, f"{count} queries are too few whole tiles for a pilot"
+        choice = choose(pilot, [rung.method for rung in rungs], [rung.cost.pairs for rung in rungs], terms.aims[0])
+    spent = tuple(
+        terms.rows_spend(len(pilot.index)) + sum(rungs[place].spends for place in probed) * pilot.share
+        for probed in choice.probed
+    )
+    return replace(choice, spends=spent), ""
+
+
+def _by_rung(climbing: dict[int, int]) -> list[tuple[int, tuple[int, ...]]]:
+    """Collect the heads of each rung, so that they run together."""
+    return [
+        (place, tuple(head for head, rung in climbing.items() if rung == place)) for place in sorted(set(climbing.values()))
+    ]
+
+
+def _serve(terms: Terms, rung: Rung, place: int, heads: tuple[int, ...], attempt: int) -> _Group:
+    """Run a rung for some heads, and judge it on fresh rows."""
+    aim = terms.aims[attempt]
+    ran = _run(terms, rung.method, place, heads, rung.spends)
+    certificate = certify(_of_heads(terms.problem, heads), ran.out, aim, aim.rows(rung.cost.pairs), attempt)
+    spends = rung.spends + terms.rows_spend(certificate.errors.shape[-1])
+    return replace(ran, certificate=certificate, spends=spends)
+
+
+def _move_up(
+    terms: Terms, rungs: tuple[Rung, ...], served: list[_Group], attempt: int
+) -> tuple[dict[int, int], dict[int, None]]:
+    """Find the rung that each head which failed should move up to, by what its certificate saw; and those that have none."""
+    climbing: dict[int, int] = {}
+    given_up: dict[int, None] = {}
+    pairs, last = [rung.cost.pairs for rung in rungs], attempt + 1 == len(terms.aims)
+    for group in served:
+        at = group.rung
+        for head, errors in group.failed(terms.tolerance, terms.problem.group):
+            above = None if last or at is None else cheapest(errors, at, pairs, terms.aims[attempt + 1], first=at + 1)
+            if above is None:
+                given_up[head] = None
+            else:
+                climbing[head] = above
+    return climbing, given_up
+
+
+def _of_heads(problem: Problem, heads: tuple[int, ...]) -> Problem:
+    return problem if heads == tuple(range(problem.k.shape[1])) else problem.of_heads(heads)
+
+
+def _run(terms: Terms, method: Approach, place: int | None, heads: tuple[int, ...], spends: float) -> _Group:
+    few = _of_heads(terms.problem, heads)
+    if isinstance(method, Exact) and not terms.lse:
+        out, lse = method.output(few), None
+    else:
+        partial = method.attend(few)
+        out, lse = partial.out, partial.lse if terms.lse else None
+    # what is judged is what is returned, rounded as it is
+    return _Group(heads, place, out.to(terms.problem.q.dtype), lse, None, spends)
+
+
+def _joined(
+    terms: Terms, groups: list[_Group], rungs: tuple[Rung, ...], choice: Choice | None, note: str
+) -> tuple[Tensor, Tensor | None, ToleranceReport]:
+    """Put the heads in order, each as it was served last, and report what was spent on all of them."""
+    problem, heads = terms.problem, range(terms.problem.k.shape[1])
+    last = {head: number for number, group in enumerate(groups) for head in group.heads}
+    bound, excess = torch.zeros(2, *problem.q.shape[:2], dtype=torch.float64, device=problem.device)
+    for head, number in last.items():
+        group, certificate = groups[number], groups[number].certificate
+        if certificate is not None:
+            own, at = _rows_of(head, problem.group), _rows_of(group.heads.index(head), problem.group)
+            bound[:, own], excess[:, own] = certificate.bound[:, at], certificate.excess[:, at]
+    spent = sum(group.spends * len(group.heads) for group in groups) + (sum(choice.spends) if choice is not None else 0.0)
+    share = spent / len(heads) / terms.exact_pairs if terms.exact_pairs else 1.0
+    methods = tuple(Exact() if (rung := groups[last[head]].rung) is None else rungs[rung].method for head in heads)
+    report = ToleranceReport(
+        tolerance=terms.tolerance,
+        confidence=CONFIDENCE,
+        methods=methods,
+        bound=bound,
+        excess=excess,
+        share_of_pairs=share,
+        num_rows=tuple(_rows_judged(groups, head) for head in heads),
+        note=note,
+    )
+    out = _in_order([group.out for group in groups], groups, last, problem.group)
+    lses = [group.lse for group in groups if group.lse is not None]
+    return out, _in_order(lses, groups, last, problem.group) if terms.lse else None, report
+
+
+def _rows_of(kv_head: int, group: int) -> slice:
+    """Place the query heads of a kv head."""
+    return slice(kv_head * group, (kv_head + 1) * group)
+
+
+def _rows_judged(groups: list[_Group], head: int) -> int:
+    """Count the rows of a head's last certificate; 0 where there was none."""
+    certificates = [group.certificate for group in groups if head in group.heads and group.certificate is not None]
+    return certificates[-1].errors.shape[-1] if certificates else 0
+
+
+def _in_order(parts: Sequence[Tensor], groups: list[_Group], last: dict[int, int], group: int) -> Tensor:
+    """Join what was served, by head; nothing is copied where one method served all."""
+    if len(set(last.values())) == 1:
+        return parts[last[0]]
+    places = [(last[head], groups[last[head]].heads.index(head)) for head in range(len(last))]
+    return torch.cat([parts[number][:, _rows_of(at, group)] for number, at in places], 1)

@@ -1,0 +1,47 @@
+"""What a measured call gives: the output, and by name whatever else was asked for."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hyperattention.error.report import ErrorReport
+from hyperattention.error.tolerance.report import ToleranceReport
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """The output of one call with its log-sum-exp, and the reports that were asked for.
+
+    Args:
+        out: the output, in the dtype of the query.
+        lse: log-sum-exp of every row, natural logarithm, float32 (float64 for float64 input); -inf where a row sees nothing.
+        standard_error: standard error of every row's output, absolute; None if it was not asked for.
+        audit: error measured on exact rows; None if it was not asked for.
+        tolerance: what ran for each head, and the bounds of their errors; None if no tolerance was given.
+    """
+
+    out: Float[Tensor, "batch heads queries value_dim"]
+    lse: Float[Tensor, "batch heads queries"]
+    standard_error: Float[Tensor, "batch heads queries"] | None = None
+    audit: ErrorReport | None = None
+    tolerance: ToleranceReport | None = None
+
+
+@dataclass(frozen=True)
+class SequencesResult:
+    """The same for several sequences in one call, packed or in pages: tensors of all, and one report a sequence.
+
+    Args:
+        out: the outputs of all sequences, laid out as the function says that returned them.
+        lse: log-sum-exp of every row, laid out likewise.
+        standard_error: standard error of every row; None if it was not asked for.
+        audit: one report for each sequence, None for one without queries or keys; empty if no audit was asked for.
+        tolerance: one report for each sequence; empty if no tolerance was given.
+    """
+
+    out: Float[Tensor, "..."]
+    lse: Float[Tensor, "..."]
+    standard_error: Float[Tensor, "..."] | None = None
+    audit: tuple[ErrorReport | None, ...] = ()
+    tolerance: tuple[ToleranceReport, ...] = ()
