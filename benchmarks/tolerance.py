@@ -18,7 +18,7 @@ import torch
 from claims import Record, at_most, figure
 from torch import Tensor
 
-from hyperattention.attention import attention
+from hyperattention.attention import attention, measured_attention
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import rows
 from hyperattention.bench.timing import interleave
@@ -46,15 +46,12 @@ class Inputs:
     options: dict
 
     def attend(self, method: Approach) -> Tensor:
-        out = attention(*self.tensors, is_causal=True, enable_gqa=True, method=method, **self.options)
-        assert isinstance(out, Tensor)
-        return out
+        return attention(*self.tensors, is_causal=True, enable_gqa=True, method=method, **self.options)
 
     def within(self, tolerance: float) -> tuple[Tensor, ToleranceReport]:
-        out, report = attention(*self.tensors, is_causal=True, enable_gqa=True, tolerance=tolerance, **self.options)
-        assert isinstance(out, Tensor)
-        assert isinstance(report, ToleranceReport)
-        return out, report
+        result = measured_attention(*self.tensors, is_causal=True, enable_gqa=True, tolerance=tolerance, **self.options)
+        assert result.tolerance is not None  # it was given
+        return result.out, result.tolerance
 
     def by_head(self, methods: tuple[Approach, ...]) -> Callable[[], object]:
         """Bind the methods run directly, heads of one together; exact heads by torch's own kernel, as within a call."""

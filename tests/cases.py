@@ -92,7 +92,9 @@ CASES = (
     Case("verticals and slashes", _after_window(rivals.VerticalSlash(6, 2, last=20), ha.Draw(16)), exact_up_to=31),
     Case("slashes without a window", ha.Method(ha.TopBlocks(1, 8), rivals.VerticalSlash(6, 2), tile=16), exact_up_to=8),
     Case("draws by collisions", _after_window(rivals.CollisionDraw(24, bits=2, tables=8)), exact_up_to=39),
-    Case("collisions beside blocks", ha.Method(ha.TopBlocks(1, 16), rivals.CollisionDraw(24, 1, 4), tile=16), exact_up_to=24),
+    Case(
+        "collisions beside blocks", ha.Method(ha.TopBlocks(1, 16), rivals.CollisionDraw(24, 1, 4), tile=16), exact_up_to=24
+    ),
     Case("draws by budget", _after_window(ha.TopBlocks(1, 8), rivals.BudgetedDraw(24, 8, 0.3, pooled=2)), exact_up_to=39),
     Case("draws by budget alone", ha.Method(rivals.BudgetedDraw(32, 8, 0.2, 0.5), tile=16), exact_up_to=32),
     Case("draws by priority", _after_window(rivals.PriorityDraw(16, pooled=4)), exact_up_to=31),

@@ -10,6 +10,7 @@ import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from cases import CONTROL
 from front_door import FULL, NARROW, assert_attends, attend, every_align, every_method, padded, with_audit, with_lse
+from hyperattention import select
 from problems import tensors
 
 # shapes and dtypes
@@ -83,7 +84,8 @@ def test_packed_sequences_do_not_see_one_another(method, align, causal):
     q, k, v = tensors(sum(lengths_q), sum(lengths_k), heads=4)
     edges_q, edges_k = (torch.tensor([0, *torch.tensor(x).cumsum(0).tolist()]) for x in (lengths_q, lengths_k))
     options = {"is_causal": causal, "causal_align": align, "enable_gqa": True, "method": method, "seed": 5}
-    ours = ha.varlen_attention(q, k, v, edges_q, edges_k, return_lse=True, **options)
+    result = ha.measured_varlen_attention(q, k, v, edges_q, edges_k, **options)
+    ours = result.out, result.lse
     assert_exact(ha.varlen_attention(q, k, v, edges_q.int(), edges_k.int(), **options), ours[0])
     for q0, q1, k0, k1 in zip(edges_q, edges_q[1:], edges_k, edges_k[1:], strict=False):
         piece = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
@@ -113,7 +115,8 @@ def test_return_forms(method):
     first, lse = with_lse(q, k, v, is_causal=True, method=method)
     assert lse.dtype == torch.float32
     second, report = with_audit(q, k, v, is_causal=True, method=method, audit=8)
-    third, lse_again, report_again = ha.attention(q, k, v, is_causal=True, method=method, return_lse=True, audit=8)
+    result = ha.measured_attention(q, k, v, is_causal=True, method=method, audit=8)
+    third, lse_again, report_again = result.out, result.lse, result.audit
     for x in (first, second, third):
         assert_exact(x, out)
     assert_same_bits(lse_again, lse)
@@ -144,7 +147,7 @@ def test_no_method_is_exact_below_the_crossover_and_visible():
     long, few = ha.default_method(10**6), ha.default_method(10**6, num_queries=1)
     assert isinstance(long, ha.Method)
     assert few == ha.Exact()
-    assert eval(repr(long), vars(ha)) == long
+    assert eval(repr(long), vars(ha) | vars(select)) == long
     # exact attention is faster up to longer lengths on a GPU
     assert ha.default_method(8192, device="cuda") == ha.Exact() != ha.default_method(8192, device="cpu")
     assert ha.default_method(10**6, device="cuda:0") == long

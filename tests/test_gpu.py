@@ -94,7 +94,8 @@ method = ha.default_method(10**6)
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, heads, 5000, 64, device="cuda") for heads in (4, 2, 2))
 def attend(q, k, v):
-    return ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=method, return_lse=True)
+    result = ha.measured_attention(q, k, v, is_causal=True, enable_gqa=True, method=method)
+    return result.out, result.lse
 results = []
 for step in (attend, torch.compile(attend, fullgraph=True)):
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -51,7 +51,8 @@ def apart(x, counts):
 )
 def test_each_request_gets_what_it_would_get_alone(lengths, counts, dtype):
     alone, arguments = make_cache(lengths, counts, dtype=dtype)
-    out, lse = ha.paged_attention(*arguments, return_lse=True)
+    result = ha.measured_paged_attention(*arguments)
+    out, lse = result.out, result.lse
     assert out.dtype == dtype
     for (q, k, v), o, m in zip(alone, apart(out, counts), apart(lse[..., None], counts), strict=True):
         if q.shape[2]:

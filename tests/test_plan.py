@@ -12,7 +12,7 @@ from torch import nn
 
 import hyperattention as ha
 from cases import CASES
-from front_door import with_lse
+from front_door import with_error, with_lse
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import method_from_json, method_to_json
@@ -228,19 +228,19 @@ def test_use_stays_exact_under_a_plan_that_did_not_pay(model: nn.Module) -> None
 
 
 def test_by_layer_tells_the_standard_errors_of_its_layers() -> None:
-    shape = {"is_causal": True, "enable_gqa": True, "return_standard_error": True}
+    shape = {"is_causal": True, "enable_gqa": True}
     q, k, v = (torch.randn(1, heads, 96, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
     by_head = ha.ByHead((DRAWN, ha.Exact()))
     method = ha.ByLayer({1: by_head, 2: NARROW})
-    out, error = ha.attention(q, k, v, method=method, layer=1, **shape)
-    own_out, own_error = ha.attention(q, k, v, method=by_head, layer=1, **shape)
+    out, error = with_error(q, k, v, method=method, layer=1, **shape)
+    own_out, own_error = with_error(q, k, v, method=by_head, layer=1, **shape)
     assert torch.equal(out, own_out)
     assert torch.equal(error, own_error)
     assert error[:, :2].max() > 0
     # a layer that is not named is exact
-    assert not ha.attention(q, k, v, method=method, layer=0, **shape)[1].any()
+    assert not with_error(q, k, v, method=method, layer=0, **shape)[1].any()
     with pytest.raises(ValueError, match="drops keys"):
-        ha.attention(q, k, v, method=method, layer=2, **shape)
+        with_error(q, k, v, method=method, layer=2, **shape)
 
 
 def test_a_plan_of_another_model_is_refused(model: nn.Module, plan: ha.Plan) -> None:

@@ -11,7 +11,7 @@ from assertions import assert_exact, assert_same_math, assert_unbiased
 from cases import CASES
 from front_door import with_lse
 from hyperattention import rivals, select
-from hyperattention.bench.rivals import rivals
+from hyperattention.bench.rivals import rivals as list_rivals
 from hyperattention.problem import Problem
 from hyperattention.rivals.collision_draw import twice
 from hyperattention.select.locate.universal_set import leverage
@@ -24,7 +24,7 @@ OURS = [case for case in CASES if any(name in case.name for name in NAMES)]
 
 @pytest.mark.parametrize("slots", [512, 777, 1024, 4096])
 def test_every_rival_keeps_to_the_slots(slots):
-    rows = rivals(slots)
+    rows = list_rivals(slots)
     assert len({row.name for row in rows}) == len({row.label for row in rows}) == len(rows) == 10
     for row in rows:
         assert slots - 16 < row.method.cost(10**6).pairs <= slots, row.name
@@ -33,10 +33,10 @@ def test_every_rival_keeps_to_the_slots(slots):
 @pytest.mark.parametrize("slots", [511, 0, True])
 def test_too_few_slots_are_refused(slots):
     with pytest.raises(ValueError, match=f"rivals\\(slots={slots!r}\\)"):
-        rivals(slots)
+        list_rivals(slots)
 
 
-@pytest.mark.parametrize("row", rivals(512), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", list_rivals(512), ids=lambda row: row.name)
 def test_a_rival_is_exact_where_its_slots_hold_all_keys_and_not_beyond(row):
     q, k, v = tensors(900, heads=4)
     for tokens, exact in ((150, True), (900, False)):

@@ -6,6 +6,7 @@ import torch
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
 from cases import CASES, CONTROL
+from front_door import with_error, with_lse
 from hyperattention.methods.method import Method
 from problems import problem, tensors
 
@@ -55,9 +56,9 @@ def test_heads_alone_draw_what_they_draw_among_all(heads):
 
 def test_every_head_gets_its_own_method():
     q, k, v = tensors(150, heads=8, kv_heads=4)
-    options = {"is_causal": True, "enable_gqa": True, "return_lse": True}
-    mixed = ha.attention(q, k, v, method=ha.ByHead((CONTROL, ha.Exact(), CONTROL, ha.Exact())), **options)
-    drawn, exact = (ha.attention(q, k, v, method=method, **options) for method in (CONTROL, ha.Exact()))
+    options = {"is_causal": True, "enable_gqa": True}
+    mixed = with_lse(q, k, v, method=ha.ByHead((CONTROL, ha.Exact(), CONTROL, ha.Exact())), **options)
+    drawn, exact = (with_lse(q, k, v, method=method, **options) for method in (CONTROL, ha.Exact()))
     for ours, by_control, by_exact in zip(mixed, drawn, exact, strict=True):
         ours, by_control, by_exact = (x.unflatten(1, (4, 2)) for x in (ours, by_control, by_exact))
         assert_same_bits(ours[:, ::2], by_control[:, ::2])
@@ -85,8 +86,8 @@ def test_a_wrong_number_of_methods_is_refused():
 
 def test_standard_errors_by_head():
     q, k, v = tensors(150, heads=4, kv_heads=2)
-    options = {"is_causal": True, "enable_gqa": True, "return_standard_error": True}
-    mixed = ha.attention(q, k, v, method=ha.ByHead((ha.Exact(), CONTROL)), **options)[1]
-    alone = ha.attention(q, k, v, method=CONTROL, **options)[1]
+    options = {"is_causal": True, "enable_gqa": True}
+    mixed = with_error(q, k, v, method=ha.ByHead((ha.Exact(), CONTROL)), **options)[1]
+    alone = with_error(q, k, v, method=CONTROL, **options)[1]
     assert_same_bits(mixed[:, 2:], alone[:, 2:])
     assert_same_bits(mixed[:, :2], torch.zeros_like(mixed[:, :2]))

@@ -176,7 +176,8 @@ def test_where_all_keys_are_listed_there_is_none(case):
 def test_asking_changes_neither_output_nor_gradient(method, dtype, causal):
     q, k, v = (x.requires_grad_() for x in tensors(60, heads=4, dtype=dtype))
     options = {"method": method, "is_causal": causal, "enable_gqa": True}
-    out, lse, error, report = ha.attention(q, k, v, return_lse=True, return_standard_error=True, audit=10, **options)
+    result = ha.measured_attention(q, k, v, standard_error=True, audit=10, **options)
+    out, lse, error, report = result.out, result.lse, result.standard_error, result.audit
     plain, plain_lse = with_lse(q, k, v, **options)
     assert_same_bits(out, plain)
     assert_same_bits(lse, plain_lse)

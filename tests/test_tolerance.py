@@ -94,11 +94,12 @@ def test_the_output_is_that_of_the_methods_reported(order):
     q, k, v = inputs()
     q, k, v = q.unflatten(1, (2, 2))[:, order].flatten(1, 2), k[:, order], v[:, order]
     options = {"is_causal": True, "enable_gqa": True, "seed": 5, "layer": 3}
-    out, lse, report = ha.attention(q, k, v, tolerance=0.2, return_lse=True, **options, method=LADDER)
-    again, lse_again = with_lse(q, k, v, **options, method=ha.ByHead(report.methods))
-    assert len(set(report.methods)) == 2
-    assert_same_bits(out, again)
-    assert_same_bits(lse, lse_again)
+    result = ha.measured_attention(q, k, v, tolerance=0.2, **options, method=LADDER)
+    assert result.tolerance is not None
+    again, lse_again = with_lse(q, k, v, **options, method=ha.ByHead(result.tolerance.methods))
+    assert len(set(result.tolerance.methods)) == 2
+    assert_same_bits(result.out, again)
+    assert_same_bits(result.lse, lse_again)
 
 
 def test_fewer_pairs_are_spent_where_more_error_is_allowed():
@@ -227,4 +228,4 @@ def test_a_call_is_a_matter_of_its_seed():
 def test_standard_errors_are_refused_beside_a_tolerance():
     q, k, v = inputs(300)
     with pytest.raises(ValueError, match="leave one of them out"):
-        ha.attention(q, k, v, enable_gqa=True, tolerance=0.1, return_standard_error=True)
+        ha.measured_attention(q, k, v, enable_gqa=True, tolerance=0.1, standard_error=True)

@@ -51,7 +51,9 @@ def test_the_output_is_judged_as_it_is_returned(monkeypatch):
 
 def test_gradients_are_those_of_the_methods_reported():
     q, k, v = (x.requires_grad_() for x in inputs())
-    out, lse, report = ha.attention(q, k, v, tolerance=0.2, return_lse=True, **OPTIONS)
+    result = ha.measured_attention(q, k, v, tolerance=0.2, **OPTIONS)
+    assert result.tolerance is not None
+    out, lse, report = result.out, result.lse, result.tolerance
     plain = with_lse(q, k, v, **(OPTIONS | {"method": ha.ByHead(report.methods)}))
     assert len(set(report.methods)) == 2
     ours, expected = (torch.autograd.grad(x.square().sum() + y.sum(), (q, k, v)) for x, y in ((out, lse), plain))
@@ -59,11 +61,13 @@ def test_gradients_are_those_of_the_methods_reported():
         assert_exact(x, y)
 
 
-def test_reports_come_in_order():
+def test_reports_come_by_name():
     q, k, v = easy()
-    results = ha.attention(q, k, v, tolerance=0.3, audit=64, return_lse=True, **OPTIONS)
-    assert [type(x) for x in results] == [torch.Tensor, torch.Tensor, ha.ErrorReport, ha.ToleranceReport]
-    assert results[2].relative_error.max() > 0
+    result = ha.measured_attention(q, k, v, tolerance=0.3, audit=64, **OPTIONS)
+    assert isinstance(result.audit, ha.ErrorReport)
+    assert isinstance(result.tolerance, ha.ToleranceReport)
+    assert result.standard_error is None
+    assert result.audit.relative_error.max() > 0
 
 
 def test_short_calls_and_dense_masks_are_exact_and_say_so():

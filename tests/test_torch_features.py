@@ -57,8 +57,8 @@ live = torch.arange(50)[None] >= torch.tensor([[0], [9]])
 for method, key_mask in ((None, None), (ha.default_method(10**6), None), (lists, live)):
     def attend(q, k, v):
         options = dict(is_causal=True, enable_gqa=True, key_mask=key_mask)
-        out, lse = ha.attention(q, k, v, method=method, return_lse=True, **options)
-        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+        result = ha.measured_attention(q, k, v, method=method, **options)
+        return result.out, result.lse.masked_fill(result.lse == -torch.inf, 0.0)
     results = []
     for step in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]

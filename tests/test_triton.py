@@ -268,10 +268,11 @@ def test_packed_sequences_share_one_launch(causal, align, in_pytorch, monkeypatc
     q, k, v = tensors(140, 150, heads=4, kv_heads=2)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     edges_q, edges_k = torch.tensor([0, 1, 1, 64, 140]), torch.tensor([0, 9, 20, 60, 150])
-    options = {"is_causal": causal, "causal_align": align, "enable_gqa": True, "return_lse": True}
+    options = {"is_causal": causal, "causal_align": align, "enable_gqa": True}
 
     def attend(*x):
-        return ha.varlen_attention(*x, edges_q, edges_k, **options)
+        result = ha.measured_varlen_attention(*x, edges_q, edges_k, **options)
+        return result.out, result.lse
 
     plain = in_pytorch(lambda: attend(q, k, v))
     monkeypatch.setattr(varlen, "triton_reads", lambda *x: True)

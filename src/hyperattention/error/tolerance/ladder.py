@@ -135,9 +135,7 @@ def check_tolerance(tolerance: object, method: object, standard_error: bool = Fa
             f"tolerance={tolerance!r}: it is a mean relative error and must lie in (0, 1); for none use method=Exact()"
         )
     if standard_error:
-        raise ValueError(
-            "return_standard_error beside tolerance: its report bounds every head's error; leave one of them out"
-        )
+        raise ValueError("standard_error beside tolerance: its report bounds every head's error; leave one of them out")
     if method is not None and not ladder:
         raise ValueError(
             f"tolerance={tolerance} chooses the method by itself, and method={method!r} was given: leave one of them out, "
