@@ -16,9 +16,6 @@ from hyperattention.report.method_names import short_name
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import format_seconds
 
-# the word that stands for the embedded model on the command line
-REFERENCE = "reference"
-
 
 @dataclass(frozen=True)
 class Options:
@@ -28,28 +25,18 @@ class Options:
         out: the plan's file; what was measured so far stands beside it until the plan is whole.
         texts: model, text, length and number of documents.
         settings: how to calibrate.
+        overwrite: whether a plan that is there may be replaced.
     """
 
     out: Path
     texts: Texts = field(default_factory=lambda: Texts(documents=2))
     settings: Settings = field(default_factory=Settings)
+    overwrite: bool = False
 
     @property
     def journal(self) -> Path:
         """Where measurements are kept until the plan is whole."""
         return self.out.with_name(f"{self.out.name}.partial")
-
-
-def find_folder(model: str) -> Path | None:
-    """Turn the model's name on the command line into a folder.
-
-    Args:
-        model: a folder, or the word for the embedded reference model.
-
-    Returns:
-        the folder; None for the reference model.
-    """
-    return None if model == REFERENCE else Path(model)
 
 
 def ready(options: Options) -> Prepared:
@@ -79,7 +66,7 @@ def run(prepared: Prepared, options: Options, console: Console) -> Plan:
     except KeyboardInterrupt:
         console.print(f"stopped: what was measured is in {options.journal}, and the same command goes on from there")
         raise
-    save_plan(plan, options.out)
+    save_plan(plan, options.out, overwrite=options.overwrite)
     options.journal.unlink(missing_ok=True)
     return plan
 
