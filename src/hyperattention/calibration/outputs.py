@@ -43,17 +43,16 @@ def carries_mark(path: Path) -> bool:
         return False
 
 
-def check_folder(folder: Path, name: str = "x") -> None:
-    """Refuse a folder in which no file can be made, by making one.
+def check_folder(path: Path) -> None:
+    """Refuse a file or folder that cannot be made where it is to be, by making a file there.
 
     Args:
-        folder: the folder.
-        name: what the file is going to be called.
+        path: what is going to be made.
 
     Raises:
         ValueError: if the folder is not there, or refuses the file.
     """
-    path = folder / name
+    folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {folder}; make it, or name a file in another folder")
     attempt = beside(path)
@@ -108,7 +107,7 @@ class Outputs:
             seen.add(real)
             if not self.overwrite and not (path == self.default and carries_mark(path)):
                 refuse_existing(path, "--overwrite")
-            check_folder(Path(real).parent, path.name)
+            check_folder(path)
 
 
 def _is_same(path: Path, other: Path) -> bool:

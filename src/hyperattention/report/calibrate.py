@@ -13,6 +13,7 @@ from hyperattention.files.plan_file import save_plan
 from hyperattention.report.demo import Options as Texts
 from hyperattention.report.demo import Prepared, prepare
 from hyperattention.report.method_names import short_name
+from hyperattention.report.narrow import print_table
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import format_seconds
 
@@ -86,7 +87,7 @@ def show(plan: Plan, console: Console) -> None:
     for layer, method in plan.layers.items():
         entries = zip(method.methods, plan.errors[layer], strict=True)
         table.add_row(str(layer), *(f"{short_name(each)}  {error:.3f}" for each, error in entries))
-    console.print(table)
+    print_table(console, table)
     for line in conclude(plan):
         console.print(line)
 

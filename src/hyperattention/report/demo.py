@@ -18,6 +18,7 @@ from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
 from hyperattention.reference.samples import Sample, samples_of_documents, samples_of_text, tokens_of_text
 from hyperattention.reference.text import documents_from, held_out_text
+from hyperattention.report.narrow import print_table
 from hyperattention.report.plots import plot_demo
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import depth_table, format_added, format_error, loss_table, speed_table
@@ -169,10 +170,10 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
     """
     length, count = len(prepared.samples[0].tokens), len(prepared.samples)
     title = f"1. {prepared.judged.name}, {count} x {length:,} tokens of {prepared.source}, all layers replaced"
-    console.print(loss_table(results.judgements, title))
+    print_table(console, loss_table(results.judgements, title))
     if results.judgements[0].depths:
-        console.print(depth_table(results.judgements))
-    console.print(speed_table(results.speeds, results.case, "2. structured inputs"))
+        print_table(console, depth_table(results.judgements))
+    print_table(console, speed_table(results.speeds, results.case, "2. structured inputs"))
     for line in conclude(prepared, results):
         console.print(line)
 

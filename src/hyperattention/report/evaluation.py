@@ -19,6 +19,7 @@ from hyperattention.report.evaluation_files import contender_record, write_files
 from hyperattention.report.evaluation_folder import HEAT_MAPS, METRICS, check_evaluation_folder
 from hyperattention.report.evaluation_plot import plot_heat_map
 from hyperattention.report.evaluation_tables import continuation_table, retrieval_table
+from hyperattention.report.narrow import print_table
 from hyperattention.report.progress import progress
 
 
@@ -137,10 +138,12 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
     for length in prepared.plan.lengths:
         found = [cell for cell in results.cells if cell.length == length]
         if found:
-            console.print(retrieval_table(found, f"{prepared.judged.name}, {length:,} tokens: answers found"))
+            print_table(console, retrieval_table(found, f"{prepared.judged.name}, {length:,} tokens: answers found"))
         losses = [each for each in results.continuations if each.length == length]
         if losses:
-            console.print(continuation_table(losses, f"{prepared.judged.name}, {length:,} tokens: loss of the last quarter"))
+            print_table(
+                console, continuation_table(losses, f"{prepared.judged.name}, {length:,} tokens: loss of the last quarter")
+            )
 
 
 def save(prepared: Prepared, results: Results) -> list[Path]:

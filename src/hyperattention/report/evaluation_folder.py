@@ -42,10 +42,7 @@ def check_evaluation_folder(out: Path, reads: tuple[Path | None, ...], *, overwr
         check_own(out, (CONFIG, PREDICTIONS, METRICS, *(path.name for path in out.glob(HEAT_MAPS))), is_own, "eval")
     if (out / METRICS).exists() and not overwrite:
         raise ValueError(f"{out} holds a finished evaluation: name another folder, or give --overwrite")
-    if out.is_dir():
-        check_folder(out, CONFIG)
-    else:
-        check_folder(Path(real).parent, out.name)
+    check_folder(out / CONFIG if out.is_dir() else out)
 
 
 def is_own(path: Path) -> bool:
