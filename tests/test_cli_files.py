@@ -169,7 +169,7 @@ def test_a_missing_extra_is_named_on_import(run_python: Callable[[str], str]) ->
     assert run_python(code).count("needs transformers: pip install 'hyperattention[transformers]'") == 2
 
 
-def test_a_reader_that_has_gone_and_a_wrong_path_end_quietly(tmp_path: Path) -> None:
+def test_a_reader_that_has_gone_and_a_wrong_path_end_quietly() -> None:
     # one interpreter for both: nothing of transformers is loaded before a path is refused
     code = (
         "import os, sys\nfrom typer.testing import CliRunner\nfrom hyperattention.cli.main import app\n"
@@ -178,7 +178,8 @@ def test_a_reader_that_has_gone_and_a_wrong_path_end_quietly(tmp_path: Path) -> 
         "from hyperattention.cli.support import explained\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
         "import typer\n"
-        "try:\n    with explained():\n        print('text', flush=True)\nexcept typer.Exit as end:\n    sys.exit(end.exit_code)"
+        "try:\n    with explained():\n        print('text', flush=True)\n"
+        "except typer.Exit as end:\n    sys.exit(end.exit_code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
