@@ -26,6 +26,7 @@ from hyperattention.evaluation.summary import Cell, Continuation, cells, continu
 from hyperattention.evaluation.tasks import TASKS
 from hyperattention.evaluation.tasks.setting import Setting
 from hyperattention.files.records import plain, write_records
+from hyperattention.files.user_text import Text
 from hyperattention.reference.model import WEIGHTS, load_reference
 from hyperattention.reference.text import held_out_text
 from hyperattention.report.evaluation_files import cell_record, continuation_record
@@ -54,7 +55,8 @@ TOY = Plan(((1024, (("single", 1), ("multi-key", 1))),), (256,), 4, 1, 2, 256)
 
 def measure(plan: Plan, policies: tuple[str, ...] | None, reference: Path) -> tuple[Sequence[Cell], Sequence[Continuation]]:
     judged = load_reference(reference)
-    haystack, contenders = haystack_of(judged, held_out_text()), contenders_at(choose_entrants(policies), plan.budgets)
+    haystack = haystack_of(judged, Text(held_out_text(), "held-out text"))
+    contenders = contenders_at(choose_entrants(policies), plan.budgets)
     replies, losses = [], []
     for length, tasks in plan.tasks:
         for seed in range(plan.seeds):

@@ -121,7 +121,7 @@ def test_an_interruption_leaves_what_was_there(
     with monkeypatch.context() as patched:
         patched.setattr(where, name, what)
         with pytest.raises(KeyboardInterrupt):
-            file.save_cache(cache, model, path)
+            file.save_cache(cache, model, path, overwrite=True)
     assert os.listdir(tmp_path) == ([] if old is None else ["doc.safetensors"])
     assert old is None or path.read_bytes() == old
 

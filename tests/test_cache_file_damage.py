@@ -43,7 +43,7 @@ def written(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[
         cache = integration.HyperCache(model.config, budget=40, policy=policy, sinks=2, window=16, seed=3)
         with torch.no_grad(), pytest.warns(UserWarning, match="exact"), integration.use(model, ha.Exact()):
             model(tokens(2, PROMPT), past_key_values=cache)
-        file.save_cache(cache, model, path, tokens=tokens(2, PROMPT))
+        file.save_cache(cache, model, path, tokens=tokens(2, PROMPT), overwrite=True)
         found[name] = path.read_bytes()
     return found
 

@@ -343,7 +343,7 @@ def test_the_commands_from_end_to_end(tmp_path: Path) -> None:
         (("inspect", "--plan", plan), "other weights in the same shape"),
         (("inspect", "--plan", tmp_path / "none.json"), "cannot read the plan"),
         (("calibrate", tmp_path / "nowhere"), "no directory"),
-        (("calibrate", "--tolerance", 2, "--out", plan), "between 0 and 1"),
+        (("calibrate", "--tolerance", 2, "--out", tmp_path / "other.json"), "between 0 and 1"),
         (("calibrate", "--out", tmp_path / "no" / "plan.json"), "cannot write"),
     )
     for arguments, message in cases:

@@ -52,6 +52,11 @@ def plain_continuation(text: bytes, num: int = NEW) -> str:
     return bytes(written[0, given.shape[1] :].tolist()).decode("utf-8", "replace") + "\n"
 
 
+def quoted(question: str) -> str:
+    """Give a question as it stands above its answer."""
+    return "".join(f"> {line}\n" for line in question.split("\n"))
+
+
 @pytest.fixture
 def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -161,7 +166,7 @@ def test_a_file_of_a_whole_cache_answers_as_if_all_had_been_read(document: Path)
     told = run("cache", "reference", document, "--out", "doc.safetensors", "--policy", "exact", "--budget", 96)
     assert WHOLE in told.stderr
     result = run("ask", "doc.safetensors", QUESTIONS[0], "--max-new-tokens", NEW)
-    assert result.stdout == plain_continuation(TEXT + QUESTIONS[0].encode())
+    assert result.stdout == quoted(QUESTIONS[0]) + plain_continuation(TEXT + QUESTIONS[0].encode())
     assert WHOLE in result.stderr
     assert approximated(result) == [0, 0]
 
@@ -175,7 +180,7 @@ def test_every_question_starts_from_the_file(document: Path) -> None:
     assert told.stdout == ""
     alone = [run("ask", "doc.safetensors", question, "--max-new-tokens", NEW) for question in QUESTIONS]
     together = run("ask", "doc.safetensors", *QUESTIONS, "--max-new-tokens", NEW)
-    assert together.stdout == "".join(result.stdout for result in alone)
+    assert together.stdout == "\n".join(result.stdout for result in alone)
     assert len({result.stdout for result in alone}) == 2
     for result, question in zip(alone, QUESTIONS, strict=True):
         assert min(approximated(result)) > 0
@@ -237,8 +242,9 @@ def test_a_users_own_model_is_found_again_or_named(own_model: Path, tmp_path: Pa
     run("cache", own_model, text, "--out", out, "--budget", 96)
     asked = ("the quick", "--max-new-tokens", 5)
     found = run("ask", out, *asked)
-    assert set(found.stdout.split()) <= {"?", *WORDS}
-    assert len(found.stdout.split()) == 5
+    answer = found.stdout.removeprefix(quoted("the quick")).split()
+    assert set(answer) <= {"?", *WORDS}
+    assert len(answer) == 5
     assert min(approximated(found)) > 0
     refused = run("ask", out, *asked, "--model", "reference", code=2)
     assert "was written by another model" in refused.stderr

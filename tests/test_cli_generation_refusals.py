@@ -53,7 +53,10 @@ def test_layers_that_no_file_holds_are_refused_before_the_text_is_read(
         (("cache", "reference", "nowhere.txt"), "cannot read nowhere.txt"),
         (("cache", "reference", "document.txt", "--budget", 20), "budget=20 leaves nothing"),
         (("cache", "reference", "document.txt", "--out", "no/where"), "cannot write no/where"),
-        (("cache", "reference", "document.txt", "--out", "./document.txt"), "is the document itself"),
+        (
+            ("cache", "reference", "document.txt", "--out", "./document.txt"),
+            "document.txt: this command reads it",
+        ),
         (
             ("cache", "reference", "document.txt", "--out", "empty.txt"),
             "empty.txt exists: name another file, or give --overwrite",
@@ -88,5 +91,5 @@ def test_a_damaged_file_is_refused_before_anything_is_answered(document: Path) -
         result = run("ask", path, *questions, code=2)
         assert (message in result.stderr, result.stdout) == (True, "")
     cache, _ = load_cache(path, model := load_reference().model)
-    save_cache(cache, model, path)
+    save_cache(cache, model, path, overwrite=True)
     assert "holds no tokens of its text" in run("ask", path, QUESTIONS[0], code=2).stderr

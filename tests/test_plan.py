@@ -58,13 +58,16 @@ def test_a_type_that_plans_do_not_know_is_refused_when_written() -> None:
 def test_a_plan_survives_its_file(plan: ha.Plan, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text("what was there before")
-    ha.save_plan(plan, path)
+    with pytest.raises(FileExistsError, match="exists: name another file, or give overwrite=True"):
+        ha.save_plan(plan, path)
+    assert path.read_text() == "what was there before"
+    ha.save_plan(plan, path, overwrite=True)
     assert ha.load_plan(path) == plan
     assert [each.name for each in tmp_path.iterdir()] == ["plan.json"]
     # each distinct method stands there once
     assert len(json.loads(path.read_text())["methods"]) == 3
     never = replace(plan, crossover=None)
-    ha.save_plan(never, path)
+    ha.save_plan(never, path, overwrite=True)
     assert ha.load_plan(path) == never
 
 
@@ -78,11 +81,11 @@ def test_a_failed_write_leaves_the_old_plan(plan: ha.Plan, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", stop)
         with pytest.raises(KeyboardInterrupt):
-            ha.save_plan(replace(plan, crossover=7), path)
+            ha.save_plan(replace(plan, crossover=7), path, overwrite=True)
     assert ha.load_plan(path) == plan
     unknown = replace(plan, layers={0: ha.ByHead((_Unknown(),))}, errors={0: (0.0,)})
     with pytest.raises(TypeError, match="cannot be kept in a plan"):
-        ha.save_plan(unknown, path)
+        ha.save_plan(unknown, path, overwrite=True)
     assert ha.load_plan(path) == plan
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -1,9 +1,10 @@
 """Who takes part in a comparison over budgets: exact attention once, and every method at every budget."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from hyperattention.bench.rivals import rivals
+from hyperattention.bench.rivals import LEAST, rivals
 from hyperattention.bench.rows import LONG, Row, control_of, find_default
 from hyperattention.methods.default import lean_method, thorough_method
 from hyperattention.methods.exact import Exact
@@ -68,13 +69,15 @@ def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> t
     if not budgets or len(set(budgets)) < len(budgets):
         raise ValueError(f"budgets {list(budgets)}: name at least one, and each once, such as 512,1024,2048")
     found = [Entrant(EXACT, "exact (SDPA)", None, Row(EXACT, "exact (SDPA)", Exact()))]
-    for slots in budgets:
-        found += [_entrant(row, slots) for row in _rows(slots)]
-    known = list(dict.fromkeys(each.family for each in found))
-    unknown = [name for name in families or () if name not in known]
+    known = _makers(LEAST)
+    unknown = [name for name in families or () if name != EXACT and name not in known]
     if unknown:
-        raise ValueError(f"no method is called {', '.join(unknown)}: choose among {', '.join(known)}")
-    return tuple(each for each in found if families is None or each.exact or each.family in families)
+        raise ValueError(f"no method is called {', '.join(unknown)}: choose among {', '.join([EXACT, *known])}")
+    for slots in budgets:
+        # only what takes part is made: others may need more slots
+        wanted = (make for name, make in _makers(slots).items() if families is None or name in families)
+        found += [_entrant(make(), slots) for make in wanted]
+    return tuple(found)
 
 
 def own_methods() -> dict[str, Method]:
@@ -120,18 +123,31 @@ def at_budget(method: Method, slots: int) -> Method:
     return Method(*sized, replace(draw, num=left), tile=method.tile)
 
 
-def _rows(slots: int) -> tuple[Row, ...]:
-    own_at = {name: at_budget(method, slots) for name, method in own_methods().items()}
-    ours = own_at[OURS]
-    own = (
-        Row("sinks_window", "sinks + window", _window_at(slots, ours)),
-        Row(CONTROL, "control: + uniform draws", control_of(ours)),
-        Row("published", "HyperAttention, published", HyperAttention(block_size=slots // 2, sample_size=slots - slots // 2)),
-    )
-    names = {row.name for row in own}
+def _makers(slots: int) -> dict[str, Callable[[], Row]]:
+    """List what must be beaten, the rivals and this project's methods, by name, each to be made when it takes part."""
+    methods = own_methods()
+
+    def ours() -> Method:
+        return at_budget(methods[OURS], slots)
+
+    def own(name: str) -> Row:
+        return Row(name, OWN[name], at_budget(methods[name], slots))
+
+    def rival(name: str) -> Row:
+        return next(row for row in rivals(slots) if row.name == name)
+
+    first: dict[str, Callable[[], Row]] = {
+        "sinks_window": lambda: Row("sinks_window", "sinks + window", _window_at(slots, ours())),
+        CONTROL: lambda: Row(CONTROL, "control: + uniform draws", control_of(ours())),
+        "published": lambda: Row("published", "HyperAttention, published", _published(slots)),
+    }
     # the control of the default is the one that its claims are about
-    others = tuple(row for row in rivals(slots) if row.name not in names)
-    return (*own, *others, *(Row(name, OWN[name], method) for name, method in own_at.items()))
+    others = {row.name: partial(rival, row.name) for row in rivals(LEAST) if row.name not in first}
+    return first | others | {name: partial(own, name) for name in methods}
+
+
+def _published(slots: int) -> HyperAttention:
+    return HyperAttention(block_size=slots // 2, sample_size=slots - slots // 2)
 
 
 def _window_at(slots: int, ours: Method) -> Method:

@@ -19,7 +19,7 @@ from hyperattention.select.stage import Stage
 
 _TILE, _SINKS, _WINDOW = 64, 16, 256
 # below, a rival would have fewer than a few blocks to choose
-_LEAST = 512
+LEAST = 512
 # blocks of 16 keys beat blocks of 64 for every ranking, on structured inputs
 _BLOCK = 16
 
@@ -39,8 +39,8 @@ def rivals(slots: int) -> tuple[Row, ...]:
     Raises:
         ValueError: if there are too few slots to share out.
     """
-    if isinstance(slots, bool) or not isinstance(slots, int) or slots < _LEAST:
-        raise ValueError(f"rivals(slots={slots!r}): rivals need an integer of {_LEAST} slots or more to choose with")
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < LEAST:
+        raise ValueError(f"rivals(slots={slots!r}): rivals need an integer of {LEAST} slots or more to choose with")
     rest = slots - _SINKS - _WINDOW - _TILE
     blocks, some = rest // _BLOCK, rest // 2 // _BLOCK
     slashes = (rest - 32) // _TILE

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli.support import explained, make_console, names, numbers
+from hyperattention.cli.support import Encoding, check_inputs, explained, interruptible, make_console, names, numbers
+from hyperattention.files.model_folder import WEIGHTS, find_folder
+from hyperattention.report.evaluation_folder import check_evaluation_folder
 
 _Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
 _Names = "with commas between; all by default."
@@ -30,14 +32,16 @@ def evaluate(
     reference: Annotated[Path | None, typer.Option(help="Folder of another byte-level reference model.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished evaluation in the folder.")] = False,
+    encoding: Encoding = None,
 ) -> None:
     """Hide facts at depths of long texts, ask a model that reads through a compressed cache, and compare policies."""
     console = make_console()
     with explained():
+        check_evaluation_folder(out, (find_folder(model), reference or WEIGHTS), overwrite=overwrite)
+        check_inputs(model=model, reference=reference, text=text, encoding=encoding)
         from transformers.utils import logging
 
         from hyperattention.report import evaluation as report
-        from hyperattention.report.calibrate import find_folder
 
         logging.disable_progress_bar()
         usual = report.QUICK if quick else report.Options(out)
@@ -47,9 +51,13 @@ def evaluate(
             usual.lengths if lengths is None else numbers("--lengths", lengths),
             usual.budgets if budget is None else numbers("--budget", budget),
             depths or usual.depths, seeds or usual.seeds, usual.documents if documents is None else documents,
-            overwrite, chunk,
+            overwrite, chunk, encoding,
         )  # fmt: skip
         prepared = report.prepare(options)
-    results = report.run(prepared, console)
-    report.show(prepared, results, console)
-    console.print(*[f"wrote {path}" for path in report.save(prepared, results)], sep="\n", markup=False)
+    with interruptible():
+        results = report.run(prepared, console)
+        report.show(prepared, results, console)
+    with explained():
+        written = report.save(prepared, results)
+    for path in written:
+        typer.echo(f"wrote {path}")

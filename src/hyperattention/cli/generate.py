@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli.support import INTERRUPTED, check_writable, explained, make_console, refuse
+from hyperattention.calibration.outputs import Outputs
+from hyperattention.cli.support import (
+    INTERRUPTED,
+    Encoding,
+    Overwrite,
+    check_inputs,
+    explained,
+    hide_bars,
+    make_console,
+    refuse,
+)
+from hyperattention.files.model_folder import find_folder
 from hyperattention.random import SEED_LIMIT
 
 _Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
@@ -46,14 +57,16 @@ def generate(
     seed: _Seed = 0,
     audit: _Audit = 8,
     beyond: _Beyond = False,
+    encoding: Encoding = None,
 ) -> None:
     """Go on from a text, through a cache of bounded size: the text on standard output, what it cost on standard error."""
     console = make_console(stderr=True)
     with explained():
+        check_inputs(model=model, text=prompt, encoding=encoding)
         from hyperattention.report import generation as report
 
-        _hide_bars()
-        options = report.Options(model, policy, budget, sinks, window, chunk, seed, audit or None, beyond)
+        hide_bars()
+        options = report.Options(model, policy, budget, sinks, window, chunk, seed, audit or None, beyond, encoding)
         sampling = report.Sampling(max_new_tokens, temperature, seed)
         prepared = report.prepare(options, prompt, max_new_tokens)
         reading = report.read(prepared, console, leave=1)
@@ -72,32 +85,30 @@ def cache(
     chunk: _Chunk = None,
     seed: _Seed = 0,
     beyond: _Beyond = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: Overwrite = False,
+    encoding: Encoding = None,
 ) -> None:
     """Read a document once, and keep what `ask` needs of it in one file."""
     console = make_console(stderr=True)
     with explained():
+        Outputs((out,), overwrite, (document, find_folder(model))).check()
+        check_inputs(model=model, text=document, encoding=encoding)
         from hyperattention.integrations.transformers.cache_file import check_savable
         from hyperattention.report import generation as report
 
-        _hide_bars()
-        check_writable(out)
-        if out.resolve() == document.resolve():
-            refuse(f"--out {out} is the document itself: name another file")
-        if out.exists() and not overwrite:
-            refuse(f"{out} exists: name another file, or give --overwrite")
-        options = report.Options(model, policy, budget, sinks, window, chunk, seed, beyond=beyond)
+        hide_bars()
+        options = report.Options(model, policy, budget, sinks, window, chunk, seed, beyond=beyond, encoding=encoding)
         try:
             prepared = report.prepare(options, document, None)
             check_savable(prepared.cache, prepared.judged.model)
             reading = report.read(prepared, console, leave=0)
-            report.keep(prepared, out)
+            report.keep(prepared, out, overwrite=overwrite)
         except KeyboardInterrupt:
             stands = "what it held before stands" if out.exists() else "it does not exist"
             typer.echo(f"stopped: nothing was written to {out}; {stands}", err=True)
             raise typer.Exit(INTERRUPTED) from None
     report.show(prepared, console, reading=reading)
-    console.print(f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB", markup=False)
+    console.print(f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB")
 
 
 def ask(
@@ -119,22 +130,23 @@ def ask(
     """
     console = make_console(stderr=True)
     with explained():
-        from hyperattention.report import generation as report
-
-        _hide_bars()
         if not file.is_file():
             refuse(f"no file {file}: write one with `hyperattention cache`")
+        check_inputs(model=model)
+        from hyperattention.report import generation as report
+
+        hide_bars()
         sampling = report.Sampling(max_new_tokens, temperature, seed)
         asked = report.recall(file, questions, model, max_new_tokens, beyond=beyond)
-        for question, prepared in zip(questions, asked, strict=True):
-            if len(questions) > 1:
-                console.print(question, style="bold", markup=False, highlight=False)
+        for number, (question, prepared) in enumerate(zip(questions, asked, strict=True)):
+            # the blank line and the mark tell answers apart, in a file too
+            typer.echo(("\n" if number else "") + _quoted(question))
             reading = report.read(prepared, console, leave=1)
             writing = report.write(prepared, sampling)
             report.show(prepared, console, reading=reading, writing=writing)
 
 
-def _hide_bars() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+def _quoted(question: str) -> str:
+    """Mark a question as one, line by line; bytes that are no text become signs that say so."""
+    text = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "\n".join(f"> {line}" for line in text.split("\n"))

@@ -1,19 +1,59 @@
 """What all commands share: one line for what a user can put right, and a console of a width that tables fit."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Never
+from typing import Annotated, Never
 
 import typer
 from rich.console import Console
 
+from hyperattention.calibration.outputs import Outputs
+from hyperattention.files.model_folder import check_model_folder, check_reference_folder, find_folder
+from hyperattention.files.user_text import read_text
+
 _EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})
 # what shells give for a program that an interruption ended
 INTERRUPTED = 130
+# and for one whose output nobody reads any more
+_PIPE_CLOSED = 141
+# without an ending it is a PNG
+_PICTURES = frozenset({"", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp"})
 # a file or a pipe has no width; tables need this much
 _PLAIN_WIDTH = 150
+
+
+Length = Annotated[int | None, typer.Option(help="Tokens of each document; by default what the model was made for.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and draws.")]
+Encoding = Annotated[
+    str | None,
+    typer.Option(help="Of your text, such as latin-1; by default UTF-8, or bytes as they are for the embedded model."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
+
+
+def version(wanted: bool) -> bool:
+    """Print the version and end, if that was asked for.
+
+    Args:
+        wanted: whether it was.
+
+    Returns:
+        the same.
+
+    Raises:
+        Exit: once it is printed.
+    """
+    if wanted:
+        try:
+            typer.echo(f"hyperattention {metadata.version('hyperattention')}")
+        except metadata.PackageNotFoundError:
+            typer.echo("hyperattention, run from source and not installed")
+        raise typer.Exit
+    return wanted
 
 
 def refuse(message: object) -> Never:
@@ -30,23 +70,37 @@ def refuse(message: object) -> Never:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn what a user can put right into one line; anything else keeps its traceback."""
+def interruptible() -> Iterator[None]:
+    """Let an interruption, and a reader of the output that has gone, end the command without a traceback."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRAS:
-            raise
-        refuse(f"this command needs {error.name}: pip install 'hyperattention[demo]'")
-    except (ValueError, OSError) as error:
-        refuse(error)
+    except BrokenPipeError:
+        # what is left in the buffer would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(_PIPE_CLOSED) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what a user can put right into one line; anything else keeps its traceback."""
+    with interruptible():
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _EXTRAS:
+                raise
+            refuse(f"this command needs {error.name}: pip install 'hyperattention[demo]'")
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            refuse(error)
+
+
 def make_console(*, stderr: bool = False) -> Console:
-    """Give the console to print on.
+    """Give the console to print on; brackets and colons in names of files are what they are.
 
     Args:
         stderr: whether it is that of errors, where standard output is for what a model writes.
@@ -54,25 +108,65 @@ def make_console(*, stderr: bool = False) -> Console:
     Returns:
         the console.
     """
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH, stderr=stderr)
+    console = Console(stderr=stderr, markup=False, emoji=False)
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH, stderr=stderr, markup=False, emoji=False)
 
 
-def check_writable(*paths: Path | None) -> None:
-    """Refuse files that cannot be written.
+def check_inputs(
+    *, model: str | Path | None = None, reference: Path | None = None, text: Path | None = None, encoding: str | None = None
+) -> None:
+    """Refuse what is not there, before what is slow is even imported.
 
     Args:
-        paths: the files; None for none.
+        model: a folder, or the word for the embedded model; None for none.
+        reference: folder of a reference model; None for none.
+        text: a text; None for none.
+        encoding: what the user says that it is in; None for nothing.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: if there is an encoding and no text.
     """
-    for path in paths:
-        if path is None:
-            continue
-        folder = path.resolve().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"cannot write {path}: name a file in an existing directory that you may write to")
+    folder = None if model is None else find_folder(str(model))
+    if folder is not None:
+        check_model_folder(folder)
+    if reference is not None:
+        check_reference_folder(reference)
+    if text is not None:
+        found = read_text(text, encoding)
+        if folder is not None:
+            found.words()
+    elif encoding is not None:
+        raise ValueError(f"--encoding {encoding} is of your own text: name the text as well")
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuse a picture of a kind that cannot be drawn.
+
+    Args:
+        path: the picture; None for none.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if path is not None and path.suffix.lower() not in _PICTURES:
+        raise ValueError(f"cannot draw {path}: end its name in {', '.join(sorted(_PICTURES - {''}))}")
+
+
+def tell(outputs: Outputs) -> None:
+    """Say which files were written, a line each.
+
+    Args:
+        outputs: the files.
+    """
+    for path in outputs.named:
+        typer.echo(f"wrote {path}")
+
+
+def hide_bars() -> None:
+    """Let transformers load a model without bars of its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

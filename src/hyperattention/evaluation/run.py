@@ -13,6 +13,7 @@ from hyperattention.evaluation.policies import Contender
 from hyperattention.evaluation.sentences import Sentences
 from hyperattention.evaluation.tasks import TASKS
 from hyperattention.evaluation.tasks.setting import Setting
+from hyperattention.files.user_text import Text
 from hyperattention.reference.model import Judged
 
 
@@ -91,7 +92,7 @@ def dialect_of(judged: Judged) -> Dialect:
     return Lines() if judged.tokenizer is None else Sentences(judged.tokenizer)
 
 
-def haystack_of(judged: Judged, text: bytes) -> Haystack:
+def haystack_of(judged: Judged, text: Text) -> Haystack:
     """Cut a text into the tokens of a model.
 
     Args:
@@ -102,7 +103,7 @@ def haystack_of(judged: Judged, text: bytes) -> Haystack:
         the haystack.
     """
     # to a model of bytes every byte is a character
-    return Haystack.of(text.decode("latin-1" if judged.tokenizer is None else "utf-8", "replace"), dialect_of(judged))
+    return Haystack.of(text.data.decode("latin-1") if judged.tokenizer is None else text.words(), dialect_of(judged))
 
 
 def evaluate(judged: Judged, haystack: Haystack, plan: Plan, on_step: Callable[[str], None] = ignore) -> Findings:

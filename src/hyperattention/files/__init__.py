@@ -1,1 +1,1 @@
-"""What is written to disk and read again: plans, methods, policies, records."""
+"""Files that a user names: texts that are read, folders of models, and what may be written."""

@@ -12,7 +12,7 @@ def write_whole(path: Path, text: str) -> None:
         path: the file.
         text: what it is to hold.
     """
-    _replace(path, lambda beside: beside.write_text(text))
+    _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_whole_bytes(path: Path, data: bytes) -> None:
@@ -25,10 +25,38 @@ def write_whole_bytes(path: Path, data: bytes) -> None:
     _replace(path, lambda beside: beside.write_bytes(data))
 
 
+def beside(path: Path) -> Path:
+    """Name the file in which a file is written until it is whole.
+
+    Args:
+        path: the file.
+
+    Returns:
+        a name in the same folder; a link is followed, so that its target is replaced and the link stays.
+    """
+    real = Path(os.path.realpath(path))
+    return real.with_name(f".{real.name}.{os.getpid()}")
+
+
+def is_stream(path: Path) -> bool:
+    """Tell whether a path is a device or a pipe, such as /dev/stdout: it is written to and never replaced.
+
+    Args:
+        path: what was named.
+
+    Returns:
+        whether it is there and neither a file nor a folder.
+    """
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    if is_stream(path):
+        write(path)
+        return
+    partial = beside(path)
     try:
-        write(beside)
-        os.replace(beside, path)
+        write(partial)
+        os.replace(partial, os.path.realpath(path))
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

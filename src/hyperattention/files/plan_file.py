@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from hyperattention.calibration.outputs import refuse_existing
 from hyperattention.files.atomic_write import write_whole
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import Fingerprint
@@ -17,13 +18,16 @@ FORMAT, VERSION = "hyperattention plan", 1
 _REMEDY = "run `hyperattention calibrate` again"
 
 
-def save_plan(plan: Plan, path: str | Path) -> None:
+def save_plan(plan: Plan, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a plan to a file, whole or not at all.
 
     Args:
         plan: the plan.
-        path: the file, which is replaced.
+        path: the file.
+        overwrite: whether a file that is there may be replaced; otherwise it is refused with a FileExistsError.
     """
+    if not overwrite:
+        refuse_existing(Path(path), "overwrite=True")
     write_whole(Path(path), json.dumps(_to_json(plan), indent=1) + "\n")
 
 

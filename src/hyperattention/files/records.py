@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from hyperattention.files.atomic_write import write_whole
+
 PACKAGES = ("hyperattention", "torch", "transformers", "numpy", "triton")
 
 
@@ -102,4 +104,4 @@ def write_records(path: Path, records: Iterable[Mapping[str, object]], *, kind: 
     where = environment()
     lines = [json.dumps({"kind": kind} | {key: plain(item) for key, item in record.items()} | where) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in lines))
+    write_whole(path, "".join(line + "\n" for line in lines))

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hyperattention.files.user_text import Text, refuse_damaged
 from hyperattention.reference.model import Judged
 
 
@@ -22,6 +23,17 @@ class Codec(ABC):
         Args:
             text: the text.
             first: whether it begins the input, where models may want a token of their own.
+
+        Returns:
+            the tokens.
+        """
+
+    @abstractmethod
+    def read(self, text: Text) -> Int[Tensor, " tokens"]:
+        """Turn a whole text, which begins the input, into tokens.
+
+        Args:
+            text: the text.
 
         Returns:
             the tokens.
@@ -42,12 +54,16 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class Bytes(Codec):
-    """A token is a byte of UTF-8."""
+    """A token is a byte: of a text as it is, of words as UTF-8 writes them."""
 
     def encode(self, text: str, *, first: bool) -> Tensor:
         """Take the bytes."""
-        # what a file holds that is no UTF-8 was read as surrogates, and becomes the bytes that it was
+        # what a command line holds that is no UTF-8 came as surrogates, and becomes the bytes that it was
         return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64)
+
+    def read(self, text: Text) -> Tensor:
+        """Take the bytes."""
+        return torch.tensor(list(text.data), dtype=torch.int64)
 
     def decode(self, tokens: Any, **options: Any) -> str:
         """Read the bytes; those that are no character become a sign that says so."""
@@ -66,10 +82,15 @@ class Words(Codec):
 
     def encode(self, text: str, *, first: bool) -> Tensor:
         """Ask the tokenizer; a token that ends the input is left out, for more is to come."""
+        refuse_damaged(text, "the text")
         tokens = list(self.tokenizer(text, add_special_tokens=first, verbose=False).input_ids)
         if first and len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id:
             tokens = tokens[:-1]
         return torch.tensor(tokens, dtype=torch.int64)
+
+    def read(self, text: Text) -> Tensor:
+        """Ask the tokenizer for the tokens of the words."""
+        return self.encode(text.words(), first=True)
 
     def decode(self, tokens: Any, **options: Any) -> str:
         """Ask the tokenizer."""

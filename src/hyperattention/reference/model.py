@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hyperattention.files.model_folder import WEIGHTS, check_model_folder, check_reference_folder
 from hyperattention.integrations.transformers.trained_length import trained_length
 
-WEIGHTS = Path(__file__).parent / "weights"
+__all__ = ["WEIGHTS", "Judged", "load_model", "load_reference"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,12 @@ def load_reference(folder: Path = WEIGHTS) -> Judged:
     Returns:
         the model.
 
+    A folder without weights is a FileNotFoundError.
+
     Raises:
-        FileNotFoundError: if the folder has no weights.
         ValueError: if its model is not one of 256 bytes.
     """
-    if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(
-            f"no reference model in {folder}: reinstall the package, or train one with training/train_reference.py "
-            "and name its folder"
-        )
+    check_reference_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     if model.config.vocab_size != 256:
         raise ValueError(f"the model in {folder} has {model.config.vocab_size} tokens: the reference model reads 256 bytes")
@@ -67,14 +65,12 @@ def load_model(folder: Path) -> Judged:
     Returns:
         the model, in the precision it was saved in.
 
+    A folder that does not exist or holds no model is a FileNotFoundError.
+
     Raises:
-        FileNotFoundError: if the folder does not exist or holds no model.
         ValueError: if transformers cannot load the model or its tokenizer.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no directory {folder}: name a folder that holds config.json, weights and a tokenizer")
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: name a folder written by transformers' save_pretrained")
+    check_model_folder(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -10,6 +10,7 @@ from hyperattention.bench.case import Case
 from hyperattention.bench.rows import rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
 from hyperattention.files.records import write_records
+from hyperattention.report.narrow import print_table
 from hyperattention.report.plots import plot_bench
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import speed_table
@@ -82,7 +83,7 @@ def run(options: Options, console: Console) -> dict[Case, tuple[Speed, ...]]:
     with progress(console, "bench", len(cases) * steps_of(lines, options.speed)) as on_step:
         for case in cases:
             results[case] = measure_speed(case, lines, options.speed, on_step)
-            console.print(speed_table(results[case], case, "structured inputs"))
+            print_table(console, speed_table(results[case], case, "structured inputs"))
     return results
 
 

@@ -13,11 +13,9 @@ from hyperattention.files.plan_file import save_plan
 from hyperattention.report.demo import Options as Texts
 from hyperattention.report.demo import Prepared, prepare
 from hyperattention.report.method_names import short_name
+from hyperattention.report.narrow import print_table
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import format_seconds
-
-# the word that stands for the embedded model on the command line
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -28,28 +26,18 @@ class Options:
         out: the plan's file; what was measured so far stands beside it until the plan is whole.
         texts: model, text, length and number of documents.
         settings: how to calibrate.
+        overwrite: whether a plan that is there may be replaced.
     """
 
     out: Path
     texts: Texts = field(default_factory=lambda: Texts(documents=2))
     settings: Settings = field(default_factory=Settings)
+    overwrite: bool = False
 
     @property
     def journal(self) -> Path:
         """Where measurements are kept until the plan is whole."""
         return self.out.with_name(f"{self.out.name}.partial")
-
-
-def find_folder(model: str) -> Path | None:
-    """Turn the model's name on the command line into a folder.
-
-    Args:
-        model: a folder, or the word for the embedded reference model.
-
-    Returns:
-        the folder; None for the reference model.
-    """
-    return None if model == REFERENCE else Path(model)
 
 
 def ready(options: Options) -> Prepared:
@@ -79,7 +67,7 @@ def run(prepared: Prepared, options: Options, console: Console) -> Plan:
     except KeyboardInterrupt:
         console.print(f"stopped: what was measured is in {options.journal}, and the same command goes on from there")
         raise
-    save_plan(plan, options.out)
+    save_plan(plan, options.out, overwrite=options.overwrite)
     options.journal.unlink(missing_ok=True)
     return plan
 
@@ -99,7 +87,7 @@ def show(plan: Plan, console: Console) -> None:
     for layer, method in plan.layers.items():
         entries = zip(method.methods, plan.errors[layer], strict=True)
         table.add_row(str(layer), *(f"{short_name(each)}  {error:.3f}" for each, error in entries))
-    console.print(table)
+    print_table(console, table)
     for line in conclude(plan):
         console.print(line)
 

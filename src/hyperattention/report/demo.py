@@ -11,12 +11,14 @@ from hyperattention.bench.case import Case
 from hyperattention.bench.rows import Row, rows
 from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
 from hyperattention.files.records import write_records
+from hyperattention.files.user_text import Text, read_text
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.default import CROSSOVER
 from hyperattention.reference.evaluate import Judgement, evaluate
 from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
 from hyperattention.reference.samples import Sample, samples_of_documents, samples_of_text, tokens_of_text
 from hyperattention.reference.text import documents_from, held_out_text
+from hyperattention.report.narrow import print_table
 from hyperattention.report.plots import plot_demo
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import depth_table, format_added, format_error, loss_table, speed_table
@@ -39,6 +41,7 @@ class Options:
         audit_rows: rows of every output compared with exact attention.
         speed: how carefully to measure time.
         seed: of documents, inputs and draws.
+        encoding: of the user's text; None for UTF-8, or bytes as they are for the reference model.
     """
 
     length: int | None = None
@@ -50,6 +53,7 @@ class Options:
     audit_rows: int = 128
     speed: Settings = field(default_factory=Settings)
     seed: int = 0
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,26 +66,24 @@ class Prepared:
     source: str
 
 
-def read_text(path: Path) -> bytes:
+def read_long_text(path: Path, encoding: str | None) -> Text:
     """Read a user's text.
 
     Args:
         path: the file.
+        encoding: what the user says that it is in, if anything.
 
     Returns:
-        its bytes.
+        the text.
 
     Raises:
         ValueError: if it cannot be read, is empty, or is shorter than what an approximation pays for.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a readable text file") from error
-    if not text.strip():
+    text = read_text(path, encoding)
+    if not text.data.strip():
         raise ValueError(f"{path} is empty: name a text of at least {CROSSOVER:,} bytes")
-    if len(text) < CROSSOVER:
-        raise ValueError(f"{path} has {len(text):,} bytes: below {CROSSOVER:,} attention is exact; name a longer text")
+    if len(text.data) < CROSSOVER:
+        raise ValueError(f"{path} has {len(text.data):,} bytes: below {CROSSOVER:,} attention is exact; name a longer text")
     return text
 
 
@@ -97,7 +99,10 @@ def prepare(options: Options) -> Prepared:
     Raises:
         ValueError: if the text, the length or the model cannot be used; FileNotFoundError if one is missing.
     """
-    text = held_out_text() if options.text is None else read_text(options.text)
+    own = options.text
+    text = Text(held_out_text(), "held-out text") if own is None else read_long_text(own, options.encoding)
+    # what is no text is refused before a model is loaded
+    words = "" if options.model is None else text.words()
     judged = load_reference(options.reference) if options.model is None else load_model(options.model)
     with use(judged.model, rows()[0].method):
         pass  # a model whose attention cannot be switched is refused here, before anything slow begins
@@ -105,10 +110,9 @@ def prepare(options: Options) -> Prepared:
         raise ValueError(f"length {options.length}: {judged.name} reads 64 to {judged.max_length:,} tokens; set --length")
     source = "held-out text" if options.text is None else options.text.name
     if judged.tokenizer is None:
-        length = options.length or min(judged.max_length, len(text))
-        samples = samples_of_documents(documents_from(text, length, options.documents, options.seed))
+        length = options.length or min(judged.max_length, len(text.data))
+        samples = samples_of_documents(documents_from(text.data, length, options.documents, options.seed))
         return Prepared(options, judged, samples, source)
-    words = text.decode(errors="replace")
     length = options.length or _usable_length(judged, words)
     return Prepared(options, judged, samples_of_text(words, judged, length, options.documents), source)
 
@@ -166,10 +170,10 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
     """
     length, count = len(prepared.samples[0].tokens), len(prepared.samples)
     title = f"1. {prepared.judged.name}, {count} x {length:,} tokens of {prepared.source}, all layers replaced"
-    console.print(loss_table(results.judgements, title))
+    print_table(console, loss_table(results.judgements, title))
     if results.judgements[0].depths:
-        console.print(depth_table(results.judgements))
-    console.print(speed_table(results.speeds, results.case, "2. structured inputs"))
+        print_table(console, depth_table(results.judgements))
+    print_table(console, speed_table(results.speeds, results.case, "2. structured inputs"))
     for line in conclude(prepared, results):
         console.print(line)
 

@@ -10,13 +10,16 @@ from hyperattention.evaluation.policies import choose_entrants, contenders_at
 from hyperattention.evaluation.run import Findings, Plan, check, evaluate, haystack_of
 from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
 from hyperattention.evaluation.tasks import TASKS
+from hyperattention.files.user_text import Text, read_text
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
 from hyperattention.reference.text import held_out_text
-from hyperattention.report.evaluation_files import METRICS, contender_record, write_files
+from hyperattention.report.evaluation_files import contender_record, write_files
+from hyperattention.report.evaluation_folder import HEAT_MAPS, METRICS, check_evaluation_folder
 from hyperattention.report.evaluation_plot import plot_heat_map
 from hyperattention.report.evaluation_tables import continuation_table, retrieval_table
+from hyperattention.report.narrow import print_table
 from hyperattention.report.progress import progress
 
 
@@ -38,6 +41,7 @@ class Options:
         documents: texts for each seed whose continuation is read; 0 for none.
         overwrite: whether a finished run in the folder may be replaced.
         chunk: tokens of a piece in which prompts are read; None for all at once.
+        encoding: of the user's text; None for UTF-8, or bytes as they are for the reference model.
     """
 
     out: Path
@@ -53,6 +57,7 @@ class Options:
     documents: int = 8
     overwrite: bool = False
     chunk: int | None = None
+    encoding: str | None = None
 
 
 # a little of everything, to see that it works; the folder is the user's
@@ -87,13 +92,16 @@ def prepare(options: Options) -> Prepared:
     Returns:
         what the command needs to run.
     """
-    _check_folder(options)
+    check_evaluation_folder(options.out, (options.model, options.reference), overwrite=options.overwrite)
     contenders = contenders_at(choose_entrants(options.policies), options.budgets)
     plan = Plan(
         tuple(TASKS) if options.tasks is None else options.tasks, options.lengths, contenders,
         depths=options.depths, seeds=options.seeds, documents=options.documents, chunk=options.chunk,
     )  # fmt: skip
-    text = held_out_text() if options.text is None else _read(options.text)
+    own = options.text
+    text = Text(held_out_text(), "held-out text") if own is None else read_text(own, options.encoding)
+    if options.model is not None:
+        text.words()  # what is no text is refused before a model is loaded
     judged = load_reference(options.reference) if options.model is None else load_model(options.model)
     with use(judged.model, Exact()):
         pass  # a model whose attention cannot be switched is refused here
@@ -102,22 +110,6 @@ def prepare(options: Options) -> Prepared:
     haystack = haystack_of(judged, text)
     check(judged, haystack, plan)
     return Prepared(options, judged, haystack, plan)
-
-
-def _check_folder(options: Options) -> None:
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"{options.out} is a file: name a folder to write into")
-    if not options.out.resolve().parent.is_dir():
-        raise ValueError(f"cannot make {options.out}: name a folder in an existing directory")
-    if (options.out / METRICS).exists() and not options.overwrite:
-        raise ValueError(f"{options.out} holds a finished evaluation: name another folder, or give --overwrite")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a readable text file") from error
 
 
 def run(prepared: Prepared, console: Console) -> Results:
@@ -146,10 +138,12 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
     for length in prepared.plan.lengths:
         found = [cell for cell in results.cells if cell.length == length]
         if found:
-            console.print(retrieval_table(found, f"{prepared.judged.name}, {length:,} tokens: answers found"))
+            print_table(console, retrieval_table(found, f"{prepared.judged.name}, {length:,} tokens: answers found"))
         losses = [each for each in results.continuations if each.length == length]
         if losses:
-            console.print(continuation_table(losses, f"{prepared.judged.name}, {length:,} tokens: loss of the last quarter"))
+            print_table(
+                console, continuation_table(losses, f"{prepared.judged.name}, {length:,} tokens: loss of the last quarter")
+            )
 
 
 def save(prepared: Prepared, results: Results) -> list[Path]:
@@ -163,9 +157,11 @@ def save(prepared: Prepared, results: Results) -> list[Path]:
         the files.
     """
     out, plan = prepared.options.out, prepared.plan
+    # once more, for the folder may have changed meanwhile
+    check_evaluation_folder(out, (), overwrite=prepared.options.overwrite)
     out.mkdir(exist_ok=True)
     (out / METRICS).unlink(missing_ok=True)
-    for old in out.glob("heat_map_*.png"):
+    for old in out.glob(HEAT_MAPS):
         old.unlink()
     pictures = []
     for contender in plan.contenders if results.cells else ():

@@ -15,14 +15,7 @@ from hyperattention.files.atomic_write import write_whole
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.records import environment, plain
 from hyperattention.reference.model import Judged
-
-METRICS = "metrics.json"
-_PREDICTIONS = "predictions.csv"
-_CONFIG = "config.json"
-_COLUMNS = (
-    *("policy", "budget", "task", "length", "depth", "question_visible", "seed", "turn", "question", "expected", "said"),
-    *("right", "digits"),
-)
+from hyperattention.report.evaluation_folder import COLUMNS, CONFIG, METRICS, PREDICTIONS
 
 
 def contender_record(contender: Contender) -> dict[str, object]:
@@ -119,16 +112,16 @@ def write_files(
         "continuation": [continuation_record(each) for each in continuations],
     }
     config = {"model": judged.name, "fingerprint": asdict(fingerprint(judged.model)), **settings, **environment()}
-    write_whole(out / _CONFIG, json.dumps(plain(config), indent=1) + "\n")
-    write_whole(out / _PREDICTIONS, _predictions(findings))
+    write_whole(out / CONFIG, json.dumps(plain(config), indent=1) + "\n")
+    write_whole(out / PREDICTIONS, _predictions(findings))
     write_whole(out / METRICS, json.dumps(metrics, indent=1) + "\n")
-    return [out / name for name in (_CONFIG, _PREDICTIONS, METRICS)]
+    return [out / name for name in (CONFIG, PREDICTIONS, METRICS)]
 
 
 def _predictions(findings: Findings) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    writer.writerow(COLUMNS)
     for reply in findings.replies:
         who = contender_record(reply.contender)
         asked = [(number, turn) for number, turn in enumerate(reply.item.turns) for _ in turn.answers]

@@ -1,6 +1,5 @@
 """Heat maps of an evaluation: depth against length, a panel for each task, hidden and visible questions."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hyperattention.evaluation.summary import Cell
+from hyperattention.report.picture import save_picture
 
 # the least height and width of a panel, in inches
 _PANEL = 2.4
@@ -32,12 +32,7 @@ def plot_heat_map(path: Path, cells: Sequence[Cell], depths: int) -> None:
             axes.set_xlabel("tokens" if row == len(seen) - 1 else "")
             axes.set_ylabel("depth" if column == 0 else "")
     figure.suptitle(f"{cells[0].contender.name}: share of answers found (grey: beyond the model)", fontsize=10)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(beside, dpi=110, format="png")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    save_picture(figure, path, 110)
 
 
 def _draw(axes: Axes, cells: Sequence[Cell], lengths: Sequence[int], depths: int) -> None:

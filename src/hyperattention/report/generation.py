@@ -12,14 +12,16 @@ from torch import Tensor
 
 from hyperattention.cache.store import Store
 from hyperattention.evaluation.policies import Contender, find_entrant
+from hyperattention.files.model_folder import REFERENCE, find_folder
+from hyperattention.files.user_text import read_text
 from hyperattention.generation.codec import codec_of
-from hyperattention.generation.session import Sampling, Stretch, pieces_of, read_text, write_on
+from hyperattention.generation.session import Sampling, Stretch, pieces_of, write_on
+from hyperattention.generation.session import read_text as read_tokens
 from hyperattention.integrations.transformers import use
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.cache_file import find_maker, load_cache, save_cache
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged, load_model, load_reference
-from hyperattention.report.calibrate import REFERENCE, find_folder
 from hyperattention.report.progress import progress
 
 _MEBIBYTE = 2**20
@@ -39,6 +41,7 @@ class Options:
         seed: of every draw.
         audit: one token in so many is also attended to exactly; None for none.
         beyond: whether to go on beyond the length that the model was made for.
+        encoding: of the text; None for UTF-8, or bytes as they are for the reference model.
     """
 
     model: str = REFERENCE
@@ -50,6 +53,7 @@ class Options:
     seed: int = 0
     audit: int | None = None
     beyond: bool = False
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,11 @@ def prepare(options: Options, path: Path, more: int | None) -> Prepared:
         ValueError: if the text, the model, the policy or the budget cannot be used; FileNotFoundError if one is missing.
     """
     contender = Contender(find_entrant(options.policy), options.budget, options.sinks, options.window)
-    try:
-        # bytes that are no UTF-8 stay what they are to a model of bytes
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a readable text file") from error
+    text = read_text(path, options.encoding)
+    if find_folder(options.model) is not None:
+        text.words()  # what is no text is refused before a model is loaded
     judged = _load(options.model)
-    if judged.tokenizer is not None:
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    tokens = codec_of(judged).encode(text, first=True)[None]
+    tokens = codec_of(judged).read(text)[None]
     if tokens.shape[1] < 2:
         raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
     _check_length(judged, tokens.shape[1] + (more or 0), options.beyond)
@@ -133,7 +133,7 @@ def read(prepared: Prepared, console: Console, *, leave: int) -> Stretch | None:
     if not tokens.shape[1]:
         return None
     with progress(console, "read", pieces_of(tokens.shape[1], prepared.options.chunk)) as on_step:
-        return read_text(prepared.judged, prepared.cache, tokens, chunk=prepared.options.chunk, on_step=on_step)
+        return read_tokens(prepared.judged, prepared.cache, tokens, chunk=prepared.options.chunk, on_step=on_step)
 
 
 def write(prepared: Prepared, sampling: Sampling) -> Stretch:
@@ -149,16 +149,17 @@ def write(prepared: Prepared, sampling: Sampling) -> Stretch:
     return write_on(prepared.judged, prepared.cache, prepared.tokens, sampling)[1]
 
 
-def keep(prepared: Prepared, out: Path) -> None:
+def keep(prepared: Prepared, out: Path, *, overwrite: bool = False) -> None:
     """Write the cache of a text to a file, whole or not at all.
 
     Args:
         prepared: model, text and cache.
         out: the file.
+        overwrite: whether a file that is there may be replaced.
     """
     folder = find_folder(prepared.options.model)
     made_by = REFERENCE if folder is None else str(folder.resolve())
-    save_cache(prepared.cache, prepared.judged.model, out, tokens=prepared.tokens, made_by=made_by)
+    save_cache(prepared.cache, prepared.judged.model, out, tokens=prepared.tokens, made_by=made_by, overwrite=overwrite)
 
 
 def recall(

@@ -9,7 +9,10 @@ from string import Template
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
-_PAGE = Template((Path(__file__).parent / "page.html").read_text())
+from hyperattention.calibration.outputs import MARK
+from hyperattention.files.atomic_write import write_whole
+
+_PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ def write_page(path: Path, title: str, lines: Sequence[str], sections: Sequence[
     figures = ",\n".join(str(section.figure.to_json()).replace("</", "<\\/") for section in sections)
     page = _PAGE.substitute(
         title=html.escape(title),
+        maker=MARK,
         plotly=get_plotlyjs(),
         lines="\n".join(f"<p>{html.escape(line)}</p>" for line in lines),
         sections="\n".join(_section(section, number) for number, section in enumerate(sections)),
         figures=figures,
     )
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
 
 
 def _section(section: Section, number: int) -> str:

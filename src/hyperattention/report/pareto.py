@@ -16,6 +16,7 @@ from hyperattention.reference.model import Judged
 from hyperattention.reference.passes import capture
 from hyperattention.reference.samples import Sample
 from hyperattention.report import demo
+from hyperattention.report.narrow import print_table
 from hyperattention.report.pareto_plot import plot_pareto
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import depth_table, frontier_table, loss_table
@@ -176,12 +177,14 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
     judged, length = prepared.inputs.judged.name, prepared.length
     titles = {MODEL: f"1. {judged}'s own q, k, v", STRUCTURED: "2. structured q, k, v"}
     for name, points in results.points.items():
-        console.print(frontier_table(points, f"{titles[name]}, {length:,} tokens, causal"))
+        print_table(console, frontier_table(points, f"{titles[name]}, {length:,} tokens, causal"))
     if results.judgements:
         count = len(prepared.inputs.samples)
-        console.print(loss_table(results.judgements, f"3. {judged}, {count} x {length:,} tokens, all layers replaced"))
+        print_table(
+            console, loss_table(results.judgements, f"3. {judged}, {count} x {length:,} tokens, all layers replaced")
+        )
         if results.judgements[0].depths:
-            console.print(depth_table(results.judgements))
+            print_table(console, depth_table(results.judgements))
     for found in rankings(results):
         for chain in found["not_told_apart"]:
             console.print(f"The order of these may be chance ({found['of']}): {' ~ '.join(chain)}")

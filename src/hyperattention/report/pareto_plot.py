@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from hyperattention.bench.entrants import OWN, Entrant
 from hyperattention.bench.frontier import Point
 from hyperattention.reference.evaluate import Judgement
+from hyperattention.report.picture import save_picture
 from hyperattention.report.plots import scale_seconds
 
 _EXACT = "0.4"
@@ -39,7 +40,7 @@ def plot_pareto(
         _plot_losses(axes[-1], judgements, who, styles)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=130)
+    save_picture(figure, path, 130)
 
 
 def _styles(who: Sequence[Entrant]) -> dict[str, dict]:

@@ -11,6 +11,7 @@ from hyperattention.bench.case import Case
 from hyperattention.bench.error import Error
 from hyperattention.bench.speed import Speed
 from hyperattention.reference.evaluate import Judgement
+from hyperattention.report.picture import save_picture
 
 _COLOURS = {
     "exact": "0.4",
@@ -65,7 +66,7 @@ def plot_demo(path: Path, judgements: Sequence[Judgement], model: str, speeds: S
     for speed in speeds:
         _point(right, speed.row, f"{speed.label}: {speed.ratio.value:.1f}x", speed.timing.median, speed.error)
     _finish(right, f"structured inputs: {case.length:,} tokens, {case.title}")
-    figure.savefig(path, dpi=130)
+    save_picture(figure, path, 130)
 
 
 def plot_bench(path: Path, results: Mapping[Case, Sequence[Speed]]) -> None:
@@ -98,4 +99,4 @@ def plot_bench(path: Path, results: Mapping[Case, Sequence[Speed]]) -> None:
         time.set_yscale("log")
         memory.set_xlabel("tokens")
     grid[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, 110)

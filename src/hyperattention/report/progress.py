@@ -27,8 +27,9 @@ def progress(console: Console, title: str, steps: int) -> Iterator[Callable[[str
     Yields:
         a function to call before each step, with what comes next.
     """
-    columns = (SpinnerColumn(), TextColumn("{task.fields[title]}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
+    what, step = (TextColumn(text, markup=False) for text in ("{task.fields[title]}", "{task.description}"))
+    columns = (SpinnerColumn(), what, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), step)
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=steps, title=title)
         # the bar counts steps that are done, so the first announcement moves nothing
         done = iter(range(steps + 1))

@@ -110,7 +110,7 @@ def speed_table(speeds: Sequence[Speed], case: Case, title: str) -> Table:
     """
     table = Table(title=f"{title}: {case.length:,} tokens, {case.title}", title_justify="left")
     table.add_column("method")
-    for name in ("time", r"vs SDPA \[quartiles]", r"error \[95%]", "pairs/query", "to choose", "peak memory"):
+    for name in ("time", "vs SDPA [quartiles]", "error [95%]", "pairs/query", "to choose", "peak memory"):
         table.add_column(name, justify="right")
     for each in speeds:
         table.add_row(

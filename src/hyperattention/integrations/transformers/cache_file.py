@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hyperattention.cache.policy import Policy
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping
+from hyperattention.calibration.outputs import refuse_existing
 from hyperattention.files.atomic_write import write_whole_bytes
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
@@ -39,6 +40,7 @@ def save_cache(
     *,
     tokens: Int[Tensor, "batch tokens"] | None = None,
     made_by: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a cache to one safetensors file, whole or not at all.
 
@@ -50,9 +52,10 @@ def save_cache(
     Args:
         cache: what was read.
         model: who read it.
-        path: the file, which is replaced.
+        path: the file.
         tokens: what was read, to be kept with it; at least as many as the cache has seen.
         made_by: where the model was loaded from, so that it can be found again.
+        overwrite: whether a file that is there may be replaced; otherwise it is refused with a FileExistsError.
 
     Raises:
         ValueError: if the cache is empty, a layer of it is not compressed, its policy is not one of this package's, or the
@@ -61,6 +64,8 @@ def save_cache(
     Example:
         >>> save_cache(cache, model, "document.safetensors", tokens=tokens)  # doctest: +SKIP
     """
+    if not overwrite:
+        refuse_existing(Path(path), "overwrite=True")
     check_savable(cache, model)
     stores = cache.stores
     if empty := [number for number, store in stores.items() if not store.batch]:

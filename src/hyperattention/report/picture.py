@@ -1,0 +1,27 @@
+"""A picture, written whole or not at all, with a mark by which it is known again."""
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from hyperattention.calibration.outputs import MARK
+from hyperattention.files.atomic_write import write_whole_bytes
+
+# the key under which each kind of file can say who made it; others cannot
+_MAKER = {"png": "Software", "pdf": "Creator", "svg": "Creator"}
+
+
+def save_picture(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure to a file.
+
+    Args:
+        figure: the figure.
+        path: the file, which is replaced; its ending says which kind, a PNG where it has none.
+        dpi: dots an inch.
+    """
+    kind = path.suffix[1:].lower() or "png"
+    metadata = {_MAKER[kind]: MARK} if kind in _MAKER else None
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=kind, metadata=metadata)
+    write_whole_bytes(path, drawn.getvalue())

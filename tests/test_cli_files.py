@@ -1,0 +1,185 @@
+"""Files of commands: nothing is written over unasked, nothing is replaced in a text, and figures fit narrow terminals."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from hyperattention.bench.entrants import entrants
+from hyperattention.calibration.outputs import MARK, Outputs
+from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.user_text import Text, read_text
+from hyperattention.report.evaluation_folder import CONFIG, METRICS, check_evaluation_folder
+from hyperattention.report.narrow import print_table
+from test_cli import invoke
+from test_cli_generation import document, own_model
+
+# fixtures of another file
+__all__ = ["document", "own_model"]
+
+COMMANDS = {
+    "demo": ("--plot", ()),
+    "bench": ("--plot", ()),
+    "pareto": ("--json", ()),
+    "calibrate": ("--out", ("reference",)),
+    "inspect": ("--out", ("reference",)),
+    "cache": ("--out", ("reference", "document.txt")),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_there_is_refused_before_work_begins(command: str, document: Path) -> None:
+    option, given = COMMANDS[command]
+    Path("there.png").write_text("not ours")
+    for path, message in (
+        ("there.png", "there.png exists: name another file, or give --overwrite"),
+        ("no/x.png", "no/x.png"),
+    ):
+        code, output = invoke(command, *given, option, path)
+        assert (code, message in output) == (2, True), output
+    assert Path("there.png").read_text() == "not ours"
+
+
+@pytest.mark.parametrize("command", ["demo", "calibrate", "inspect", "pareto", "eval", "generate", "cache"])
+def test_what_is_no_text_is_refused_with_the_place(command: str, own_model: Path, document: Path) -> None:
+    document.write_bytes(b"the quick brown fox " * 200 + b"caf\xe9 " + b"runs away " * 200)
+    model = (own_model,) if command in ("calibrate", "inspect", "eval", "generate", "cache") else ("--model", own_model)
+    text = ("document.txt",) if command in ("calibrate", "inspect", "generate", "cache") else ("--text", "document.txt")
+    code, output = invoke(command, *model, *text)
+    assert (code, "byte 0xe9 at position 4,003" in output) == (2, True), output
+    code, output = invoke(command, *model, *text, "--encoding", "nonsense")
+    assert (code, "unknown encoding: nonsense" in output) == (2, True), output
+
+
+def test_a_text_is_its_bytes_or_what_its_encoding_says(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("café".encode("utf-16"))
+    assert read_text(path).data == path.read_bytes()
+    assert read_text(path, "utf-16").words() == "café"
+    with pytest.raises(ValueError, match="give --encoding utf-16"):
+        read_text(path).words()
+    with pytest.raises(ValueError, match="0xe9 at position 3"):
+        Text(b"caf\xe9", "it").words()
+
+
+def test_an_evaluation_writes_over_nothing_but_an_evaluation(tmp_path: Path) -> None:
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="this command reads it"):
+            check_evaluation_folder(tmp_path, (tmp_path,), overwrite=overwrite)
+    (tmp_path / CONFIG).write_text('{"model_type": "llama"}')
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="was not written by `eval`"):
+            check_evaluation_folder(tmp_path, (), overwrite=overwrite)
+    (tmp_path / CONFIG).write_text(json.dumps({"fingerprint": 1, "contenders": [], "tokens_of_text": 1}))
+    check_evaluation_folder(tmp_path, (), overwrite=False)
+    (tmp_path / METRICS).write_text(json.dumps({"floor": 1, "retrieval": [], "continuation": []}))
+    with pytest.raises(ValueError, match="finished evaluation"):
+        check_evaluation_folder(tmp_path, (), overwrite=False)
+    check_evaluation_folder(tmp_path, (), overwrite=True)
+    (tmp_path / "heat_map_mine.png").write_bytes(b"a picture")
+    with pytest.raises(FileExistsError, match="heat_map_mine"):
+        check_evaluation_folder(tmp_path, (), overwrite=True)
+
+
+def test_only_an_own_picture_under_the_default_name_is_replaced_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    default, other = Path("demo.png"), Path("other.png")
+    for path in (default, other):
+        path.write_text(MARK)
+    Outputs((default,), default=default).check()
+    with pytest.raises(FileExistsError):
+        Outputs((other,), default=default).check()
+    default.write_text("a picture of the user's")
+    with pytest.raises(FileExistsError):
+        Outputs((default,), default=default).check()
+    Outputs((default,), overwrite=True, default=default).check()
+    with pytest.raises(ValueError, match="reads it"):
+        Outputs((default,), overwrite=True, reads=(default,)).check()
+    with pytest.raises(ValueError, match="twice"):
+        Outputs((Path("new"), Path("new"))).check()
+
+
+def test_devices_stay_and_links_are_followed(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_whole(link, "new")
+    assert (link.is_symlink(), real.read_text()) == (True, "new")
+    Outputs((Path(os.devnull),)).check()
+    write_whole(Path(os.devnull), "nothing")
+    assert not Path(os.devnull).is_file()
+
+
+@pytest.mark.parametrize("ending", [".xyz", ".txt"])
+def test_a_picture_that_cannot_be_drawn_is_refused_at_once(ending: str) -> None:
+    code, output = invoke("bench", "--plot", f"nowhere{ending}")
+    assert (code, "end its name in" in output) == (2, True), output
+
+
+def test_no_figure_of_a_wide_table_is_cut() -> None:
+    table = Table(title="a title", title_justify="left")
+    for number in range(9):
+        table.add_column(f"column {number}")
+    table.add_row("a method of many words", *(f"0.{number}23 [0.{number}00, 0.{number}99]" for number in range(1, 9)))
+    console = Console(width=80, markup=False)
+    with console.capture() as captured:
+        print_table(console, table)
+    text = captured.get()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for number in range(1, 9):
+        assert f"0.{number}23 [0.{number}00, 0.{number}99]" in text
+
+
+def test_only_methods_that_take_part_have_to_fit_the_budget() -> None:
+    assert [each.family for each in entrants((256,), ("default",))] == ["exact", "default"]
+    with pytest.raises(ValueError, match="512 slots"):
+        entrants((256,), ("priority",))
+    with pytest.raises(ValueError, match="no method is called nonsense"):
+        entrants((256,), ("nonsense",))
+
+
+def test_doctor_names_the_extra_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperattention.cli.main import doctor
+
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'hyperattention[transformers]'" in invoke("doctor")[1]
+
+
+def test_the_version_is_told() -> None:
+    code, output = invoke("--version")
+    assert (code, output.startswith("hyperattention")) == (0, True)
+
+
+def test_a_missing_extra_is_named_on_import(run_python: Callable[[str], str]) -> None:
+    code = (
+        "import sys, importlib; sys.modules['transformers'] = None\n"
+        "for name in ('integrations.transformers', 'reference.model'):\n"
+        "    try:\n        importlib.import_module('hyperattention.' + name)\n"
+        "    except ModuleNotFoundError as error:\n        print(error)"
+    )
+    assert run_python(code).count("needs transformers: pip install 'hyperattention[transformers]'") == 2
+
+
+def test_a_reader_that_has_gone_and_a_wrong_path_end_quietly() -> None:
+    # one interpreter for both: nothing of transformers is loaded before a path is refused
+    code = (
+        "import os, sys\nfrom typer.testing import CliRunner\nfrom hyperattention.cli.main import app\n"
+        "refused = CliRunner().invoke(app, ['generate', 'nowhere', 'no.txt'])\n"
+        "assert refused.exit_code == 2 and 'transformers' not in sys.modules, refused.output\n"
+        "from hyperattention.cli.support import explained\n"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+        "import typer\n"
+        "try:\n    with explained():\n        print('text', flush=True)\n"
+        "except typer.Exit as end:\n    sys.exit(end.exit_code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
