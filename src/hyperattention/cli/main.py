@@ -15,6 +15,7 @@ from hyperattention.cli.generate import ask, cache, generate
 from hyperattention.cli.support import check_writable as _check_writable
 from hyperattention.cli.support import explained as _explained
 from hyperattention.cli.support import make_console as _console
+from hyperattention.cli_retime import retime
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Near-linear attention over long contexts, with a measured error bar."
@@ -35,7 +36,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and dr
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved timing.")]
 
 app.command(name="eval")(evaluate)
-for command in (generate, cache, ask):
+for command in (generate, cache, ask, retime):
     app.command()(command)
 
 
