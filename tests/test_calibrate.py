@@ -81,6 +81,17 @@ def test_of_equally_quick_candidates_the_one_of_fewest_pairs_is_chosen() -> None
     assert method == ha.ByHead((DRAWN, DRAWN))
 
 
+def test_candidates_within_a_quarter_of_the_quickest_count_as_equally_quick() -> None:
+    errors = [[0.0, 0.0], [0.01, 0.01], [0.01, 0.01], [0.01, 0.01]]
+    for seconds, wanted in ((1.24, NARROW), (1.25, NARROW), (1.26, DRAWN)):
+        ((method, _),) = choose([measurement(0, errors, (9.0, seconds, 1.0, 9.0))], LADDER, 0.05).values()
+        assert method == ha.ByHead((wanted, wanted))
+    # an error just at the tolerance is allowed
+    at = [[0.0, 0.0], [0.05, 0.05 + 1e-9], [0.5, 0.5], [0.5, 0.5]]
+    ((method, _),) = choose([measurement(0, at, (9.0, 1.0, 1.0, 1.0))], LADDER, 0.05).values()
+    assert method == ha.ByHead((NARROW, ha.Exact()))
+
+
 def test_the_worst_document_decides_and_layers_of_a_shape_share_their_times() -> None:
     good = [[0.0, 0.0], [0.01, 0.01], [0.01, 0.01], [0.01, 0.01]]
     bad = [[0.0, 0.0], [0.2, 0.01], [0.01, 0.01], [0.01, 0.01]]
