@@ -177,6 +177,22 @@ def test_tokens_that_are_taken_back_leave_no_trace(case: PolicyCase, first: int)
     assert not ours.is_whole
 
 
+def test_the_most_guesses_of_a_step_leave_no_trace_and_no_more_queries_wait() -> None:
+    most, room, qkv = 32, Room(200, sinks=3, window=40), text(100)
+    ours, straight = (new_store(HeavyHitters(), room) for _ in range(2))
+    for store in (ours, straight):
+        read(store, qkv, [40])
+    before = ours.memory_bytes
+    read(ours, qkv, [most])
+    ours.crop(most)
+    for store in (ours, straight):
+        # the next step watches the queries that were still waiting
+        read(store, qkv, [1, 1])
+    assert_same_state(ours, straight)
+    # room for the next tokens grows, what waits does not: the latest queries of the prompt, and no others
+    assert before - straight.held.k.shape[0] * KV_HEADS * 40 * SLOT_BYTES == 2 * HEADS * most * DIM * 4
+
+
 def test_no_more_can_be_taken_back_than_was_kept_one_by_one() -> None:
     store, qkv = new_store(Latest()), text()
     read(store, qkv, [20])

@@ -127,6 +127,14 @@ def test_ladders_that_cannot_be_climbed(rungs, error, message):
         Ladder(rungs)
 
 
+def test_each_rung_lists_more_pairs_than_the_one_before():
+    few, other, more = Method(ha.Draw(8)), Method(ha.Draw(8, by=ha.Descent())), Method(ha.Draw(9))
+    assert Ladder((few, more)).rungs == (few, more)
+    for rungs in ((few, few), (few, other), (few, more, more), (more, few)):
+        with pytest.raises(ValueError, match="order the rungs from cheap to dear"):
+            Ladder(rungs)
+
+
 def test_a_rung_that_is_no_list_of_stages_is_refused(run_python):
     # by the class itself, which the annotations forestall under the import hook
     code = "import hyperattention as ha\ntry: ha.Ladder((ha.Exact(),))\nexcept TypeError as error: print(error)"

@@ -13,9 +13,10 @@ from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import ignore
 from hyperattention.calibration.candidates import candidates
 from hyperattention.calibration.choose import Chosen, choose
-from hyperattention.calibration.crossover import Crossing, find_crossing
+from hyperattention.calibration.crossover import find_crossing
 from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import measure_layer, warm_up
+from hyperattention.calibration.timed import Crossing
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import method_to_json
 from hyperattention.files.plan import Measured, Plan
@@ -25,7 +26,7 @@ from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged
-from hyperattention.reference.passes import run_pass, watch_exact
+from hyperattention.reference.passes import run_pass
 from hyperattention.reference.samples import Sample
 from hyperattention.reference.watch import CallInputs
 
@@ -39,7 +40,7 @@ class Settings:
     Args:
         tolerance: the largest mean relative error that a head may have.
         seed: of draws.
-        repeats: rounds of interleaved timing of the finished plan.
+        repeats: rounds of interleaved timing of the finished plan, which tell how far its times can be trusted.
         ladder: what to choose from, exact attention first; None for `candidates`.
 
     Raises:
@@ -48,7 +49,7 @@ class Settings:
 
     tolerance: float = 0.05
     seed: int = 0
-    repeats: int = 3
+    repeats: int = 5
     ladder: tuple[Approach, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +75,8 @@ def calibrate(
 
     Each layer is measured on its own queries, keys and values, in a pass with exact attention, one layer in memory at a
     time. Then the plan as a whole is timed against exact attention at every length, and its loss is measured.
-    Cost: a pass a document with every candidate in every layer, once; resumed from the journal if interrupted.
+    Cost: a pass a document with every candidate in every layer, once, and one under the plan; some ten candidates' time a
+    layer for the plan's times. Resumed from the journal if interrupted.
     Guarantee: see `choose`. The error of a whole model under its plan is not bounded by it; `Measured.added_nats` says what
     it did to the loss.
 
@@ -98,7 +100,7 @@ def calibrate(
     ladder = candidates(length) if settings.ladder is None else settings.ladder
     about = _describe(judged, samples, settings)
     kept = Journal(journal, about | {"ladder": [method_to_json(method) for method in ladder]})
-    _measure(judged, samples, ladder, settings.seed, kept, on_step)
+    exact_nats = _measure(judged, samples, ladder, settings.seed, kept, on_step)
     if not kept.measurements:
         raise ValueError(
             f"no attention call of {judged.name} can be approximated, for what its layers ask beside plain attention: see "
@@ -107,15 +109,20 @@ def calibrate(
     chosen = choose(kept.measurements, ladder, settings.tolerance)
     layers = {layer: method for layer, (method, _) in chosen.items()}
     crossing = find_crossing(judged, samples[0], layers, repeats=settings.repeats, on_step=on_step)
-    added = _added_nats(judged, samples, layers, settings.seed, on_step)
+    added = _added_nats(judged, samples, layers, exact_nats, settings.seed, on_step)
     return _plan(judged, chosen, crossing, settings, about, added)
 
 
 def _measure(
     judged: Judged, samples: Sequence[Sample], ladder: Sequence[Approach], seed: int, kept: Journal,
     on_step: Callable[[str], None],
-) -> None:  # fmt: skip
-    warm = False
+) -> list[float]:  # fmt: skip
+    """Measure what the journal does not hold, in a pass with exact attention a document.
+
+    Returns:
+        the loss a byte of each document, which that pass tells anyway.
+    """
+    warm, nats, exact = False, [], Row("exact", "exact", Exact())
     for document, sample in enumerate(samples):
 
         def measure(call: CallInputs, document=document) -> None:
@@ -128,26 +135,24 @@ def _measure(
                 warm = True
             kept.add(measure_layer(call, ladder, document, seed))
 
-        watch_exact(judged, sample, measure)
+        nats.append(run_pass(judged, sample, exact, seed=seed + document, on_call=measure).nats_per_byte)
+    return nats
 
 
 def _added_nats(
-    judged: Judged, samples: Sequence[Sample], layers: dict[int, ByHead], seed: int, on_step: Callable[[str], None]
-) -> float:
-    """Run the whole model under its plan, and with exact attention: the loss a byte of the second half, and how it grew."""
-    plan, exact = Row("plan", "plan", ByLayer(layers)), Row("exact", "exact", Exact())
-    added = []
-    for document, sample in enumerate(samples):
+    judged: Judged, samples: Sequence[Sample], layers: dict[int, ByHead], exact_nats: Sequence[float], seed: int,
+    on_step: Callable[[str], None],
+) -> float:  # fmt: skip
+    """Run the whole model under its plan: how much the loss a byte of the second half grew."""
+    plan, added = Row("plan", "plan", ByLayer(layers)), []
+    for document, (sample, theirs) in enumerate(zip(samples, exact_nats, strict=True)):
         on_step(f"document {document + 1} of {len(samples)}: loss")
-        ours, theirs = (run_pass(judged, sample, row, seed=seed + document).nats_per_byte for row in (plan, exact))
-        added.append(ours - theirs)
+        added.append(run_pass(judged, sample, plan, seed=seed + document).nats_per_byte - theirs)
     return statistics.fmean(added)
 
 
 def _describe(judged: Judged, samples: Sequence[Sample], settings: Settings) -> dict[str, Any]:
     """Say what the measurements depend on, beside the candidates."""
-    device = judged.model.device
-    on_gpu = device.type == "cuda"
     tokens = str([sample.tokens.tolist() for sample in samples]).encode()
     return {
         "model": asdict(fingerprint(judged.model)),
@@ -155,10 +160,23 @@ def _describe(judged: Judged, samples: Sequence[Sample], settings: Settings) -> 
         "documents": len(samples),
         "text": hashlib.sha256(tokens).hexdigest(),
         "seed": settings.seed,
-        "device": f"cuda: {torch.cuda.get_device_name(device)}" if on_gpu else f"cpu: {find_processor()}",
+        "device": where(judged),
         "threads": torch.get_num_threads(),
         "versions": {name: find_version(name) or "unknown" for name in _PACKAGES},
     }
+
+
+def where(judged: Judged) -> str:
+    """Name the device that a model is on, as plans do.
+
+    Args:
+        judged: the model.
+
+    Returns:
+        its kind and name.
+    """
+    device = judged.model.device
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu: {find_processor()}"
 
 
 def _plan(
@@ -171,8 +189,9 @@ def _plan(
         **{name: value for name, value in about.items() if name != "model"},
         pairs_per_query=cost.pairs,
         exact_pairs_per_query=cost.exact_pairs,
-        seconds=crossing.plan[-1],
-        exact_seconds=crossing.exact[-1],
+        seconds=crossing.times[-1].plan,
+        exact_seconds=crossing.times[-1].exact,
         added_nats=added,
+        times=crossing.times,
     )
     return Plan(fingerprint(judged.model), layers, errors, settings.tolerance, crossing.keys, measured)

@@ -1,10 +1,11 @@
 """From how many keys on a plan is faster than exact attention, measured."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from hyperattention.bench.timing import interleave
+from hyperattention.bench.timing import Timing, interleave
 from hyperattention.calibration.measure import run_on
+from hyperattention.calibration.timed import Crossing, Timed
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged
@@ -13,31 +14,6 @@ from hyperattention.reference.samples import Sample
 from hyperattention.reference.watch import CallInputs
 
 _SHORTEST = 256
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """Times of a plan and of exact attention at every length, in all the plan's layers together.
-
-    Args:
-        lengths: ascending; the last is that of the text.
-        plan: seconds at each length.
-        exact: seconds at each length.
-    """
-
-    lengths: tuple[int, ...]
-    plan: tuple[float, ...]
-    exact: tuple[float, ...]
-
-    @property
-    def keys(self) -> int | None:
-        """The shortest length from which on the plan was never slower; None if it was slower at the longest."""
-        pays = None
-        for length, plan, exact in reversed(list(zip(self.lengths, self.plan, self.exact, strict=True))):
-            if plan > exact:
-                break
-            pays = length
-        return pays
 
 
 def find_crossing(
@@ -59,25 +35,48 @@ def find_crossing(
 
     Returns:
         the times.
+
+    Raises:
+        ValueError: if no attention call of these layers can be approximated.
     """
     total = len(sample.tokens)
     lengths = (*(length for power in range(20) if (length := _SHORTEST << power) < total), total)
-    plan, exact = ([0.0] * len(lengths) for _ in range(2))
+    taken: dict[int, list[tuple[Timing, Timing]]] = {length: [] for length in lengths}
 
     def time_layer(call: CallInputs) -> None:
         method = layers.get(call.layer)
         if method is None:
             return
         on_step(f"crossover: layer {call.layer}")
-        for place, length in enumerate(lengths):
-            q, k, v = (x[:, :, :length].contiguous() for x in (call.q, call.k, call.v))
-            part = replace(call, q=q, k=k, v=v)
-            calls = {"plan": lambda part=part: run_on(part, method), "exact": lambda part=part: run_on(part, Exact())}
-            for run in calls.values():
-                run()
-            timings = interleave(calls, repeats)
-            plan[place] += timings["plan"].median
-            exact[place] += timings["exact"].median
+        for length in lengths:
+            taken[length].append(_in_turn(call, method, length, repeats))
 
     watch_exact(judged, sample, time_layer)
-    return Crossing(lengths, tuple(plan), tuple(exact))
+    if not taken[total]:
+        raise ValueError(
+            f"no attention call of the layers {sorted(layers)} can be approximated here, for what they ask beside plain "
+            "attention: see the counter that `use` yields; there is nothing to time"
+        )
+    return Crossing(tuple(_together(length, timings) for length, timings in taken.items()))
+
+
+def _in_turn(call: CallInputs, method: ByHead, length: int, repeats: int) -> tuple[Timing, Timing]:
+    """Time a layer's method and exact attention on the beginning of a call, once each warmed up."""
+    q, k, v = (x[:, :, :length].contiguous() for x in (call.q, call.k, call.v))
+    part, served = replace(call, q=q, k=k, v=v), set(method.methods)
+    calls = {"exact": lambda: run_on(part, Exact())}
+    # a layer served exactly in every head would be timed against itself
+    calls |= {} if served == {Exact()} else {"plan": lambda: run_on(part, method)}
+    for run in calls.values():
+        run()
+    timings = interleave(calls, repeats)
+    return timings.get("plan", timings["exact"]), timings["exact"]
+
+
+def _together(length: int, layers: list[tuple[Timing, Timing]]) -> Timed:
+    """Add the times of all layers up: medians for the decision, single rounds for how far it can be trusted."""
+    by_method = list(zip(*layers, strict=True))
+    plan, exact = (sum(each.median for each in timings) for timings in by_method)
+    rounds = ([sum(spent) for spent in zip(*(each.seconds for each in timings), strict=True)] for timings in by_method)
+    ratios = [theirs / ours for ours, theirs in zip(*rounds, strict=True)]
+    return Timed(length, plan, exact, min(ratios), max(ratios))

@@ -29,6 +29,7 @@ from hyperattention.cli.support import (
 )
 from hyperattention.cli.support import make_console as _console
 from hyperattention.cli_plan import calibrate_model, inspect_model
+from hyperattention.cli_retime import retime
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Near-linear attention over long contexts, with a measured error bar."
@@ -47,7 +48,7 @@ _DEMO, _BENCH, _PARETO = (Path(f"hyperattention-{name}.png") for name in ("demo"
 app.command(name="eval")(evaluate)
 app.command(name="calibrate")(calibrate_model)
 app.command(name="inspect")(inspect_model)
-for command in (generate, cache, ask):
+for command in (generate, cache, ask, retime):
     app.command()(command)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hyperattention.calibration.timed import Crossing, Timed
 from hyperattention.files.fingerprint import Fingerprint, fingerprint
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
@@ -19,14 +20,15 @@ class Measured:
         documents: documents read.
         text: SHA-256 of their tokens.
         seed: of draws.
-        device: where it was measured.
-        threads: of torch on the CPU.
+        device: where it was measured; after `retime`, where its times were.
+        threads: of torch on the CPU, likewise.
         versions: of the packages that matter.
         pairs_per_query: slots listed for a query, mean over the heads of the plan, exact ones included.
         exact_pairs_per_query: the same of exact attention.
         seconds: of attention in all the plan's layers, at `length`.
         exact_seconds: the same of exact attention.
         added_nats: loss a byte of the documents' second half, more than with exact attention.
+        times: of plan and exact attention at every length timed, ascending; none in a plan of an earlier release.
     """
 
     length: int
@@ -41,6 +43,7 @@ class Measured:
     seconds: float
     exact_seconds: float
     added_nats: float
+    times: tuple[Timed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Plan:
         errors: the measured error of each kv head under its method, by layer.
         tolerance: the largest error allowed.
         crossover: keys from which the plan ran faster than exact attention; shorter calls are exact. None if it was slower
-            at the length it was calibrated at: then every call is.
+            at the length it was calibrated at: then every call is. `retime` measures it again.
         measured: what it was chosen by.
 
     Raises:
@@ -96,6 +99,24 @@ class Plan:
             whether it would be faster than exact attention, as far as was measured.
         """
         return self.crossover is not None and num_keys >= self.crossover
+
+    def payoff(self) -> str:
+        """Say from where on the plan pays, by what times, and whether these can be trusted.
+
+        Returns:
+            a few sentences.
+        """
+        found = self.measured
+        pays = (
+            "It did not pay, so `use` runs exact attention in its place; `hyperattention retime` times it again."
+            if self.crossover is None
+            else f"It pays from {self.crossover:,} keys on; `use` runs shorter calls exactly."
+        )
+        times = Crossing(found.times).describe() or [
+            f"At {found.length:,} tokens its attention took {found.seconds:.3g} s and exact attention "
+            f"{found.exact_seconds:.3g} s ({found.exact_seconds / found.seconds:.2f}x as fast)."
+        ]
+        return " ".join([times[0], f"Timed on {found.device}, threads: {found.threads}.", pays, *times[1:]])
 
     def check(self, model: nn.Module) -> None:
         """Refuse another model than the plan was made for.

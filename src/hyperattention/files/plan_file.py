@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from hyperattention.calibration.outputs import refuse_existing
+from hyperattention.calibration.timed import Timed
 from hyperattention.files.atomic_write import write_whole
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import Fingerprint
@@ -121,7 +122,9 @@ def read_fingerprint(field: Field) -> Fingerprint:
 
 
 def _read_measured(field: Field) -> Measured:
-    given = field.known(*(each.name for each in fields(Measured)))
+    # plans of earlier releases have no times by length
+    names = {each.name for each in fields(Measured)} - ({"times"} - field.parts().keys())
+    given = field.known(*names)
     length, documents, seed, threads = (given[name].whole() for name in ("length", "documents", "seed", "threads"))
     names = ("pairs_per_query", "exact_pairs_per_query", "seconds", "exact_seconds")
     pairs, exact_pairs, seconds, exact_seconds = (given[name].number() for name in names)
@@ -139,4 +142,17 @@ def _read_measured(field: Field) -> Measured:
         exact_seconds=exact_seconds,
         # a plan may happen to help on a short text
         added_nats=given["added_nats"].number(-sys.float_info.max),
+        times=_read_times(given["times"]) if "times" in given else (),
     )
+
+
+def _read_times(field: Field) -> tuple[Timed, ...]:
+    found = []
+    for entry in field.items():
+        given = entry.known(*(each.name for each in fields(Timed)))
+        # a time of 0 could not be divided by
+        seconds = (given[name].number(sys.float_info.min) for name in ("plan", "exact", "lowest", "highest"))
+        found.append(Timed(given["length"].whole(1), *seconds))
+    if [each.length for each in found] != sorted({each.length for each in found}):
+        field.refuse("lengths must rise")
+    return tuple(found)

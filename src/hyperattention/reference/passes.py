@@ -58,7 +58,10 @@ class Pass:
         return self.nats / self.num_bytes
 
 
-def run_pass(judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_rows: int = 0) -> Pass:
+def run_pass(
+    judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_rows: int = 0,
+    on_call: Callable[[CallInputs], None] | None = None,
+) -> Pass:  # fmt: skip
     """Run a model over one sample with all layers replaced.
 
     Args:
@@ -67,6 +70,7 @@ def run_pass(judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_r
         row: whose method runs.
         seed: of draws and audited rows.
         audit_rows: rows of each approximated call to compare with exact attention.
+        on_call: in a pass with exact attention, told the inputs of each call that a method could answer.
 
     Returns:
         what came of it.
@@ -76,7 +80,7 @@ def run_pass(judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_r
         # that no call was approximated is what the exact row is for, and every other row says so itself
         warnings.filterwarnings("ignore", message="no attention call was approximated")
         with use(judged.model, row.method, seed=seed) as counter:
-            watch = Watch(counter, row.method, rows=audit_rows, seed=seed)
+            watch = Watch(counter, row.method, rows=audit_rows, seed=seed, on_call=on_call)
             with watched(judged.model, watch):
                 began = time.perf_counter()
                 logits = judged.model(ids, use_cache=False).logits[0]

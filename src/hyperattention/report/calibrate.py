@@ -15,7 +15,6 @@ from hyperattention.report.demo import Prepared, prepare
 from hyperattention.report.method_names import short_name
 from hyperattention.report.narrow import print_table
 from hyperattention.report.progress import progress
-from hyperattention.report.tables import format_seconds
 
 
 @dataclass(frozen=True)
@@ -103,19 +102,12 @@ def conclude(plan: Plan) -> list[str]:
     """
     found = plan.measured
     fewer = found.exact_pairs_per_query / found.pairs_per_query
-    faster = found.exact_seconds / found.seconds
     methods = Counter(short_name(each) for method in plan.layers.values() for each in method.methods)
     exact = methods["exact"]
-    pays = (
-        f"it pays from {plan.crossover:,} keys on"
-        if plan.crossover is not None
-        else "it did not pay, so `use` will run exact attention in its place"
-    )
     return [
         f"At {found.length:,} tokens the plan scores {fewer:.1f}x fewer pairs than exact attention; {exact} of "
         f"{methods.total()} kv heads stay exact.",
         f"On these documents it adds {found.added_nats:+.4f} nats a byte, and every head errs at most {plan.tolerance:g} "
         "with all other layers exact; other texts may differ.",
-        f"Its attention takes {format_seconds(found.seconds)} a pass, exact attention {format_seconds(found.exact_seconds)} "
-        f"({faster:.1f}x), on {found.device}, threads: {found.threads}; {pays}.",
+        plan.payoff(),
     ]

@@ -88,7 +88,8 @@ def use(
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
     if counter.counts.total and not counter.counts.approximated:
-        warnings.warn(f"no attention call was approximated: {counter.counts}", UserWarning, stacklevel=3)
+        why = f". {method.payoff()}" if isinstance(method, Plan) and method.crossover is None else ""
+        warnings.warn(f"no attention call was approximated: {counter.counts}{why}", UserWarning, stacklevel=3)
 
 
 def _settings(

@@ -1,0 +1,67 @@
+"""The retime command: time a plan again, and say what changed."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from hyperattention.calibration.retime import retime
+from hyperattention.files.plan import Plan
+from hyperattention.files.plan_file import load_plan, save_plan
+from hyperattention.report.demo import Options as Texts
+from hyperattention.report.demo import Prepared, prepare
+from hyperattention.report.progress import progress
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that can be wrong with the options is found before anything slow begins."""
+
+    plan: Plan
+    prepared: Prepared
+
+
+def ready(path: Path, texts: Texts) -> Ready:
+    """Load plan, model and text; a plan of another model and a text too short for it are refused.
+
+    Args:
+        path: the plan's file.
+        texts: model and text; the length is the plan's.
+
+    Returns:
+        what is needed to run.
+    """
+    plan = load_plan(path)
+    prepared = prepare(replace(texts, length=plan.measured.length, documents=1))
+    plan.check(prepared.judged.model)
+    return Ready(plan, prepared)
+
+
+def run(found: Ready, out: Path, console: Console) -> Plan:
+    """Time the plan with a bar, and write it.
+
+    Args:
+        found: plan, model and text.
+        out: the file to write.
+        console: where progress goes.
+
+    Returns:
+        the plan with its new times.
+    """
+    judged, sample = found.prepared.judged, found.prepared.samples[0]
+    with progress(console, "retime", len(found.plan.layers)) as on_step:
+        plan = retime(found.plan, judged, sample, on_step=on_step)
+    save_plan(plan, out)
+    return plan
+
+
+def show(before: Plan, after: Plan, console: Console) -> None:
+    """Print what the times say now, and what they said.
+
+    Args:
+        before: the plan as it was.
+        after: the plan timed again.
+        console: where to.
+    """
+    console.print(f"Before: {before.payoff()}", markup=False, highlight=False)
+    console.print(f"Now: {after.payoff()}", markup=False, highlight=False)
