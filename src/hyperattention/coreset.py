@@ -61,7 +61,7 @@ class Coreset:
         Returns:
             a coreset of weights 1.
         """
-        return cls(k, v, torch.zeros(k.shape[:3], device=k.device))
+        return cls(k, v, torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device))
 
     @property
     def num_slots(self) -> int:
@@ -126,15 +126,17 @@ class Coreset:
         """List every slot for every tile."""
         slots, lists, device = self.num_slots, self.log_weight.shape[0] * self.log_weight.shape[1], self.k.device
         size = max(1, min(_TILE, queries))
-        row = torch.arange(tiles * size, device=device).view(tiles, size)
+        row = torch.arange(tiles * size, dtype=torch.int64, device=device).view(tiles, size)
         limit = row + (slots - queries + 1) if own else torch.full_like(row, slots)
         limit = limit.masked_fill(row >= queries, 0)
-        first = torch.arange(slots, device=device).expand(lists, tiles, -1)
+        first = torch.arange(slots, dtype=torch.int64, device=device).expand(lists, tiles, -1)
         weight = self.log_weight.flatten(0, 1)[:, None].expand(-1, tiles, -1)
         zero = torch.zeros(lists, tiles, dtype=torch.int64, device=device)
         runs = Runs(first, 1, weight, zero, zero + slots, causal=own > 1)
         return Selection(
-            (runs,), limit[None, :, None].expand(lists, -1, group, -1).flatten(2), torch.arange(lists, device=device)
+            (runs,),
+            limit[None, :, None].expand(lists, -1, group, -1).flatten(2),
+            torch.arange(lists, dtype=torch.int64, device=device),
         )
 
 

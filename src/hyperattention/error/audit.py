@@ -43,8 +43,8 @@ def sample_rows(
         indices in order.
     """
     if rows >= num_queries:
-        return torch.arange(num_queries, device=device)
-    stratum = torch.arange(rows, device=device)
+        return torch.arange(num_queries, dtype=torch.int64, device=device)
+    stratum = torch.arange(rows, dtype=torch.int64, device=device)
     place = (stratum + uniform((*stream, seed, stratum), device)) * (num_queries / rows)
     return place.long().clamp(max=num_queries - 1)
 

@@ -110,7 +110,7 @@ def feature_attention(
     if key_log_scale is None:
         key_log_scale = key_features.new_zeros(key_features.shape[:-1])
     if row_limit is None:
-        row_limit = torch.full((1, query_features.shape[2]), keys, device=query_features.device)
+        row_limit = torch.full((1, query_features.shape[2]), keys, dtype=torch.int64, device=query_features.device)
     return _feature_attention(
         query_features,
         key_features[:, :, first_key:],

@@ -83,7 +83,9 @@ def paged_attention(
             parts = ragged_attention(
                 query, key_pages, value_pages, packed, scale, table=block_table[exact], kv_heads=kv_heads
             )
-            rows = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in exact]).to(query.device)
+            rows = torch.cat([torch.arange(starts[s], starts[s + 1], dtype=torch.int64, device="cpu") for s in exact]).to(
+                query.device
+            )
             out.index_copy_(0, rows, parts[0])
             lse.index_copy_(0, rows, parts[1])
     return (out, lse) if return_lse else out

@@ -117,7 +117,7 @@ class Method(Approach):
             runs += tuple(replace(run, labelled=hashed) for run in more)
             apart += own
         limit = tiles.by_list(tiles.limit).repeat(1, 1, problem.group)
-        lists = torch.arange(limit.shape[0], device=problem.device)
+        lists = torch.arange(limit.shape[0], dtype=torch.int64, device=problem.device)
         row_label, key_label = _label_rows(tiles, taken)
         shared = Selection(runs, row_limit=limit, key_row=lists, row_label=row_label, key_label=key_label)
         return (tiles, shared), *apart

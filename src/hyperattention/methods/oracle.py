@@ -80,13 +80,15 @@ class TopKeys(Approach):
         seen = min(problem.num_keys, max(1, problem.offset + rows.stop)) if alike else problem.num_keys
         wide = torch.promote_types(problem.q.dtype, torch.float32)
         q, k = problem.q[:, :, rows].to(wide).unflatten(1, (kv_heads, group)), problem.k[:, :, :seen].to(wide)
-        hidden = torch.arange(seen, device=q.device) >= limit[:, None, None, :, None]
+        hidden = torch.arange(seen, dtype=torch.int64, device=q.device) >= limit[:, None, None, :, None]
         score = grouped_scores(q, k, problem.scale).masked_fill_(hidden, -torch.inf)
         index = score.topk(min(self.num, seen), dim=-1)[1].flatten(0, 2)
         high = limit[:, None].expand(-1, kv_heads * group, -1).flatten(0, 1)
-        lists = torch.arange(batch * kv_heads, device=q.device)
+        lists = torch.arange(batch * kv_heads, dtype=torch.int64, device=q.device)
         # where a row sees fewer keys, those listed beyond its limit are skipped
-        runs = Runs(index, 1, torch.zeros(index.shape, device=q.device), low=torch.zeros_like(high), high=high)
+        runs = Runs(
+            index, 1, torch.zeros(index.shape, dtype=torch.float32, device=q.device), low=torch.zeros_like(high), high=high
+        )
         return Selection((runs,), row_limit=high[..., None], key_row=lists.repeat_interleave(group))
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:

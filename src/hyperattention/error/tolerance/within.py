@@ -40,7 +40,7 @@ class _Call:
     def __init__(self, problem: Problem, tolerance: float, ladder: Ladder | None, *, lse: bool) -> None:
         self.problem, self.tolerance, self.lse = problem, tolerance, lse
         self.heads = list(range(problem.k.shape[1]))
-        seen = visible_to(problem, torch.arange(problem.num_queries, device=problem.device))
+        seen = visible_to(problem, torch.arange(problem.num_queries, dtype=torch.int64, device=problem.device))
         live = (seen > 0).double().mean(1, keepdim=True)
         # a batch entry that sees nothing has no error to bound
         live = live.masked_fill(live == 0, 1.0)

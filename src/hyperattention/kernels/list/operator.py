@@ -155,7 +155,9 @@ _list_attention.register_autograd(_backward, setup_context=_setup_context)
 def _no_keys(selection: Selection) -> Runs:
     """One empty slot a tile: an operator's gradients need a list to stand for none."""
     empty = selection.row_limit[:, :, :1] * 0
-    return Runs(empty, 1, torch.full(empty.shape, -torch.inf, device=empty.device), empty[..., 0], empty[..., 0])
+    return Runs(
+        empty, 1, torch.full(empty.shape, -torch.inf, dtype=torch.float32, device=empty.device), empty[..., 0], empty[..., 0]
+    )
 
 
 def list_attention(
