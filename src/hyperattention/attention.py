@@ -24,6 +24,7 @@ from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem, compact
+from hyperattention.transforms import refuse_transforms, scale_of
 from hyperattention.types import Partial
 
 
@@ -61,6 +62,14 @@ def attention(
     seldom hit carries the row: such a key, when missed, is in no standard error, and an audit is what finds it. It is 0 for
     exact attention and wherever all keys were listed, has no gradient, and is refused for methods that drop keys.
 
+    Lists of keys have first derivatives, taken backward. Forward mode (torch.func.jvp), torch.func.grad, torch.func.vmap and
+    second derivatives are refused by NotImplementedError; exact attention follows them as far as torch's kernels do, and
+    further with `return_lse`.
+
+    A key that is NaN makes NaN of exactly the rows that list it: under exact attention, as in SDPA, all that see it, under
+    other methods only some, so that a row can be finite where SDPA's is NaN. A value that is NaN reaches, besides, rows of a
+    tile that lists it which stand before it, as 0 times NaN is NaN. `check_finite` refuses such input.
+
     Args:
         query: queries.
         key: keys; ``heads`` must be a multiple of ``kv_heads``, and equal to it unless `enable_gqa`.
@@ -70,7 +79,7 @@ def attention(
             only exact attention reads.
         dropout_p: must be 0.
         is_causal: whether query i sees only keys at or before its position.
-        scale: factor of the scores; 1 / sqrt(head_dim) if None.
+        scale: factor of the scores, a number; 1 / sqrt(head_dim) if None. To learn it, multiply `query` by it instead.
         enable_gqa: whether several query heads may share a kv head.
         method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written. With
             `tolerance` it is left out, or a `Ladder` of methods to climb in place of the default one.
@@ -101,7 +110,10 @@ def attention(
     dense = dense_mask(attn_mask)
     live = key_mask_of(attn_mask, key_mask, key)
     check_tolerance(tolerance, method, return_standard_error)
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = scale_of(scale, query.shape[-1])
+    run_exactly = dense is not None or isinstance(_default(query, key) if method is None else method, Exact)
+    if tolerance is not None or audit is not None or not run_exactly:
+        refuse_transforms("attention by a method, a tolerance or with an audit", query, key, value)
     within: tuple[ToleranceReport, ...] = ()
     with torch.autocast(autocast_device(query), enabled=False):
         if dense is not None:

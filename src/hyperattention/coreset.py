@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from hyperattention.kernels import coreset as coreset_torch
 from hyperattention.kernels.list.operator import list_attention
+from hyperattention.transforms import refuse_transforms, scale_of
 from hyperattention.types import Partial, Runs, Selection
 
 # queries of a head that share one list
@@ -101,7 +102,8 @@ class Coreset:
             raise ValueError(f"own={own} with {queries} queries and {slots} slots: give 0, or the number of queries")
         rows = q.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # [lists, group, queries, head_dim]
         k, v, weight = (_joined(x) for x in (self.k, self.v, self.log_weight))
-        factor = float(self.k.shape[3] ** -0.5 if scale is None else scale)
+        factor = scale_of(scale, self.k.shape[3])
+        refuse_transforms("attention to a coreset", q, self.k, self.v, self.log_weight)
         if torch.is_grad_enabled() and self.log_weight.requires_grad:
             raise ValueError("log-weights have no gradient: detach them, or attend under torch.no_grad()")
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -13,6 +13,7 @@ from hyperattention.layouts.ragged import Packed, ragged_attention
 from hyperattention.methods.base import Approach
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
+from hyperattention.transforms import scale_of
 
 
 def varlen_attention(
@@ -72,7 +73,7 @@ def varlen_attention(
         default_method(k1 - k0, num_queries=q1 - q0, device=key.device) if method is None else method
         for (q0, q1), (k0, k1) in zip(pairwise(edges_q), pairwise(edges_k), strict=True)
     ]
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = scale_of(scale, query.shape[-1])
     # with gradients torch's own kernel is the faster one for all but short sequences
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     share = triton_reads(query, key, value) and not learning

@@ -11,6 +11,7 @@ from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.problem import Pages, Problem
+from hyperattention.transforms import refuse_transforms, scale_of
 
 
 def paged_attention(
@@ -60,7 +61,8 @@ def paged_attention(
     check_pages(query, key_pages, value_pages, block_table, starts, lengths)
     if method is not None:
         check_method(method)
-    scale = float(query.shape[2] ** -0.5 if scale is None else scale)
+    scale = scale_of(scale, query.shape[2])
+    refuse_transforms("attention over pages", query, key_pages, value_pages)
     pages, kv_heads = Pages(key_pages, value_pages, block_table), key_pages.shape[1]
     out = query.new_zeros((*query.shape[:2], value_pages.shape[3]))
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))

@@ -14,6 +14,7 @@ from hyperattention.methods.standard_error import standard_error
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
 from hyperattention.tiling import Tiles, cut
+from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Selection
 
 
@@ -108,6 +109,7 @@ class Method(Approach):
             tiles and their lists: first the tiles of positions that most stages share, then those a stage brought along.
         """
         refuse_spans(self, problem)
+        refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
         tiles = cut(problem, self.tile)
         taken, runs, apart = Taken(), (), ()
         for stage in self.stages:

@@ -13,6 +13,7 @@ from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
 from hyperattention.select.score.pooling import SCORE_BYTES
 from hyperattention.select.stage import LookAhead
+from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Runs, Selection
 
 
@@ -57,6 +58,7 @@ class TopKeys(Approach):
         """Score a chunk of rows against all keys, keep the best, attend to them."""
         if not problem.num_keys or not problem.q.numel():
             return Exact().attend(problem)
+        refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
         k, v, table = problem.storage()
         step = max(1, SCORE_BYTES // (4 * problem.q.shape[0] * problem.q.shape[1] * problem.num_keys))
         outs, lses = [], []
