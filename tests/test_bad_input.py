@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import dense
 import hyperattention as ha
 from assertions import assert_same_bits, assert_same_math
 from cases import CASES, CONTROL
 from front_door import with_lse
 from hyperattention import select
+from hyperattention.problem import Problem
 from problems import tensors
 
 
@@ -239,3 +241,27 @@ def test_a_row_that_lists_nan_is_nan(name):
     # every row near it does
     assert torch.isnan(out[:, :, 40:48]).all()
     assert torch.isnan(lse[:, :, 40:48]).all()
+
+
+def test_a_nan_key_reaches_exactly_the_rows_that_list_it():
+    q, k, v = tensors(100)
+    scale, at = q.shape[-1] ** -0.5, 40
+    listed = dense.weights(CONTROL, Problem(q, k, v, scale, causal=True))[..., at] > 0
+    seen = torch.arange(100) >= at
+    # draws leave this key out of some rows that may see it
+    assert listed.any()
+    assert (seen & ~listed).any()
+    for name, where in (("key", 1), ("value", 2)):
+        bad = [q, k.clone(), v.clone()]
+        bad[where][:, :, at] = torch.nan
+        reached = torch.isnan(ha.attention(*bad, is_causal=True, method=CONTROL)).any(-1)
+        exactly = torch.isnan(ha.attention(*bad, is_causal=True, method=ha.Exact())).any(-1)
+        if name == "key":
+            assert_same_bits(reached, listed)
+            assert_same_bits(exactly, seen.expand_as(listed))
+        else:  # earlier rows of the tile that the key lies in as well, and no others
+            tile = (torch.arange(100) >= at // 16 * 16) & ~seen
+            assert_same_bits(reached, listed | tile)
+            assert exactly[:, :, seen].all()
+        with pytest.raises(ValueError, match=f"{name} holds"):
+            ha.attention(*bad, is_causal=True, method=CONTROL, check_finite=True)

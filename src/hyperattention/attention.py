@@ -19,6 +19,7 @@ from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.result import AttentionResult
+from hyperattention.transforms import refuse_transforms
 
 
 def attention(
@@ -48,6 +49,13 @@ def attention(
 
     The log-sum-exp, standard errors, an audit and what a tolerance did come from `measured_attention`.
 
+    Lists of keys have first derivatives, taken backward. Forward mode (torch.func.jvp), torch.func.grad, torch.func.vmap and
+    second derivatives are refused by NotImplementedError; exact attention follows them as far as torch's kernels do.
+
+    A key that is NaN makes NaN of exactly the rows that list it: under exact attention, as in SDPA, all that see it, under
+    other methods only some, so that a row can be finite where SDPA's is NaN. A value that is NaN reaches, besides, rows of a
+    tile that lists it which stand before it, as 0 times NaN is NaN. `check_finite` refuses such input.
+
     Args:
         query: queries.
         key: keys; ``heads`` must be a multiple of ``kv_heads``, and equal to it unless `enable_gqa`.
@@ -57,7 +65,7 @@ def attention(
             only exact attention reads.
         dropout_p: must be 0.
         is_causal: whether query i sees only keys at or before its position.
-        scale: factor of the scores; 1 / sqrt(head_dim) if None.
+        scale: factor of the scores, a number; 1 / sqrt(head_dim) if None. To learn it, multiply `query` by it instead.
         enable_gqa: whether several query heads may share a kv head.
         method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written. With
             `tolerance` it is left out, or a `Ladder` of methods to choose from in place of the default one.
@@ -85,7 +93,7 @@ def attention(
         layer=layer,
         check_finite=check_finite,
     )
-    return _attend(call, method, tolerance, _Wanted(lse=False, standard_error=False)).out
+    return _attend(call, method, tolerance, _Wanted(lse=False, standard_error=False, audit=False)).out
 
 
 def measured_attention(
@@ -163,7 +171,7 @@ def measured_attention(
     )
     if audit is not None and call.dense is not None:
         raise ValueError(f"audit={audit} cannot follow a dense attn_mask, which only exact attention reads: leave audit out")
-    ran = _attend(call, method, tolerance, _Wanted(lse=True, standard_error=standard_error))
+    ran = _attend(call, method, tolerance, _Wanted(lse=True, standard_error=standard_error, audit=audit is not None))
     assert ran.lse is not None  # asked for
     report = None if audit is None else _audit(call, ran, audit)
     return AttentionResult(ran.out, ran.lse, ran.standard_error, report, ran.report)
@@ -176,10 +184,12 @@ class _Wanted:
     Args:
         lse: whether the log-sum-exp; without it exact heads are sometimes cheaper.
         standard_error: whether the standard error of every row.
+        audit: whether rows are judged afterwards, by exact ones.
     """
 
     lse: bool
     standard_error: bool
+    audit: bool
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,9 @@ class _Ran:
 
 def _attend(call: Call, method: Approach | Ladder | None, tolerance: float | None, wanted: _Wanted) -> _Ran:
     """Choose what runs, and run it."""
+    run_exactly = call.dense is not None or isinstance(_default(call) if method is None else method, Exact)
+    if tolerance is not None or wanted.audit or not run_exactly:
+        refuse_transforms("attention by a method, a tolerance or with an audit", call.query, call.key, call.value)
     with torch.autocast(autocast_device(call.query), enabled=False):
         if call.dense is not None:
             ran = _attend_dense(call, call.dense, Exact() if method is None else method, tolerance, wanted)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hyperattention.inputs import check_inputs, check_masks, check_tensors, dense_mask, key_mask_of, narrowed
 from hyperattention.problem import Problem, compact
+from hyperattention.transforms import scale_of
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,4 @@ def checked_call(
     check_masks(
         query, key, masking.attn_mask, masking.key_mask, is_causal=masking.is_causal, causal_align=masking.causal_align
     )
-    return Call(query, key, value, masking, float(query.shape[-1] ** -0.5 if scale is None else scale), seed, layer)
+    return Call(query, key, value, masking, scale_of(scale, query.shape[-1]), seed, layer)

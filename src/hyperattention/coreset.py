@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from hyperattention.kernels import coreset as coreset_torch
 from hyperattention.kernels.list.operator import list_attention
+from hyperattention.transforms import refuse_transforms, scale_of
 from hyperattention.types import Partial, Runs, Selection
 
 # queries of a head that share one list
@@ -61,7 +62,7 @@ class Coreset:
         Returns:
             a coreset of weights 1.
         """
-        return cls(k, v, torch.zeros(k.shape[:3], device=k.device))
+        return cls(k, v, torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device))
 
     @property
     def num_slots(self) -> int:
@@ -101,7 +102,8 @@ class Coreset:
             raise ValueError(f"own={own} with {queries} queries and {slots} slots: give 0, or the number of queries")
         rows = q.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # [lists, group, queries, head_dim]
         k, v, weight = (_joined(x) for x in (self.k, self.v, self.log_weight))
-        factor = float(self.k.shape[3] ** -0.5 if scale is None else scale)
+        factor = scale_of(scale, self.k.shape[3])
+        refuse_transforms("attention to a coreset", q, self.k, self.v, self.log_weight)
         if torch.is_grad_enabled() and self.log_weight.requires_grad:
             raise ValueError("log-weights have no gradient: detach them, or attend under torch.no_grad()")
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -126,15 +128,17 @@ class Coreset:
         """List every slot for every tile."""
         slots, lists, device = self.num_slots, self.log_weight.shape[0] * self.log_weight.shape[1], self.k.device
         size = max(1, min(_TILE, queries))
-        row = torch.arange(tiles * size, device=device).view(tiles, size)
+        row = torch.arange(tiles * size, dtype=torch.int64, device=device).view(tiles, size)
         limit = row + (slots - queries + 1) if own else torch.full_like(row, slots)
         limit = limit.masked_fill(row >= queries, 0)
-        first = torch.arange(slots, device=device).expand(lists, tiles, -1)
+        first = torch.arange(slots, dtype=torch.int64, device=device).expand(lists, tiles, -1)
         weight = self.log_weight.flatten(0, 1)[:, None].expand(-1, tiles, -1)
         zero = torch.zeros(lists, tiles, dtype=torch.int64, device=device)
         runs = Runs(first, 1, weight, zero, zero + slots, causal=own > 1)
         return Selection(
-            (runs,), limit[None, :, None].expand(lists, -1, group, -1).flatten(2), torch.arange(lists, device=device)
+            (runs,),
+            limit[None, :, None].expand(lists, -1, group, -1).flatten(2),
+            torch.arange(lists, dtype=torch.int64, device=device),
         )
 
 

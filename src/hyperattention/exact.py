@@ -46,7 +46,7 @@ def visible_keys(
     if not is_causal:
         return None
     shift = num_keys - num_queries if causal_align == "lower_right" else 0
-    return (torch.arange(num_queries, device=device) + (1 + shift)).clamp(0, num_keys)[None]
+    return (torch.arange(num_queries, dtype=torch.int64, device=device) + (1 + shift)).clamp(0, num_keys)[None]
 
 
 def visible_bounds(visible: Int[Tensor, "#batch queries"], num_keys: int) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def softmax_rows(
     keys = scores.shape[-1]
     if visible is not None and (start := visible_bounds(visible, keys)[0]) < keys:
         # columns before `start` are seen by every row, which spares most of the pass
-        hidden = torch.arange(start, keys, device=scores.device) >= visible[:, None, None, :, None]
+        hidden = torch.arange(start, keys, dtype=torch.int64, device=scores.device) >= visible[:, None, None, :, None]
         scores[..., start:].masked_fill_(hidden, -torch.inf)
     if key_mask is not None:
         scores = scores.masked_fill_(~key_mask[:, None, None, None], -torch.inf)

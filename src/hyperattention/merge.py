@@ -42,6 +42,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
     # 1 in empty rows, because the gradient of a branch not taken must be finite as well
     total = total.masked_fill(empty, 1.0)
     share = share / total
-    out = sum(w[..., None] * p.out.to(w.dtype) for w, p in zip(share, partials, strict=True))
+    weighted = (w[..., None] * p.out.to(w.dtype) for w, p in zip(share, partials, strict=True))
+    out = reduce(torch.add, weighted)
     dtype = reduce(torch.promote_types, (p.out.dtype for p in partials))
-    return Partial(torch.as_tensor(out).to(dtype), (top + total.log()).masked_fill(empty, -torch.inf))
+    return Partial(out.to(dtype), (top + total.log()).masked_fill(empty, -torch.inf))

@@ -68,12 +68,16 @@ class Problem:
     def head_index(self) -> Int[Tensor, " kv_heads"]:
         """Number every kv head: the counter of its draws."""
         numbers = range(self.k.shape[1]) if self.heads is None else self.heads
-        return torch.tensor(numbers, device=self.device) if self.heads else torch.arange(len(numbers), device=self.device)
+        return (
+            torch.tensor(numbers, dtype=torch.int64, device=self.device)
+            if self.heads
+            else torch.arange(len(numbers), dtype=torch.int64, device=self.device)
+        )
 
     @property
     def position(self) -> Int[Tensor, " queries"]:
         """Place every query among the keys."""
-        row = torch.arange(self.num_queries, device=self.device)
+        row = torch.arange(self.num_queries, dtype=torch.int64, device=self.device)
         if self.spans is not None:
             length, step = self.spans
             row = row // length * step + row % length

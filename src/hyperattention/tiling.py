@@ -115,7 +115,7 @@ def cut(problem: Problem, size: int) -> Tiles:
     """
     device, count = problem.device, problem.num_queries
     first, last = problem.offset // size, (problem.offset + count - 1) // size
-    index = torch.arange(first, max(first, last + 1), device=device)
+    index = torch.arange(first, max(first, last + 1), dtype=torch.int64, device=device)
     if problem.spans is not None:
         length, step = problem.spans
         if length % size or step % size or problem.offset % size:
@@ -124,11 +124,11 @@ def cut(problem: Problem, size: int) -> Tiles:
                 "use multiples of the tile"
             )
         index = problem.position[::size] // size
-    position = index[:, None] * size + torch.arange(size, device=device)  # [tiles, tile]
-    total = problem.live_before(torch.full((1,), problem.num_keys, device=device))
+    position = index[:, None] * size + torch.arange(size, dtype=torch.int64, device=device)  # [tiles, tile]
+    total = problem.live_before(torch.full((1,), problem.num_keys, dtype=torch.int64, device=device))
     start = problem.live_before(index * size)
     end = problem.live_before((index + 1) * size)
     limit = problem.live_before(position + 1) if problem.causal else total[:, :, None].expand(-1, *position.shape)
-    row = torch.arange(index.shape[0] * size, device=device).view(-1, size) - problem.offset % size
+    row = torch.arange(index.shape[0] * size, dtype=torch.int64, device=device).view(-1, size) - problem.offset % size
     inside = (row >= 0) & (row < count)
     return Tiles(problem, size, index, start, end, total, limit.masked_fill(~inside, 0))

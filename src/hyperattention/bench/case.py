@@ -59,7 +59,9 @@ class Case:
         """Make inputs in place, so that making them leaves no memory behind for the call to reuse."""
         sizes = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (
-            torch.arange(h * self.length * self.head_dim, dtype=torch.float32).sin_().view(1, h, self.length, self.head_dim)
+            torch.arange(h * self.length * self.head_dim, dtype=torch.float32, device="cpu")
+            .sin_()
+            .view(1, h, self.length, self.head_dim)
             for h in sizes
         )
         return self._with_gradients((q, k, v))

@@ -30,11 +30,11 @@ def attended(
     batch, kv_heads, slots = held.log_weight.shape
     num, total = queries.shape[2], torch.zeros_like(held.log_weight)
     grouped = queries.unflatten(1, (kv_heads, -1))
-    keys, place = held.k.to(total.dtype).transpose(2, 3), torch.arange(slots, device=total.device)
+    keys, place = held.k.to(total.dtype).transpose(2, 3), torch.arange(slots, dtype=torch.int64, device=total.device)
     size = max(1, _SCORES_AT_A_TIME // max(1, batch * queries.shape[1] * slots))
     for start in range(0, num, size):
         rows = grouped[:, :, :, start : start + size].to(total.dtype) * scale
-        limit = torch.arange(start, start + rows.shape[3], device=total.device) + (slots - num + 1)
+        limit = torch.arange(start, start + rows.shape[3], dtype=torch.int64, device=total.device) + (slots - num + 1)
         scores = (rows.flatten(2, 3) @ keys).unflatten(2, rows.shape[2:4]) + held.log_weight[:, :, None, None]
         scores.masked_fill_(place >= limit[:, None], -torch.inf)
         # a row of padding sees nothing, and its softmax is NaN

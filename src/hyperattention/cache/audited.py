@@ -83,7 +83,7 @@ class AuditedStore(Store):
     @property
     def approximated(self) -> Bool[Tensor, " tokens"]:
         """Tell for each position whether its query did not read every key."""
-        return torch.tensor(self._approximated, dtype=torch.bool)
+        return torch.tensor(self._approximated, dtype=torch.bool, device="cpu")
 
     @property
     def errors(self) -> Float[Tensor, "heads audited"]:
@@ -93,7 +93,7 @@ class AuditedStore(Store):
             the errors; no columns where none was approximated and drawn.
         """
         columns = [self._errors[position] for position in sorted(self._errors)]
-        return torch.stack(columns, 1) if columns else torch.empty(0, 0)
+        return torch.stack(columns, 1) if columns else torch.empty(0, 0, dtype=torch.float32, device="cpu")
 
     @property
     def audited(self) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ class AuditedStore(Store):
         if not self.inner.is_whole:
             begin = self.seen - self._new
             self._approximated[begin:] = [True] * self._new
-            drawn = are_drawn(torch.arange(begin, self.seen), self.every, self.seed)
+            drawn = are_drawn(torch.arange(begin, self.seen, dtype=torch.int64, device="cpu"), self.every, self.seed)
             if bool(drawn.any()):
                 self._judge(q, scale, part.out, drawn.nonzero()[:, 0].to(q.device))
         return part

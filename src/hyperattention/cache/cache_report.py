@@ -92,12 +92,16 @@ def report_on(stores: Mapping[int, AuditedStore], whole_bytes: int) -> CacheRepo
     found = [dict(zip(store.audited, store.errors.mean(0).tolist(), strict=True)) for store in every]
     positions = sorted(set().union(*found))
     # all layers draw the same positions: where one judged nothing, it had read every key
-    by_token = torch.tensor([[errors.get(at, 0.0) for at in positions] for errors in found], dtype=torch.float64)
+    by_token = torch.tensor(
+        [[errors.get(at, 0.0) for at in positions] for errors in found], dtype=torch.float64, device="cpu"
+    )
     num_audited, num_approximated = len(positions), int(torch.stack([store.approximated for store in every]).any(0).sum())
     whole = torch.cat([by_token.mean(0, keepdim=True), by_token])  # [layers and one more, audited]
     mean = low = high = whole.mean(1)
     if 0 < num_audited < num_approximated:
-        low, high = (end[0] for end in mean_interval(whole[None], torch.ones(1, num_audited, dtype=torch.bool)))
+        low, high = (
+            end[0] for end in mean_interval(whole[None], torch.ones(1, num_audited, dtype=torch.bool, device="cpu"))
+        )
     num_tokens = max(store.seen for store in every)
     return CacheReport(
         relative_error=float(mean[0]), interval=(float(low[0]), float(high[0])),

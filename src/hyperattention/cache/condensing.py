@@ -99,7 +99,7 @@ class CondensingStore(Store):
         part.v.copy_(v)
         part.log_weight.zero_()
         part.score.zero_()
-        part.position.copy_(torch.arange(first, first + new, device=k.device))
+        part.position.copy_(torch.arange(first, first + new, dtype=torch.int64, device=k.device))
         self._buffer, self._count, self._seen, self._new = buffer, self._count + new, first + new, new
         held = self.held
         return held.k, held.v
@@ -204,7 +204,9 @@ class CondensingStore(Store):
     def state(self) -> dict[str, Tensor]:
         """Copy the slots in use, and the counters; the latest queries are watched first, and stay so if they are cropped."""
         self._watch_waiting()
-        state = dict(zip(_NAMES, self.held.tensors, strict=True)) | {"numbers": torch.tensor([self._seen, self._turn])}
+        state = dict(zip(_NAMES, self.held.tensors, strict=True)) | {
+            "numbers": torch.tensor([self._seen, self._turn], dtype=torch.int64, device="cpu")
+        }
         state |= {} if self._queries is None else {"queries": self._queries}
         return {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
 
@@ -239,4 +241,4 @@ class CondensingStore(Store):
 def _repeated(held: Held, num: int) -> tuple[Tensor, Tensor]:
     """Name the first slot `num` times, as room to be written over."""
     index = torch.zeros(*held.log_weight.shape[:2], num, dtype=torch.int64, device=held.k.device)
-    return index, torch.full(index.shape, -torch.inf, device=held.k.device)
+    return index, torch.full(index.shape, -torch.inf, dtype=torch.float32, device=held.k.device)

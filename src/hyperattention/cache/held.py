@@ -119,5 +119,7 @@ def live_first(held: Held, end: int) -> Held:
     if bool(live.all()):
         return held
     order = torch.argsort(live.to(torch.uint8), dim=-1, descending=True, stable=True)
-    index = torch.cat([order, torch.arange(end, held.num_slots, device=order.device).expand(*order.shape[:2], -1)], -1)
+    index = torch.cat(
+        [order, torch.arange(end, held.num_slots, dtype=torch.int64, device=order.device).expand(*order.shape[:2], -1)], -1
+    )
     return held.take(index, held.log_weight.gather(2, index))

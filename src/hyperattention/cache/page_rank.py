@@ -142,7 +142,8 @@ class TwoLevels(PageRank):
         coarse = self.by.rank(q, pairs, num).amax(2)
         count = min(coarse.shape[2], max(-(-num // 2), round(self.keep * coarse.shape[2])))
         best = coarse.topk(count, -1).indices.sort(-1).values
-        page = (best[..., None] * 2 + torch.arange(2, device=q.device)).flatten(2)  # [batch, kv_heads, survivors]
+        page = (best[..., None] * 2 + torch.arange(2, dtype=torch.int64, device=q.device)).flatten(2)
+        # [batch, kv_heads, survivors]
         beyond = page >= pages
         page = page.clamp(max=pages - 1)
         few = summary.gather(2, page[..., None].expand(-1, -1, -1, summary.shape[3]))

@@ -101,7 +101,7 @@ class SelectingStore(Store):
         dead = (~live).sum(-1)
         if not bool(dead.any()):
             return
-        first = torch.arange(live.shape[1], device=live.device) < dead[:, None]
+        first = torch.arange(live.shape[1], dtype=torch.int64, device=live.device) < dead[:, None]
         before = self._seen - self._new
         if bool((first == live).any()) or bool((dead > 0)[self._start < before].any()):
             raise ValueError("padding stands behind tokens: a cache read by pages follows padding on the left alone")
@@ -151,7 +151,7 @@ class SelectingStore(Store):
             return rows.new_full((rows.shape[0] * rows.shape[1], rows.shape[3], num), -1, dtype=torch.int64)
         score = self.by.rank(rows.flatten(2, 3).float() * scale, self._summary[:, :, :pages], num)
         score = torch.log_softmax(score, -1).unflatten(2, rows.shape[2:4]).amax(2)  # [batch, kv_heads, queries, pages]
-        last = (torch.arange(pages, device=rows.device) + 1) * self.page
+        last = (torch.arange(pages, dtype=torch.int64, device=rows.device) + 1) * self.page
         score = score.masked_fill((last <= self._start[:, None] + self.room.sinks)[:, None, None], -torch.inf)
         best, index = score.topk(min(num, pages), -1)
         index = index.masked_fill(best == -torch.inf, -1).sort(-1).values
@@ -175,9 +175,11 @@ class SelectingStore(Store):
         end = torch.full_like(begin, self._seen)
         low = torch.maximum(begin, edge)
         runs.append(Runs(edge[..., None], self._seen - recent, _zeros(edge[..., None]), low, end, causal=queries > 1))
-        limit = torch.arange(queries, device=device) + (self._seen - queries + 1)
+        limit = torch.arange(queries, dtype=torch.int64, device=device) + (self._seen - queries + 1)
         return Selection(
-            tuple(runs), limit[None, :, None].expand(lists, -1, group).contiguous(), torch.arange(lists, device=device)
+            tuple(runs),
+            limit[None, :, None].expand(lists, -1, group).contiguous(),
+            torch.arange(lists, dtype=torch.int64, device=device),
         )
 
     def _drawn(self, chosen: Tensor, sunk: Tensor, edge: Tensor) -> Runs:
@@ -187,19 +189,20 @@ class SelectingStore(Store):
         pages = edge // self.page
         inside = (chosen >= first[..., None]) & (chosen < pages[..., None])
         left = ((pages - first - inside.sum(-1)) * self.page).clamp(min=0)  # [lists, queries]
-        head = torch.arange(lists, device=chosen.device)[:, None, None] % self._heads
-        at = torch.arange(queries, device=chosen.device)[:, None] + (self._seen - queries)
-        place = torch.arange(self.draws, device=chosen.device)
+        head = torch.arange(lists, dtype=torch.int64, device=chosen.device)[:, None, None] % self._heads
+        at = torch.arange(queries, dtype=torch.int64, device=chosen.device)[:, None] + (self._seen - queries)
+        place = torch.arange(self.draws, dtype=torch.int64, device=chosen.device)
         point = (place + uniform((self.seed, self.layer, head, at, place), chosen.device)) / self.draws
         rank = (point * left[..., None]).long().clamp(max=(left[..., None] - 1).clamp(min=0))
         # the r-th page that is not chosen lies behind as many chosen ones as stand before it
         gap = torch.where(inside, chosen - first[..., None], 2**40).sort(-1).values
-        gap = gap - torch.arange(gap.shape[-1], device=gap.device)
+        gap = gap - torch.arange(gap.shape[-1], dtype=torch.int64, device=gap.device)
         page = rank // self.page
         page = page + torch.searchsorted(gap, page, right=True) + first[..., None]
-        weight = (left[..., None] / self.draws).clamp(min=1.0).log().float().expand(page.shape)
+        share = left[..., None].float() / self.draws
+        weight = share.clamp(min=1.0).log().expand(page.shape)
         # fewer keys than draws: each would come several times, and counts for its share
-        weight = torch.where(left[..., None] < self.draws, (left[..., None] / self.draws).log().float(), weight)
+        weight = torch.where(left[..., None] < self.draws, share.log(), weight)
         return Runs(page * self.page + rank % self.page, 1, weight, sunk, edge)
 
     @property
@@ -239,4 +242,4 @@ class SelectingStore(Store):
 
 
 def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, device=like.device)
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)

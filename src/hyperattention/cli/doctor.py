@@ -81,7 +81,7 @@ def _waiting() -> str:
 
 
 def _integers() -> Finding:
-    fast = integers_are_fast(torch.empty(0))
+    fast = integers_are_fast(torch.empty(0, dtype=torch.float32, device="cpu"))
     return Finding(
         "8-bit products", fast, "fast: keys are scanned in them" if fast else "slow: keys are scanned in wider numbers"
     )

@@ -15,6 +15,7 @@ from hyperattention.methods.method import Method
 from hyperattention.random import uniform
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
+from hyperattention.transforms import refuse_transforms, scale_of
 
 __all__ = ["ErrorReport", "audit", "sample_rows"]
 
@@ -43,8 +44,8 @@ def sample_rows(
         indices in order.
     """
     if rows >= num_queries:
-        return torch.arange(num_queries, device=device)
-    stratum = torch.arange(rows, device=device)
+        return torch.arange(num_queries, dtype=torch.int64, device=device)
+    stratum = torch.arange(rows, dtype=torch.int64, device=device)
     place = (stratum + uniform((*stream, seed, stratum), device)) * (num_queries / rows)
     return place.long().clamp(max=num_queries - 1)
 
@@ -100,6 +101,7 @@ def audit(
     check_inputs(query, key, value, enable_gqa=enable_gqa, dropout_p=0.0, seed=seed, check_finite=False)
     check_masks(query, key, None, key_mask, is_causal=is_causal, causal_align=causal_align)
     check_audit(query, key, value, out, rows)
+    refuse_transforms("an audit", query, key, value, out)
     num_queries, num_keys = query.shape[2], key.shape[2]
     if hardness:
         heavy = _heavy_mask(method) if heavy is None else heavy
@@ -111,7 +113,7 @@ def audit(
         index = sample_rows(num_queries, rows, seed, query.device)
         visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
         seen = index.new_full(index.shape, num_keys) if visible is None else visible[0, index]
-        factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        factor = scale_of(scale, query.shape[-1])
         found = misses(query, key, value, out, key_mask, index, seen, factor)
     share = None
     if method is not None and num_queries == num_keys:
@@ -154,7 +156,7 @@ def sample_for(
         index=index,
         visible=[num_keys] * len(index) if visible is None else visible[0, index].tolist(),
         num_queries=num_queries,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale=scale_of(scale, query.shape[-1]),
         sinks=sinks,
         windows=_windows([int(row) + shift for row in index], window, num_keys, is_causal),
     )

@@ -38,17 +38,17 @@ def exact_rows(
     from hyperattention.kernels.list import triton_forward as list_triton
 
     (batch, heads, count, _), (kv_heads, keys) = rows.shape, key.shape[1:3]
-    lists, group, like = batch * kv_heads, heads // kv_heads, {"dtype": torch.int64, "device": rows.device}
-    zero, none = torch.zeros(lists, 1, **like), torch.zeros(0, **like)
+    lists, group = batch * kv_heads, heads // kv_heads
+    zero = torch.zeros(lists, 1, dtype=torch.int64, device=rows.device)
     one_run = Lists(
-        key_row=torch.arange(lists, device=rows.device),
+        key_row=torch.arange(lists, dtype=torch.int64, device=rows.device),
         row_limit=visible.repeat(group).expand(lists, 1, -1),
         first=[zero[..., None]],
         size=[keys],
-        log_weight=[torch.zeros(lists, 1, 1, device=rows.device)],
+        log_weight=[torch.zeros(lists, 1, 1, dtype=torch.float32, device=rows.device)],
         low=[zero],
         high=[visible.amax().expand(lists, 1)],
-        hole=[none],
+        hole=[zero[:0, 0]],
         causal=[True],
         labelled=[False],
         row_label=None,

@@ -57,7 +57,11 @@ def mean_interval(
 
 def _exponentials(count: int, device: torch.device) -> Float[Tensor, "resamples count"]:
     """Draw standard exponentials: over their sum they are uniform on the simplex, and so are any of them over theirs."""
-    counters = (_STREAM, torch.arange(_RESAMPLES // 2, device=device)[:, None], torch.arange(count, device=device))
+    counters = (
+        _STREAM,
+        torch.arange(_RESAMPLES // 2, dtype=torch.int64, device=device)[:, None],
+        torch.arange(count, dtype=torch.int64, device=device),
+    )
     # midpoints of the hash's steps: never 0 nor 1
     places = uniform(counters, device) + 2.0**-33
     return -torch.cat([places, 1 - places]).log_()
@@ -89,7 +93,7 @@ def percentile_bound(
 def _bound_rank(live: Bool[Tensor, "batch rows"], percentile: float) -> Int[Tensor, " batch"]:
     counts = [int(count) for count in live.sum(-1)]
     ranks = {count: _least_rank(count, percentile) for count in set(counts)}
-    return torch.tensor([ranks[count] for count in counts], device=live.device)
+    return torch.tensor([ranks[count] for count in counts], dtype=torch.int64, device=live.device)
 
 
 def _least_rank(count: int, percentile: float) -> int:

@@ -84,8 +84,8 @@ def light_weight(
         the sums.
     """
     if block.device.type != "cpu" if at_once is None else at_once:
-        begin, end = torch.tensor(windows, device=block.device)[..., None].unbind(1)
-        key = torch.arange(block.shape[-1], device=block.device)
+        begin, end = torch.tensor(windows, dtype=torch.int64, device=block.device)[..., None].unbind(1)
+        key = torch.arange(block.shape[-1], dtype=torch.int64, device=block.device)
         heavy = (key < first) | ((key >= begin) & (key < end))
         # not a product: 0 times what is not finite would be no number
         return block.masked_fill(heavy, 0.0).sum(-1)

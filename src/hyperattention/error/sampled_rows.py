@@ -130,8 +130,8 @@ def hide_later(scores: Tensor, counts: list[int], *, at_once: bool | None = None
             fill for each row costs less.
     """
     if scores.device.type != "cpu" if at_once is None else at_once:
-        limit = torch.tensor(counts, device=scores.device)[:, None]
-        scores.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) >= limit, -torch.inf)
+        limit = torch.tensor(counts, dtype=torch.int64, device=scores.device)[:, None]
+        scores.masked_fill_(torch.arange(scores.shape[-1], dtype=torch.int64, device=scores.device) >= limit, -torch.inf)
         return
     for row, count in enumerate(counts):
         scores[..., row, count:] = -torch.inf

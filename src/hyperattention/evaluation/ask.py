@@ -99,7 +99,7 @@ def ask(asking: Asking, items: Sequence[Item]) -> Iterator[Reply]:
         some = {context: row for row, context in enumerate(contexts[begin : begin + asking.rows])}
         own = [item for item in items if item.context in some]
         with reading(asking.model) as counter:
-            prompt = Prompt.of(asking.model, torch.tensor(list(some)), asking.chunk)
+            prompt = Prompt.of(asking.model, torch.tensor(list(some), dtype=torch.int64, device="cpu"), asking.chunk)
             # hidden first: what it works out for a context serves every copy of it
             if False in asking.visible:
                 yield from _ask_hidden(asking, prompt, _batches(own, some, asking), counter)
@@ -129,7 +129,7 @@ def _batches(items: Sequence[Item], place: dict[tuple[int, ...], int], asking: A
         for begin in range(0, len(group), asking.rows):
             some = tuple(item for item, _ in group[begin : begin + asking.rows])
             turns = zip(*(asked for _, asked in group[begin : begin + asking.rows]), strict=True)
-            questions = tuple(torch.tensor(turn) for turn in turns)
+            questions = tuple(torch.tensor(turn, dtype=torch.int64, device="cpu") for turn in turns)
             sizes = tuple(max(turn.answer_size for turn in each) for each in zip(*(x.turns for x in some), strict=True))
             batches.append(_Batch(some, tuple(place[item.context] for item in some), questions, sizes))
     return batches
@@ -141,7 +141,7 @@ def _ask_hidden(asking: Asking, prompt: Prompt, batches: Sequence[_Batch], count
         whole, _ = prompt.condensed(contender, more, asking.seed)
         for number, batch in enumerate(batches):
             cache = whole if number == len(batches) - 1 else copy.deepcopy(whole)
-            cache.batch_select_indices(torch.tensor(batch.rows))
+            cache.batch_select_indices(torch.tensor(batch.rows, dtype=torch.int64, device="cpu"))
             yield from _ask_batch(asking, cache, contender, batch, (False, counter))
 
 

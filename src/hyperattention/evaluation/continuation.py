@@ -123,7 +123,7 @@ def continuation_loss(asking: Asking, tokens: Sequence[int], texts: Texts) -> It
     numbers, begin = list(chosen), texts.length - texts.continuation
     for first in range(0, len(numbers), asking.rows):
         some = numbers[first : first + asking.rows]
-        rows = torch.tensor([chosen[number] for number in some])
+        rows = torch.tensor([chosen[number] for number in some], dtype=torch.int64, device="cpu")
         with reading(asking.model) as counter:
             prompt, exact = Prompt.of(asking.model, rows[:, :begin], asking.chunk), None
             for contender in asking.contenders:
@@ -138,7 +138,7 @@ def continuation_loss(asking: Asking, tokens: Sequence[int], texts: Texts) -> It
 
 def _read_on(asking: Asking, cache: HyperCache, rest: Tensor, last: Tensor, chunk: int) -> Tensor:
     """Sum the loss of what comes after the prompt, whose last logits are `last`; a mean a token comes back."""
-    total = torch.zeros(rest.shape[0], dtype=torch.float64)
+    total = torch.zeros(rest.shape[0], dtype=torch.float64, device="cpu")
     for part in rest.to(last.device).split(chunk, 1):
         logits = torch.cat([last, (whole := read(asking.model, part, cache, keep=0))[:, :-1]], 1).float()
         total += cross_entropy(logits.transpose(1, 2), part, reduction="none").double().sum(1).cpu()

@@ -62,11 +62,15 @@ class Prompt:
         Returns:
             the longer prompt.
         """
-        tokens = torch.cat([self.tokens[torch.tensor(rows)], more], 1)
+        tokens = torch.cat([self.tokens[torch.tensor(rows, dtype=torch.int64, device="cpu")], more], 1)
         if self.recorded is None or self.last is None:
             return Prompt(self.model, tokens, self.chunk)
         recorded = rows_of(self.recorded, self.model, rows)
-        last = read(self.model, more, recorded) if more.shape[1] else self.last[torch.tensor(rows)]
+        last = (
+            read(self.model, more, recorded)
+            if more.shape[1]
+            else self.last[torch.tensor(rows, dtype=torch.int64, device="cpu")]
+        )
         return Prompt(self.model, tokens, None, recorded, last)
 
     def condensed(self, contender: Contender, more: int, seed: int) -> tuple[HyperCache, Tensor]:

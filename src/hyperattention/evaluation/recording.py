@@ -153,7 +153,7 @@ class RecordingStore(Store):
 
     def state(self) -> dict[str, Tensor]:
         """Give all tensors."""
-        return {"k": self.k, "v": self.v, "q": self.q, "scale": torch.tensor(self.scale)}
+        return {"k": self.k, "v": self.v, "q": self.q, "scale": torch.tensor(self.scale, dtype=torch.float32, device="cpu")}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave."""
@@ -226,7 +226,7 @@ def rows_of(recorded: HyperCache, model: PreTrainedModel, rows: Sequence[int]) -
     Raises:
         ValueError: if a layer keeps something else than keys and values.
     """
-    index, copied = torch.tensor(rows), start(model)
+    index, copied = torch.tensor(rows, dtype=torch.int64, device="cpu"), start(model)
     for number, (old, new) in enumerate(zip(recorded.layers, copied.layers, strict=True)):
         if isinstance(old, HyperCacheLayer) and isinstance(new, HyperCacheLayer) and isinstance(old.store, RecordingStore):
             new.store = new.inner = old.store.rows(index)

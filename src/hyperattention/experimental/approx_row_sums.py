@@ -110,8 +110,8 @@ class ApproxD:
         problem = Problem(q, k, k[..., :1], scale, seed=seed, layer=layer)
         heavy, labels = self._heavy(problem)
         group = problem.group
-        draw = torch.arange(self.num_samples, device=device)
-        head = torch.arange(kv_heads, device=device)[:, None]
+        draw = torch.arange(self.num_samples, dtype=torch.int64, device=device)
+        head = torch.arange(kv_heads, dtype=torch.int64, device=device)[:, None]
         keys = hash_bits((seed, layer, head, draw, 2), device) % num_keys  # [kv_heads, samples]
         rows = hash_bits((seed, layer, head, draw, 3), device) % num_queries
         query_label, key_label = labels or (None, None)

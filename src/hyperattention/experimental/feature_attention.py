@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.experimental import feature_reference as feature_torch
+from hyperattention.transforms import refuse_batched_gradients, refuse_second_derivatives, refuse_transforms, refuse_vmap
 
 
 @torch.library.custom_op("hyperattention::feature_attention", mutates_args=())
@@ -48,10 +49,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_lse):
+    refuse_batched_gradients("attention over features", grad_out, grad_lse)
     return *_feature_attention_backward(grad_out, grad_lse, *ctx.saved_tensors), None
 
 
 _feature_attention.register_autograd(_backward, setup_context=_setup_context)
+refuse_vmap(_feature_attention, "attention over features")
+refuse_second_derivatives(_feature_attention_backward, "attention over features")
 
 
 def feature_attention(
@@ -100,6 +104,8 @@ def feature_attention(
     Raises:
         ValueError: if `heads` is not a multiple of `kv_heads`, or `first_key` is negative.
     """
+    scales = (x for x in (query_log_scale, key_log_scale) if x is not None)
+    refuse_transforms("attention over features", query_features, key_features, value, *scales)
     heads, kv_heads, keys = query_features.shape[1], key_features.shape[1], key_features.shape[2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{heads} query heads over {kv_heads} kv heads: must be a multiple; check the head axis")
@@ -110,7 +116,7 @@ def feature_attention(
     if key_log_scale is None:
         key_log_scale = key_features.new_zeros(key_features.shape[:-1])
     if row_limit is None:
-        row_limit = torch.full((1, query_features.shape[2]), keys, device=query_features.device)
+        row_limit = torch.full((1, query_features.shape[2]), keys, dtype=torch.int64, device=query_features.device)
     return _feature_attention(
         query_features,
         key_features[:, :, first_key:],

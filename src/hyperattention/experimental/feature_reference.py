@@ -58,7 +58,7 @@ def _finite(top: Tensor) -> Tensor:
 
 def _blocks(limit: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Cut rows in order of their limits into blocks of close limits: the rows, their least limit, their greatest."""
-    place, number = limit // BLOCK_KEYS, torch.arange(len(limit), device=limit.device)
+    place, number = limit // BLOCK_KEYS, torch.arange(len(limit), dtype=torch.int64, device=limit.device)
     cut = number % CHUNK_ROWS == 0
     cut[1:] |= place[1:] != place[:-1]
     edges = torch.cat([number[cut], number.new_tensor([len(limit)])])
@@ -98,7 +98,7 @@ def weighted_sums(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, 
             if low == high:
                 block_total, block_top = block @ state.total, state.top.expand(-1, len(index), -1)
             else:
-                hidden = torch.arange(low, high, device=limit.device) >= limit[rows, None]
+                hidden = torch.arange(low, high, dtype=torch.int64, device=limit.device) >= limit[rows, None]
                 logs = log_scale[:, None, near].masked_fill(hidden, -torch.inf)  # [lists, rows, near]
                 # a row's own largest log scale: that of a later key in the block could push the row's weights to 0
                 block_top = torch.maximum(state.top, logs.amax(-1, keepdim=True))
@@ -207,7 +207,7 @@ def backward(
         grad_rows[part] = total * (share[part] + top).exp()[..., None]
         falling, order = limit.sort(descending=True)
         # how many rows have a limit above each key
-        seen_by = torch.searchsorted(-falling, -torch.arange(keys.shape[1], device=limit.device))
+        seen_by = torch.searchsorted(-falling, -torch.arange(keys.shape[1], dtype=torch.int64, device=limit.device))
         ordered, slopes, shares = (x[part][:, order] for x in (rows, slope, share))
         total, top = weighted_sums(values[part], slopes, ordered, shares, seen_by)
         grad_keys[part] = total * (key_scale[part] + top).exp()[..., None]

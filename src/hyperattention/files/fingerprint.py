@@ -80,7 +80,7 @@ def _hash_weights(model: nn.Module) -> str:
             continue
         flat = weight.detach().flatten()
         # evenly spaced, the first and the last among them
-        index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
+        index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
         values = flat[index.to(flat.device)]
         if values.is_floating_point():
             values = values.to(torch.bfloat16).view(torch.int16)

@@ -59,11 +59,11 @@ class Bytes(Codec):
     def encode(self, text: str, *, first: bool) -> Tensor:
         """Take the bytes."""
         # what a command line holds that is no UTF-8 came as surrogates, and becomes the bytes that it was
-        return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64)
+        return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64, device="cpu")
 
     def read(self, text: Text) -> Tensor:
         """Take the bytes."""
-        return torch.tensor(list(text.data), dtype=torch.int64)
+        return torch.tensor(list(text.data), dtype=torch.int64, device="cpu")
 
     def decode(self, tokens: Any, **options: Any) -> str:
         """Read the bytes; those that are no character become a sign that says so."""
@@ -86,7 +86,7 @@ class Words(Codec):
         tokens = list(self.tokenizer(text, add_special_tokens=first, verbose=False).input_ids)
         if first and len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id:
             tokens = tokens[:-1]
-        return torch.tensor(tokens, dtype=torch.int64)
+        return torch.tensor(tokens, dtype=torch.int64, device="cpu")
 
     def read(self, text: Text) -> Tensor:
         """Ask the tokenizer for the tokens of the words."""

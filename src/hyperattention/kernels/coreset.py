@@ -46,8 +46,8 @@ def forward(
         scores = torch.bmm(keys, part.flatten(1, 2).transpose(1, 2).mul(scale)).transpose(1, 2)  # [lists, rows, slots]
         scores = torch.add(scores, bias, out=torch.empty_like(scores, memory_format=torch.contiguous_format))
         if causal and queries > 1:
-            limit = torch.arange(start, start + part.shape[2], device=q.device) + (slots - queries)
-            later = torch.arange(slots, device=q.device) > limit[:, None]
+            limit = torch.arange(start, start + part.shape[2], dtype=torch.int64, device=q.device) + (slots - queries)
+            later = torch.arange(slots, dtype=torch.int64, device=q.device) > limit[:, None]
             scores.unflatten(1, part.shape[1:3]).masked_fill_(later, -torch.inf)
         out, lse = _average(scores, values)
         parts.append((out.to(q.dtype).unflatten(1, part.shape[1:3]), lse.unflatten(1, part.shape[1:3])))

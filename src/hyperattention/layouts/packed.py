@@ -16,6 +16,7 @@ from hyperattention.methods.base import Approach
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.result import AttentionResult, SequencesResult
+from hyperattention.transforms import scale_of
 
 
 def varlen_attention(
@@ -205,7 +206,7 @@ class _Sequences:
         lower_right = self.options.causal_align == "lower_right"
         offset = [k - c if lower_right else 0 for k, c in zip(keys, count, strict=True)]
         packed = Packed([self.edges_q[s] for s in exact], count, keys, offset, self.options.is_causal)
-        scale = self.query.shape[-1] ** -0.5 if self.options.scale is None else float(self.options.scale)
+        scale = scale_of(self.options.scale, self.query.shape[-1])
         with torch.autocast(autocast_device(self.query), enabled=False):
             out, lse = ragged_attention(
                 self.query[0].transpose(0, 1),

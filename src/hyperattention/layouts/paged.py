@@ -21,6 +21,7 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.problem import Pages, Problem
 from hyperattention.result import SequencesResult
+from hyperattention.transforms import refuse_transforms, scale_of
 
 
 def paged_attention(
@@ -159,7 +160,8 @@ def _checked(
     query, key_pages, value_pages = narrowed(query, key_pages, value_pages)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     check_pages(query, key_pages, value_pages, block_table, starts, lengths)
-    scale = float(query.shape[2] ** -0.5 if scale is None else scale)
+    refuse_transforms("attention over pages", query, key_pages, value_pages)
+    scale = scale_of(scale, query.shape[2])
     return _Requests(query, Pages(key_pages, value_pages, block_table), starts, lengths, scale, seed, layer)
 
 
@@ -220,7 +222,7 @@ def _attend_exactly(requests: _Requests, exact: list[int], out: Tensor, lse: Ten
         requests.query, pages.key, pages.value, packed, requests.scale, table=pages.table[exact],
         kv_heads=pages.key.shape[1],
     )  # fmt: skip
-    rows = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in exact]).to(out.device)
+    rows = torch.cat([torch.arange(starts[s], starts[s + 1], dtype=torch.int64, device=out.device) for s in exact])
     out.index_copy_(0, rows, parts[0])
     lse.index_copy_(0, rows, parts[1])
 

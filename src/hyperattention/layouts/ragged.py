@@ -41,16 +41,16 @@ class Packed:
         """
         size = max(1, min(TILE, max(self.count, default=1)))
         sequence, row, limit = [], [], []
-        place = torch.arange(size)
+        place = torch.arange(size, dtype=torch.int64, device="cpu")
         for s, (first, count, keys, offset) in enumerate(zip(self.first, self.count, self.keys, self.offset, strict=True)):
             number = -(-count // size)
-            at = torch.arange(number)[:, None] * size + place
+            at = torch.arange(number, dtype=torch.int64, device="cpu")[:, None] * size + place
             inside = at < count
             seen = (at + offset + 1).clamp(0, keys) if self.causal else torch.full_like(at, keys)
-            sequence.append(torch.full((number,), s))
+            sequence.append(torch.full((number,), s, dtype=torch.int64, device="cpu"))
             row.append((at + first).masked_fill(~inside, -1))
             limit.append(seen.masked_fill(~inside, 0))
-        empty = torch.zeros(0, size, dtype=torch.int64)
+        empty = torch.zeros(0, size, dtype=torch.int64, device="cpu")
         return torch.cat([empty[:, 0], *sequence]), torch.cat([empty, *row]), torch.cat([empty, *limit])
 
 
@@ -85,17 +85,21 @@ def ragged_attention(
     sequence, row, limit = packed.tiles()
     inside = row >= 0
     group, (tiles, size), device = query.shape[1] // kv_heads, row.shape, query.device
-    begin = torch.zeros(len(sequence), dtype=torch.int64) if first_key is None else torch.tensor(first_key)[sequence]
-    head = torch.arange(kv_heads)
+    begin = (
+        torch.zeros(len(sequence), dtype=torch.int64, device="cpu")
+        if first_key is None
+        else torch.tensor(first_key, dtype=torch.int64, device="cpu")[sequence]
+    )
+    head = torch.arange(kv_heads, dtype=torch.int64, device="cpu")
     key_row = head.expand(tiles, -1) if table is None else sequence[:, None] * kv_heads + head
     # where each query's result stands among those of the tiles, known before anything runs
-    place = torch.arange(tiles * size)[inside.flatten()].to(device)
+    place = torch.arange(tiles * size, dtype=torch.int64, device="cpu")[inside.flatten()].to(device)
     lists = [x.repeat_interleave(kv_heads, 0).to(device) for x in (begin, begin + limit.amax(1), begin[:, None] + limit)]
     first, high, row_limit = lists[0], lists[1], lists[2]
     runs = Runs(
         first=first[:, None, None],
         size=max(1, *packed.keys) if packed.keys else 1,
-        log_weight=torch.zeros(len(first), 1, 1, device=device),
+        log_weight=torch.zeros(len(first), 1, 1, dtype=torch.float32, device=device),
         low=first[:, None],
         high=high[:, None],
         causal=True,

@@ -123,7 +123,7 @@ class ByHead(Approach):
         if len(parts) == 1:
             return parts[0]
         heads = [head for served in self.groups().values() for head in served]
-        order = torch.tensor(heads, device=parts[0].device).argsort()
+        order = torch.tensor(heads, dtype=torch.int64, device=parts[0].device).argsort()
         joined = torch.cat(parts, 1)
         return joined.unflatten(1, (len(heads), joined.shape[1] // len(heads))).index_select(1, order).flatten(1, 2)
 

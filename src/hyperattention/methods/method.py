@@ -14,6 +14,7 @@ from hyperattention.methods.standard_error import standard_error
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
 from hyperattention.tiling import Tiles, cut
+from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Selection
 
 
@@ -108,6 +109,7 @@ class Method(Approach):
             tiles and their lists: first the tiles of positions that most stages share, then those a stage brought along.
         """
         refuse_spans(self, problem)
+        refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
         tiles = cut(problem, self.tile)
         taken, runs, apart = Taken(), (), ()
         for stage in self.stages:
@@ -117,7 +119,7 @@ class Method(Approach):
             runs += tuple(replace(run, labelled=hashed) for run in more)
             apart += own
         limit = tiles.by_list(tiles.limit).repeat(1, 1, problem.group)
-        lists = torch.arange(limit.shape[0], device=problem.device)
+        lists = torch.arange(limit.shape[0], dtype=torch.int64, device=problem.device)
         row_label, key_label = _label_rows(tiles, taken)
         shared = Selection(runs, row_limit=limit, key_row=lists, row_label=row_label, key_label=key_label)
         return (tiles, shared), *apart

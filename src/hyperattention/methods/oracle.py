@@ -13,6 +13,7 @@ from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
 from hyperattention.select.score.pooling import SCORE_BYTES
 from hyperattention.select.stage import LookAhead
+from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Runs, Selection
 
 
@@ -57,6 +58,7 @@ class TopKeys(Approach):
         """Score a chunk of rows against all keys, keep the best, attend to them."""
         if not problem.num_keys or not problem.q.numel():
             return Exact().attend(problem)
+        refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
         k, v, table = problem.storage()
         step = max(1, SCORE_BYTES // (4 * problem.q.shape[0] * problem.q.shape[1] * problem.num_keys))
         outs, lses = [], []
@@ -80,13 +82,15 @@ class TopKeys(Approach):
         seen = min(problem.num_keys, max(1, problem.offset + rows.stop)) if alike else problem.num_keys
         wide = torch.promote_types(problem.q.dtype, torch.float32)
         q, k = problem.q[:, :, rows].to(wide).unflatten(1, (kv_heads, group)), problem.k[:, :, :seen].to(wide)
-        hidden = torch.arange(seen, device=q.device) >= limit[:, None, None, :, None]
+        hidden = torch.arange(seen, dtype=torch.int64, device=q.device) >= limit[:, None, None, :, None]
         score = grouped_scores(q, k, problem.scale).masked_fill_(hidden, -torch.inf)
         index = score.topk(min(self.num, seen), dim=-1)[1].flatten(0, 2)
         high = limit[:, None].expand(-1, kv_heads * group, -1).flatten(0, 1)
-        lists = torch.arange(batch * kv_heads, device=q.device)
+        lists = torch.arange(batch * kv_heads, dtype=torch.int64, device=q.device)
         # where a row sees fewer keys, those listed beyond its limit are skipped
-        runs = Runs(index, 1, torch.zeros(index.shape, device=q.device), low=torch.zeros_like(high), high=high)
+        runs = Runs(
+            index, 1, torch.zeros(index.shape, dtype=torch.float32, device=q.device), low=torch.zeros_like(high), high=high
+        )
         return Selection((runs,), row_limit=high[..., None], key_row=lists.repeat_interleave(group))
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:

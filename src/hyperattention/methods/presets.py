@@ -15,6 +15,7 @@ from hyperattention.select.draw import Draw
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.score.value_norm import ValueNorm
 from hyperattention.select.stage import LookAhead
+from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial
 
 # queries that share one sample: many, as in the paper, yet few enough that their scores fit in memory at any length
@@ -90,6 +91,7 @@ class HyperAttention(Approach):
     def attend(self, problem: Problem) -> Partial:
         """Run the recursion, or the one block that it is without causality."""
         refuse_spans(self, problem)
+        refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
         if not problem.causal:
             return _in_dtype(self._block(problem), problem)
         end = problem.offset + problem.num_queries

@@ -75,7 +75,7 @@ class BalancedHalving(Policy):
         pairs = min(old.num_slots // 2, old.num_slots - full.num)
         count = old.live.sum(-1, keepdim=True)
         needed = torch.minimum(count // 2, (count - full.num).clamp(min=0))
-        real = torch.arange(pairs, device=count.device) < needed
+        real = torch.arange(pairs, dtype=torch.int64, device=count.device) < needed
         # the lightest are dropped first, and meet their likes
         order = old.log_weight.masked_fill(~old.live, torch.inf).argsort(dim=-1, stable=True)[..., : 2 * pairs]
         pair = order.unflatten(-1, (pairs, 2))
@@ -131,6 +131,6 @@ class BalancedHalving(Policy):
         sofar, signs = torch.zeros_like(own), []
         for place in range(own.shape[2]):
             tilt = self.strength * sofar[..., place] / limit[..., place]
-            signs.append(torch.where(2.0 * coin[..., place] - 1.0 <= -tilt, 1.0, -1.0).to(own.dtype))
+            signs.append(2.0 * (2.0 * coin[..., place] - 1.0 <= -tilt).to(own.dtype) - 1.0)
             sofar = sofar + signs[-1][..., None] * product[:, :, place]
         return torch.stack(signs, -1).flatten(1)[:, :num]

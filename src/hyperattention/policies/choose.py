@@ -50,5 +50,5 @@ def lottery(full: Full, salt: int = 0, *, anew: bool = False) -> Float[Tensor, "
     """
     position = full.candidates.position.long()
     seed, layer, turn = full.counters
-    head = torch.arange(position.shape[1], device=position.device)[:, None]
+    head = torch.arange(position.shape[1], dtype=torch.int64, device=position.device)[:, None]
     return 1.0 - uniform((seed, layer, salt, turn + 1 if anew else 0, head, position), position.device)

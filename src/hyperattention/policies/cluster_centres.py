@@ -90,7 +90,9 @@ def _centres(
         closer = here < least
         nearest, least = torch.where(closer, which + count, nearest), torch.where(closer, here, least)
         # a centre is its own, whatever rounding made of its distance
-        nearest.scatter_(1, new, torch.arange(count, count + new.shape[1], device=new.device).expand_as(new))
+        nearest.scatter_(
+            1, new, torch.arange(count, count + new.shape[1], dtype=torch.int64, device=new.device).expand_as(new)
+        )
         least.scatter_(1, new, _CENTRE)
         count += new.shape[1]
         if count == num:

@@ -86,7 +86,7 @@ def _metric(full: Full) -> Tensor:
     kv_heads, width = full.held.k.shape[1], full.held.k.shape[3]
     q = full.queries.float().unflatten(1, (kv_heads, -1)).flatten(2, 3) * full.scale
     if not q.shape[2]:
-        return torch.eye(width, device=q.device).expand(*q.shape[:2], -1, -1)
+        return torch.eye(width, dtype=torch.float32, device=q.device).expand(*q.shape[:2], -1, -1)
     moment = q.transpose(2, 3) @ q / q.shape[2]
     value, vector = torch.linalg.eigh(moment)
     # fewer queries than channels span no more directions than they are; values are in ascending order
@@ -96,7 +96,7 @@ def _metric(full: Full) -> Tensor:
 
 def _clusters(x: Tensor, weight: Tensor, num: int, rounds: int) -> Tensor:
     """Assign points to the nearest of `num` weighted means, ``[batch, kv_heads, points]``."""
-    start = torch.linspace(0, x.shape[2] - 1, num, device=x.device).round().long()
+    start = torch.linspace(0, x.shape[2] - 1, num, dtype=torch.float32, device=x.device).round().long()
     centre = x[:, :, start]
     nearest = start.new_zeros(x.shape[:3])
     step = max(1, _DISTANCES_AT_A_TIME // (x.shape[0] * x.shape[1] * num))

@@ -89,7 +89,7 @@ class LookOnceStore(Store):
         if self._shown is None:
             raise ValueError("nothing was appended in this step: append keys and values first")
         k, v = self._shown
-        place = torch.arange(k.shape[2], device=k.device)
+        place = torch.arange(k.shape[2], dtype=torch.int64, device=k.device)
         weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
         weight.masked_fill_((place < self._start[:, None])[:, None], -torch.inf)
         return Held(k, v, weight, place.expand(weight.shape), torch.zeros_like(weight))
@@ -146,7 +146,7 @@ class LookOnceStore(Store):
 
     def state(self) -> dict[str, Tensor]:
         """Copy what is left, and the counters."""
-        return self.pages.state() | {"numbers": torch.tensor([self._gone, self._fixed])}
+        return self.pages.state() | {"numbers": torch.tensor([self._gone, self._fixed], dtype=torch.int64, device="cpu")}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take keys, values and counters over."""

@@ -125,7 +125,7 @@ class OnlineClusters:
             centre = k[lists, token]
             self._held.centre.flatten(0, 1)[lists, new] = centre.to(self._held.centre.dtype)
             distance = _distances(k[lists, at:], centre[:, None])[..., 0]
-            place = torch.arange(at, k.shape[1], device=k.device)
+            place = torch.arange(at, k.shape[1], dtype=torch.int64, device=k.device)
             old = near[lists, at:]
             # at equal distance the older centre has the key, as argmin has it
             closer = (place > token[:, None]) & (distance < old) | (place == token[:, None])
@@ -143,7 +143,7 @@ class OnlineClusters:
         if most == 0:
             return k.new_full(k.shape[:2], torch.inf), torch.zeros(k.shape[:2], dtype=torch.int64, device=k.device)
         distance = _distances(k, self._held.centre.flatten(0, 1)[:, :most].to(k.dtype))
-        distance.masked_fill_(torch.arange(most, device=k.device) >= num[:, None, None], torch.inf)
+        distance.masked_fill_(torch.arange(most, dtype=torch.int64, device=k.device) >= num[:, None, None], torch.inf)
         cluster = distance.argmin(-1)
         return distance.gather(2, cluster[..., None])[..., 0], cluster
 
@@ -170,8 +170,8 @@ class OnlineClusters:
         """Count the keys of each cluster, and let the smallest tickets have the slots."""
         held = self._held
         held.count.view(-1, held.count.shape[2]).scatter_add_(1, cluster, live.long())
-        heads, device = torch.arange(held.num.shape[1], device=k.device), k.device
-        slots = torch.arange(self.samples, device=device)
+        heads, device = torch.arange(held.num.shape[1], dtype=torch.int64, device=k.device), k.device
+        slots = torch.arange(self.samples, dtype=torch.int64, device=device)
         ticket = uniform((*self.counters, _PURPOSE, heads[:, None, None], slots, position.long()[:, None]), device)
         # hashes may be equal: then the earlier key has the slot, whether the later one is seen with it or after it
         ticket = ticket + (position.double() % _TIES)[:, None] / (_TIES * 2.0**32)  # [kv_heads, new, samples]

@@ -127,7 +127,7 @@ class SubGenStore(Store):
         k, v, live = self._recent.tensors
         num, first = self._recent.num - self.room.window, self._seen - self._recent.num
         sketch = self._writable() or SubGenSketch(self._sizes(k, v), counters=(self.seed, self.layer))
-        position = torch.arange(first, first + num, device=k.device)
+        position = torch.arange(first, first + num, dtype=torch.int64, device=k.device)
         sketch.absorb(k[:, :, :num], v[:, :, :num], position, live[:, :num])
         self.sketch = sketch
         self._recent.drop(num, self._limit + 1)
@@ -178,7 +178,7 @@ class SubGenStore(Store):
             clusters, drawn = self.sketch.held
             state |= dict(zip(_CLUSTERS, clusters.tensors, strict=True)) | dict(zip(_DRAWN, drawn.tensors, strict=True))
         copied = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
-        return copied | {"numbers": torch.tensor([self._seen])}
+        return copied | {"numbers": torch.tensor([self._seen], dtype=torch.int64, device="cpu")}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over tokens, sketch and counters."""

@@ -104,7 +104,7 @@ class ValueReservoir:
 
     def _race(self, held: Drawn, k: Tensor, v: Tensor, position: Tensor, live: Tensor) -> None:
         norm = v.double().square().sum(-1).masked_fill(~live[:, None], 0.0)  # [batch, kv_heads, new]
-        heads, slots = (torch.arange(num, device=k.device)[:, None] for num in (k.shape[1], self.slots))
+        heads, slots = (torch.arange(num, dtype=torch.int64, device=k.device)[:, None] for num in (k.shape[1], self.slots))
         chance = uniform((*self.counters, _PURPOSE, heads[:, None], slots, position.long()), k.device)
         time = torch.log1p(-chance).neg() / norm[:, :, None]  # [batch, kv_heads, slots, new]
         time = time.masked_fill(norm[:, :, None] == 0, torch.inf)

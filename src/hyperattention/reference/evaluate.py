@@ -113,7 +113,7 @@ def evaluate(
     if not samples or not isinstance(rows[0].method, Exact):
         raise ValueError(f"{len(samples)} samples, first row {rows[0].name}: give at least one, and exact attention first")
     beginning = samples[0].tokens[:64]
-    nothing = torch.zeros(len(beginning) - 1, dtype=torch.bool)
+    nothing = torch.zeros(len(beginning) - 1, dtype=torch.bool, device="cpu")
     warm_up = Sample(beginning, nothing, 1, nothing)
     for row in rows:
         run_pass(judged, warm_up, row)

@@ -114,8 +114,10 @@ def digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:
     Returns:
         ``[answers, digits]``, boolean.
     """
-    first = torch.tensor(sample.answer_index, dtype=torch.int64)[:, None]
-    place = (first + torch.arange(sample.answer_size) - 1).to(targets.device)  # [answers, digits]
+    first = torch.tensor(sample.answer_index, dtype=torch.int64, device="cpu")[:, None]
+    place = (first + torch.arange(sample.answer_size, dtype=torch.int64, device="cpu") - 1).to(
+        targets.device
+    )  # [answers, digits]
     return (logits[place].argmax(-1) == targets[place]).cpu()
 
 

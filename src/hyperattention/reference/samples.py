@@ -52,10 +52,10 @@ def samples_of_documents(documents: Sequence[Document]) -> tuple[Sample, ...]:
 
 def _sample_of(document: Document) -> Sample:
     size = len(document.data)
-    counted = torch.arange(size) >= size // 2
+    counted = torch.arange(size, dtype=torch.int64, device="cpu") >= size // 2
     for line in _PLANTED.finditer(document.data):
         counted[line.start() : line.end()] = False
-    second_half, counted = (torch.arange(size) >= size // 2)[1:], counted[1:].clone()
+    second_half, counted = (torch.arange(size, dtype=torch.int64, device="cpu") >= size // 2)[1:], counted[1:].clone()
     return Sample(
         torch.frombuffer(bytearray(document.data), dtype=torch.uint8).long(),
         counted,
@@ -82,7 +82,7 @@ def tokens_of_text(text: str, judged: Judged) -> Int[Tensor, " tokens"]:
     """
     if judged.tokenizer is None:
         raise ValueError(f"{judged.name} has no tokenizer: text cannot be cut into its tokens")
-    return torch.tensor(judged.tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+    return torch.tensor(judged.tokenizer(text, verbose=False).input_ids, dtype=torch.int64, device="cpu")
 
 
 def samples_of_text(text: str, judged: Judged, length: int, count: int) -> tuple[Sample, ...]:
@@ -106,7 +106,7 @@ def samples_of_text(text: str, judged: Judged, length: int, count: int) -> tuple
     samples = []
     for start in range(0, min(count * length, len(tokens) - length + 1), length):
         piece = tokens[start : start + length]
-        counted = torch.arange(1, length) >= length // 2
+        counted = torch.arange(1, length, dtype=torch.int64, device="cpu") >= length // 2
         samples.append(Sample(piece, counted, max(1, _count_bytes(piece[1:][counted], judged)), torch.zeros_like(counted)))
     return tuple(samples)
 

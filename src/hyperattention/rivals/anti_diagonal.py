@@ -96,14 +96,14 @@ class AntiDiagonal(Stage):
         total = -(-problem.num_keys // self.block_size)
         query, key = groups.query[:, part], groups.key[:, : -(-seen_keys(tiles, part) // self.stride)]
         score = (query.flatten(1, 2) @ key.transpose(1, 2)).unflatten(1, query.shape[1:3])
-        first = torch.arange(key.shape[1], device=key.device) * self.stride
+        first = torch.arange(key.shape[1], dtype=torch.int64, device=key.device) * self.stride
         # a sum that reaches past the tile would look ahead
         hidden = (first >= groups.limit[:, part, :, None]) | (first + self.stride > left[3][:, :, None])
         weight = torch.softmax(score.masked_fill_(hidden, -torch.inf), -1)
         weight = torch.nan_to_num_(weight, nan=0.0).sum(2)
         per_block = self.block_size // self.stride
         mass = pad(weight, (0, total * per_block - weight.shape[2])).unflatten(2, (total, per_block)).sum(3)
-        block = torch.arange(total, device=key.device).expand_as(mass)
+        block = torch.arange(total, dtype=torch.int64, device=key.device).expand_as(mass)
         allowed = free_blocks(block, self.block_size, left, taken, part)
         mass = mass.masked_fill(~allowed, -torch.inf)
         if problem.causal:

@@ -99,11 +99,11 @@ class BudgetedDraw(Stage):
             inside = _scores(query[:, part], problem.k, pilot[:, part], counted[:, part])
             outside = _scores(query[:, part], problem.k, before[:, part], exact[:, part])
             budget.append(self._budget(inside, outside, even.count[:, part]))
-        few, slot = even.count <= self.num, torch.arange(self.num, device=problem.device)
+        few, slot = even.count <= self.num, torch.arange(self.num, dtype=torch.int64, device=problem.device)
         number = torch.where(few, even.count, torch.cat(budget, 1))
         noise = uniform((*_counters(tiles), slot, _STREAM), problem.device).repeat(problem.k.shape[0], 1, 1)
         point = (slot + torch.where(few, 0.5, noise)) / number.clamp(min=1)
-        log_weight = (even.count / number.clamp(min=1)).log().masked_fill(slot >= number, -torch.inf)
+        log_weight = (even.count.float() / number.clamp(min=1)).log().masked_fill(slot >= number, -torch.inf)
         index = even.at(point.clamp(max=1.0)).clamp(0, problem.num_keys - 1)
         return (key_runs(tiles, taken, index, log_weight),), taken
 
@@ -129,7 +129,7 @@ def _counters(tiles: Tiles) -> tuple[int | Tensor, ...]:
 
 def _points(tiles: Tiles, num: int, stream: int) -> Tensor:
     """Draw one point from each of `num` equal strata of [0, 1): ``[lists, tiles, num]``."""
-    slot = torch.arange(num, device=tiles.problem.device)
+    slot = torch.arange(num, dtype=torch.int64, device=tiles.problem.device)
     noise = uniform((*_counters(tiles), slot, stream), tiles.problem.device)
     return ((slot + noise) / num).repeat(tiles.problem.k.shape[0], 1, 1)
 
@@ -138,15 +138,15 @@ def _exact_part(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor]:
     """List the keys that earlier stages took: ``[lists, tiles, keys]``, and which of those slots count."""
     problem, end = tiles.problem, tiles.by_list(tiles.visible_end)[..., None]
     device, shape = problem.device, (*end.shape[:2], -1)
-    prefix = torch.arange(taken.prefix, device=device).expand(shape)
+    prefix = torch.arange(taken.prefix, dtype=torch.int64, device=device).expand(shape)
     index, live = [prefix], [prefix < end]
     if taken.gap is not None:
         low, high = (tiles.by_list(x)[..., None] for x in taken.gap)
         # of all keys taken by place no more than `placed` lie in the window
-        index.append(low + torch.arange(taken.placed, device=device))
+        index.append(low + torch.arange(taken.placed, dtype=torch.int64, device=device))
         live.append((index[-1] >= taken.prefix) & (index[-1] < torch.minimum(high, end)))
     for block, size in taken.blocks:
-        index.append((block[..., None] * size + torch.arange(size, device=device)).flatten(2))
+        index.append((block[..., None] * size + torch.arange(size, dtype=torch.int64, device=device)).flatten(2))
         begin, hole_begin, hole_end, _ = edges(tiles, taken)
         hole = (index[-1] >= hole_begin) & (index[-1] < hole_end)
         live.append((index[-1] >= begin) & (index[-1] < end) & ~hole)
@@ -156,6 +156,6 @@ def _exact_part(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor]:
 def _scores(query: Tensor, k: Tensor, index: Tensor, live: Tensor) -> Tensor:
     """Score listed keys for pooled queries: ``[lists, chunk, pooled, keys]``; -inf where a slot does not count."""
     lists, num_keys = index.shape[0], k.shape[2]
-    row = index + torch.arange(lists, device=k.device)[:, None, None] * num_keys
+    row = index + torch.arange(lists, dtype=torch.int64, device=k.device)[:, None, None] * num_keys
     keys = k.flatten(0, 2).index_select(0, row.flatten()).view(*index.shape, k.shape[3]).to(query.dtype)
     return (query @ keys.transpose(2, 3)).masked_fill(~live[:, :, None], -torch.inf)

@@ -104,7 +104,10 @@ class CollisionDraw(Stage):
         # a tile that sees no more lists all it sees: every other tile may look at these
         centred = k - k[:, :, taken.prefix : taken.prefix + self.num].mean(2, keepdim=True)
         head = problem.head_index[:, None, None]
-        axis, bit = torch.arange(k.shape[3], device=device)[:, None], torch.arange(self.bits, device=device)
+        axis, bit = (
+            torch.arange(k.shape[3], dtype=torch.int64, device=device)[:, None],
+            torch.arange(self.bits, dtype=torch.int64, device=device),
+        )
         grouped, codes = query.unflatten(0, k.shape[:2]), []
         for table in range(self.tables):
             counters = (problem.seed, problem.layer, head, axis, table * self.bits + bit, _PLANES)
@@ -120,17 +123,17 @@ class CollisionDraw(Stage):
         listed = free & ((self._collisions(hashed, part, free) >= 2) | few)
         running = listed.cumsum(-1)
         count = running[..., -1:]
-        slot = torch.arange(self.num, device=free.device)
+        slot = torch.arange(self.num, dtype=torch.int64, device=free.device)
         head = problem.head_index[:, None, None]
         start = uniform((problem.seed, problem.layer, head, tiles.index[part, None], 0, _STREAM), free.device)
-        spaced = ((slot + start.repeat(problem.k.shape[0], 1, 1)) * (count / self.num).double()).long()
+        spaced = ((slot + start.repeat(problem.k.shape[0], 1, 1)) * (count.float() / self.num).double()).long()
         rank = torch.where(count > self.num, torch.minimum(spaced, count - 1), slot.expand(spaced.shape))
         index = torch.searchsorted(running, rank + 1).clamp(max=free.shape[2] - 1)
-        row = index + torch.arange(len(index), device=index.device)[:, None, None] * hashed.key.shape[1]
+        row = index + torch.arange(len(index), dtype=torch.int64, device=index.device)[:, None, None] * hashed.key.shape[1]
         key = hashed.key.flatten(0, 1).index_select(0, row.flatten()).view(*index.shape, -1)
         cosine = torch.cosine_similarity(key, hashed.query[:, part, None], dim=-1).double()
         chance = twice(1.0 - torch.nan_to_num(cosine, nan=0.0).clamp(-1.0, 1.0).acos() / math.pi, self.bits, self.tables)
-        log_weight = (count / self.num).double().clamp(min=1.0).log() - chance.log()
+        log_weight = (count.float() / self.num).double().clamp(min=1.0).log() - chance.log()
         return index, log_weight.masked_fill(few, 0.0).masked_fill(slot >= count, -torch.inf)
 
     def _collisions(self, hashed: _Hashed, part: slice, free: Tensor) -> Tensor:
@@ -162,5 +165,5 @@ def twice(p: Tensor, bits: int, tables: int) -> Tensor:
 
 def _code(projected: Tensor) -> Tensor:
     """Read the signs of the last axis as a number."""
-    weight = 2 ** torch.arange(projected.shape[-1], device=projected.device)
+    weight = 2 ** torch.arange(projected.shape[-1], dtype=torch.int64, device=projected.device)
     return ((projected > 0) * weight).sum(-1).to(torch.int16)

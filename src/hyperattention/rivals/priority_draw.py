@@ -96,7 +96,7 @@ class PriorityDraw(Stage):
         # queries and keys that are not finite are left to the uniform share
         weight = torch.nan_to_num_(weight, nan=0.0).amax(2)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-        even = self.uniform_share / free.sum(-1, keepdim=True).clamp(min=1)
+        even = self.uniform_share / free.sum(-1, keepdim=True).clamp(min=1).float()
         return ((1.0 - self.uniform_share) * weight + even) * free
 
     def _draw(self, weight: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +115,6 @@ def _noise(tiles: Tiles, part: slice, seen: int) -> Tensor:
     """Draw a number above 0 for every key of every tile: ``[lists, chunk, seen]``."""
     problem, device = tiles.problem, tiles.problem.device
     head = problem.head_index[:, None, None]
-    key = torch.arange(seen, device=device)
+    key = torch.arange(seen, dtype=torch.int64, device=device)
     noise = uniform((problem.seed, problem.layer, head, tiles.index[part, None], key, _STREAM), device) + 2.0**-33
     return noise.repeat(problem.k.shape[0], 1, 1)

@@ -73,7 +73,7 @@ class VerticalSlash(Stage):
         index = weight.sum(1).topk(min(self.verticals, problem.num_keys), dim=-1)[1].sort(-1)[0]
         index = pad(index, (0, self.verticals - index.shape[1]), value=problem.num_keys)
         index = index[:, None].expand(-1, len(tiles.index), -1).contiguous()
-        verticals = key_runs(tiles, taken, index, torch.zeros(index.shape, device=index.device))
+        verticals = key_runs(tiles, taken, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
         return (slashes, verticals), taken.with_blocks(index, 1)
 
     def _estimate(self, tiles: Tiles, taken: Taken, left: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -85,10 +85,13 @@ class VerticalSlash(Stage):
         problem, count = tiles.problem, min(self.last, tiles.problem.num_queries)
         kv_heads, wide = problem.k.shape[1], torch.promote_types(problem.q.dtype, torch.float32)
         q = problem.q[:, :, -count:].to(wide).unflatten(1, (kv_heads, problem.group))
-        place = torch.arange(problem.num_queries - count, problem.num_queries, device=problem.device) + tiles.front
+        place = (
+            torch.arange(problem.num_queries - count, problem.num_queries, dtype=torch.int64, device=problem.device)
+            + tiles.front
+        )
         limit = tiles.by_list(tiles.limit).flatten(1)[:, place]  # [lists, last]
         score = grouped_scores(q, problem.k.to(wide), problem.scale).flatten(0, 1)  # [lists, group, last, keys]
-        hidden = torch.arange(problem.num_keys, device=problem.device) >= limit[..., None]
+        hidden = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device) >= limit[..., None]
         weight = torch.softmax(score.masked_fill_(hidden[:, None], -torch.inf), -1)
         first = (problem.num_queries - count + tiles.front) // tiles.size
         free = keys_left(tiles, taken, left, slice(first, len(tiles.index)))
@@ -102,7 +105,7 @@ class VerticalSlash(Stage):
         mass = pad(weight, (0, -weight.shape[2] % size)).unflatten(2, (-1, size)).sum(3)  # [lists, last, blocks]
         total = mass.shape[2]
         # a tile whose first key is not at a multiple of its size reaches into one block more
-        distance = torch.arange(-1 if causal else -total, total + 1, device=mass.device)
+        distance = torch.arange(-1 if causal else -total, total + 1, dtype=torch.int64, device=mass.device)
         block = origin[..., None] - distance
         inside = (block >= 0) & (block < total)
         along = mass.gather(2, block.clamp(0, total - 1)).masked_fill_(~inside, 0.0).sum(1)

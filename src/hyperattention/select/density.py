@@ -109,7 +109,7 @@ class Even(Distribution):
 
     def share(self, index: Tensor) -> Tensor:
         """One in the number of keys left."""
-        return (1.0 / self.count.clamp(min=1)).expand(index.shape)
+        return (1.0 / self.count.clamp(min=1).float()).expand(index.shape)
 
 
 @dataclass(frozen=True)

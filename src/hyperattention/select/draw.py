@@ -109,10 +109,11 @@ class Draw(Stage):
         until = min(part.stop, tiles.within(self.num + taken.placed)) - part.start
         if until > 0:
             begin, hole_begin, hole_end, end = (x[:, part.start : part.start + until] for x in left)
-            even, slot = Even((begin, hole_begin, hole_end, end)), torch.arange(self.num, device=index.device)
+            even = Even((begin, hole_begin, hole_end, end))
+            slot = torch.arange(self.num, dtype=torch.int64, device=index.device)
             few = even.count <= self.num
-            listed = torch.where(slot < even.count, 0.0, -torch.inf)
-            index[:, :until] = torch.where(few, even.at((slot + 0.5) / even.count.clamp(min=1)), index[:, :until])
+            listed = torch.zeros_like(weight[:, :until]).masked_fill_(slot >= even.count, -torch.inf)
+            index[:, :until] = torch.where(few, even.at((slot.double() + 0.5) / even.count.clamp(min=1)), index[:, :until])
             weight[:, :until] = torch.where(few, listed, weight[:, :until])
         return index, weight, listings
 
@@ -136,7 +137,7 @@ class Draw(Stage):
         problem, device, parts, begun = tiles.problem, tiles.problem.device, [], 0
         head = problem.head_index[:, None, None]
         for density, num in self._shares():
-            slot = torch.arange(num, device=device)
+            slot = torch.arange(num, dtype=torch.int64, device=device)
             counter = begun + (slot[:1] if density.evenly else slot)
             noise = uniform((problem.seed, problem.layer, head, tiles.index[:, None], counter), device)
             points = ((slot + noise) / num).repeat(problem.k.shape[0], 1, 1)

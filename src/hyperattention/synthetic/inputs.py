@@ -100,7 +100,7 @@ def _sharpness(sharpness: Sequence[float] | None, heads: int) -> list[float]:
 
 
 def _needles(seed: int, batch: int, heads: int, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    positions = torch.arange(num_tokens, device=device)
+    positions = torch.arange(num_tokens, dtype=torch.int64, device=device)
     place = place_in_span(seed, positions, 1)
     query = positions[(place >= 0) & (place < RUN_SIZE) & (positions // PERIOD_SIZE >= GAP)]
     key = torch.empty(batch, heads, len(query), dtype=torch.int64, device=device)
@@ -237,9 +237,9 @@ def gaussian(
     """
     shape = _Shape(num_tokens, batch, heads, _or(kv_heads, heads), head_dim, _or(value_dim, head_dim), seed)
     tensors = shape.empty(device, dtype)
-    positions = torch.arange(num_tokens, device=device)[:, None]
+    positions = torch.arange(num_tokens, dtype=torch.int64, device=device)[:, None]
     for which, x in enumerate(tensors):
-        channels = torch.arange(x.shape[-1], device=device)
+        channels = torch.arange(x.shape[-1], dtype=torch.int64, device=device)
         for row in range(batch):
             for h in range(x.shape[1]):
                 # a stretch at a time: the integers of the hash stay in the cache

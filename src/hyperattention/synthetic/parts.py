@@ -53,8 +53,10 @@ def query_parts(sharpness: float) -> Parts:
 
 def _nibbles(counters: Sequence[int | Tensor], rows: Int[Tensor, " tokens"], width: int) -> Float[Tensor, "tokens width"]:
     # eight uniform values of unit variance from one hash; the products and sums that follow make them nearly normal
-    bits = hash_bits([*counters, rows[:, None], torch.arange(-(-width // 8), device=rows.device)], rows.device)
-    shifts = torch.arange(0, 32, 4, device=rows.device)
+    bits = hash_bits(
+        [*counters, rows[:, None], torch.arange(-(-width // 8), dtype=torch.int64, device=rows.device)], rows.device
+    )
+    shifts = torch.arange(0, 32, 4, dtype=torch.int64, device=rows.device)
     return (((bits[..., None] >> shifts) & 15).float().flatten(1)[:, :width] - 7.5) / math.sqrt((16**2 - 1) / 12)
 
 
@@ -64,7 +66,7 @@ def _zipf(u: Float[Tensor, " tokens"], num: int) -> Int[Tensor, " tokens"]:
 
 
 def _rotary(positions: Int[Tensor, " tokens"], num_pairs: int) -> Float[Tensor, "tokens rotated"]:
-    rates = _ROTARY_BASE ** (-torch.arange(num_pairs, device=positions.device).double() / num_pairs)
+    rates = _ROTARY_BASE ** (-torch.arange(num_pairs, dtype=torch.int64, device=positions.device).double() / num_pairs)
     angles = positions[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], -1).float() / math.sqrt(num_pairs)
 
@@ -103,7 +105,7 @@ class Text:
     @staticmethod
     def at(seed: int, row: int, start: int, num_pairs: int, device: torch.device) -> "Text":
         """Write the stretch that begins at a position."""
-        positions = torch.arange(start, start + STRETCH, device=device)
+        positions = torch.arange(start, start + STRETCH, dtype=torch.int64, device=device)
         segment = uniform([seed, _SEGMENT, row, positions // _SEGMENT_SIZE], device)
         block = uniform([seed, _BLOCK, row, positions // _BLOCK_SIZE], device)
         # six tenths of a segment's blocks keep to its topic, the others take their own; squares make some topics commoner
@@ -145,10 +147,12 @@ class Head:
         content = head_dim - 2 * (head_dim // 4)
 
         def table(which: int, *shape: int) -> Tensor:
-            return normal([seed, _TABLE, index, which, torch.arange(math.prod(shape), device=device)], device).view(shape)
+            return normal(
+                [seed, _TABLE, index, which, torch.arange(math.prod(shape), dtype=torch.int64, device=device)], device
+            ).view(shape)
 
         basis = torch.linalg.qr(table(0, content, content).cpu())[0].to(device)
-        falls = torch.arange(1, content - 1, device=device).double() ** -0.25
+        falls = torch.arange(1, content - 1, dtype=torch.int64, device=device).double() ** -0.25
         keys = [normalize(table(1 + i, num, content - 2) * falls, dim=-1) for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS))]
         values = [table(4 + i, num, value_dim) / math.sqrt(value_dim) for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS, 1))]
         return Head(seed, index, head_dim, *(x.float() for x in (basis, *keys, table(3, _NUM_WORDS), *values)))
@@ -172,18 +176,18 @@ class Head:
     def drift(self, text: Text) -> Float[Tensor, "tokens axes"]:
         """Wander smoothly, never to return: a normal vector every 192 tokens, joined by arcs of constant variance."""
         first, num_axes = int(text.positions[0]) // _DRIFT_SIZE, self.words.shape[1]
-        knots = first + torch.arange(STRETCH // _DRIFT_SIZE + 3, device=text.positions.device)
-        axes = torch.arange(num_axes, device=knots.device)
+        knots = first + torch.arange(STRETCH // _DRIFT_SIZE + 3, dtype=torch.int64, device=text.positions.device)
+        axes = torch.arange(num_axes, dtype=torch.int64, device=knots.device)
         values = normal([self.seed, _DRIFT, text.row, self.index, knots[:, None], axes], knots.device).float()
         left = text.positions // _DRIFT_SIZE - first
-        angle = (text.positions % _DRIFT_SIZE)[:, None] * (math.pi / 2 / _DRIFT_SIZE)
+        angle = (text.positions % _DRIFT_SIZE)[:, None].float() * (math.pi / 2 / _DRIFT_SIZE)
         return (values[left] * angle.cos() + values[left + 1] * angle.sin()) / math.sqrt(num_axes)
 
     def needle(
         self, row: int, period: Int[Tensor, " needles"], place: Int[Tensor, " needles"]
     ) -> Float[Tensor, "needles axes"]:
         """Draw the unit vectors that needles show and their queries look for."""
-        axes = torch.arange(self.words.shape[1], device=period.device)
+        axes = torch.arange(self.words.shape[1], dtype=torch.int64, device=period.device)
         x = normal([self.seed, _NEEDLE, row, self.index, period[:, None], place[:, None], axes], period.device)
         return normalize(x.float(), dim=-1)
 
@@ -199,7 +203,7 @@ class Head:
         if text.positions[0] == 0:
             # against the cone, without position, each less attractive than the one before
             x[:_NUM_SINKS], position[:_NUM_SINKS] = 0, 0
-            x[:_NUM_SINKS, 0] = -_KEY.sink * (1 - torch.arange(_NUM_SINKS, device=x.device) / 8)
+            x[:_NUM_SINKS, 0] = -_KEY.sink * (1 - torch.arange(_NUM_SINKS, dtype=torch.float32, device=x.device) / 8)
         return torch.cat([position, x @ self.basis.T], -1)
 
     def values(self, text: Text) -> Float[Tensor, "tokens value_dim"]:

@@ -88,10 +88,10 @@ def take_pilot(problem: Problem, tile: int) -> Pilot | None:
     start = min(int(uniform((*counters, 0), "cpu") * step), step - 1)
     few = problem.of_spans(edge + start * tile, tile, step * tile)
     tiles, each = few.num_queries // tile, min(_ROWS_IN_TILE, tile)
-    place = torch.arange(each, device=device)
-    noise = uniform((*counters, 1, torch.arange(tiles, device=device)[:, None], place), device)
+    place = torch.arange(each, dtype=torch.int64, device=device)
+    noise = uniform((*counters, 1, torch.arange(tiles, dtype=torch.int64, device=device)[:, None], place), device)
     row = ((place + noise) * (tile / each)).long().clamp(max=tile - 1)
-    index = (torch.arange(tiles, device=device)[:, None] * tile + row).flatten()
+    index = (torch.arange(tiles, dtype=torch.int64, device=device)[:, None] * tile + row).flatten()
     return Pilot(few, index, exact_at(few, index), tiles, few.num_queries / problem.num_queries)
 
 

@@ -72,7 +72,7 @@ def terms_of(problem: Problem, tolerance: float, lse: bool) -> Terms:
     Returns:
         the terms.
     """
-    seen = visible_to(problem, torch.arange(problem.num_queries, device=problem.device))
+    seen = visible_to(problem, torch.arange(problem.num_queries, dtype=torch.int64, device=problem.device))
     live = (seen > 0).double().mean(1, keepdim=True)
     # a batch entry that sees nothing has no error to bound
     live = live.masked_fill(live == 0, 1.0)

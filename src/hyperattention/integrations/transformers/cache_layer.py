@@ -121,12 +121,12 @@ class HyperCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         if self.is_initialized:
-            self.store.take_rows(torch.arange(self._batch()).repeat_interleave(repeats))
+            self.store.take_rows(torch.arange(self._batch(), dtype=torch.int64, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
         if self.is_initialized:
-            self.store.take_rows(torch.arange(self._batch())[indices.cpu()])
+            self.store.take_rows(torch.arange(self._batch(), dtype=torch.int64, device="cpu")[indices.cpu()])
 
     def _batch(self) -> int:
         return self.store.batch

@@ -128,8 +128,8 @@ def visible_rows(call: Call, start: int, stop: int) -> Tensor | None:
     if call.dense is not None:
         rows = call.dense if call.dense.shape[2] == 1 else call.dense[:, :, start:stop]
         return rows[..., :num_keys]
-    queries = torch.arange(start, stop, device=call.key.device)[:, None]
-    keys = torch.arange(num_keys, device=call.key.device)[None, :]
+    queries = torch.arange(start, stop, dtype=torch.int64, device=call.key.device)[:, None]
+    keys = torch.arange(num_keys, dtype=torch.int64, device=call.key.device)[None, :]
     if call.bounds is not None:
         ends = [bound[1:].long() for bound in call.bounds]
         documents = [torch.bucketize(i, end, right=True) for i, end in zip((queries, keys), ends, strict=True)]

@@ -188,7 +188,7 @@ def document_bounds(documents: Tensor) -> Tensor:
     """
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    total = torch.tensor([documents.numel()], device=documents.device)
+    total = torch.tensor([documents.numel()], dtype=torch.int64, device=documents.device)
     return torch.cat([starts.flatten().nonzero()[:, 0], total]).to(torch.int32)
 
 

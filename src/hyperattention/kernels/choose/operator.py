@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hyperattention.transforms import refuse_vmap
+
 # pooled queries of a tile that a program holds: with more of them PyTorch chooses
 MOST_ROWS = 256
 
@@ -107,3 +109,7 @@ def _(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale)
     lists, group = q.shape[0] * kv_heads, q.shape[1] // kv_heads
     width = q.shape[3] if basis is None else basis.shape[2]
     return q.new_empty((lists, tiles, group * -(-size // each), width), dtype=dtype)
+
+
+for _operator in (block_lse, block_mass, draw_leaves, prepare_keys, prepare_queries):
+    refuse_vmap(_operator, "choosing keys")

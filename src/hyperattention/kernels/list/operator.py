@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hyperattention.kernels.backend import triton_reads
 from hyperattention.kernels.list import reference as list_torch
+from hyperattention.transforms import refuse_batched_gradients, refuse_second_derivatives, refuse_transforms, refuse_vmap
 from hyperattention.types import Runs, Selection
 
 
@@ -138,6 +139,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_lse):
     if ctx.paged:
         raise NotImplementedError("keys that lie in pages have no gradient: call under torch.no_grad(), or without pages")
+    refuse_batched_gradients("attention to lists", grad_out, grad_lse)
     q, k, v, out, lse, key_row, row_limit, *rest = ctx.saved_tensors
     n = len(ctx.size)
     first, log_weight, low, high, hole = (list(rest[i * n : (i + 1) * n]) for i in range(5))
@@ -150,12 +152,16 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 _list_attention.register_autograd(_backward, setup_context=_setup_context)
+refuse_vmap(_list_attention, "attention to lists")
+refuse_second_derivatives(_list_attention_backward, "attention to lists")
 
 
 def _no_keys(selection: Selection) -> Runs:
     """One empty slot a tile: an operator's gradients need a list to stand for none."""
     empty = selection.row_limit[:, :, :1] * 0
-    return Runs(empty, 1, torch.full(empty.shape, -torch.inf, device=empty.device), empty[..., 0], empty[..., 0])
+    return Runs(
+        empty, 1, torch.full(empty.shape, -torch.inf, dtype=torch.float32, device=empty.device), empty[..., 0], empty[..., 0]
+    )
 
 
 def list_attention(
@@ -181,6 +187,7 @@ def list_attention(
     Returns:
         normalised rows, and the natural log of each row's weighted sum of exponentials.
     """
+    refuse_transforms("attention to lists", q, k, v)
     if q.ndim == 4:
         out, lse = list_attention(q[:, :, None], k, v, selection, scale, table)
         return out[:, :, 0], lse[:, :, 0]

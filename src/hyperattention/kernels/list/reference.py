@@ -118,7 +118,7 @@ def _expand(lists: Lists, run: int, part: slice, dtype: torch.dtype) -> tuple[Te
     first, weight = _flat(lists.first[run])[part], _flat(lists.log_weight[run])[part].to(dtype)
     index = first
     if size > 1:
-        index = (first[..., None] + torch.arange(size, device=first.device)).flatten(1)
+        index = (first[..., None] + torch.arange(size, dtype=torch.int64, device=first.device)).flatten(1)
         weight = weight[..., None].expand(*weight.shape, size).flatten(1)
     live = (index >= _flat(lists.low[run])[part, None]) & (index < _flat(lists.high[run])[part, None])
     if lists.hole[run].numel():
@@ -138,7 +138,9 @@ def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor 
     if lists.gap_low is not None and lists.gap_high is not None:
         tests.append((key >= _flat(lists.gap_low)[part, :, None]) & (key < _flat(lists.gap_high)[part, :, None]))
     if lists.labelled[run] and lists.row_label is not None and lists.key_label is not None:
-        list_of_tile = torch.arange(part.start, part.stop, device=index.device) // lists.row_limit.shape[1]
+        list_of_tile = (
+            torch.arange(part.start, part.stop, dtype=torch.int64, device=index.device) // lists.row_limit.shape[1]
+        )
         label = lists.key_label.flatten()[list_of_tile[:, None] * lists.key_label.shape[1] + index]
         tests.append(label[:, None] == _flat(lists.row_label)[part, :, None])
     return torch.stack(tests).any(0) if len(tests) > 1 else tests[0] if tests else None

@@ -169,13 +169,13 @@ class HashBuckets(Stage):
         query_edge = _edges(query_order.new_full((1, 1), problem.num_queries), num)[0, 0]
         key_edge = _edges(total, num)  # [batch, 1, buckets + 1]
         sorted_tiles, query_label = _sorted_tiles(query_order, query_edge, -(-problem.num_queries // num))
-        slot = torch.arange(self.bucket_size, device=problem.device)
+        slot = torch.arange(self.bucket_size, dtype=torch.int64, device=problem.device)
         rank = key_edge[..., :-1, None] + slot  # [batch, 1, buckets, slots]
         empty = (rank >= key_edge[..., 1:, None]).expand(-1, problem.k.shape[1], -1, -1)
         rank = rank.clamp(max=problem.num_keys - 1).expand_as(empty)
         first = key_order.gather(2, rank.flatten(2)).view_as(rank)
         selection = _bucket_lists(tiles, taken, sorted_tiles, first, empty)
-        each = torch.arange(problem.num_keys, device=problem.device).expand(len(key_edge), -1)
+        each = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device).expand(len(key_edge), -1)
         block = torch.searchsorted(key_edge[:, 0, 1:].contiguous(), each.contiguous(), right=True)
         key_label = torch.empty_like(key_order).scatter_(2, key_order, block[:, None].expand_as(key_order))
         return ((sorted_tiles, selection),), replace(taken, labels=Labels(query_label, key_label))
@@ -186,9 +186,12 @@ class HashBuckets(Stage):
         device, (kv_heads, num_keys, head_dim) = problem.device, k.shape[1:]
         # the trailing counter keeps projections apart from draws, whose counters are five
         head = problem.head_index[:, None, None]
-        axis, bit = torch.arange(head_dim, device=device)[:, None], torch.arange(self.bits, device=device)
+        axis, bit = (
+            torch.arange(head_dim, dtype=torch.int64, device=device)[:, None],
+            torch.arange(self.bits, dtype=torch.int64, device=device),
+        )
         planes = normal((problem.seed, problem.layer, head, axis, bit, 1), device).to(k.dtype)  # [kv_heads, head_dim, bits]
-        dead = (torch.arange(num_keys, device=device) >= total)[:, None, :, None]
+        dead = (torch.arange(num_keys, dtype=torch.int64, device=device) >= total)[:, None, :, None]
         mean = k.masked_fill(dead, 0.0).sum(2, keepdim=True) / total.clamp(min=1)[:, :, None, None]
         key_rank = self._gray((k - mean) @ planes)
         key_rank = key_rank.masked_fill(dead[..., 0], 2**self.bits)
@@ -196,13 +199,13 @@ class HashBuckets(Stage):
         return self._gray(grouped @ planes[:, None]).flatten(1, 2), key_rank
 
     def _gray(self, projected: Float[Tensor, "*rest bits"]) -> Int[Tensor, "*rest"]:
-        weight = 2 ** torch.arange(self.bits, device=projected.device)
+        weight = 2 ** torch.arange(self.bits, dtype=torch.int64, device=projected.device)
         return gray_rank(((projected > 0) * weight).sum(-1), self.bits)
 
 
 def _edges(count: Int[Tensor, "batch 1"], num: int) -> Int[Tensor, "batch 1 edges"]:
     """Cut `count` ranks into `num` blocks whose sizes differ by one at most: their first ranks, and the end."""
-    part = torch.arange(num + 1, device=count.device)
+    part = torch.arange(num + 1, dtype=torch.int64, device=count.device)
     return -((-count[..., None] * part) // num)
 
 
@@ -210,10 +213,10 @@ def _sorted_tiles(
     order: Int[Tensor, "batch heads queries"], edge: Int[Tensor, " edges"], rows: int
 ) -> tuple[SortedTiles, Int[Tensor, "batch heads queries"]]:
     """Make one tile of each block of sorted queries, and label every query with its block."""
-    rank = edge[:-1, None] + torch.arange(rows, device=order.device)  # [tiles, rows]
+    rank = edge[:-1, None] + torch.arange(rows, dtype=torch.int64, device=order.device)  # [tiles, rows]
     live = rank < edge[1:, None]
     source = order[:, :, rank.clamp(max=order.shape[2] - 1)]
-    each = torch.arange(order.shape[2], device=order.device)
+    each = torch.arange(order.shape[2], dtype=torch.int64, device=order.device)
     block = torch.searchsorted(edge[1:].contiguous(), each, right=True)
     place, label = (
         torch.empty_like(order).scatter_(2, order, x.expand_as(order)) for x in (block * rows + each - edge[block], block)
@@ -228,16 +231,16 @@ def _bucket_lists(tiles: Tiles, taken: Taken, by_hash: SortedTiles, first: Tenso
     device = first.device
     first, weight = (
         x[:, :, None].expand(-1, -1, group, -1, -1).flatten(0, 2)
-        for x in (first, torch.zeros(empty.shape, device=device).masked_fill(empty, -torch.inf))
+        for x in (first, torch.zeros(empty.shape, dtype=torch.float32, device=device).masked_fill(empty, -torch.inf))
     )
     high = tiles.total[:, :, None].expand(batch, kv_heads * group, num).flatten(0, 1)
-    position = torch.arange(problem.num_queries, device=device) + problem.offset
+    position = torch.arange(problem.num_queries, dtype=torch.int64, device=device) + problem.offset
     limit = problem.live_before(position + 1) if problem.causal else tiles.total.expand(-1, problem.num_queries)
     gap = None
     if taken.gap is not None:
         tile = position // tiles.size - problem.offset // tiles.size
         gap = by_hash.take(taken.gap[0][:, None, tile]), by_hash.take(taken.gap[1][:, None, tile])
-    lists = torch.arange(batch * kv_heads, device=device)
+    lists = torch.arange(batch * kv_heads, dtype=torch.int64, device=device)
     return Selection(
         runs=(Runs(first, 1, weight, low=torch.full_like(high, taken.prefix), high=high, causal=problem.causal),),
         row_limit=by_hash.take(limit[:, None]),

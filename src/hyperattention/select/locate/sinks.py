@@ -50,7 +50,7 @@ class Sinks(Stage):
         runs = Runs(
             first=tiles.by_list(first),
             size=self.num,
-            log_weight=tiles.by_list(torch.zeros(first.shape, device=first.device)),
+            log_weight=tiles.by_list(torch.zeros(first.shape, dtype=torch.float32, device=first.device)),
             low=tiles.by_list(begin),
             high=tiles.by_list(end.clamp(max=self.num)),
             causal=tiles.problem.causal,

@@ -117,18 +117,23 @@ class TopBlocks(Stage):
         device = query.device
         if self.coarse is None:
             score = self.by.score(query.flatten(1, 2), ranking.summary).unflatten(1, query.shape[1:3]).amax(2)
-            block = torch.arange(score.shape[2], device=device).expand_as(score)
+            block = torch.arange(score.shape[2], dtype=torch.int64, device=device).expand_as(score)
         else:
             panel = self._panels(query, ranking, left, seen_keys(tiles, part))  # [lists, chunk, panels]
             # one row of the flattened panels for each list and panel chosen
-            row = panel + torch.arange(len(panel), device=device)[:, None, None] * ranking.summary[0].shape[1]
+            row = (
+                panel
+                + torch.arange(len(panel), dtype=torch.int64, device=device)[:, None, None] * ranking.summary[0].shape[1]
+            )
             some = tuple(
                 # whole panels as single rows: one copy each
                 x.flatten(0, 1).flatten(1).index_select(0, row.flatten()).view(-1, panel.shape[2], *x.shape[2:])
                 for x in ranking.summary
             )
             score = self.by.score(query.flatten(0, 1), some).amax(1).unflatten(0, panel.shape[:2])
-            block = (panel[..., None] * self._per_panel + torch.arange(self._per_panel, device=device)).flatten(2)
+            block = (
+                panel[..., None] * self._per_panel + torch.arange(self._per_panel, dtype=torch.int64, device=device)
+            ).flatten(2)
         allowed = free_blocks(block, self.block_size, left, taken, part)
         num = min(self.num, score.shape[2])
         score = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf)
@@ -163,7 +168,7 @@ def block_runs(tiles: Tiles, taken: Taken, block: Tensor, size: int) -> Runs:
     return Runs(
         first=block * size,
         size=size,
-        log_weight=torch.zeros(block.shape, device=block.device).masked_fill_(empty, -torch.inf),
+        log_weight=torch.zeros(block.shape, dtype=torch.float32, device=block.device).masked_fill_(empty, -torch.inf),
         low=begin,
         high=end,
         causal=tiles.problem.causal and taken.gap is None,

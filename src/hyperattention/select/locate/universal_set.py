@@ -59,14 +59,14 @@ class UniversalSet(Stage):
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), taken
         total = tiles.by_list(tiles.total)  # [lists, 1]
-        key = torch.arange(problem.num_keys, device=problem.device)
+        key = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device)
         score = leverage(problem.k.flatten(0, 1), total, self.ridge)
         score = score.masked_fill(key < taken.prefix, -torch.inf)
         best, index = score.topk(min(self.num, problem.num_keys), dim=-1)
         index = index.masked_fill(best == -torch.inf, problem.num_keys).sort(-1)[0]
         index = pad(index, (0, self.num - index.shape[1]), value=problem.num_keys)
         index = index[:, None].expand(-1, len(tiles.index), -1).contiguous()
-        runs = key_runs(tiles, taken, index, torch.zeros(index.shape, device=index.device))
+        runs = key_runs(tiles, taken, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
         return (runs,), taken.with_blocks(index, 1)
 
 
@@ -82,7 +82,7 @@ def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
         ``[lists, keys]``; 0 where it is not finite.
     """
     k = k.to(torch.promote_types(k.dtype, torch.float32))
-    dead = (torch.arange(k.shape[1], device=k.device) >= total)[..., None]
+    dead = (torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= total)[..., None]
     mean = k.masked_fill(dead, 0.0).sum(1, keepdim=True) / total.clamp(min=1)[..., None]
     x = (k - mean).masked_fill(dead, 0.0)
     gram = (x.transpose(1, 2) @ x).double()

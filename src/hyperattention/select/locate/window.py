@@ -53,7 +53,7 @@ class Window(Stage):
         first = tiles.start - before
         end = tiles.end if causal else torch.minimum(tiles.end + self.size - before, tiles.total)
         low = torch.minimum(torch.full_like(first, taken.prefix), end)
-        weight = torch.zeros((*first.shape, 1), device=first.device)
+        weight = torch.zeros((*first.shape, 1), dtype=torch.float32, device=first.device)
         pieces = ((first, before, False), (tiles.start, tiles.size + (0 if causal else self.size - before), causal))
         runs = tuple(
             Runs(

@@ -98,7 +98,7 @@ class BlockScore(Density):
             begin, hole_begin, hole_end, end = (x[:, part] for x in left)
             # only blocks that are left whole: uniform draws reach the others
             blocks = max(1, seen_keys(tiles, part) // self.block_size)
-            first = torch.arange(blocks, device=k.device) * self.block_size
+            first = torch.arange(blocks, dtype=torch.int64, device=k.device) * self.block_size
             until = first + self.block_size
             whole = ((first >= begin) & (until <= hole_begin)) | ((first >= hole_end) & (until <= end))
             some = query[:, part]

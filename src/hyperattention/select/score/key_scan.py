@@ -147,7 +147,7 @@ class KeyScan(Density):
     def _law(self, share: Tensor, left: tuple[Tensor, ...], num: int, to_the_end: bool) -> _Listings:
         """Turn the largest shares of keys, overwritten, into expected listings; nothing may be left beyond the hole."""
         begin, hole_begin, hole_end, end = left
-        key = torch.arange(share.shape[2], device=share.device)
+        key = torch.arange(share.shape[2], dtype=torch.int64, device=share.device)
         gone = (key < begin) | (key >= hole_begin)
         if not to_the_end:
             gone &= (key < hole_end) | (key >= end)
@@ -159,7 +159,7 @@ class KeyScan(Density):
             torch.minimum(mass, _sum(mass) / weighted, out=mass)
         total = _sum(mass)
         # where nothing was scored all draws are even
-        even = torch.where(total > 0, self.uniform_share, 1.0) * (num / count)
+        even = torch.ones_like(total).masked_fill_(total > 0, self.uniform_share) * (num / count.to(total.dtype))
         mass.mul_(weighted / total.clamp(min=_LEAST)).add_(even).masked_fill_(gone, 0.0)
         # what an even draw adds to keys listed for certain is worth more to others
         mass.clamp_(max=1.0)

@@ -24,7 +24,7 @@ def keys_left(tiles: Tiles, taken: Taken, left: tuple[Tensor, ...], part: slice)
     """
     seen = seen_keys(tiles, part)
     begin, hole_begin, hole_end, end = (x[:, part] for x in left)
-    key = torch.arange(seen, device=begin.device)
+    key = torch.arange(seen, dtype=torch.int64, device=begin.device)
     free = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
     for blocks, size in taken.blocks:
         number = -(-seen // size)

@@ -69,7 +69,10 @@ def inverse(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     # rounding must not carry a point past the last candidate that has any mass
     passed.masked_fill_(running >= scale, slots)[..., -1] = slots
     hits = torch.diff(passed, dim=-1, prepend=torch.zeros_like(passed[..., :1])).long()
-    row = torch.arange(mass.shape[:-1].numel(), device=mass.device).view(*mass.shape[:-1], 1) * mass.shape[-1]
+    row = (
+        torch.arange(mass.shape[:-1].numel(), dtype=torch.int64, device=mass.device).view(*mass.shape[:-1], 1)
+        * mass.shape[-1]
+    )
     at = torch.repeat_interleave(hits.flatten(), output_size=point.numel()).view(point.shape) - row
     own = mass.gather(-1, at)
     inside = (point * scale - running.gather(-1, at) + own) / own.clamp(min=torch.finfo(mass.dtype).tiny)

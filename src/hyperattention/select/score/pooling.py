@@ -57,7 +57,7 @@ class Coarse:
         Returns:
             ``[lists, tiles, min(num, panels)]``.
         """
-        first = torch.arange(score.shape[2], device=score.device) * self.panel_size
+        first = torch.arange(score.shape[2], dtype=torch.int64, device=score.device) * self.panel_size
         allowed = any_left(first, self.panel_size, left)
         score = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf)
         score = score.masked_fill(allowed & beyond(first, self.panel_size, left), torch.inf)
@@ -84,16 +84,17 @@ def pool_queries(tiles: Tiles, pooled: int, scale: float | None = None) -> Tenso
     q = q.unflatten(2, (count, size))
     q = pad(q, (0, 0, 0, groups * each - size)) if groups * each != size else q
     total = q.unflatten(3, (groups, each)).sum(4)  # [batch, heads, tiles, groups, head_dim]
-    slot = torch.arange(groups * each, device=q.device)
-    row = torch.arange(count, device=q.device)[:, None] * size + slot - tiles.front
+    slot = torch.arange(groups * each, dtype=torch.int64, device=q.device)
+    row = torch.arange(count, dtype=torch.int64, device=q.device)[:, None] * size + slot - tiles.front
     there = (row >= 0) & (row < problem.num_queries) & (slot < size)
     number = there.view(count, groups, each).sum(2).clamp(min=1)[..., None]
-    dtype = total.dtype if scale is None else torch.promote_types(total.dtype, torch.float32)
+    wide = torch.promote_types(total.dtype, torch.float32)
+    dtype = total.dtype if scale is None else wide
     # one pass over memory for the average, the factor and the wider dtype
     total = (
         total.unflatten(1, (-1, problem.group)).transpose(2, 3).contiguous()
     )  # [batch, kv_heads, tiles, group, groups, _]
-    mean = total * ((1.0 if scale is None else scale) / number[:, None]).to(dtype)
+    mean = total * ((1.0 if scale is None else scale) / number[:, None].to(wide)).to(dtype)
     return mean.flatten(3, 4).flatten(0, 1)
 
 

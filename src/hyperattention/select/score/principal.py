@@ -30,7 +30,7 @@ def principal_directions(keys: Float[Tensor, "lists keys head_dim"], width: int)
     centred = centred - centred.mean(1, keepdim=True)
     covariance = centred.transpose(1, 2) @ centred
     dim = covariance.shape[1]
-    rows, columns = (torch.arange(n, device=keys.device) for n in (dim, width))
+    rows, columns = (torch.arange(n, dtype=torch.int64, device=keys.device) for n in (dim, width))
     directions = normal((rows[:, None], columns), keys.device).expand(len(covariance), -1, -1)
     for _ in range(_ROUNDS):
         directions = _orthonormal(covariance @ _orthonormal(covariance @ directions))

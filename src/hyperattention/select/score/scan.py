@@ -98,7 +98,7 @@ class Scan:
         query, moments = self.pooled[:, part], self.moments[:, : num // self.BLOCK]
         score = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2) @ moments.transpose(1, 2)
         score = score.view(*query.shape[:3], -1)
-        end = (torch.arange(moments.shape[1], device=query.device) + 1) * self.BLOCK
+        end = (torch.arange(moments.shape[1], dtype=torch.int64, device=query.device) + 1) * self.BLOCK
         known = self.tiles.by_list(self.tiles.start if self.tiles.problem.causal else self.tiles.visible_end)[:, part]
         score.masked_fill_((end > known[..., None])[:, :, None], -torch.inf)
         # in float64, where hidden blocks change no bit that is kept: a chunk may see more or fewer
@@ -127,12 +127,12 @@ class Scan:
         if not self.tiles.problem.causal:
             total = self.tiles.by_list(self.tiles.total)[one]
             if self.tiles.problem.rank is not None:
-                score.masked_fill_(torch.arange(score.shape[-1], device=score.device) >= total, _HIDDEN)
+                score.masked_fill_(torch.arange(score.shape[-1], dtype=torch.int64, device=score.device) >= total, _HIDDEN)
             return
         # dead keys move others forward, so that nothing is known by position alone
         first = 0 if self.tiles.problem.rank is not None else max(0, self.tiles.number(some.start) * self.tiles.size)
         if first < score.shape[-1]:
-            key = torch.arange(first, score.shape[-1], device=score.device)
+            key = torch.arange(first, score.shape[-1], dtype=torch.int64, device=score.device)
             ahead = key >= self.tiles.by_list(self.tiles.start)[one, some, None]
             score[..., first:].masked_fill_(ahead[:, None, None], _HIDDEN)
 

@@ -106,7 +106,7 @@ class Walk:
     def _all(self, part: slice, size: int, visible: int) -> _Blocks:
         """Begin with all blocks of `size` keys that any tile of the chunk can see."""
         number = -(-visible // size)
-        first = torch.arange(number, device=self.query.device) * size
+        first = torch.arange(number, dtype=torch.int64, device=self.query.device) * size
         return _Blocks(first.expand(self.query.shape[0], part.stop - part.start, -1), size, True, number)
 
     def _open(
@@ -140,7 +140,7 @@ class Walk:
 
     def _inside(self, opened: _Blocks, size: int) -> _Blocks:
         """Take what is inside opened blocks, in blocks of `size` keys."""
-        step = torch.arange(0, opened.size, size, device=opened.first.device)
+        step = torch.arange(0, opened.size, size, dtype=torch.int64, device=opened.first.device)
         return replace(opened, first=(opened.first[..., None] + step).flatten(2), size=size, cut=opened.cut * len(step))
 
     def _seen(self, begin: int, blocks: _Blocks, part: slice) -> Tensor:
@@ -202,7 +202,7 @@ class Walk:
         parent = self.levels[depth - 1].block_size
         children = parent // blocks.size
         source = summary.view(-1, children * summary.shape[2] * width)
-        place = torch.arange(lists, device=query.device)[:, None, None] * (len(source) // lists)
+        place = torch.arange(lists, dtype=torch.int64, device=query.device)[:, None, None] * (len(source) // lists)
         row = (blocks.first[:, some, ::children] // parent + place).flatten()
         inside = self.gathered.take(len(row), source.shape[1])
         torch.index_select(source, 0, row, out=inside)

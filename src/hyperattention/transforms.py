@@ -1,0 +1,129 @@
+"""Transforms of torch that a computation over lists of keys does not follow: refused by name, never dropped in silence."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+
+_FORWARD = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
+_BACKWARD = "torch.func.grad, or what is built on it (vjp, jacrev, hessian)"
+_VMAP = "torch.func.vmap"
+_REMEDIES = {
+    _FORWARD: "take the gradient backward with torch.autograd.grad, or use method=Exact() with return_lse=True",
+    _BACKWARD: "call torch.autograd.grad on its output, or use method=Exact()",
+    _VMAP: "give the mapped axis as part of the batch axis, or use method=Exact()",
+}
+
+
+def transform_of(*tensors: Tensor) -> str | None:
+    """Name the transform that a computation over tensors would have to follow.
+
+    Args:
+        *tensors: what is computed from.
+
+    Returns:
+        the transform; None where there is none, and for gradients that `backward` takes.
+    """
+    # torch has no public way to ask; without a transform this is all, and compilers can trace it
+    inside = functorch.maybe_current_level() is not None
+    layers = [y for x in tensors for y in _layers(x)] if inside else []
+    if any(functorch.is_batchedtensor(x) for x in layers):
+        return _VMAP
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return _FORWARD
+    # what is made from plain tensors within a transform is wrapped as well, but requires no gradient
+    return _BACKWARD if any(x.requires_grad for x in layers) else None
+
+
+def _layers(x: Tensor) -> Iterator[Tensor]:
+    """Give what transforms have wrapped a tensor in, the innermost transform's first."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        yield x
+        x = functorch.get_unwrapped(x)
+
+
+def refuse_transforms(what: str, *tensors: Tensor) -> None:
+    """Refuse the transforms that an operator has no rule for.
+
+    Args:
+        what: the computation, as the error should name it.
+        *tensors: what it reads.
+
+    Raises:
+        NotImplementedError: naming the transform and the remedy.
+    """
+    transform = transform_of(*tensors)
+    if transform is not None:
+        raise NotImplementedError(f"{what} has no rule for {transform}: {_REMEDIES[transform]}")
+
+
+def refuse_vmap(operator, what: str) -> None:
+    """Let an operator of torch refuse batches that it would have to be mapped over.
+
+    Args:
+        operator: the custom operator.
+        what: the computation, as the error should name it.
+    """
+
+    def refuse(info, in_dims, *arguments):
+        raise NotImplementedError(f"{what} has no rule for {_VMAP}: {_REMEDIES[_VMAP]}")
+
+    operator.register_vmap(refuse)
+
+
+def refuse_batched_gradients(what: str, *gradients: Tensor) -> None:
+    """Refuse a backward pass that is mapped over a batch of gradients.
+
+    Args:
+        what: the computation, as the error should name it.
+        *gradients: those of its outputs.
+
+    Raises:
+        NotImplementedError: naming the option that asks for it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x) for x in gradients):
+        raise NotImplementedError(
+            f"the gradient of {what} has no rule for is_grads_batched=True or vmap: take one gradient after the other, or "
+            "use method=Exact()"
+        )
+
+
+def refuse_second_derivatives(operator, what: str) -> None:
+    """Let the backward pass of an operator refuse to be differentiated.
+
+    Args:
+        operator: the custom operator that is the backward pass.
+        what: the computation, as the error should name it.
+    """
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(
+            f"{what} has no second derivatives: leave create_graph out, or use method=Exact() with return_lse=True"
+        )
+
+    operator.register_autograd(refuse)
+
+
+def scale_of(scale: float | Tensor | None, head_dim: int) -> float:
+    """Bring the factor of the scores to a number.
+
+    Args:
+        scale: the factor; None for 1 / sqrt(head_dim).
+        head_dim: width of the keys.
+
+    Returns:
+        the factor.
+
+    Raises:
+        ValueError: if it is a tensor whose gradient would be lost.
+    """
+    if isinstance(scale, Tensor) and (scale.requires_grad or transform_of(scale) is not None):
+        raise ValueError(
+            f"scale is a tensor of shape {tuple(scale.shape)} that is differentiated or mapped over: a scale has no "
+            "gradient; multiply query by it, and pass scale=1.0"
+        )
+    return float(head_dim**-0.5 if scale is None else scale)
