@@ -50,7 +50,8 @@ class HyperCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note that something is held; stores make their own room."""
-        self.is_initialized = True
+        # some models look at how long these are; what is held is the store's alone
+        self.keys, self.values, self.is_initialized = key_states.new_empty(0), value_states.new_empty(0), True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys in, and hand out all of them with the handle through which they are read.
@@ -73,7 +74,7 @@ class HyperCacheLayer(CacheLayerMixin):
             self._previous._insist_read()
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError("a compressed cache has no gradient: use torch.no_grad(), or use_cache=False")
-        self.is_initialized = True
+        self.lazy_initialization(key_states, value_states)
         self._token_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (key_states, value_states))
         if self.store.device not in (None, key_states.device):
             self.store.move(key_states.device)
