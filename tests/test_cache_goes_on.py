@@ -48,9 +48,8 @@ def model() -> nn.Module:
 
 
 def read(model: nn.Module, policy: object = None, length: int = PROMPT, **options: object) -> object:
-    cache = integration.HyperCache(
-        model.config, **({"budget": 40, "sinks": 2, "window": 16, "seed": 3} | options), policy=policy
-    )
+    room = {"budget": 40, "sinks": 2, "window": 16, "seed": 3}
+    cache = integration.HyperCache(model.config, policy=policy, **(room | options))
     with torch.no_grad(), integration.use(model, ha.Exact()):
         model(tokens(2, length), past_key_values=cache)
     return cache
@@ -185,3 +184,37 @@ def test_an_audited_cache_moves_with_its_witness(model: nn.Module) -> None:
         store.move(torch.device("cpu"))
     assert_goes_on(model, other, cache)
     assert str(other.report()) == str(cache.report())
+
+
+def cut(state: dict[str, Tensor]) -> None:
+    state["k"], state["v"] = state["k"][:, :, 1:], state["v"][:, :, 1:]
+
+
+WINDOWS = {
+    "shorter than the window": (cut, "18 tokens of 60 are held by a window of 20"),
+    "no values": (lambda state: state.pop("v"), r"lacks \['v'\]"),
+    "values of other rows": (lambda state: state.update(v=state["v"][:1]), "do not fit together"),
+    "fewer tokens": (lambda state: state.update(numbers=torch.tensor([3])), "19 tokens of 3 are held"),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_a_window_that_cannot_be_is_refused_and_the_cache_stays_as_it_was(case: str) -> None:
+    change, message = WINDOWS[case]
+    model = model_of("gemma2, windows and caps")
+    cache, other = read(model), read(model, length=50)
+    number, state = max(cache.windows), cache.state()
+    change(state[number])
+    expected = copy.deepcopy(other)
+    with pytest.raises(ValueError, match=message):
+        other.restore(state)
+    assert other.get_seq_length() == 50
+    assert_goes_on(model, other, expected)
+
+
+def test_layers_that_read_other_numbers_of_tokens_are_refused(tmp_path: Path) -> None:
+    model = model_of("gemma2, windows and caps")
+    cache = read(model)
+    next(iter(cache.windows.values())).cumulative_length += 1
+    with pytest.raises(ValueError, match="different numbers of rows and tokens"):
+        through_file(cache, model, tmp_path)

@@ -68,7 +68,7 @@ def _read_square(old: Tensor, own: Tensor, alike: bool) -> Shown:
     seeing = own & live[:, :, None]  # what padding would see says nothing
     later = seeing.tril(-1).any(1)
     last = live & (live.flip(1).cumsum(1).flip(1) == 1)
-    unclear = (seeing.any(1) & ~live) | (live & ~later & ~last)
+    unclear = (own.any(1) & ~live) | (live & ~later & ~last)
     if bool(unclear.any()):
         row, token = (int(place) for place in unclear.nonzero()[0])
         raise ValueError(
