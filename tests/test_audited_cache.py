@@ -10,6 +10,7 @@ from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.room import Room
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.error.exact_rows import exact_rows
 from hyperattention.policies.latest import Latest
 from hyperattention.policies.top_pages import TopPages
@@ -75,8 +76,8 @@ def test_where_every_token_is_audited_nothing_is_left_to_chance() -> None:
 class Wrong(CondensingStore):
     """A planted fault: the wrong sign."""
 
-    def attend(self, q: Tensor, scale: float) -> Partial:
-        part = super().attend(q, scale)
+    def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
+        part = super().attend(q, scale, rule)
         return Partial(-part.out, part.lse)
 
 

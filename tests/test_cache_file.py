@@ -132,7 +132,9 @@ def test_what_cannot_be_saved_is_refused(model: nn.Module, tmp_path: Path) -> No
         file.save_cache(integration.HyperCache(model.config, budget=400), model, path)
     with pytest.raises(ValueError, match="give all 60"):
         file.save_cache(read(model), model, path, tokens=tokens(2, 10))
-    windowed = build("Qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1})
-    with pytest.raises(ValueError, match="sliding windows"):
-        file.save_cache(integration.HyperCache(windowed.config, budget=400), windowed, path)
+    config = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
+        num_hidden_layers=3, cross_attention_layers=[1]
+    )
+    with pytest.raises(ValueError, match=r"layers \{1: 'DynamicLayer'\} of LlamaForCausalLM are of kinds"):
+        file.check_savable(integration.HyperCache(config, budget=400), model)
     assert not path.exists()

@@ -312,14 +312,6 @@ def test_dropout_over_a_compressed_cache_is_refused() -> None:
         go_on(model.train(), cache)
 
 
-def test_capped_scores_over_a_compressed_cache_are_refused() -> None:
-    model = build("Gemma2", {"sliding_window": 20})
-    model.set_attn_implementation("eager")
-    cache = filled(model)
-    with pytest.raises(ValueError, match="softcap.*DynamicCache"):
-        go_on(model, cache)
-
-
 def reads_copies(module: nn.Module, query: Tensor, key: Tensor, *others: object, **options: object) -> tuple:
     return transformers.AttentionInterface()[integration.NAME](module, query, key.clone(), *others, **options)
 

@@ -75,7 +75,12 @@ class Coreset:
         return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.log_weight))
 
     def attend(
-        self, q: Float[Tensor, "batch heads queries head_dim"], *, scale: float | None = None, own: int = 0
+        self,
+        q: Float[Tensor, "batch heads queries head_dim"],
+        *,
+        scale: float | None = None,
+        own: int = 0,
+        softcap: float | None = None,
     ) -> Partial:
         """Attend to the coreset.
 
@@ -84,12 +89,14 @@ class Coreset:
             scale: factor of the scores; 1 / sqrt(head_dim) if None.
             own: how many of the last slots are the keys of the queries themselves, as many as there are queries, of which
                 each query sees those up to its own; 0 where every query sees every slot.
+            softcap: bound of the scores, softcap * tanh(score / softcap) before weights count; None for none. It has no
+                gradient, and no form for GPUs but PyTorch's.
 
         Returns:
             the rows and their log-sum-exp, which merge with attention over other keys.
 
         Raises:
-            ValueError: if the queries fit neither the heads nor `own`, or the weights require a gradient.
+            ValueError: if the queries fit neither the heads nor `own`, or a gradient is asked for of weights or a cap.
         """
         batch, kv_heads, slots = self.log_weight.shape
         heads, queries = q.shape[1], q.shape[2]
@@ -107,8 +114,10 @@ class Coreset:
         if torch.is_grad_enabled() and self.log_weight.requires_grad:
             raise ValueError("log-weights have no gradient: detach them, or attend under torch.no_grad()")
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if q.device.type == "cpu" and not learning:
-            out, lse = coreset_torch.forward(rows, k, v, weight, factor, causal=own > 1)
+        if softcap is not None and learning:
+            raise ValueError(f"softcap={softcap} has no gradient: attend under torch.no_grad()")
+        if softcap is not None or (q.device.type == "cpu" and not learning):
+            out, lse = coreset_torch.forward(rows, k, v, weight, factor, causal=own > 1, softcap=softcap)
         else:
             out, lse = self._by_lists(rows, k, v, factor, own)
         return Partial(*(x.unflatten(0, (batch, kv_heads)).flatten(1, 2) for x in (out, lse)))

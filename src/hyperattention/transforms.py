@@ -11,7 +11,7 @@ _FORWARD = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward
 _BACKWARD = "torch.func.grad, or what is built on it (vjp, jacrev, hessian)"
 _VMAP = "torch.func.vmap"
 _REMEDIES = {
-    _FORWARD: "take the gradient backward with torch.autograd.grad, or use method=Exact() with return_lse=True",
+    _FORWARD: "take the gradient backward with torch.autograd.grad, or use method=Exact() through measured_attention",
     _BACKWARD: "call torch.autograd.grad on its output, or use method=Exact()",
     _VMAP: "give the mapped axis as part of the batch axis, or use method=Exact()",
 }
@@ -102,7 +102,7 @@ def refuse_second_derivatives(operator, what: str) -> None:
 
     def refuse(ctx, *gradients):
         raise NotImplementedError(
-            f"{what} has no second derivatives: leave create_graph out, or use method=Exact() with return_lse=True"
+            f"{what} has no second derivatives: leave create_graph out, or use method=Exact() through measured_attention"
         )
 
     operator.register_autograd(refuse)

@@ -5,13 +5,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.cache.held import Held
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 
 # scores held at a time: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24
 
 
 def attended(
-    held: Held, queries: Float[Tensor, "batch heads queries head_dim"], scale: float
+    held: Held, queries: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN
 ) -> Float[Tensor, "batch kv_heads slots"]:
     """Sum the attention that each slot gets over queries, the heads of a group together.
 
@@ -23,6 +24,7 @@ def attended(
         held: all slots.
         queries: the latest queries.
         scale: factor of the scores.
+        rule: what the model does to scores beside; learned sinks take their share, which is nobody's.
 
     Returns:
         the sums; 0 for empty slots.
@@ -35,8 +37,16 @@ def attended(
     for start in range(0, num, size):
         rows = grouped[:, :, :, start : start + size].to(total.dtype) * scale
         limit = torch.arange(start, start + rows.shape[3], dtype=torch.int64, device=total.device) + (slots - num + 1)
-        scores = (rows.flatten(2, 3) @ keys).unflatten(2, rows.shape[2:4]) + held.log_weight[:, :, None, None]
+        scores = rule.cap((rows.flatten(2, 3) @ keys).unflatten(2, rows.shape[2:4])) + held.log_weight[:, :, None, None]
         scores.masked_fill_(place >= limit[:, None], -torch.inf)
         # a row of padding sees nothing, and its softmax is NaN
-        total += torch.nan_to_num_(torch.softmax(scores, -1), nan=0.0).flatten(2, 3).sum(2)
+        total += torch.nan_to_num_(_shares(scores, rule), nan=0.0).flatten(2, 3).sum(2)
     return total
+
+
+def _shares(scores: Tensor, rule: ScoreRule) -> Tensor:
+    """Take the softmax of scores ``[batch, kv_heads, group, rows, slots]``."""
+    if rule.sinks is None:
+        return torch.softmax(scores, -1)
+    sinks = rule.sinks.detach().to(scores.dtype).view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
+    return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]

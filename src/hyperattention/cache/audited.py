@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.cache.recent import Recent
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.check import positive
 from hyperattention.error.exact_rows import exact_rows
@@ -54,6 +55,11 @@ class AuditedStore(Store):
     def batch(self) -> int:
         """Rows of the batch."""
         return self.inner.batch
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie."""
+        return self.inner.device
 
     @property
     def num_slots(self) -> int:
@@ -112,23 +118,21 @@ class AuditedStore(Store):
         self._whole.mark(live)
         self.inner.mark(live)
 
-    def attend(self, q: Tensor, scale: float) -> Partial:
+    def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Let the store attend, and judge it at the positions drawn."""
-        part = self.inner.attend(q, scale)
+        part = self.inner.attend(q, scale, rule)
         if not self.inner.is_whole:
             begin = self.seen - self._new
             self._approximated[begin:] = [True] * self._new
             drawn = are_drawn(torch.arange(begin, self.seen, dtype=torch.int64, device="cpu"), self.every, self.seed)
             if bool(drawn.any()):
-                self._judge(q, scale, part.out, drawn.nonzero()[:, 0].to(q.device))
+                self._judge(q, scale, rule, part.out, drawn.nonzero()[:, 0].to(q.device))
         return part
 
-    def _judge(self, q: Tensor, scale: float, out: Tensor, places: Tensor) -> None:
+    def _judge(self, q: Tensor, scale: float, rule: ScoreRule, out: Tensor, places: Tensor) -> None:
         """Compare the rows drawn with exact ones, and compute no others: a chunk of a prompt has many."""
-        k, v, live = self._whole.tensors
-        begin = self.seen - self._new
-        mask = None if bool(live.all()) else live
-        exact = exact_rows(q[:, :, places], k, v, begin + 1 + places, scale, mask)
+        live, begin = self._whole.tensors[2], self.seen - self._new
+        exact = self._exact(q, scale, rule, places)
         error = relative_error(out[:, :, places].to(exact.dtype) - exact, exact)  # [batch, heads, places]
         counts = live[:, begin + places][:, None]  # [batch, 1, places]
         num_live = counts.sum(0)
@@ -138,9 +142,23 @@ class AuditedStore(Store):
             if int(num_live[0, number]):
                 self._errors[begin + place] = mean[:, number].cpu()
 
-    def settle(self, q: Tensor, scale: float) -> None:
+    def _exact(self, q: Tensor, scale: float, rule: ScoreRule, places: Tensor) -> Tensor:
+        k, v, live = self._whole.tensors
+        begin = self.seen - self._new
+        if rule.is_plain:
+            mask = None if bool(live.all()) else live
+            return exact_rows(q[:, :, places], k, v, begin + 1 + places, scale, mask)
+        # a row at a time, each over the keys up to its own; in float32 at least
+        rows = q.to(torch.promote_types(q.dtype, torch.float32)).split(1, 2)
+        parts = [
+            rule.drop_sinks(self._whole.first(begin + 1 + place).attend(rows[place], scale=scale, softcap=rule.softcap))
+            for place in places.tolist()
+        ]
+        return torch.cat([part.out for part in parts], 2)
+
+    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Hand on."""
-        self.inner.settle(q, scale)
+        self.inner.settle(q, scale, rule)
 
     def take_rows(self, index: Tensor) -> None:
         """Copy rows of both; what was judged stays."""
@@ -154,6 +172,13 @@ class AuditedStore(Store):
         del self._approximated[self.seen :]
         self._errors = {position: error for position, error in self._errors.items() if position < self.seen}
         self._new = 0
+
+    def move(self, device: torch.device) -> None:
+        """Move both."""
+        self.inner.move(device)
+        if self._whole.batch:
+            k, v, live = (x.to(device) for x in self._whole.tensors)
+            self._whole.restore(k, v, live)
 
     def state(self) -> dict[str, Tensor]:
         """Give the state of the store alone: the copy is there to be compared with, not to go on from."""

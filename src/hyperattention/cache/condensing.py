@@ -9,6 +9,7 @@ from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insi
 from hyperattention.cache.held import Held, joined, live_first
 from hyperattention.cache.policy import Full, Policy
 from hyperattention.cache.room import Room
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.types import Partial
 
@@ -37,7 +38,7 @@ class CondensingStore(Store):
         self.policy, self.room, self.layer, self.seed = policy, room, layer, seed
         self._buffer: Held | None = None
         self._queries: Tensor | None = None
-        self._waiting: tuple[Tensor, float] | None = None
+        self._waiting: tuple[Tensor, float, ScoreRule] | None = None
         self._count = self._seen = self._turn = self._new = 0
 
     @property
@@ -49,6 +50,11 @@ class CondensingStore(Store):
     def batch(self) -> int:
         """Rows of the batch."""
         return 0 if self._buffer is None else self._buffer.k.shape[0]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie."""
+        return None if self._buffer is None else self._buffer.k.device
 
     @property
     def num_slots(self) -> int:
@@ -131,20 +137,20 @@ class CondensingStore(Store):
             for x in (new.k, new.v):
                 x.masked_fill_(~live[:, None, :, None], 0.0)
 
-    def attend(self, q: Tensor, scale: float) -> Partial:
+    def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Attend to all slots, the newest causally."""
-        return self.held.coreset.attend(q, scale=scale, own=self._new)
+        return rule.drop_sinks(self.held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap))
 
-    def settle(self, q: Tensor, scale: float) -> None:
+    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Watch what the queries attend to, and condense if the budget is exceeded."""
         full = self._count > self.room.budget
         if self.policy.num_queries or self.policy.watches:
             waiting = 0 if full else min(_REVOCABLE, q.shape[2])
             known, rest = q.detach().split([q.shape[2] - waiting, waiting], 2)
-            self._watch(known, scale, self._count - waiting)
-            self._waiting = (rest.clone(), scale)
+            self._watch(known, scale, rule, self._count - waiting)
+            self._waiting = (rest.clone(), scale, rule)
         if full:
-            self._condense(scale)
+            self._condense(scale, rule)
 
     def _watch_waiting(self) -> None:
         """Watch the latest queries: they will not be taken back any more."""
@@ -152,16 +158,16 @@ class CondensingStore(Store):
             self._watch(*self._waiting, self._count)
             self._waiting = None
 
-    def _watch(self, q: Tensor, scale: float, end: int) -> None:
+    def _watch(self, q: Tensor, scale: float, rule: ScoreRule, end: int) -> None:
         """Note queries, the last of which belongs to the slot before `end`, and what they attend to."""
         if num := self.policy.num_queries:
             kept = q if self._queries is None else torch.cat([self._queries, q], 2)
             self._queries = kept[:, :, -num:].clone()
         if self.policy.watches and q.shape[2]:
             held = self.held.part(0, end)
-            held.score.add_(attended(held, q, scale))
+            held.score.add_(attended(held, q, scale, rule))
 
-    def _condense(self, scale: float) -> None:
+    def _condense(self, scale: float, rule: ScoreRule) -> None:
         held, begin, end = self.held, self.room.sinks, self._count - self.room.window
         # at first, and later where a row had not as many keys as sinks
         if self.is_whole or not bool(held.live[:, :, :begin].all()):
@@ -169,7 +175,7 @@ class CondensingStore(Store):
         queries = self._queries
         if queries is None:
             queries = held.k.new_zeros((held.k.shape[0], held.k.shape[1], 0, held.k.shape[3]))
-        full = Full(held, begin, end, self.room.middle, queries, scale, (self.seed, self.layer, self._turn))
+        full = Full(held, begin, end, self.room.middle, queries, scale, (self.seed, self.layer, self._turn), rule)
         parts = (held.part(0, begin), self.policy.condense(full), held.part(end, self._count))
         self._turn += 1
         self._count = sum(part.num_slots for part in parts)
@@ -184,8 +190,8 @@ class CondensingStore(Store):
         if self._queries is not None:
             self._queries = self._queries.index_select(0, index.to(self._queries.device))
         if self._waiting is not None:
-            q, scale = self._waiting
-            self._waiting = (q.index_select(0, index.to(q.device)), scale)
+            q, scale, rule = self._waiting
+            self._waiting = (q.index_select(0, index.to(q.device)), scale, rule)
 
     def crop(self, num: int) -> None:
         """Forget tokens that are still held one by one, in the window or behind it."""
@@ -195,8 +201,8 @@ class CondensingStore(Store):
             raise ValueError(f"cannot forget the latest {num} tokens: {'no more were read' if self.is_whole else why}")
         self._count, self._seen, self._new = self._count - num, self._seen - num, 0
         if self._waiting is not None:
-            q, scale = self._waiting
-            self._waiting = (q[:, :, : max(0, q.shape[2] - num)], scale)
+            q, scale, rule = self._waiting
+            self._waiting = (q[:, :, : max(0, q.shape[2] - num)], scale, rule)
             num = max(0, num - q.shape[2])
         if self._queries is not None:
             self._queries = self._queries[:, :, : max(0, self._queries.shape[2] - num)]
@@ -221,7 +227,11 @@ class CondensingStore(Store):
         """See that a store of this policy and room can be in this state."""
         dtype = floating_type(state)
         weight, slot = torch.promote_types(dtype, torch.float32), "batch kv_heads slots"
-        wanted = {"k": (f"{slot} head_dim", dtype), "v": (f"{slot} value_dim", dtype), "numbers": ("2", torch.int64)}
+        wanted = {
+            "k": (f"{slot} head_dim", dtype),
+            "v": (f"{slot} value_dim", floating_type(state, "v")),
+            "numbers": ("2", torch.int64),
+        }
         wanted |= {"log_weight": (slot, weight), "position": (slot, torch.int32), "score": (slot, weight)}
         # a policy that wants queries has seen some by the time that anything is saved
         if self.policy.num_queries:

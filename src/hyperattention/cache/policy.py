@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.cache.held import Held
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Full:
         queries: the latest queries, as many as the policy asks for and as there were.
         scale: factor of the scores.
         counters: seed, layer and number of this condensation: what every draw is a function of.
+        rule: what the model does to scores beside their scale.
     """
 
     held: Held
@@ -30,6 +32,7 @@ class Full:
     queries: Float[Tensor, "batch heads queries head_dim"]
     scale: float
     counters: tuple[int, int, int]
+    rule: ScoreRule = PLAIN
 
     @property
     def candidates(self) -> Held:

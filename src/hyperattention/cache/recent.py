@@ -38,7 +38,18 @@ class Recent:
     @property
     def coreset(self) -> Coreset:
         """Give what attention reads: every key as itself, none for padding."""
-        k, v, live = self.tensors
+        return self.first(self.num)
+
+    def first(self, num: int) -> Coreset:
+        """Give what attention to the oldest tokens reads.
+
+        Args:
+            num: how many.
+
+        Returns:
+            every key as itself, none for padding.
+        """
+        k, v, live = (x[..., :num] if x.ndim == 2 else x[:, :, :num] for x in self.tensors)
         weight = torch.zeros(live.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
         return Coreset(k, v, weight.masked_fill_(~live, -torch.inf)[:, None].expand(-1, k.shape[1], -1))
 
@@ -46,6 +57,11 @@ class Recent:
     def batch(self) -> int:
         """Rows of the batch; 0 while nothing is held."""
         return 0 if self._buffer is None else self._buffer[0].shape[0]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where they lie; None while nothing is held."""
+        return None if self._buffer is None else self._buffer[0].device
 
     @property
     def memory_bytes(self) -> int:

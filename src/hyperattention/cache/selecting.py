@@ -8,7 +8,9 @@ from hyperattention.cache.buffer import grown
 from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
 from hyperattention.cache.page_rank import PageRank
 from hyperattention.cache.room import Room
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
+from hyperattention.kernels.capped_list import capped_list_attention
 from hyperattention.kernels.list.operator import list_attention
 from hyperattention.random import uniform
 from hyperattention.types import Partial, Runs, Selection
@@ -59,6 +61,11 @@ class SelectingStore(Store):
     def batch(self) -> int:
         """Rows of the batch."""
         return 0 if self._k is None else self._k.shape[0]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie."""
+        return None if self._k is None else self._k.device
 
     @property
     def num_slots(self) -> int:
@@ -116,7 +123,7 @@ class SelectingStore(Store):
             raise ValueError("nothing is held yet: append keys and values first")
         return self._begin
 
-    def settle(self, q: Tensor, scale: float) -> None:
+    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Sum up the pages that are full now."""
         full = self._seen // self.page
         if self._k is None or full <= self._summed:
@@ -125,7 +132,7 @@ class SelectingStore(Store):
         self._summary = grown(self._summary, self.by.summarise(keys), self._summed)
         self._summed = full
 
-    def attend(self, q: Tensor, scale: float) -> Partial:
+    def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Choose pages for every query, and attend to what is chosen."""
         if self._k is None or self._v is None:
             raise ValueError("nothing is held yet: append keys and values first")
@@ -134,23 +141,28 @@ class SelectingStore(Store):
         rows = q.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, queries, head_dim]
         # all recent keys, from the edge of a page on
         recent = max(0, self._seen - queries - self.room.window) // self.page * self.page
-        self.chosen = self._choose(rows, recent, scale) if self.lender is None else self.lender.chosen
+        self.chosen = self._choose(rows, recent, scale, rule) if self.lender is None else self.lender.chosen
         selection = self._selection(rows, recent)
         tiles = rows.permute(0, 1, 3, 2, 4).flatten(0, 1)[:, :, :, None]  # [lists, queries, group, 1, head_dim]
-        out, lse = list_attention(tiles, self._k.flatten(0, 1), self._v.flatten(0, 1), selection, scale)
+        held = (self._k.flatten(0, 1), self._v.flatten(0, 1))
+        if rule.softcap is None:
+            out, lse = list_attention(tiles, *held, selection, scale)
+        else:
+            out, lse = capped_list_attention(tiles, *held, selection, scale, rule.softcap)
 
         def restored(x: Tensor) -> Tensor:
             return x[:, :, :, 0].unflatten(0, (batch, kv_heads)).transpose(2, 3).flatten(1, 2)
 
-        return Partial(restored(out), restored(lse))
+        return rule.drop_sinks(Partial(restored(out), restored(lse)))
 
-    def _choose(self, rows: Tensor, recent: int, scale: float) -> Tensor:
+    def _choose(self, rows: Tensor, recent: int, scale: float, rule: ScoreRule) -> Tensor:
         """Rank the pages before `recent`, and take the best: ``[lists, queries, pages]``, ascending; -1 for none."""
         pages, num = recent // self.page, self.num_pages
         if not pages or self._summary is None:
             return rows.new_full((rows.shape[0] * rows.shape[1], rows.shape[3], num), -1, dtype=torch.int64)
         score = self.by.rank(rows.flatten(2, 3).float() * scale, self._summary[:, :, :pages], num)
-        score = torch.log_softmax(score, -1).unflatten(2, rows.shape[2:4]).amax(2)  # [batch, kv_heads, queries, pages]
+        score = torch.log_softmax(rule.cap(score), -1)
+        score = score.unflatten(2, rows.shape[2:4]).amax(2)  # [batch, kv_heads, queries, pages]
         last = (torch.arange(pages, dtype=torch.int64, device=rows.device) + 1) * self.page
         score = score.masked_fill((last <= self._start[:, None] + self.room.sinks)[:, None, None], -torch.inf)
         best, index = score.topk(min(num, pages), -1)
@@ -233,7 +245,11 @@ class SelectingStore(Store):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take keys and values over, and sum them up again."""
         dtype, key = floating_type(state), "batch kv_heads slots"
-        wanted = {"k": (f"{key} head_dim", dtype), "v": (f"{key} value_dim", dtype), "begin": ("batch", torch.int64)}
+        wanted = {
+            "k": (f"{key} head_dim", dtype),
+            "v": (f"{key} value_dim", floating_type(state, "v")),
+            "begin": ("batch", torch.int64),
+        }
         seen, begin = fit_state(state, wanted)["slots"], state["begin"]
         insist(((begin >= 0) & (begin <= seen)).all(), f"rows begin from 0 to {seen}")
         self._k, self._v, self._begin = state["k"], state["v"], state["begin"]

@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.cache.room import Room
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.types import Partial
 
 
@@ -26,6 +28,11 @@ class Store(ABC):
     @abstractmethod
     def batch(self) -> int:
         """Rows of the batch; 0 while nothing is held."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device | None:
+        """Where keys and values lie; None while nothing is held."""
 
     @property
     @abstractmethod
@@ -70,24 +77,26 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def attend(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float) -> Partial:
+    def attend(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Attend from the tokens just appended, each to what is held and to those up to itself.
 
         Args:
             q: their queries.
             scale: factor of the scores.
+            rule: what the model does to scores beside.
 
         Returns:
             the rows and their log-sum-exp.
         """
 
     @abstractmethod
-    def settle(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float) -> None:
+    def settle(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN) -> None:
         """End a step: look at its queries, and bring what is held back within the budget.
 
         Args:
             q: the queries of the tokens just appended.
             scale: factor of the scores.
+            rule: what the model does to scores beside.
         """
 
     @abstractmethod
@@ -127,6 +136,14 @@ class Store(ABC):
         Raises:
             ValueError: if a tensor is missing, or its shape does not fit the others.
         """
+
+    def move(self, device: torch.device) -> None:
+        """Move everything to where attention runs.
+
+        Args:
+            device: where.
+        """
+        self.restore({name: x.to(device) for name, x in self.state().items()})
 
 
 class Keeping(ABC):

@@ -13,6 +13,7 @@ from hyperattention.cache.attended import attended
 from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.held import Held
 from hyperattention.cache.room import Room
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Keeping, Store
 from hyperattention.coreset import Coreset
 from hyperattention.integrations.transformers.cache import HyperCache
@@ -31,7 +32,7 @@ class RecordingStore(Store):
         self._steps: list[tuple[Tensor, Tensor]] = []
         self._queries: list[Tensor] = []
         self._watched: dict[int, Tensor] = {}
-        self.scale = 1.0
+        self.scale, self.rule = 1.0, PLAIN
 
     @property
     def k(self) -> Tensor:
@@ -63,7 +64,7 @@ class RecordingStore(Store):
             k, v, q = self.k[:, :, :queries], self.v[:, :, :queries], self.q[:, :, before:queries]
             weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
             # positions and scores do not matter to what is attended to
-            total = attended(Held(k, v, weight, weight.int(), weight), q, self.scale)
+            total = attended(Held(k, v, weight, weight.int(), weight), q, self.scale, self.rule)
             if before:
                 total[:, :, :before] += self._watched[before]
             self._watched[queries] = total
@@ -84,6 +85,11 @@ class RecordingStore(Store):
     def batch(self) -> int:
         """Rows of the batch."""
         return self._steps[0][0].shape[0] if self._steps else 0
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie."""
+        return self._steps[0][0].device if self._steps else None
 
     @property
     def num_slots(self) -> int:
@@ -116,13 +122,13 @@ class RecordingStore(Store):
         if not bool(live.all()):
             raise ValueError("a prompt with padding cannot be recorded: read prompts of one length together")
 
-    def attend(self, q: Tensor, scale: float) -> Partial:
+    def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Attend to everything."""
-        return Coreset.of(*self._joined()).attend(q, scale=scale, own=q.shape[2])
+        return rule.drop_sinks(Coreset.of(*self._joined()).attend(q, scale=scale, own=q.shape[2], softcap=rule.softcap))
 
-    def settle(self, q: Tensor, scale: float) -> None:
+    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Keep the queries."""
-        self.scale = scale
+        self.scale, self.rule = scale, rule
         self._queries.append(q)
 
     def take_rows(self, index: Tensor) -> None:
@@ -191,13 +197,13 @@ def fill(cache: HyperCache, recorded: HyperCache) -> None:
 
 def _settle(store: Store, read: RecordingStore) -> None:
     if not isinstance(store, CondensingStore):
-        store.settle(read.q, read.scale)
+        store.settle(read.q, read.scale, read.rule)
         return
     # what a policy wants to know of earlier queries is the same at every budget and in every copy of a prompt
     last = max(1, store.policy.num_queries)
     if store.policy.watches and read.seen > last:
         store.held.score[:, :, : read.seen - last].add_(read.watched(read.seen - last))
-    store.settle(read.q[:, :, -last:], read.scale)
+    store.settle(read.q[:, :, -last:], read.scale, read.rule)
 
 
 def start(model: PreTrainedModel) -> HyperCache:

@@ -21,6 +21,7 @@ def forward(
     scale: float,
     *,
     causal: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "lists group queries value_dim"], Float[Tensor, "lists group queries"]]:
     """Attend from all queries to all slots.
 
@@ -31,6 +32,7 @@ def forward(
         log_weight: of each slot; -inf where it is empty.
         scale: factor of the scores.
         causal: whether the last slots are the queries' own, of which each sees those up to itself.
+        softcap: bound of the scores, before log-weights are added: softcap * tanh(score / softcap); None for none.
 
     Returns:
         out in the dtype of `q`, and lse, float32 or float64.
@@ -44,6 +46,8 @@ def forward(
         part = q[:, :, start : start + step].to(dtype)
         # keys times queries: of few queries a CPU multiplies that way two to three times as fast as the other
         scores = torch.bmm(keys, part.flatten(1, 2).transpose(1, 2).mul(scale)).transpose(1, 2)  # [lists, rows, slots]
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores = torch.add(scores, bias, out=torch.empty_like(scores, memory_format=torch.contiguous_format))
         if causal and queries > 1:
             limit = torch.arange(start, start + part.shape[2], dtype=torch.int64, device=q.device) + (slots - queries)

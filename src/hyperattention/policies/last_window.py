@@ -50,7 +50,7 @@ class LastWindow(Policy):
 
     def condense(self, full: Full) -> Held:
         """Keep what the last queries look at."""
-        score = attended(full.held, full.queries, full.scale)[:, :, full.begin : full.end]
+        score = attended(full.held, full.queries, full.scale, full.rule)[:, :, full.begin : full.end]
         return keep_best(self._pooled(score, full.candidates.live), full)
 
     def _pooled(self, score: Tensor, live: Tensor) -> Tensor:

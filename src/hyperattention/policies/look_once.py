@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from hyperattention.cache.page_rank import TwoLevels
 from hyperattention.cache.room import Room
+from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Keeping, Store
 from hyperattention.check import positive
 from hyperattention.policies.look_once_store import LookOnceStore
@@ -54,4 +55,17 @@ class LookOnce(Keeping):
 
     def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> LookOnceStore:
         """Make an empty store; neighbours share nothing."""
-        return LookOnceStore(lambda: self.pages.store(room, layer, seed, None), keep=self.keep, latest=self.latest)
+        return LookOnceStore(_PageMaker(self.pages, room, layer, seed), keep=self.keep, latest=self.latest)
+
+
+@dataclass(frozen=True)
+class _PageMaker:
+    """Make empty stores by pages, as a value that is copied and pickled with the store that asks for them."""
+
+    pages: TopPages
+    room: Room
+    layer: int
+    seed: int
+
+    def __call__(self) -> SelectingStore:
+        return self.pages.store(self.room, self.layer, self.seed, None)

@@ -8,6 +8,7 @@ from torch import Tensor
 from hyperattention.cache.attended import attended
 from hyperattention.cache.fitting import fit_state, insist
 from hyperattention.cache.held import Held
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Store
 from hyperattention.types import Partial
@@ -44,6 +45,11 @@ class LookOnceStore(Store):
     def batch(self) -> int:
         """Rows of the batch."""
         return self.pages.batch
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie."""
+        return self.pages.device
 
     @property
     def num_slots(self) -> int:
@@ -94,26 +100,26 @@ class LookOnceStore(Store):
         weight.masked_fill_((place < self._start[:, None])[:, None], -torch.inf)
         return Held(k, v, weight, place.expand(weight.shape), torch.zeros_like(weight))
 
-    def attend(self, q: Tensor, scale: float) -> Partial:
+    def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Attend to sinks, window and the best pages; a long step to all that is left."""
         if self.pages.is_whole:
-            return self._held.coreset.attend(q, scale=scale, own=self._new)
-        return self.pages.attend(q, scale)
+            return rule.drop_sinks(self._held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap))
+        return self.pages.attend(q, scale, rule)
 
-    def settle(self, q: Tensor, scale: float) -> None:
+    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Let the last queries of a prompt decide what stays, or sum up the pages that are full now."""
         if self._new > self.pages.most_queries and self.pages.seen > self.pages.room.budget:
-            self._look(q[:, :, -self.latest :], scale)
+            self._look(q[:, :, -self.latest :], scale, rule)
         else:
-            self.pages.settle(q, scale)
+            self.pages.settle(q, scale, rule)
         self._shown = None
 
-    def _look(self, queries: Tensor, scale: float) -> None:
+    def _look(self, queries: Tensor, scale: float, rule: ScoreRule) -> None:
         """Keep what the queries attend to most, in order, and read by pages from there."""
         held, room = self._held, self.pages.room
         num, place = held.num_slots, held.position
         count = min(num, max(room.budget, round(self.keep * self.seen)))
-        score = attended(held, queries, scale)
+        score = attended(held, queries, scale, rule)
         sunk = place < self._start[:, None, None] + room.sinks
         score.masked_fill_(sunk | (place >= num - room.window), torch.inf)
         # padding goes first; where there is too little else it stays, and it stands in front

@@ -189,17 +189,25 @@ class SubGenSketch:
         weight = (clusters.count[:, :, :most].double() / samples).log().to(torch.promote_types(k.dtype, torch.float32))
         return Coreset(k, k.new_zeros(1).expand(*k.shape[:3], 1), weight.repeat_interleave(samples, -1))
 
-    def attend(self, q: Float[Tensor, "batch heads queries head_dim"], *, scale: float | None = None) -> Partial:
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads queries head_dim"],
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Partial:
         """Attend to all that was absorbed.
 
         Args:
             q: queries; query head h reads kv head h // (heads // kv_heads).
             scale: factor of the scores; 1 / sqrt(head_dim) if None.
+            softcap: bound of the scores; None for none.
 
         Returns:
             z / tau and log tau, which merge with attention over other keys to (z + theirs) / (tau + theirs).
         """
-        top, lse = self.held[1].coreset.attend(q, scale=scale), self.normaliser().attend(q, scale=scale).lse
+        top = self.held[1].coreset.attend(q, scale=scale, softcap=softcap)
+        lse = self.normaliser().attend(q, scale=scale, softcap=softcap).lse
         # where nothing was absorbed there is nothing to divide
         ratio = (top.lse - lse).exp().masked_fill(lse == -torch.inf, 0.0)
         return Partial(top.out * ratio[..., None].to(top.out.dtype), lse)

@@ -9,6 +9,7 @@ from hyperattention.cache.buffer import is_writable
 from hyperattention.cache.fitting import fit_state, floating_type, insist
 from hyperattention.cache.recent import Recent
 from hyperattention.cache.room import Room
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.merge import merge
 from hyperattention.policies.online_clusters import Clusters
@@ -21,21 +22,21 @@ _CLUSTERS, _DRAWN = (
     tuple(f"{part}_{each.name}" for each in fields(kind)) for part, kind in (("cluster", Clusters), ("drawn", Drawn))
 )
 
-# what each tensor of a state is: its axes, and its type, None for that of the keys
+# what each tensor of a state is: its axes, and its type, or the name of the tensor whose type it has
 _RECENT_KINDS = {
-    "k": ("batch kv_heads tokens head_dim", None),
-    "v": ("batch kv_heads tokens value_dim", None),
+    "k": ("batch kv_heads tokens head_dim", "k"),
+    "v": ("batch kv_heads tokens value_dim", "v"),
     "live": ("batch tokens", torch.bool),
     "numbers": ("1", torch.int64),
 }
 _KINDS = _RECENT_KINDS | {
-    "cluster_centre": ("batch kv_heads clusters head_dim", None),
-    "cluster_sample": ("batch kv_heads clusters samples head_dim", None),
+    "cluster_centre": ("batch kv_heads clusters head_dim", "k"),
+    "cluster_sample": ("batch kv_heads clusters samples head_dim", "k"),
     "cluster_ticket": ("batch kv_heads clusters samples", torch.float64),
     "cluster_count": ("batch kv_heads clusters", torch.int64),
     "cluster_num": ("batch kv_heads", torch.int64),
-    "drawn_k": ("batch kv_heads slots head_dim", None),
-    "drawn_v": ("batch kv_heads slots value_dim", None),
+    "drawn_k": ("batch kv_heads slots head_dim", "k"),
+    "drawn_v": ("batch kv_heads slots value_dim", "v"),
     "drawn_norm": ("batch kv_heads slots", torch.float64),
     "drawn_time": ("batch kv_heads slots", torch.float64),
     "drawn_total": ("batch kv_heads", torch.float64),
@@ -78,6 +79,11 @@ class SubGenStore(Store):
         return self._recent.batch
 
     @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie."""
+        return self._recent.device
+
+    @property
     def num_slots(self) -> int:
         """Tokens held as they are."""
         return self._recent.num
@@ -115,12 +121,14 @@ class SubGenStore(Store):
         """Note the padding, which is never absorbed."""
         self._recent.mark(live)
 
-    def attend(self, q: Tensor, scale: float) -> Partial:
+    def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Attend to the exact tokens, the newest causally, and to the sketch."""
-        exact = self._recent.coreset.attend(q, scale=scale, own=self._new)
-        return exact if self.sketch is None else merge([exact, self.sketch.attend(q, scale=scale)])
+        exact = self._recent.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap)
+        if self.sketch is None:
+            return rule.drop_sinks(exact)
+        return rule.drop_sinks(merge([exact, self.sketch.attend(q, scale=scale, softcap=rule.softcap)]))
 
-    def settle(self, q: Tensor, scale: float) -> None:
+    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Absorb all but the window, if there are more tokens than there may be."""
         if self._recent.num <= self._limit:
             return
@@ -195,9 +203,10 @@ class SubGenStore(Store):
 
     def _check(self, state: dict[str, Tensor], absorbed: bool) -> None:
         """See that a store of this room can be in this state, but for the sizes of the sketch, which sees to them."""
-        dtype = floating_type(state)
         held = _KINDS if absorbed else _RECENT_KINDS
-        fit_state(state, {name: (axes, dtype if kind is None else kind) for name, (axes, kind) in held.items()})
+        types = {name: floating_type(state, name) for name in ("k", "v")}
+        kinds = {name: (axes, types[kind] if isinstance(kind, str) else kind) for name, (axes, kind) in held.items()}
+        fit_state(state, kinds)
         recent, seen = state["k"].shape[2], int(state["numbers"][0])
         most = self.room.window + self.room.pending if absorbed else self.room.budget
         insist(

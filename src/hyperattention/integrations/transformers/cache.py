@@ -1,25 +1,28 @@
 """A compressed cache for `generate`: a transformers `Cache` whose layers are stores."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import CacheReport, report_on
-from hyperattention.cache.condensing import CondensingStore
 from hyperattention.cache.policy import Policy
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping, Store
+from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.check import positive
+from hyperattention.integrations.attention_name import AttentionName
+from hyperattention.integrations.served import check_served, count_readers, cross_attention_layers
 from hyperattention.integrations.transformers.cache_handle import READS_HELD
 from hyperattention.integrations.transformers.cache_layer import HyperCacheLayer
 from hyperattention.integrations.transformers.trained_length import trained_length
+from hyperattention.integrations.windowed_layer import move_window, restore_window, window_of, window_state
 from hyperattention.policies.cluster_means import ClusterMeans
+from hyperattention.random import SEED_LIMIT
 
 __all__ = ["HyperCache", "room_for"]
 
@@ -60,8 +63,8 @@ class HyperCache(Cache):
 
     Keys between sinks and window are condensed by a policy when the budget is exceeded, with weights where the policy says
     what the kept ones stand for; the model's attention reads the weights. Prompts are attended to in full before they are
-    condensed, unless they come in chunks. Up to the budget, tokens are those of `DynamicCache`. Layers with sliding windows
-    keep transformers' own cache.
+    condensed, unless they come in chunks. Up to the budget, tokens are those of `DynamicCache`. Layers with sliding windows,
+    and those that attend to images, keep transformers' own cache.
 
     The model's attention must be hyperattention's, which alone can read weights: generate inside `use`, or load the model
     with ``attn_implementation="hyperattention"`` after `register()`.
@@ -84,7 +87,8 @@ class HyperCache(Cache):
             would exceed it is refused, because what a model says there means nothing.
 
     Raises:
-        ValueError: if the budget leaves nothing beside sinks and window, no layer has full attention, or `audit` is not
+        ValueError: if the budget leaves nothing beside sinks and window, no layer has full attention, the model's attention
+            reads other keys than its cache hands out, a number is not whole, `seed` is out of range, or `audit` is not
             positive.
 
     Example:
@@ -117,30 +121,29 @@ class HyperCache(Cache):
             raise ValueError(
                 f"the first argument is a {type(config).__name__}: give the model's configuration, model.config"
             )
-        if isinstance(budget, bool) or not isinstance(budget, int):
-            raise ValueError(f"budget={budget!r}: give a whole number of slots")
+        for name, number in {"budget": budget, "sinks": sinks, "window": window, "seed": seed}.items():
+            if isinstance(number, bool) or not (isinstance(number, int) or (name == "window" and number is None)):
+                what = "" if name == "seed" else " of slots"
+                raise ValueError(f"{name}={number!r}: give a whole number{what}")
+        if not 0 <= seed < SEED_LIMIT:
+            raise ValueError(f"seed={seed}: give a whole number from 0 to {SEED_LIMIT - 1}")
         self.room = room_for(self.policy, budget, sinks, window)
         self.seed = seed
         text_config = config.get_text_config(decoder=True)
-        # a function is not copied: copies of this cache, too, ask the model's own configuration, which `use` switches
-        self._attention_name = lambda: text_config._attn_implementation
+        check_served(text_config)
+        self._attention = AttentionName(text_config)
         limit = None if beyond else trained_length(text_config)
         layers = list(DynamicCache(config=config).layers)
-        full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        others = cross_attention_layers(text_config)
+        full = [n for n, layer in enumerate(layers) if type(layer) is DynamicLayer and n not in others]
         if not full:
             raise ValueError(f"{type(config).__name__} has no layer of full attention: there is nothing to compress")
-        watched = (lambda store: store) if audit is None else partial(AuditedStore, every=audit, seed=seed)
         previous: HyperCacheLayer | None = None
         for number in full:
-            previous = HyperCacheLayer(self._maker(number), watched, previous, limit)
+            maker = StoreMaker(self.policy, self.room, number, seed, audit)
+            previous = HyperCacheLayer(maker, previous, limit, count_readers(text_config, number))
             layers[number] = previous
         super().__init__(layers=layers)
-
-    def _maker(self, number: int) -> Callable[[Store | None], Store]:
-        policy, room, seed = self.policy, self.room, self.seed
-        if isinstance(policy, Policy):
-            return lambda previous: CondensingStore(policy, room, layer=number, seed=seed)
-        return lambda previous: policy.store(room, number, seed, previous)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -160,14 +163,21 @@ class HyperCache(Cache):
         Raises:
             ValueError: if the model's attention cannot read weights.
         """
-        name = self._attention_name()
-        reader = AttentionInterface().get(name)
-        if not getattr(reader, READS_HELD, False):
+        name = self._attention.now
+        if name is not None and not getattr(AttentionInterface().get(name), READS_HELD, False):
             raise ValueError(
                 f"attn_implementation={name!r} cannot read the weights of a compressed cache: generate inside "
                 "`with use(model, method):`, or load the model with attn_implementation='hyperattention' after register()"
             )
+        if (window := window_of(self.layers[layer_idx])) is not None:
+            move_window(window, key_states.device)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def windows(self) -> dict[int, DynamicSlidingWindowLayer]:
+        """Give every layer that keeps a sliding window, by its number."""
+        found = {number: window_of(layer) for number, layer in enumerate(self.layers)}
+        return {number: layer for number, layer in found.items() if layer is not None}
 
     @property
     def stores(self) -> dict[int, Store]:
@@ -175,23 +185,31 @@ class HyperCache(Cache):
         return {number: layer.store for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
 
     def restore(self, states: Mapping[int, dict[str, Tensor]]) -> None:
-        """Go on from the states of all stores.
+        """Go on from the states of all stores, and of all layers with sliding windows.
 
         Args:
-            states: what each store's `state` gave, by the number of the layer; where one is refused, with a ValueError,
-                nothing of the cache changes.
+            states: what each store's `state` gave, and each window's, by the number of the layer; where one is refused, with
+                a ValueError, nothing of the cache changes. They may lie on any device: a layer moves to its keys' when it
+                goes on.
         """
-        layers = {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
-        before = [(layer, layer.inner, layer.store, layer.is_initialized) for layer in layers.values()]
+        before = [(layer, dict(vars(layer))) for layer in self.layers]
         try:
-            for number, layer in layers.items():
-                layer.reset()
-                layer.store.restore(states[number])
-                layer.begin_at(layer.store.seen)
+            for number, layer in enumerate(self.layers):
+                if isinstance(layer, HyperCacheLayer):
+                    layer.reset()
+                    layer.store.restore(states[number])
+                    layer.begin_at(layer.store.seen)
+                elif (window := window_of(layer)) is not None:
+                    restore_window(window, states[number])
         except BaseException:
-            for layer, inner, store, initialised in before:
-                layer.inner, layer.store, layer.is_initialized = inner, store, initialised
+            for layer, attributes in before:
+                vars(layer).update(attributes)
             raise
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """Give what `restore` takes, by the number of the layer: of stores and windows, and of no other layers."""
+        held = {number: store.state() for number, store in self.stores.items()}
+        return held | {number: window_state(layer) for number, layer in self.windows.items()}
 
     def report(self) -> CacheReport | None:
         """Tell the error that the audit has measured so far.

@@ -24,6 +24,7 @@ from hyperattention.files.plan_file import read_fingerprint
 from hyperattention.files.policy_table import policy_from_json, policy_to_json
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.cache_keys import check_keys
+from hyperattention.integrations.windowed_layer import rows_of
 from hyperattention.random import SEED_LIMIT
 
 __all__ = ["check_savable", "find_maker", "load_cache", "save_cache"]
@@ -58,8 +59,8 @@ def save_cache(
         overwrite: whether a file that is there may be replaced; otherwise it is refused with a FileExistsError.
 
     Raises:
-        ValueError: if the cache is empty, a layer of it is not compressed, its policy is not one of this package's, or the
-            tokens are not its own.
+        ValueError: if the cache is empty, a layer of it is neither compressed nor a sliding window, its policy is not one of
+            this package's, or the tokens are not its own.
 
     Example:
         >>> save_cache(cache, model, "document.safetensors", tokens=tokens)  # doctest: +SKIP
@@ -70,7 +71,7 @@ def save_cache(
     stores = cache.stores
     if empty := [number for number, store in stores.items() if not store.batch]:
         raise ValueError(f"layers {empty} of the cache hold nothing: let the model read something before it is saved")
-    tensors = {f"layer.{number}.{name}": x for number, store in stores.items() for name, x in store.state().items()}
+    tensors = {f"layer.{number}.{name}": x for number, state in cache.state().items() for name, x in state.items()}
     if tokens is not None:
         first = next(iter(stores.values()))
         if not _are_tokens_of(tokens, first.batch, first.seen):
@@ -99,13 +100,13 @@ def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
         model: who is going to read.
 
     Raises:
-        ValueError: if a layer of it is not compressed.
+        ValueError: if it has a layer that is neither compressed nor a sliding window.
     """
-    stores = cache.stores
-    if windowed := [number for number in range(len(cache.layers)) if number not in stores]:
+    held = cache.stores.keys() | cache.windows.keys()
+    if others := {number: type(layer).__name__ for number, layer in enumerate(cache.layers) if number not in held}:
         raise ValueError(
-            f"layers {windowed} of {type(model).__name__} have sliding windows, which this file does not hold: save caches "
-            "of models whose layers all have full attention"
+            f"layers {others} of {type(model).__name__} are of kinds that this file does not hold: save caches of models "
+            "whose layers have full attention or sliding windows"
         )
 
 
@@ -116,7 +117,7 @@ def load_cache(
 
     Args:
         path: the file.
-        model: who goes on; the tensors go where it is.
+        model: who goes on. Each layer's tensors go to the device of its keys with the first step, wherever that is.
         beyond: whether it may go on beyond the length that it was made for.
 
     Returns:
@@ -137,7 +138,9 @@ def load_cache(
     first = next(iter(cache.stores.values()))
     if tokens is not None and not (tokens.dtype == torch.int32 and _are_tokens_of(tokens, first.batch, first.seen)):
         raise ValueError(f"{path}: its tokens, of shape {tuple(tokens.shape)}, are not those of the cache; {_REMEDY}")
-    return cache, None if tokens is None else tokens.to(model.device, torch.int64)
+    # of a model that is offloaded the parameters are nowhere, and its hooks take inputs from anywhere
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    return cache, None if tokens is None else tokens.to(device, torch.int64)
 
 
 def find_maker(path: str | Path) -> str | None:
@@ -236,15 +239,17 @@ def _read_made(whole: Field) -> _Made:
 
 def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
     """Give every layer its state, and see that they fit the model and one another."""
-    states: dict[str, dict[str, Tensor]] = {str(number): {} for number in cache.stores}
+    states: dict[str, dict[str, Tensor]] = {str(number): {} for number in sorted({*cache.stores, *cache.windows})}
     for full_name, x in tensors.items():
         kind, _, rest = full_name.partition(".")
         number, _, name = rest.partition(".")
         if kind != "layer" or number not in states:
             raise ValueError(f"it holds {full_name!r}, which is of no layer of the model")
-        states[number][name] = x.to(model.device)
-    of_layers = {number: states[str(number)] for number in cache.stores}
+        states[number][name] = x
+    of_layers = {int(number): state for number, state in states.items()}
     check_keys(of_layers, model)
     cache.restore(of_layers)
-    if len(lengths := {(store.batch, store.seen) for store in cache.stores.values()}) != 1:
+    lengths = {(store.batch, store.seen) for store in cache.stores.values()}
+    lengths |= {(rows_of(window), window.cumulative_length) for window in cache.windows.values()}
+    if len(lengths) != 1:
         raise ValueError(f"its layers have read different numbers of rows and tokens, {sorted(lengths)}")

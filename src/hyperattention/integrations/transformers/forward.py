@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hyperattention import ByHead, ByLayer, Exact, default_method
+from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.integrations.transformers.cache_handle import READS_HELD, Handle, handle_of
 from hyperattention.integrations.transformers.counts import CallCounter
 from hyperattention.integrations.transformers.exact import Call, run, run_exact
@@ -96,11 +97,9 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     extras = {name: option for name, option in options.items() if option is not None and name not in _NEUTRAL}
     handle = handle_of(key)
-    if handle is not None:
-        handle.check(attention_mask, extras, dropout)
-        handle.mark(attention_mask)
-        if not handle.store.is_whole:
-            return _read_held(handle, settings, query, scaling), None
+    rule = PLAIN if handle is None else handle.check(value, attention_mask, causal, extras, dropout)
+    if handle is not None and not handle.store.is_whole:
+        return _read_held(handle, settings, query, scaling, rule), None
     plain = Call(module, query, key, value, causal, None, None, None, scaling, dropout, extras)
     call = _read_mask(plain, attention_mask, options)
     reason = _why_exact(call, settings, options.get("sliding_window"))
@@ -109,7 +108,7 @@ def attention_forward(
     layer = getattr(module, "layer_idx", None) or 0
     out = run_exact(call) if reason is not None else run(call, settings.method, settings.seed, layer)
     if handle is not None:
-        handle.store.settle(query, query.shape[3] ** -0.5 if scaling is None else scaling)
+        handle.settle(query, query.shape[3] ** -0.5 if scaling is None else scaling, rule)
     batch, num_heads, num_queries, _ = query.shape
     return out.transpose(1, 2).reshape(batch, num_queries, num_heads, -1).contiguous(), None
 
@@ -117,11 +116,9 @@ def attention_forward(
 setattr(attention_forward, READS_HELD, True)
 
 
-def _read_held(handle: Handle, settings: Settings, query: Tensor, scaling: float | None) -> Tensor:
+def _read_held(handle: Handle, settings: Settings, query: Tensor, scaling: float | None, rule: ScoreRule) -> Tensor:
     """Attend to a compressed cache, through its weights."""
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    out = handle.store.attend(query, scale).out.to(query.dtype)
-    handle.store.settle(query, scale)
+    out = handle.attend(query, query.shape[3] ** -0.5 if scaling is None else scaling, rule)
     if settings.counter is not None:
         settings.counter.record(None)
     return out.transpose(1, 2).contiguous()
