@@ -8,7 +8,7 @@ import torch
 
 from assertions import assert_exact
 from hyperattention.error.tolerance import certificate
-from hyperattention.error.tolerance.betting import log_capital, mean_bound
+from hyperattention.error.tolerance.betting import STAKES, log_capital, mean_bound
 from hyperattention.error.tolerance.certificate import Aim, certify, fresh_rows
 from hyperattention.error.tolerance.pilot import take_pilot
 from problems import problem
@@ -185,3 +185,13 @@ def test_every_attempt_and_the_pilot_draw_rows_of_their_own():
         # 256 of 4096 rows by chance: 16 in common are expected
         assert torch.isin(rows, others).sum() < 48
     assert all((rows // 16 == torch.arange(256)).all() for rows in drawn)
+
+
+def test_rows_are_as_many_as_their_cost_balances():
+    aim = Aim(0.1, 0.001, 10**6, torch.tensor([[1.0], [0.5]]))
+    # rows that a sample without a wrong one cannot exclude, over the entry where half of the rows see anything
+    unseen = -math.log(0.001 * STAKES[0]) / (0.1 * 0.5)
+    # the price of a row falls due at four fifths of them; below, three times as many as cannot be seen are the least
+    assert aim.rows(10**5) == math.ceil(math.sqrt(0.8 * unseen * 10**5)) > math.ceil(3 * unseen)
+    assert aim.rows(1) == math.ceil(3 * unseen)
+    assert Aim(0.1, 0.001, 50, torch.ones(1, 1)).rows(10**5) == 50

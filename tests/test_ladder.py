@@ -91,6 +91,15 @@ def test_the_default_ladder_stands_around_the_default_method():
     assert default_ladder(1).rungs
 
 
+@pytest.mark.parametrize(("device", "crossover"), [(None, 4096), ("cpu", 4096), ("cuda", 16_384)])
+def test_a_rung_is_worth_the_share_of_pairs_that_the_default_spends_where_it_begins_to_pay(device, crossover):
+    cost = ha.default_method(10**9).cost(crossover)
+    # the choice of keys is part of the price
+    assert cost.selection_pairs > 0
+    share = (cost.pairs + cost.selection_pairs) / cost.exact_pairs
+    assert default_ladder(10**5, device=device).worth == share < 1
+
+
 def test_the_default_ladder_is_climbed_without_a_name():
     q, k, v = tensors(8192, heads=1, kv_heads=1)
     _, report = within(0.4 * q, k, v + 0.5, is_causal=True, tolerance=0.3)
