@@ -137,7 +137,9 @@ def judge(family: str) -> Row:
     name = _switch_to_reference(model)
     with torch.no_grad():
         known = {scenario: attempt(lambda scenario=scenario: scenario(model)) for scenario in SCENARIOS}
-        references = {scenario: out for scenario, out in known.items() if isinstance(out, Tensor)}
+        # transformers' eager attention adds a boolean mask to the scores as if it were numbers
+        sound = {scenario: out for scenario, out in known.items() if name == "sdpa" or scenario is not dense_bool}
+        references = {scenario: out for scenario, out in sound.items() if isinstance(out, Tensor)}
         verdicts = {s: compare(attempt(lambda s=s: _exactly(model, s)), out) for s, out in references.items()}
         return Row(family, name, _sum_up(verdicts), _approximated(model), _cache(model, references))
 

@@ -1,8 +1,9 @@
 """Whether a model's attention can be switched, read from the source of its modules, as transformers itself reads it.
 
 A flag of the class says that a model was tested with other attention functions; several hybrid models work and leave it unset.
-What decides is the code: attention that asks transformers' table for its function, every time, hands over its mask as it got
-it, and does the same whatever the function is called.
+What decides is the code: attention that asks transformers' table for its function at each call, hands over its mask as it
+got it, and does the same whatever the function is called. Where the flag is unset, the class must at least serve SDPA, which
+like us relies on each module to say whether it is causal.
 """
 
 import ast
@@ -35,6 +36,11 @@ def check_dispatch(root: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(root).__name__} does not dispatch its attention through transformers' AttentionInterface{whose}, so it "
             "cannot be switched: use a model whose attention calls the interface (Llama, Qwen, Mistral, Gemma, ...)"
+        )
+    if not (root.is_backend_compatible() or root._supports_sdpa):
+        raise ValueError(
+            f"{type(root).__name__} declares neither _supports_attention_backend nor _supports_sdpa, so its modules need not say "
+            "which of them are causal, and it cannot be switched: run it with attn_implementation='eager'"
         )
     for kind in kinds:
         if _dispatches(kind) and (problem := _what_it_adds(kind)) is not None:
