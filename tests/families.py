@@ -117,15 +117,10 @@ def compare(ours: Tensor | Exception, reference: Tensor) -> str:
 
 
 def _first_line(problem: Exception) -> str:
-    return (
-        str(problem)
-        .strip()
-        .split("\n")[0]
-        .split(": use a model")[0]
-        .split(", which")[0]
-        .split(", so")[0][:150]
-        .replace("|", "/")
-    )
+    line = str(problem).strip().split("\n")[0].replace("|", "/")
+    for remedy in (": use a model", ", which", ", so"):
+        line = line.split(remedy)[0]
+    return line[:150]
 
 
 def judge(family: str) -> Row:
@@ -199,8 +194,8 @@ def table(rows: list[Row]) -> str:
     both = sum(row.logits == SAME == row.cache for row in tried)
     refused = sum(row.logits.startswith("refused") for row in tried)
     head = (
-        f"transformers {transformers.__version__}: {len(tried)} of {len(rows)} families could be built tiny; of these {same} have "
-        f"the same logits under `use`, {both} the same generation with `HyperCache` too, and {refused} are refused.\n\n"
+        f"transformers {transformers.__version__}: {len(tried)} of {len(rows)} families could be built tiny; of these {same} "
+        f"have the same logits under `use`, {both} the same generation with `HyperCache` too, and {refused} are refused.\n\n"
         "| family | compared with | logits under `use` | approximated | `HyperCache` |\n|---|---|---|---|---|\n"
     )
     return head + "".join(f"{row}\n" for row in rows)

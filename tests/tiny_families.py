@@ -10,21 +10,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY, LONGEST, MOST_PARAMETERS = 101, 256, 15_000_000
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers")
 _WIDTHS = (
-    "hidden_size",
-    "d_model",
-    "n_embd",
-    "dim",
-    "dim_model",
-    "embed_dim",
-    "emb_dim",
-    "word_embed_proj_dim",
+    *("hidden_size", "d_model", "n_embd", "dim", "dim_model", "embed_dim", "emb_dim", "word_embed_proj_dim"),
     "embedding_size",
 )
 _INNER = (
     *("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "dff"),
     *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size"),
     *("feed_forward_hidden_size", "mlp_hidden_size", "intermediate_size_mlp", "lru_width", "ffn_config_hidden_size"),
-    *("linear_num_value_heads_dim", "shared_expert_intermediate_size", "attention_hidden_size", "decoder_ffn_dim"),
+    "attention_hidden_size",
 )
 _HEADS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
@@ -145,8 +138,7 @@ def tiny_model(family: str) -> PreTrainedModel:
             torch.manual_seed(0)
             model = kind(config).eval()
             with torch.no_grad():
-                for length in (32, 1):
-                    model(torch.arange(2, 2 + length)[None])
+                model(torch.arange(2, 34)[None])
             return model
         except Exception as problem:
             problems.append(f"{type(problem).__name__}: {problem}")
@@ -158,6 +150,9 @@ def _overrides(kind: type[PreTrainedConfig], shape: dict[str, Any]) -> dict[str,
     wanted = _SMALL | dict.fromkeys(_WIDTHS, 64) | dict.fromkeys(_INNER, 64) | dict.fromkeys(_HEADS, 4) | shape
     known = set(vars(example)) | set(example.attribute_map)
     chosen = {name: value for name, value in wanted.items() if name in known and _replaces(example, name)}
+    if "kv_lora_rank" in known:
+        # latent attention makes keys for every head
+        chosen |= {name: 4 for name in _KV_HEADS if name in known}
     chosen |= {name: value for name, value in shape.items() if name in known and name not in _LAYERS + _KV_HEADS}
     for name in example.sub_configs:
         sub = getattr(example, name, None)

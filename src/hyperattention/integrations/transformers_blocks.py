@@ -34,7 +34,7 @@ def open_block(model: nn.Module, root: PreTrainedModel, settings: Settings, name
 
     The open blocks of a model are a stack, which its modules hold: calls follow the latest. A block that closes takes
     itself out of the stack wherever it is, and the block above it takes over what the model was before, so the model ends
-    as it began in whatever order blocks close.
+    as it began in whatever order blocks close. A block is refused while another thread has one on the same modules.
 
     Args:
         model: whose modules follow the settings.
@@ -46,8 +46,7 @@ def open_block(model: nn.Module, root: PreTrainedModel, settings: Settings, name
         nothing.
 
     Raises:
-        ValueError: if another thread has a block open on the same modules.
-        RuntimeError: if a block that opened later is still open at the end, so that calls of this block may have followed it.
+        RuntimeError: if a block that opened later is still open at the end, so that calls of this one may have followed it.
     """
     modules = list(model.modules())
     with _LOCK:
@@ -91,8 +90,8 @@ def _refuse_other_threads(root: PreTrainedModel, modules: list[nn.Module]) -> No
         for block in blocks_of(module):
             if block.thread != here:
                 raise ValueError(
-                    f"another thread has a block of `use` open on this {type(root).__name__}, and a model's attention follows "
-                    "one method at a time: wait until that block ends, or give each thread its own model"
+                    f"another thread has a block of `use` open on this {type(root).__name__}, and a model's attention "
+                    "follows one method at a time: wait until that block ends, or give each thread its own model"
                 )
 
 
@@ -136,7 +135,8 @@ def list_configs(model: nn.Module) -> list[PreTrainedConfig]:
         the configurations, each once.
     """
     found: dict[int, PreTrainedConfig] = {}
-    queue = [cast(PreTrainedConfig, module.config) for module in model.modules() if isinstance(module, PreTrainedModel)]
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    queue = [cast(PreTrainedConfig, each.config) for each in models]
     while queue:
         config = queue.pop(0)
         if id(config) not in found:

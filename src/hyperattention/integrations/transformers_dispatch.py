@@ -1,9 +1,9 @@
 """Whether a model's attention can be switched, read from the source of its modules, as transformers itself reads it.
 
-A flag of the class says that a model was tested with other attention functions; several hybrid models work and leave it unset.
-What decides is the code: attention that asks transformers' table for its function at each call, hands over its mask as it
-got it, and does the same whatever the function is called. Where the flag is unset, the class must at least serve SDPA, which
-like us relies on each module to say whether it is causal.
+A flag of the class says that a model was tested with other attention functions; several hybrid models work and leave it
+unset. What decides is the code: attention that asks transformers' table for its function at each call, hands over its mask
+as it got it, and does the same whatever the function is called. Where the flag is unset, the class must at least serve SDPA,
+which like us relies on each module to say whether it is causal.
 """
 
 import ast
@@ -11,6 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache as remembered
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,8 +40,8 @@ def check_dispatch(root: PreTrainedModel) -> None:
         )
     if not (root.is_backend_compatible() or root._supports_sdpa):
         raise ValueError(
-            f"{type(root).__name__} declares neither _supports_attention_backend nor _supports_sdpa, so its modules need not say "
-            "which of them are causal, and it cannot be switched: run it with attn_implementation='eager'"
+            f"{type(root).__name__} declares neither _supports_attention_backend nor _supports_sdpa, so its modules "
+            "need not say which of them are causal, and it cannot be switched: run it with attn_implementation='eager'"
         )
     for kind in kinds:
         if _dispatches(kind) and (problem := _what_it_adds(kind)) is not None:
@@ -82,9 +83,9 @@ def _computes_mask(value: ast.expr) -> bool:
 
 def _operations(value: ast.expr) -> Iterator[ast.expr]:
     for node in ast.walk(value):
-        if isinstance(node, ast.BinOp):
-            yield node
-        elif isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr == "get"):
+        if isinstance(node, ast.BinOp) or (
+            isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr == "get")
+        ):
             yield node
 
 
@@ -92,8 +93,8 @@ def _names_mask(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and "mask" in node.id
 
 
-def _source(subject: object) -> str:
+def _source(subject: Any) -> str:
     try:
-        return textwrap.dedent(inspect.getsource(inspect.unwrap(subject) if inspect.isfunction(subject) else subject))  # pyright: ignore[reportArgumentType]
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(subject)))
     except (OSError, TypeError):
         return ""
