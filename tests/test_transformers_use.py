@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
@@ -16,6 +17,8 @@ transformers = pytest.importorskip("transformers")
 integration = import_module("hyperattention.integrations.transformers")
 masks = import_module("hyperattention.integrations.transformers.masks")
 exact = import_module("hyperattention.integrations.transformers.exact")
+forward = import_module("hyperattention.integrations.transformers.forward")
+tiny_families = import_module("tiny_families")
 use = integration.use
 
 
@@ -43,12 +46,18 @@ def test_counts_by_reason(model: nn.Module) -> None:
         model(tokens(1)[:, :50])
         model(tokens(1)[:, :1])
         before = calls.counts
-        logits(model, inputs_unknown_here=1)
     assert before.approximated == 1
     assert before.exact == {"layer not listed": 3, "dense mask": 1, "below min_length": 1, "single query": 2}
     assert before.share_approximated == pytest.approx(1 / 8)
     assert str(before).startswith("1 of 8 attention calls approximated (12%); exact: layer not listed 3, ")
-    assert calls.counts.exact["argument 'inputs_unknown_here'"] == 1
+    assert torch.equal(logits(model), reference)
+
+
+@pytest.mark.parametrize("method", [SMALL, ha.Exact()], ids=["small", "exact"])
+def test_an_unknown_argument_of_attention_is_refused_by_name(model: nn.Module, method: object) -> None:
+    reference = logits(model)
+    with pytest.raises(ValueError, match=r"LlamaAttention .* 'indices'.* not known"), use(model, method):
+        logits(model, indices=torch.zeros(1, dtype=torch.long))
     assert torch.equal(logits(model), reference)
 
 
@@ -94,6 +103,131 @@ def test_restores_after_nesting_and_errors(model: nn.Module) -> None:
     assert [set(vars(module)) for module in model.modules()] == keys
     assert json.loads(model.config.to_json_string()) == config
     assert torch.equal(logits(model), reference)
+
+
+def test_blocks_left_in_the_order_of_entry_are_refused_and_undone(model: nn.Module) -> None:
+    reference, keys = logits(model), [set(vars(module)) for module in model.modules()]
+    first, second = use(model, SMALL), use(model, FULL)
+    first.__enter__()
+    inner = second.__enter__()
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM was left while one that was entered later is still open"):
+        first.__exit__(None, None, None)
+    assert_exact(logits(model), reference)
+    assert inner.counts.approximated == NUM_LAYERS
+    second.__exit__(None, None, None)
+    assert model.config._attn_implementation == "sdpa"
+    assert [set(vars(module)) for module in model.modules()] == keys
+    assert torch.equal(logits(model), reference)
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_blocks_on_a_model_and_on_a_part_of_it_are_undone(model: nn.Module, inner_first: bool) -> None:
+    blocks = [use(model, SMALL, warn=False), use(model.model, FULL, warn=False)]
+    first, second = reversed(blocks) if inner_first else blocks
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="entered later"):
+        first.__exit__(None, None, None)
+    assert model.config._attn_implementation == integration.NAME
+    second.__exit__(None, None, None)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("_hyperattention" in vars(module) for module in model.modules())
+
+
+def test_a_block_of_another_thread_is_refused_while_one_is_open(model: nn.Module) -> None:
+    reference = logits(model)
+
+    def other() -> str:
+        try:
+            with use(model, FULL, warn=False):
+                return "opened"
+        except ValueError as refusal:
+            return str(refusal)
+
+    with ThreadPoolExecutor(1) as thread:
+        with use(model, SMALL) as calls:
+            assert "another thread" in thread.submit(other).result()
+            assert (logits(model) - reference).abs().max() > 1e-2
+        assert calls.counts.approximated == NUM_LAYERS
+        assert thread.submit(other).result() == "opened"
+    assert torch.equal(logits(model), reference)
+
+
+def test_the_warning_can_be_left_out(model: nn.Module, recwarn: pytest.WarningsRecorder) -> None:
+    with use(model, ha.Exact(), warn=False):
+        logits(model)
+    assert not recwarn.list
+    with use(model, ha.Exact()):
+        logits(model)
+    assert len(recwarn.list) == 1
+
+
+KEPT = (torch.arange(LENGTH) >= 40)[None, None, None]
+DENSE = KEPT & torch.ones(LENGTH, LENGTH).tril().bool() | torch.eye(LENGTH).bool()
+ADDED = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(~DENSE, torch.finfo(torch.float32).min)
+FORMS = {
+    "bool [1, 1, queries, keys]": DENSE,
+    "bool [1, 1, 1, keys]": KEPT,
+    "bool [1, heads, queries, keys]": DENSE.expand(1, 4, -1, -1),
+    "added [1, 1, queries, keys]": ADDED,
+    "added bias": ADDED + torch.linspace(-2, 0, LENGTH),
+    "added [1, 1, 1, keys]": torch.linspace(-2, 0, LENGTH)[None, None, None],
+}
+
+
+@pytest.mark.parametrize("method", [SMALL, ha.Exact()], ids=["small", "exact"])
+@pytest.mark.parametrize("mask", FORMS.values(), ids=FORMS)
+def test_dense_masks_mean_what_they_mean_to_sdpa(model: nn.Module, mask: Tensor, method: object) -> None:
+    reference = logits(model, attention_mask=mask)
+    if mask is KEPT and method is SMALL:
+        method = FULL
+    with use(model, method, warn=False):
+        assert_exact(logits(model, attention_mask=mask), reference)
+
+
+@pytest.mark.parametrize("mask", [DENSE.long(), torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.int32)], ids=["int64", "int32"])
+def test_a_mask_of_whole_numbers_is_refused(model: nn.Module, mask: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"\(1, 1, 320, 320\) and dtype torch.int.*convert"), use(model, SMALL):
+        logits(model, attention_mask=mask)
+
+
+def test_a_mask_that_the_model_did_not_build_is_not_read_as_documents(model: nn.Module) -> None:
+    attention = model.model.layers[0].self_attn
+    q = k = torch.randn(1, 4, 8, 16)
+    with pytest.raises(ValueError, match=r"shape \(1, 8\) and dtype torch.int64"):
+        forward.attention_forward(attention, q, k, k, torch.ones(1, 8, dtype=torch.int64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["2-D", "4-D bool", "4-D added"])
+def test_decoders_of_the_bert_family_with_left_padding(form: str) -> None:
+    decoder = tiny_families.tiny_model("bert")
+    decoder.set_attn_implementation("sdpa")
+    keep = torch.arange(40) >= torch.tensor([[0], [13]])
+    dense = keep[:, None, None] & torch.ones(40, 40).tril().bool() | torch.eye(40).bool()
+    added = torch.zeros(2, 1, 40, 40).masked_fill(~dense, torch.finfo(torch.float32).min)
+    mask = {"2-D": keep.long(), "4-D bool": dense, "4-D added": added}[form]
+    reference = decoder(tokens(2)[:, :40], attention_mask=mask).logits[keep]
+    for method in (FULL, ha.Exact()):
+        with use(decoder, method, warn=False):
+            assert_exact(decoder(tokens(2)[:, :40], attention_mask=mask).logits[keep], reference)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("glm_moe_dsa", "GlmMoeDsaAttention selects keys in the mask only where"),
+        ("deepseek_v32", "DeepseekV32Attention selects keys"),
+        ("deepseek_v4", "DeepseekV4Attention changes its mask"),
+        ("bloom", "BloomAttention computes attention itself"),
+    ],
+)
+def test_models_that_do_more_around_attention_are_refused_at_once(family: str, message: str) -> None:
+    refused = tiny_families.tiny_model(family)
+    name = refused.config._attn_implementation
+    with pytest.raises(ValueError, match=message), use(refused, ha.Exact()):
+        pytest.fail("the block was entered")
+    assert refused.config._attn_implementation == name
 
 
 def test_models_do_not_share_settings(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] - private, untyped
 from torch.autograd import forward_ad
 
 _FORWARD = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"

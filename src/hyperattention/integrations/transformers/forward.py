@@ -21,7 +21,7 @@ ATTRIBUTE = "_hyperattention"
 # why a call ran exactly that any other method would have answered
 EXACT_METHOD = "exact method"
 
-# arguments that models pass along and that change nothing, or that are read here; any other makes the call exact
+# arguments that models pass along and that change nothing, or that are read here
 _NEUTRAL = frozenset(
     {
         *("position_ids", "cache_position", "use_cache", "return_dict", "num_items_in_batch", "seq_idx", "deterministic"),
@@ -29,6 +29,7 @@ _NEUTRAL = frozenset(
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     }
 )
+# arguments that exact attention follows; any other is refused
 _REASONS = MappingProxyType({"softcap": "softcap", "s_aux": "sinks", "position_bias": "position bias"})
 
 
@@ -93,9 +94,11 @@ def attention_forward(
     Returns:
         the output and, since no weights exist, None.
     """
-    settings = getattr(module, ATTRIBUTE, None) or Settings()
+    blocks = getattr(module, ATTRIBUTE, ())
+    settings = blocks[-1].settings if blocks else Settings()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     extras = {name: option for name, option in options.items() if option is not None and name not in _NEUTRAL}
+    _refuse_unknown(module, extras)
     handle = handle_of(key)
     rule = PLAIN if handle is None else handle.check(value, attention_mask, causal, extras, dropout)
     if handle is not None and not handle.store.is_whole:
@@ -116,6 +119,14 @@ def attention_forward(
 setattr(attention_forward, READS_HELD, True)
 
 
+def _refuse_unknown(module: nn.Module, extras: Mapping[str, Any]) -> None:
+    if unknown := sorted(extras.keys() - _REASONS.keys()):
+        raise ValueError(
+            f"{type(module).__name__} gives its attention the argument {', '.join(map(repr, unknown))}, which is not known "
+            "here and may change the result: leave it out, or run this model with attn_implementation='sdpa' or 'eager'"
+        )
+
+
 def _read_held(handle: Handle, settings: Settings, query: Tensor, scaling: float | None, rule: ScoreRule) -> Tensor:
     """Attend to a compressed cache, through its weights."""
     out = handle.attend(query, query.shape[3] ** -0.5 if scaling is None else scaling, rule)
@@ -130,10 +141,16 @@ def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, Any]) -> C
         bounds = _given_bounds(call, options) or _restart_bounds(call, options.get("position_ids"))
         return call if bounds is None else _pack(call, bounds)
     if mask.ndim == 4:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"attention mask of shape {tuple(mask.shape)} and dtype {mask.dtype}: a 4-D mask is bool, True = attend, or "
+                "floating point, added to the scores; convert it with .bool()"
+            )
         if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and num_queries > 1:
             return replace(call, causal=False, key_mask=mask[:, 0, 0, :num_keys].expand(batch, -1))
         return replace(call, causal=False, dense=mask)
-    if mask.ndim != 2 or mask.is_floating_point() or mask.shape[1] > num_keys:
+    # 2-D masks are those of `build_mask`: bool, or int32 for packed documents; a model's own 0 and 1 would be read as those
+    if mask.ndim != 2 or mask.dtype not in (torch.bool, torch.int32) or mask.shape[1] > num_keys:
         raise ValueError(
             f"attention mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for {num_keys} keys: expected 2-D bool "
             "[batch, keys] or 4-D [batch, heads, queries, keys]; let the model build it from a 2-D mask of 0 and 1"
@@ -190,7 +207,7 @@ def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None
     if call.bounds is not None:
         num_queries, num_keys = map(longest_span, call.bounds)
     layer = getattr(call.module, "layer_idx", None)
-    asked = [_REASONS.get(name, f"argument '{name}'") for name in sorted(call.extras)]
+    asked = [_REASONS[name] for name in sorted(call.extras)]
     if num_queries <= 1:
         return "single query"
     if settings.layers is not None and layer not in settings.layers:

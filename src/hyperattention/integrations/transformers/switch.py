@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hyperattention.files.plan import Plan
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.counts import CallCounter, CallCounts
-from hyperattention.integrations.transformers.forward import ATTRIBUTE, Settings, attention_forward
+from hyperattention.integrations.transformers.forward import Settings, attention_forward
 from hyperattention.integrations.transformers.masks import build_mask
+from hyperattention.integrations.transformers_blocks import open_block
+from hyperattention.integrations.transformers_dispatch import check_dispatch
 from hyperattention.methods.base import Approach
 from hyperattention.random import SEED_LIMIT
 
@@ -41,15 +43,21 @@ def use(
     layers: Iterable[int] | None = None,
     min_length: int = 0,
     seed: int = 0,
+    warn: bool = True,
 ) -> Iterator[CallCounter]:
     """Run a model's attention by a method inside a ``with`` block, and say what really ran.
 
     Exact, and counted by reason: single queries (decoding), dropout, logit soft-capping, sinks, position bias, windows
-    shorter than the keys, dense 4-D masks, arguments unknown here, layers not listed, fewer keys than ``min_length``, or
-    than pay with a plan.
+    shorter than the keys, dense 4-D masks, layers not listed, fewer keys than ``min_length``, or than pay with a plan.
     Packed batches run document by document. With gradient checkpointing call ``backward`` inside the block, for it calls
-    attention again. A model whose attention cannot be switched, and an argument out of range, are refused with a
-    ValueError. A block in which every call was exact ends with a warning.
+    attention again. Refused with a ValueError: a model whose attention cannot be switched, or does more around it than can
+    be followed, an argument that attention is given and that is unknown here, and a number out of range. docs/models.md
+    lists the families. A block in which every call was exact ends with a warning.
+
+    Blocks on one model may be nested: calls follow the innermost. They must be left in the reverse order; a block that is
+    left before one that was entered later ends with a RuntimeError, because its calls may have followed the other's method
+    (two generators that take turns, for example). While a block is open, another thread's block on the same model is
+    refused. The model ends as it began in every case.
 
     Args:
         model: a transformers model, or a module that holds one.
@@ -58,6 +66,7 @@ def use(
         layers: indices of the layers to approximate, others stay exact; None for all, or all of the plan's.
         min_length: fewest keys worth approximating.
         seed: of every random draw; the layer's index enters too.
+        warn: whether a block in which every call was exact ends with a warning; False where exact attention is the aim.
 
     Yields:
         the counter of this block's calls; print it, or read ``.counts``.
@@ -73,21 +82,9 @@ def use(
     _check_range("min_length", min_length, None)
     _check_range("seed", seed, SEED_LIMIT)
     register()
-    configs = _list_configs(model)
-    before = [config._attn_implementation for config in configs]
-    attached = [(module, module.__dict__.get(ATTRIBUTE)) for module in model.modules()]
-    try:
-        for module, _ in attached:
-            setattr(module, ATTRIBUTE, settings)
-        root.set_attn_implementation(NAME)
+    with open_block(model, root, settings, NAME):
         yield counter
-    finally:
-        for module, previous in attached:
-            _attach(module, previous)
-        # outer configs first: assigning one also assigns those nested in it
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
-    if counter.counts.total and not counter.counts.approximated:
+    if warn and counter.counts.total and not counter.counts.approximated:
         why = f". {method.payoff()}" if isinstance(method, Plan) and method.crossover is None else ""
         warnings.warn(f"no attention call was approximated: {counter.counts}{why}", UserWarning, stacklevel=3)
 
@@ -104,13 +101,6 @@ def _settings(
     return Settings(method.method, listed, min_length, seed, counter, method.crossover)
 
 
-def _attach(module: nn.Module, settings: Settings | None) -> None:
-    if settings is None:
-        module.__dict__.pop(ATTRIBUTE, None)
-    else:
-        setattr(module, ATTRIBUTE, settings)
-
-
 def _find_model(model: nn.Module) -> PreTrainedModel:
     root = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if root is None:
@@ -118,11 +108,7 @@ def _find_model(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} holds no transformers model: pass a PreTrainedModel, or a module that wraps one; "
             "for a module of your own call hyperattention.attention in its forward"
         )
-    if not (root.is_backend_compatible() and root._can_set_attn_implementation()):
-        raise ValueError(
-            f"{type(root).__name__} does not dispatch its attention through transformers' AttentionInterface, so it "
-            "cannot be switched: use a model whose class sets _supports_attention_backend (Llama, Qwen, Mistral, Gemma, ...)"
-        )
+    check_dispatch(root)
     return root
 
 
@@ -140,15 +126,3 @@ def _check_range(name: str, number: int, limit: int | None) -> None:
     if number < 0 or (limit is not None and number >= limit):
         bound = "at least 0" if limit is None else f"in [0, {limit})"
         raise ValueError(f"{name} is {number}: pass an integer {bound}")
-
-
-def _list_configs(model: nn.Module) -> list[PreTrainedConfig]:
-    found: dict[int, PreTrainedConfig] = {}
-    queue = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while queue:
-        config = queue.pop(0)
-        if id(config) not in found:
-            found[id(config)] = config
-            nested = (getattr(config, name, None) for name in config.sub_configs)
-            queue += [sub for sub in nested if sub is not None]
-    return list(found.values())
