@@ -4,15 +4,24 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] - private, untyped
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    maybe_current_level,
+    maybe_get_level,
+)
 from torch.autograd import forward_ad
 
 _FORWARD = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
 _BACKWARD = "torch.func.grad, or what is built on it (vjp, jacrev, hessian)"
 _VMAP = "torch.func.vmap"
+_NESTED = "a transform of torch.func inside another"
 _REMEDIES = {
     _FORWARD: "take the gradient backward with torch.autograd.grad, or use method=Exact() through measured_attention",
     _BACKWARD: "call torch.autograd.grad on its output, or use method=Exact()",
+    _NESTED: "use one at a time, or method=Exact() through measured_attention",
     _VMAP: "give the mapped axis as part of the batch axis, or use method=Exact()",
 }
 
@@ -27,21 +36,24 @@ def transform_of(*tensors: Tensor) -> str | None:
         the transform; None where there is none, and for gradients that `backward` takes.
     """
     # torch has no public way to ask; without a transform this is all, and compilers can trace it
-    inside = functorch.maybe_current_level() is not None
+    inside = maybe_current_level() is not None
     layers = [y for x in tensors for y in _layers(x)] if inside else []
-    if any(functorch.is_batchedtensor(x) for x in layers):
+    if any(is_batchedtensor(x) for x in layers):
         return _VMAP
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         return _FORWARD
     # what is made from plain tensors within a transform is wrapped as well, but requires no gradient
-    return _BACKWARD if any(x.requires_grad for x in layers) else None
+    if any(x.requires_grad for x in layers):
+        return _BACKWARD
+    # what an outer transform has wrapped may carry a tangent that cannot be read from within another
+    return _NESTED if any(maybe_get_level(x) != maybe_current_level() for x in layers) else None
 
 
 def _layers(x: Tensor) -> Iterator[Tensor]:
     """Give what transforms have wrapped a tensor in, the innermost transform's first."""
-    while functorch.is_functorch_wrapped_tensor(x):
+    while is_functorch_wrapped_tensor(x):
         yield x
-        x = functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
 
 
 def refuse_transforms(what: str, *tensors: Tensor) -> None:
@@ -85,7 +97,7 @@ def refuse_batched_gradients(what: str, *gradients: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if any(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x) for x in gradients):
+    if any(is_batchedtensor(x) or is_legacy_batchedtensor(x) for x in gradients):
         raise NotImplementedError(
             f"the gradient of {what} has no rule for is_grads_batched=True or vmap: take one gradient after the other, or "
             "use method=Exact()"
