@@ -110,12 +110,13 @@ def attention(
             partial = _attend_dense(query, key, value, dense, live, run, scale)
             error = torch.zeros_like(partial.lse) if return_standard_error else None
         else:
-            problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer)
+            run = method if isinstance(method, Approach) else _default(query, key)
+            as_it_is = tolerance is None and run.follows_masks
+            problem = _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer, as_it_is)
             if tolerance is not None:
                 partial, report = attend_within(problem, tolerance, _ladder(method), lse=return_lse)
                 within, run, error = (report,), ByHead(report.methods), None
             else:
-                run = method if isinstance(method, Approach) else _default(query, key)
                 partial, error = _attend(problem, run, return_lse, return_standard_error)
     # exact attention returns rows as accumulated
     out = (partial.out if isinstance(partial, Partial) else partial).to(query.dtype)
@@ -143,9 +144,11 @@ def _ladder(method: Approach | Ladder | None) -> Ladder | None:
     return method if isinstance(method, Ladder) else None
 
 
-def _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer) -> Problem:
-    """Bring the arguments into normal form: dead keys gone, the first query's position known."""
+def _problem(query, key, value, live, scale, is_causal, causal_align, seed, layer, as_it_is) -> Problem:
+    """Bring the arguments into normal form: dead keys gone or masked, the first query's position known."""
     offset = key.shape[2] - query.shape[2] if causal_align == "lower_right" else 0
+    if as_it_is:
+        return Problem(query, key, value, scale, is_causal, offset, None, seed, layer, key_mask=live)
     rank = None
     if live is not None:
         key, value, rank = compact(key, value, live)
