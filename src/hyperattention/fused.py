@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from hyperattention.kernels.cpu_flash import cpu_flash
+from hyperattention.kernels.cpu_flash import FOLDED_ROWS, cpu_flash
 from hyperattention.types import Partial
 
-# up to so many rows of a group are folded into one matrix: more would copy much for little
-_FOLDED_ROWS = 4096
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -100,12 +99,7 @@ class CpuFlash(Kernel):
         return Partial(partial.out.to(partial.lse.dtype), partial.lse)
 
     def _run(self, call: Call) -> Partial:
-        if call.causal or call.group == 1 or call.group * call.q.shape[2] > _FOLDED_ROWS:
-            return cpu_flash(call.q, call.k, call.v, call.scale, causal=call.causal)
-        rows = call.q.unflatten(1, (call.k.shape[1], call.group)).flatten(2, 3)
-        partial = cpu_flash(rows, call.k, call.v, call.scale, causal=False)
-        out, lse = (x.unflatten(2, (call.group, call.q.shape[2])).flatten(1, 2) for x in (partial.out, partial.lse))
-        return Partial(out, lse)
+        return cpu_flash(call.q, call.k, call.v, call.scale, causal=call.causal)
 
 
 @dataclass(frozen=True)
@@ -160,7 +154,7 @@ def _choose_on_cpu(call: Call, lse: bool) -> Kernel | None:
         return None
     if lse or not call.square:
         return CpuFlash()
-    few = call.group * call.q.shape[2] <= _FOLDED_ROWS
+    few = call.group * call.q.shape[2] <= FOLDED_ROWS
     if not call.causal and call.group > 1 and few:
         return Folded()
     return Plain() if _rows_first(call) else CpuFlash()
@@ -182,7 +176,7 @@ def _transformed(call: Call) -> bool:
     """Tell whether forward-mode differentiation or vmap is at work, which torch's fused kernels do not know."""
     if torch.compiler.is_compiling():
         return False
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (call.q, call.k, call.v)):
+    if any(is_functorch_wrapped_tensor(x) for x in (call.q, call.k, call.v)):
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q, call.k, call.v))
 

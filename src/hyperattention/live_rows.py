@@ -1,4 +1,4 @@
-"""A problem under a mask of keys as problems without one: each batch row's live keys, as a slice where they are neighbours."""
+"""A problem under a mask of keys as problems without one: each batch row's live keys, a slice where they are neighbours."""
 
 from dataclasses import dataclass, replace
 

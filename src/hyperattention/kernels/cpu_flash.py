@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 from hyperattention.merge import merge
 from hyperattention.types import Partial
 
+# up to so many rows of a group are folded into one matrix, which reads keys once for all; more would copy much for little
+FOLDED_ROWS = 4096
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -60,11 +62,20 @@ def _rows_first(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     q, k, v = _rows_first(q, k, v)
     partials = [
-        Partial(*_forward(q, k[:, :, first:end], v[:, :, first:end], 0.0, square, scale=scale))
+        _attend(q, k[:, :, first:end], v[:, :, first:end], scale, square)
         for first, end, square in _parts(q.shape[2], k.shape[2], causal)
     ]
     merged = merge(partials)
     return merged.out.contiguous(), merged.lse.contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, square: bool) -> Partial:
+    group, rows = q.shape[1] // k.shape[1], q.shape[2]
+    if square or group == 1 or group * rows > FOLDED_ROWS:
+        return Partial(*_forward(q, k, v, 0.0, square, scale=scale))
+    folded = _forward(q.unflatten(1, (k.shape[1], group)).flatten(2, 3), k, v, 0.0, False, scale=scale)
+    out, lse = (x.unflatten(2, (group, rows)).flatten(1, 2) for x in folded)
+    return Partial(out, lse)
 
 
 @_cpu_flash.register_fake
