@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from hyperattention.compiled import attend_opaque, is_opaque
 from hyperattention.error.audit import ErrorReport
 from hyperattention.error.audit import audit as judge
 from hyperattention.error.tolerance.ladder import Ladder, check_tolerance
@@ -157,6 +158,8 @@ def _problem(query, key, value, live, scale, is_causal, causal_align, seed, laye
 
 def _attend(problem: Problem, method: Approach, with_lse: bool, with_error: bool) -> tuple[Partial | Tensor, Tensor | None]:
     """Run a method for what is asked for: the output alone is cheaper where heads are exact."""
+    if torch.compiler.is_compiling() and not isinstance(method, Exact) and is_opaque(method):
+        return attend_opaque(problem, method, with_lse, with_error)
     if with_error:
         return method.attend_with_error(problem)
     return (method.attend(problem) if with_lse else method.output(problem)), None

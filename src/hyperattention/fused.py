@@ -198,17 +198,17 @@ def attend_rows(call: Call, shift: int | None, *, lse: bool) -> Partial | None:
     empty = min(max(1 - first, 0), rows) if keys else rows
     full = empty if shift is None else min(max(keys - first + 1, empty), rows)
     pieces = []
-    if full - empty > 0:
-        pieces.append((empty, full, first + full - 1))
-    if rows - full > 0:
-        pieces.append((full, rows, keys))
+    # decided by branches: while a graph of any length is traced a condition is still open, and kernels take no such
+    if full - empty > 1:
+        pieces.append((empty, full, first + full - 1, True))
+    elif full > empty:
+        pieces.append((empty, full, first + full - 1, False))
+    if rows > full:
+        pieces.append((full, rows, keys, False))
     calls = [
-        Call(
-            call.q[:, :, begin:end], call.k[:, :, :stop], call.v[:, :, :stop], call.scale,
-            begin < full and end - begin > 1,
-        )
-        for begin, end, stop in pieces
-    ]  # fmt: skip
+        Call(call.q[:, :, begin:end], call.k[:, :, :stop], call.v[:, :, :stop], call.scale, causal)
+        for begin, end, stop, causal in pieces
+    ]
     kernels = [choose(each, lse=lse) for each in calls]
     if not calls or None in kernels:
         return None
