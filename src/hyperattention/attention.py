@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from hyperattention.call import Call, Masking, checked_call
+from hyperattention.compiled import attend_opaque, is_opaque
 from hyperattention.error.audit import audit as judge
 from hyperattention.error.report import ErrorReport
 from hyperattention.error.tolerance.ladder import Ladder, check_tolerance
@@ -20,6 +21,7 @@ from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.result import AttentionResult
 from hyperattention.transforms import refuse_transforms
+from hyperattention.types import Partial
 
 
 def attention(
@@ -228,7 +230,11 @@ def _default(call: Call) -> Approach:
 
 def _run(call: Call, method: Approach, wanted: _Wanted) -> _Ran:
     """Run a method for what is wanted: the output alone is cheaper where heads are exact."""
-    problem = call.problem()
+    problem = call.problem(masked=method.follows_masks)
+    if torch.compiler.is_compiling() and not isinstance(method, Exact) and is_opaque(method):
+        result, error = attend_opaque(problem, method, wanted.lse, wanted.standard_error)
+        rows, lse = (result.out, result.lse) if isinstance(result, Partial) else (result, None)
+        return _Ran(rows, lse, error, None, method)
     if wanted.standard_error:
         partial, error = method.attend_with_error(problem)
         return _Ran(partial.out, partial.lse, error, None, method)

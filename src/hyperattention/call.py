@@ -59,11 +59,18 @@ class Call:
         """True where a key may be attended to; None where every key may."""
         return key_mask_of(self.masking.attn_mask, self.masking.key_mask, self.key)
 
-    def problem(self) -> Problem:
-        """Bring the call into normal form: dead keys gone, the first query's position known."""
+    def problem(self, *, masked: bool = False) -> Problem:
+        """Bring the call into normal form: dead keys gone, the first query's position known.
+
+        Args:
+            masked: whether dead keys stay where they are, under a mask, for a method that follows masks.
+
+        Returns:
+            the problem.
+        """
         k, v, rank, live = self.key, self.value, None, self.live
         lower_right = self.masking.causal_align == "lower_right"
-        if live is not None:
+        if live is not None and not masked:
             k, v, rank = compact(k, v, live)
         return Problem(
             q=self.query,
@@ -75,6 +82,7 @@ class Call:
             rank=rank,
             seed=self.seed,
             layer=self.layer,
+            key_mask=live if masked else None,
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -29,6 +29,7 @@ class Problem:
         heads: numbers of the kv heads in the model's layer, counters of every draw; None for all, in order.
         spans: where queries are but some of a sequence's, in spans of equal length: their length, and positions from one
             span's first query to the next one's. None where queries stand side by side.
+        key_mask: which keys are live, where they still stand as they came; only for what `follows_masks`. Without `rank`.
     """
 
     q: Float[Tensor, "batch heads queries head_dim"]
@@ -43,6 +44,7 @@ class Problem:
     stored: "Pages | None" = None
     heads: tuple[int, ...] | None = None
     spans: tuple[int, int] | None = None
+    key_mask: Bool[Tensor, "batch keys"] | None = None
 
     @property
     def num_queries(self) -> int:

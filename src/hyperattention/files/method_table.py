@@ -63,7 +63,7 @@ _TYPES = (
     VerticalSlash,
     Window,
 )
-_TABLE = {each.__name__: each for each in _TYPES}
+TYPES = {each.__name__: each for each in _TYPES}
 
 
 def method_to_json(method: object) -> object:
@@ -79,7 +79,7 @@ def method_to_json(method: object) -> object:
         >>> method_to_json(Draw(688))
         {'type': 'Draw', 'num': 688, 'by': {'type': 'Uniform'}}
     """
-    return part_to_json(method, _TABLE)
+    return part_to_json(method, TYPES)
 
 
 def part_to_json(part: object, table: Mapping[str, type]) -> object:
@@ -118,7 +118,7 @@ def method_from_json(field: Field) -> Approach:
     Returns:
         the method; anything else, an unknown type or a wrong argument is refused with a ValueError.
     """
-    method = part_from_json(field, _TABLE)
+    method = part_from_json(field, TYPES)
     if not isinstance(method, Approach):
         field.refuse("it must be a method, such as Exact or Method")
     return method

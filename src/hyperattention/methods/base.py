@@ -48,6 +48,11 @@ class Approach(ABC):
     def looks_ahead(self) -> LookAhead:
         """How far beyond a row its list may depend on queries or keys."""
 
+    @property
+    def follows_masks(self) -> bool:
+        """Whether a mask of keys is read as it is, so that no key need be moved to the front."""
+        return False
+
     @abstractmethod
     def attend(self, problem: Problem) -> Partial:
         """Compute attention."""

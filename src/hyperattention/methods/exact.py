@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.exact import exact_attention
+from hyperattention.fused import attend_rows
+from hyperattention.live_rows import live_rows
 from hyperattention.methods.base import Approach, Cost, exact_pairs
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead
@@ -16,7 +17,7 @@ from hyperattention.types import Partial
 
 @dataclass(frozen=True)
 class Exact(Approach):
-    """Run exact attention: torch's own kernel where its output is all that is asked for."""
+    """Run exact attention: torch's fused kernels wherever they can express the call, chunks of rows elsewhere."""
 
     @property
     def complete(self) -> bool:
@@ -28,12 +29,15 @@ class Exact(Approach):
         """No row depends on what follows it."""
         return LookAhead.NOTHING
 
+    @property
+    def follows_masks(self) -> bool:
+        """Keys stay where they are: a mask that leaves neighbours is a slice."""
+        return True
+
     def attend(self, problem: Problem) -> Partial:
-        """Compute exact attention and its lse, in chunks of rows."""
-        position = problem.position
-        end = position + 1 if problem.causal else torch.full_like(position, problem.num_keys)
-        visible = problem.live_before(end)
-        return exact_attention(problem.q, problem.k, problem.v, scale=problem.scale, visible=visible)
+        """Compute exact attention and its lse: by a fused kernel where one tells it, else in chunks of rows."""
+        fused = _fused(problem, lse=True)
+        return _in_chunks(problem) if fused is None else fused
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
         """Compute exact attention; nothing is drawn, so that every standard error is 0."""
@@ -41,15 +45,36 @@ class Exact(Approach):
         return partial, torch.zeros_like(partial.lse, requires_grad=False)
 
     def output(self, problem: Problem) -> Tensor:
-        """Compute the output alone, with torch's fused kernel where alignment and masks allow it."""
-        plain = problem.rank is None and (not problem.causal or (problem.offset == 0 and problem.spans is None))
-        if not plain or not problem.num_keys or not problem.num_queries:
-            return self.attend(problem).out
-        return scaled_dot_product_attention(
-            problem.q, problem.k, problem.v, is_causal=problem.causal, scale=problem.scale, enable_gqa=problem.group > 1
-        )
+        """Compute the output alone, by torch's fused kernels wherever they can express the problem."""
+        fused = _fused(problem, lse=False)
+        return self.attend(problem).out if fused is None else fused.out
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost for as many queries as keys."""
         pairs = exact_pairs(num_keys, is_causal)
         return Cost(pairs, 0.0, pairs, 16 * num_keys * head_dim, True)
+
+
+def _fused(problem: Problem, *, lse: bool) -> Partial | None:
+    """Run fused kernels, or return None where they do not serve every row."""
+    if not problem.num_keys or not problem.num_queries or not (pieces := live_rows(problem)):
+        return None
+    parts = []
+    for piece in pieces:
+        part = attend_rows(piece.call, piece.shift, lse=lse)
+        if part is None:
+            return None
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+def _in_chunks(problem: Problem) -> Partial:
+    """Run the path that expresses everything: the oracle's own."""
+    position, k, v, mask = problem.position, problem.k, problem.v, problem.key_mask
+    end = position + 1 if problem.causal else torch.full_like(position, problem.num_keys)
+    if mask is not None:
+        # nothing may depend on padding: 0 times NaN is NaN
+        k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (k, v))
+    return exact_attention(problem.q, k, v, scale=problem.scale, visible=problem.live_before(end), key_mask=mask)

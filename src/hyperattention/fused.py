@@ -1,0 +1,228 @@
+"""Which of torch's fused kernels answers exact attention, decided before anything runs; none is named where none can."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from hyperattention.kernels.cpu_flash import FOLDED_ROWS, cpu_flash
+from hyperattention.types import Partial
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rows that all see a key at least, and all keys that any of them sees.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        scale: factor of the scores.
+        causal: whether the last row stands at the last key and rows see no later key than their own.
+    """
+
+    q: Float[Tensor, "batch heads queries head_dim"]
+    k: Float[Tensor, "batch kv_heads keys head_dim"]
+    v: Float[Tensor, "batch kv_heads keys value_dim"]
+    scale: float
+    causal: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one kv head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def square(self) -> bool:
+        """Whether torch's own causality, which starts at the first key, is the one meant."""
+        return not self.causal or self.q.shape[2] == self.k.shape[2]
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether anything will be differentiated."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+
+
+class Kernel(ABC):
+    """A way to compute exact attention without a tensor of rows by keys."""
+
+    @abstractmethod
+    def output(self, call: Call) -> Tensor:
+        """Compute the rows."""
+
+    def attend(self, call: Call) -> Partial:
+        """Compute the rows, in the accumulation dtype, and their lse."""
+        raise NotImplementedError(f"{self!r} does not tell the lse of its rows: use a kernel chosen with lse=True")
+
+
+@dataclass(frozen=True)
+class Plain(Kernel):
+    """torch's scaled_dot_product_attention, which picks its kernel: all keys, or a square on the diagonal."""
+
+    def output(self, call: Call) -> Tensor:
+        """Call it as it stands."""
+        return scaled_dot_product_attention(
+            call.q, call.k, call.v, is_causal=call.causal, scale=call.scale, enable_gqa=call.group > 1
+        )
+
+
+@dataclass(frozen=True)
+class Folded(Kernel):
+    """The same, with the query heads of a group as rows of one head: each key is then read once for all of them."""
+
+    def output(self, call: Call) -> Tensor:
+        """Fold, call, unfold; only where every row sees every key."""
+        rows = call.q.unflatten(1, (call.k.shape[1], call.group)).flatten(2, 3)
+        out = scaled_dot_product_attention(rows, call.k, call.v, scale=call.scale)
+        return out.unflatten(2, (call.group, call.q.shape[2])).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class CpuFlash(Kernel):
+    """torch's fused kernel for CPUs, with lse, and with rows at the end of longer keys."""
+
+    def output(self, call: Call) -> Tensor:
+        """Compute the rows in their own dtype."""
+        return self._run(call).out
+
+    def attend(self, call: Call) -> Partial:
+        """Compute the rows and their lse; the gradient is complete."""
+        partial = self._run(call)
+        return Partial(partial.out.to(partial.lse.dtype), partial.lse)
+
+    def _run(self, call: Call) -> Partial:
+        return cpu_flash(call.q, call.k, call.v, call.scale, causal=call.causal)
+
+
+@dataclass(frozen=True)
+class GpuFlash(Kernel):
+    """torch's flash kernel for GPUs, whose causality starts at the last key; groups of heads stay groups."""
+
+    def output(self, call: Call) -> Tensor:
+        """Compute the rows; torch differentiates them."""
+        return self._run(call)[0]
+
+    def attend(self, call: Call) -> Partial:
+        """Compute the rows and their lse, which has no gradient here."""
+        out, lse = self._run(call)
+        return Partial(out.to(lse.dtype), lse)
+
+    def _run(self, call: Call) -> tuple[Tensor, Tensor]:
+        # the kernel takes widths that are multiples of 8; columns of zeros change no score
+        short = -call.q.shape[3] % 8
+        q, k, v = (torch.nn.functional.pad(x, (0, short)) if short else x for x in (call.q, call.k, call.v))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, call.causal, scale=call.scale)
+        return out[..., : call.v.shape[3]], lse
+
+
+def choose(call: Call, *, lse: bool) -> Kernel | None:
+    """Tell which kernel answers a call; looks at shapes, dtypes and the device, never at values.
+
+    Args:
+        call: what is asked.
+        lse: whether the lse is asked for as well.
+
+    Returns:
+        the kernel, or None where exact attention runs in chunks of rows: other devices, values of another width than keys,
+        forward-mode differentiation and vmap, and whatever asks for the gradient of an lse on a GPU.
+    """
+    if not call.q.shape[0] or call.q.shape[3] != call.v.shape[3] or _transformed(call):
+        return None
+    if call.q.device.type == "cpu":
+        return _choose_on_cpu(call, lse)
+    if call.q.device.type != "cuda":
+        return Plain() if call.square and not lse else None
+    if call.square and not lse:
+        return _choose_on_gpu(call)
+    flash = call.q.dtype in _HALF and can_use_flash_attention(
+        SDPAParams(call.q, call.k, call.v, None, 0.0, False, call.group > 1)
+    )
+    return GpuFlash() if flash and not (lse and call.wants_gradient) else None
+
+
+def _choose_on_cpu(call: Call, lse: bool) -> Kernel | None:
+    if lse and call.q.dtype != torch.float32:
+        # what asks for float64 asks for an oracle; in half precision the kernel's lse errs by more than float32 rounds
+        return None
+    if lse or not call.square:
+        return CpuFlash()
+    few = call.group * call.q.shape[2] <= FOLDED_ROWS
+    if not call.causal and call.group > 1 and few:
+        return Folded()
+    return Plain() if _rows_first(call) else CpuFlash()
+
+
+def _choose_on_gpu(call: Call) -> Kernel | None:
+    if call.group == 1 or call.q.dtype in _HALF:
+        return Plain()
+    # in wide dtypes torch would repeat the keys, and write every score down
+    return None if call.causal else Folded()
+
+
+def _rows_first(call: Call) -> bool:
+    """Tell whether the numbers of every row lie side by side; torch writes every score down where they do not."""
+    return all(x.stride(-1) == 1 for x in (call.q, call.k, call.v))
+
+
+def _transformed(call: Call) -> bool:
+    """Tell whether forward-mode differentiation or vmap is at work, which torch's fused kernels do not know."""
+    if torch.compiler.is_compiling():
+        return False
+    if any(is_functorch_wrapped_tensor(x) for x in (call.q, call.k, call.v)):
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q, call.k, call.v))
+
+
+def attend_rows(call: Call, shift: int | None, *, lse: bool) -> Partial | None:
+    """Compute exact attention where row i sees the first ``i + shift`` keys, cut to those there are.
+
+    Args:
+        call: rows and keys; its `causal` is not read.
+        shift: keys that the first row sees; None where every row sees every key.
+        lse: whether the lse is asked for; it is 0 wherever it is not.
+
+    Returns:
+        the rows, 0 with an lse of -inf where nothing is seen; None where no fused kernel serves all of it.
+    """
+    rows, keys = call.q.shape[2], call.k.shape[2]
+    first = keys if shift is None else shift
+    # rows before `empty` see nothing, those from `full` on see every key and do not lie on the diagonal
+    empty = min(max(1 - first, 0), rows) if keys else rows
+    full = empty if shift is None else min(max(keys - first + 1, empty), rows)
+    pieces = []
+    # decided by branches: while a graph of any length is traced a condition is still open, and kernels take no such
+    if full - empty > 1:
+        pieces.append((empty, full, first + full - 1, True))
+    elif full > empty:
+        pieces.append((empty, full, first + full - 1, False))
+    if rows > full:
+        pieces.append((full, rows, keys, False))
+    calls = [
+        Call(call.q[:, :, begin:end], call.k[:, :, :stop], call.v[:, :, :stop], call.scale, causal)
+        for begin, end, stop, causal in pieces
+    ]
+    kernels = [choose(each, lse=lse) for each in calls]
+    if not calls or None in kernels:
+        return None
+    parts = [_run(kernel, each, lse) for kernel, each in zip(kernels, calls, strict=True) if kernel is not None]
+    if empty:
+        like = parts[0]
+        shape = (*call.q.shape[:2], empty)
+        parts.insert(0, Partial(like.out.new_zeros((*shape, call.v.shape[3])), like.lse.new_full(shape, -torch.inf)))
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+
+
+def _run(kernel: Kernel, call: Call, lse: bool) -> Partial:
+    if lse:
+        return kernel.attend(call)
+    return Partial(kernel.output(call), call.q.new_zeros(()).expand(call.q.shape[:3]))
