@@ -181,48 +181,68 @@ def _transformed(call: Call) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q, call.k, call.v))
 
 
-def attend_rows(call: Call, shift: int | None, *, lse: bool) -> Partial | None:
-    """Compute exact attention where row i sees the first ``i + shift`` keys, cut to those there are.
+def attend_rows(call: Call, shift: int | None) -> Partial | None:
+    """Compute exact attention and its lse where row i sees the first ``i + shift`` keys, cut to those there are.
 
     Args:
         call: rows and keys; its `causal` is not read.
         shift: keys that the first row sees; None where every row sees every key.
-        lse: whether the lse is asked for; it is 0 wherever it is not.
 
     Returns:
         the rows, 0 with an lse of -inf where nothing is seen; None where no fused kernel serves all of it.
     """
-    rows, keys = call.q.shape[2], call.k.shape[2]
-    first = keys if shift is None else shift
-    # rows before `empty` see nothing, those from `full` on see every key and do not lie on the diagonal
-    empty = min(max(1 - first, 0), rows) if keys else rows
-    full = empty if shift is None else min(max(keys - first + 1, empty), rows)
-    pieces = []
-    # decided by branches: while a graph of any length is traced a condition is still open, and kernels take no such
-    if full - empty > 1:
-        pieces.append((empty, full, first + full - 1, True))
-    elif full > empty:
-        pieces.append((empty, full, first + full - 1, False))
-    if rows > full:
-        pieces.append((full, rows, keys, False))
-    calls = [
-        Call(call.q[:, :, begin:end], call.k[:, :, :stop], call.v[:, :, :stop], call.scale, causal)
-        for begin, end, stop, causal in pieces
-    ]
-    kernels = [choose(each, lse=lse) for each in calls]
+    empty, calls = _cut(call, shift)
+    kernels = [choose(each, lse=True) for each in calls]
     if not calls or None in kernels:
         return None
-    parts = [_run(kernel, each, lse) for kernel, each in zip(kernels, calls, strict=True) if kernel is not None]
+    parts = [kernel.attend(each) for kernel, each in zip(kernels, calls, strict=True) if kernel is not None]
     if empty:
-        like = parts[0]
         shape = (*call.q.shape[:2], empty)
-        parts.insert(0, Partial(like.out.new_zeros((*shape, call.v.shape[3])), like.lse.new_full(shape, -torch.inf)))
+        zero, nothing = parts[0].out.new_zeros((*shape, call.v.shape[3])), parts[0].lse.new_full(shape, -torch.inf)
+        parts.insert(0, Partial(zero, nothing))
     if len(parts) == 1:
         return parts[0]
     return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
 
 
-def _run(kernel: Kernel, call: Call, lse: bool) -> Partial:
-    if lse:
-        return kernel.attend(call)
-    return Partial(kernel.output(call), call.q.new_zeros(()).expand(call.q.shape[:3]))
+def output_rows(call: Call, shift: int | None) -> Tensor | None:
+    """Compute the rows of `attend_rows` alone, which more kernels tell.
+
+    Args:
+        call: rows and keys; its `causal` is not read.
+        shift: keys that the first row sees; None where every row sees every key.
+
+    Returns:
+        the rows, or None where no fused kernel serves all of them.
+    """
+    empty, calls = _cut(call, shift)
+    kernels = [choose(each, lse=False) for each in calls]
+    if not calls or None in kernels:
+        return None
+    outs = [kernel.output(each) for kernel, each in zip(kernels, calls, strict=True) if kernel is not None]
+    if empty:
+        outs.insert(0, outs[0].new_zeros((*call.q.shape[:2], empty, call.v.shape[3])))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _cut(call: Call, shift: int | None) -> tuple[int, list[Call]]:
+    """Cut rows into those that see nothing, which are counted, those on the diagonal, and those that see every key."""
+    rows, keys = call.q.shape[2], call.k.shape[2]
+    first = keys if shift is None else shift
+    empty = min(max(1 - first, 0), rows) if keys else rows
+    full = empty if shift is None else min(max(keys - first + 1, empty), rows)
+    calls = []
+    # decided by branches: while a graph of any length is traced a condition is still open, and kernels take no such
+    if full - empty > 1:
+        calls.append(_part(call, empty, full, first + full - 1, True))
+    elif full > empty:
+        calls.append(_part(call, empty, full, first + full - 1, False))
+    if rows > full:
+        calls.append(_part(call, full, rows, keys, False))
+    return empty, calls
+
+
+def _part(call: Call, begin: int, end: int, stop: int, causal: bool) -> Call:
+    q = call.q if end - begin == call.q.shape[2] else call.q[:, :, begin:end]
+    k, v = (x if stop == x.shape[2] else x[:, :, :stop] for x in (call.k, call.v))
+    return Call(q, k, v, call.scale, causal)

@@ -38,7 +38,7 @@ def live_rows(problem: Problem) -> tuple[LiveRows, ...] | None:
     if problem.causal and problem.spans is not None:
         return None
     if problem.rank is None and problem.key_mask is None:
-        return (_rows(problem, slice(None), slice(None), first),)
+        return (LiveRows(Call(problem.q, problem.k, problem.v, problem.scale, problem.causal), first),)
     rank = problem.rank
     if rank is None and problem.key_mask is not None:
         rank = problem.key_mask.long().cumsum(1)

@@ -28,8 +28,8 @@ def cpu_flash(
 ) -> Partial:
     """Attend exactly: every row sees a key at least.
 
-    Source: torch's fused kernel; parts are merged, and differentiated with the merged lse, as in Liu et al., 2023
-    (arXiv:2310.01889), ring attention.   Differs: two parts on one device.
+    Source: torch's fused kernel. With the lse of all keys each part's weights are those of the whole, so that torch's own
+    backward kernel differentiates the parts one by one.
     Cost: that of the pairs seen; memory linear in rows and keys, with gradients too.   Guarantee: exact.
 
     Args:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.exact import exact_attention
-from hyperattention.fused import attend_rows
+from hyperattention.fused import attend_rows, output_rows
 from hyperattention.live_rows import live_rows
 from hyperattention.methods.base import Approach, Cost, exact_pairs
 from hyperattention.problem import Problem
@@ -36,8 +36,15 @@ class Exact(Approach):
 
     def attend(self, problem: Problem) -> Partial:
         """Compute exact attention and its lse: by a fused kernel where one tells it, else in chunks of rows."""
-        fused = _fused(problem, lse=True)
-        return _in_chunks(problem) if fused is None else fused
+        parts = []
+        for piece in live_rows(problem) or ():
+            part = attend_rows(piece.call, piece.shift)
+            if part is None:
+                return _in_chunks(problem)
+            parts.append(part)
+        if len(parts) < 2:
+            return parts[0] if parts else _in_chunks(problem)
+        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
         """Compute exact attention; nothing is drawn, so that every standard error is 0."""
@@ -46,28 +53,20 @@ class Exact(Approach):
 
     def output(self, problem: Problem) -> Tensor:
         """Compute the output alone, by torch's fused kernels wherever they can express the problem."""
-        fused = _fused(problem, lse=False)
-        return self.attend(problem).out if fused is None else fused.out
+        outs = []
+        for piece in live_rows(problem) or ():
+            out = output_rows(piece.call, piece.shift)
+            if out is None:
+                return self.attend(problem).out
+            outs.append(out)
+        if len(outs) < 2:
+            return outs[0] if outs else self.attend(problem).out
+        return torch.cat(outs)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Tell the cost for as many queries as keys."""
         pairs = exact_pairs(num_keys, is_causal)
         return Cost(pairs, 0.0, pairs, 16 * num_keys * head_dim, True)
-
-
-def _fused(problem: Problem, *, lse: bool) -> Partial | None:
-    """Run fused kernels, or return None where they do not serve every row."""
-    if not problem.num_keys or not problem.num_queries or not (pieces := live_rows(problem)):
-        return None
-    parts = []
-    for piece in pieces:
-        part = attend_rows(piece.call, piece.shift, lse=lse)
-        if part is None:
-            return None
-        parts.append(part)
-    if len(parts) == 1:
-        return parts[0]
-    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
 
 def _in_chunks(problem: Problem) -> Partial:
