@@ -194,8 +194,9 @@ def table(rows: list[Row]) -> str:
     both = sum(row.logits == SAME == row.cache for row in tried)
     refused = sum(row.logits.startswith("refused") for row in tried)
     head = (
-        f"transformers {transformers.__version__}: {len(tried)} of {len(rows)} families could be built tiny; of these {same} "
-        f"have the same logits under `use`, {both} the same generation with `HyperCache` too, and {refused} are refused.\n\n"
+        f"transformers {transformers.__version__}: {len(tried)} of {len(rows)} families could be built tiny; {same} "
+        f"of these have the same logits under `use`, {both} the same generation with `HyperCache` too, "
+        f"and {refused} are refused.\n\n"
         "| family | compared with | logits under `use` | approximated | `HyperCache` |\n|---|---|---|---|---|\n"
     )
     return head + "".join(f"{row}\n" for row in rows)
