@@ -41,6 +41,7 @@ def read(model: nn.Module, policy: object = None) -> object:
 
 
 def go_on(model: nn.Module, cache: object) -> torch.Tensor:
+    """Read on: the logits of every token; `test_cache_goes_on.py` compares what is written as well."""
     with torch.no_grad(), integration.use(model, ha.Exact()):
         return torch.cat([model(tokens(2, 99)[:, i : i + 1], past_key_values=cache).logits for i in range(70, 85)], 1)
 

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 integration = import_module("hyperattention.integrations.transformers")
 file = import_module("hyperattention.integrations.transformers.cache_file")
 
-PROMPT, STEPS = 60, 12
+PROMPT, STEPS = 60, 7
 KEEPINGS = {
     "pages": ha.TopPages(page=4, by=ha.TwoLevels(ha.Bounds(0.5))),
     "pages and draws": ha.TopPages(page=4, by=ha.Midpoint(), draws=4, share=2, first=0),

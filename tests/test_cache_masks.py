@@ -13,7 +13,7 @@ from tiny_models import assert_exact, build, tokens
 transformers = pytest.importorskip("transformers")
 integration = import_module("hyperattention.integrations.transformers")
 
-PROMPT, STEPS, HIDDEN = 24, 12, torch.finfo(torch.float32).min
+PROMPT, STEPS, HIDDEN = 24, 5, torch.finfo(torch.float32).min
 PADDED = {"left": slice(0, 7), "right": slice(17, 24), "middle": slice(9, 15)}
 pytestmark = pytest.mark.filterwarnings("ignore:no attention call was approximated")
 

@@ -225,13 +225,9 @@ class CondensingStore(Store):
 
     def _check(self, state: dict[str, Tensor]) -> None:
         """See that a store of this policy and room can be in this state."""
-        dtype = floating_type(state)
-        weight, slot = torch.promote_types(dtype, torch.float32), "batch kv_heads slots"
-        wanted = {
-            "k": (f"{slot} head_dim", dtype),
-            "v": (f"{slot} value_dim", floating_type(state, "v")),
-            "numbers": ("2", torch.int64),
-        }
+        of_k, of_v, slot = floating_type(state), floating_type(state, "v"), "batch kv_heads slots"
+        weight = torch.promote_types(of_k, torch.float32)
+        wanted = {"k": (f"{slot} head_dim", of_k), "v": (f"{slot} value_dim", of_v), "numbers": ("2", torch.int64)}
         wanted |= {"log_weight": (slot, weight), "position": (slot, torch.int32), "score": (slot, weight)}
         # a policy that wants queries has seen some by the time that anything is saved
         if self.policy.num_queries:

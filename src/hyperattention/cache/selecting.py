@@ -11,7 +11,6 @@ from hyperattention.cache.room import Room
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.kernels.capped_list import capped_list_attention
-from hyperattention.kernels.list.operator import list_attention
 from hyperattention.random import uniform
 from hyperattention.types import Partial, Runs, Selection
 
@@ -144,11 +143,8 @@ class SelectingStore(Store):
         self.chosen = self._choose(rows, recent, scale, rule) if self.lender is None else self.lender.chosen
         selection = self._selection(rows, recent)
         tiles = rows.permute(0, 1, 3, 2, 4).flatten(0, 1)[:, :, :, None]  # [lists, queries, group, 1, head_dim]
-        held = (self._k.flatten(0, 1), self._v.flatten(0, 1))
-        if rule.softcap is None:
-            out, lse = list_attention(tiles, *held, selection, scale)
-        else:
-            out, lse = capped_list_attention(tiles, *held, selection, scale, rule.softcap)
+        k, v = self._k.flatten(0, 1), self._v.flatten(0, 1)
+        out, lse = capped_list_attention(tiles, k, v, selection, scale, rule.softcap)
 
         def restored(x: Tensor) -> Tensor:
             return x[:, :, :, 0].unflatten(0, (batch, kv_heads)).transpose(2, 3).flatten(1, 2)
@@ -161,8 +157,8 @@ class SelectingStore(Store):
         if not pages or self._summary is None:
             return rows.new_full((rows.shape[0] * rows.shape[1], rows.shape[3], num), -1, dtype=torch.int64)
         score = self.by.rank(rows.flatten(2, 3).float() * scale, self._summary[:, :, :pages], num)
-        score = torch.log_softmax(rule.cap(score), -1)
-        score = score.unflatten(2, rows.shape[2:4]).amax(2)  # [batch, kv_heads, queries, pages]
+        # [batch, kv_heads, queries, pages]
+        score = torch.log_softmax(rule.cap(score), -1).unflatten(2, rows.shape[2:4]).amax(2)
         last = (torch.arange(pages, dtype=torch.int64, device=rows.device) + 1) * self.page
         score = score.masked_fill((last <= self._start[:, None] + self.room.sinks)[:, None, None], -torch.inf)
         best, index = score.topk(min(num, pages), -1)
@@ -244,12 +240,8 @@ class SelectingStore(Store):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take keys and values over, and sum them up again."""
-        dtype, key = floating_type(state), "batch kv_heads slots"
-        wanted = {
-            "k": (f"{key} head_dim", dtype),
-            "v": (f"{key} value_dim", floating_type(state, "v")),
-            "begin": ("batch", torch.int64),
-        }
+        of_k, of_v, key = floating_type(state), floating_type(state, "v"), "batch kv_heads slots"
+        wanted = {"k": (f"{key} head_dim", of_k), "v": (f"{key} value_dim", of_v), "begin": ("batch", torch.int64)}
         seen, begin = fit_state(state, wanted)["slots"], state["begin"]
         insist(((begin >= 0) & (begin <= seen)).all(), f"rows begin from 0 to {seen}")
         self._k, self._v, self._begin = state["k"], state["v"], state["begin"]

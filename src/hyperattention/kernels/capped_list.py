@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from hyperattention.kernels.list import reference as list_torch
-from hyperattention.kernels.list.operator import fields
+from hyperattention.kernels.list.operator import fields, list_attention
 from hyperattention.types import Selection
 
 
 def capped_list_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Attend from every tile of queries to the keys on its list, with capped scores.
 
@@ -22,11 +22,13 @@ def capped_list_attention(
         v: values, ``[key_rows, keys, value_dim]``.
         selection: the lists.
         scale: factor of the scores.
-        softcap: bound of the scores.
+        softcap: bound of the scores; None for none, which leaves the work to `list_attention`.
 
     Returns:
-        rows in the dtype of `q`, and their log-sum-exp, with the axes of `q`; no gradient.
+        rows in the dtype of `q`, and their log-sum-exp, with the axes of `q`; a cap has no gradient.
     """
+    if softcap is None:
+        return list_attention(q, k, v, selection, scale)
     lists, rows = list_torch.Lists(*fields(selection)), q.flatten(2, 3)
     (num_lists, num_tiles, num_rows, head_dim), value_dim = rows.shape, v.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
