@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
-from hyperattention.integrations.transformers_padding import NOTHING_TOLD, read_shown
+from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, read_shown
 from tiny_models import assert_exact, build, tokens
 
 transformers = pytest.importorskip("transformers")

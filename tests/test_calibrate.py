@@ -17,7 +17,7 @@ import hyperattention as ha
 from hyperattention.calibration.candidates import candidates
 from hyperattention.calibration.choose import choose
 from hyperattention.calibration.measure import Measurement, measure_layer
-from hyperattention.calibration.timed import Crossing
+from hyperattention.files.timed import Crossing
 from tiny_models import LENGTH, NUM_LAYERS, build, tokens
 
 pytest.importorskip("transformers")

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperattention.bench.entrants import entrants
-from hyperattention.calibration.outputs import MARK, Outputs
 from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.outputs import MARK, Outputs
 from hyperattention.files.user_text import Text, read_text
 from hyperattention.report.evaluation_folder import CONFIG, METRICS, check_evaluation_folder
 from hyperattention.report.narrow import print_table

@@ -11,9 +11,9 @@ from torch import nn
 
 import hyperattention as ha
 from hyperattention.bench.timing import Timing
-from hyperattention.calibration.timed import Crossing, Timed
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.plan import Measured
+from hyperattention.files.timed import Crossing, Timed
 from tiny_models import LENGTH, build, tokens
 
 pytest.importorskip("transformers")

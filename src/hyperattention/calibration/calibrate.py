@@ -16,11 +16,11 @@ from hyperattention.calibration.choose import Chosen, choose
 from hyperattention.calibration.crossover import find_crossing
 from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import measure_layer, warm_up
-from hyperattention.calibration.timed import Crossing
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import method_to_json
 from hyperattention.files.plan import Measured, Plan
 from hyperattention.files.records import find_processor, find_version
+from hyperattention.files.timed import Crossing
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer

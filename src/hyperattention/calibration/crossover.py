@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from hyperattention.bench.timing import Timing, interleave
 from hyperattention.calibration.measure import run_on
-from hyperattention.calibration.timed import Crossing, Timed
+from hyperattention.files.timed import Crossing, Timed
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import Judged

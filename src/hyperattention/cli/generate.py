@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.calibration.outputs import Outputs
 from hyperattention.cli.support import (
     INTERRUPTED,
     Encoding,
@@ -17,6 +16,7 @@ from hyperattention.cli.support import (
     refuse,
 )
 from hyperattention.files.model_folder import find_folder
+from hyperattention.files.outputs import Outputs
 from hyperattention.random import SEED_LIMIT
 
 _Folder = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]

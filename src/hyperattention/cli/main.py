@@ -11,9 +11,10 @@ except ModuleNotFoundError as error:
     # before typer there is nothing to report an error with
     raise SystemExit(f"the command line needs {error.name}: pip install 'hyperattention[demo]'") from error
 
-from hyperattention.calibration.outputs import Outputs
 from hyperattention.cli.evaluate import evaluate
 from hyperattention.cli.generate import ask, cache, generate
+from hyperattention.cli.plan import calibrate_model, inspect_model
+from hyperattention.cli.retime import retime
 from hyperattention.cli.support import (
     Encoding,
     Length,
@@ -28,8 +29,7 @@ from hyperattention.cli.support import (
     version,
 )
 from hyperattention.cli.support import make_console as _console
-from hyperattention.cli_plan import calibrate_model, inspect_model
-from hyperattention.cli_retime import retime
+from hyperattention.files.outputs import Outputs
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Near-linear attention over long contexts, with a measured error bar."

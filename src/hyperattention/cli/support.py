@@ -11,8 +11,8 @@ from typing import Annotated, Never
 import typer
 from rich.console import Console
 
-from hyperattention.calibration.outputs import Outputs
 from hyperattention.files.model_folder import check_model_folder, check_reference_folder, find_folder
+from hyperattention.files.outputs import Outputs
 from hyperattention.files.user_text import read_text
 
 _EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hyperattention.calibration.timed import Crossing, Timed
 from hyperattention.files.fingerprint import Fingerprint, fingerprint
+from hyperattention.files.timed import Crossing, Timed
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
 

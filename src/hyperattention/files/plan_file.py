@@ -5,13 +5,13 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from hyperattention.calibration.outputs import refuse_existing
-from hyperattention.calibration.timed import Timed
 from hyperattention.files.atomic_write import write_whole
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import Fingerprint
 from hyperattention.files.method_table import method_from_json, method_to_json
+from hyperattention.files.outputs import refuse_existing
 from hyperattention.files.plan import Measured, Plan
+from hyperattention.files.timed import Timed
 from hyperattention.methods.base import Approach
 from hyperattention.methods.by_head import ByHead
 

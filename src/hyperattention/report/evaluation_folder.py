@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from hyperattention.calibration.outputs import carries_mark, check_folder, check_own
+from hyperattention.files.outputs import carries_mark, check_folder, check_own
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"

@@ -9,8 +9,8 @@ from string import Template
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
-from hyperattention.calibration.outputs import MARK
 from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.outputs import MARK
 
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 

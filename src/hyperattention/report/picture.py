@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hyperattention.calibration.outputs import MARK
 from hyperattention.files.atomic_write import write_whole_bytes
+from hyperattention.files.outputs import MARK
 
 # the key under which each kind of file can say who made it; others cannot
 _MAKER = {"png": "Software", "pdf": "Creator", "svg": "Creator"}

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from hyperattention.cache.policy import Policy
 from hyperattention.cache.room import Room
 from hyperattention.cache.store import Keeping
-from hyperattention.calibration.outputs import refuse_existing
 from hyperattention.files.atomic_write import write_whole_bytes
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
+from hyperattention.files.outputs import refuse_existing
 from hyperattention.files.plan_file import read_fingerprint
 from hyperattention.files.policy_table import policy_from_json, policy_to_json
 from hyperattention.integrations.transformers.cache import HyperCache

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperattention.cache.score_rule import ScoreRule
 from hyperattention.cache.store import Store
-from hyperattention.integrations.transformers_padding import NOTHING_TOLD, Shown, Told, read_shown
+from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, Shown, Told, read_shown
 
 # set on attention functions that read what is held through its handle
 READS_HELD = "_hyperattention_reads_held"

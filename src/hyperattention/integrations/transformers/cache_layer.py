@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.integrations.transformers.cache_handle import Handle, attach
-from hyperattention.integrations.transformers_padding import NOTHING_TOLD, Told
+from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, Told
 
 
 class HyperCacheLayer(CacheLayerMixin):

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hyperattention.files.plan import Plan
+from hyperattention.integrations.transformers.blocks import open_block
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.counts import CallCounter, CallCounts
+from hyperattention.integrations.transformers.dispatch import check_dispatch
 from hyperattention.integrations.transformers.forward import Settings, attention_forward
 from hyperattention.integrations.transformers.masks import build_mask
-from hyperattention.integrations.transformers_blocks import open_block
-from hyperattention.integrations.transformers_dispatch import check_dispatch
 from hyperattention.methods.base import Approach
 from hyperattention.random import SEED_LIMIT
 

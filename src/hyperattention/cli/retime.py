@@ -5,29 +5,31 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli.support import check_writable, explained, make_console
+from hyperattention.cli.support import Encoding, Overwrite, Seed, check_inputs, explained, hide_bars, make_console
+from hyperattention.files.model_folder import find_folder
+from hyperattention.files.outputs import Outputs
 
 
 def retime(
     plan: Annotated[Path, typer.Argument(help="The plan that `calibrate` wrote.")],
     model: Annotated[str, typer.Argument(help="The plan's model: a folder, or 'reference'.")] = "reference",
     text: Annotated[Path | None, typer.Argument(help="Text as in `calibrate`; the held-out one if omitted.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The plan to write; by default in place of the old one.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the document.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The plan to write; without it the old one, with --overwrite.")] = None,
+    seed: Seed = 0,
+    encoding: Encoding = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Time a plan again on this machine: its methods and errors stay, and from where it pays is measured anew."""
     console = make_console()
+    written = plan if out is None else out
     with explained():
-        from transformers.utils import logging
-
+        Outputs((written,), overwrite, (text, find_folder(model))).check()
+        check_inputs(model=model, text=text, encoding=encoding)
         from hyperattention.report import retime as report
-        from hyperattention.report.calibrate import find_folder
         from hyperattention.report.demo import Options as Texts
 
-        logging.disable_progress_bar()
-        written = plan if out is None else out
-        check_writable(written)
-        found = report.ready(plan, Texts(text=text, model=find_folder(model), seed=seed))
+        hide_bars()
+        found = report.ready(plan, Texts(text=text, model=find_folder(model), seed=seed, encoding=encoding))
         timed = report.run(found, written, console)
     report.show(found.plan, timed, console)
-    console.print(f"wrote {written}", markup=False)
+    console.print(f"wrote {written}")

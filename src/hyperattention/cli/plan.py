@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.calibration.outputs import Outputs
 from hyperattention.cli.support import (
     Encoding,
     Length,
@@ -18,6 +17,7 @@ from hyperattention.cli.support import (
     tell,
 )
 from hyperattention.files.model_folder import find_folder
+from hyperattention.files.outputs import Outputs
 
 _Model = Annotated[str, typer.Argument(help="Folder of a transformers model, or 'reference': the embedded one.")]
 _Text = Annotated[Path | None, typer.Argument(help="Text like what the model will read; the held-out one if omitted.")]
