@@ -20,7 +20,7 @@ from gpu_timing import seconds_of
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from hyperattention import Exact, attention, default_method
+from hyperattention import Exact, attention, default_method, measured_attention
 from hyperattention.bench.timing import Ratio, Timing, speedup
 from hyperattention.files.records import write_records
 
@@ -75,7 +75,7 @@ def calls_of(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callabl
         bias = causal_lower_right(shape.queries, shape.keys)
         calls[CHUNK] = lambda: scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
     calls["Exact()"] = lambda: attention(q, k, v, method=Exact(), **options)
-    calls["Exact(), with lse"] = lambda: attention(q, k, v, method=Exact(), return_lse=True, **options)
+    calls["Exact(), with lse"] = lambda: measured_attention(q, k, v, method=Exact(), **options).out
     mask = torch.arange(shape.keys, device=device).expand(shape.batch, -1) >= shape.keys // 64
     calls["Exact(), padded by 1/64"] = lambda: attention(q, k, v, method=Exact(), key_mask=mask, **options)
     if default_method(shape.keys, num_queries=shape.queries, device=device) == Exact():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import hyperattention as ha
 from cases import CASES, CONTROL, Case
+from hyperattention import policies
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.condensing import CondensingStore
@@ -32,7 +33,7 @@ def _tells_error(method: Approach) -> bool:
     """Tell whether the method knows the standard error of its rows."""
     q, k, v = tensors(8)
     try:
-        ha.attention(q, k, v, method=method, return_standard_error=True)
+        ha.measured_attention(q, k, v, method=method, standard_error=True)
     except (NotImplementedError, ValueError):
         return False
     return True
@@ -51,12 +52,14 @@ def _attention(case: Case) -> Call:
         results = []
         for causal in (True, False):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            out, lse, *error, report = ha.attention(
-                *leaves, is_causal=causal, enable_gqa=True, method=case.method, return_lse=True, audit=16,
-                key_mask=live if causal else None, return_standard_error=told, seed=3,
+            result = ha.measured_attention(
+                *leaves, is_causal=causal, enable_gqa=True, method=case.method, audit=16,
+                key_mask=live if causal else None, standard_error=told, seed=3,
             )  # fmt: skip
+            out, lse, error = result.out, result.lse, result.standard_error
+            assert result.audit is not None
             gradients = torch.autograd.grad(out.square().sum() + lse[lse > -torch.inf].sum(), leaves)
-            results += [out, lse, *error, *_figures(report), *gradients]
+            results += [out, lse, *([] if error is None else [error]), *_figures(result.audit), *gradients]
         return [x.detach() for x in results]
 
     return call
@@ -87,7 +90,7 @@ def _audited() -> Call:
     q, k, v = (torch.randn(2, heads, 90, 8, generator=generator) for heads in (4, 2, 2))
 
     def call() -> Results:
-        nothing, store = (AuditedStore(CondensingStore(ha.ClusterMeans(latest=4), ROOM), 2, 0) for _ in range(2))
+        nothing, store = (AuditedStore(CondensingStore(policies.ClusterMeans(latest=4), ROOM), 2, 0) for _ in range(2))
         for at in (slice(0, 60), slice(60, 75), slice(75, 90)):
             store.append(k[:, :, at], v[:, :, at])
             store.mark(torch.ones(2, at.stop - at.start, dtype=torch.bool, device="cpu"))
@@ -130,10 +133,9 @@ def _packed() -> Call:
     def call() -> Results:
         results = []
         for method in (None, CONTROL):
-            results += ha.varlen_attention(
-                q, k, v, edges, is_causal=True, enable_gqa=True, method=method, return_lse=True
-            )  # fmt: skip
-            results += ha.paged_attention(*paged, method=method, return_lse=True)
+            packed = ha.measured_varlen_attention(q, k, v, edges, is_causal=True, enable_gqa=True, method=method)
+            in_pages = ha.measured_paged_attention(*paged, method=method)
+            results += [packed.out, packed.lse, in_pages.out, in_pages.lse]
         return results
 
     return call
@@ -160,13 +162,13 @@ def _inputs(made: object) -> Results:
 
 def subjects() -> dict[str, Call]:
     """Name every call; inputs are made here, before any setting is changed."""
-    subgen = ha.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99)
+    subgen = policies.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99)
     kept = {
-        "pages": ha.TopPages(page=2, most_queries=4),
-        "pages with draws": ha.TopPages(page=2, draws=8, most_queries=4),
-        "pages by midpoints": ha.TopPages(by=Midpoint(), page=2, most_queries=4),
-        "pages by two levels": ha.TopPages(by=TwoLevels(), page=2, most_queries=4),
-        "look once": ha.LookOnce(pages=ha.TopPages(page=2, most_queries=4)),
+        "pages": policies.TopPages(page=2, most_queries=4),
+        "pages with draws": policies.TopPages(page=2, draws=8, most_queries=4),
+        "pages by midpoints": policies.TopPages(by=Midpoint(), page=2, most_queries=4),
+        "pages by two levels": policies.TopPages(by=TwoLevels(), page=2, most_queries=4),
+        "look once": policies.LookOnce(pages=policies.TopPages(page=2, most_queries=4)),
         "subgen": subgen,
     }
     return {

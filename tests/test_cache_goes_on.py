@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
+from hyperattention import policies
 from policies import POLICIES
 from tiny_models import build, tokens
 
@@ -21,10 +22,10 @@ file = import_module("hyperattention.integrations.transformers.cache_file")
 
 PROMPT, STEPS = 60, 7
 KEEPINGS = {
-    "pages": ha.TopPages(page=4, by=ha.TwoLevels(ha.Bounds(0.5))),
-    "pages and draws": ha.TopPages(page=4, by=ha.Midpoint(), draws=4, share=2, first=0),
-    "subgen": ha.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
-    "look once": ha.LookOnce(keep=0.7, latest=4, pages=ha.TopPages(page=4)),
+    "pages": policies.TopPages(page=4, by=policies.TwoLevels(policies.Bounds(0.5))),
+    "pages and draws": policies.TopPages(page=4, by=policies.Midpoint(), draws=4, share=2, first=0),
+    "subgen": policies.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99),
+    "look once": policies.LookOnce(keep=0.7, latest=4, pages=policies.TopPages(page=4)),
 }
 EVERY = {case.name: case.policy for case in POLICIES} | KEEPINGS
 MODELS = {
@@ -136,7 +137,7 @@ def test_copies_of_every_kind(model: nn.Module, policy: object, copied: Callable
 def test_copies_of_caches_of_every_model(name: str, copied: Callable[[object], object]) -> None:
     model = model_of(name)
     # a policy that watches keeps what it was told of scores
-    cache = read(model, ha.HeavyHitters(), audit=2)
+    cache = read(model, policies.HeavyHitters(), audit=2)
     go_on(model, cache)
     other = copied(cache)
     assert str(other.report()) == str(cache.report())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
+from hyperattention import policies
 from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, read_shown
 from tiny_models import assert_exact, build, tokens
 
@@ -52,7 +53,7 @@ def model() -> nn.Module:
 
 
 def cache_of(model: nn.Module, budget: int = 200) -> object:
-    return integration.HyperCache(model.config, budget=budget, sinks=2, window=8, policy=ha.ClusterMeans(latest=4))
+    return integration.HyperCache(model.config, budget=budget, sinks=2, window=8, policy=policies.ClusterMeans(latest=4))
 
 
 def read_on(model: nn.Module, cache: object, form: str, live: Tensor) -> Tensor:

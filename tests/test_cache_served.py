@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
+from hyperattention import policies
 from hyperattention.cache.attended import attended
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.condensing import CondensingStore
@@ -36,11 +37,11 @@ SERVED = {
     "mllama": ("Mllama", {"num_hidden_layers": 3, "cross_attention_layers": [1]}),
 }
 KINDS = {
-    "means": ha.ClusterMeans(latest=4),
-    "hitters": ha.HeavyHitters(),
-    "pages": ha.TopPages(page=4),
-    "look once": ha.LookOnce(keep=0.7, latest=4, pages=ha.TopPages(page=4)),
-    "subgen": ha.SubGen(delta=3.0, samples=2, value_samples=8, most_clusters=99),
+    "means": policies.ClusterMeans(latest=4),
+    "hitters": policies.HeavyHitters(),
+    "pages": policies.TopPages(page=4),
+    "look once": policies.LookOnce(keep=0.7, latest=4, pages=policies.TopPages(page=4)),
+    "subgen": policies.SubGen(delta=3.0, samples=2, value_samples=8, most_clusters=99),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:no attention call was approximated")
 
@@ -129,7 +130,7 @@ def test_a_coreset_is_read_with_weights_beside_the_rule(rule: ScoreRule) -> None
 def test_pages_that_are_all_chosen_are_read_exactly(rule: ScoreRule) -> None:
     q, k, v = qkv()
     # a budget of 29 reads all but nothing: sinks, 6 pages and the window are all 30 keys, the last page but partly
-    store = ha.TopPages(page=2).store(Room(29, 2, 4), 0, 0, None)
+    store = policies.TopPages(page=2).store(Room(29, 2, 4), 0, 0, None)
     store.append(k[:, :, :27], v[:, :, :27])
     store.settle(q, 8**-0.5)
     store.append(k[:, :, 27:], v[:, :, 27:])

@@ -56,10 +56,12 @@ def oracle(q, k, v, is_causal, align, key_mask=None):
     return exact_attention(*(x.double() for x in (q, k, v)), scale=SCALE, visible=visible, key_mask=key_mask)
 
 
-def run(q, k, v, is_causal, align, **options):
-    return ha.attention(
-        q, k, v, is_causal=is_causal, causal_align=align, scale=SCALE, enable_gqa=True, method=ha.Exact(), **options
-    )
+def run(q, k, v, is_causal, align, *, with_lse=False, **options):
+    options |= {"is_causal": is_causal, "causal_align": align, "scale": SCALE, "enable_gqa": True, "method": ha.Exact()}
+    if not with_lse:
+        return ha.attention(q, k, v, **options)
+    result = ha.measured_attention(q, k, v, **options)
+    return result.out, result.lse
 
 
 class Operators(TorchDispatchMode):
@@ -94,7 +96,7 @@ def test_every_shape_runs_a_fused_kernel_and_is_the_oracle(shape, with_lse):
     *sizes, is_causal, align = shape
     q, k, v = make(*sizes)
     with Operators() as seen:
-        result = run(q, k, v, is_causal, align, return_lse=with_lse)
+        result = run(q, k, v, is_causal, align, with_lse=with_lse)
     expected = oracle(q, k, v, is_causal, align)
     out, lse = result if with_lse else (result, None)
     assert_near(out, expected.out)
@@ -120,7 +122,7 @@ def test_gradients_are_those_of_the_oracle(shape, with_lse):
         return torch.autograd.grad(loss, leaves)
 
     def ours(*leaves):
-        result = run(*leaves, is_causal, align, return_lse=with_lse)
+        result = run(*leaves, is_causal, align, with_lse=with_lse)
         return result if with_lse else (result, None)
 
     def theirs(*leaves):
@@ -141,7 +143,7 @@ def test_masks_of_keys(names, shape, with_lse):
     key_mask = mask_of(names, sizes[3])
     for x in (k, v):
         x.transpose(1, 2)[~key_mask] = torch.nan
-    result = run(q, k, v, is_causal, align, key_mask=key_mask, return_lse=with_lse)
+    result = run(q, k, v, is_causal, align, key_mask=key_mask, with_lse=with_lse)
     expected = oracle(q, k, v, is_causal, align, key_mask)
     out, lse = result if with_lse else (result, None)
     assert_near(out, expected.out)
@@ -245,7 +247,7 @@ def test_on_a_gpu_fused_kernels_are_the_oracle(queries, keys, is_causal, masked)
     q, k, v = make(32, 8, queries, keys, batch=1, dtype=torch.bfloat16, width=128, device="cuda")
     key_mask = (torch.arange(keys, device="cuda") >= 100)[None] if masked else None
     with Operators() as seen:
-        out, lse = run(q, k, v, is_causal, "lower_right", key_mask=key_mask, return_lse=True)
+        out, lse = run(q, k, v, is_causal, "lower_right", key_mask=key_mask, with_lse=True)
         alone = run(q, k, v, is_causal, "lower_right", key_mask=key_mask)
     assert "_scaled_dot_product_flash_attention" in seen.names
     assert "bmm" not in seen.names
@@ -264,7 +266,7 @@ def test_on_a_gpu_gradients_are_the_oracles(dtype, with_lse):
     x = make(8, 2, 200, 700, batch=1, dtype=dtype, width=64, device="cuda")
     found = []
     for attend, leaves in (
-        (lambda *t: run(*t, True, "lower_right", return_lse=True) if with_lse else (run(*t, True, "lower_right"), None), x),
+        (lambda *t: run(*t, True, "lower_right", with_lse=True) if with_lse else (run(*t, True, "lower_right"), None), x),
         (lambda *t: vars(oracle(*t, True, "lower_right")).values(), [t.double() for t in x]),
         (lambda *t: vars(oracle(*t, True, "lower_right")).values(), x),
     ):

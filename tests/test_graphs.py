@@ -7,6 +7,7 @@ import pytest
 ONE_NODE = """
 import torch
 import hyperattention as ha
+from hyperattention import select
 torch.manual_seed(0)
 graphs = []
 
@@ -17,7 +18,8 @@ def remember(graph, inputs):
 def attend(q, k, v):
     # made while the graph is traced, as a model would
     method = ha.Method(ha.Sinks(2), ha.Window(8), ha.Draw(4, by=ha.Descent()), tile=8)
-    return ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=method, return_lse=True)
+    result = ha.measured_attention(q, k, v, is_causal=True, enable_gqa=True, method=method)
+    return result.out, result.lse
 
 def default(q, k, v):
     return ha.attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -106,7 +108,7 @@ class Mine(ha.Window):
     pass
 
 for method in (ha.default_method(10**6), ha.lean_method(10**6), ha.thorough_method(10**6), ha.HyperAttention(),
-               ha.Method(ha.Draw(4, by=ha.Mix((ha.Uniform(), 0.25), (ha.ValueNorm(), 0.75)))),
+               ha.Method(ha.Draw(4, by=select.Mix((ha.Uniform(), 0.25), (select.ValueNorm(), 0.75)))),
                ha.ByHead((ha.Exact(), ha.default_method(10**6)))):
     assert is_opaque(method) and _read_method(write_method(method)) == method, method
 assert not is_opaque(ha.Method(Mine(8)))

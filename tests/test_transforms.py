@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 import hyperattention as ha
 from assertions import assert_exact
 from cases import CONTROL
+from front_door import with_lse
+from hyperattention import policies
 from hyperattention.coreset import Coreset
 from hyperattention.experimental.feature_attention import feature_attention
 from hyperattention.methods.oracle import TopKeys
@@ -47,7 +49,7 @@ def stored(q: Tensor) -> Tensor:
 def paged_by_rank(q: Tensor) -> Tensor:
     from hyperattention.cache.room import Room
 
-    store = ha.TopPages(page=2, most_queries=99).store(Room(40, sinks=3, window=12), 0, 0, None)
+    store = policies.TopPages(page=2, most_queries=99).store(Room(40, sinks=3, window=12), 0, 0, None)
     store.append(K, V)
     return store.attend(q, 0.3).out
 
@@ -57,7 +59,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "top keys": lambda q: attend(q, TopKeys(8)),
     "the published method": lambda q: attend(q, ha.HyperAttention(block_size=8, sample_size=8, min_seq_len=16)),
     "a method for each head": lambda q: attend(q, ha.ByHead((CONTROL, ha.Exact()))),
-    "a standard error": lambda q: attend(q, return_standard_error=True)[0],
+    "a standard error": lambda q: ha.measured_attention(q, K, V, is_causal=True, method=CONTROL, standard_error=True).out,
     "an audit": lambda q: attend(q, ha.Exact(), audit=4)[0],
     "a tolerance": lambda q: attend(q, None, tolerance=0.2)[0],
     "packed sequences": lambda q: ha.varlen_attention(q, K, V, EDGES, is_causal=True, method=CONTROL),
@@ -134,7 +136,7 @@ def test_second_derivatives_and_batches_of_gradients_are_refused(name: str) -> N
 
 def test_exact_attention_with_lse_follows_transforms() -> None:
     def call(q: Tensor) -> Tensor:
-        return ha.attention(q, K.double(), V.double(), method=ha.Exact(), return_lse=True)[0]
+        return with_lse(q, K.double(), V.double(), method=ha.Exact())[0]
 
     q, step = Q.double(), 1e-6
     along = torch.ones_like(q)
@@ -144,9 +146,7 @@ def test_exact_attention_with_lse_follows_transforms() -> None:
     (expected,) = torch.autograd.grad(call(leaf).square().sum(), leaf)
     assert_exact(torch.func.grad(lambda x: call(x).square().sum())(q), expected)
     assert_exact(torch.func.vmap(call)(torch.stack([q, 2 * q]))[1], call(2 * q))
-    assert torch.autograd.gradgradcheck(
-        lambda x: ha.attention(x, x, x, method=ha.Exact(), return_lse=True), leaf[:, :1, :3, :2]
-    )
+    assert torch.autograd.gradgradcheck(lambda x: with_lse(x, x, x, method=ha.Exact()), leaf[:, :1, :3, :2])
 
 
 SCALED = {
