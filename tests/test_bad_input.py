@@ -28,6 +28,8 @@ def without_shape_checks() -> Iterator[None]:
 def call(change: dict[str, Tensor] | None = None, **options) -> Tensor:
     q, k, v = tensors(12, batch=2, heads=4, kv_heads=4)
     arguments = {"query": q, "key": k, "value": v} | (change or {})
+    if "audit" in options:
+        return ha.measured_attention(**arguments, **options).out
     return ha.attention(**arguments, **options)
 
 

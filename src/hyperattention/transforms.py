@@ -114,7 +114,7 @@ def refuse_second_derivatives(operator, what: str) -> None:
 
     def refuse(ctx, *gradients):
         raise NotImplementedError(
-            f"{what} has no second derivatives: leave create_graph out, or use method=Exact() through measured_attention"
+            f"{what} has no second derivatives: leave create_graph out, or use method=Exact() on float64 tensors"
         )
 
     operator.register_autograd(refuse)

@@ -67,7 +67,7 @@ class Bytes(Codec):
 
     def decode(self, tokens: Any, **options: Any) -> str:
         """Read the bytes; those that are no character become a sign that says so."""
-        return bytes(torch.as_tensor(tokens).flatten().tolist()).decode("utf-8", "replace")
+        return bytes(torch.as_tensor(tokens, dtype=torch.int64, device="cpu").flatten().tolist()).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def window_state(layer: DynamicSlidingWindowLayer) -> dict[str, Tensor]:
     num = min(layer.cumulative_length, layer.sliding_window - 1)
     first = layer.keys.shape[2] - num
     k, v = (x[:, :, first:].clone(memory_format=torch.contiguous_format) for x in (layer.keys, layer.values))
-    return {"k": k, "v": v, "numbers": torch.tensor([layer.cumulative_length])}
+    return {"k": k, "v": v, "numbers": torch.tensor([layer.cumulative_length], dtype=torch.int64, device="cpu")}
 
 
 def restore_window(layer: DynamicSlidingWindowLayer, state: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.merge import merge
+from hyperattention.transforms import refuse_batched_gradients, refuse_second_derivatives
 from hyperattention.types import Partial
 
 # up to so many rows of a group are folded into one matrix, which reads keys once for all; more would copy much for little
@@ -128,6 +129,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, grad_lse):
+    refuse_batched_gradients("exact attention with lse by the kernel of a CPU", grad_out, grad_lse)
     q, k, v, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -136,3 +138,4 @@ def _differentiate(ctx, grad_out, grad_lse):
 
 
 _cpu_flash.register_autograd(_differentiate, setup_context=_setup_context)
+refuse_second_derivatives(_cpu_flash_backward, "exact attention with lse by the kernel of a CPU")
