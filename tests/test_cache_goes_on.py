@@ -76,7 +76,7 @@ def assert_goes_on(model: nn.Module, ours: object, expected: object) -> None:
 
 
 def through_file(cache: object, model: nn.Module, path: Path) -> object:
-    file.save_cache(cache, model, path / "doc.safetensors")
+    file.save_cache(cache, model, path / "doc.safetensors", overwrite=True)
     return file.load_cache(path / "doc.safetensors", model)[0]
 
 

@@ -148,7 +148,7 @@ def test_only_methods_that_take_part_have_to_fit_the_budget() -> None:
 
 
 def test_doctor_names_the_extra_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hyperattention.cli.main import doctor
+    from hyperattention.cli import doctor
 
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'hyperattention[transformers]'" in invoke("doctor")[1]

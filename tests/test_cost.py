@@ -8,7 +8,7 @@ from torch import Tensor
 
 import hyperattention as ha
 from cases import CASES, CONTROL, Case
-from hyperattention import select
+from hyperattention import rivals, select
 from hyperattention.methods.method import Method
 from hyperattention.select.score.blocks import BlockRank
 from problems import problem
@@ -111,5 +111,5 @@ def test_memory_is_that_of_the_tensors_it_names():
 
 def test_a_method_prints_as_the_code_that_makes_it():
     for case in CASES:
-        names = vars(ha) | vars(select)
+        names = vars(ha) | vars(select) | vars(rivals) | {"Exact": ha.Exact}
         assert eval(repr(case.method), names) == case.method

@@ -13,6 +13,7 @@ from torch import nn
 import hyperattention as ha
 from cases import CASES
 from front_door import with_error, with_lse
+from hyperattention import select
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import method_from_json, method_to_json
@@ -267,7 +268,7 @@ def test_by_layer_prints_pickles_and_costs(plan: ha.Plan) -> None:
     method = plan.method
     assert pickle.loads(pickle.dumps(method)) == method
     assert hash(method) == hash(plan.method)
-    assert eval(repr(method), vars(ha)) == method
+    assert eval(repr(method), vars(ha) | vars(select)) == method
     assert method.cost(LENGTH).pairs == pytest.approx((52 + (LENGTH + 1) / 2 + DRAWN.cost(LENGTH).pairs + 52) / 4)
     assert not method.complete
     assert len(method.methods) == NUM_LAYERS
