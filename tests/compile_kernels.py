@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperattention.kernels.choose import block_mass as block_mass_triton
-from hyperattention.kernels.choose import draw_leaves as draw_leaves_triton
-from hyperattention.kernels.choose import prepare as prepare_triton
+from hyperattention.kernels.choose import triton_block_mass
+from hyperattention.kernels.choose import triton_draw_leaves
+from hyperattention.kernels.choose import triton_prepare
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_forward as list_triton
@@ -86,13 +86,13 @@ def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) 
 
 def launches_of_masses(dtype: torch.dtype, dim: int, rows: int) -> Iterator[tuple[str, Launch]]:
     query, edges, lse = torch.empty(1, TILES, rows, dim, dtype=dtype), indices(1, TILES, 5), torch.empty(1, TILES, rows)
-    yield "block lse", block_mass_triton.launch_lse(query, torch.empty(1, 9, 2 * dim, dtype=dtype), edges, lse, 9, 256)
+    yield "block lse", triton_block_mass.launch_lse(query, torch.empty(1, 9, 2 * dim, dtype=dtype), edges, lse, 9, 256)
     for first, mass, size, kinds in (
         (None, torch.empty(1, TILES, 9), 256, (2, 4)),
         (indices(1, TILES, 384), torch.empty(1, TILES, 384), 16, (1, 3)),
     ):
         summary = torch.empty(1, 2304 // size, sum(kinds), dim, dtype=dtype)
-        launch = block_mass_triton.launch_mass(query, summary, first, edges, lse, mass, size, 2, kinds)
+        launch = triton_block_mass.launch_mass(query, summary, first, edges, lse, mass, size, 2, kinds)
         yield f"block mass, blocks of {size}", launch
 
 
@@ -100,10 +100,10 @@ def launches_of_preparation(dtype: torch.dtype, dim: int) -> Iterator[tuple[str,
     k, middle = torch.empty(2, KEYS, dim, dtype=dtype), torch.empty(2, 1, dim)
     basis = torch.empty(2, dim, 64) if dim > 64 else None
     width = min(dim, 64)
-    yield "keys prepared", prepare_triton.launch_keys(k, middle, basis, torch.empty(2, KEYS, width))
+    yield "keys prepared", triton_prepare.launch_keys(k, middle, basis, torch.empty(2, KEYS, width))
     for group in (1, 4, 8):
         q, pools = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), torch.empty(2, TILES, 16 * group, width, dtype=dtype)
-        yield f"queries of {group} heads pooled", prepare_triton.launch_queries(q, basis, pools, 0, 64, 4, 0, 2, 0.1)
+        yield f"queries of {group} heads pooled", triton_prepare.launch_queries(q, basis, pools, 0, 64, 4, 0, 2, 0.1)
 
 
 def launches_of_draws() -> Iterator[tuple[str, Launch]]:
@@ -114,7 +114,7 @@ def launches_of_draws() -> Iterator[tuple[str, Launch]]:
             torch.empty(1, TILES, closed),
         )
         results, offset = (indices(1, TILES, 688), torch.empty(1, TILES, 688)), torch.zeros(1, TILES, dtype=torch.float64)
-        launch = draw_leaves_triton.launch_draw(
+        launch = triton_draw_leaves.launch_draw(
             first, indices(leaves), mass, alive, indices(1, TILES), offset, results, 0.2, 2, 1e-30
         )
         yield f"draws from {leaves} leaves", launch

@@ -20,14 +20,16 @@ __all__ = ["document", "own_model"]
 def test_layers_that_no_file_holds_are_refused_before_the_text_is_read(
     own_model: Path, document: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = transformers.Olmo3Config(
+    config = transformers.Qwen3NextConfig(
         vocab_size=len(WORDS) + 1, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=20, max_position_embeddings=2048, pad_token_id=0, eos_token_id=0,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=2048, pad_token_id=0, eos_token_id=0,
+        linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
     )  # fmt: skip
-    transformers.Olmo3ForCausalLM(config).save_pretrained(own_model)
+    transformers.Qwen3NextForCausalLM(config).save_pretrained(own_model)
     monkeypatch.setattr(session, "read", lambda *_: pytest.fail("something was read"))
     document.write_text("the quick brown fox " * 100)
-    assert "have sliding windows" in run("cache", own_model, document, code=2).stderr
+    assert "are of kinds that this file does not hold" in run("cache", own_model, document, code=2).stderr
 
 
 @pytest.mark.parametrize(

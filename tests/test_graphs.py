@@ -101,6 +101,7 @@ CUSTOM = """
 import dataclasses
 import torch
 import hyperattention as ha
+from hyperattention import select
 from hyperattention.compiled import is_opaque, write_method, _read_method
 
 @dataclasses.dataclass(frozen=True)

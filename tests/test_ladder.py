@@ -11,6 +11,7 @@ from front_door import within
 from hyperattention.error.tolerance import certificate, pilot
 from hyperattention.error.tolerance import within as tolerance
 from hyperattention.error.tolerance.ladder import Ladder, default_ladder
+from hyperattention.error.tolerance.terms import CONFIDENCE, terms_of
 from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from problems import tensors
@@ -118,8 +119,8 @@ def test_no_pilot_is_run_where_even_the_cheapest_rung_would_save_nothing(monkeyp
 
 def test_heads_and_attempts_share_the_chance_of_a_wrong_bound():
     q, k, v = easy(batch=3)
-    call = tolerance._Call(Problem(q, k, v, 1.0, causal=True), 0.2, LADDER, lse=False)
-    assert sum(aim.chance for aim in call.aims) * 3 * 4 == pytest.approx(1 - tolerance.CONFIDENCE)
+    terms = terms_of(Problem(q, k, v, 1.0, causal=True), 0.2, lse=False)
+    assert sum(aim.chance for aim in terms.aims) * 3 * 4 == pytest.approx(1 - CONFIDENCE)
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,10 @@ def test_the_command_times_a_plan_again(short_plan: Path, tmp_path: Path) -> Non
     after = ha.load_plan(out)
     assert [each.length for each in after.measured.times] == [128]
     assert after.layers == before.layers
-    # by default in place of the old one
+    # in place of the old one only where that is asked for
     code, output = invoke("retime", short_plan)
+    assert (code, "--overwrite" in output) == (2, True), output
+    code, output = invoke("retime", short_plan, "--overwrite")
     assert code == 0, output
     assert ha.load_plan(short_plan).measured.times[0].length == 128
     assert [each.name for each in sorted(tmp_path.iterdir())] == ["again.json", "slow.json"]

@@ -11,10 +11,10 @@ MOST_ROWS = 256
 
 @torch.library.custom_op("hyperattention::block_lse", mutates_args=())
 def block_lse(query: Tensor, moments: Tensor, edges: Tensor, number: int, size: int) -> Tensor:
-    """See `block_mass_triton.block_lse`."""
-    from hyperattention.kernels.choose import block_mass as block_mass_triton
+    """See `triton_block_mass.block_lse`."""
+    from hyperattention.kernels.choose import triton_block_mass
 
-    return block_mass_triton.block_lse(query, moments, edges, number, size)
+    return triton_block_mass.block_lse(query, moments, edges, number, size)
 
 
 @block_lse.register_fake
@@ -35,10 +35,10 @@ def block_mass(
     means: int,
     far: int,
 ) -> Tensor:
-    """See `block_mass_triton.block_mass`."""
-    from hyperattention.kernels.choose import block_mass as block_mass_triton
+    """See `triton_block_mass.block_mass`."""
+    from hyperattention.kernels.choose import triton_block_mass
 
-    return block_mass_triton.block_mass(query, summary, first, edges, lse, number, size, cut, (means, far))
+    return triton_block_mass.block_mass(query, summary, first, edges, lse, number, size, cut, (means, far))
 
 
 @block_mass.register_fake
@@ -59,10 +59,10 @@ def draw_leaves(
     clip_rounds: int,
     least: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `draw_leaves_triton.draw_leaves`."""
-    from hyperattention.kernels.choose import draw_leaves as draw_leaves_triton
+    """See `triton_draw_leaves.draw_leaves`."""
+    from hyperattention.kernels.choose import triton_draw_leaves
 
-    return draw_leaves_triton.draw_leaves(first, size, mass, alive, count, offset, num, uniform_share, clip_rounds, least)
+    return triton_draw_leaves.draw_leaves(first, size, mass, alive, count, offset, num, uniform_share, clip_rounds, least)
 
 
 @draw_leaves.register_fake
@@ -73,10 +73,10 @@ def _(first, size, mass, alive, count, offset, num, *rest):
 
 @torch.library.custom_op("hyperattention::prepare_keys", mutates_args=())
 def prepare_keys(k: Tensor, middle: Tensor, basis: Tensor | None, room: int) -> Tensor:
-    """See `prepare_triton.prepare_keys`."""
-    from hyperattention.kernels.choose import prepare as prepare_triton
+    """See `triton_prepare.prepare_keys`."""
+    from hyperattention.kernels.choose import triton_prepare
 
-    return prepare_triton.prepare_keys(k, middle, basis, room)
+    return triton_prepare.prepare_keys(k, middle, basis, room)
 
 
 @prepare_keys.register_fake
@@ -97,10 +97,10 @@ def prepare_queries(
     kv_heads: int,
     scale: float,
 ) -> Tensor:
-    """See `prepare_triton.prepare_queries`."""
-    from hyperattention.kernels.choose import prepare as prepare_triton
+    """See `triton_prepare.prepare_queries`."""
+    from hyperattention.kernels.choose import triton_prepare
 
-    return prepare_triton.prepare_queries(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale)
+    return triton_prepare.prepare_queries(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale)
 
 
 @prepare_queries.register_fake
