@@ -9,7 +9,7 @@ from hyperattention.attention import attention
 from hyperattention.bench.case import Case
 from hyperattention.bench.error import pool
 from hyperattention.bench.rows import rows
-from hyperattention.bench.speed import Settings, Speed, measure_speed
+from hyperattention.bench.speed import Speed, SpeedSettings, measure_speed
 from hyperattention.bench.timing import interleave
 from hyperattention.error.audit import audit
 from hyperattention.methods.default import lean_method
@@ -26,7 +26,7 @@ def errors_of(results: Iterable[Speed]) -> str:
 
 def measure(case: Case, plan: Plan, repeats: int, *, published: bool = False) -> tuple[Speed, ...]:
     lines = [row for row in rows() if published or row.name != "published"]
-    return measure_speed(case, lines, Settings(repeats, plan.audit_rows, plan.memory), announce)
+    return measure_speed(case, lines, SpeedSettings(repeats, plan.audit_rows, plan.memory), announce)
 
 
 def speed_figure(claim: str, bar: float, case: Case, plan: Plan, repeats: int, *, published: bool = False) -> list[Record]:
@@ -104,13 +104,13 @@ def growth(plan: Plan) -> list[Record]:
 def selection_at_length(plan: Plan) -> list[Record]:
     """What choosing costs beside the kernel at a million tokens, counted; what the method that costs least does there."""
     lean, usual = lean_method(plan.longest), next(row.method for row in rows() if row.name == "default")
-    contenders = {"lean": lean, "default": usual, "control": next(row.method for row in rows() if row.name == "control")}
+    candidates = {"lean": lean, "default": usual, "control": next(row.method for row in rows() if row.name == "control")}
     case = Case(plan.longest)
     inputs = case.structured_inputs()
-    calls = {name: case.call(method, inputs) for name, method in contenders.items()}
+    calls = {name: case.call(method, inputs) for name, method in candidates.items()}
     errors = {
         name: pool(
-            [audit(*inputs, call(), rows=plan.audit_rows // 4, is_causal=True, method=contenders[name], hardness=False)]
+            [audit(*inputs, call(), rows=plan.audit_rows // 4, is_causal=True, method=candidates[name], hardness=False)]
         )
         for name, call in calls.items()
     }
@@ -119,13 +119,13 @@ def selection_at_length(plan: Plan) -> list[Record]:
         {"part": "length", "case": case, "row": name, "method": repr(method), "cost": method.cost(plan.longest),
          "cost_at_8_times_the_length": method.cost(8 * plan.longest), "error": errors[name],
          "median_s": times[name].median, "quartiles_s": times[name].quartiles}
-        for name, method in contenders.items()
+        for name, method in candidates.items()
     ]  # fmt: skip
     cost, longer = lean.cost(plan.longest), lean.cost(8 * plan.longest)
     beside = "; ".join(
-        f"{name}: {contenders[name].cost(plan.longest).selection_pairs:,.0f} products a query, error "
+        f"{name}: {candidates[name].cost(plan.longest).selection_pairs:,.0f} products a query, error "
         f"{format_error(errors[name])}, {times[name].median / times['control'].median:.2f}x the control's time"
-        for name in contenders
+        for name in candidates
     )
     grows = f"{cost.selection_pairs:,.0f} products a query, and {longer.selection_pairs:,.0f} at {8 * plan.longest:,}"
     claim = f"selection pairs of the lean method at {plan.longest:,} tokens, relative to the kernel's"

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.bench.timing import Timing, speedup
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 from hyperattention.coreset import Coreset
 from hyperattention.files.records import write_records
@@ -61,13 +61,15 @@ class Steps:
     approximated: int
 
 
-def stores(room: Room) -> dict[str, Store]:
+def stores(room: CacheBudget) -> dict[str, Store]:
     """Who takes part; the first is the default, the second the control."""
     return {
-        "cluster means (default)": CondensingStore(ClusterMeans(), room),
-        "uniform sample (control)": CondensingStore(UniformSample(), room),
-        "streaming": CondensingStore(Latest(), room),
-        "pages, nothing dropped": TopPages().store(Room(room.budget, room.sinks, min(128, room.budget // 16)), 0, 0, None),
+        "cluster means (default)": CompressingStore(ClusterMeans(), room),
+        "uniform sample (control)": CompressingStore(UniformSample(), room),
+        "streaming": CompressingStore(Latest(), room),
+        "pages, nothing dropped": TopPages().store(
+            CacheBudget(room.budget, room.sinks, min(128, room.budget // 16)), 0, 0, None
+        ),
     }
 
 
@@ -90,10 +92,10 @@ def run(inputs: Inputs, plan: Plan) -> tuple[Timing, Timing, dict[str, Steps]]:
     q, k, v = inputs.q, inputs.k, inputs.v
     start, scale = plan.keys - plan.steps, q.shape[3] ** -0.5
     budget = plan.keys // plan.share
-    held = stores(Room(budget, min(16, budget // 8), budget // 2))
+    held = stores(CacheBudget(budget, min(16, budget // 8), budget // 2))
     for store in held.values():
         store.append(k[:, :, :start], v[:, :, :start])
-        store.settle(q[:, :, :start], scale)
+        store.end_step(q[:, :, :start], scale)
     weight = torch.zeros(k.shape[:3])
     exact, own, spent = [], [], {name: ([], [], []) for name in held}
     for at in range(start, plan.keys):
@@ -108,9 +110,9 @@ def run(inputs: Inputs, plan: Plan) -> tuple[Timing, Timing, dict[str, Steps]]:
             store = held[name]
             written, _ = timed(lambda store=store, step=step: store.append(k[:, :, step], v[:, :, step]))
             seconds, part = timed(lambda store=store, step=step: store.attend(q[:, :, step], scale))
-            settled, _ = timed(lambda store=store, step=step: store.settle(q[:, :, step], scale))
+            ended, _ = timed(lambda store=store, step=step: store.end_step(q[:, :, step], scale))
             error = (part.out - truth).norm(dim=-1) / truth.norm(dim=-1)
-            for column, value in zip(spent[name], (seconds, written + settled, error.mean().item()), strict=True):
+            for column, value in zip(spent[name], (seconds, written + ended, error.mean().item()), strict=True):
                 column.append(value)
     steps = {
         name: Steps(
@@ -165,7 +167,7 @@ def describe(shape: dict, name: str, exact: Timing, each: Steps, whole: int) -> 
 
 
 def mean(timing: Timing) -> float:
-    # an average, not a median: one step in many pays for a condensation
+    # an average, not a median: one step in many pays for a compression
     return sum(timing.seconds) / len(timing.seconds)
 
 

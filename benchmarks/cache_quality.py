@@ -18,9 +18,9 @@ from claims import announce, figure
 from rich.console import Console
 
 from hyperattention.cache.policy import Policy
-from hyperattention.evaluation.ask import Asking, ask
+from hyperattention.evaluation.ask import AskSettings, ask
 from hyperattention.evaluation.continuation import Texts, continuation_loss
-from hyperattention.evaluation.policies import choose_entrants, contenders_at
+from hyperattention.evaluation.policies import candidates_at, choose_families
 from hyperattention.evaluation.run import dialect_of, haystack_of
 from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
 from hyperattention.evaluation.tasks import TASKS
@@ -54,13 +54,13 @@ TOY = Plan(((1024, (("single", 1), ("multi-key", 1))),), (256,), 4, 1, 2, 256)
 
 
 def measure(plan: Plan, policies: tuple[str, ...] | None, reference: Path) -> tuple[Sequence[Cell], Sequence[Continuation]]:
-    judged = load_reference(reference)
-    haystack = haystack_of(judged, Text(held_out_text(), "held-out text"))
-    contenders = contenders_at(choose_entrants(policies), plan.budgets)
+    loaded = load_reference(reference)
+    haystack = haystack_of(loaded, Text(held_out_text(), "held-out text"))
+    candidates = candidates_at(choose_families(policies), plan.budgets)
     replies, losses = [], []
     for length, tasks in plan.tasks:
         for seed in range(plan.seeds):
-            asking = Asking(judged.model, dialect_of(judged), contenders, seed=seed)
+            asking = AskSettings(loaded.model, dialect_of(loaded), candidates, seed=seed)
             for task, contexts in tasks:
                 announce(f"{task}, {length:,} tokens, seed {seed}")
                 replies += ask(asking, TASKS[task](Setting(haystack, length, plan.depths, contexts, seed)))
@@ -73,14 +73,14 @@ def measure(plan: Plan, policies: tuple[str, ...] | None, reference: Path) -> tu
 def loss_figures(found: Sequence[Continuation]) -> list:
     """The best policy that drops keys, no baseline, against the uniform control, wherever the control loses enough."""
     figures = []
-    for length, budget in dict.fromkeys((each.length, each.contender.budget) for each in found):
+    for length, budget in dict.fromkeys((each.length, each.candidate.budget) for each in found):
         own = {
-            each.contender.entrant.name: each for each in found if (each.length, each.contender.budget) == (length, budget)
+            each.candidate.family.name: each for each in found if (each.length, each.candidate.budget) == (length, budget)
         }
         control, streaming = own[CONTROL].added, own[STREAMING].added
         ours = [
             each for each in own.values()
-            if isinstance(each.contender.entrant.policy, Policy) and not each.contender.entrant.baseline
+            if isinstance(each.candidate.family.policy, Policy) and not each.candidate.family.baseline
         ]  # fmt: skip
         if not ours or control.nats < ENOUGH:
             continue
@@ -88,7 +88,7 @@ def loss_figures(found: Sequence[Continuation]) -> list:
         ratio = best.added.nats / control.nats
         claim = f"loss added by the best dropping policy, of the uniform control's; {length:,} tokens, {budget} slots"
         beside = (
-            f"{best.contender.entrant.name} {best.added.nats:+.4f} ± {best.added.error or 0:.4f} nats a byte, control "
+            f"{best.candidate.family.name} {best.added.nats:+.4f} ± {best.added.error or 0:.4f} nats a byte, control "
             f"{control.nats:+.4f} ± {control.error or 0:.4f}, streaming {streaming.nats:+.4f} ± {streaming.error or 0:.4f}; "
             f"best of {len(ours)} on the same {best.added.texts} texts"
         )
@@ -101,11 +101,11 @@ def retrieval_figures(found: Sequence[Cell], plan: Plan) -> list:
     figures = []
     for length, task in dict.fromkeys((cell.length, cell.task) for cell in found):
         own = [cell for cell in found if (cell.length, cell.task, cell.visible) == (length, task, False) and not cell.beyond]
-        whole = next((cell.memory_bytes for cell in own if cell.contender.entrant.policy is None), None)
+        whole = next((cell.memory_bytes for cell in own if cell.candidate.family.policy is None), None)
         behind: dict[str, float] = {}
         for cell in own:
-            who = cell.contender
-            selects = who.entrant.policy is not None and whole is not None and cell.memory_bytes >= 0.9 * whole
+            who = cell.candidate
+            selects = who.family.policy is not None and whole is not None and cell.memory_bytes >= 0.9 * whole
             if selects and who.budget * 16 <= length and cell.depth is not None:
                 behind[who.name] = max(behind.get(who.name, 0.0), cell.ceiling.value - cell.share.value)
         if not behind:

@@ -14,7 +14,7 @@ class Plan:
     medium: int = 32768
     long: int = 131072
     longest: int = 2**20
-    judged: int | None = None
+    loaded: int | None = None
     documents: int = 16
     captured: int = 4
     repeats: int = 5
@@ -28,7 +28,7 @@ TOY = Plan(
     medium=1024,
     long=2048,
     longest=4096,
-    judged=1024,
+    loaded=1024,
     documents=2,
     captured=1,
     repeats=1,

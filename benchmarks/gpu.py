@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --peer DIR                        # published HyperAttention's own code from a checkout
     python benchmarks/gpu.py --toy --out /tmp/toy.jsonl        # tiny, on a CPU, to see that the script runs; says nothing
 
-Every comparison is of one run: times in turn, the error of every contender against exact rows beside them, on structured
+Every comparison is of one run: times in turn, the error of every candidate against exact rows beside them, on structured
 and Gaussian inputs. The records are committed, and benchmarks/report.py writes tables and plots from them. Needs torch and
 the package alone; the package is found beside this script where it is not installed.
 """

@@ -51,15 +51,15 @@ def find(records: Records, part: str, inputs: str = "structured", **shape: objec
     return None
 
 
-def contender(record: Mapping | None, name: str) -> Mapping | None:
-    """A contender of a comparison, if it ran."""
+def candidate(record: Mapping | None, name: str) -> Mapping | None:
+    """A candidate of a comparison, if it ran."""
     found = () if record is None else record["contenders"]
     return next((each for each in found if each["name"] == name and not each.get("failed")), None)
 
 
 def ours_of(record: Mapping | None) -> Mapping | None:
     """The method judged, if it really approximated."""
-    ours = contender(record, "ours")
+    ours = candidate(record, "ours")
     return ours if ours and ours["approximated"] else None
 
 
@@ -74,11 +74,11 @@ def error_text(line: Mapping | None) -> str:
 
 def beside_text(record: Mapping | None) -> str:
     """Errors of the method judged, its control and exact attention in its own precision."""
-    parts = [f"error {error_text(contender(record, 'ours'))}"]
-    if control := contender(record, "control"):
+    parts = [f"error {error_text(candidate(record, 'ours'))}"]
+    if control := candidate(record, "control"):
         times = f", {control['speedup']['value']:.3g}x" if control.get("speedup") else ""
         parts.append(f"control, same slots: {error_text(control)}{times}")
-    if record and (exact := contender(record, record["reference"])):
+    if record and (exact := candidate(record, record["reference"])):
         parts.append(f"exact itself: {error_text(exact)}")
     return "; ".join(parts)
 
@@ -133,7 +133,7 @@ def floor_bar(records: Records) -> Bar:
     ours = ours_of(record)
     if ours is None or not ours["over_floor"]:
         return unmeasured(records, "forward", figure, bar)
-    exact = contender(record, record["reference"])
+    exact = candidate(record, record["reference"])
     beside = f"floor {1000 * ours['floor_s']:.3g} ms; {beside_text(record)}"
     beside += f"; exact over its own floor: {exact['over_floor']:.3g}x" if exact and exact["over_floor"] else ""
     return Bar(figure, bar, f"{ours['over_floor']:.4g}x", beside, ours["over_floor"] <= 3)
@@ -144,7 +144,7 @@ def peer_bar(records: Records) -> Bar:
     figure, bar = "vs published HyperAttention's code, causal forward, 131,072 tokens", ">= 4x at no larger error"
     record = find(records, "peer", keys=LONG)
     ours = ours_of(record)
-    peers = [each for name in ("peer_flash", "peer_masked") if (each := contender(record, name))]
+    peers = [each for name in ("peer_flash", "peer_masked") if (each := candidate(record, name))]
     if ours is None or not ours["error"] or not peers or not all(each["error"] for each in peers):
         failed = [each["failed"] for each in (record or {}).get("contenders", ()) if each.get("failed")]
         found = unmeasured(records, "peer", figure, bar)
@@ -161,7 +161,7 @@ def share_bar(records: Records, part: str, figure: str, most: float) -> Bar:
     if ours_of(record) is None or record["share"] is None:
         return unmeasured(records, part, figure, bar)
     percent = 100 * record["share"]
-    beside = f"call {1000 * contender(record, 'ours')['median_s']:.3g} ms; {beside_text(record)}"
+    beside = f"call {1000 * candidate(record, 'ours')['median_s']:.3g} ms; {beside_text(record)}"
     return Bar(figure, bar, f"{percent:.4g} %", beside, percent <= most)
 
 

@@ -1,10 +1,10 @@
-"""Measure contenders on one task in one run: memory and error once, then times in turn; ratios to the fastest exact."""
+"""Measure candidates on one task in one run: memory and error once, then times in turn; ratios to the fastest exact."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from gpu_contenders import Contender, Entry, Failure
+from gpu_candidates import Candidate, Entry, Failure
 from gpu_roofline import floor_seconds
 from gpu_session import Record, Session, forget, reason_of
 from gpu_tasks import Task
@@ -27,7 +27,7 @@ class Scene:
         shape: sizes of the inputs.
         inputs: their kind.
         note: how they were made.
-        judge: gives the error of a contender's outputs, by its name, or None where there is nothing to judge.
+        judge: gives the error of a candidate's outputs, by its name, or None where there is nothing to judge.
         floor: gives the seconds below which no call with so many pairs can be, or None.
     """
 
@@ -40,9 +40,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one contender before times are taken in turn."""
+    """What was found of one candidate before times are taken in turn."""
 
-    contender: Contender
+    candidate: Candidate
     seconds: float
     calls: int
     memory_bytes: int | None
@@ -78,18 +78,18 @@ def compare(session: Session, part: str, scene: Scene, entries: Sequence[Entry])
     failed = [each for each in entries if isinstance(each, Failure)]
     found: list[Measured] = []
     for each in entries:
-        if isinstance(each, Contender):
+        if isinstance(each, Candidate):
             result = _measure_once(session, scene, each)
             (failed if isinstance(result, Failure) else found).append(result)
             forget()
     timings = _time_in_turn(session, found)
     reference = min(
-        (each.contender.name for each in found if each.contender.name.startswith("exact")),
+        (each.candidate.name for each in found if each.candidate.name.startswith("exact")),
         key=lambda name: timings[name].median,
         default=None,
     )
     base = None if reference is None else timings[reference]
-    lines = [_line(each, scene, timings[each.contender.name], base) for each in found]
+    lines = [_line(each, scene, timings[each.candidate.name], base) for each in found]
     lines += [{"name": each.name, "label": each.label, "failed": each.reason} for each in failed]
     ours = next((line for line in lines if line["name"] == "ours" and not line.get("failed")), None)
     return {
@@ -99,55 +99,55 @@ def compare(session: Session, part: str, scene: Scene, entries: Sequence[Entry])
     }  # fmt: skip
 
 
-def _measure_once(session: Session, scene: Scene, contender: Contender) -> Measured | Failure:
+def _measure_once(session: Session, scene: Scene, candidate: Candidate) -> Measured | Failure:
     try:
-        if not contender.costly:
-            contender.call()
-        trial: Trial = try_out(contender.call, session.device)
+        if not candidate.costly:
+            candidate.call()
+        trial: Trial = try_out(candidate.call, session.device)
     except Exception as error:
-        print(f"  {contender.name} failed: {reason_of(error)}", flush=True)
-        return Failure(contender.name, contender.label, reason_of(error))
+        print(f"  {candidate.name} failed: {reason_of(error)}", flush=True)
+        return Failure(candidate.name, candidate.label, reason_of(error))
     error = why = None
     try:
-        error = scene.judge(contender.name, trial.outputs)
+        error = scene.judge(candidate.name, trial.outputs)
     except Exception as caught:
         why = reason_of(caught)
-    calls = 1 if contender.costly else calls_in_sample(trial.seconds, session.device)
-    return Measured(contender, trial.seconds, calls, trial.memory_bytes, error, why, trial.outputs[1:])
+    calls = 1 if candidate.costly else calls_in_sample(trial.seconds, session.device)
+    return Measured(candidate, trial.seconds, calls, trial.memory_bytes, error, why, trial.outputs[1:])
 
 
 def _time_in_turn(session: Session, found: Sequence[Measured]) -> dict[str, Timing]:
-    once = {each.contender.name: Timing((each.seconds,)) for each in found if each.contender.costly}
-    calls = {each.contender.name: (each.contender.call, each.calls) for each in found if not each.contender.costly}
-    each_round = sum(each.seconds * each.calls for each in found if not each.contender.costly)
+    once = {each.candidate.name: Timing((each.seconds,)) for each in found if each.candidate.costly}
+    calls = {each.candidate.name: (each.candidate.call, each.calls) for each in found if not each.candidate.costly}
+    each_round = sum(each.seconds * each.calls for each in found if not each.candidate.costly)
     rounds = max(1, min(session.plan.rounds, int(_SHARE_OF_TIME * session.clock.left / max(each_round, 1e-6))))
     return once | interleave(calls, rounds, session.device)
 
 
 def _line(each: Measured, scene: Scene, timing: Timing, base: Timing | None) -> Record:
-    contender, floor = each.contender, scene.floor(each.contender.pairs)
+    candidate, floor = each.candidate, scene.floor(each.candidate.pairs)
     return {
-        "name": contender.name, "label": contender.label, "method": contender.method, "exact": contender.exact,
-        "approximated": contender.approximated, "pairs_per_query": contender.pairs,
-        "share_of_exact_pairs": contender.share_of_pairs, "rounds": len(timing.seconds), "calls_in_sample": each.calls,
-        "warmed_up": not contender.costly,
+        "name": candidate.name, "label": candidate.label, "method": candidate.method, "exact": candidate.exact,
+        "approximated": candidate.approximated, "pairs_per_query": candidate.pairs,
+        "share_of_exact_pairs": candidate.share_of_pairs, "rounds": len(timing.seconds), "calls_in_sample": each.calls,
+        "warmed_up": not candidate.costly,
         "median_s": timing.median, "quartiles_s": timing.quartiles, "seconds": timing.seconds,
         "speedup": None if base is None else ratio_of(base, timing), "error": each.error, "error_failed": each.error_failed,
         "peak_memory_bytes": each.memory_bytes, "floor_s": floor, "over_floor": floor and timing.median / floor,
-        "note": contender.note, **contender.details(),
+        "note": candidate.note, **candidate.details(),
     }  # fmt: skip
 
 
 def _gradient_errors(found: Sequence[Measured]) -> Record | None:
     """Relative L2 difference of each gradient to that of the first exact kernel."""
-    exact = next((each for each in found if each.contender.exact and each.gradients), None)
+    exact = next((each for each in found if each.candidate.exact and each.gradients), None)
     if exact is None:
         return None
-    errors: Record = {"against": exact.contender.name}
+    errors: Record = {"against": exact.candidate.name}
     for each in found:
         if each is not exact and len(each.gradients) == len(exact.gradients):
             pairs = zip("qkv", each.gradients, exact.gradients, strict=True)
-            errors[each.contender.name] = {name: relative(ours, theirs) for name, ours, theirs in pairs}
+            errors[each.candidate.name] = {name: relative(ours, theirs) for name, ours, theirs in pairs}
     return errors
 
 

@@ -1,7 +1,7 @@
 """FlexAttention with sinks and a window: torch's own sparse kernel, at the slots of the method judged."""
 
 import torch
-from gpu_contenders import Contender, Entry, Failure, bind, sinks_and_slots
+from gpu_candidates import Candidate, Entry, Failure, bind, sinks_and_slots
 from gpu_session import Session, reason_of
 from gpu_tasks import Task
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 _BLOCK = 128
 
 
-def flex_contender(session: Session, task: Task) -> Entry:
+def flex_candidate(session: Session, task: Task) -> Entry:
     """Spend all slots on sinks and a window of certain keys; refused where the length is no multiple of its blocks."""
     sinks, slots = sinks_and_slots(session.plan.method)
     window = slots - sinks
@@ -19,7 +19,7 @@ def flex_contender(session: Session, task: Task) -> Entry:
     except Exception as error:
         return Failure("flex", label, reason_of(error))
     written = f"flex_attention(sinks={sinks}, window={window})"
-    return Contender("flex", label, bind(attend, task.tensors), written, float(slots), slots / task.exact_pairs, attend)
+    return Candidate("flex", label, bind(attend, task.tensors), written, float(slots), slots / task.exact_pairs, attend)
 
 
 def _attend(task: Task, sinks: int, window: int, *, compiled: bool):

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import torch
+from gpu_candidates import Candidate, Entry, candidate_of, exact_candidates, our_candidates, time_exact
 from gpu_compare import compare, scene_of
-from gpu_contenders import Contender, Entry, contender_of, exact_contenders, our_contenders, time_exact
-from gpu_flex import flex_contender
-from gpu_peer import peer_contenders
+from gpu_flex import flex_candidate
+from gpu_peer import peer_candidates
 from gpu_session import Record, Session
 from gpu_tasks import KINDS, Task, make_decode_tensors, make_long_tensors, make_tensors
 from gpu_timing import Call, Outputs
@@ -23,7 +23,7 @@ _COSTLY_SECONDS = 5.0
 
 def measure(session: Session, part: str, task: Task, others: list[Entry] | None = None) -> None:
     """Compare the exact kernels, the method judged, its control and others on one task."""
-    entries = [*exact_contenders(task), *our_contenders(session, task), *(others or ())]
+    entries = [*exact_candidates(task), *our_candidates(session, task), *(others or ())]
     session.journal.write(compare(session, part, scene_of(session, task), entries))
 
 
@@ -67,14 +67,14 @@ def long(session: Session) -> None:
 
 
 def _measure_long(session: Session, kind: str, kv_heads: int, exact: str, expected: float) -> bool:
-    """Compare on some kv heads, all contenders on the same; tell whether exact attention and the method judged ran."""
+    """Compare on some kv heads, all candidates on the same; tell whether exact attention and the method judged ran."""
     plan = session.plan
     costly = expected > _COSTLY_SECONDS
     task = Task(make_long_tensors(plan, kind, plan.longest, kv_heads))
-    entries = [*exact_contenders(task, [exact], costly=costly), *our_contenders(session, task)]
+    entries = [*exact_candidates(task, [exact], costly=costly), *our_candidates(session, task)]
     record = compare(session, "long", scene_of(session, task), entries)
     heads = f"all {plan.heads} heads" if kv_heads == plan.kv_heads else f"{task.tensors.q.shape[1]} of {plan.heads} heads"
-    note = f"{heads} for every contender, nothing extrapolated"
+    note = f"{heads} for every candidate, nothing extrapolated"
     note += ", exact attention timed once without warming up" if costly else ""
     session.journal.write(record | {"heads_note": note})
     return record["ratio"] is not None
@@ -85,7 +85,7 @@ def flex(session: Session) -> None:
     for kind in KINDS:
         task = Task(make_tensors(session.plan, kind, session.plan.long))
         fastest = next(iter(time_exact(session)))
-        entries = [*exact_contenders(task, [fastest]), *our_contenders(session, task), flex_contender(session, task)]
+        entries = [*exact_candidates(task, [fastest]), *our_candidates(session, task), flex_candidate(session, task)]
         session.journal.write(compare(session, "flex", scene_of(session, task), entries))
 
 
@@ -94,7 +94,7 @@ def peer(session: Session) -> None:
     for kind in KINDS:
         task = Task(make_tensors(session.plan, kind, session.plan.long))
         fastest = next(iter(time_exact(session)))
-        entries = [*exact_contenders(task, [fastest]), *our_contenders(session, task), *peer_contenders(session, task)]
+        entries = [*exact_candidates(task, [fastest]), *our_candidates(session, task), *peer_candidates(session, task)]
         session.journal.write(compare(session, "peer", scene_of(session, task), entries))
 
 
@@ -104,7 +104,7 @@ def decode(session: Session) -> None:
     cases = [("structured", batch) for batch in plan.batches] + [("gaussian", plan.batches[0])]
     for kind, batch in cases:
         task = Task(make_decode_tensors(plan, kind, batch), causal_align="lower_right")
-        default = contender_of(session, task, "default", "hyperattention, no method named", None)
+        default = candidate_of(session, task, "default", "hyperattention, no method named", None)
         measure(session, "decode", task, [default])
 
 
@@ -112,8 +112,8 @@ def audit(session: Session) -> None:
     """What the error bar costs: 64 audited rows a head, relative to the call they judge."""
     task = Task(make_tensors(session.plan, "structured", session.plan.long))
     q, k, v = task.tensors.qkv
-    ours, control = our_contenders(session, task)
-    if not isinstance(ours, Contender):
+    ours, control = our_candidates(session, task)
+    if not isinstance(ours, Candidate):
         raise RuntimeError(ours.reason)
     (out,) = ours.call()
 
@@ -136,8 +136,8 @@ def selection(session: Session) -> None:
     """What choosing keys costs: the lists alone, relative to the whole call."""
     task, method = Task(make_tensors(session.plan, "structured", session.plan.long)), session.plan.method
     problem = Problem(*task.tensors.qkv, session.plan.head_dim**-0.5, causal=True, seed=session.plan.seed)
-    ours, control = our_contenders(session, task)
-    if not isinstance(ours, Contender):
+    ours, control = our_candidates(session, task)
+    if not isinstance(ours, Candidate):
         raise RuntimeError(ours.reason)
     entries: list[Entry] = [ours, control]
     for name, chosen in (("selection", method), ("control_selection", control_of(method))):
@@ -151,12 +151,12 @@ def selection(session: Session) -> None:
     session.journal.write(_share(compare(session, "selection", scene_of(session, task), entries), "selection"))
 
 
-def _part_of(whole: Contender, name: str, label: str, method: str, call: Call) -> Contender:
+def _part_of(whole: Candidate, name: str, label: str, method: str, call: Call) -> Candidate:
     """Time what is no attention by itself: it lists no pairs and gives no output to judge."""
     return replace(whole, name=name, label=label, call=call, method=method, pairs=0.0, share_of_pairs=0.0, attend=None)
 
 
 def _share(record: Record, name: str) -> Record:
-    """Add the time of one contender relative to the call it belongs to."""
+    """Add the time of one candidate relative to the call it belongs to."""
     medians = {each["name"]: each["median_s"] for each in record["contenders"] if not each.get("failed")}
     return record | {"share": medians[name] / medians["ours"] if {name, "ours"} <= set(medians) else None}

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from gpu_contenders import Contender, Entry, Failure
+from gpu_candidates import Candidate, Entry, Failure
 from gpu_session import Session, reason_of
 from gpu_tasks import Task
 from torch import Tensor
@@ -106,7 +106,7 @@ def load_peer(folder: Path) -> type:
     raise ImportError("; ".join(reasons))
 
 
-def peer_contenders(session: Session, task: Task) -> list[Entry]:
+def peer_candidates(session: Session, task: Task) -> list[Entry]:
     """Give both of its paths, with its published parameters: flash-attn's, and the one that masks keys counted twice."""
     paths = {"peer_flash": True, "peer_masked": False}
     if session.peer is None:
@@ -115,10 +115,10 @@ def peer_contenders(session: Session, task: Task) -> list[Entry]:
         peer = load_peer(session.peer)
     except Exception as error:
         return [Failure("peer_flash", "published code", reason_of(error))]
-    return [_peer_contender(session, task, peer, name, cuda) for name, cuda in paths.items()]
+    return [_peer_candidate(session, task, peer, name, cuda) for name, cuda in paths.items()]
 
 
-def _peer_contender(session: Session, task: Task, peer: type, name: str, cuda: bool) -> Entry:
+def _peer_candidate(session: Session, task: Task, peer: type, name: str, cuda: bool) -> Entry:
     plan, label = session.plan, f"published code, {'flash path' if cuda else 'masked path'}"
     sizes = {"block_size": plan.peer_block, "sample_size": plan.peer_block, "min_seq_len": plan.peer_exact_below}
     torch.manual_seed(plan.seed)
@@ -137,4 +137,4 @@ def _peer_contender(session: Session, task: Task, peer: type, name: str, cuda: b
     pairs = HyperAttention(**sizes).cost(task.keys, is_causal=task.causal, head_dim=plan.head_dim).pairs
     written = f"{peer.__module__}.HyperAttention({', '.join(f'{key}={size}' for key, size in sizes.items())}, cuda={cuda})"
     note = "kv heads repeated before the call; flash calls go to torch's kernels"
-    return Contender(name, label, call, written, pairs, pairs / task.exact_pairs, note=note)
+    return Candidate(name, label, call, written, pairs, pairs / task.exact_pairs, note=note)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hyperattention import Descent, Draw, Method, Sinks, Window
+from hyperattention import Draw, HierarchicalSearch, Method, Sinks, Window
 from hyperattention.bench.rows import find_default
 from hyperattention.files.records import environment, plain
 
@@ -50,15 +50,15 @@ class Plan:
 
 
 TOY = Plan(
-    method=Method(Sinks(4), Window(32), Draw(28, by=Descent())), toy=True, device="cpu", dtype=torch.float32, heads=4,
-    kv_heads=2, head_dim=32, long=1024, longest=2048, shorter=(512,), crossover=(512, 1024), probe=512, rounds=1,
+    method=Method(Sinks(4), Window(32), Draw(28, by=HierarchicalSearch())), toy=True, device="cpu", dtype=torch.float32,
+    heads=4, kv_heads=2, head_dim=32, long=1024, longest=2048, shorter=(512,), crossover=(512, 1024), probe=512, rounds=1,
     audit_rows=64, layers=2, hidden=64, mlp=128, mlp_chunk=256, batches=(1, 2), copied_bytes=2**22, matmul_size=256,
     peer_block=32, peer_exact_below=256,
 )  # fmt: skip
 
 
 class OutOfTime(BaseException):
-    """Raised by the alarm of `limit`; no `except Exception` around a contender may swallow it."""
+    """Raised by the alarm of `limit`; no `except Exception` around a candidate may swallow it."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def forget() -> None:
-    """Give memory back between cases: what one contender kept must not starve the next."""
+    """Give memory back between cases: what one candidate kept must not starve the next."""
     # a device that reports an error says so again where it matters
     with suppress(RuntimeError):
         if torch.cuda.is_available():

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from gpu_candidates import Attend, Candidate, Entry, exact_candidates, our_candidates, time_exact
 from gpu_compare import Scene, compare, relative
-from gpu_contenders import Attend, Contender, Entry, exact_contenders, our_contenders, time_exact
 from gpu_session import Record, Session
 from gpu_tasks import Task, Tensors
 from gpu_timing import Outputs, Stopwatch
@@ -85,8 +85,8 @@ class Stack:
         return x
 
 
-def stack_contender(session: Session, stack: Stack, base: Contender, *, costly: bool) -> Contender:
-    """Put a contender's attention into the stack; what it approximates does not change."""
+def stack_candidate(session: Session, stack: Stack, base: Candidate, *, costly: bool) -> Candidate:
+    """Put a candidate's attention into the stack; what it approximates does not change."""
     seconds: dict[str, float] = {}
     attend = base.attend
     if attend is None:
@@ -111,20 +111,20 @@ def stack_contender(session: Session, stack: Stack, base: Contender, *, costly: 
 
 
 def stack(session: Session) -> None:
-    """Run all layers with each contender's attention; exact attention once, as it takes many seconds."""
+    """Run all layers with each candidate's attention; exact attention once, as it takes many seconds."""
     plan = session.plan
     layers = Stack.of(session)
     warm = replace(layers, layers=layers.layers[:1])
     with torch.inference_mode():
         task = Task(Tensors("random layers", NOTE, *layers.layers[0].project(layers.x, layers.angles)))
         fastest = next(iter(time_exact(session)))
-        bases = [*exact_contenders(task, [fastest]), *our_contenders(session, task)]
+        bases = [*exact_candidates(task, [fastest]), *our_candidates(session, task)]
     entries: list[Entry] = []
     for base in bases:
-        if isinstance(base, Contender):
+        if isinstance(base, Candidate):
             # kernels are built on one layer, not on all
-            stack_contender(session, warm, base, costly=True).call()
-            base = stack_contender(session, layers, base, costly=base.exact)
+            stack_candidate(session, warm, base, costly=True).call()
+            base = stack_candidate(session, layers, base, costly=base.exact)
         entries.append(base)
     shape = task.shape() | {"title": "prefill of a stack", "layers": plan.layers, "hidden": plan.hidden, "mlp": plan.mlp}
     scene = Scene(shape, "random layers", NOTE, _against(fastest), lambda pairs: None)

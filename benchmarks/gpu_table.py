@@ -42,19 +42,19 @@ def latest(records: Records) -> list[Mapping]:
 
 def comparison_table(records: Records) -> list[str]:
     lines = [
-        "| task | inputs | keys | heads | contender | median ms [quartiles] | vs exact | error | share of pairs "
+        "| task | inputs | keys | heads | candidate | median ms [quartiles] | vs exact | error | share of pairs "
         "| peak MiB | over floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         for each in record["contenders"]:
             cells = [f"{record['part']}: {record['shape']['title']}", record["inputs"], f"{record['shape']['keys']:,}"]
-            cells += [f"{record['shape']['heads']}", *contender_cells(each)]
+            cells += [f"{record['shape']['heads']}", *candidate_cells(each)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def contender_cells(each: Mapping) -> list[str]:
+def candidate_cells(each: Mapping) -> list[str]:
     if each.get("failed"):
         return [each["label"], f"failed: {each['failed'][:80].replace('|', '/')}", *["-"] * 5]
     low, high = (1000 * x for x in each["quartiles_s"])

@@ -37,7 +37,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Task:
-    """One attention call to be made by several contenders."""
+    """One attention call to be made by several candidates."""
 
     tensors: Tensors
     causal: bool = True

@@ -9,7 +9,7 @@ from hyperattention.bench.error import pool
 from hyperattention.bench.rows import Row, rows
 from hyperattention.bench.timing import Timing, interleave
 from hyperattention.error.audit import audit
-from hyperattention.reference.evaluate import Judgement, evaluate
+from hyperattention.reference.evaluate import ModelJudgement, evaluate
 from hyperattention.reference.model import load_reference
 from hyperattention.reference.passes import capture
 from hyperattention.reference.samples import samples_of_documents
@@ -19,16 +19,16 @@ from hyperattention.report.tables import format_added, format_error
 
 
 def judged_samples(plan: Plan, count: int):
-    judged = load_reference(plan.reference)
-    length = plan.judged or judged.max_length
-    return judged, samples_of_documents(held_out_documents(length, count)), length
+    loaded = load_reference(plan.reference)
+    length = plan.loaded or loaded.max_length
+    return loaded, samples_of_documents(held_out_documents(length, count)), length
 
 
 def reference_error(plan: Plan) -> list[Record]:
     """Error and time on the reference model's own queries, keys and values, layer by layer."""
-    judged, samples, length = judged_samples(plan, plan.captured)
+    loaded, samples, length = judged_samples(plan, plan.captured)
     lines = [row for row in rows() if row.name != "published"]
-    calls = [call for sample in samples for call in capture(judged, sample, lines[0])]
+    calls = [call for sample in samples for call in capture(loaded, sample, lines[0])]
     reports: dict[str, list] = {row.name: [] for row in lines}
     rounds: dict[str, list[Timing]] = {row.name: [] for row in lines}
     for number, call in enumerate(calls):
@@ -68,14 +68,14 @@ def reference_error(plan: Plan) -> list[Record]:
 
 def reference_loss(plan: Plan) -> list[Record]:
     """Loss and retrieval with all layers replaced, and the gate that makes them mean something."""
-    judged, samples, length = judged_samples(plan, plan.documents)
-    results = evaluate(judged, samples, rows(), on_step=announce)
+    loaded, samples, length = judged_samples(plan, plan.documents)
+    results = evaluate(loaded, samples, rows(), on_step=announce)
     exact, dropped, ours = (pick(results, name) for name in ("exact", "sinks_window", "default"))
     shared = {"length": length, "documents": len(samples), "seed": 0}
     return [*loss_figures(exact, dropped, ours, length), *(shared | judgement_record(each) for each in results)]
 
 
-def loss_figures(exact: Judgement, dropped: Judgement, ours: Judgement, length: int) -> list[Record]:
+def loss_figures(exact: ModelJudgement, dropped: ModelJudgement, ours: ModelJudgement, length: int) -> list[Record]:
     fewer, gap = 1 / ours.cost.share_of_exact, dropped.bits_per_byte - exact.bits_per_byte
     where = f"all layers replaced, {length:,} bytes, {fewer:.1f}x fewer pairs"
     depths = [depth.share for depth in exact.depths if depth.share is not None]

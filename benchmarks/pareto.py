@@ -20,12 +20,12 @@ from claims import announce, figure
 from pareto_claims import FEWER, OURS, equal_pairs, equal_time, loss
 from rich.console import Console
 
-from hyperattention.bench.entrants import at_budget, own_methods
-from hyperattention.bench.frontier import Care, Point
+from hyperattention.bench.candidates import at_budget, own_methods
+from hyperattention.bench.frontier import MeasureSettings, Point
 from hyperattention.bench.rows import Row, find_default, window_of
 from hyperattention.files.records import plain, write_records
 from hyperattention.methods.base import exact_pairs
-from hyperattention.reference.evaluate import Judgement, evaluate
+from hyperattention.reference.evaluate import ModelJudgement, evaluate
 from hyperattention.reference.model import WEIGHTS
 from hyperattention.report import demo, pareto
 from hyperattention.report.pareto_plot import plot_pareto
@@ -43,7 +43,7 @@ class Plan:
     budgets: tuple[int, ...] = (1024, 1536, 2048)
     step: int = 16
     fewer: float = FEWER
-    care: Care = field(default_factory=lambda: Care(1024, 3, 4))
+    care: MeasureSettings = field(default_factory=lambda: MeasureSettings(1024, 3, 4))
     seeds: int = 3
     documents: int = 24
     rivals: int = 4
@@ -54,13 +54,13 @@ class Plan:
     def few(self) -> int:
         return int(exact_pairs(self.length, True) / self.fewer) // self.step * self.step
 
-    def options(self) -> pareto.Options:
-        inputs = demo.Options(self.length, reference=self.reference, documents=self.documents)
+    def options(self) -> pareto.ParetoOptions:
+        inputs = demo.DemoOptions(self.length, reference=self.reference, documents=self.documents)
         budgets = tuple(sorted({*self.budgets, self.few}))
-        return pareto.Options(inputs, budgets, care=self.care, seeds=self.seeds, loss=False)
+        return pareto.ParetoOptions(inputs, budgets, care=self.care, seeds=self.seeds, loss=False)
 
 
-TOY = Plan(2048, (640,), fewer=2, care=Care(64, 1, 1), seeds=1, documents=2, rivals=1, rival_documents=1)
+TOY = Plan(2048, (640,), fewer=2, care=MeasureSettings(64, 1, 1), seeds=1, documents=2, rivals=1, rival_documents=1)
 
 
 def best_rivals(points: Sequence[Point], plan: Plan) -> list[Row]:
@@ -68,22 +68,22 @@ def best_rivals(points: Sequence[Point], plan: Plan) -> list[Row]:
     apart = {*OURS, "control", "sinks_window"}
     others = [
         each for each in points
-        if each.entrant.slots == plan.few and each.entrant.family not in apart and not each.entrant.oracle
+        if each.candidate.slots == plan.few and each.candidate.family not in apart and not each.candidate.oracle
         and each.cost.share_of_exact <= 1 / plan.fewer
     ]  # fmt: skip
-    return [each.entrant.row for each in sorted(others, key=lambda each: each.error.mean)[: plan.rivals]]
+    return [each.candidate.row for each in sorted(others, key=lambda each: each.error.mean)[: plan.rivals]]
 
 
-def judge_loss(prepared: pareto.Prepared, points: Sequence[Point], plan: Plan) -> tuple[Judgement, ...]:
+def judge_loss(prepared: pareto.PreparedPareto, points: Sequence[Point], plan: Plan) -> tuple[ModelJudgement, ...]:
     """Run the model with what the claims are about on all documents, and with the best rivals on fewer."""
-    judged, samples = prepared.inputs.judged, prepared.inputs.samples
+    loaded, samples = prepared.inputs.loaded, prepared.inputs.samples
     named = {each.row.name: each.row for each in prepared.who}
     core = [named[name] for name in ("exact", f"sinks_window@{plan.few}", f"control@{plan.few}")]
     dropped = Row(DROPPED, "sinks + window of the thorough method", window_of(at_budget(own_methods()[OURS[0]], plan.few)))
     ours = [named[f"{family}@{plan.few}"] for family in OURS]
-    found = evaluate(judged, samples, (*core, dropped, *ours), audit_rows=0, on_step=announce)
+    found = evaluate(loaded, samples, (*core, dropped, *ours), audit_rows=0, on_step=announce)
     rivals = [core[0], *best_rivals(points, plan)]
-    return (*found, *evaluate(judged, samples[: plan.rival_documents], rivals, audit_rows=0, on_step=announce)[1:])
+    return (*found, *evaluate(loaded, samples[: plan.rival_documents], rivals, audit_rows=0, on_step=announce)[1:])
 
 
 def figures_of(records: Sequence[dict], plan: Plan) -> list:
@@ -136,7 +136,7 @@ def main() -> None:
     points = pareto.run(prepared, console).points
     print("loss and retrieval", flush=True)
     judgements = judge_loss(prepared, points[pareto.MODEL], plan)
-    results = pareto.Results(points, judgements)
+    results = pareto.ParetoResults(points, judgements)
     pareto.show(prepared, results, console)
     measured = [plain(each) for each in pareto.records_of(prepared, results)]
     figures = figures_of(measured, plan)

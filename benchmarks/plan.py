@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from claims import Record, announce, figure
 
-from hyperattention.bench.entrants import own_methods
+from hyperattention.bench.candidates import own_methods
 from hyperattention.bench.rows import Row
-from hyperattention.calibration.calibrate import Settings, calibrate
+from hyperattention.calibration.calibrate import CalibrationSettings, calibrate
 from hyperattention.files.plan import Plan
 from hyperattention.files.records import write_records
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
-from hyperattention.reference.evaluate import Judgement, evaluate
+from hyperattention.reference.evaluate import ModelJudgement, evaluate
 from hyperattention.reference.model import load_reference
 from hyperattention.reference.samples import samples_of_documents
 from hyperattention.reference.text import documents_from, held_out_text
@@ -53,23 +53,25 @@ def main() -> None:
     parser.add_argument("--draws", type=int, nargs="+", default=[128, 256, 448, 688, 1200])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    judged, text = load_reference(), held_out_text()
-    length = args.length or judged.max_length
+    loaded, text = load_reference(), held_out_text()
+    length = args.length or loaded.max_length
     # whole documents of the first third of the text; what follows them is never seen by the calibration
     split = len(text) // 3 // length * length
     chosen_by = samples_of_documents(documents_from(text[:split], length, args.calibrated, 1))
-    judged_on = samples_of_documents(documents_from(text[split:], length, args.judged, 0))
+    judged_on = samples_of_documents(documents_from(text[split:], length, args.loaded, 0))
     plans: dict[float, Plan] = {}
     with tempfile.TemporaryDirectory() as folder:
         for tolerance in args.tolerances:
             # the measurements are the same at every tolerance, so the second plan takes them from the journal
-            plans[tolerance] = calibrate(judged, chosen_by, Settings(tolerance), Path(folder) / "journal", announce)
+            plans[tolerance] = calibrate(
+                loaded, chosen_by, CalibrationSettings(tolerance), Path(folder) / "journal", announce
+            )
     own = own_methods()
     one = {f"{name}, {num} draws": drawing(own[name], num) for name in _ONE for num in args.draws}
     rows = [Row("exact", "exact", Exact())]
     rows += [Row(name, name, method) for name, method in one.items()]
     rows += [Row(f"plan {tolerance}", f"plan {tolerance}", plan.method) for tolerance, plan in plans.items()]
-    results = {each.row: each for each in evaluate(judged, judged_on, rows, audit_rows=0, on_step=announce)}
+    results = {each.row: each for each in evaluate(loaded, judged_on, rows, audit_rows=0, on_step=announce)}
     curve = [results[name] for name in one]
     claims = [claim(plan, results[f"plan {tolerance}"], curve, results["exact"]) for tolerance, plan in plans.items()]
     shared = {"length": length, "documents": len(judged_on), "calibrated_on": len(chosen_by)}
@@ -86,7 +88,7 @@ def drawing(method: Method, num: int) -> Method:
     return Method(*others, replace(draw, num=num), tile=method.tile)
 
 
-def claim(plan: Plan, ours: Judgement, curve: Sequence[Judgement], exact: Judgement) -> Record:
+def claim(plan: Plan, ours: ModelJudgement, curve: Sequence[ModelJudgement], exact: ModelJudgement) -> Record:
     """One figure: how many times more pairs the one method lists at this plan's added loss."""
     pairs, bounded = pairs_at(curve, ours.added_nats)
     ratio = pairs / ours.cost.pairs
@@ -105,7 +107,7 @@ def claim(plan: Plan, ours: Judgement, curve: Sequence[Judgement], exact: Judgem
     return dict(found) | {"cautious": cautious, "lower_bound": bounded, "plan": methods, "crossover": plan.crossover}
 
 
-def pairs_at(curve: Sequence[Judgement], added: float) -> tuple[float, bool]:
+def pairs_at(curve: Sequence[ModelJudgement], added: float) -> tuple[float, bool]:
     """Pairs at which the one method adds this loss, and whether that is only a lower bound."""
     points, least = [], math.inf
     for each in sorted(curve, key=lambda each: each.cost.pairs):

@@ -22,8 +22,8 @@ from claims import announce, at_most, figure
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 from hyperattention.files.records import write_records
 from hyperattention.policies.cluster_centres import ClusterCentres
@@ -112,22 +112,22 @@ def courses(plan: Plan, keys: Keys, num: int, seed: int) -> dict[str, Course]:
 
     def read(store: Store, end: int) -> Store:
         store.append(k[:, :, :end], v[:, :, :end])
-        store.settle(q[:, :, :end], plan.width**-0.5)
+        store.end_step(q[:, :, :end], plan.width**-0.5)
         return store
 
     def subgen(draws: int) -> Store:
         # as many clusters as it wants
         policy = SubGen(keys.delta, value_samples=draws, most_clusters=num)
-        return policy.store(Room(4 * plan.window, 0, plan.window), 0, seed, None)
+        return policy.store(CacheBudget(4 * plan.window, 0, plan.window), 0, seed, None)
 
     # a slot is a key, a value, a weight, a position and a score; there is room for one more than the budget
     slots = read(subgen(DRAWS), num).memory_bytes // (plan.heads * (2 * plan.width + 3) * k.element_size()) - 1
-    room = Room(slots, 4, plan.window)
+    room = CacheBudget(slots, 4, plan.window)
     stores = {
         FAITHFUL: subgen(DRAWS),
         FAITHFUL_MORE: subgen(MORE_DRAWS),
-        PRACTICE: CondensingStore(ClusterCentres(), room, seed=seed),
-        CONTROL: CondensingStore(UniformSample(), room, seed=seed),
+        PRACTICE: CompressingStore(ClusterCentres(), room, seed=seed),
+        CONTROL: CompressingStore(UniformSample(), room, seed=seed),
     }
     return {name: Course(read(store, num - plan.steps), (q, k, v)) for name, store in stores.items()}
 
@@ -140,9 +140,9 @@ def step(course: Course, at: int, scale: float) -> None:
     written = time.perf_counter()
     out = course.store.attend(q[:, :, place], scale).out
     attended = time.perf_counter()
-    course.store.settle(q[:, :, place], scale)
-    settled = time.perf_counter()
-    course.upkeep.append(written - began + settled - attended)
+    course.store.end_step(q[:, :, place], scale)
+    ended = time.perf_counter()
+    course.upkeep.append(written - began + ended - attended)
     course.attend.append(attended - written)
     truth = scaled_dot_product_attention(q[:, :, place], k[:, :, : at + 1], v[:, :, : at + 1], scale=scale)
     course.errors.append(((out - truth).norm(dim=-1) / truth.norm(dim=-1)).mean().item())

@@ -25,7 +25,7 @@ from hyperattention.bench.timing import interleave
 from hyperattention.error.tolerance.ladder import default_ladder
 from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.files.records import write_records
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import load_reference
@@ -45,7 +45,7 @@ class Inputs:
     tensors: tuple[Tensor, Tensor, Tensor]
     options: dict
 
-    def attend(self, method: Approach) -> Tensor:
+    def attend(self, method: AttentionMethod) -> Tensor:
         return attention(*self.tensors, is_causal=True, enable_gqa=True, method=method, **self.options)
 
     def within(self, tolerance: float) -> tuple[Tensor, ToleranceReport]:
@@ -53,7 +53,7 @@ class Inputs:
         assert result.tolerance is not None  # it was given
         return result.out, result.tolerance
 
-    def by_head(self, methods: tuple[Approach, ...]) -> Callable[[], object]:
+    def by_head(self, methods: tuple[AttentionMethod, ...]) -> Callable[[], object]:
         """Bind the methods run directly, heads of one together; exact heads by torch's own kernel, as within a call."""
         q, k, v = self.tensors
         group, parts = q.shape[1] // k.shape[1], []
@@ -77,11 +77,11 @@ def structured_cases(count: int, length: int) -> Iterator[Inputs]:
 def captured_cases(documents: int, length: int | None) -> Iterator[Inputs]:
     if not documents:
         return
-    judged = load_reference()
-    samples = samples_of_documents(held_out_documents(length or judged.max_length, documents))
+    loaded = load_reference()
+    samples = samples_of_documents(held_out_documents(length or loaded.max_length, documents))
     exact = next(row for row in rows() if row.name == "exact")
     for number, sample in enumerate(samples):
-        for call in capture(judged, sample, exact):
+        for call in capture(loaded, sample, exact):
             options = {"seed": number, "layer": call.layer, "scale": call.scale}
             yield Inputs("captured", (call.q, call.k, call.v), options)
 
@@ -127,11 +127,11 @@ def summarise(records: list[Record]) -> list[Record]:
     return figures
 
 
-def cheapest_methods(case: Inputs, tolerances: tuple[float, ...]) -> dict[float, tuple[Approach, ...]]:
+def cheapest_methods(case: Inputs, tolerances: tuple[float, ...]) -> dict[float, tuple[AttentionMethod, ...]]:
     """What an oracle would run: for each kv head the cheapest rung whose true mean error is within the tolerance."""
     key, exact = case.tensors[1], case.attend(Exact())
     ladder, length, kv_heads = default_ladder(key.shape[2]), key.shape[2], key.shape[1]
-    found: dict[float, list[Approach]] = {tolerance: [Exact()] * kv_heads for tolerance in tolerances}
+    found: dict[float, list[AttentionMethod]] = {tolerance: [Exact()] * kv_heads for tolerance in tolerances}
     for rung in reversed(ladder.rungs):
         cost = rung.cost(length)
         if cost.pairs + cost.selection_pairs > ladder.worth * cost.exact_pairs:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import hyperattention as ha
 from hyperattention import rivals, select
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.select.density import Density
 from hyperattention.select.stage import Stage
 
@@ -21,7 +21,7 @@ class Case:
     """
 
     name: str
-    method: Approach
+    method: AttentionMethod
     num_tokens: int = 150
     exact_up_to: int = 16
 
@@ -41,14 +41,15 @@ def _drawn(density: Density) -> ha.Method:
     return ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=density), tile=16)
 
 
-DESCENT = ha.Descent(
+DESCENT = ha.HierarchicalSearch(
     (select.Level(32, 4, select.Representatives(1, 2)), select.Level(8, 4, select.Representatives(2, 1))), dim=4, pooled=8
 )
-NARROW = ha.Descent((select.Level(8, 4, select.Representatives(1, 2)),), pooled=5)
+NARROW = ha.HierarchicalSearch((select.Level(8, 4, select.Representatives(1, 2)),), pooled=5)
 # the coarsest level is begun with from 128 keys on
-THREE = ha.Descent(
+THREE = ha.HierarchicalSearch(
     (select.Level(32, 4, select.Representatives(2, 2)), select.Level(16, 4), select.Level(4, 4)), dim=6, pooled=4
 )
+KEYS = ha.HierarchicalSearch((select.Level(8, 6), select.Level(1, 4)), pooled=4)
 MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 
 # fmt: off
@@ -75,9 +76,9 @@ CASES = (
     Case("draws by value norm", _drawn(select.ValueNorm()), exact_up_to=31),
     Case("draws by block score", _drawn(select.BlockScore(4)), exact_up_to=31),
     Case("draws by descent", _drawn(DESCENT), exact_up_to=31),
-    Case("draws by one level", _drawn(ha.Descent((select.Level(8, 6),), pooled=3)), exact_up_to=31),
+    Case("draws by one level", _drawn(ha.HierarchicalSearch((select.Level(8, 6),), pooled=3)), exact_up_to=31),
     Case("draws by three levels", _drawn(THREE), exact_up_to=31),
-    Case("draws by a level of keys", _drawn(ha.Descent((select.Level(8, 6), select.Level(1, 4)), pooled=4)), exact_up_to=31),
+    Case("draws by a level of keys", _drawn(KEYS), exact_up_to=31),
     Case("descent up to the tile", ha.Method(ha.Window(7), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent into the tile", ha.Method(ha.Window(6), ha.Draw(24, by=NARROW), tile=15), exact_up_to=30),
     Case("descent without a window", ha.Method(ha.Draw(24, by=DESCENT), tile=16), exact_up_to=24),

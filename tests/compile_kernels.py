@@ -16,9 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperattention.kernels.choose import triton_block_mass
-from hyperattention.kernels.choose import triton_draw_leaves
-from hyperattention.kernels.choose import triton_prepare
+from hyperattention.kernels.choose import triton_block_mass, triton_draw_leaves, triton_prepare
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_forward as list_triton

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from front_door import with_lse
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 
 
-def pair_weights(method: Approach, q: Tensor, k: Tensor, size: Tensor | None = None, **options) -> Tensor:
+def pair_weights(method: AttentionMethod, q: Tensor, k: Tensor, size: Tensor | None = None, **options) -> Tensor:
     """Weights ``[batch, heads, queries, keys]``: what multiplies exp(score) in numerator and denominator.
 
     Values are the rows of a diagonal matrix, so that each output coordinate tells the weight of one key.

@@ -10,26 +10,26 @@ from cases import CASES, CONTROL, Case
 from hyperattention import policies
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import report_on
-from hyperattention.cache.condensing import CondensingStore
+from hyperattention.cache.compressing import CompressingStore
 from hyperattention.cache.page_rank import Midpoint, TwoLevels
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 from hyperattention.coreset import Coreset
 from hyperattention.experimental.approx_row_sums import ApproxD
 from hyperattention.experimental.feature_attention import feature_attention
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.synthetic import gaussian, structured
 from policies import POLICIES, PolicyCase
 from problems import tensors
 from tolerance_cases import LADDER, easy
 
-ROOM, SCALE = Room(40, sinks=3, window=12), 0.3
+ROOM, SCALE = CacheBudget(40, sinks=3, window=12), 0.3
 # what a call gave, in an order of its own
 Results = list[Tensor]
 Call = Callable[[], Results]
 
 
-def _tells_error(method: Approach) -> bool:
+def _tells_error(method: AttentionMethod) -> bool:
     """Tell whether the method knows the standard error of its rows."""
     q, k, v = tensors(8)
     try:
@@ -75,9 +75,9 @@ def _read(make: Callable[[], Store], sizes: tuple[int, ...] = (60, *[1] * 12, 20
         for size in sizes:
             part = slice(store.seen, store.seen + size)
             store.append(k[:, :, part], v[:, :, part])
-            store.mark(live[:, part])
+            store.mask_padding(live[:, part])
             results.append(store.attend(q[:, :, part], SCALE).out)
-            store.settle(q[:, :, part], SCALE)
+            store.end_step(q[:, :, part], SCALE)
         other = make()
         other.restore(store.state())
         return results + list(store.state().values()) + list(other.state().values())
@@ -90,12 +90,12 @@ def _audited() -> Call:
     q, k, v = (torch.randn(2, heads, 90, 8, generator=generator) for heads in (4, 2, 2))
 
     def call() -> Results:
-        nothing, store = (AuditedStore(CondensingStore(policies.ClusterMeans(latest=4), ROOM), 2, 0) for _ in range(2))
+        nothing, store = (AuditedStore(CompressingStore(policies.ClusterMeans(latest=4), ROOM), 2, 0) for _ in range(2))
         for at in (slice(0, 60), slice(60, 75), slice(75, 90)):
             store.append(k[:, :, at], v[:, :, at])
-            store.mark(torch.ones(2, at.stop - at.start, dtype=torch.bool, device="cpu"))
+            store.mask_padding(torch.ones(2, at.stop - at.start, dtype=torch.bool, device="cpu"))
             store.attend(q[:, :, at], SCALE)
-            store.settle(q[:, :, at], SCALE)
+            store.end_step(q[:, :, at], SCALE)
         numbers = [x for x in vars(report_on({0: store}, 10)).values() if isinstance(x, float)]
         figures = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return [nothing.errors, store.errors, store.approximated, figures]
@@ -104,7 +104,7 @@ def _audited() -> Call:
 
 
 def _policy(case: PolicyCase) -> Call:
-    return _read(lambda: CondensingStore(case.policy, ROOM, layer=2, seed=7), padding=5)
+    return _read(lambda: CompressingStore(case.policy, ROOM, layer=2, seed=7), padding=5)
 
 
 def _features() -> Call:

@@ -8,8 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hyperattention.cache import audited
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import report_on
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.error.exact_rows import exact_rows
 from hyperattention.policies.latest import Latest
@@ -18,7 +18,7 @@ from hyperattention.policies.uniform_sample import UniformSample
 from hyperattention.types import Partial
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 8**-0.5
-ROOM = Room(24, 2, 8)
+ROOM = CacheBudget(24, 2, 8)
 
 
 def inputs(tokens: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,14 +31,14 @@ def inputs(tokens: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, 
 def step(store: AuditedStore, q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
     store.append(k[:, :, at], v[:, :, at])
     out = store.attend(q[:, :, at], SCALE).out
-    store.settle(q[:, :, at], SCALE)
+    store.end_step(q[:, :, at], SCALE)
     return out
 
 
 def run(store: AuditedStore, q: Tensor, k: Tensor, v: Tensor, prompt: int = 40) -> Tensor:
     """Read a prompt whole, then token by token; the outputs of the latter."""
     store.append(k[:, :, :prompt], v[:, :, :prompt])
-    store.settle(q[:, :, :prompt], SCALE)
+    store.end_step(q[:, :, :prompt], SCALE)
     return torch.cat([step(store, q, k, v, slice(at, at + 1)) for at in range(prompt, q.shape[2])], 2)
 
 
@@ -48,7 +48,7 @@ def truth_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def test_the_report_is_the_error_there_was() -> None:
     q, k, v = inputs(140)
-    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 4, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 4, 0)
     out, truth = run(store, q, k, v), truth_of(q, k, v)[:, :, 40:]
     error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
     assert int(store.approximated.sum()) == 100
@@ -66,14 +66,14 @@ def test_the_report_is_the_error_there_was() -> None:
 
 
 def test_where_every_token_is_audited_nothing_is_left_to_chance() -> None:
-    store = AuditedStore(CondensingStore(Latest(), ROOM), 1, 0)
+    store = AuditedStore(CompressingStore(Latest(), ROOM), 1, 0)
     run(store, *inputs(90))
     report = report_on({0: store}, 10**6)
     assert report.num_audited == report.num_approximated == 50
     assert report.interval == (report.relative_error, report.relative_error)
 
 
-class Wrong(CondensingStore):
+class Wrong(CompressingStore):
     """A planted fault: the wrong sign."""
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
@@ -83,44 +83,44 @@ class Wrong(CondensingStore):
 
 def test_a_store_that_is_wrong_is_found_out() -> None:
     errors = []
-    for kind in (CondensingStore, Wrong):
-        store = AuditedStore(kind(UniformSample(), Room(60, 2, 30)), 2, 0)
+    for kind in (CompressingStore, Wrong):
+        store = AuditedStore(kind(UniformSample(), CacheBudget(60, 2, 30)), 2, 0)
         run(store, *inputs(200), prompt=70)
         errors.append(report_on({0: store}, 10**6).relative_error)
     assert errors[0] < 0.5 < 1.5 < errors[1]
 
 
 def test_what_is_given_is_not_changed_and_what_is_drawn_does_not_depend_on_it() -> None:
-    bare, places = CondensingStore(UniformSample(), ROOM), []
+    bare, places = CompressingStore(UniformSample(), ROOM), []
     for seed in (0, 1):
         q, k, v = inputs(200, seed=seed)
-        watched = AuditedStore(CondensingStore(UniformSample(), ROOM), 8, 5)
+        watched = AuditedStore(CompressingStore(UniformSample(), ROOM), 8, 5)
         ours = run(watched, q, k, v)
-        bare = CondensingStore(UniformSample(), ROOM)
+        bare = CompressingStore(UniformSample(), ROOM)
         bare.append(k[:, :, :40], v[:, :, :40])
-        bare.settle(q[:, :, :40], SCALE)
+        bare.end_step(q[:, :, :40], SCALE)
         for at in range(40, 200):
             bare.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
             assert torch.equal(bare.attend(q[:, :, at : at + 1], SCALE).out, ours[:, :, at - 40 : at - 39])
-            bare.settle(q[:, :, at : at + 1], SCALE)
+            bare.end_step(q[:, :, at : at + 1], SCALE)
         assert watched.memory_bytes == bare.memory_bytes
         assert watched.shadow_bytes > bare.memory_bytes
         places.append(watched.audited)
     assert places[0] == places[1]
     assert [at // 8 for at in places[0]] == list(range(5, 25))  # one in each run
     assert len({at % 8 for at in places[0]}) > 4
-    other = AuditedStore(CondensingStore(UniformSample(), ROOM), 8, 6)
+    other = AuditedStore(CompressingStore(UniformSample(), ROOM), 8, 6)
     run(other, *inputs(200))
     assert other.audited != places[0]
 
 
 def test_exact_steps_count_for_nothing() -> None:
-    store = AuditedStore(CondensingStore(UniformSample(), Room(500, 2, 8)), 1, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), CacheBudget(500, 2, 8)), 1, 0)
     run(store, *inputs(90))
     report = report_on({0: store}, 10**6)
     assert (report.num_approximated, report.num_audited, report.num_tokens) == (0, 0, 90)
     assert str(report) == "nothing to measure: the cache read every key for all 90 tokens"
-    rarely = AuditedStore(CondensingStore(UniformSample(), ROOM), 10_000, 0)
+    rarely = AuditedStore(CompressingStore(UniformSample(), ROOM), 10_000, 0)
     run(rarely, *inputs(60))
     assert "not measured: none of 20 approximated tokens was drawn" in str(report_on({0: rarely}, 10**6))
 
@@ -129,7 +129,7 @@ def test_steps_of_several_tokens_are_judged_token_by_token() -> None:
     q, k, v = inputs(140)
     store = AuditedStore(TopPages(page=2).store(ROOM, 0, 0, None), 4, 0)
     store.append(k[:, :, :40], v[:, :, :40])
-    store.settle(q[:, :, :40], SCALE)
+    store.end_step(q[:, :, :40], SCALE)
     outs = [step(store, q, k, v, slice(at, at + 5)) for at in range(40, 140, 5)]
     truth = truth_of(q, k, v)[:, :, 40:]
     error = ((torch.cat(outs, 2) - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
@@ -146,10 +146,10 @@ def test_of_a_chunk_only_the_rows_drawn_are_computed(monkeypatch: pytest.MonkeyP
         return exact_rows(q, *rest)
 
     monkeypatch.setattr(audited, "exact_rows", counting)
-    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 10, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 10, 0)
     q, k, v = inputs(240)
     store.append(k[:, :, :40], v[:, :, :40])
-    store.settle(q[:, :, :40], SCALE)
+    store.end_step(q[:, :, :40], SCALE)
     for at in range(40, 240, 50):
         step(store, q, k, v, slice(at, at + 50))
     assert sum(rows) == len(store.audited) == 20
@@ -158,7 +158,7 @@ def test_of_a_chunk_only_the_rows_drawn_are_computed(monkeypatch: pytest.MonkeyP
 
 def test_narrow_numbers_are_judged_by_exact_rows_that_are_not_narrow() -> None:
     q, k, v = (x.bfloat16() for x in inputs(60))
-    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 1, 0)
     out, truth = run(store, q, k, v), truth_of(q, k, v)[:, :, 40:]
     error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
     torch.testing.assert_close(store.errors.double(), error, rtol=1e-4, atol=1e-6)
@@ -166,12 +166,12 @@ def test_narrow_numbers_are_judged_by_exact_rows_that_are_not_narrow() -> None:
 
 def test_padding_is_not_judged() -> None:
     q, k, v = inputs(120, batch=2)
-    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 1, 0)
     live = torch.ones(2, 40, dtype=torch.bool)
     live[1, :25] = False
     store.append(k[:, :, :40], v[:, :, :40])
-    store.mark(live)
-    store.settle(q[:, :, :40], SCALE)
+    store.mask_padding(live)
+    store.end_step(q[:, :, :40], SCALE)
     outs = torch.cat([step(store, q, k, v, slice(at, at + 1)) for at in range(40, 120)], 2)
     truth = torch.cat([truth_of(q[:1], k[:1], v[:1])[:, :, 40:], truth_of(*(x[1:, :, 25:] for x in (q, k, v)))[:, :, 15:]])
     error = ((outs - truth).norm(dim=-1) / truth.norm(dim=-1)).mean(0)
@@ -182,15 +182,15 @@ def test_padding_among_tokens_that_are_approximated_is_not_judged_either() -> No
     q, k, v = inputs(100, batch=2)
     live = torch.ones(2, 100, dtype=torch.bool)
     live[1, 50:70], live[0, 60:65] = False, False
-    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 1, 0)
     store.append(k[:, :, :40], v[:, :, :40])
-    store.settle(q[:, :, :40], SCALE)
+    store.end_step(q[:, :, :40], SCALE)
     outs = []
     for at in range(40, 100, 5):
         store.append(k[:, :, at : at + 5], v[:, :, at : at + 5])
-        store.mark(live[:, at : at + 5])
+        store.mask_padding(live[:, at : at + 5])
         outs.append(store.attend(q[:, :, at : at + 5], SCALE).out)
-        store.settle(q[:, :, at : at + 5], SCALE)
+        store.end_step(q[:, :, at : at + 5], SCALE)
     seen = live[:, None, None] & torch.ones(100, 100, dtype=torch.bool).tril()
     truth = scaled_dot_product_attention(*(x.double() for x in (q, k, v)), attn_mask=seen, enable_gqa=True)[:, :, 40:]
     error = ((torch.cat(outs, 2) - truth).norm(dim=-1) / truth.norm(dim=-1)).transpose(1, 2)  # [batch, tokens, heads]
@@ -201,7 +201,7 @@ def test_padding_among_tokens_that_are_approximated_is_not_judged_either() -> No
 
 def test_beams_and_crops_take_the_witness_along() -> None:
     q, k, v = inputs(140, batch=2)
-    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 2, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 2, 0)
     run(store, q, k, v)
     before, errors = store.audited, store.errors
     store.take_rows(torch.tensor([1, 1, 0]))
@@ -222,10 +222,10 @@ def test_beams_and_crops_take_the_witness_along() -> None:
 
 
 def test_an_audit_cannot_begin_halfway() -> None:
-    store = AuditedStore(CondensingStore(Latest(), ROOM), 4, 0)
+    store = AuditedStore(CompressingStore(Latest(), ROOM), 4, 0)
     run(store, *inputs(60))
     with pytest.raises(ValueError, match="every key from the first on"):
-        AuditedStore(CondensingStore(Latest(), ROOM), 4, 0).restore(store.state())
-    CondensingStore(Latest(), ROOM).restore(store.state())
+        AuditedStore(CompressingStore(Latest(), ROOM), 4, 0).restore(store.state())
+    CompressingStore(Latest(), ROOM).restore(store.state())
     with pytest.raises(ValueError, match=r"every=0"):
-        AuditedStore(CondensingStore(Latest(), ROOM), 0, 0)
+        AuditedStore(CompressingStore(Latest(), ROOM), 0, 0)

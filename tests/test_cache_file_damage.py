@@ -144,7 +144,7 @@ WRONG = {
     "a score is negative": ("hitters", put("layer.0.score", at_first(-1.0)), "finite and not negative"),
     "seen is negative": ("means", put("layer.0.numbers", at_first(-60)), "slots of -60 tokens"),
     "seen is less": ("means", put("layer.0.numbers", at_first(20)), "slots of 20 tokens"),
-    "condensations are negative": ("means", put("layer.0.numbers", lambda x: torch.tensor([60, -1])), "38 slots of 60"),
+    "compressions are negative": ("means", put("layer.0.numbers", lambda x: torch.tensor([60, -1])), "38 slots of 60"),
     "whole is too few": ("means", put("layer.0.numbers", lambda x: torch.tensor([60, 0])), "38 slots of 60 tokens"),
     "three counters": ("means", put("layer.0.numbers", lambda x: torch.tensor([60, 1, 1])), "do not fit together"),
     "the middle is missing": ("means", in_every_layer(SLOTS, lambda x: x[:, :, :10]), "10 slots of 60 tokens"),

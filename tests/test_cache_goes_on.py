@@ -153,7 +153,7 @@ def test_copies_of_what_was_made_in_inference_mode(model: nn.Module, copied: Cal
     assert_goes_on(model, copied(cache), cache)
 
 
-@pytest.mark.parametrize("length", [30, PROMPT], ids=["whole", "condensed"])
+@pytest.mark.parametrize("length", [30, PROMPT], ids=["whole", "compressed"])
 def test_a_pickled_cache_is_not_read_by_attention_that_knows_no_weights(model: nn.Module, length: int) -> None:
     cache = pickled(read(model, length=length))
     with torch.no_grad(), pytest.raises(ValueError, match="did not reach attention.*use\\(model, method\\)"):

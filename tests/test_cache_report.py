@@ -5,8 +5,8 @@ import torch
 
 from hyperattention.cache.audited import AuditedStore, are_drawn
 from hyperattention.cache.cache_report import report_on
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.room import CacheBudget
 from hyperattention.error.interval import mean_interval
 from hyperattention.policies.uniform_sample import UniformSample
 from test_audited_cache import ROOM, inputs, run
@@ -15,7 +15,8 @@ from test_audited_cache import ROOM, inputs, run
 def test_a_layer_that_reads_every_key_errs_by_nothing() -> None:
     q, k, v = inputs(100)
     stores = {
-        n: AuditedStore(CondensingStore(UniformSample(), room), 3, 0) for n, room in enumerate((ROOM, Room(500, 2, 8)))
+        n: AuditedStore(CompressingStore(UniformSample(), room), 3, 0)
+        for n, room in enumerate((ROOM, CacheBudget(500, 2, 8)))
     }
     for store in stores.values():
         run(store, q, k, v)
@@ -30,7 +31,7 @@ def test_a_layer_that_reads_every_key_errs_by_nothing() -> None:
 
 def test_the_interval_covers_the_error_of_all_approximated_tokens() -> None:
     q, k, v = inputs(340)
-    store = AuditedStore(CondensingStore(UniformSample(), ROOM), 1, 0)
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 1, 0)
     run(store, q, k, v)
     # heavy tails: a few tokens are wholly wrong
     errors = store.errors.mean(0)

@@ -11,9 +11,9 @@ import hyperattention as ha
 from hyperattention import policies
 from hyperattention.cache.attended import attended
 from hyperattention.cache.audited import AuditedStore
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.held import Held
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import ScoreRule
 from hyperattention.integrations.transformers.cache_handle import Handle, attach, handle_of
 from hyperattention.policies.latest import Latest
@@ -77,7 +77,7 @@ def read_on(model: nn.Module, cache: object) -> Tensor:
 def test_within_the_budget_logits_are_those_of_a_dynamic_cache_and_beyond_it_near(name: str, kind: str) -> None:
     model, policy = model_of(name), KINDS[kind]
     expected = read_on(model, transformers.DynamicCache(config=model.config))
-    # rows of the text before it is condensed, and after
+    # rows of the text before it is compressed, and after
     caches = [integration.HyperCache(model.config, budget=each, sinks=2, window=12, policy=policy) for each in (200, 34)]
     with integration.use(model, ha.Exact()):
         within, beyond = (read_on(model, cache) for cache in caches)
@@ -130,9 +130,9 @@ def test_a_coreset_is_read_with_weights_beside_the_rule(rule: ScoreRule) -> None
 def test_pages_that_are_all_chosen_are_read_exactly(rule: ScoreRule) -> None:
     q, k, v = qkv()
     # a budget of 29 reads all but nothing: sinks, 6 pages and the window are all 30 keys, the last page but partly
-    store = policies.TopPages(page=2).store(Room(29, 2, 4), 0, 0, None)
+    store = policies.TopPages(page=2).store(CacheBudget(29, 2, 4), 0, 0, None)
     store.append(k[:, :, :27], v[:, :, :27])
-    store.settle(q, 8**-0.5)
+    store.end_step(q, 8**-0.5)
     store.append(k[:, :, 27:], v[:, :, 27:])
     assert not store.is_whole
     out = store.attend(q, 8**-0.5, rule).out
@@ -145,7 +145,7 @@ def test_pages_that_are_all_chosen_are_read_exactly(rule: ScoreRule) -> None:
 def test_what_is_watched_is_what_was_attended_to(rule: ScoreRule) -> None:
     q, k, v = qkv()
     zero = torch.zeros(2, 2, 30)
-    ours = attended(Held(k, v, zero, zero.int(), zero), q, 8**-0.5, rule)
+    ours = attended(CacheSlots(k, v, zero, zero.int(), zero), q, 8**-0.5, rule)
     # attention to one-hot values is the weights
     weights = written_out(q, k, torch.eye(30).expand(2, 2, -1, -1), rule)
     torch.testing.assert_close(ours.double(), weights.sum(2).unflatten(1, (2, 2)).sum(2), rtol=1e-5, atol=1e-6)
@@ -154,12 +154,12 @@ def test_what_is_watched_is_what_was_attended_to(rule: ScoreRule) -> None:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_an_audit_judges_by_the_same_rule(rule: ScoreRule) -> None:
     q, k, v = qkv(60, 60)
-    store = AuditedStore(CondensingStore(Latest(), Room(24, 2, 8)), 1, 0)
+    store = AuditedStore(CompressingStore(Latest(), CacheBudget(24, 2, 8)), 1, 0)
     outs = []
     for at in (slice(0, 40), *(slice(i, i + 4) for i in range(40, 60, 4))):
         store.append(k[:, :, at], v[:, :, at])
         outs.append(store.attend(q[:, :, at], 8**-0.5, rule).out)
-        store.settle(q[:, :, at], 8**-0.5, rule)
+        store.end_step(q[:, :, at], 8**-0.5, rule)
     out, exact = torch.cat(outs, 2)[:, :, 40:].double(), written_out(q, k, v, rule)[:, :, 40:]
     error = ((out - exact).norm(dim=-1) / exact.norm(dim=-1)).mean(0)
     assert error.max() > 0.01
@@ -213,7 +213,7 @@ def test_keys_that_are_lost_are_missed_in_the_second_layer_of_the_first_step() -
 
 
 def test_values_that_are_changed_are_missed_at_once() -> None:
-    store = CondensingStore(Latest(), Room(24, 2, 8))
+    store = CompressingStore(Latest(), CacheBudget(24, 2, 8))
     _, k, v = qkv()
     handle = Handle(store, 30, 0, None)
     keys, values = attach(*store.append(k, v), handle)
@@ -224,7 +224,7 @@ def test_values_that_are_changed_are_missed_at_once() -> None:
 
 
 def test_what_a_model_adds_in_every_step_is_refused_in_the_first() -> None:
-    store = CondensingStore(Latest(), Room(64, 2, 8))
+    store = CompressingStore(Latest(), CacheBudget(64, 2, 8))
     _, k, v = qkv()
     handle = Handle(store, 30, 0, None)
     _, values = attach(*store.append(k, v), handle)
@@ -233,11 +233,11 @@ def test_what_a_model_adds_in_every_step_is_refused_in_the_first() -> None:
         handle.check(values, None, True, {"position_bias": torch.zeros(1), "softcap": 3.0}, 0.0)
 
 
-def test_keys_handed_out_by_a_condensed_store_say_nothing_without_their_handle() -> None:
-    store = CondensingStore(Latest(), Room(24, 2, 8))
+def test_keys_handed_out_by_a_compressed_store_say_nothing_without_their_handle() -> None:
+    store = CompressingStore(Latest(), CacheBudget(24, 2, 8))
     q, k, v = qkv()
     store.append(k, v)
-    store.settle(q, 1.0)
+    store.end_step(q, 1.0)
     keys, values = attach(*store.append(k[:, :, :1], v[:, :, :1]), Handle(store, 1, 30, None))
     assert keys.shape == values.shape == (2, 2, store.num_slots, 8)
     assert bool(keys.isnan().all())

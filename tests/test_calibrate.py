@@ -24,14 +24,14 @@ pytest.importorskip("transformers")
 from rich.console import Console
 
 from hyperattention.calibration import calibrate as calibration
-from hyperattention.calibration.calibrate import Settings, calibrate, steps_of
+from hyperattention.calibration.calibrate import CalibrationSettings, calibrate, steps_of
 from hyperattention.calibration.head_statistics import inspect_layer
-from hyperattention.reference.model import Judged, load_reference
+from hyperattention.reference.model import LoadedModel, load_reference
 from hyperattention.reference.passes import watch_exact
-from hyperattention.reference.samples import Sample
+from hyperattention.reference.samples import EvaluationSample
 from hyperattention.report import inspect as page
 from hyperattention.report.calibrate import conclude
-from hyperattention.report.demo import Prepared
+from hyperattention.report.demo import PreparedDemo
 from hyperattention.report.maps import error_against_time
 from hyperattention.report.method_names import short_name
 from test_cli import invoke
@@ -43,15 +43,15 @@ LADDER = (ha.Exact(), NARROW, DRAWN, WIDE)
 
 
 @pytest.fixture(scope="module")
-def judged() -> Judged:
-    return Judged(build("Llama", {}), "a tiny model")
+def loaded() -> LoadedModel:
+    return LoadedModel(build("Llama", {}), "a tiny model")
 
 
 @pytest.fixture(scope="module")
-def samples() -> tuple[Sample, ...]:
+def samples() -> tuple[EvaluationSample, ...]:
     both = tokens(2)
     counted = torch.arange(1, LENGTH) >= LENGTH // 2
-    return tuple(Sample(each, counted, int(counted.sum()), torch.zeros_like(counted)) for each in both)
+    return tuple(EvaluationSample(each, counted, int(counted.sum()), torch.zeros_like(counted)) for each in both)
 
 
 def measurement(layer: int, errors: list[list[float]], seconds: tuple[float, ...], document: int = 0) -> Measurement:
@@ -115,11 +115,13 @@ def test_candidates_list_fewer_pairs_than_exact_attention_and_hold_the_default()
     assert all(method.cost(8192).share_of_exact < 1 for method in ladder[1:])
 
 
-def test_a_calibrated_plan_keeps_its_promises(judged: Judged, samples: tuple[Sample, ...], tmp_path: Path) -> None:
+def test_a_calibrated_plan_keeps_its_promises(
+    loaded: LoadedModel, samples: tuple[EvaluationSample, ...], tmp_path: Path
+) -> None:
     steps: list[str] = []
-    plan = calibrate(judged, samples, Settings(0.3, ladder=LADDER, repeats=1), tmp_path / "journal", steps.append)
+    plan = calibrate(loaded, samples, CalibrationSettings(0.3, ladder=LADDER, repeats=1), tmp_path / "journal", steps.append)
     assert list(plan.layers) == list(range(NUM_LAYERS))
-    assert len(steps) == steps_of(judged, samples)
+    assert len(steps) == steps_of(loaded, samples)
     assert all(0 <= error <= 0.3 for errors in plan.errors.values() for error in errors)
     assert plan.measured.length == LENGTH
     assert plan.measured.pairs_per_query == plan.method.cost(LENGTH).pairs
@@ -129,7 +131,7 @@ def test_a_calibrated_plan_keeps_its_promises(judged: Judged, samples: tuple[Sam
     assert [each.length for each in plan.measured.times] == [256, LENGTH]
     assert plan.crossover == Crossing(plan.measured.times).keys
     # every candidate but exact attention is hopeless at a tolerance near 0
-    strict = calibrate(judged, samples, Settings(1e-9, ladder=LADDER[:3], repeats=1), tmp_path / "strict")
+    strict = calibrate(loaded, samples, CalibrationSettings(1e-9, ladder=LADDER[:3], repeats=1), tmp_path / "strict")
     assert set(strict.layers.values()) == {ha.ByHead((ha.Exact(), ha.Exact()))}
     assert strict.measured.added_nats == 0
     # what is exact everywhere is not timed against itself, and does not pay
@@ -137,9 +139,11 @@ def test_a_calibrated_plan_keeps_its_promises(judged: Judged, samples: tuple[Sam
     assert strict.crossover is None
 
 
-def test_errors_are_those_of_all_rows_of_the_worst_query_head(judged: Judged, samples: tuple[Sample, ...]) -> None:
+def test_errors_are_those_of_all_rows_of_the_worst_query_head(
+    loaded: LoadedModel, samples: tuple[EvaluationSample, ...]
+) -> None:
     calls: list = []
-    watch_exact(judged, samples[0], calls.append)
+    watch_exact(loaded, samples[0], calls.append)
     found = measure_layer(calls[1], LADDER, 1, 5)
     assert (found.document, found.layer, found.shape) == (1, 1, (4, 2, 16, 16))
     assert all(seconds > 0 for seconds in found.seconds)
@@ -154,14 +158,18 @@ def test_errors_are_those_of_all_rows_of_the_worst_query_head(judged: Judged, sa
     assert found.errors[1] > found.errors[2]
 
 
-def test_a_page_says_that_its_plan_does_not_run(judged: Judged, samples: tuple[Sample, ...], tmp_path: Path) -> None:
-    plan = calibrate(judged, samples, Settings(0.3, ladder=LADDER, repeats=1), tmp_path / "journal")
-    options = page.Options(plan=Path("plan.json"), rows=32, ladder=LADDER)
-    prepared = Prepared(options.texts, judged, samples, "text")
-    layers = page.run(page.Ready(options, prepared, plan), Console(quiet=True))
+def test_a_page_says_that_its_plan_does_not_run(
+    loaded: LoadedModel, samples: tuple[EvaluationSample, ...], tmp_path: Path
+) -> None:
+    plan = calibrate(loaded, samples, CalibrationSettings(0.3, ladder=LADDER, repeats=1), tmp_path / "journal")
+    options = page.InspectOptions(plan=Path("plan.json"), rows=32, ladder=LADDER)
+    prepared = PreparedDemo(options.texts, loaded, samples, "text")
+    layers = page.run(page.PreparedInspection(options, prepared, plan), Console(quiet=True))
 
     def text_under(crossover: int | None) -> str:
-        page.save(page.Ready(options, prepared, replace(plan, crossover=crossover)), layers, tmp_path / "page.html")
+        page.save(
+            page.PreparedInspection(options, prepared, replace(plan, crossover=crossover)), layers, tmp_path / "page.html"
+        )
         return (tmp_path / "page.html").read_text()
 
     slow, long, paying = map(text_under, (None, LENGTH + 1, LENGTH))
@@ -175,9 +183,9 @@ class Interrupted(Exception):
 
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(
-    judged: Judged, samples: tuple[Sample, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, samples: tuple[EvaluationSample, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal, settings, measured = tmp_path / "journal", Settings(0.3, ladder=LADDER, repeats=1), []
+    journal, settings, measured = tmp_path / "journal", CalibrationSettings(0.3, ladder=LADDER, repeats=1), []
     whole = calibration.measure_layer
 
     def stop_after(count: int):
@@ -191,41 +199,43 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(
 
     stop_after(1)
     with pytest.raises(Interrupted):
-        calibrate(judged, samples, settings, journal)
+        calibrate(loaded, samples, settings, journal)
     # killed in the middle of a line
     with journal.open("a") as file:
         file.write('{"document": 0, "layer": 1, "sec')
     stop_after(4)
-    calibrate(judged, samples, settings, journal)
+    calibrate(loaded, samples, settings, journal)
     assert measured == [(0, 0), (0, 1), (1, 0), (1, 1)]
     # another tolerance rests on the same measurements, another seed does not
-    calibrate(judged, samples, replace(settings, tolerance=0.1), journal)
+    calibrate(loaded, samples, replace(settings, tolerance=0.1), journal)
     kept = journal.read_text()
     with pytest.raises(ValueError, match="seed 0 there and 1 here"):
-        calibrate(judged, samples, replace(settings, seed=1), journal)
+        calibrate(loaded, samples, replace(settings, seed=1), journal)
     assert journal.read_text() == kept
     with pytest.raises(Interrupted):
-        calibrate(judged, samples, replace(settings, seed=1), tmp_path / "another")
+        calibrate(loaded, samples, replace(settings, seed=1), tmp_path / "another")
     # the model is what it was
-    assert judged.model.config._attn_implementation == "sdpa"
+    assert loaded.model.config._attn_implementation == "sdpa"
 
 
-def test_settings_and_models_that_cannot_be_calibrated_are_refused(samples: tuple[Sample, ...], tmp_path: Path) -> None:
+def test_settings_and_models_that_cannot_be_calibrated_are_refused(
+    samples: tuple[EvaluationSample, ...], tmp_path: Path
+) -> None:
     for wrong in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match="give a relative error between 0 and 1"):
-            Settings(wrong)
+            CalibrationSettings(wrong)
     with pytest.raises(ValueError, match="begin it with Exact"):
-        Settings(ladder=(NARROW,))
-    windowed = Judged(build("Mistral", {"sliding_window": 48}), "a windowed model")
+        CalibrationSettings(ladder=(NARROW,))
+    windowed = LoadedModel(build("Mistral", {"sliding_window": 48}), "a windowed model")
     with pytest.raises(ValueError, match="no attention call of a windowed model can be approximated"):
-        calibrate(windowed, samples, Settings(ladder=LADDER), tmp_path / "journal")
+        calibrate(windowed, samples, CalibrationSettings(ladder=LADDER), tmp_path / "journal")
     with pytest.raises(ValueError, match="no text"):
-        calibrate(windowed, (), Settings(), tmp_path / "journal")
+        calibrate(windowed, (), CalibrationSettings(), tmp_path / "journal")
 
 
-def test_row_figures_are_those_of_the_softmax_rows(judged: Judged, samples: tuple[Sample, ...]) -> None:
+def test_row_figures_are_those_of_the_softmax_rows(loaded: LoadedModel, samples: tuple[EvaluationSample, ...]) -> None:
     calls: list = []
-    watch_exact(judged, samples[0], calls.append)
+    watch_exact(loaded, samples[0], calls.append)
     assert [call.layer for call in calls] == list(range(NUM_LAYERS))
     shown = inspect_layer(calls[1], ha.ByHead((NARROW, DRAWN)), LADDER, rows=LENGTH)
     q, k = calls[1].q[0], calls[1].k[0].repeat_interleave(2, 0)
@@ -246,9 +256,9 @@ def test_row_figures_are_those_of_the_softmax_rows(judged: Judged, samples: tupl
     assert all(error > 0 for error in shown.figures["error"])
 
 
-def test_the_star_is_measured_like_the_dots(judged: Judged, samples: tuple[Sample, ...]) -> None:
+def test_the_star_is_measured_like_the_dots(loaded: LoadedModel, samples: tuple[EvaluationSample, ...]) -> None:
     calls: list = []
-    watch_exact(judged, samples[0], calls.append)
+    watch_exact(loaded, samples[0], calls.append)
     served = (ha.ByHead((NARROW, NARROW)), ha.ByHead((NARROW, DRAWN)))
     layers = [inspect_layer(call, each, LADDER, rows=32) for call, each in zip(calls, served, strict=True)]
     # heads draw what they would have drawn had all run that method, so errors are the candidates' own
@@ -283,11 +293,11 @@ class Loads(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report(judged: Judged, samples: tuple[Sample, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(loaded: LoadedModel, samples: tuple[EvaluationSample, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     # a name that would end a script, and a heading, were it not escaped
-    named = replace(judged, name="</script><h1>tiny & small")
-    options = page.Options(rows=32, ladder=LADDER)
-    ready = page.Ready(options, Prepared(options.texts, named, samples, "</title>text"), None)
+    named = replace(loaded, name="</script><h1>tiny & small")
+    options = page.InspectOptions(rows=32, ladder=LADDER)
+    ready = page.PreparedInspection(options, PreparedDemo(options.texts, named, samples, "</title>text"), None)
     layers = page.run(ready, Console(quiet=True))
     assert [layer.layer for layer in layers] == list(range(NUM_LAYERS))
     path = tmp_path_factory.mktemp("report") / "report.html"

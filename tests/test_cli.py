@@ -15,7 +15,7 @@ from hyperattention.bench.timing import Timing, interleave, speedup
 from hyperattention.cli.main import app
 from hyperattention.methods.default import CROSSOVER
 from hyperattention.methods.exact import Exact
-from hyperattention.report.bench import Options, list_cases
+from hyperattention.report.bench import BenchOptions, list_cases
 
 ROWS = ["exact", "sinks_window", "control", "published", "default"]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away"]
@@ -185,7 +185,7 @@ def test_bench_refuses_lengths_in_the_wrong_order() -> None:
 
 
 def test_cases_differ_from_the_first_in_one_thing() -> None:
-    plain, *others = list_cases(Options(min_length=64, max_length=64))
+    plain, *others = list_cases(BenchOptions(min_length=64, max_length=64))
     for case in others:
         changed = {name for name in vars(plain) if getattr(plain, name) != getattr(case, name)}
         assert changed in ({"backward"}, {"causal"}, {"head_dim"}, {"heads"})

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hyperattention.bench.entrants import entrants
-from hyperattention.files.atomic_write import write_whole
+from hyperattention.bench.candidates import candidates
+from hyperattention.files.atomic_write import atomic_write
 from hyperattention.files.outputs import MARK, Outputs
 from hyperattention.files.user_text import Text, read_text
 from hyperattention.report.evaluation_folder import CONFIG, METRICS, check_evaluation_folder
@@ -111,10 +111,10 @@ def test_devices_stay_and_links_are_followed(tmp_path: Path) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_text("old")
     link.symlink_to(real)
-    write_whole(link, "new")
+    atomic_write(link, "new")
     assert (link.is_symlink(), real.read_text()) == (True, "new")
     Outputs((Path(os.devnull),)).check()
-    write_whole(Path(os.devnull), "nothing")
+    atomic_write(Path(os.devnull), "nothing")
     assert not Path(os.devnull).is_file()
 
 
@@ -140,11 +140,11 @@ def test_no_figure_of_a_wide_table_is_cut() -> None:
 
 
 def test_only_methods_that_take_part_have_to_fit_the_budget() -> None:
-    assert [each.family for each in entrants((256,), ("default",))] == ["exact", "default"]
+    assert [each.family for each in candidates((256,), ("default",))] == ["exact", "default"]
     with pytest.raises(ValueError, match="512 slots"):
-        entrants((256,), ("priority",))
+        candidates((256,), ("priority",))
     with pytest.raises(ValueError, match="no method is called nonsense"):
-        entrants((256,), ("nonsense",))
+        candidates((256,), ("nonsense",))
 
 
 def test_doctor_names_the_extra_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,12 +141,12 @@ def test_chunks_are_read_through_what_is_left_of_earlier_ones(document: Path, mo
 
 def test_text_is_written_as_it_is_made(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, events = load_reference().model, []
-    judged, tokens = session.Judged(model, "the reference model"), torch.tensor([list(TEXT)])
+    loaded, tokens = session.LoadedModel(model, "the reference model"), torch.tensor([list(TEXT)])
     cache = HyperCache(model.config, budget=2 * LENGTH)
-    session.read_text(judged, cache, tokens[:, :-1])
+    session.read_text(loaded, cache, tokens[:, :-1])
     model.register_forward_hook(lambda *_: events.append("step"))
     monkeypatch.setattr("builtins.print", lambda text, *, flush, end: events.append("text") if text and flush else None)
-    session.write_on(judged, cache, tokens, session.Sampling(NEW))
+    session.write_on(loaded, cache, tokens, session.Sampling(NEW))
     # steps go on once there is something to see
     assert "step" in events[events.index("text") :]
     assert events.count("step") == NEW

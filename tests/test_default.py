@@ -26,5 +26,5 @@ def test_fewer_than_256_queries_are_served_exactly(choose) -> None:
 
 
 def test_what_runs_by_default_is_what_was_measured() -> None:
-    measured = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(688, by=ha.Descent()))
+    measured = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(688, by=ha.HierarchicalSearch()))
     assert ha.default_method(4096) == ha.default_method(10**9) == measured

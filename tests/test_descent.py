@@ -34,7 +34,7 @@ def haystack(num: int, place: int, *, sharp: float) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize("place", [70, 500, 1333])
 def test_the_one_key_that_queries_look_for_is_found_and_listed_for_certain(place):
     q, k, v = haystack(2048, place, sharp=64.0)
-    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(128, by=ha.Descent(LEVELS)))
+    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(128, by=ha.HierarchicalSearch(LEVELS)))
     assert method.cost(2048).share_of_exact < 1
     found = [ha.attention(q, k, v, is_causal=True, method=method, seed=seed)[0, 0, -1, 0].item() for seed in range(8)]
     assert min(found) > 0.9
@@ -49,7 +49,7 @@ def test_means_alone_miss_what_far_keys_find():
     for place in range(100, 1900, 150):
         q, k, v = haystack(2048, place, sharp=64.0)
         for far, outs in found.items():
-            by = ha.Descent((select.Level(64, 4, select.Representatives(1, far)),))
+            by = ha.HierarchicalSearch((select.Level(64, 4, select.Representatives(1, far)),))
             method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(512, by=by))
             outs.append(ha.attention(q, k, v, is_causal=True, method=method)[0, 0, -1, 0].item())
     assert min(found[3]) > 0.9
@@ -104,21 +104,23 @@ def test_opened_keys_alone_share_all_draws():
 
 
 def test_the_coarsest_level_is_scored_only_from_the_seam_on():
-    by = ha.Descent(LEVELS)
+    by = ha.HierarchicalSearch(LEVELS)
     tiles = cut(problem(1024), 64)
     assert by.seams(tiles, 512) == [4]
-    assert ha.Descent((select.Level(64, 64),)).seams(tiles, 8192) == [64]
+    assert ha.HierarchicalSearch((select.Level(64, 64),)).seams(tiles, 8192) == [64]
     # few draws open fewer of the last blocks, which is what the cost counts as well
-    few, many = (ha.Descent((select.Level(64, 64),)).selection_pairs(4096, 64, 16, True, num) for num in (1024, 8192))
+    few, many = (
+        ha.HierarchicalSearch((select.Level(64, 64),)).selection_pairs(4096, 64, 16, True, num) for num in (1024, 8192)
+    )
     assert few > many
-    assert ha.Descent((select.Level(64, 64),)).seams(tiles, 1024) == [8]
+    assert ha.HierarchicalSearch((select.Level(64, 64),)).seams(tiles, 1024) == [8]
     short, long = (by.selection_pairs(keys, 64, 16, True, 512) for keys in (256, 2**20))
     assert short < long < 2**20 / 2
 
 
 def test_what_is_computed_keeps_its_precision_however_weights_are_estimated(monkeypatch):
     q, k, v = (tokens(1, 2, 640, 16, seed=seed).float() for seed in range(3))
-    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(64, by=ha.Descent(LEVELS)))
+    method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(64, by=ha.HierarchicalSearch(LEVELS)))
     outs, errors = {}, []
     for dtype in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(descent, "for_estimates", lambda x, dtype=dtype: x.to(dtype))
@@ -140,10 +142,10 @@ def test_what_is_computed_keeps_its_precision_however_weights_are_estimated(monk
         (lambda: select.Level(0, 8), "block_size must be a positive integer"),
         (lambda: select.Level(16, 8, select.Representatives(3)), "multiple of 3"),
         (lambda: select.Level(4, 8, select.Representatives(2, 3)), "at least 5"),
-        (lambda: ha.Descent(()), "at least one Level"),
-        (lambda: ha.Descent((select.Level(48, 8), select.Level(32, 8))), "use a divisor"),
-        (lambda: ha.Descent(uniform_share=0.0), "between 0 and 1"),
-        (lambda: ha.Descent(pooled=0), "pooled must be a positive integer"),
+        (lambda: ha.HierarchicalSearch(()), "at least one Level"),
+        (lambda: ha.HierarchicalSearch((select.Level(48, 8), select.Level(32, 8))), "use a divisor"),
+        (lambda: ha.HierarchicalSearch(uniform_share=0.0), "between 0 and 1"),
+        (lambda: ha.HierarchicalSearch(pooled=0), "pooled must be a positive integer"),
     ],
 )
 def test_bad_arguments_say_what_to_do(make, message):
@@ -156,7 +158,7 @@ def test_bad_arguments_say_what_to_do(make, message):
 def test_chunks_of_a_prompt_choose_what_one_call_does_at_every_level(chunk, seed):
     levels = select.Level(32, 4, select.Representatives(2, 2)), select.Level(16, 4), select.Level(4, 4)
     # a window smaller than a block: blocks that reach into the tile are opened, whatever is in them
-    method = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(40, by=ha.Descent(levels, pooled=4)), tile=64)
+    method = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(40, by=ha.HierarchicalSearch(levels, pooled=4)), tile=64)
     q, k, v = tensors(704, batch=2, heads=4, kv_heads=2, dtype=torch.float64, seed=seed)
     options = {"is_causal": True, "enable_gqa": True, "method": method, "seed": seed, "causal_align": "lower_right"}
     whole = ha.attention(q, k, v, **options)

@@ -17,9 +17,9 @@ from hyperattention.bench.error import Error, pool
 from hyperattention.bench.rows import Row, control_of, find_default, rows, window_of
 from hyperattention.reference.documents import make_document
 from hyperattention.reference.evaluate import NUM_DEPTHS, evaluate
-from hyperattention.reference.model import Judged, load_reference
+from hyperattention.reference.model import LoadedModel, load_reference
 from hyperattention.reference.passes import capture, digits_right, run_pass
-from hyperattention.reference.samples import Sample, samples_of_documents
+from hyperattention.reference.samples import EvaluationSample, samples_of_documents
 from hyperattention.reference.text import documents_from, held_out_documents, held_out_text
 
 LENGTH = 256
@@ -27,17 +27,17 @@ SMALL = ha.Method(ha.Sinks(4), ha.Window(16), ha.TopBlocks(2, block_size=8, by=s
 
 
 @pytest.fixture(scope="module")
-def judged() -> Judged:
+def loaded() -> LoadedModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=512, initializer_range=0.3,
     )  # fmt: skip
-    return Judged(transformers.LlamaForCausalLM(config).eval(), "a tiny model")
+    return LoadedModel(transformers.LlamaForCausalLM(config).eval(), "a tiny model")
 
 
 @pytest.fixture(scope="module")
-def samples() -> tuple[Sample, ...]:
+def samples() -> tuple[EvaluationSample, ...]:
     return samples_of_documents(held_out_documents(LENGTH, 2))
 
 
@@ -102,13 +102,13 @@ def test_loss_counts_ordinary_text_of_the_second_half() -> None:
     assert re.fullmatch(rb"[^\n]*\n?(#[sg]et [a-z]{3}=[0-9]{4}\n)*[^\n]*", planted)
 
 
-def test_the_loss_is_that_of_the_plain_model(judged: Judged, samples: tuple[Sample, ...]) -> None:
+def test_the_loss_is_that_of_the_plain_model(loaded: LoadedModel, samples: tuple[EvaluationSample, ...]) -> None:
     sample = samples[0]
     with torch.no_grad():
-        logits = judged.model(sample.tokens[None]).logits[0, :-1]
+        logits = loaded.model(sample.tokens[None]).logits[0, :-1]
     expected = cross_entropy(logits[sample.counted], sample.tokens[1:][sample.counted], reduction="sum").item()
-    exact = run_pass(judged, sample, rows(SMALL)[0])
-    complete = run_pass(judged, sample, Row("all", "all", ha.Method(ha.Sinks(4), ha.Window(LENGTH))))
+    exact = run_pass(loaded, sample, rows(SMALL)[0])
+    complete = run_pass(loaded, sample, Row("all", "all", ha.Method(ha.Sinks(4), ha.Window(LENGTH))))
     whole = torch.arange(1, LENGTH) >= LENGTH // 2
     expected_whole = cross_entropy(logits[whole], sample.tokens[1:][whole], reduction="sum").item()
     assert exact.nats + exact.planted_nats == pytest.approx(expected_whole, rel=1e-5)
@@ -123,7 +123,7 @@ def one_hot(targets: Tensor) -> Tensor:
     return nn.functional.one_hot(targets, 256).float()
 
 
-def test_a_digit_is_right_when_the_model_puts_it_first(samples: tuple[Sample, ...]) -> None:
+def test_a_digit_is_right_when_the_model_puts_it_first(samples: tuple[EvaluationSample, ...]) -> None:
     sample, targets = samples[0], samples[0].tokens[1:]
     right = digits_right(one_hot(targets), targets, sample)
     assert right.shape == (len(sample.answer_index), 4)
@@ -134,10 +134,10 @@ def test_a_digit_is_right_when_the_model_puts_it_first(samples: tuple[Sample, ..
     assert not digits_right(one_hot(targets - 1), targets, sample).any()
 
 
-def test_every_row_is_judged_beside_exact_attention(judged: Judged, samples: tuple[Sample, ...]) -> None:
-    before, steps = judged.model.config._attn_implementation, []
+def test_every_row_is_judged_beside_exact_attention(loaded: LoadedModel, samples: tuple[EvaluationSample, ...]) -> None:
+    before, steps = loaded.model.config._attn_implementation, []
     lines = rows(SMALL)
-    results = {each.row: each for each in evaluate(judged, samples, lines, audit_rows=64, on_step=steps.append)}
+    results = {each.row: each for each in evaluate(loaded, samples, lines, audit_rows=64, on_step=steps.append)}
     assert len(steps) == len(lines) * len(samples)
     exact, control, ours = results["exact"], results["control"], results["default"]
     assert (exact.added_nats, exact.share_of_calls, exact.error, exact.approximated) == (0, 0, None, False)
@@ -158,19 +158,21 @@ def test_every_row_is_judged_beside_exact_attention(judged: Judged, samples: tup
     assert ours.added_error == pytest.approx(abs(expected[0] - expected[1]) / 2)
     assert len(ours.depths) == NUM_DEPTHS
     assert sum(depth.answers for depth in ours.depths) == ours.answers == sum(len(s.answer_index) for s in samples)
-    assert judged.model.config._attn_implementation == before
-    assert not any("watch" in name for module in judged.model.modules() for name in module.__dict__)
+    assert loaded.model.config._attn_implementation == before
+    assert not any("watch" in name for module in loaded.model.modules() for name in module.__dict__)
 
 
-def test_evaluation_needs_samples_and_exact_attention_first(judged: Judged, samples: tuple[Sample, ...]) -> None:
+def test_evaluation_needs_samples_and_exact_attention_first(
+    loaded: LoadedModel, samples: tuple[EvaluationSample, ...]
+) -> None:
     with pytest.raises(ValueError, match="at least one, and exact attention first"):
-        evaluate(judged, (), rows(SMALL))
+        evaluate(loaded, (), rows(SMALL))
     with pytest.raises(ValueError, match="at least one, and exact attention first"):
-        evaluate(judged, samples, rows(SMALL)[1:])
+        evaluate(loaded, samples, rows(SMALL)[1:])
 
 
-def test_captured_inputs_are_those_of_every_layer(judged: Judged, samples: tuple[Sample, ...]) -> None:
-    calls = capture(judged, samples[0], rows(SMALL)[0])
+def test_captured_inputs_are_those_of_every_layer(loaded: LoadedModel, samples: tuple[EvaluationSample, ...]) -> None:
+    calls = capture(loaded, samples[0], rows(SMALL)[0])
     assert [call.layer for call in calls] == [0, 1]
     assert all(call.q.shape == (1, 2, LENGTH, 16) and call.k.shape == call.v.shape == (1, 1, LENGTH, 16) for call in calls)
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
-from hyperattention.evaluation.ask import Asking, Reply, ask
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.evaluation.ask import AskSettings, Reply, ask
 from hyperattention.evaluation.continuation import Texts, continuation_loss, pieces
 from hyperattention.evaluation.dialect import Lines
 from hyperattention.evaluation.haystack import Haystack
-from hyperattention.evaluation.policies import EXACT, Contender, Entrant, choose_entrants, contenders_at
+from hyperattention.evaluation.policies import EXACT, CacheCandidate, CacheFamily, candidates_at, choose_families
 from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import converse, read, reading
 from hyperattention.evaluation.recording import fill, rows_of, start
@@ -22,7 +22,7 @@ from hyperattention.evaluation.tasks.setting import Setting
 from hyperattention.policies.choose import best
 from hyperattention.policies.latest import Latest
 from hyperattention.policies.uniform_sample import UniformSample
-from hyperattention.reference.model import Judged, load_reference
+from hyperattention.reference.model import LoadedModel, load_reference
 from hyperattention.reference.text import held_out_text
 
 LENGTH = 768
@@ -30,7 +30,7 @@ BUDGET = 256
 
 
 @pytest.fixture(scope="module")
-def judged() -> Judged:
+def loaded() -> LoadedModel:
     return load_reference()
 
 
@@ -43,7 +43,7 @@ def haystack() -> Haystack:
 class Watchful(Policy):
     """Keep what the queries attended to, and remember what it was shown."""
 
-    shown: list[Full] = field(default_factory=list, compare=False)
+    shown: list[CompressionRequest] = field(default_factory=list, compare=False)
 
     @property
     def num_queries(self) -> int:
@@ -57,7 +57,7 @@ class Watchful(Policy):
     def weighted(self) -> bool:
         return False
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         self.shown.append(full)
         index = best(full.candidates.score, full)
         return full.candidates.take(index, full.candidates.log_weight.gather(2, index))
@@ -65,19 +65,19 @@ class Watchful(Policy):
 
 @pytest.mark.parametrize("make", [Latest, UniformSample, Watchful])
 def test_a_recorded_prompt_leaves_what_the_model_itself_would_have(
-    judged: Judged, haystack: Haystack, make: Callable[[], Policy]
+    loaded: LoadedModel, haystack: Haystack, make: Callable[[], Policy]
 ) -> None:
     tokens = torch.tensor([haystack.tokens[first : first + 300] for first in (0, 5000)])
     policies = make(), make()
-    read_by_itself, filled = (Contender(Entrant("x", x), 200).cache(judged.model, 300, 3) for x in policies)
-    with reading(judged.model):
-        read(judged.model, tokens[[1, 0]], read_by_itself)
-        recorded = start(judged.model)
-        read(judged.model, tokens[:, :290], recorded)
-        fill(Contender(Entrant("x", make()), 200).cache(judged.model, 300, 3), recorded)
+    read_by_itself, filled = (CacheCandidate(CacheFamily("x", x), 200).cache(loaded.model, 300, 3) for x in policies)
+    with reading(loaded.model):
+        read(loaded.model, tokens[[1, 0]], read_by_itself)
+        recorded = start(loaded.model)
+        read(loaded.model, tokens[:, :290], recorded)
+        fill(CacheCandidate(CacheFamily("x", make()), 200).cache(loaded.model, 300, 3), recorded)
         # rows change places, and what was worked out for them goes along
-        recorded = rows_of(recorded, judged.model, [1, 0])
-        read(judged.model, tokens[[1, 0], 290:], recorded)
+        recorded = rows_of(recorded, loaded.model, [1, 0])
+        read(loaded.model, tokens[[1, 0], 290:], recorded)
         fill(filled, recorded)
     assert filled.get_seq_length() == 300
     for number, store in read_by_itself.stores.items():
@@ -90,14 +90,16 @@ def test_a_recorded_prompt_leaves_what_the_model_itself_would_have(
         torch.testing.assert_close(ours, theirs)
 
 
-def asked(judged: Judged, haystack: Haystack, contenders: tuple[Contender, ...], task: str = "single") -> list[Reply]:
+def asked(
+    loaded: LoadedModel, haystack: Haystack, candidates: tuple[CacheCandidate, ...], task: str = "single"
+) -> list[Reply]:
     items = TASKS[task](Setting(haystack, LENGTH, depths=4, seed=1))
-    return list(ask(Asking(judged.model, haystack.dialect, contenders, shown=3, rows=2), items))
+    return list(ask(AskSettings(loaded.model, haystack.dialect, candidates, shown=3, rows=2), items))
 
 
-def test_streaming_loses_what_lies_deep_and_exact_attention_does_not(judged: Judged, haystack: Haystack) -> None:
-    replies = asked(judged, haystack, contenders_at(choose_entrants(()), (BUDGET,)))
-    found = {(cell.contender.entrant.name, cell.visible, cell.depth): cell for cell in cells(replies, 4)}
+def test_streaming_loses_what_lies_deep_and_exact_attention_does_not(loaded: LoadedModel, haystack: Haystack) -> None:
+    replies = asked(loaded, haystack, candidates_at(choose_families(()), (BUDGET,)))
+    found = {(cell.candidate.family.name, cell.visible, cell.depth): cell for cell in cells(replies, 4)}
     for visible in (False, True):
         assert found["exact", visible, None].share.value == 1.0
         assert found["exact", visible, None].exact
@@ -109,25 +111,25 @@ def test_streaming_loses_what_lies_deep_and_exact_attention_does_not(judged: Jud
             assert 0 < cell.seconds < 10
 
 
-def test_answers_through_a_whole_cache_are_those_of_generate(judged: Judged, haystack: Haystack) -> None:
-    replies = asked(judged, haystack, (Contender(EXACT, BUDGET),), "multi-query")
+def test_answers_through_a_whole_cache_are_those_of_generate(loaded: LoadedModel, haystack: Haystack) -> None:
+    replies = asked(loaded, haystack, (CacheCandidate(EXACT, BUDGET),), "multi-query")
     hidden = [reply for reply in replies if not reply.visible]
     for reply in hidden[:1] + hidden[-1:]:
         text = list(reply.item.context)
         for turn, said in zip(reply.item.turns, reply.outputs, strict=True):
             text += haystack.dialect.encode(turn.question)
-            whole = judged.model.generate(torch.tensor([text]), max_new_tokens=turn.answer_size, do_sample=False)
+            whole = loaded.model.generate(torch.tensor([text]), max_new_tokens=turn.answer_size, do_sample=False)
             assert said == haystack.dialect.decode(tuple(whole[0, len(text) :].tolist()))
             text = whole[0].tolist()
 
 
-def test_questions_of_one_context_do_not_see_one_another(judged: Judged, haystack: Haystack) -> None:
+def test_questions_of_one_context_do_not_see_one_another(loaded: LoadedModel, haystack: Haystack) -> None:
     items = TASKS["multi-key"](Setting(haystack, LENGTH, depths=6, seed=1))
-    contenders = contenders_at((EXACT, Entrant("streaming", Latest())), (BUDGET,))
+    candidates = candidates_at((EXACT, CacheFamily("streaming", Latest())), (BUDGET,))
     few, many = (
         {
-            (reply.item, reply.contender, reply.visible): reply.outputs
-            for reply in ask(Asking(judged.model, haystack.dialect, contenders, rows=rows), items)
+            (reply.item, reply.candidate, reply.visible): reply.outputs
+            for reply in ask(AskSettings(loaded.model, haystack.dialect, candidates, rows=rows), items)
         }
         for rows in (2, 8)
     )  # fmt: skip
@@ -135,45 +137,45 @@ def test_questions_of_one_context_do_not_see_one_another(judged: Judged, haystac
     assert len(few) == 6 * 2 * 2
 
 
-def test_what_was_said_is_read_before_the_next_question(judged: Judged, haystack: Haystack) -> None:
-    cache, question = Contender(EXACT, BUDGET).cache(judged.model, 100, 0), torch.tensor([list(b"\n#get abc=")])
-    with reading(judged.model):
-        read(judged.model, torch.tensor([haystack.tokens[:50]]), cache)
-        said = converse(judged.model, cache, [question, question], [4, 3])
+def test_what_was_said_is_read_before_the_next_question(loaded: LoadedModel, haystack: Haystack) -> None:
+    cache, question = CacheCandidate(EXACT, BUDGET).cache(loaded.model, 100, 0), torch.tensor([list(b"\n#get abc=")])
+    with reading(loaded.model):
+        read(loaded.model, torch.tensor([haystack.tokens[:50]]), cache)
+        said = converse(loaded.model, cache, [question, question], [4, 3])
     assert [turn.shape for turn in said.turns] == [(1, 4), (1, 3)]
     # all but the very last token
     assert cache.get_seq_length() == 50 + 10 + 4 + 10 + 3 - 1
 
 
-def test_with_room_for_everything_nothing_is_approximated(judged: Judged, haystack: Haystack) -> None:
-    contenders = contenders_at((EXACT, Entrant("uniform", UniformSample())), (LENGTH,))
-    replies = asked(judged, haystack, contenders, "multi-value")
-    exact, uniform = ([(r.item, r.visible, r.outputs) for r in replies if r.contender is who] for who in contenders)
+def test_with_room_for_everything_nothing_is_approximated(loaded: LoadedModel, haystack: Haystack) -> None:
+    candidates = candidates_at((EXACT, CacheFamily("uniform", UniformSample())), (LENGTH,))
+    replies = asked(loaded, haystack, candidates, "multi-value")
+    exact, uniform = ([(r.item, r.visible, r.outputs) for r in replies if r.candidate is who] for who in candidates)
     assert exact == uniform
     assert all(cell.exact for cell in cells(replies, 4))
     # the reference model never saw a key with several values
     assert {cell.beyond for cell in cells(replies, 4) if cell.depth is None} == {True}
 
 
-def test_in_pieces_later_ones_are_read_through_what_is_left_of_earlier_ones(judged: Judged, haystack: Haystack) -> None:
-    contenders = contenders_at((EXACT, Entrant("streaming", Latest())), (BUDGET,))
+def test_in_pieces_later_ones_are_read_through_what_is_left_of_earlier_ones(loaded: LoadedModel, haystack: Haystack) -> None:
+    candidates = candidates_at((EXACT, CacheFamily("streaming", Latest())), (BUDGET,))
     items = TASKS["lines"](Setting(haystack, LENGTH, depths=4, seed=1))
     whole, pieced = (
-        list(ask(Asking(judged.model, haystack.dialect, contenders, chunk=chunk), items)) for chunk in (None, 100)
+        list(ask(AskSettings(loaded.model, haystack.dialect, candidates, chunk=chunk), items)) for chunk in (None, 100)
     )
-    assert [r.outputs for r in whole if r.contender.entrant is EXACT] == [
-        r.outputs for r in pieced if r.contender.entrant is EXACT
+    assert [r.outputs for r in whole if r.candidate.family is EXACT] == [
+        r.outputs for r in pieced if r.candidate.family is EXACT
     ]
-    assert {r.approximated for r in pieced if r.contender.entrant is EXACT} == {0}
+    assert {r.approximated for r in pieced if r.candidate.family is EXACT} == {0}
     tokens, caches = torch.tensor([items[0].context]), []
-    with reading(judged.model) as counter:
+    with reading(loaded.model) as counter:
         for chunk in (None, 100):
             before = counter.counts.approximated
-            caches.append(Prompt.of(judged.model, tokens, chunk).condensed(contenders[1], 20, 0)[0])
+            caches.append(Prompt.of(loaded.model, tokens, chunk).compressed(candidates[1], 20, 0)[0])
             assert (counter.counts.approximated - before > 0) is (chunk is not None)
-        by_hand = contenders[1].cache(judged.model, 0, 0)
+        by_hand = candidates[1].cache(loaded.model, 0, 0)
         for part in tokens.split(100, 1):
-            judged.model(part, past_key_values=by_hand)
+            loaded.model(part, past_key_values=by_hand)
     for number, store in by_hand.stores.items():
         torch.testing.assert_close(caches[1].stores[number].held.v, store.held.v)
     # the latest tokens are held either way, and what the last layer knows of them depends on what earlier ones read
@@ -181,9 +183,11 @@ def test_in_pieces_later_ones_are_read_through_what_is_left_of_earlier_ones(judg
     assert not torch.allclose(ours, theirs)
 
 
-def test_the_question_is_seen_by_the_policy_only_where_it_is_visible(judged: Judged, haystack: Haystack) -> None:
+def test_the_question_is_seen_by_the_policy_only_where_it_is_visible(loaded: LoadedModel, haystack: Haystack) -> None:
     policy = Watchful()
-    replies = asked(judged, haystack, (Contender(EXACT, BUDGET), Contender(Entrant("watchful", policy), BUDGET)), "lines")
+    replies = asked(
+        loaded, haystack, (CacheCandidate(EXACT, BUDGET), CacheCandidate(CacheFamily("watchful", policy), BUDGET)), "lines"
+    )
     first = [int(full.held.position.max()) + 1 for full in policy.shown if full.counters[1:] == (0, 0)]
     context, question = len(replies[0].item.context), len(replies[0].item.turns[0].question)
     # the three that are asked visibly come in two batches
@@ -193,19 +197,21 @@ def test_the_question_is_seen_by_the_policy_only_where_it_is_visible(judged: Jud
     assert len({r.item for r in replies if r.visible}) == 3
 
 
-def test_the_loss_of_a_continuation_is_the_models_own_where_nothing_is_dropped(judged: Judged, haystack: Haystack) -> None:
-    contenders = contenders_at(choose_entrants(()), (BUDGET,))
+def test_the_loss_of_a_continuation_is_the_models_own_where_nothing_is_dropped(
+    loaded: LoadedModel, haystack: Haystack
+) -> None:
+    candidates = candidates_at(choose_families(()), (BUDGET,))
     texts = Texts(LENGTH, continuation=100, documents=3)
-    found = list(continuation_loss(Asking(judged.model, haystack.dialect, contenders, rows=2), haystack.tokens, texts))
-    exact = {loss.document: loss for loss in found if loss.contender.entrant is EXACT}
+    found = list(continuation_loss(AskSettings(loaded.model, haystack.dialect, candidates, rows=2), haystack.tokens, texts))
+    exact = {loss.document: loss for loss in found if loss.candidate.family is EXACT}
     for number, tokens in pieces(haystack.tokens, texts, 0).items():
         with torch.inference_mode():
             whole = torch.tensor([tokens])
-            logits = judged.model(whole).logits[0, -101:-1]
+            logits = loaded.model(whole).logits[0, -101:-1]
         own = torch.nn.functional.cross_entropy(logits, whole[0, -100:]).item()
         assert exact[number].nats == pytest.approx(own, rel=1e-4)
         assert (exact[number].added, exact[number].approximated) == (0.0, 0)
-    others = [loss for loss in found if loss.contender.entrant is not EXACT]
+    others = [loss for loss in found if loss.candidate.family is not EXACT]
     assert len(others) == 9
     for loss in others:
         assert loss.approximated > 0

@@ -9,7 +9,7 @@ from hyperattention.evaluation.continuation import Loss, Texts, added, pieces
 from hyperattention.evaluation.dialect import Lines
 from hyperattention.evaluation.haystack import Haystack, hide
 from hyperattention.evaluation.item import Item, Turn
-from hyperattention.evaluation.policies import EXACT, Contender, choose_entrants, contenders_at
+from hyperattention.evaluation.policies import EXACT, CacheCandidate, candidates_at, choose_families
 from hyperattention.evaluation.score import Share, marks
 from hyperattention.evaluation.sentences import Sentences
 from hyperattention.evaluation.tasks import TASKS
@@ -133,7 +133,7 @@ def test_seeds_read_other_texts_until_there_are_none(haystack: Haystack) -> None
 
 
 def test_texts_that_several_seeds_read_count_once() -> None:
-    who = Contender(EXACT, 256)
+    who = CacheCandidate(EXACT, 256)
     losses = [Loss(who, *each, 0, 0) for each in ((0, 0, 1.0, 0.2), (0, 1, 1.0, 0.4), (1, 0, 2.0, 0.5))]
     pooled = added(losses)
     assert (pooled.nats, pooled.texts) == (pytest.approx(0.4), 2)
@@ -142,10 +142,10 @@ def test_texts_that_several_seeds_read_count_once() -> None:
 
 
 def test_baselines_always_take_part_and_unknown_names_do_not() -> None:
-    names = [each.name for each in choose_entrants(())]
+    names = [each.name for each in choose_families(())]
     assert names == ["exact", "streaming", "uniform", "random"]
-    assert [each.name for each in choose_entrants(None)][:4] == names
+    assert [each.name for each in choose_families(None)][:4] == names
     with pytest.raises(ValueError, match="unknown policies nonsense: choose from exact, streaming"):
-        choose_entrants(("uniform", "nonsense"))
+        choose_families(("uniform", "nonsense"))
     with pytest.raises(ValueError, match="budget=20 leaves nothing"):
-        contenders_at(choose_entrants(()), (20,))
+        candidates_at(choose_families(()), (20,))

@@ -11,7 +11,7 @@ from hyperattention import select
 pytest.importorskip("transformers")
 
 STEPS, LENGTH = 50, 512
-DESCENT = ha.Descent(
+DESCENT = ha.HierarchicalSearch(
     (select.Level(32, 8, select.Representatives(1, 3)), select.Level(8, 4, select.Representatives(1, 2))), dim=16
 )
 METHOD = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(96, by=DESCENT), tile=32)

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from hyperattention.exact import exact_attention, visible_keys
-from hyperattention.fused import Call, CpuFlash, Folded, Plain, choose
+from hyperattention.fused import CpuFlash, Folded, FusedCall, Plain, choose
 from hyperattention.kernels.cpu_flash import _cpu_flash, cpu_flash
 
 SCALE = 0.3
@@ -171,16 +171,16 @@ def test_grouped_heads_are_not_repeated(queries):
 
 def test_the_choice_says_which_kernel_runs():
     q, k, v = make(4, 2, 6, 9)
-    square = Call(q, k[:, :, :6], v[:, :, :6], SCALE, True)
+    square = FusedCall(q, k[:, :, :6], v[:, :, :6], SCALE, True)
     assert choose(square, lse=False) == Plain()
-    assert choose(Call(q, k, v, SCALE, False), lse=False) == Folded()
-    assert choose(Call(q, k, v, SCALE, True), lse=False) == CpuFlash()
+    assert choose(FusedCall(q, k, v, SCALE, False), lse=False) == Folded()
+    assert choose(FusedCall(q, k, v, SCALE, True), lse=False) == CpuFlash()
     assert choose(square, lse=True) == CpuFlash()
-    assert choose(Call(q, k, v[..., :3], SCALE, True), lse=False) is None
+    assert choose(FusedCall(q, k, v[..., :3], SCALE, True), lse=False) is None
     wide = [x.double() for x in (q, k, v)]
-    assert choose(Call(*wide, SCALE, True), lse=True) is None
+    assert choose(FusedCall(*wide, SCALE, True), lse=True) is None
     half = [x.bfloat16() for x in (q, k, v)]
-    assert choose(Call(*half, SCALE, True), lse=True) is None
+    assert choose(FusedCall(*half, SCALE, True), lse=True) is None
 
 
 def test_numbers_of_a_row_that_do_not_lie_side_by_side():

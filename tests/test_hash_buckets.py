@@ -11,7 +11,7 @@ import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
 from front_door import with_lse
 from hyperattention.select.locate.hash_buckets import HashBuckets, gray_rank
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from pair_weights import pair_weights, replicas
 
@@ -28,10 +28,10 @@ class Forgetful(Stage):
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
 
-    def select_apart(self, tiles: Tiles, taken: Taken):
+    def select_apart(self, tiles: Tiles, taken: CoveredKeys):
         return self.stage.select_apart(tiles, taken)[0], taken
 
-    def select(self, tiles: Tiles, taken: Taken):
+    def select(self, tiles: Tiles, taken: CoveredKeys):
         return (), taken
 
     def slots(self, tile: int) -> int:

@@ -217,7 +217,7 @@ def test_compressed_reads_are_counted_as_approximated(model: nn.Module) -> None:
     assert calls.counts.exact == {"exact method": layers}
 
 
-def test_a_prompt_is_read_in_full_before_it_is_condensed(model: nn.Module) -> None:
+def test_a_prompt_is_read_in_full_before_it_is_compressed(model: nn.Module) -> None:
     with torch.no_grad():
         reference = model(tokens(1, PROMPT)).logits
         with pytest.warns(UserWarning, match="exact method"), use(model, ha.Exact()):
@@ -243,7 +243,7 @@ def test_tokens_of_the_window_are_forgotten_and_no_others(model: nn.Module) -> N
 
 
 def test_what_is_forgotten_leaves_no_trace(model: nn.Module) -> None:
-    # room for three tokens more before the next condensation
+    # room for three tokens more before the next compression
     cache, straight = filled(model, budget=48), filled(model, budget=48)
     with torch.no_grad(), use(model, ha.Exact()):
         model(tokens(1, PROMPT + 3)[:, PROMPT:], past_key_values=cache)

@@ -5,21 +5,21 @@ import torch
 
 from hyperattention import policies
 from hyperattention.cache.audited import AuditedStore
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 
-ROOM, SCALE = Room(24, 2, 8), 8**-0.5
+ROOM, SCALE = CacheBudget(24, 2, 8), 8**-0.5
 
 
 def stores() -> dict[str, Store]:
     return {
-        "means": CondensingStore(policies.ClusterMeans(latest=4), ROOM),
-        "heavy hitters": CondensingStore(policies.HeavyHitters(), ROOM),
+        "means": CompressingStore(policies.ClusterMeans(latest=4), ROOM),
+        "heavy hitters": CompressingStore(policies.HeavyHitters(), ROOM),
         "pages": policies.TopPages(page=2, most_queries=4).store(ROOM, 0, 0, None),
         "look once": policies.LookOnce(pages=policies.TopPages(page=2, most_queries=4)).store(ROOM, 0, 0, None),
         "subgen": policies.SubGen(delta=3.0, samples=2, value_samples=4, most_clusters=99).store(ROOM, 0, 0, None),
-        "audited": AuditedStore(CondensingStore(policies.Latest(), ROOM), 2, 0),
+        "audited": AuditedStore(CompressingStore(policies.Latest(), ROOM), 2, 0),
     }
 
 
@@ -34,7 +34,7 @@ def test_a_store_goes_on_outside_inference_mode(name: str) -> None:
             with torch.inference_mode(at.start < inside), torch.no_grad():
                 store.append(k[:, :, at], v[:, :, at])
                 out = None if store.is_whole else store.attend(q[:, :, at], SCALE).out.clone()
-                store.settle(q[:, :, at], SCALE)
+                store.end_step(q[:, :, at], SCALE)
         outs.append(out)
     assert outs[0] is not None
     assert torch.equal(*outs)

@@ -9,7 +9,7 @@ import hyperattention as ha
 from assertions import assert_same_bits
 from cases import DESCENT
 from hyperattention.select.score import scan
-from hyperattention.select.stage import Taken
+from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import cut
 from problems import problem
 
@@ -18,7 +18,7 @@ TILE = 16
 
 def expected_listings(density: ha.KeyScan, given, num: int = 24) -> torch.Tensor:
     tiles = cut(given, TILE)
-    law = density.prepare(tiles, Taken(), num)(slice(0, len(tiles.index)))
+    law = density.prepare(tiles, CoveredKeys(), num)(slice(0, len(tiles.index)))
     key = torch.arange(given.num_keys).expand(
         *law.share(torch.zeros(2, len(tiles.index), 1, dtype=torch.long)).shape[:2], -1
     )

@@ -138,7 +138,7 @@ def test_ladders_that_cannot_be_climbed(rungs, error, message):
 
 
 def test_each_rung_lists_more_pairs_than_the_one_before():
-    few, other, more = Method(ha.Draw(8)), Method(ha.Draw(8, by=ha.Descent())), Method(ha.Draw(9))
+    few, other, more = Method(ha.Draw(8)), Method(ha.Draw(8, by=ha.HierarchicalSearch())), Method(ha.Draw(9))
     assert Ladder((few, more)).rungs == (few, more)
     for rungs in ((few, few), (few, other), (few, more, more), (more, few)):
         with pytest.raises(ValueError, match="order the rungs from cheap to dear"):

@@ -7,13 +7,13 @@ from torch import Tensor
 from assertions import assert_exact, assert_same_bits
 from dense import attention
 from hyperattention.cache.page_rank import Bounds
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.policies.look_once import LookOnce
 from hyperattention.policies.look_once_store import LookOnceStore
 from hyperattention.policies.top_pages import TopPages
 
 DIM, SCALE, PROMPT, LATEST = 8, 0.3, 200, 12
-ROOM, POLICY = Room(64, sinks=3, window=10), LookOnce(keep=0.4, latest=LATEST, pages=TopPages(by=Bounds(), page=4))
+ROOM, POLICY = CacheBudget(64, sinks=3, window=10), LookOnce(keep=0.4, latest=LATEST, pages=TopPages(by=Bounds(), page=4))
 KEPT = round(0.4 * PROMPT)
 
 
@@ -23,7 +23,7 @@ def inputs(num: int = 260, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tenso
     return tuple(torch.randn(batch, heads, num, DIM, generator=generator) for heads in (4, 2, 2))
 
 
-def new_store(policy: LookOnce = POLICY, room: Room = ROOM) -> LookOnceStore:
+def new_store(policy: LookOnce = POLICY, room: CacheBudget = ROOM) -> LookOnceStore:
     return policy.store(room, 0, 0, None)
 
 
@@ -37,9 +37,9 @@ def read(store: LookOnceStore, qkv: tuple[Tensor, ...], sizes: list[int], live: 
         keys, _ = store.append(k, v)
         assert keys.shape[2] == shown + size
         if live is not None:
-            store.mark(live[:, part])
+            store.mask_padding(live[:, part])
         outs.append(store.attend(q, SCALE).out)
-        store.settle(q, SCALE)
+        store.end_step(q, SCALE)
     return torch.cat(outs, 2)
 
 
@@ -90,7 +90,7 @@ def test_steps_read_the_best_pages_of_what_is_left() -> None:
     left = [store.state()[name] for name in "kv"]
     pages = POLICY.pages.store(ROOM, 0, 0, None)
     pages.append(*left)
-    pages.settle(left[0], 1.0)
+    pages.end_step(left[0], 1.0)
     q, k, v = (x[:, :, PROMPT : PROMPT + 1] for x in qkv)
     pages.append(k, v)
     out = read(store, qkv, [1])
@@ -219,7 +219,7 @@ def test_sizes_that_make_no_sense_are_refused(options: dict, message: str) -> No
     with pytest.raises(ValueError, match=message):
         LookOnce(**options)
     with pytest.raises(ValueError, match="leaves no page of 4"):
-        new_store(room=Room(18, 3, 10))
+        new_store(room=CacheBudget(18, 3, 10))
 
 
 def test_never_fewer_stay_than_a_step_reads() -> None:

@@ -14,10 +14,10 @@ from rich.console import Console
 import hyperattention as ha
 from assertions import assert_exact
 from hyperattention.bench import frontier
-from hyperattention.bench.call import Call
-from hyperattention.bench.entrants import CONTROL, OURS, Entrant, at_budget, entrants
+from hyperattention.bench.call import BenchCall
+from hyperattention.bench.candidates import CONTROL, OURS, Candidate, at_budget, candidates
 from hyperattention.bench.front import error_at, on_front
-from hyperattention.bench.frontier import Care, Point, measure_frontier, steps_of
+from hyperattention.bench.frontier import MeasureSettings, Point, measure_frontier, steps_of
 from hyperattention.bench.ranking import not_told_apart, rank
 from hyperattention.bench.rows import Row, find_default
 from hyperattention.report import demo, pareto
@@ -40,24 +40,24 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def calls() -> tuple[Call, ...]:
+def calls() -> tuple[BenchCall, ...]:
     shared = structured(LENGTH, heads=4, kv_heads=2, seed=9)
-    return (*structured_calls(LENGTH, 2, seed=5), Call(shared.q, shared.k, shared.v, scale=0.1, layer=2, seed=7))
+    return (*structured_calls(LENGTH, 2, seed=5), BenchCall(shared.q, shared.k, shared.v, scale=0.1, layer=2, seed=7))
 
 
 @pytest.fixture(scope="module")
-def points(calls: tuple[Call, ...]) -> dict[str, Point]:
+def points(calls: tuple[BenchCall, ...]) -> dict[str, Point]:
     steps: list[str] = []
-    who, care = entrants(BUDGETS, FAMILIES), Care(ROWS, repeats=2, timed=1)
+    who, care = candidates(BUDGETS, FAMILIES), MeasureSettings(ROWS, repeats=2, timed=1)
     found = measure_frontier(calls, who, care, steps.append)
     assert len(steps) == steps_of(calls, who, care) == len(who) * (3 + 2)
-    return {point.entrant.row.name: point for point in found}
+    return {point.candidate.row.name: point for point in found}
 
 
-def test_errors_are_those_of_an_audit_of_each_output(calls: tuple[Call, ...], points: dict[str, Point]) -> None:
+def test_errors_are_those_of_an_audit_of_each_output(calls: tuple[BenchCall, ...], points: dict[str, Point]) -> None:
     point = points[f"{OURS}@512"]
     for number, call in enumerate(calls):
-        method = point.entrant.row.method
+        method = point.candidate.row.method
         inputs, shared = (call.q, call.k, call.v), {"is_causal": True, "scale": call.scale, "enable_gqa": number == 2}
         out = ha.attention(*inputs, method=method, seed=call.seed, layer=call.layer, **shared)
         report = ha.audit(*inputs, out, rows=ROWS, seed=call.seed * 1009 + call.layer, **shared)
@@ -67,7 +67,7 @@ def test_errors_are_those_of_an_audit_of_each_output(calls: tuple[Call, ...], po
             assert_exact(torch.tensor(values[number]), end[0])
 
 
-def test_exact_rows_are_computed_once_for_all_methods(calls: tuple[Call, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_rows_are_computed_once_for_all_methods(calls: tuple[BenchCall, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(calls[0].q, calls[1].q)
     measured = []
 
@@ -77,7 +77,7 @@ def test_exact_rows_are_computed_once_for_all_methods(calls: tuple[Call, ...], m
 
     real = frontier.measure_rows
     monkeypatch.setattr(frontier, "measure_rows", counted)
-    measure_frontier(calls, entrants(BUDGETS, [CONTROL]), Care(ROWS, 1, 1))
+    measure_frontier(calls, candidates(BUDGETS, [CONTROL]), MeasureSettings(ROWS, 1, 1))
     assert len(measured) == len(calls)
 
 
@@ -116,26 +116,26 @@ def test_more_keys_err_less(points: dict[str, Point]) -> None:
         assert points[f"{family}@576"].error.mean < points[f"{family}@512"].error.mean
 
 
-def test_an_oracle_is_timed_once(calls: tuple[Call, ...]) -> None:
-    exact, control = entrants((512,), [CONTROL])
+def test_an_oracle_is_timed_once(calls: tuple[BenchCall, ...]) -> None:
+    exact, control = candidates((512,), [CONTROL])
     oracle = replace(control, title="an oracle", row=replace(control.row, name="oracle@512"))
     steps: list[str] = []
-    who, care = (exact, control, oracle), Care(ROWS, 3, 2)
+    who, care = (exact, control, oracle), MeasureSettings(ROWS, 3, 2)
     found = measure_frontier(calls, who, care, steps.append)
     assert [len(point.timing.seconds) for point in found] == [3, 3, 1]
     assert len(steps) == steps_of(calls, who, care) == 3 * 3 + 2 * (3 + 3 + 1)
     frontier_table(found, "with an oracle")
 
 
-def test_a_frontier_needs_calls_and_exact_attention(calls: tuple[Call, ...]) -> None:
-    who = entrants((512,), [CONTROL])
+def test_a_frontier_needs_calls_and_exact_attention(calls: tuple[BenchCall, ...]) -> None:
+    who = candidates((512,), [CONTROL])
     for given, methods in (((), who), (calls, who[1:])):
         with pytest.raises(ValueError, match="at least one call, and exact attention"):
-            measure_frontier(given, methods, Care(ROWS, 1, 1))
+            measure_frontier(given, methods, MeasureSettings(ROWS, 1, 1))
 
 
-def test_entrants_list_no_more_than_their_budget() -> None:
-    who = entrants((512, 768))
+def test_candidates_list_no_more_than_their_budget() -> None:
+    who = candidates((512, 768))
     assert [each.exact for each in who].count(True) == 1
     assert who[0].exact
     assert len({each.row.name for each in who}) == len(who)
@@ -150,9 +150,8 @@ def test_entrants_list_no_more_than_their_budget() -> None:
 
 def test_an_oracle_is_known_by_its_label() -> None:
     label, method = "each query's own top keys (oracle)", ha.Exact()
-    assert [Entrant("top_keys", title, 512, Row("top_keys@512", title, method)).oracle for title in (label, "top keys")] == [
-        True, False,
-    ]  # fmt: skip
+    named = [Candidate("top_keys", title, 512, Row("top_keys@512", title, method)) for title in (label, "top keys")]
+    assert [each.oracle for each in named] == [True, False]
 
 
 def test_the_default_at_its_own_budget_is_the_default() -> None:
@@ -168,9 +167,9 @@ def test_the_default_at_its_own_budget_is_the_default() -> None:
     ("budgets", "families", "message"),
     [((), None, "name at least one"), ((512, 512), None, "each once"), ((512,), ["none"], "no method is called none")],
 )
-def test_entrants_refuse_what_cannot_take_part(budgets: tuple[int, ...], families: list[str] | None, message: str) -> None:
+def test_candidates_refuse_what_cannot_take_part(budgets: tuple[int, ...], families: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        entrants(budgets, families)
+        candidates(budgets, families)
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -271,7 +270,7 @@ def test_errors_at_equal_time_are_compared_with_the_best_other_method(claims) ->
     assert fast["value"] == pytest.approx(0.1 / 0.2)
 
 
-def judged(added: float, shares: list[float], pairs: float = 800.0) -> dict:
+def loaded(added: float, shares: list[float], pairs: float = 800.0) -> dict:
     depths = [{"begin": i, "end": i + 1, "share": share, "answers": 9} for i, share in enumerate(shares)]
     return {
         "added_nats": added, "added_error": 0.001, "retrieval": sum(shares) / len(shares), "depths": depths,
@@ -281,18 +280,18 @@ def judged(added: float, shares: list[float], pairs: float = 800.0) -> dict:
 
 
 def test_losses_are_judged_beside_what_sinks_and_window_add(claims) -> None:
-    exact, dropped, widest = judged(0.0, [1.0, 1.0, 0.9], 4096.0), judged(0.08, [0.0] * 3), judged(0.05, [0.5] * 3)
-    added, share, lost = claims.loss(exact, dropped, widest, judged(0.004, [1.0, 0.98, 0.885]))
+    exact, dropped, widest = loaded(0.0, [1.0, 1.0, 0.9], 4096.0), loaded(0.08, [0.0] * 3), loaded(0.05, [0.5] * 3)
+    added, share, lost = claims.loss(exact, dropped, widest, loaded(0.004, [1.0, 0.98, 0.885]))
     assert (added["value"], added["met"]) == (0.004, True)
     assert (share["value"], share["met"]) == (pytest.approx(5), True)
     assert (lost["value"], lost["met"]) == (pytest.approx(2), True)
     noise = 100 * (0.98 * 0.02 / 9) ** 0.5
     assert f"1 to 2 tokens back, 9 answers, standard error {noise:.2g} points" in lost["beside"]
-    added, share, lost = claims.loss(exact, dropped, widest, judged(0.009, [1.0, 1.0, 0.86]))
+    added, share, lost = claims.loss(exact, dropped, widest, loaded(0.009, [1.0, 1.0, 0.86]))
     assert (added["met"], share["met"], lost["met"]) == (True, False, False)
-    assert claims.loss(exact, dropped, widest, judged(0.012, [1.0] * 3))[0]["met"] is False
+    assert claims.loss(exact, dropped, widest, loaded(0.012, [1.0] * 3))[0]["met"] is False
     # too many pairs
-    assert claims.loss(exact, dropped, widest, judged(0.004, [1.0] * 3, 1024.0))[0]["met"] is False
+    assert claims.loss(exact, dropped, widest, loaded(0.004, [1.0] * 3, 1024.0))[0]["met"] is False
 
 
 def save_reference(folder: Path) -> Path:
@@ -347,8 +346,8 @@ def test_pareto_can_leave_the_model_running_out(reference: Path, tmp_path: Path)
 
 
 def test_errors_are_measured_on_as_many_documents_as_seeds(reference: Path) -> None:
-    inputs = demo.Options(1280, reference=reference, documents=3)
-    options = pareto.Options(inputs, (512,), (CONTROL,), Care(ROWS, 1, 1), seeds=2, loss=False)
+    inputs = demo.DemoOptions(1280, reference=reference, documents=3)
+    options = pareto.ParetoOptions(inputs, (512,), (CONTROL,), MeasureSettings(ROWS, 1, 1), seeds=2, loss=False)
     results = pareto.run(pareto.prepare(options), Console(quiet=True))
     model, made = (results.points[name][1] for name in (pareto.MODEL, pareto.STRUCTURED))
     # two layers of each document

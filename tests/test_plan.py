@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 from hyperattention.integrations.transformers import use
 
 NARROW = ha.Method(ha.Sinks(4), ha.Window(16), tile=32)
-DRAWN = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(24, by=ha.Descent()))
+DRAWN = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(24, by=ha.HierarchicalSearch()))
 MEASURED = Measured(LENGTH, 2, "ab", 0, "cpu: some", 1, {"torch": "2"}, 60.0, 160.5, 0.5, 1.0, -0.001)
 
 

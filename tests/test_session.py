@@ -64,12 +64,12 @@ def test_the_commands_go_beyond_the_length_only_if_asked(own_model: Path, tmp_pa
     code, said = invoke("generate", own_model, text, *few)
     assert code == 2
     assert "made for 1,024" in said
-    code, said = invoke("generate", own_model, text, *few, "--beyond")
+    code, said = invoke("generate", own_model, text, *few, "--allow-longer")
     assert code == 0, said
-    code, said = invoke("cache", own_model, text, "--out", out, "--budget", 96, "--beyond")
+    code, said = invoke("cache", own_model, text, "--out", out, "--budget", 96, "--allow-longer")
     assert code == 0, said
     code, said = invoke("ask", out, "the quick", "--max-new-tokens", 3)
     assert code == 2
     assert "made for 1,024" in said
-    code, said = invoke("ask", out, "the quick", "--max-new-tokens", 3, "--beyond")
+    code, said = invoke("ask", out, "the quick", "--max-new-tokens", 3, "--allow-longer")
     assert code == 0, said

@@ -15,9 +15,9 @@ from hyperattention.kernels.list.error import error_variance
 from hyperattention.kernels.list.operator import list_attention
 from hyperattention.methods.method import Method
 from hyperattention.problem import Pages
-from hyperattention.select.stage import Taken
+from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import Tiles
-from hyperattention.types import Runs, Sample, Selection
+from hyperattention.types import DrawnSlots, Runs, Selection
 from problems import problem, tensors
 from random_lists import LISTS, SCALE, TILES, counts, make_selection, make_tensors
 
@@ -35,8 +35,8 @@ def sampled_selection(seed: int) -> Selection:
     # expected listings above and below one, beside certain slots
     listings = torch.rand(LISTS, TILES, 9, generator=torch.Generator().manual_seed(seed)).double() * 1.6
     listings[..., 7] = 1.0
-    one = replace(first, log_weight=weight, causal=True, sample=Sample((4, 1, 4), (True, False, True)))
-    two = replace(first, labelled=True, sample=Sample((5, 4), (True, False), listings))
+    one = replace(first, log_weight=weight, causal=True, sample=DrawnSlots((4, 1, 4), (True, False, True)))
+    two = replace(first, labelled=True, sample=DrawnSlots((5, 4), (True, False), listings))
     certain = replace(block, log_weight=torch.where(block.log_weight > -torch.inf, 0.0, -torch.inf))
     return replace(selection, runs=(one, certain, two))
 
@@ -136,7 +136,7 @@ def test_equal_values_leave_no_error_and_no_nan():
 def test_a_draw_tells_how_its_slots_were_drawn():
     tokens = problem(150, causal=False)
     ((_, alone),) = ha.Method(ha.Draw(64, by=DESCENT), tile=16).selections(tokens)
-    assert alone.runs[0].sample == Sample((64,), (True,))
+    assert alone.runs[0].sample == DrawnSlots((64,), (True,))
     ((_, mixed),) = ha.Method(ha.Draw(64, by=MIXTURE), tile=16).selections(tokens)
     sample = mixed.runs[0].sample
     assert sample is not None
@@ -243,7 +243,7 @@ def test_refusals():
     class Silent(ha.Draw):
         """Draws, and does not say so."""
 
-        def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+        def select(self, tiles: Tiles, taken: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
             (run,), taken = super().select(tiles, taken)
             return (replace(run, sample=None),), taken
 

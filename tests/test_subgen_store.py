@@ -9,7 +9,7 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits
 from dense import attention
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.coreset import Coreset
 from hyperattention.merge import merge
 from hyperattention.methods.exact import Exact
@@ -17,7 +17,7 @@ from hyperattention.policies.subgen import SubGen
 from hyperattention.policies.subgen_sketch import SketchSizes, SubGenSketch
 from hyperattention.policies.subgen_store import SubGenStore
 
-DIM, ROOM = 8, Room(80, sinks=4, window=24)
+DIM, ROOM = 8, CacheBudget(80, sinks=4, window=24)
 SUBGEN = SubGen(delta=1.5, samples=2, value_samples=8, most_clusters=200)
 SCALE = 0.3
 
@@ -36,9 +36,9 @@ def read(store: SubGenStore, qkv: tuple[Tensor, ...], sizes: list[int], live: Te
         q, k, v = (x[:, :, part] for x in qkv)
         store.append(k, v)
         if live is not None:
-            store.mark(live[:, part])
+            store.mask_padding(live[:, part])
         outs.append(store.attend(q, SCALE).out)
-        store.settle(q, SCALE)
+        store.end_step(q, SCALE)
     return torch.cat(outs, 2)
 
 
@@ -168,7 +168,7 @@ def test_padding_is_never_absorbed() -> None:
 
 
 def test_clusters_stay_within_the_bytes_of_the_budget() -> None:
-    room = Room(200, sinks=4, window=24)
+    room = CacheBudget(200, sinks=4, window=24)
     policy = SubGen(delta=0.5, samples=2, value_samples=8)
     centres = inputs(40, batch=1)[1]
     k = centres[:, :, torch.arange(2000) % 40]
@@ -182,7 +182,7 @@ def test_clusters_stay_within_the_bytes_of_the_budget() -> None:
     with pytest.raises(ValueError, match="more than [0-9]+ clusters of radius delta=0.5"):
         read(policy.store(room, 0, 0, None), inputs(2000), [1000])
     with pytest.raises(ValueError, match="budget=30 leaves no room for clusters"):
-        read(policy.store(Room(30, sinks=0, window=24), 0, 0, None), inputs(40), [40])
+        read(policy.store(CacheBudget(30, sinks=0, window=24), 0, 0, None), inputs(40), [40])
 
 
 @pytest.mark.parametrize(

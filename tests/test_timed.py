@@ -21,8 +21,8 @@ from hyperattention.calibration import crossover
 from hyperattention.calibration.crossover import find_crossing
 from hyperattention.calibration.retime import retime
 from hyperattention.integrations.transformers import use
-from hyperattention.reference.model import Judged
-from hyperattention.reference.samples import Sample
+from hyperattention.reference.model import LoadedModel
+from hyperattention.reference.samples import EvaluationSample
 from hyperattention.report.calibrate import conclude
 from test_cli import invoke
 
@@ -51,9 +51,9 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def sample() -> Sample:
+def sample() -> EvaluationSample:
     counted = torch.arange(1, LENGTH) >= LENGTH // 2
-    return Sample(tokens(1)[0], counted, int(counted.sum()), torch.zeros_like(counted))
+    return EvaluationSample(tokens(1)[0], counted, int(counted.sum()), torch.zeros_like(counted))
 
 
 def test_a_plan_pays_from_where_it_is_always_faster() -> None:
@@ -109,7 +109,7 @@ def test_use_says_why_a_plan_did_not_run(model: nn.Module) -> None:
         model(tokens(1))
 
 
-def test_one_slow_round_does_not_decide(model: nn.Module, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_slow_round_does_not_decide(model: nn.Module, sample: EvaluationSample, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def interleave(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
@@ -118,30 +118,32 @@ def test_one_slow_round_does_not_decide(model: nn.Module, sample: Sample, monkey
         return {"exact": Timing((2.0, 2.0, 9.0)[:repeats]), "plan": Timing((1.0, 9.0, 1.0)[:repeats])}
 
     monkeypatch.setattr(crossover, "interleave", interleave)
-    found = find_crossing(Judged(model, "tiny"), sample, {0: NARROW, 1: NARROW}, repeats=3, on_step=lambda _: None)
+    found = find_crossing(LoadedModel(model, "tiny"), sample, {0: NARROW, 1: NARROW}, repeats=3, on_step=lambda _: None)
     assert found.times == tuple(Timed(length, 2.0, 4.0, 4 / 18, 18 / 2) for length in (256, LENGTH))
     assert (found.keys, found.sure) == (256, False)
     assert order == ["exact", "plan"] * 4
     with pytest.raises(ValueError, match=r"no attention call of the layers \[7\] can be approximated"):
-        find_crossing(Judged(model, "tiny"), sample, {7: NARROW}, repeats=3, on_step=lambda _: None)
+        find_crossing(LoadedModel(model, "tiny"), sample, {7: NARROW}, repeats=3, on_step=lambda _: None)
 
 
-def test_retiming_changes_the_times_alone(model: nn.Module, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = Judged(model, "tiny")
+def test_retiming_changes_the_times_alone(
+    model: nn.Module, sample: EvaluationSample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = LoadedModel(model, "tiny")
     plan = planned(model, crossing((0.5,) * 4))
     plan = replace(plan, measured=replace(plan.measured, length=LENGTH))
     faster = Crossing((Timed(LENGTH, 1.0, 3.0, 2.0, 4.0),))
     monkeypatch.setattr("hyperattention.calibration.retime.find_crossing", lambda *_, **__: faster)
-    again = retime(plan, judged, sample)
+    again = retime(plan, loaded, sample)
     assert (again.crossover, again.measured.seconds, again.measured.exact_seconds) == (LENGTH, 1.0, 3.0)
     assert again.measured.times == faster.times
     assert again.measured.threads == torch.get_num_threads()
     assert again.measured.device != "cpu: some"
     assert replace(again, crossover=None, measured=plan.measured) == plan
     with pytest.raises(ValueError, match="a text of 320 tokens for a plan calibrated at 2,048"):
-        retime(planned(model, crossing((0.5,) * 4)), judged, sample)
+        retime(planned(model, crossing((0.5,) * 4)), loaded, sample)
     with pytest.raises(ValueError, match="made for another model"):
-        retime(plan, Judged(build("Qwen2", {}), "another"), sample)
+        retime(plan, LoadedModel(build("Qwen2", {}), "another"), sample)
 
 
 def test_times_survive_the_file_and_wrong_ones_are_refused(model: nn.Module, tmp_path: Path) -> None:

@@ -6,24 +6,24 @@ from torch import Tensor
 
 from assertions import assert_unbiased
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.policies.top_pages import TopPages
 
-KEYS, PAGE, ROOM = 203, 8, Room(64, sinks=3, window=10)
+KEYS, PAGE, ROOM = 203, 8, CacheBudget(64, sinks=3, window=10)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def store(policy: TopPages | None = None, *, batch: int = 2, seed: int = 0, room: Room = ROOM) -> SelectingStore:
+def store(policy: TopPages | None = None, *, batch: int = 2, seed: int = 0, room: CacheBudget = ROOM) -> SelectingStore:
     made = (policy or TopPages()).store(room, 0, seed, None)
     assert isinstance(made, SelectingStore)
     k, v = normal(batch, 2, KEYS, 16), normal(batch, 2, KEYS, 4, seed=1)
     for start in range(0, KEYS, 50):
         made.append(k[:, :, start : start + 50], v[:, :, start : start + 50])
-        made.settle(k[:, :, start : start + 50], 1.0)
+        made.end_step(k[:, :, start : start + 50], 1.0)
     return made
 
 
@@ -65,7 +65,7 @@ def test_the_key_that_a_query_looks_for_is_found() -> None:
     q = normal(2, 4, 1, 16, seed=5)
     made._k[:, :, 77] = 8 * q[:, ::2, 0]
     made._summary, made._summed = None, 0
-    made.settle(q, 1.0)
+    made.end_step(q, 1.0)
     made.append(normal(2, 2, 1, 16, seed=6), normal(2, 2, 1, 4, seed=7))
     made.attend(q, 0.25)
     assert bool((made.chosen == 77 // PAGE).any(-1).all())
@@ -109,13 +109,13 @@ def test_draws_stand_for_what_the_pages_leave_out() -> None:
 
 
 def test_padding_on_the_left_is_never_read_and_elsewhere_refused() -> None:
-    room, k, v = Room(40, 3, 10), normal(2, 2, 100, 16), normal(2, 2, 100, 4, seed=1)
+    room, k, v = CacheBudget(40, 3, 10), normal(2, 2, 100, 16), normal(2, 2, 100, 4, seed=1)
     made, alone = (TopPages().store(room, 0, 0, None) for _ in range(2))
     made.append(k, v)
-    made.mark(torch.arange(100) >= torch.tensor([[0], [24]]))
-    made.settle(k, 1.0)
+    made.mask_padding(torch.arange(100) >= torch.tensor([[0], [24]]))
+    made.end_step(k, 1.0)
     alone.append(k[1:, :, 24:], v[1:, :, 24:])
-    alone.settle(k[1:, :, 24:], 1.0)
+    alone.end_step(k[1:, :, 24:], 1.0)
     q, new, value = normal(2, 4, 1, 16, seed=5), normal(2, 2, 1, 16, seed=6), normal(2, 2, 1, 4, seed=7)
     made.append(new, value)
     alone.append(new[1:], value[1:])
@@ -123,7 +123,7 @@ def test_padding_on_the_left_is_never_read_and_elsewhere_refused() -> None:
     torch.testing.assert_close(made.attend(q, 0.25).out[1:], alone.attend(q[1:], 0.25).out)
     made.append(new, value)
     with pytest.raises(ValueError, match="padding stands behind tokens"):
-        made.mark(torch.tensor([[True], [False]]))
+        made.mask_padding(torch.tensor([[True], [False]]))
 
 
 def test_rows_move_tokens_are_forgotten_and_states_go_on() -> None:
@@ -166,7 +166,7 @@ def test_neighbouring_layers_may_share_a_choice() -> None:
 
 def test_a_budget_without_a_page_is_refused() -> None:
     with pytest.raises(ValueError, match=r"budget=20 leaves no page of 8.*give at least 29"):
-        TopPages().store(Room(20, 3, 10), 0, 0, None)
+        TopPages().store(CacheBudget(20, 3, 10), 0, 0, None)
     with pytest.raises(ValueError, match="page"):
         TopPages(page=0)
     with pytest.raises(ValueError, match="reach=2"):

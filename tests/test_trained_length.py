@@ -16,9 +16,9 @@ integration = import_module("hyperattention.integrations.transformers")
 
 def test_beyond_the_length_of_the_model_only_if_asked() -> None:
     model = build("Llama", {"max_position_embeddings": PROMPT + 3})
-    with pytest.raises(ValueError, match=r"a text of 64 tokens, and the model was made for 63: .* or beyond=True"):
+    with pytest.raises(ValueError, match=r"a text of 64 tokens, and the model was made for 63: .* or allow_longer=True"):
         with_cache(model, cache_of(model))
-    cache = integration.HyperCache(model.config, beyond=True, **SMALL)
+    cache = integration.HyperCache(model.config, allow_longer=True, **SMALL)
     assert with_cache(model, cache).shape[1] == PROMPT + NEW
     assert not any(store.is_whole for store in cache.stores.values())
 

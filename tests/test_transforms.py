@@ -38,18 +38,18 @@ def attend(q: Tensor, method=CONTROL, **options) -> Tensor:
 
 
 def stored(q: Tensor) -> Tensor:
-    from hyperattention.cache.condensing import CondensingStore
-    from hyperattention.cache.room import Room
+    from hyperattention.cache.compressing import CompressingStore
+    from hyperattention.cache.room import CacheBudget
 
-    store = CondensingStore(Latest(), Room(40, sinks=3, window=12))
+    store = CompressingStore(Latest(), CacheBudget(40, sinks=3, window=12))
     store.append(K, V)
     return store.attend(q, 0.3).out
 
 
 def paged_by_rank(q: Tensor) -> Tensor:
-    from hyperattention.cache.room import Room
+    from hyperattention.cache.room import CacheBudget
 
-    store = policies.TopPages(page=2, most_queries=99).store(Room(40, sinks=3, window=12), 0, 0, None)
+    store = policies.TopPages(page=2, most_queries=99).store(CacheBudget(40, sinks=3, window=12), 0, 0, None)
     store.append(K, V)
     return store.attend(q, 0.3).out
 

@@ -12,7 +12,7 @@ from assertions import assert_exact
 from cases import CASES
 from hyperattention.problem import Problem
 from hyperattention.select.score import descent, leaves, walk
-from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.descent import HierarchicalSearch
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mass import running_sum
 from hyperattention.select.score.principal import principal_directions
@@ -23,8 +23,8 @@ from problems import problem, tensors
 LEVELS = Level(32, 6, Representatives(2, 2)), Level(8, 4, Representatives(1, 3))
 # fewer draws than keys of four blocks: none is certain; and a level above
 FEW_LEVELS = Level(128, 4, Representatives(2, 2)), *LEVELS
-FEW = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(24, by=Descent(FEW_LEVELS, dim=12, pooled=4)), tile=16)
-METHOD = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(80, by=Descent(LEVELS, dim=12, pooled=4)), tile=16)
+FEW = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(24, by=HierarchicalSearch(FEW_LEVELS, dim=12, pooled=4)), tile=16)
+METHOD = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(80, by=HierarchicalSearch(LEVELS, dim=12, pooled=4)), tile=16)
 
 
 def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, torch.Tensor, torch.Tensor]:

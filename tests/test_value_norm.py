@@ -13,7 +13,7 @@ from assertions import assert_exact, assert_same_bits, assert_unbiased
 from front_door import with_lse
 from hyperattention.select.density import Density, Distribution, Uniform
 from hyperattention.select.score.value_norm import ValueNorm
-from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 from pair_weights import pair_weights, replicas
 
@@ -43,7 +43,7 @@ class WrongShare(Distribution):
 class WrongWeight(Density):
     """A planted violation: keys drawn by norm, weighted as if drawn uniformly."""
 
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, taken: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         drawn, weighted = (by.prepare(tiles, taken, num) for by in (ValueNorm(), Uniform()))
         return lambda part: WrongShare(drawn(part), weighted(part))
 

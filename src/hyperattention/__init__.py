@@ -12,7 +12,7 @@ from hyperattention.files.plan_file import load_plan, save_plan
 from hyperattention.layouts.packed import measured_varlen_attention, varlen_attention
 from hyperattention.layouts.paged import measured_paged_attention, paged_attention
 from hyperattention.merge import merge
-from hyperattention.methods.base import Approach, Cost
+from hyperattention.methods.base import AttentionMethod, Cost
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
 from hyperattention.methods.default import default_method, lean_method, thorough_method
@@ -26,7 +26,7 @@ from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.descent import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.stage import LookAhead, Stage
 from hyperattention.types import Partial
@@ -34,18 +34,18 @@ from hyperattention.types import Partial
 __version__ = "0.2.0"
 
 __all__ = [
-    "Approach",
+    "AttentionMethod",
     "AttentionResult",
     "ByHead",
     "ByLayer",
     "Coreset",
     "Cost",
     "Density",
-    "Descent",
     "Draw",
     "ErrorReport",
     "Exact",
     "HashBuckets",
+    "HierarchicalSearch",
     "HyperAttention",
     "KeyScan",
     "Ladder",

@@ -15,7 +15,7 @@ from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.error.tolerance.within import attend_within, exact_report
 from hyperattention.exact import exact_attention
 from hyperattention.inputs import autocast_device
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
@@ -34,7 +34,7 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    method: Approach | Ladder | None = None,
+    method: AttentionMethod | Ladder | None = None,
     tolerance: float | None = None,
     key_mask: Bool[Tensor, "batch keys"] | None = None,
     seed: int = 0,
@@ -108,7 +108,7 @@ def measured_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    method: Approach | Ladder | None = None,
+    method: AttentionMethod | Ladder | None = None,
     tolerance: float | None = None,
     key_mask: Bool[Tensor, "batch keys"] | None = None,
     seed: int = 0,
@@ -202,10 +202,10 @@ class _Ran:
     lse: Tensor | None
     standard_error: Tensor | None
     report: ToleranceReport | None
-    method: Approach
+    method: AttentionMethod
 
 
-def _attend(call: Call, method: Approach | Ladder | None, tolerance: float | None, wanted: _Wanted) -> _Ran:
+def _attend(call: Call, method: AttentionMethod | Ladder | None, tolerance: float | None, wanted: _Wanted) -> _Ran:
     """Choose what runs, and run it."""
     run_exactly = call.dense is not None or isinstance(_default(call) if method is None else method, Exact)
     if tolerance is not None or wanted.audit or not run_exactly:
@@ -218,17 +218,17 @@ def _attend(call: Call, method: Approach | Ladder | None, tolerance: float | Non
             out, lse, report = attend_within(call.problem(), tolerance, ladder, lse=wanted.lse)
             ran = _Ran(out, lse, None, report, ByHead(report.methods))
         else:
-            named = method if isinstance(method, Approach) else _default(call)
+            named = method if isinstance(method, AttentionMethod) else _default(call)
             ran = _run(call, named, wanted)
     # exact attention returns rows as accumulated
     return _Ran(ran.out.to(call.query.dtype), ran.lse, ran.standard_error, ran.report, ran.method)
 
 
-def _default(call: Call) -> Approach:
+def _default(call: Call) -> AttentionMethod:
     return default_method(call.key.shape[2], num_queries=call.query.shape[2], device=call.key.device)
 
 
-def _run(call: Call, method: Approach, wanted: _Wanted) -> _Ran:
+def _run(call: Call, method: AttentionMethod, wanted: _Wanted) -> _Ran:
     """Run a method for what is wanted: the output alone is cheaper where heads are exact."""
     problem = call.problem(masked=method.follows_masks)
     if torch.compiler.is_compiling() and not isinstance(method, Exact) and is_opaque(method):
@@ -244,7 +244,9 @@ def _run(call: Call, method: Approach, wanted: _Wanted) -> _Ran:
     return _Ran(partial.out, partial.lse, None, None, method)
 
 
-def _attend_dense(call: Call, mask: Tensor, method: Approach | Ladder, tolerance: float | None, wanted: _Wanted) -> _Ran:
+def _attend_dense(
+    call: Call, mask: Tensor, method: AttentionMethod | Ladder, tolerance: float | None, wanted: _Wanted
+) -> _Ran:
     """Run exact attention under a dense mask, which no list of keys can express."""
     if not isinstance(method, Exact | Ladder) and call.key.shape[2]:
         raise NotImplementedError(

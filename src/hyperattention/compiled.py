@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperattention.files.fields import Field
 from hyperattention.files.method_table import TYPES, part_from_json
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.problem import Problem
 from hyperattention.types import Partial
@@ -58,7 +58,7 @@ def write_method(part: object) -> str:
 
 
 def attend_opaque(
-    problem: Problem, method: Approach, with_lse: bool, with_error: bool
+    problem: Problem, method: AttentionMethod, with_lse: bool, with_error: bool
 ) -> tuple[Partial | Tensor, Tensor | None]:
     """Put a call into a graph as one node.
 
@@ -78,9 +78,9 @@ def attend_opaque(
     return (Partial(out, lse) if with_lse or with_error else out), (error if with_error else None)
 
 
-def _read_method(text: str) -> Approach:
+def _read_method(text: str) -> AttentionMethod:
     method = part_from_json(Field(json.loads(text), "a graph", "", "trace the call again"), _TABLE)
-    assert isinstance(method, Approach)
+    assert isinstance(method, AttentionMethod)
     return method
 
 

@@ -18,7 +18,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Call:
+class FusedCall:
     """Rows that all see a key at least, and all keys that any of them sees.
 
     Args:
@@ -55,10 +55,10 @@ class Kernel(ABC):
     """A way to compute exact attention without a tensor of rows by keys."""
 
     @abstractmethod
-    def output(self, call: Call) -> Tensor:
+    def output(self, call: FusedCall) -> Tensor:
         """Compute the rows."""
 
-    def attend(self, call: Call) -> Partial:
+    def attend(self, call: FusedCall) -> Partial:
         """Compute the rows, in the accumulation dtype, and their lse."""
         raise NotImplementedError(f"{self!r} does not tell the lse of its rows: use a kernel chosen with lse=True")
 
@@ -67,7 +67,7 @@ class Kernel(ABC):
 class Plain(Kernel):
     """torch's scaled_dot_product_attention, which picks its kernel: all keys, or a square on the diagonal."""
 
-    def output(self, call: Call) -> Tensor:
+    def output(self, call: FusedCall) -> Tensor:
         """Call it as it stands."""
         return scaled_dot_product_attention(
             call.q, call.k, call.v, is_causal=call.causal, scale=call.scale, enable_gqa=call.group > 1
@@ -78,7 +78,7 @@ class Plain(Kernel):
 class Folded(Kernel):
     """The same, with the query heads of a group as rows of one head: each key is then read once for all of them."""
 
-    def output(self, call: Call) -> Tensor:
+    def output(self, call: FusedCall) -> Tensor:
         """Fold, call, unfold; only where every row sees every key."""
         rows = call.q.unflatten(1, (call.k.shape[1], call.group)).flatten(2, 3)
         out = scaled_dot_product_attention(rows, call.k, call.v, scale=call.scale)
@@ -89,16 +89,16 @@ class Folded(Kernel):
 class CpuFlash(Kernel):
     """torch's fused kernel for CPUs, with lse, and with rows at the end of longer keys."""
 
-    def output(self, call: Call) -> Tensor:
+    def output(self, call: FusedCall) -> Tensor:
         """Compute the rows in their own dtype."""
         return self._run(call).out
 
-    def attend(self, call: Call) -> Partial:
+    def attend(self, call: FusedCall) -> Partial:
         """Compute the rows and their lse; the gradient is complete."""
         partial = self._run(call)
         return Partial(partial.out.to(partial.lse.dtype), partial.lse)
 
-    def _run(self, call: Call) -> Partial:
+    def _run(self, call: FusedCall) -> Partial:
         return cpu_flash(call.q, call.k, call.v, call.scale, causal=call.causal)
 
 
@@ -106,16 +106,16 @@ class CpuFlash(Kernel):
 class GpuFlash(Kernel):
     """torch's flash kernel for GPUs, whose causality starts at the last key; groups of heads stay groups."""
 
-    def output(self, call: Call) -> Tensor:
+    def output(self, call: FusedCall) -> Tensor:
         """Compute the rows; torch differentiates them."""
         return self._run(call)[0]
 
-    def attend(self, call: Call) -> Partial:
+    def attend(self, call: FusedCall) -> Partial:
         """Compute the rows and their lse, which has no gradient here."""
         out, lse = self._run(call)
         return Partial(out.to(lse.dtype), lse)
 
-    def _run(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _run(self, call: FusedCall) -> tuple[Tensor, Tensor]:
         # the kernel takes widths that are multiples of 8; columns of zeros change no score
         short = -call.q.shape[3] % 8
         q, k, v = (torch.nn.functional.pad(x, (0, short)) if short else x for x in (call.q, call.k, call.v))
@@ -123,7 +123,7 @@ class GpuFlash(Kernel):
         return out[..., : call.v.shape[3]], lse
 
 
-def choose(call: Call, *, lse: bool) -> Kernel | None:
+def choose(call: FusedCall, *, lse: bool) -> Kernel | None:
     """Tell which kernel answers a call; looks at shapes, dtypes and the device, never at values.
 
     Args:
@@ -148,7 +148,7 @@ def choose(call: Call, *, lse: bool) -> Kernel | None:
     return GpuFlash() if flash and not (lse and call.wants_gradient) else None
 
 
-def _choose_on_cpu(call: Call, lse: bool) -> Kernel | None:
+def _choose_on_cpu(call: FusedCall, lse: bool) -> Kernel | None:
     if lse and call.q.dtype != torch.float32:
         # what asks for float64 asks for an oracle; in half precision the kernel's lse errs by more than float32 rounds
         return None
@@ -160,19 +160,19 @@ def _choose_on_cpu(call: Call, lse: bool) -> Kernel | None:
     return Plain() if _rows_first(call) else CpuFlash()
 
 
-def _choose_on_gpu(call: Call) -> Kernel | None:
+def _choose_on_gpu(call: FusedCall) -> Kernel | None:
     if call.group == 1 or call.q.dtype in _HALF:
         return Plain()
     # in wide dtypes torch would repeat the keys, and write every score down
     return None if call.causal else Folded()
 
 
-def _rows_first(call: Call) -> bool:
+def _rows_first(call: FusedCall) -> bool:
     """Tell whether the numbers of every row lie side by side; torch writes every score down where they do not."""
     return all(x.stride(-1) == 1 for x in (call.q, call.k, call.v))
 
 
-def _transformed(call: Call) -> bool:
+def _transformed(call: FusedCall) -> bool:
     """Tell whether forward-mode differentiation or vmap is at work, which torch's fused kernels do not know."""
     if torch.compiler.is_compiling():
         return False
@@ -181,7 +181,7 @@ def _transformed(call: Call) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q, call.k, call.v))
 
 
-def attend_rows(call: Call, shift: int | None) -> Partial | None:
+def attend_rows(call: FusedCall, shift: int | None) -> Partial | None:
     """Compute exact attention and its lse where row i sees the first ``i + shift`` keys, cut to those there are.
 
     Args:
@@ -205,7 +205,7 @@ def attend_rows(call: Call, shift: int | None) -> Partial | None:
     return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
 
 
-def output_rows(call: Call, shift: int | None) -> Tensor | None:
+def output_rows(call: FusedCall, shift: int | None) -> Tensor | None:
     """Compute the rows of `attend_rows` alone, which more kernels tell.
 
     Args:
@@ -225,7 +225,7 @@ def output_rows(call: Call, shift: int | None) -> Tensor | None:
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
-def _cut(call: Call, shift: int | None) -> tuple[int, list[Call]]:
+def _cut(call: FusedCall, shift: int | None) -> tuple[int, list[FusedCall]]:
     """Cut rows into those that see nothing, which are counted, those on the diagonal, and those that see every key."""
     rows, keys = call.q.shape[2], call.k.shape[2]
     first = keys if shift is None else shift
@@ -242,7 +242,7 @@ def _cut(call: Call, shift: int | None) -> tuple[int, list[Call]]:
     return empty, calls
 
 
-def _part(call: Call, begin: int, end: int, stop: int, causal: bool) -> Call:
+def _part(call: FusedCall, begin: int, end: int, stop: int, causal: bool) -> FusedCall:
     q = call.q if end - begin == call.q.shape[2] else call.q[:, :, begin:end]
     k, v = (x if stop == x.shape[2] else x[:, :, :stop] for x in (call.k, call.v))
-    return Call(q, k, v, call.scale, causal)
+    return FusedCall(q, k, v, call.scale, causal)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyperattention.fused import Call
+from hyperattention.fused import FusedCall
 from hyperattention.problem import Problem, compact
 
 
@@ -18,7 +18,7 @@ class LiveRows:
         shift: keys that the first query sees, each further one sees one more; None where every query sees all.
     """
 
-    call: Call
+    call: FusedCall
     shift: int | None
 
 
@@ -38,7 +38,7 @@ def live_rows(problem: Problem) -> tuple[LiveRows, ...] | None:
     if problem.causal and problem.spans is not None:
         return None
     if problem.rank is None and problem.key_mask is None:
-        return (LiveRows(Call(problem.q, problem.k, problem.v, problem.scale, problem.causal), first),)
+        return (LiveRows(FusedCall(problem.q, problem.k, problem.v, problem.scale, problem.causal), first),)
     rank = problem.rank
     if rank is None and problem.key_mask is not None:
         rank = problem.key_mask.long().cumsum(1)
@@ -60,7 +60,7 @@ def live_rows(problem: Problem) -> tuple[LiveRows, ...] | None:
 
 def _rows(problem: Problem, batch: slice, keys: slice, shift: int | None) -> LiveRows:
     q, k, v = problem.q[batch], problem.k[batch, :, keys], problem.v[batch, :, keys]
-    return LiveRows(Call(q, k, v, problem.scale, problem.causal), shift)
+    return LiveRows(FusedCall(q, k, v, problem.scale, problem.causal), shift)
 
 
 def _readable(x: Tensor) -> bool:

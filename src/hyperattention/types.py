@@ -26,7 +26,7 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class Sample:
+class DrawnSlots:
     """How the slots of a stage were drawn: what the error of the sums they stand for is estimated from.
 
     Args:
@@ -64,7 +64,7 @@ class Runs:
     causal: bool = False
     hole: tuple[Int[Tensor, "lists tiles"], Int[Tensor, "lists tiles"]] | None = None
     labelled: bool = False
-    sample: Sample | None = None
+    sample: DrawnSlots | None = None
 
 
 @dataclass(frozen=True)

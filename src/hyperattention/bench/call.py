@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.attention import attention
-from hyperattention.bench.entrants import Entrant
+from hyperattention.bench.candidates import Candidate
 
 
 @dataclass(frozen=True)
-class Call:
+class BenchCall:
     """One causal attention call that all methods answer.
 
     Args:
@@ -36,15 +36,15 @@ class Call:
         """Seed, layer and shapes, for records."""
         return {"seed": self.seed, "layer": self.layer, "q": tuple(self.q.shape), "k": tuple(self.k.shape)}
 
-    def answer(self, entrant: Entrant) -> Callable[[], Tensor]:
+    def answer(self, candidate: Candidate) -> Callable[[], Tensor]:
         """Bind a method to the call; exact attention is torch's own function, called directly."""
         q, k, v, shared = self.q, self.k, self.v, self.q.shape[1] != self.k.shape[1]
-        if entrant.exact:
+        if candidate.exact:
             return lambda: scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)
 
         def attend() -> Tensor:
             return attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared, method=entrant.row.method, seed=self.seed,
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared, method=candidate.row.method, seed=self.seed,
                 layer=self.layer,
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.attention import attention
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.synthetic import structured
 
@@ -70,7 +70,7 @@ class Case:
         q, k, v = (x.requires_grad_(self.backward) for x in inputs)
         return q, k, v
 
-    def call(self, method: Approach, inputs: Inputs) -> Callable[[], Tensor]:
+    def call(self, method: AttentionMethod, inputs: Inputs) -> Callable[[], Tensor]:
         """Bind a method to inputs.
 
         Args:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.bench.call import Call
-from hyperattention.bench.entrants import Entrant
+from hyperattention.bench.call import BenchCall
+from hyperattention.bench.candidates import Candidate
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.front import on_front
 from hyperattention.bench.timing import Timing, ignore, interleave
@@ -23,7 +23,7 @@ _FIGURES = ("relative_error", "percentile_95_bound", "operator_error")
 
 
 @dataclass(frozen=True)
-class Care:
+class MeasureSettings:
     """How carefully to measure.
 
     Args:
@@ -42,7 +42,7 @@ class Point:
     """What one method at one budget did on all calls.
 
     Args:
-        entrant: the method and its budget.
+        candidate: the method and its budget.
         label: its name, with a remark where it saved no pairs.
         approximated: whether it listed fewer pairs than exact attention.
         cost: pairs listed, and spent on choosing.
@@ -56,7 +56,7 @@ class Point:
         calls: seed, layer and shapes of each call.
     """
 
-    entrant: Entrant
+    candidate: Candidate
     label: str
     approximated: bool
     cost: Cost
@@ -81,9 +81,9 @@ class Point:
         """Give all of it as one record."""
         low, high = self.timing.quartiles
         return {
-            "row": self.entrant.row.name, "family": self.entrant.family, "title": self.entrant.title, "label": self.label,
-            "slots": self.entrant.slots, "exact": self.entrant.exact, "oracle": self.entrant.oracle,
-            "method": repr(self.entrant.row.method), "approximated": self.approximated, "complete": self.cost.complete,
+            "row": self.candidate.row.name, "family": self.candidate.family, "title": self.candidate.title,
+            "label": self.label, "slots": self.candidate.slots, "exact": self.candidate.exact,
+            "oracle": self.candidate.oracle, "method": repr(self.candidate.row.method), "approximated": self.approximated, "complete": self.cost.complete,
             "pairs_per_query": self.cost.pairs, "selection_pairs_per_query": self.cost.selection_pairs,
             "share_of_exact_pairs": self.cost.share_of_exact, "median_s": self.timing.median, "quartiles_s": (low, high),
             "seconds": self.timing.seconds, "error": self.error, "percentile_95": self.overall("percentile_95_bound"),
@@ -103,19 +103,19 @@ class _Judged:
     report: ErrorReport | None = None
 
 
-def steps_of(calls: Sequence[Call], who: Sequence[Entrant], care: Care) -> int:
+def steps_of(calls: Sequence[BenchCall], who: Sequence[Candidate], care: MeasureSettings) -> int:
     """Count the steps that `measure_frontier` reports as it works."""
-    return sum(len(calls) + min(care.timed, len(calls)) * _rounds(entrant, care) for entrant in who)
+    return sum(len(calls) + min(care.timed, len(calls)) * _rounds(candidate, care) for candidate in who)
 
 
-def _rounds(entrant: Entrant, care: Care) -> int:
+def _rounds(candidate: Candidate, care: MeasureSettings) -> int:
     # an oracle is slow, and its time claims nothing
-    return 1 if entrant.oracle else care.repeats
+    return 1 if candidate.oracle else care.repeats
 
 
 @torch.no_grad()
 def measure_frontier(
-    calls: Sequence[Call], who: Sequence[Entrant], care: Care, on_step: Callable[[str], None] = ignore
+    calls: Sequence[BenchCall], who: Sequence[Candidate], care: MeasureSettings, on_step: Callable[[str], None] = ignore
 ) -> tuple[Point, ...]:
     """Let every method answer every call: first its errors are measured, on all calls, then its time, on the first ones.
 
@@ -133,9 +133,9 @@ def measure_frontier(
     Raises:
         ValueError: if there is no call, or exact attention does not take part.
     """
-    if not calls or not any(entrant.exact for entrant in who):
+    if not calls or not any(candidate.exact for candidate in who):
         raise ValueError(f"{len(calls)} calls and {len(who)} methods: give at least one call, and exact attention")
-    judged: dict[str, list[_Judged]] = {entrant.row.name: [] for entrant in who}
+    judged: dict[str, list[_Judged]] = {candidate.row.name: [] for candidate in who}
     for call in calls:
         for name, found in _judge_all(call, who, care.audit_rows, on_step).items():
             judged[name].append(found)
@@ -149,7 +149,7 @@ def measure_frontier(
     )
 
 
-def _judge_all(call: Call, who: Sequence[Entrant], rows: int, on_step: Callable[[str], None]) -> dict[str, _Judged]:
+def _judge_all(call: BenchCall, who: Sequence[Candidate], rows: int, on_step: Callable[[str], None]) -> dict[str, _Judged]:
     # layers draw their rows independently, so that their errors can be pooled
     sample = sample_for(call.q, call.k, rows, is_causal=True, scale=call.scale, seed=call.seed * 1009 + call.layer)
     measured = measure_rows(call.q, call.k, call.v, None, sample)
@@ -157,20 +157,20 @@ def _judge_all(call: Call, who: Sequence[Entrant], rows: int, on_step: Callable[
     # a power of two, as numbers of rows are: pieces of equal size average to the whole
     stretches = 1 << (most.bit_length() - 1)
     found = {}
-    for entrant in who:
-        on_step(f"{entrant.row.label}: error")
-        out = call.answer(entrant)()
-        if entrant.exact:
+    for candidate in who:
+        on_step(f"{candidate.row.label}: error")
+        out = call.answer(candidate)()
+        if candidate.exact:
             # what errors are measured by is not measured itself
             none = (0.0,) * call.q.shape[1]
-            found[entrant.row.name] = _Judged(dict.fromkeys(_FIGURES, none), (none, none), (0.0,) * stretches)
+            found[candidate.row.name] = _Judged(dict.fromkeys(_FIGURES, none), (none, none), (0.0,) * stretches)
             continue
         judgement = compare(measured, out.index_select(2, sample.index))
         report = report_on(judgement, sample.num_queries, None)
         low, high = (tuple(end[0].tolist()) for end in report.interval)
         pieces = tuple(float(part.mean()) for part in judgement.errors[0].double().tensor_split(stretches, -1))
         figures = {name: tuple(getattr(report, name)[0].tolist()) for name in _FIGURES}
-        found[entrant.row.name] = _Judged(figures, (low, high), pieces, report)
+        found[candidate.row.name] = _Judged(figures, (low, high), pieces, report)
     return found
 
 
@@ -182,16 +182,16 @@ def _pooled(judged: Sequence[_Judged]) -> Error:
 
 
 def _time_all(
-    calls: Sequence[Call], who: Sequence[Entrant], care: Care, on_step: Callable[[str], None]
+    calls: Sequence[BenchCall], who: Sequence[Candidate], care: MeasureSettings, on_step: Callable[[str], None]
 ) -> dict[str, Timing]:
-    labels = {entrant.row.name: entrant.row.label for entrant in who}
+    labels = {candidate.row.name: candidate.row.label for candidate in who}
 
     def announce(name: str) -> None:
         on_step(f"{labels[name]}: time")
 
     timings: dict[str, Timing] = {}
-    for repeats in dict.fromkeys(_rounds(entrant, care) for entrant in who):
-        some = [entrant for entrant in who if _rounds(entrant, care) == repeats]
+    for repeats in dict.fromkeys(_rounds(candidate, care) for candidate in who):
+        some = [candidate for candidate in who if _rounds(candidate, care) == repeats]
         by_call = [interleave({each.row.name: call.answer(each) for each in some}, repeats, announce) for call in calls]
         for each in some:
             rounds = zip(*(found[each.row.name].seconds for found in by_call), strict=True)
@@ -200,14 +200,14 @@ def _time_all(
 
 
 def _point(
-    entrant: Entrant, calls: Sequence[Call], judged: Sequence[_Judged], timing: Timing, error: Error, front: bool
+    candidate: Candidate, calls: Sequence[BenchCall], judged: Sequence[_Judged], timing: Timing, error: Error, front: bool
 ) -> Point:
     length, head_dim = calls[0].q.shape[2:]
     return Point(
-        entrant,
-        entrant.row.label_for(length, True, len(calls)),
-        entrant.row.approximates(length, True, len(calls)),
-        entrant.row.method.cost(length, is_causal=True, head_dim=head_dim),
+        candidate,
+        candidate.row.label_for(length, True, len(calls)),
+        candidate.row.approximates(length, True, len(calls)),
+        candidate.row.method.cost(length, is_causal=True, head_dim=head_dim),
         timing,
         error,
         {name: tuple(each.figures[name] for each in judged) for name in _FIGURES},

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hyperattention.methods.base import Approach, Cost
+from hyperattention.methods.base import AttentionMethod, Cost
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
@@ -28,7 +28,7 @@ class Row:
 
     name: str
     label: str
-    method: Approach
+    method: AttentionMethod
 
     def cost(self, length: int, is_causal: bool) -> Cost:
         """Tell what the method will spend on a sequence."""

@@ -16,7 +16,7 @@ from hyperattention.methods.exact import Exact
 
 
 @dataclass(frozen=True)
-class Settings:
+class SpeedSettings:
     """How carefully to measure.
 
     Args:
@@ -69,13 +69,13 @@ class Speed:
         }  # fmt: skip
 
 
-def steps_of(rows: Sequence[Row], settings: Settings) -> int:
+def steps_of(rows: Sequence[Row], settings: SpeedSettings) -> int:
     """Count the steps that `measure_speed` reports as it works."""
     return len(rows) * (1 + settings.repeats + settings.memory)
 
 
 def measure_speed(
-    case: Case, rows: Sequence[Row], settings: Settings, on_step: Callable[[str], None] = ignore
+    case: Case, rows: Sequence[Row], settings: SpeedSettings, on_step: Callable[[str], None] = ignore
 ) -> tuple[Speed, ...]:
     """Measure every row on the same structured inputs: outputs are audited once, then times are taken in turn.
 

@@ -1,1 +1,1 @@
-"""What one layer of a compressed cache holds while a model generates: stores that grow, condense, select and are read."""
+"""What one layer of a compressed cache holds while a model generates: stores that grow, compress, select and are read."""

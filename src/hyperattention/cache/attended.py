@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.cache.held import Held
+from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 
 # scores held at a time: 64 MiB in float32
@@ -12,7 +12,7 @@ _SCORES_AT_A_TIME = 2**24
 
 
 def attended(
-    held: Held, queries: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN
+    held: CacheSlots, queries: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN
 ) -> Float[Tensor, "batch kv_heads slots"]:
     """Sum the attention that each slot gets over queries, the heads of a group together.
 

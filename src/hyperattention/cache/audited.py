@@ -113,10 +113,10 @@ class AuditedStore(Store):
         self._approximated += [False] * self._new
         return self.inner.append(k, v)
 
-    def mark(self, live: Tensor) -> None:
+    def mask_padding(self, live: Tensor) -> None:
         """Note the padding in both."""
-        self._whole.mark(live)
-        self.inner.mark(live)
+        self._whole.mask_padding(live)
+        self.inner.mask_padding(live)
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Let the store attend, and judge it at the positions drawn."""
@@ -156,9 +156,9 @@ class AuditedStore(Store):
         ]
         return torch.cat([part.out for part in parts], 2)
 
-    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
+    def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Hand on."""
-        self.inner.settle(q, scale, rule)
+        self.inner.end_step(q, scale, rule)
 
     def take_rows(self, index: Tensor) -> None:
         """Copy rows of both; what was judged stays."""

@@ -1,4 +1,4 @@
-"""Slots of a cache with what is known of each: what policies condense."""
+"""Slots of a cache with what is known of each: what policies compress."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hyperattention.coreset import Coreset
 
 
 @dataclass(frozen=True)
-class Held:
+class CacheSlots:
     """Weighted keys and values, the position of each in the text, and how much attention it was seen to get.
 
     Args:
@@ -53,7 +53,7 @@ class Held:
         """List the tensors, in the order of the arguments."""
         return self.k, self.v, self.log_weight, self.position, self.score
 
-    def part(self, begin: int, end: int) -> "Held":
+    def part(self, begin: int, end: int) -> "CacheSlots":
         """Keep a range of slots, as views.
 
         Args:
@@ -63,9 +63,11 @@ class Held:
         Returns:
             the fewer slots.
         """
-        return Held(*(x[:, :, begin:end] for x in self.tensors))
+        return CacheSlots(*(x[:, :, begin:end] for x in self.tensors))
 
-    def take(self, index: Int[Tensor, "batch kv_heads num"], log_weight: Float[Tensor, "batch kv_heads num"]) -> "Held":
+    def take(
+        self, index: Int[Tensor, "batch kv_heads num"], log_weight: Float[Tensor, "batch kv_heads num"]
+    ) -> "CacheSlots":
         """Copy some slots, with new weights.
 
         Args:
@@ -79,9 +81,9 @@ class Held:
         wide = index[..., None]
         k, v = (x.gather(2, wide.expand(-1, -1, -1, x.shape[3])) for x in (self.k, self.v))
         position, score = (x.gather(2, index) for x in (self.position, self.score))
-        return Held(k, v, log_weight.to(self.log_weight.dtype), position, score)
+        return CacheSlots(k, v, log_weight.to(self.log_weight.dtype), position, score)
 
-    def rows(self, index: Int[Tensor, " rows"]) -> "Held":
+    def rows(self, index: Int[Tensor, " rows"]) -> "CacheSlots":
         """Copy some rows of the batch, as beam search reorders them.
 
         Args:
@@ -90,10 +92,10 @@ class Held:
         Returns:
             a batch of those.
         """
-        return Held(*(x.index_select(0, index.to(x.device)) for x in self.tensors))
+        return CacheSlots(*(x.index_select(0, index.to(x.device)) for x in self.tensors))
 
 
-def joined(parts: Sequence[Held]) -> Held:
+def joined(parts: Sequence[CacheSlots]) -> CacheSlots:
     """Put slots of the same heads one after another.
 
     Args:
@@ -102,10 +104,10 @@ def joined(parts: Sequence[Held]) -> Held:
     Returns:
         all of them, in the order given.
     """
-    return Held(*(torch.cat(each, 2) for each in zip(*(part.tensors for part in parts), strict=True)))
+    return CacheSlots(*(torch.cat(each, 2) for each in zip(*(part.tensors for part in parts), strict=True)))
 
 
-def live_first(held: Held, end: int) -> Held:
+def live_first(held: CacheSlots, end: int) -> CacheSlots:
     """Move the empty slots of padded rows behind the others, before `end`, so that sinks are the first keys there are.
 
     Args:

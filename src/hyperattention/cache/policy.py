@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.cache.held import Held
+from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 
 
 @dataclass(frozen=True)
-class Full:
+class CompressionRequest:
     """A cache that is full, as a policy is shown it.
 
     Args:
@@ -21,11 +21,11 @@ class Full:
         num: how many slots the candidates have to fit into, fewer than there are.
         queries: the latest queries, as many as the policy asks for and as there were.
         scale: factor of the scores.
-        counters: seed, layer and number of this condensation: what every draw is a function of.
+        counters: seed, layer and number of this compression: what every draw is a function of.
         rule: what the model does to scores beside their scale.
     """
 
-    held: Held
+    held: CacheSlots
     begin: int
     end: int
     num: int
@@ -35,7 +35,7 @@ class Full:
     rule: ScoreRule = PLAIN
 
     @property
-    def candidates(self) -> Held:
+    def candidates(self) -> CacheSlots:
         """Give the slots that the policy chooses from."""
         return self.held.part(self.begin, self.end)
 
@@ -64,7 +64,7 @@ class Policy(ABC):
         """Whether what is kept stands for what was dropped."""
 
     @abstractmethod
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Choose what stays.
 
         Args:

@@ -1,4 +1,4 @@
-"""The latest keys and values of a layer, as they are: what a store has not condensed yet."""
+"""The latest keys and values of a layer, as they are: what a store has not compressed yet."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -89,7 +89,7 @@ class Recent:
         for to, source in zip(self._latest(k.shape[2]), (k, v, live), strict=True):
             to.copy_(source)
 
-    def mark(self, live: Bool[Tensor, "batch new"]) -> None:
+    def mask_padding(self, live: Bool[Tensor, "batch new"]) -> None:
         """Say which of the latest tokens are padding.
 
         Args:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-# share of the slots between sinks and window that a condensation leaves free
+# share of the slots between sinks and window that a compression leaves free
 _PENDING = 8
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheBudget:
     """How many slots each head of a layer may hold, and which are never given away.
 
     Args:
@@ -34,10 +34,10 @@ class Room:
 
     @property
     def pending(self) -> int:
-        """Slots left free by a condensation, so that not every token pays for one; the latest fill them."""
+        """Slots left free by a compression, so that not every token pays for one; the latest fill them."""
         return max(1, (self.budget - self.sinks - self.window) // _PENDING)
 
     @property
     def middle(self) -> int:
-        """Slots that are left to what was condensed."""
+        """Slots that are left to what was compressed."""
         return max(1, self.budget - self.sinks - self.window - self.pending)

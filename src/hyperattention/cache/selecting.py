@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 from hyperattention.cache.buffer import grown
 from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
 from hyperattention.cache.page_rank import PageRank
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.kernels.capped_list import capped_list_attention
@@ -32,7 +32,7 @@ class SelectingStore(Store):
     def __init__(
         self,
         by: PageRank,
-        room: Room,
+        room: CacheBudget,
         *,
         page: int = 16,
         draws: int = 0,
@@ -102,7 +102,7 @@ class SelectingStore(Store):
         self._seen, self._new = self._seen + new, new
         return self._k[:, :, : self._seen], self._v[:, :, : self._seen]
 
-    def mark(self, live: Tensor) -> None:
+    def mask_padding(self, live: Tensor) -> None:
         """Note where each row begins."""
         dead = (~live).sum(-1)
         if not bool(dead.any()):
@@ -122,7 +122,7 @@ class SelectingStore(Store):
             raise ValueError("nothing is held yet: append keys and values first")
         return self._begin
 
-    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
+    def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Sum up the pages that are full now."""
         full = self._seen // self.page
         if self._k is None or full <= self._summed:
@@ -246,7 +246,7 @@ class SelectingStore(Store):
         insist(((begin >= 0) & (begin <= seen)).all(), f"rows begin from 0 to {seen}")
         self._k, self._v, self._begin = state["k"], state["v"], state["begin"]
         self._seen, self._new, self._summed, self._summary = self._k.shape[2], 0, 0, None
-        self.settle(self._k, 1.0)
+        self.end_step(self._k, 1.0)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.types import Partial
 
@@ -14,7 +14,7 @@ from hyperattention.types import Partial
 class Store(ABC):
     """Keys and values of one layer while a model reads and writes: appended, attended to, settled, over and over.
 
-    A step is `append`, then attention, then `settle`. While `is_whole` attention over what `append` returned is exact, and
+    A step is `append`, then attention, then `end_step`. While `is_whole` attention over what `append` returned is exact, and
     whoever attends may do it in any way; from then on `attend` is the way. Every store tells its true length (`seen`), so
     that positions stay those of the text, and how many bytes it holds.
     """
@@ -69,7 +69,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def mark(self, live: Bool[Tensor, "batch new"]) -> None:
+    def mask_padding(self, live: Bool[Tensor, "batch new"]) -> None:
         """Say which of the tokens just appended are padding, before they are attended to.
 
         Args:
@@ -90,7 +90,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def settle(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN) -> None:
+    def end_step(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN) -> None:
         """End a step: look at its queries, and bring what is held back within the budget.
 
         Args:
@@ -115,7 +115,7 @@ class Store(ABC):
             num: how many.
 
         Raises:
-            ValueError: if they can no longer be told from what they were condensed into.
+            ValueError: if they can no longer be told from what they were compressed into.
         """
 
     @abstractmethod
@@ -146,11 +146,11 @@ class Store(ABC):
         self.restore({name: x.to(device) for name, x in self.state().items()})
 
 
-class Keeping(ABC):
+class StoreFactory(ABC):
     """A way to keep keys that is no `Policy`: a store of its own kind, made for each layer."""
 
     @abstractmethod
-    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> Store:
+    def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> Store:
         """Make an empty store.
 
         Args:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from hyperattention.cache.audited import AuditedStore
-from hyperattention.cache.condensing import CondensingStore
+from hyperattention.cache.compressing import CompressingStore
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.room import Room
-from hyperattention.cache.store import Keeping, Store
+from hyperattention.cache.room import CacheBudget
+from hyperattention.cache.store import Store, StoreFactory
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class StoreMaker:
         audit: positions of which one is audited; None for no audit.
     """
 
-    policy: Policy | Keeping
-    room: Room
+    policy: Policy | StoreFactory
+    room: CacheBudget
     layer: int
     seed: int
     audit: int | None = None
@@ -37,7 +37,7 @@ class StoreMaker:
             the store, without an audit.
         """
         if isinstance(self.policy, Policy):
-            return CondensingStore(self.policy, self.room, layer=self.layer, seed=self.seed)
+            return CompressingStore(self.policy, self.room, layer=self.layer, seed=self.seed)
         return self.policy.store(self.room, self.layer, self.seed, previous)
 
     def watched(self, inner: Store) -> Store:

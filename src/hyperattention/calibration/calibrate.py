@@ -21,20 +21,20 @@ from hyperattention.files.method_table import method_to_json
 from hyperattention.files.plan import Measured, Plan
 from hyperattention.files.records import find_processor, find_version
 from hyperattention.files.timed import Crossing
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
 from hyperattention.methods.exact import Exact
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import run_pass
-from hyperattention.reference.samples import Sample
+from hyperattention.reference.samples import EvaluationSample
 from hyperattention.reference.watch import CallInputs
 
 _PACKAGES = ("hyperattention", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """How to calibrate.
 
     Args:
@@ -50,7 +50,7 @@ class Settings:
     tolerance: float = 0.05
     seed: int = 0
     repeats: int = 5
-    ladder: tuple[Approach, ...] | None = None
+    ladder: tuple[AttentionMethod, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < 1:
@@ -59,15 +59,15 @@ class Settings:
             raise ValueError(f"ladder {self.ladder}: begin it with Exact(), which serves heads that nothing else can")
 
 
-def steps_of(judged: Judged, samples: Sequence[Sample]) -> int:
+def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample]) -> int:
     """Count the steps that `calibrate` reports at most: layers that stay exact are not among them."""
-    return fingerprint(judged.model).num_layers * (len(samples) + 1) + len(samples)
+    return fingerprint(loaded.model).num_layers * (len(samples) + 1) + len(samples)
 
 
 def calibrate(
-    judged: Judged,
-    samples: Sequence[Sample],
-    settings: Settings,
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
+    settings: CalibrationSettings,
     journal: Path,
     on_step: Callable[[str], None] = ignore,
 ) -> Plan:
@@ -81,7 +81,7 @@ def calibrate(
     it did to the loss.
 
     Args:
-        judged: the model.
+        loaded: the model.
         samples: texts of one length, which the plan is for.
         settings: how.
         journal: where measurements are written as they are made, to go on from; never deleted here.
@@ -98,23 +98,23 @@ def calibrate(
         raise ValueError("no text to calibrate on: give at least one sample")
     length = len(samples[0].tokens)
     ladder = candidates(length) if settings.ladder is None else settings.ladder
-    about = _describe(judged, samples, settings)
+    about = _describe(loaded, samples, settings)
     kept = Journal(journal, about | {"ladder": [method_to_json(method) for method in ladder]})
-    exact_nats = _measure(judged, samples, ladder, settings.seed, kept, on_step)
+    exact_nats = _measure(loaded, samples, ladder, settings.seed, kept, on_step)
     if not kept.measurements:
         raise ValueError(
-            f"no attention call of {judged.name} can be approximated, for what its layers ask beside plain attention: see "
+            f"no attention call of {loaded.name} can be approximated, for what its layers ask beside plain attention: see "
             "the counter that `use` yields; there is nothing to calibrate"
         )
     chosen = choose(kept.measurements, ladder, settings.tolerance)
     layers = {layer: method for layer, (method, _) in chosen.items()}
-    crossing = find_crossing(judged, samples[0], layers, repeats=settings.repeats, on_step=on_step)
-    added = _added_nats(judged, samples, layers, exact_nats, settings.seed, on_step)
-    return _plan(judged, chosen, crossing, settings, about, added)
+    crossing = find_crossing(loaded, samples[0], layers, repeats=settings.repeats, on_step=on_step)
+    added = _added_nats(loaded, samples, layers, exact_nats, settings.seed, on_step)
+    return _plan(loaded, chosen, crossing, settings, about, added)
 
 
 def _measure(
-    judged: Judged, samples: Sequence[Sample], ladder: Sequence[Approach], seed: int, kept: Journal,
+    loaded: LoadedModel, samples: Sequence[EvaluationSample], ladder: Sequence[AttentionMethod], seed: int, kept: Journal,
     on_step: Callable[[str], None],
 ) -> list[float]:  # fmt: skip
     """Measure what the journal does not hold, in a pass with exact attention a document.
@@ -135,52 +135,57 @@ def _measure(
                 warm = True
             kept.add(measure_layer(call, ladder, document, seed))
 
-        nats.append(run_pass(judged, sample, exact, seed=seed + document, on_call=measure).nats_per_byte)
+        nats.append(run_pass(loaded, sample, exact, seed=seed + document, on_call=measure).nats_per_byte)
     return nats
 
 
 def _added_nats(
-    judged: Judged, samples: Sequence[Sample], layers: dict[int, ByHead], exact_nats: Sequence[float], seed: int,
-    on_step: Callable[[str], None],
+    loaded: LoadedModel, samples: Sequence[EvaluationSample], layers: dict[int, ByHead], exact_nats: Sequence[float],
+    seed: int, on_step: Callable[[str], None],
 ) -> float:  # fmt: skip
     """Run the whole model under its plan: how much the loss a byte of the second half grew."""
     plan, added = Row("plan", "plan", ByLayer(layers)), []
     for document, (sample, theirs) in enumerate(zip(samples, exact_nats, strict=True)):
         on_step(f"document {document + 1} of {len(samples)}: loss")
-        added.append(run_pass(judged, sample, plan, seed=seed + document).nats_per_byte - theirs)
+        added.append(run_pass(loaded, sample, plan, seed=seed + document).nats_per_byte - theirs)
     return statistics.fmean(added)
 
 
-def _describe(judged: Judged, samples: Sequence[Sample], settings: Settings) -> dict[str, Any]:
+def _describe(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings) -> dict[str, Any]:
     """Say what the measurements depend on, beside the candidates."""
     tokens = str([sample.tokens.tolist() for sample in samples]).encode()
     return {
-        "model": asdict(fingerprint(judged.model)),
+        "model": asdict(fingerprint(loaded.model)),
         "length": len(samples[0].tokens),
         "documents": len(samples),
         "text": hashlib.sha256(tokens).hexdigest(),
         "seed": settings.seed,
-        "device": where(judged),
+        "device": where(loaded),
         "threads": torch.get_num_threads(),
         "versions": {name: find_version(name) or "unknown" for name in _PACKAGES},
     }
 
 
-def where(judged: Judged) -> str:
+def where(loaded: LoadedModel) -> str:
     """Name the device that a model is on, as plans do.
 
     Args:
-        judged: the model.
+        loaded: the model.
 
     Returns:
         its kind and name.
     """
-    device = judged.model.device
+    device = loaded.model.device
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu: {find_processor()}"
 
 
 def _plan(
-    judged: Judged, chosen: Chosen, crossing: Crossing, settings: Settings, about: dict[str, Any], added: float
+    loaded: LoadedModel,
+    chosen: Chosen,
+    crossing: Crossing,
+    settings: CalibrationSettings,
+    about: dict[str, Any],
+    added: float,
 ) -> Plan:
     layers = {layer: method for layer, (method, _) in chosen.items()}
     errors = {layer: found for layer, (_, found) in chosen.items()}
@@ -194,4 +199,4 @@ def _plan(
         added_nats=added,
         times=crossing.times,
     )
-    return Plan(fingerprint(judged.model), layers, errors, settings.tolerance, crossing.keys, measured)
+    return Plan(fingerprint(loaded.model), layers, errors, settings.tolerance, crossing.keys, measured)

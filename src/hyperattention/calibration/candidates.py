@@ -1,6 +1,6 @@
 """The methods that a calibration chooses from."""
 
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.default import default_method, thorough_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
@@ -8,7 +8,7 @@ from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.descent import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 
 # any length beyond the crossover gives the same default
@@ -21,12 +21,12 @@ _WIDE_DRAWS = (256, 1024, 1536, 3072)
 _SCANNED_DRAWS = (64, 128, 256, 448, 688, 1024, 2048)
 
 
-def candidates(length: int) -> tuple[Approach, ...]:
+def candidates(length: int) -> tuple[AttentionMethod, ...]:
     """List the methods worth trying at a length: those that list fewer pairs than exact attention there.
 
-    Sinks and a window alone serve heads that look nowhere else; uniform draws cost no search; draws by `Descent` and by
-    `KeyScan`, which takes more care, find far keys; exact attention serves a head that nothing else can. They stand family
-    by family, not from cheap to dear; of two about as quick that list equally many pairs, the earlier is chosen.
+    Sinks and a window alone serve heads that look nowhere else; uniform draws cost no search; draws by `HierarchicalSearch`
+    and by `KeyScan`, which takes more care, find far keys; exact attention serves a head that nothing else can. They stand
+    family by family, not from cheap to dear; of two about as quick that list equally many pairs, the earlier is chosen.
 
     Args:
         length: tokens of the texts measured.
@@ -36,8 +36,8 @@ def candidates(length: int) -> tuple[Approach, ...]:
     """
     windows = (Method(_SINKS, Window(size)) for size in _WINDOWS)
     uniform = (Method(_SINKS, Window(64), Draw(num, by=Uniform())) for num in _UNIFORM_DRAWS)
-    narrow = (Method(_SINKS, Window(64), Draw(num, by=Descent())) for num in _NARROW_DRAWS)
-    wide = (Method(_SINKS, Window(256), Draw(num, by=Descent())) for num in _WIDE_DRAWS)
+    narrow = (Method(_SINKS, Window(64), Draw(num, by=HierarchicalSearch())) for num in _NARROW_DRAWS)
+    wide = (Method(_SINKS, Window(256), Draw(num, by=HierarchicalSearch())) for num in _WIDE_DRAWS)
     scanned = (Method(_SINKS, Window(64), Draw(num, by=KeyScan(32))) for num in _SCANNED_DRAWS)
     ladder = (*windows, *uniform, *narrow, *wide, *scanned, default_method(_LONG), thorough_method(_LONG))
     return Exact(), *dict.fromkeys(method for method in ladder if method.cost(length).share_of_exact < 1)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from hyperattention.calibration.measure import Measurement
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 
 # candidates this close to the quickest count as equally quick: from run to run times differ by as much
@@ -15,7 +15,7 @@ _LENGTH = 65_536
 Chosen = dict[int, tuple[ByHead, tuple[float, ...]]]
 
 
-def choose(measurements: Sequence[Measurement], ladder: Sequence[Approach], tolerance: float) -> Chosen:
+def choose(measurements: Sequence[Measurement], ladder: Sequence[AttentionMethod], tolerance: float) -> Chosen:
     """Give each kv head the quickest candidate that errs no more than the tolerance, exact attention where none does.
 
     Of candidates about as quick as the quickest, the one that lists the fewest pairs is taken: pairs are the same on every
@@ -54,7 +54,7 @@ def choose(measurements: Sequence[Measurement], ladder: Sequence[Approach], tole
     return chosen
 
 
-def _quickest(allowed: Sequence[int], seconds: Sequence[float], ladder: Sequence[Approach]) -> int:
+def _quickest(allowed: Sequence[int], seconds: Sequence[float], ladder: Sequence[AttentionMethod]) -> int:
     least = min(seconds[place] for place in allowed)
     close = [place for place in allowed if seconds[place] <= _TIE * least]
     return min(close, key=lambda place: ladder[place].cost(_LENGTH).pairs)

@@ -8,17 +8,17 @@ from hyperattention.calibration.measure import run_on
 from hyperattention.files.timed import Crossing, Timed
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import watch_exact
-from hyperattention.reference.samples import Sample
+from hyperattention.reference.samples import EvaluationSample
 from hyperattention.reference.watch import CallInputs
 
 _SHORTEST = 256
 
 
 def find_crossing(
-    judged: Judged,
-    sample: Sample,
+    loaded: LoadedModel,
+    sample: EvaluationSample,
     layers: Mapping[int, ByHead],
     *,
     repeats: int,
@@ -27,7 +27,7 @@ def find_crossing(
     """Time a plan and exact attention in turn, on the beginnings of a text: powers of two, and all of it.
 
     Args:
-        judged: the model.
+        loaded: the model.
         sample: the text.
         layers: the methods of each layer.
         repeats: rounds of interleaved timing.
@@ -51,7 +51,7 @@ def find_crossing(
         for length in lengths:
             taken[length].append(_in_turn(call, method, length, repeats))
 
-    watch_exact(judged, sample, time_layer)
+    watch_exact(loaded, sample, time_layer)
     if not taken[total]:
         raise ValueError(
             f"no attention call of the layers {sorted(layers)} can be approximated here, for what they ask beside plain "

@@ -11,7 +11,7 @@ from hyperattention.error.audit import audit, sample_rows
 from hyperattention.error.row_statistics import light_weight
 from hyperattention.error.sampled_rows import hide_later
 from hyperattention.exact import grouped_scores
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.reference.watch import CallInputs
 
@@ -34,8 +34,8 @@ class LayerFigures:
 
     layer: int
     figures: dict[str, list[float]]
-    methods: tuple[Approach, ...]
-    ladder: tuple[Approach, ...]
+    methods: tuple[AttentionMethod, ...]
+    ladder: tuple[AttentionMethod, ...]
     measured: Measurement
     num_keys: int
 
@@ -60,7 +60,7 @@ class LayerFigures:
 
 @torch.no_grad()
 def inspect_layer(
-    call: CallInputs, served: ByHead, ladder: Sequence[Approach], *, rows: int = 256, seed: int = 0
+    call: CallInputs, served: ByHead, ladder: Sequence[AttentionMethod], *, rows: int = 256, seed: int = 0
 ) -> LayerFigures:
     """Take all figures of one layer.
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hyperattention.calibration.measure import Measurement
-from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.atomic_write import atomic_write
 
 # settings longer than this, such as hashes and candidates, are not shown
 _SHOWN = 60
@@ -35,7 +35,7 @@ class Journal:
             )
         self.measurements = [each for line in lines[1:] if (each := _read(line)) is not None]
         # what was cut short in the middle of a line is left out
-        write_whole(path, "".join(f"{line}\n" for line in (header, *map(_write, self.measurements))))
+        atomic_write(path, "".join(f"{line}\n" for line in (header, *map(_write, self.measurements))))
 
     def has(self, document: int, layer: int) -> bool:
         """Tell whether a layer was measured on a document.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperattention.attention import attention
 from hyperattention.error.judge import relative_error
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.reference.watch import CallInputs
 
 # tokens of the calls that warm up: enough for every stage to have something to do
@@ -35,7 +35,7 @@ class Measurement:
     errors: tuple[tuple[float, ...], ...]
 
 
-def run_on(call: CallInputs, method: Approach, seed: int = 0, num_tokens: int | None = None) -> Tensor:
+def run_on(call: CallInputs, method: AttentionMethod, seed: int = 0, num_tokens: int | None = None) -> Tensor:
     """Answer a call, or its beginning, as the model would.
 
     Args:
@@ -62,7 +62,7 @@ def wait_for(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def measure_layer(call: CallInputs, ladder: Sequence[Approach], document: int, seed: int) -> Measurement:
+def measure_layer(call: CallInputs, ladder: Sequence[AttentionMethod], document: int, seed: int) -> Measurement:
     """Run every candidate on one layer, once: layers and documents are the repetitions, each in another order.
 
     The error is that of all rows, not of a sample: exact attention has to run anyway, to be timed.
@@ -89,7 +89,7 @@ def measure_layer(call: CallInputs, ladder: Sequence[Approach], document: int, s
     return Measurement(document, call.layer, shape, tuple(seconds), tuple(errors))
 
 
-def warm_up(call: CallInputs, ladder: Sequence[Approach]) -> None:
+def warm_up(call: CallInputs, ladder: Sequence[AttentionMethod]) -> None:
     """Run every candidate once on a short beginning, untimed: the first call of its kind is slower."""
     for method in ladder:
         run_on(call, method, num_tokens=_WARM_UP)

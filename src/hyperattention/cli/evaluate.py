@@ -44,8 +44,8 @@ def evaluate(
         from hyperattention.report import evaluation as report
 
         logging.disable_progress_bar()
-        usual = report.QUICK if quick else report.Options(out)
-        options = report.Options(
+        usual = report.QUICK if quick else report.EvaluationOptions(out)
+        options = report.EvaluationOptions(
             out, find_folder(model), reference or usual.reference, text,
             usual.tasks if tasks is None else names(tasks), names(policies),
             usual.lengths if lengths is None else numbers("--lengths", lengths),

@@ -41,7 +41,7 @@ _Audit = Annotated[
         min=0, help="Attend exactly as well from one token in so many, over a copy of all keys, and say the error; 0: never."
     ),
 ]
-_Beyond = Annotated[bool, typer.Option("--beyond", help="Go on beyond the length that the model was made for.")]
+_AllowLonger = Annotated[bool, typer.Option("--allow-longer", help="Go on beyond the length that the model was made for.")]
 
 
 def generate(
@@ -56,7 +56,7 @@ def generate(
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
     audit: _Audit = 8,
-    beyond: _Beyond = False,
+    allow_longer: _AllowLonger = False,
     encoding: Encoding = None,
 ) -> None:
     """Go on from a text, through a cache of bounded size: the text on standard output, what it cost on standard error."""
@@ -66,7 +66,9 @@ def generate(
         from hyperattention.report import generation as report
 
         hide_bars()
-        options = report.Options(model, policy, budget, sinks, window, chunk, seed, audit or None, beyond, encoding)
+        options = report.GenerationOptions(
+            model, policy, budget, sinks, window, chunk, seed, audit or None, allow_longer, encoding
+        )
         sampling = report.Sampling(max_new_tokens, temperature, seed)
         prepared = report.prepare(options, prompt, max_new_tokens)
         reading = report.read(prepared, console, leave=1)
@@ -84,7 +86,7 @@ def cache(
     window: _Window = None,
     chunk: _Chunk = None,
     seed: _Seed = 0,
-    beyond: _Beyond = False,
+    allow_longer: _AllowLonger = False,
     overwrite: Overwrite = False,
     encoding: Encoding = None,
 ) -> None:
@@ -97,10 +99,12 @@ def cache(
         from hyperattention.report import generation as report
 
         hide_bars()
-        options = report.Options(model, policy, budget, sinks, window, chunk, seed, beyond=beyond, encoding=encoding)
+        options = report.GenerationOptions(
+            model, policy, budget, sinks, window, chunk, seed, allow_longer=allow_longer, encoding=encoding
+        )
         try:
             prepared = report.prepare(options, document, None)
-            check_savable(prepared.cache, prepared.judged.model)
+            check_savable(prepared.cache, prepared.loaded.model)
             reading = report.read(prepared, console, leave=0)
             report.keep(prepared, out, overwrite=overwrite)
         except KeyboardInterrupt:
@@ -122,7 +126,7 @@ def ask(
     max_new_tokens: _New = 128,
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
-    beyond: _Beyond = False,
+    allow_longer: _AllowLonger = False,
 ) -> None:
     """Ask about a document that was read before; the file stays as it is, so that every question starts from it.
 
@@ -137,7 +141,7 @@ def ask(
 
         hide_bars()
         sampling = report.Sampling(max_new_tokens, temperature, seed)
-        asked = report.recall(file, questions, model, max_new_tokens, beyond=beyond)
+        asked = report.recall(file, questions, model, max_new_tokens, allow_longer=allow_longer)
         for number, (question, prepared) in enumerate(zip(questions, asked, strict=True)):
             # the blank line and the mark tell answers apart, in a file too
             typer.echo(("\n" if number else "") + _quoted(question))

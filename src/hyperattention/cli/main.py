@@ -80,13 +80,13 @@ def demo(
     with explained():
         _look(outputs, plot)
         check_inputs(model=model, reference=reference, text=text, encoding=encoding)
-        from hyperattention.bench.speed import Settings
+        from hyperattention.bench.speed import SpeedSettings
         from hyperattention.report import demo as report
 
         hide_bars()
-        usual = report.Options()
-        speed = Settings(repeats or 1, 64, memory=False) if quick else Settings(repeats or 3, 256)
-        options = report.Options(
+        usual = report.DemoOptions()
+        speed = SpeedSettings(repeats or 1, 64, memory=False) if quick else SpeedSettings(repeats or 3, 256)
+        options = report.DemoOptions(
             length, text, model, reference or usual.reference, speed_length or (4096 if quick else usual.speed_length),
             1 if quick else usual.documents, usual.audit_rows, speed, seed, encoding,
         )  # fmt: skip
@@ -115,11 +115,11 @@ def bench(
     console, outputs = _console(), Outputs((plot, json), overwrite, default=_BENCH)
     with explained():
         _look(outputs, plot)
-        from hyperattention.bench.speed import Settings
+        from hyperattention.bench.speed import SpeedSettings
         from hyperattention.report import bench as report
 
-        speed = Settings(repeats or 1, 64, memory=False) if quick else Settings(repeats or 3, 64)
-        options = report.Options(min_length, max_length, speed, seed)
+        speed = SpeedSettings(repeats or 1, 64, memory=False) if quick else SpeedSettings(repeats or 3, 64)
+        options = report.BenchOptions(min_length, max_length, speed, seed)
         report.list_cases(options)
     with interruptible():
         results = report.run(options, console)
@@ -152,22 +152,22 @@ def pareto(
     with explained():
         _look(outputs, plot)
         check_inputs(model=model, reference=reference, text=text, encoding=encoding)
-        from hyperattention.bench.frontier import Care
+        from hyperattention.bench.frontier import MeasureSettings
         from hyperattention.report import demo
         from hyperattention.report import pareto as report
 
         hide_bars()
-        usual, own = demo.Options(), model is not None or reference is not None
+        usual, own = demo.DemoOptions(), model is not None or reference is not None
         length = length or (2048 if quick and not own else None)
-        inputs = demo.Options(
+        inputs = demo.DemoOptions(
             length, text, model, reference or usual.reference, documents=1 if quick else usual.documents, seed=seed,
             encoding=encoding,
         )  # fmt: skip
-        options = report.Options(
+        options = report.ParetoOptions(
             inputs,
             report.parse_budgets(budgets or ("512,768" if quick else "512,1024,2048")),
             None if methods is None else tuple(name.strip() for name in methods.split(",")),
-            Care(64, repeats or 1, 1) if quick else Care(repeats=repeats or 3),
+            MeasureSettings(64, repeats or 1, 1) if quick else MeasureSettings(repeats=repeats or 3),
             loss=loss,
         )
         prepared = report.prepare(options)

@@ -41,11 +41,11 @@ def calibrate_model(
         Outputs((out,), overwrite, (text, find_folder(model))).check()
         check_inputs(model=model, text=text, encoding=encoding)
         from hyperattention.report import calibrate as report
-        from hyperattention.report.demo import Options as Texts
+        from hyperattention.report.demo import DemoOptions as Texts
 
         hide_bars()
         texts = Texts(length, text, find_folder(model), documents=documents, seed=seed, encoding=encoding)
-        options = report.Options(out, texts, report.Settings(tolerance, seed), overwrite)
+        options = report.CalibrateOptions(out, texts, report.CalibrationSettings(tolerance, seed), overwrite)
         prepared = report.ready(options)
         plan = report.run(prepared, options, console)
     report.show(plan, console)
@@ -71,11 +71,11 @@ def inspect_model(
         if plan is not None and not plan.is_file():
             raise ValueError(f"cannot read the plan {plan}: no such file; name a file that `calibrate` wrote")
         from hyperattention.report import inspect as report
-        from hyperattention.report.demo import Options as Texts
+        from hyperattention.report.demo import DemoOptions as Texts
 
         hide_bars()
         texts = Texts(length, text, find_folder(model), documents=1, seed=seed, encoding=encoding)
-        prepared = report.ready(report.Options(plan, texts))
+        prepared = report.ready(report.InspectOptions(plan, texts))
         layers = report.run(prepared, console)
         outputs.check()
         report.save(prepared, layers, out)

@@ -26,7 +26,7 @@ def retime(
         Outputs((written,), overwrite, (text, find_folder(model))).check()
         check_inputs(model=model, text=text, encoding=encoding)
         from hyperattention.report import retime as report
-        from hyperattention.report.demo import Options as Texts
+        from hyperattention.report.demo import DemoOptions as Texts
 
         hide_bars()
         found = report.ready(plan, Texts(text=text, model=find_folder(model), seed=seed, encoding=encoding))

@@ -5,12 +5,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.error.interval import mean_interval, percentile_bound
-from hyperattention.error.judge import Judgement, judge, misses
+from hyperattention.error.judge import HeadErrors, judge, misses
 from hyperattention.error.report import ErrorReport
-from hyperattention.error.sampled_rows import Sample
+from hyperattention.error.sampled_rows import SampledRows
 from hyperattention.exact import visible_keys
 from hyperattention.inputs import check_inputs, check_masks, check_tensors
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.method import Method
 from hyperattention.random import uniform
 from hyperattention.select.locate.sinks import Sinks
@@ -64,7 +64,7 @@ def audit(
     key_mask: Bool[Tensor, "batch keys"] | None = None,
     causal_align: str = "upper_left",
     seed: int = 0,
-    method: Approach | None = None,
+    method: AttentionMethod | None = None,
     heavy: tuple[int, int] | None = None,
     hardness: bool = True,
 ) -> ErrorReport:
@@ -131,7 +131,7 @@ def sample_for(
     scale: float | None = None,
     heavy: tuple[int, int] = HEAVY,
     seed: int = 0,
-) -> Sample:
+) -> SampledRows:
     """Draw the rows of an audit, and note what each may see.
 
     Args:
@@ -152,7 +152,7 @@ def sample_for(
     visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
     shift = num_keys - num_queries if causal_align == "lower_right" else 0
     sinks, window = heavy
-    return Sample(
+    return SampledRows(
         index=index,
         visible=[num_keys] * len(index) if visible is None else visible[0, index].tolist(),
         num_queries=num_queries,
@@ -162,7 +162,7 @@ def sample_for(
     )
 
 
-def report_on(found: Judgement, num_queries: int, share_of_pairs: float | None) -> ErrorReport:
+def report_on(found: HeadErrors, num_queries: int, share_of_pairs: float | None) -> ErrorReport:
     """Sum up what the sampled rows of an output show, with intervals for what the others may hide.
 
     Args:
@@ -222,7 +222,7 @@ def check_audit(query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: in
         )
 
 
-def _heavy_mask(method: Approach | None) -> tuple[int, int]:
+def _heavy_mask(method: AttentionMethod | None) -> tuple[int, int]:
     stages = method.stages if isinstance(method, Method) else ()
     sinks = sum(stage.num for stage in stages if isinstance(stage, Sinks))
     window = sum(stage.size for stage in stages if isinstance(stage, Window))

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from hyperattention.error.exact_rows import exact_rows
 from hyperattention.error.row_statistics import operator_norm
-from hyperattention.error.sampled_rows import ExactSample, Sample, measure_rows
+from hyperattention.error.sampled_rows import ExactSample, SampledRows, measure_rows
 
 
 @dataclass(frozen=True)
-class Judgement:
+class HeadErrors:
     """What the sampled rows show of each head.
 
     Args:
@@ -36,8 +36,8 @@ def judge(
     value: Float[Tensor, "batch kv_heads keys value_dim"],
     out: Float[Tensor, "batch heads queries value_dim"],
     key_mask: Bool[Tensor, "batch keys"] | None,
-    sample: Sample,
-) -> Judgement:
+    sample: SampledRows,
+) -> HeadErrors:
     """Compare sampled rows of an output with exact ones.
 
     Args:
@@ -54,7 +54,7 @@ def judge(
     return compare(measure_rows(query, key, value, key_mask, sample), out.index_select(2, sample.index))
 
 
-def compare(measured: ExactSample, rows_out: Float[Tensor, "batch heads rows value_dim"]) -> Judgement:
+def compare(measured: ExactSample, rows_out: Float[Tensor, "batch heads rows value_dim"]) -> HeadErrors:
     """Judge an output by exact rows that were measured before.
 
     Args:
@@ -67,7 +67,7 @@ def compare(measured: ExactSample, rows_out: Float[Tensor, "batch heads rows val
     exact = measured.exact
     difference = (rows_out.to(exact.dtype) - exact).masked_fill(~measured.live[:, None, :, None], 0.0)
     error_norm = operator_norm(difference) / measured.size
-    return Judgement(relative_error(difference, exact), measured.live, error_norm, measured.alpha, measured.kappa)
+    return HeadErrors(relative_error(difference, exact), measured.live, error_norm, measured.alpha, measured.kappa)
 
 
 def misses(
@@ -79,7 +79,7 @@ def misses(
     index: Tensor,
     visible: Tensor,
     scale: float,
-) -> Judgement:
+) -> HeadErrors:
     """Compare sampled rows of an output with exact ones, and look at nothing else.
 
     Args:
@@ -103,7 +103,7 @@ def misses(
     difference = (out.index_select(2, index).to(exact.dtype) - exact).masked_fill(~live[:, None, :, None], 0.0)
     error = relative_error(difference, exact)
     unknown = error.new_full(error.shape[:2], torch.nan)
-    return Judgement(error, live, unknown, unknown, unknown)
+    return HeadErrors(error, live, unknown, unknown, unknown)
 
 
 def relative_error(difference: Tensor, exact: Tensor) -> Tensor:

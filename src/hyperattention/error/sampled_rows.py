@@ -18,7 +18,7 @@ _BLOCK_ROWS = 32
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledRows:
     """The rows drawn, and what of the problem they need.
 
     Args:
@@ -63,7 +63,7 @@ def measure_rows(
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys value_dim"],
     key_mask: Bool[Tensor, "batch keys"] | None,
-    sample: Sample,
+    sample: SampledRows,
 ) -> ExactSample:
     """Attend exactly from the sampled rows, as many heads at a time as fit.
 
@@ -105,7 +105,7 @@ def measure_rows(
 
 
 def _measure_heads(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sample: Sample
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sample: SampledRows
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks, exact, lse = _softmax_blocks(q, k, v, key_mask, sample)
     live, num_keys = lse[0, 0, 0] != -torch.inf, k.shape[2]
@@ -138,7 +138,7 @@ def hide_later(scores: Tensor, counts: list[int], *, at_once: bool | None = None
 
 
 def _softmax_blocks(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sample: Sample
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sample: SampledRows
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Compute the softmax rows in blocks [1, kv_heads, group, few rows, keys seen], the exact rows and their lse."""
     rows = q.shape[3]

@@ -1,4 +1,4 @@
-"""How items are answered: contexts are read once for all, condensed by each contender, and asked about in batches."""
+"""How items are answered: contexts are read once for all, compressed by each candidate, and asked about in batches."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hyperattention.evaluation.dialect import Dialect
 from hyperattention.evaluation.item import Item
-from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import converse, reading
 from hyperattention.integrations.transformers import CallCounter
@@ -23,17 +23,17 @@ class Reply:
 
     Args:
         item: what was asked.
-        contender: whose cache.
-        visible: whether the question was there when the cache was condensed.
+        candidate: whose cache.
+        visible: whether the question was there when the cache was compressed.
         seed: of the policy's draws.
         outputs: what the model continued with, for each turn.
         memory_bytes: held by the cache for this item, once the prompt was read.
         seconds: of a token, its share of the batch.
-        approximated: attention calls of its batch that read a condensed cache.
+        approximated: attention calls of its batch that read a compressed cache.
     """
 
     item: Item
-    contender: Contender
+    candidate: CacheCandidate
     visible: bool
     seed: int
     outputs: tuple[str, ...]
@@ -43,15 +43,15 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Asking:
+class AskSettings:
     """How items are asked.
 
     Args:
         model: who answers.
         dialect: whose tokens.
-        contenders: through whose caches.
-        visible: whether the question is there when the cache is condensed; both are asked from one reading.
-        shown: most questions of one context that are asked visibly, for each needs a condensation of its own.
+        candidates: through whose caches.
+        visible: whether the question is there when the cache is compressed; both are asked from one reading.
+        shown: most questions of one context that are asked visibly, for each needs a compression of its own.
         rows: contexts read, or questions asked, at a time.
         seed: of every draw of a policy.
         chunk: tokens of a piece in which prompts are read, through what is left of earlier ones; None for all at once.
@@ -59,7 +59,7 @@ class Asking:
 
     model: PreTrainedModel
     dialect: Dialect
-    contenders: tuple[Contender, ...]
+    candidates: tuple[CacheCandidate, ...]
     visible: tuple[bool, ...] = (False, True)
     shown: int = 8
     rows: int = 8
@@ -81,10 +81,10 @@ class _Batch:
         return sum(question.shape[1] for question in self.questions) + sum(self.sizes)
 
 
-def ask(asking: Asking, items: Sequence[Item]) -> Iterator[Reply]:
-    """Ask items through every contender's cache.
+def ask(asking: AskSettings, items: Sequence[Item]) -> Iterator[Reply]:
+    """Ask items through every candidate's cache.
 
-    With the question visible, that of the first turn is part of what is condensed, all but its last token; otherwise the
+    With the question visible, that of the first turn is part of what is compressed, all but its last token; otherwise the
     context alone is. A context is read once for all of them, unless it comes in pieces.
 
     Args:
@@ -92,7 +92,7 @@ def ask(asking: Asking, items: Sequence[Item]) -> Iterator[Reply]:
         items: with contexts of one length.
 
     Yields:
-        a reply for each item and contender.
+        a reply for each item and candidate.
     """
     contexts = list(dict.fromkeys(item.context for item in items))
     for begin in range(0, len(contexts), asking.rows):
@@ -119,7 +119,7 @@ def _thinned(items: Sequence[Item], most: int) -> list[Item]:
     ]
 
 
-def _batches(items: Sequence[Item], place: dict[tuple[int, ...], int], asking: Asking) -> list[_Batch]:
+def _batches(items: Sequence[Item], place: dict[tuple[int, ...], int], asking: AskSettings) -> list[_Batch]:
     groups: dict[tuple[int, ...], list[tuple[Item, list[tuple[int, ...]]]]] = {}
     for item in items:
         asked = [asking.dialect.encode(turn.question) for turn in item.turns]
@@ -135,28 +135,28 @@ def _batches(items: Sequence[Item], place: dict[tuple[int, ...], int], asking: A
     return batches
 
 
-def _ask_hidden(asking: Asking, prompt: Prompt, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
+def _ask_hidden(asking: AskSettings, prompt: Prompt, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
     more = max(batch.more for batch in batches)
-    for contender in asking.contenders:
-        whole, _ = prompt.condensed(contender, more, asking.seed)
+    for candidate in asking.candidates:
+        whole, _ = prompt.compressed(candidate, more, asking.seed)
         for number, batch in enumerate(batches):
             cache = whole if number == len(batches) - 1 else copy.deepcopy(whole)
             cache.batch_select_indices(torch.tensor(batch.rows, dtype=torch.int64, device="cpu"))
-            yield from _ask_batch(asking, cache, contender, batch, (False, counter))
+            yield from _ask_batch(asking, cache, candidate, batch, (False, counter))
 
 
-def _ask_visible(asking: Asking, prompt: Prompt, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
+def _ask_visible(asking: AskSettings, prompt: Prompt, batches: Sequence[_Batch], counter: CallCounter) -> Iterator[Reply]:
     for batch in batches:
         first = batch.questions[0]
         shown = prompt.followed(batch.rows, first[:, :-1])
         left = _Batch(batch.items, batch.rows, (first[:, -1:], *batch.questions[1:]), batch.sizes)
-        for contender in asking.contenders:
-            cache, _ = shown.condensed(contender, left.more, asking.seed)
-            yield from _ask_batch(asking, cache, contender, left, (True, counter))
+        for candidate in asking.candidates:
+            cache, _ = shown.compressed(candidate, left.more, asking.seed)
+            yield from _ask_batch(asking, cache, candidate, left, (True, counter))
 
 
 def _ask_batch(
-    asking: Asking, cache: HyperCache, contender: Contender, batch: _Batch, kind: tuple[bool, CallCounter]
+    asking: AskSettings, cache: HyperCache, candidate: CacheCandidate, batch: _Batch, kind: tuple[bool, CallCounter]
 ) -> Iterator[Reply]:
     visible, counter = kind
     before, memory = counter.counts.approximated, cache.memory_bytes // len(batch.items)
@@ -164,4 +164,4 @@ def _ask_batch(
     approximated = counter.counts.approximated - before
     for row, item in enumerate(batch.items):
         outputs = tuple(asking.dialect.decode(tuple(turn[row].tolist())) for turn in said.turns)
-        yield Reply(item, contender, visible, asking.seed, outputs, memory, said.seconds, approximated)
+        yield Reply(item, candidate, visible, asking.seed, outputs, memory, said.seconds, approximated)

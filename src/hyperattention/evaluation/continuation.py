@@ -1,4 +1,4 @@
-"""Loss on the continuation of a text whose beginning was condensed."""
+"""Loss on the continuation of a text whose beginning was compressed."""
 
 import random
 import statistics
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hyperattention.evaluation.ask import Asking
-from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.ask import AskSettings
+from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import read, reading
 from hyperattention.integrations.transformers.cache import HyperCache
@@ -25,12 +25,12 @@ class Texts:
 
     Args:
         length: tokens of each, the continuation included.
-        continuation: how many of the last are read through the condensed cache, and their loss counted.
+        continuation: how many of the last are read through the compressed cache, and their loss counted.
         documents: texts for each seed.
         chunk: tokens read at a time.
 
     Raises:
-        ValueError: if nothing is left to be condensed.
+        ValueError: if nothing is left to be compressed.
     """
 
     length: int
@@ -50,16 +50,16 @@ class Loss:
     """Loss on the continuation of one text.
 
     Args:
-        contender: through whose cache.
+        candidate: through whose cache.
         document: which text, a number that no two share.
         seed: of the policy's draws.
         nats: loss a token.
         added: nats a token more than with exact attention.
         memory_bytes: held by the cache for this text once its beginning was read.
-        approximated: attention calls of its batch that read a condensed cache.
+        approximated: attention calls of its batch that read a compressed cache.
     """
 
-    contender: Contender
+    candidate: CacheCandidate
     document: int
     seed: int
     nats: float
@@ -69,7 +69,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedLoss:
     """Loss added, over texts and seeds.
 
     Args:
@@ -108,16 +108,16 @@ def pieces(tokens: Sequence[int], texts: Texts, seed: int) -> dict[int, tuple[in
     return {begin // texts.length: tuple(tokens[begin : begin + texts.length]) for begin in chosen}
 
 
-def continuation_loss(asking: Asking, tokens: Sequence[int], texts: Texts) -> Iterator[Loss]:
-    """Read the beginning of texts once, condense it for every contender, and read on: what did the rest lose?
+def continuation_loss(asking: AskSettings, tokens: Sequence[int], texts: Texts) -> Iterator[Loss]:
+    """Read the beginning of texts once, compress it for every candidate, and read on: what did the rest lose?
 
     Args:
-        asking: the model and the contenders, exact attention first.
+        asking: the model and the candidates, exact attention first.
         tokens: the whole text, in tokens.
         texts: what is read of it.
 
     Yields:
-        a loss for each text and contender.
+        a loss for each text and candidate.
     """
     chosen = pieces(tokens, texts, asking.seed)
     numbers, begin = list(chosen), texts.length - texts.continuation
@@ -126,17 +126,17 @@ def continuation_loss(asking: Asking, tokens: Sequence[int], texts: Texts) -> It
         rows = torch.tensor([chosen[number] for number in some], dtype=torch.int64, device="cpu")
         with reading(asking.model) as counter:
             prompt, exact = Prompt.of(asking.model, rows[:, :begin], asking.chunk), None
-            for contender in asking.contenders:
-                cache, last = prompt.condensed(contender, texts.continuation, asking.seed)
+            for candidate in asking.candidates:
+                cache, last = prompt.compressed(candidate, texts.continuation, asking.seed)
                 memory, before = cache.memory_bytes // len(some), counter.counts.approximated
                 nats = _read_on(asking, cache, rows[:, begin:], last, texts.chunk)
                 exact = nats if exact is None else exact
                 approximated = counter.counts.approximated - before
                 for number, own, base in zip(some, nats.tolist(), exact.tolist(), strict=True):
-                    yield Loss(contender, number, asking.seed, own, own - base, memory, approximated)
+                    yield Loss(candidate, number, asking.seed, own, own - base, memory, approximated)
 
 
-def _read_on(asking: Asking, cache: HyperCache, rest: Tensor, last: Tensor, chunk: int) -> Tensor:
+def _read_on(asking: AskSettings, cache: HyperCache, rest: Tensor, last: Tensor, chunk: int) -> Tensor:
     """Sum the loss of what comes after the prompt, whose last logits are `last`; a mean a token comes back."""
     total = torch.zeros(rest.shape[0], dtype=torch.float64, device="cpu")
     for part in rest.to(last.device).split(chunk, 1):
@@ -146,8 +146,8 @@ def _read_on(asking: Asking, cache: HyperCache, rest: Tensor, last: Tensor, chun
     return total / rest.shape[1]
 
 
-def added(losses: Sequence[Loss]) -> Added:
-    """Pool the losses of one contender.
+def added(losses: Sequence[Loss]) -> AddedLoss:
+    """Pool the losses of one candidate.
 
     Args:
         losses: over texts and seeds; of a text that several seeds read, the mean is taken first.
@@ -160,4 +160,4 @@ def added(losses: Sequence[Loss]) -> Added:
         by_text.setdefault(each.document, []).append(each.added)
     means = [statistics.fmean(each) for each in by_text.values()]
     error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
-    return Added(statistics.fmean(means), error, statistics.fmean(each.nats for each in losses), len(means))
+    return AddedLoss(statistics.fmean(means), error, statistics.fmean(each.nats for each in losses), len(means))

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from hyperattention.cache.page_rank import Bounds, TwoLevels
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.store import Keeping
+from hyperattention.cache.store import StoreFactory
 from hyperattention.integrations.transformers.cache import HyperCache, room_for
 from hyperattention.policies.balanced_halving import BalancedHalving
 from hyperattention.policies.cluster_centres import ClusterCentres
@@ -22,7 +22,7 @@ from hyperattention.policies.uniform_sample import RandomKeys, UniformSample
 
 
 @dataclass(frozen=True)
-class Entrant:
+class CacheFamily:
     """One way to keep a cache.
 
     Args:
@@ -32,37 +32,37 @@ class Entrant:
     """
 
     name: str
-    policy: Policy | Keeping | None
+    policy: Policy | StoreFactory | None
     baseline: bool = False
 
 
-EXACT = Entrant("exact", None, baseline=True)
+EXACT = CacheFamily("exact", None, baseline=True)
 ENTRANTS = (
     EXACT,
-    Entrant("streaming", Latest(), baseline=True),
-    Entrant("uniform", UniformSample(), baseline=True),
-    Entrant("random", RandomKeys(), baseline=True),
-    Entrant("cluster_means", ClusterMeans()),
-    Entrant("cluster_centres", ClusterCentres()),
-    Entrant("last_window", LastWindow()),
-    Entrant("heavy_hitters", HeavyHitters()),
-    Entrant("leverage", Leverage()),
-    Entrant("halving", BalancedHalving()),
-    Entrant("pages", TopPages()),
-    Entrant("quest", TopPages(by=Bounds(), page=16)),
-    Entrant("two_levels", TopPages(by=TwoLevels(), page=16)),
-    Entrant("look_once", LookOnce()),
+    CacheFamily("streaming", Latest(), baseline=True),
+    CacheFamily("uniform", UniformSample(), baseline=True),
+    CacheFamily("random", RandomKeys(), baseline=True),
+    CacheFamily("cluster_means", ClusterMeans()),
+    CacheFamily("cluster_centres", ClusterCentres()),
+    CacheFamily("last_window", LastWindow()),
+    CacheFamily("heavy_hitters", HeavyHitters()),
+    CacheFamily("leverage", Leverage()),
+    CacheFamily("halving", BalancedHalving()),
+    CacheFamily("pages", TopPages()),
+    CacheFamily("quest", TopPages(by=Bounds(), page=16)),
+    CacheFamily("two_levels", TopPages(by=TwoLevels(), page=16)),
+    CacheFamily("look_once", LookOnce()),
 )
 
 
-def choose_entrants(names: Sequence[str] | None = None) -> tuple[Entrant, ...]:
-    """Find entrants by name; the baselines always take part, exact attention first.
+def choose_families(names: Sequence[str] | None = None) -> tuple[CacheFamily, ...]:
+    """Find families by name; the baselines always take part, exact attention first.
 
     Args:
         names: who is to take part beside the baselines; None for all.
 
     Returns:
-        the entrants, in the order of the table.
+        the families, in the order of the table.
 
     Raises:
         ValueError: if a name is unknown.
@@ -73,14 +73,14 @@ def choose_entrants(names: Sequence[str] | None = None) -> tuple[Entrant, ...]:
     return tuple(each for each in ENTRANTS if each.baseline or names is None or each.name in names)
 
 
-def find_entrant(name: str) -> Entrant:
-    """Find one entrant by name.
+def find_family(name: str) -> CacheFamily:
+    """Find one family by name.
 
     Args:
         name: as in the table.
 
     Returns:
-        the entrant.
+        the family.
 
     Raises:
         ValueError: if the name is unknown.
@@ -92,33 +92,33 @@ def find_entrant(name: str) -> Entrant:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """An entrant at a budget.
+class CacheCandidate:
+    """A family at a budget.
 
     Args:
-        entrant: who.
+        family: who.
         budget: slots of each head.
         sinks: first tokens that are always kept.
         window: latest tokens that are always kept; None for what `HyperCache` takes for the policy.
     """
 
-    entrant: Entrant
+    family: CacheFamily
     budget: int
     sinks: int = 16
     window: int | None = None
 
     def __post_init__(self) -> None:
         # refuses a budget that leaves nothing beside sinks and window; to a cache that drops nothing they mean nothing
-        if self.entrant.policy is not None:
-            room_for(self.entrant.policy, self.budget, self.sinks, self.window)
+        if self.family.policy is not None:
+            room_for(self.family.policy, self.budget, self.sinks, self.window)
 
     @property
     def name(self) -> str:
-        """Name it in tables: the entrant, and its budget where it has one."""
-        return self.entrant.name if self.entrant.policy is None else f"{self.entrant.name}@{self.budget}"
+        """Name it in tables: the family, and its budget where it has one."""
+        return self.family.name if self.family.policy is None else f"{self.family.name}@{self.budget}"
 
     def cache(
-        self, model: PreTrainedModel, length: int, seed: int, *, audit: int | None = None, beyond: bool = False
+        self, model: PreTrainedModel, length: int, seed: int, *, audit: int | None = None, allow_longer: bool = False
     ) -> HyperCache:
         """Make an empty cache.
 
@@ -127,31 +127,31 @@ class Contender:
             length: tokens that it may have to hold in all, which is the budget of a cache that drops nothing.
             seed: of every draw.
             audit: one token in so many is audited; None for none.
-            beyond: whether to go on beyond the length that the model was made for.
+            allow_longer: whether to go on beyond the length that the model was made for.
 
         Returns:
             the cache.
         """
         # to a cache that drops nothing sinks and window mean nothing
-        if self.entrant.policy is None:
+        if self.family.policy is None:
             budget, sinks, window = max(length, self.budget, 2), 0, 1
         else:
             budget, sinks, window = self.budget, self.sinks, self.window
         return HyperCache(
-            model.config, budget=budget, policy=self.entrant.policy, sinks=sinks, window=window, seed=seed,
-            audit=audit, beyond=beyond,
+            model.config, budget=budget, policy=self.family.policy, sinks=sinks, window=window, seed=seed,
+            audit=audit, allow_longer=allow_longer,
         )  # fmt: skip
 
 
-def contenders_at(entrants: Sequence[Entrant], budgets: Sequence[int]) -> tuple[Contender, ...]:
+def candidates_at(families: Sequence[CacheFamily], budgets: Sequence[int]) -> tuple[CacheCandidate, ...]:
     """Put everyone at every budget; exact attention has none, and comes once and first.
 
     Args:
-        entrants: who.
+        families: who.
         budgets: slots of each head.
 
     Returns:
-        the contenders.
+        the candidates.
     """
-    whole = [Contender(each, budgets[0]) for each in entrants if each.policy is None]
-    return (*whole, *(Contender(each, budget) for budget in budgets for each in entrants if each.policy is not None))
+    whole = [CacheCandidate(each, budgets[0]) for each in families if each.policy is None]
+    return (*whole, *(CacheCandidate(each, budget) for budget in budgets for each in families if each.policy is not None))

@@ -1,4 +1,4 @@
-"""A prompt that several contenders condense, each in its own way."""
+"""A prompt that several candidates compress, each in its own way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.reading import read
 from hyperattention.evaluation.recording import fill, rows_of, start
 from hyperattention.integrations.transformers.cache import HyperCache
@@ -16,9 +16,9 @@ from hyperattention.integrations.transformers.cache import HyperCache
 
 @dataclass(frozen=True)
 class Prompt:
-    """Texts of one length, read once by exact attention for all, or in pieces by each contender.
+    """Texts of one length, read once by exact attention for all, or in pieces by each candidate.
 
-    In one piece a prompt is attended to exactly whoever condenses it afterwards, so every policy is shown the same keys,
+    In one piece a prompt is attended to exactly whoever compresses it afterwards, so every policy is shown the same keys,
     values and queries. In pieces later ones are read through what is left of earlier ones, and nothing can be shared.
 
     Args:
@@ -73,18 +73,18 @@ class Prompt:
         )
         return Prompt(self.model, tokens, None, recorded, last)
 
-    def condensed(self, contender: Contender, more: int, seed: int) -> tuple[HyperCache, Tensor]:
-        """Let a contender read the prompt.
+    def compressed(self, candidate: CacheCandidate, more: int, seed: int) -> tuple[HyperCache, Tensor]:
+        """Let a candidate read the prompt.
 
         Args:
-            contender: what stays of it.
+            candidate: what stays of it.
             more: tokens that are to follow.
             seed: of every draw.
 
         Returns:
-            the contender's cache, and the logits after the prompt.
+            the candidate's cache, and the logits after the prompt.
         """
-        cache = contender.cache(self.model, self.tokens.shape[1] + more, seed)
+        cache = candidate.cache(self.model, self.tokens.shape[1] + more, seed)
         if self.recorded is not None and self.last is not None:
             fill(cache, self.recorded)
             return cache, self.last

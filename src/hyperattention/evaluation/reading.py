@@ -19,7 +19,7 @@ from hyperattention.methods.exact import Exact
 
 @contextmanager
 def reading(model: PreTrainedModel) -> Iterator[CallCounter]:
-    """Let a model read through caches that may be condensed; all else is exact.
+    """Let a model read through caches that may be compressed; all else is exact.
 
     Args:
         model: the model.
@@ -51,7 +51,7 @@ def read(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], cache: Hyp
 
 
 @dataclass(frozen=True)
-class Said:
+class Replies:
     """What a model said.
 
     Args:
@@ -65,7 +65,7 @@ class Said:
 
 def converse(
     model: PreTrainedModel, cache: HyperCache, questions: Sequence[Int[Tensor, "batch _"]], sizes: Sequence[int]
-) -> Said:
+) -> Replies:
     """Ask questions one after another; the model continues greedily after each.
 
     Args:
@@ -89,4 +89,4 @@ def converse(
             answer += said
             tokens = said[0]
         turns.append(torch.cat(answer, 1).cpu())
-    return Said(tuple(turns), seconds / max(1, steps))
+    return Replies(tuple(turns), seconds / max(1, steps))

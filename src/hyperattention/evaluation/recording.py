@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from hyperattention.cache.attended import attended
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.held import Held
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
-from hyperattention.cache.store import Keeping, Store
+from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.coreset import Coreset
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.cache_layer import HyperCacheLayer
@@ -51,7 +51,7 @@ class RecordingStore(Store):
         return self._queries[0]
 
     def watched(self, queries: int) -> Tensor:
-        """Sum the attention that keys get from the first queries, as `CondensingStore` would have; worked out once.
+        """Sum the attention that keys get from the first queries, as `CompressingStore` would have; worked out once.
 
         Args:
             queries: how many.
@@ -64,7 +64,7 @@ class RecordingStore(Store):
             k, v, q = self.k[:, :, :queries], self.v[:, :, :queries], self.q[:, :, before:queries]
             weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
             # positions and scores do not matter to what is attended to
-            total = attended(Held(k, v, weight, weight.int(), weight), q, self.scale, self.rule)
+            total = attended(CacheSlots(k, v, weight, weight.int(), weight), q, self.scale, self.rule)
             if before:
                 total[:, :, :before] += self._watched[before]
             self._watched[queries] = total
@@ -117,7 +117,7 @@ class RecordingStore(Store):
         self._steps.append((k, v))
         return self._joined()
 
-    def mark(self, live: Tensor) -> None:
+    def mask_padding(self, live: Tensor) -> None:
         """Refuse padding: prompts that are read together have the same length."""
         if not bool(live.all()):
             raise ValueError("a prompt with padding cannot be recorded: read prompts of one length together")
@@ -126,7 +126,7 @@ class RecordingStore(Store):
         """Attend to everything."""
         return rule.drop_sinks(Coreset.of(*self._joined()).attend(q, scale=scale, own=q.shape[2], softcap=rule.softcap))
 
-    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
+    def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Keep the queries."""
         self.scale, self.rule = scale, rule
         self._queries.append(q)
@@ -170,10 +170,10 @@ class RecordingStore(Store):
 
 
 @dataclass(frozen=True)
-class Recording(Keeping):
+class Recording(StoreFactory):
     """Keep everything that is read, queries included."""
 
-    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> Store:
+    def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> Store:
         """Make an empty store; the room does not matter."""
         return RecordingStore()
 
@@ -182,7 +182,7 @@ def fill(cache: HyperCache, recorded: HyperCache) -> None:
     """Let an empty cache read a recorded prompt, as if the model had run: exact attention over it is the same for all.
 
     Args:
-        cache: the empty cache, which condenses if its budget is exceeded.
+        cache: the empty cache, which compresses if its budget is exceeded.
         recorded: the prompt, in a cache of `Recording`.
     """
     for number, (own, read) in enumerate(zip(cache.layers, recorded.layers, strict=True)):
@@ -196,14 +196,14 @@ def fill(cache: HyperCache, recorded: HyperCache) -> None:
 
 
 def _settle(store: Store, read: RecordingStore) -> None:
-    if not isinstance(store, CondensingStore):
-        store.settle(read.q, read.scale, read.rule)
+    if not isinstance(store, CompressingStore):
+        store.end_step(read.q, read.scale, read.rule)
         return
     # what a policy wants to know of earlier queries is the same at every budget and in every copy of a prompt
     last = max(1, store.policy.num_queries)
     if store.policy.watches and read.seen > last:
         store.held.score[:, :, : read.seen - last].add_(read.watched(read.seen - last))
-    store.settle(read.q[:, :, -last:], read.scale, read.rule)
+    store.end_step(read.q[:, :, -last:], read.scale, read.rule)
 
 
 def start(model: PreTrainedModel) -> HyperCache:

@@ -1,24 +1,24 @@
-"""An evaluation from end to end: every task, length and seed, asked of every contender; and the loss of a continuation."""
+"""An evaluation from end to end: every task, length and seed, asked of every candidate; and the loss of a continuation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
 from hyperattention.bench.timing import ignore
-from hyperattention.evaluation.ask import Asking, Reply, ask
+from hyperattention.evaluation.ask import AskSettings, Reply, ask
 from hyperattention.evaluation.continuation import Loss, Texts, continuation_loss
 from hyperattention.evaluation.dialect import Dialect, Lines
 from hyperattention.evaluation.haystack import Haystack
-from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.sentences import Sentences
 from hyperattention.evaluation.tasks import TASKS
 from hyperattention.evaluation.tasks.setting import Setting
 from hyperattention.files.user_text import Text
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is evaluated.
 
     Args:
@@ -27,10 +27,10 @@ class Plan:
         depths: ranges of depth.
         contexts: contexts of each kind for each task, length and seed.
         seeds: how many seeds: of texts, keys, values and places, and of the policies' draws.
-        contenders: who takes part, exact attention first.
-        visible: whether the question is there when the cache is condensed; both by default.
+        candidates: who takes part, exact attention first.
+        visible: whether the question is there when the cache is compressed; both by default.
         documents: texts for each seed whose continuation is read; 0 for none.
-        continuation: share of each such text that is read through the condensed cache.
+        continuation: share of each such text that is read through the compressed cache.
         shown: most questions of one context that are asked visibly.
         rows: contexts read, or questions asked, at a time.
         chunk: tokens of a piece in which prompts are read, through what is left of earlier ones; None for all at once.
@@ -41,7 +41,7 @@ class Plan:
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
-    contenders: tuple[Contender, ...]
+    candidates: tuple[CacheCandidate, ...]
     depths: int = 8
     contexts: int = 1
     seeds: int = 3
@@ -72,45 +72,47 @@ class Findings:
     """What came of it.
 
     Args:
-        replies: one for each item and contender.
-        losses: one for each text and contender, of the length beside it.
+        replies: one for each item and candidate.
+        losses: one for each text and candidate, of the length beside it.
     """
 
     replies: tuple[Reply, ...]
     losses: tuple[tuple[int, Loss], ...]
 
 
-def dialect_of(judged: Judged) -> Dialect:
+def dialect_of(loaded: LoadedModel) -> Dialect:
     """Choose the words that a model understands.
 
     Args:
-        judged: the model; one without a tokenizer is the reference model.
+        loaded: the model; one without a tokenizer is the reference model.
 
     Returns:
         the dialect.
     """
-    return Lines() if judged.tokenizer is None else Sentences(judged.tokenizer)
+    return Lines() if loaded.tokenizer is None else Sentences(loaded.tokenizer)
 
 
-def haystack_of(judged: Judged, text: Text) -> Haystack:
+def haystack_of(loaded: LoadedModel, text: Text) -> Haystack:
     """Cut a text into the tokens of a model.
 
     Args:
-        judged: the model.
+        loaded: the model.
         text: the text.
 
     Returns:
         the haystack.
     """
     # to a model of bytes every byte is a character
-    return Haystack.of(text.data.decode("latin-1") if judged.tokenizer is None else text.words(), dialect_of(judged))
+    return Haystack.of(text.data.decode("latin-1") if loaded.tokenizer is None else text.words(), dialect_of(loaded))
 
 
-def evaluate(judged: Judged, haystack: Haystack, plan: Plan, on_step: Callable[[str], None] = ignore) -> Findings:
+def evaluate(
+    loaded: LoadedModel, haystack: Haystack, plan: EvaluationPlan, on_step: Callable[[str], None] = ignore
+) -> Findings:
     """Ask everything of everyone.
 
     Args:
-        judged: the model.
+        loaded: the model.
         haystack: the text to hide facts in, and to read on in.
         plan: what is evaluated.
         on_step: told what runs next.
@@ -122,8 +124,8 @@ def evaluate(judged: Judged, haystack: Haystack, plan: Plan, on_step: Callable[[
     losses: list[tuple[int, Loss]] = []
     for length, seed in product(plan.lengths, range(plan.seeds)):
         setting = Setting(haystack, length, plan.depths, plan.contexts, seed)
-        asking = Asking(
-            judged.model, haystack.dialect, plan.contenders, plan.visible, plan.shown, plan.rows, seed, plan.chunk
+        asking = AskSettings(
+            loaded.model, haystack.dialect, plan.candidates, plan.visible, plan.shown, plan.rows, seed, plan.chunk
         )  # fmt: skip
         for task in plan.tasks:
             items = TASKS[task](setting)
@@ -136,19 +138,19 @@ def evaluate(judged: Judged, haystack: Haystack, plan: Plan, on_step: Callable[[
     return Findings(tuple(replies), tuple(losses))
 
 
-def check(judged: Judged, haystack: Haystack, plan: Plan) -> None:
+def check(loaded: LoadedModel, haystack: Haystack, plan: EvaluationPlan) -> None:
     """Find out what is wrong before anything slow begins.
 
     Args:
-        judged: the model.
+        loaded: the model.
         haystack: the text.
         plan: what is to be evaluated.
 
     Raises:
         ValueError: if a length is beyond the model, too short for a question, or longer than the text.
     """
-    if too_long := [length for length in plan.lengths if length > judged.max_length]:
-        raise ValueError(f"lengths {too_long}: {judged.name} reads at most {judged.max_length:,} tokens")
+    if too_long := [length for length in plan.lengths if length > loaded.max_length]:
+        raise ValueError(f"lengths {too_long}: {loaded.name} reads at most {loaded.max_length:,} tokens")
     for length in plan.lengths:
         needed = max(length if plan.documents else 0, Setting(haystack, length).context)
         if len(haystack.tokens) < needed:

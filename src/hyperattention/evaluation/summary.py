@@ -1,12 +1,12 @@
-"""What replies and losses say, by contender, task, length and depth."""
+"""What replies and losses say, by candidate, task, length and depth."""
 
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hyperattention.evaluation.ask import Reply
-from hyperattention.evaluation.continuation import Added, Loss, added
-from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.continuation import AddedLoss, Loss, added
+from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.score import Mark, Share, marks
 
 # where exact attention itself finds fewer answers, a task is beyond the model, and says nothing of a cache
@@ -17,23 +17,23 @@ _Where = tuple[str, int, bool, int | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """How many answers were found, of one contender, task, length and range of depths.
+    """How many answers were found, of one candidate, task, length and range of depths.
 
     Args:
-        contender: through whose cache.
+        candidate: through whose cache.
         task: name of the task.
         length: tokens that an item may take.
-        visible: whether the question was there when the cache was condensed.
+        visible: whether the question was there when the cache was compressed.
         depth: number of the range of depths; None for all together.
         share: answers found.
         digits: mean share of characters in the right place.
         ceiling: answers found with exact attention.
         memory_bytes: mean bytes of the cache of an item.
         seconds: mean time of a token, its share of the batch.
-        approximated: attention calls that read a condensed cache.
+        approximated: attention calls that read a compressed cache.
     """
 
-    contender: Contender
+    candidate: CacheCandidate
     task: str
     length: int
     visible: bool
@@ -58,19 +58,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Loss added on the continuation of texts, of one contender and length.
+    """Loss added on the continuation of texts, of one candidate and length.
 
     Args:
-        contender: through whose cache.
+        candidate: through whose cache.
         length: tokens of a text.
         added: the loss.
         memory_bytes: mean bytes of the cache of a text.
-        approximated: attention calls that read a condensed cache.
+        approximated: attention calls that read a compressed cache.
     """
 
-    contender: Contender
+    candidate: CacheCandidate
     length: int
-    added: Added
+    added: AddedLoss
     memory_bytes: float
     approximated: int
 
@@ -94,22 +94,22 @@ def range_of(depth: float, depths: int) -> int:
 
 
 def cells(replies: Iterable[Reply], depths: int) -> tuple[Cell, ...]:
-    """Sort answers by contender, task, length, visibility and depth.
+    """Sort answers by candidate, task, length, visibility and depth.
 
     Args:
-        replies: of all contenders, exact attention among them.
+        replies: of all candidates, exact attention among them.
         depths: ranges of depth.
 
     Returns:
         a cell for each range, and one over all ranges.
     """
-    found: dict[tuple[Contender, _Where], list[tuple[Reply, Mark]]] = {}
+    found: dict[tuple[CacheCandidate, _Where], list[tuple[Reply, Mark]]] = {}
     for reply in replies:
         for mark in marks(reply.item, reply.outputs):
             for depth in (None, range_of(mark.depth, depths)):
                 where = reply.item.task, reply.item.length, reply.visible, depth
-                found.setdefault((reply.contender, where), []).append((reply, mark))
-    ceilings = {where: _share(group) for (who, where), group in found.items() if who.entrant.policy is None}
+                found.setdefault((reply.candidate, where), []).append((reply, mark))
+    ceilings = {where: _share(group) for (who, where), group in found.items() if who.family.policy is None}
     return tuple(
         Cell(
             who, *where, _share(group), statistics.fmean(mark.digits for _, mark in group), ceilings[where],
@@ -126,17 +126,17 @@ def _share(group: Sequence[tuple[Reply, Mark]]) -> Share:
 
 
 def continuations(losses: Sequence[tuple[int, Loss]]) -> tuple[Continuation, ...]:
-    """Pool losses by contender and length.
+    """Pool losses by candidate and length.
 
     Args:
         losses: each with the length of its text.
 
     Returns:
-        one for each contender and length.
+        one for each candidate and length.
     """
-    found: dict[tuple[Contender, int], list[Loss]] = {}
+    found: dict[tuple[CacheCandidate, int], list[Loss]] = {}
     for length, loss in losses:
-        found.setdefault((loss.contender, length), []).append(loss)
+        found.setdefault((loss.candidate, length), []).append(loss)
     return tuple(
         Continuation(
             who, length, added(group), statistics.fmean(each.memory_bytes for each in group),

@@ -12,7 +12,7 @@ from hyperattention.kernels.list.operator import list_attention
 from hyperattention.problem import Problem
 from hyperattention.random import hash_bits
 from hyperattention.select.locate.hash_buckets import HashBuckets
-from hyperattention.select.stage import Taken
+from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import cut
 from hyperattention.types import Labels
 
@@ -135,7 +135,7 @@ class ApproxD:
         if self.heavy is None:
             return q.new_full(q.shape[:3], -torch.inf), None
         with torch.no_grad():
-            ((tiling, selection),), taken = self.heavy.select_apart(cut(problem, problem.num_queries), Taken())
+            ((tiling, selection),), taken = self.heavy.select_apart(cut(problem, problem.num_queries), CoveredKeys())
         labels: Labels | None = taken.labels
         assert labels is not None
         flat_k, flat_v = k.flatten(0, 1), problem.v.flatten(0, 1)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a text beside a file, and put it in the file's place once it is whole.
 
     Args:
@@ -15,8 +15,8 @@ def write_whole(path: Path, text: str) -> None:
     _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
-def write_whole_bytes(path: Path, data: bytes) -> None:
-    """Write bytes as `write_whole` does a text.
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes as `atomic_write` does a text.
 
     Args:
         path: the file.

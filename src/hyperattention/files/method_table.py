@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hyperattention.files.fields import Field
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
@@ -25,7 +25,7 @@ from hyperattention.select.locate.universal_set import UniversalSet
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
-from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.descent import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mix import Mix
@@ -40,7 +40,7 @@ _TYPES = (
     BudgetedDraw,
     Coarse,
     CollisionDraw,
-    Descent,
+    HierarchicalSearch,
     Draw,
     Exact,
     HashBuckets,
@@ -109,7 +109,7 @@ def part_to_json(part: object, table: Mapping[str, type]) -> object:
     return {"type": name} | {field.name: part_to_json(getattr(part, field.name), table) for field in fields(table[name])}
 
 
-def method_from_json(field: Field) -> Approach:
+def method_from_json(field: Field) -> AttentionMethod:
     """Build a method from what `method_to_json` wrote.
 
     Args:
@@ -119,7 +119,7 @@ def method_from_json(field: Field) -> Approach:
         the method; anything else, an unknown type or a wrong argument is refused with a ValueError.
     """
     method = part_from_json(field, TYPES)
-    if not isinstance(method, Approach):
+    if not isinstance(method, AttentionMethod):
         field.refuse("it must be a method, such as Exact or Method")
     return method
 

@@ -5,14 +5,14 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.atomic_write import atomic_write
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import Fingerprint
 from hyperattention.files.method_table import method_from_json, method_to_json
 from hyperattention.files.outputs import refuse_existing
 from hyperattention.files.plan import Measured, Plan
 from hyperattention.files.timed import Timed
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 
 FORMAT, VERSION = "hyperattention plan", 1
@@ -29,7 +29,7 @@ def save_plan(plan: Plan, path: str | Path, *, overwrite: bool = False) -> None:
     """
     if not overwrite:
         refuse_existing(Path(path), "overwrite=True")
-    write_whole(Path(path), json.dumps(_to_json(plan), indent=1) + "\n")
+    atomic_write(Path(path), json.dumps(_to_json(plan), indent=1) + "\n")
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -93,7 +93,7 @@ def _read_plan(whole: Field) -> Plan:
     return Plan(model, layers, errors, given["tolerance"].number(), crossover, _read_measured(given["measured"]))
 
 
-def _read_layer(layer: Field, methods: list[Approach], num_kv_heads: int) -> tuple[ByHead, tuple[float, ...]]:
+def _read_layer(layer: Field, methods: list[AttentionMethod], num_kv_heads: int) -> tuple[ByHead, tuple[float, ...]]:
     given = layer.known("methods", "errors")
     chosen = [methods[each.whole(0, len(methods) - 1)] for each in given["methods"].items()]
     errors = tuple(each.number() for each in given["errors"].items())

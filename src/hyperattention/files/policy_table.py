@@ -2,7 +2,7 @@
 
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.store import Keeping
+from hyperattention.cache.store import StoreFactory
 from hyperattention.files.fields import Field
 from hyperattention.files.method_table import part_from_json, part_to_json
 from hyperattention.policies.balanced_halving import BalancedHalving
@@ -38,7 +38,7 @@ _TYPES = (
 _TABLE = {each.__name__: each for each in _TYPES}
 
 
-def policy_to_json(policy: Policy | Keeping) -> object:
+def policy_to_json(policy: Policy | StoreFactory) -> object:
     """Write a policy as what JSON can hold.
 
     Args:
@@ -63,7 +63,7 @@ def policy_to_json(policy: Policy | Keeping) -> object:
         ) from error
 
 
-def policy_from_json(field: Field) -> Policy | Keeping:
+def policy_from_json(field: Field) -> Policy | StoreFactory:
     """Build a policy from what `policy_to_json` wrote.
 
     Args:
@@ -73,6 +73,6 @@ def policy_from_json(field: Field) -> Policy | Keeping:
         the policy; anything else, an unknown type or a wrong argument is refused with a ValueError.
     """
     policy = part_from_json(field, _TABLE)
-    if not isinstance(policy, Policy | Keeping):
+    if not isinstance(policy, Policy | StoreFactory):
         field.refuse("it must be a policy, such as ClusterMeans or TopPages")
     return policy

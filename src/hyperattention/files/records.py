@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.atomic_write import atomic_write
 
 PACKAGES = ("hyperattention", "torch", "transformers", "numpy", "triton")
 
@@ -104,4 +104,4 @@ def write_records(path: Path, records: Iterable[Mapping[str, object]], *, kind: 
     where = environment()
     lines = [json.dumps({"kind": kind} | {key: plain(item) for key, item in record.items()} | where) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(line + "\n" for line in lines))
+    atomic_write(path, "".join(line + "\n" for line in lines))

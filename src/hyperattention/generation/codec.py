@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hyperattention.files.user_text import Text, refuse_damaged
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 
 
 class Codec(ABC):
@@ -97,13 +97,13 @@ class Words(Codec):
         return str(self.tokenizer.decode(tokens, **options))
 
 
-def codec_of(judged: Judged) -> Codec:
+def codec_of(loaded: LoadedModel) -> Codec:
     """Find out how a model's tokens are made.
 
     Args:
-        judged: the model; one without a tokenizer is the reference model.
+        loaded: the model; one without a tokenizer is the reference model.
 
     Returns:
         the codec.
     """
-    return Bytes() if judged.tokenizer is None else Words(judged.tokenizer)
+    return Bytes() if loaded.tokenizer is None else Words(loaded.tokenizer)

@@ -17,7 +17,7 @@ from hyperattention.generation.codec import codec_of
 from hyperattention.integrations.transformers import CallCounts
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.cache_argument import cache_argument
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Throughput:
     """Tokens, the time that they took, and how attention over them ran.
 
     Args:
@@ -78,20 +78,20 @@ def pieces_of(num_tokens: int, chunk: int | None) -> int:
 
 
 def read_text(
-    judged: Judged,
+    loaded: LoadedModel,
     cache: HyperCache,
     tokens: Int[Tensor, "1 tokens"],
     *,
     chunk: int | None = None,
     on_step: Callable[[str], None] = ignore,
-) -> Stretch:
+) -> Throughput:
     """Let the model read a text into a cache.
 
-    In one piece the text is attended to exactly and condensed afterwards; in pieces memory stays bounded, and later ones are
-    read through what is left of earlier ones.
+    In one piece the text is attended to exactly and compressed afterwards; in pieces memory stays bounded, and later ones
+    are read through what is left of earlier ones.
 
     Args:
-        judged: the model.
+        loaded: the model.
         cache: an empty cache, or one that holds what came before.
         tokens: the text.
         chunk: tokens of a piece; None for one piece.
@@ -108,22 +108,22 @@ def read_text(
     if chunk is not None:
         positive("read_text", chunk=chunk)
     began = time.perf_counter()
-    with reading(judged.model) as counter:
+    with reading(loaded.model) as counter:
         done = 0
         for piece in tokens.split(chunk or tokens.shape[1], 1):
             on_step(f"{done:,} of {tokens.shape[1]:,} tokens read")
-            read(judged.model, piece, cache)
+            read(loaded.model, piece, cache)
             done += piece.shape[1]
-    return Stretch(tokens.shape[1], time.perf_counter() - began, counter.counts)
+    return Throughput(tokens.shape[1], time.perf_counter() - began, counter.counts)
 
 
 def write_on(
-    judged: Judged, cache: HyperCache, tokens: Int[Tensor, "1 tokens"], sampling: Sampling
-) -> tuple[Tensor, Stretch]:
+    loaded: LoadedModel, cache: HyperCache, tokens: Int[Tensor, "1 tokens"], sampling: Sampling
+) -> tuple[Tensor, Throughput]:
     """Let the model go on from what it has read, and print its text as it comes.
 
     Args:
-        judged: the model.
+        loaded: the model.
         cache: what it has read: all of the tokens but the last few.
         tokens: the whole text so far; those that the cache has not seen, at least one, are read first.
         sampling: how tokens are chosen.
@@ -138,7 +138,7 @@ def write_on(
     seen = cache.get_seq_length()
     if tokens.shape[1] <= seen:
         raise ValueError(f"{tokens.shape[1]} tokens, all {seen} of them read: leave at least the last to go on from")
-    codec, model = codec_of(judged), judged.model
+    codec, model = codec_of(loaded), loaded.model
     # only `decode` is called
     streamer = TextStreamer(codec, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
     began = time.perf_counter()
@@ -153,10 +153,10 @@ def write_on(
     if cache.get_seq_length() != written.shape[1] - 1:
         raise ValueError(
             f"the cache has seen {cache.get_seq_length()} tokens of {written.shape[1]}: the generation_config.json of "
-            f"{judged.name} asks for a way of decoding that this command does not know"
+            f"{loaded.name} asks for a way of decoding that this command does not know"
         )
     new = written[0, tokens.shape[1] :].cpu()
-    return new, Stretch(len(new), time.perf_counter() - began, counter.counts)
+    return new, Throughput(len(new), time.perf_counter() - began, counter.counts)
 
 
 def _settings(usual: GenerationConfig | None, sampling: Sampling) -> dict[str, Any]:

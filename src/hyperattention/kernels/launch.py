@@ -41,7 +41,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Store:
+class StoredRows:
     """Keys or values where they lie: rows of them one after another, or pages that a table names.
 
     Args:
@@ -63,7 +63,7 @@ class Store:
     table: Tensor
 
 
-def store_of(x: Tensor, table: Tensor | None) -> Store:
+def store_of(x: Tensor, table: Tensor | None) -> StoredRows:
     """Describe keys or values as kernels address them.
 
     Args:
@@ -75,9 +75,9 @@ def store_of(x: Tensor, table: Tensor | None) -> Store:
     """
     x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
     if table is None:
-        return Store(x, (x.stride(0), 0, x.stride(1)), x.shape[1], 1, 0, 0, x)
+        return StoredRows(x, (x.stride(0), 0, x.stride(1)), x.shape[1], 1, 0, 0, x)
     table = table.contiguous()
-    return Store(
+    return StoredRows(
         x,
         (x.stride(0), x.stride(1), x.stride(2)),
         table.shape[1] * x.shape[2],

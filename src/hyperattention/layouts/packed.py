@@ -12,7 +12,7 @@ from hyperattention.error.tolerance.ladder import Ladder, check_tolerance
 from hyperattention.inputs import autocast_device, check_inputs, check_masks, check_tensors, narrowed
 from hyperattention.kernels.backend import triton_reads
 from hyperattention.layouts.ragged import Packed, ragged_attention
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.result import AttentionResult, SequencesResult
@@ -29,7 +29,7 @@ def varlen_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    method: Approach | Ladder | None = None,
+    method: AttentionMethod | Ladder | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     layer: int = 0,
@@ -80,7 +80,7 @@ def measured_varlen_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    method: Approach | Ladder | None = None,
+    method: AttentionMethod | Ladder | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     layer: int = 0,
@@ -144,13 +144,13 @@ class _Options:
     is_causal: bool
     scale: float | None
     enable_gqa: bool
-    method: Approach | Ladder | None
+    method: AttentionMethod | Ladder | None
     tolerance: float | None
     seed: int
     layer: int
     causal_align: str
 
-    def shared(self, method: Approach | Ladder | None) -> dict:
+    def shared(self, method: AttentionMethod | Ladder | None) -> dict:
         """Arguments of `attention` for a sequence that a method serves."""
         return {
             "is_causal": self.is_causal,
@@ -173,7 +173,7 @@ class _Sequences:
     value: Tensor
     edges_q: list[int]
     edges_k: list[int]
-    runs: list[Approach | Ladder | None]
+    runs: list[AttentionMethod | Ladder | None]
     options: _Options
 
     @property

@@ -14,7 +14,7 @@ from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.error.tolerance.within import attend_within
 from hyperattention.inputs import autocast_device, check_pages, check_tensors, narrowed
 from hyperattention.layouts.ragged import Packed, ragged_attention
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
@@ -33,7 +33,7 @@ def paged_attention(
     seq_lens: Int[Tensor, " sequences"],
     *,
     scale: float | None = None,
-    method: Approach | Ladder | None = None,
+    method: AttentionMethod | Ladder | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     layer: int = 0,
@@ -77,7 +77,7 @@ def measured_paged_attention(
     seq_lens: Int[Tensor, " sequences"],
     *,
     scale: float | None = None,
-    method: Approach | Ladder | None = None,
+    method: AttentionMethod | Ladder | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     layer: int = 0,
@@ -167,14 +167,14 @@ def _checked(
 
 @torch.no_grad()
 def _attend(
-    requests: _Requests, method: Approach | Ladder | None, tolerance: float | None, *, standard_error: bool
-) -> tuple[SequencesResult, list[Approach]]:
+    requests: _Requests, method: AttentionMethod | Ladder | None, tolerance: float | None, *, standard_error: bool
+) -> tuple[SequencesResult, list[AttentionMethod]]:
     """Serve every request: those that lists serve one by one, the exact ones together."""
     query, starts = requests.query, requests.starts
     out = query.new_zeros((*query.shape[:2], requests.pages.value.shape[3]))
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     error = torch.zeros_like(lse) if standard_error else None
-    runs: list[Approach] = []
+    runs: list[AttentionMethod] = []
     reports: list[ToleranceReport] = []
     with torch.autocast(autocast_device(query), enabled=False):
         for s, (begin, end) in enumerate(pairwise(starts)):
@@ -201,7 +201,7 @@ def _attend(
     return SequencesResult(out, lse, error, (), tuple(reports)), runs
 
 
-def _method_of(requests: _Requests, number: int, method: Approach | Ladder | None) -> Approach:
+def _method_of(requests: _Requests, number: int, method: AttentionMethod | Ladder | None) -> AttentionMethod:
     """Decide what serves a request."""
     if isinstance(method, Exact | Method):
         return method
@@ -227,7 +227,7 @@ def _attend_exactly(requests: _Requests, exact: list[int], out: Tensor, lse: Ten
     lse.index_copy_(0, rows, parts[1])
 
 
-def _audit(requests: _Requests, number: int, out: Tensor, run: Approach, rows: int) -> ErrorReport | None:
+def _audit(requests: _Requests, number: int, out: Tensor, run: AttentionMethod, rows: int) -> ErrorReport | None:
     """Judge the output of a request on exact rows; None where it has no queries."""
     problem = requests.problem(number, keys=True, values=True, in_pages=False)
     if not problem.num_queries or not problem.num_keys:

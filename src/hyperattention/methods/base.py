@@ -35,7 +35,7 @@ class Cost:
         return self.pairs / self.exact_pairs if self.exact_pairs else 1.0
 
 
-class Approach(ABC):
+class AttentionMethod(ABC):
     """Anything that turns a problem into attention: a list of stages, exact attention, or a published algorithm."""
 
     @property
@@ -78,7 +78,7 @@ def exact_pairs(num_keys: int, is_causal: bool) -> float:
     return (num_keys + 1) / 2 if is_causal else float(num_keys)
 
 
-def refuse_spans(method: Approach, problem: Problem) -> None:
+def refuse_spans(method: AttentionMethod, problem: Problem) -> None:
     """Refuse to thin the queries of a method whose choice depends on all of them.
 
     Args:
@@ -103,5 +103,5 @@ def check_method(method: object) -> None:
     Raises:
         TypeError: if it is anything else, such as a stage alone.
     """
-    if not isinstance(method, Approach):
+    if not isinstance(method, AttentionMethod):
         raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")

@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.methods.base import Approach, Cost
+from hyperattention.methods.base import AttentionMethod, Cost
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
 
 
 @dataclass(frozen=True)
-class ByHead(Approach):
+class ByHead(AttentionMethod):
     """Serve every kv head, with the query heads that share it, by a method of its own.
 
     Heads of a group share lists of keys, hence one method a kv head. Heads of equal method run together, and draw what they
@@ -34,14 +34,14 @@ class ByHead(Approach):
         >>> ByHead((Exact(), Method(Sinks(4), Window(256), Draw(64))))
     """
 
-    methods: tuple[Approach, ...]
+    methods: tuple[AttentionMethod, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
         if not self.methods:
             raise ValueError("ByHead(()): give one method for each kv head")
         for method in self.methods:
-            if not isinstance(method, Approach) or isinstance(method, ByHead):
+            if not isinstance(method, AttentionMethod) or isinstance(method, ByHead):
                 raise TypeError(f"ByHead takes methods such as Method(...) or Exact(), not {method!r}")
 
     @property
@@ -54,9 +54,9 @@ class ByHead(Approach):
         """As far as any head's method does."""
         return max(method.looks_ahead for method in self.methods)
 
-    def groups(self) -> dict[Approach, list[int]]:
+    def groups(self) -> dict[AttentionMethod, list[int]]:
         """List the kv heads that each method serves."""
-        served: dict[Approach, list[int]] = {}
+        served: dict[AttentionMethod, list[int]] = {}
         for head, method in enumerate(self.methods):
             served.setdefault(method, []).append(head)
         return served
@@ -99,7 +99,7 @@ class ByHead(Approach):
         )
         return Partial(out, lse), error
 
-    def _parts(self, problem: Problem) -> list[tuple[Approach, Problem]]:
+    def _parts(self, problem: Problem) -> list[tuple[AttentionMethod, Problem]]:
         """Share a problem out.
 
         Returns:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.methods.base import Approach, Cost
+from hyperattention.methods.base import AttentionMethod, Cost
 from hyperattention.methods.by_head import mean_cost
 from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
@@ -16,7 +16,7 @@ from hyperattention.types import Partial
 
 
 @dataclass(frozen=True)
-class ByLayer(Approach):
+class ByLayer(AttentionMethod):
     """Serve every layer of a model by a method of its own; layers not named are exact.
 
     Cost: the mean of its methods'.   Guarantee: each method's, in its layer.
@@ -32,14 +32,14 @@ class ByLayer(Approach):
         >>> ByLayer({0: Method(Sinks(4), Window(256)), 3: ByHead((Exact(), Method(Sinks(4), Window(256), Draw(64))))})
     """
 
-    methods: Mapping[int, Approach]
+    methods: Mapping[int, AttentionMethod]
 
     def __post_init__(self) -> None:
         methods = dict(sorted(self.methods.items()))
         if not methods or min(methods) < 0:
             raise ValueError(f"ByLayer({methods}): give at least one layer, by an index of at least 0")
         for method in methods.values():
-            if not isinstance(method, Approach) or isinstance(method, ByLayer):
+            if not isinstance(method, AttentionMethod) or isinstance(method, ByLayer):
                 raise TypeError(f"ByLayer takes methods such as Method(...) or ByHead(...), not {method!r}")
         object.__setattr__(self, "methods", MappingProxyType(methods))
 
@@ -62,7 +62,7 @@ class ByLayer(Approach):
         """As far as any layer's method does."""
         return max(method.looks_ahead for method in self.methods.values())
 
-    def of(self, layer: int) -> Approach:
+    def of(self, layer: int) -> AttentionMethod:
         """Tell what serves a layer.
 
         Args:

@@ -2,13 +2,13 @@
 
 import torch
 
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.descent import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.representatives import Representatives
@@ -29,7 +29,9 @@ _FEW_LEVELS = (
 )
 
 
-def default_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
+def default_method(
+    num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
+) -> AttentionMethod:
     """Tell which method `method=None` runs.
 
     Args:
@@ -41,11 +43,13 @@ def default_method(num_keys: int, *, num_queries: int | None = None, device: tor
         exact attention below the crossover, the default list of stages from there on; it does not depend on the length.
     """
     if _pays(num_keys, num_queries, device):
-        return Method(Sinks(16), Window(256), Draw(688, by=Descent()))
+        return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
     return Exact()
 
 
-def thorough_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
+def thorough_method(
+    num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
+) -> AttentionMethod:
     """Tell which method to run where a lost key matters more than time: fewer pairs, chosen with more care.
 
     Every key is scored, by averages of two neighbouring queries, while a tile sees no more than 8,192 of them; beyond that
@@ -60,11 +64,13 @@ def thorough_method(num_keys: int, *, num_queries: int | None = None, device: to
         exact attention below its own crossover, which is later than the default's; the list of stages from there on.
     """
     if _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
-        return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=Descent(pooled=32))))
+        return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=HierarchicalSearch(pooled=32))))
     return Exact()
 
 
-def lean_method(num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None) -> Approach:
+def lean_method(
+    num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
+) -> AttentionMethod:
     """Tell which method to run on hundreds of thousands of keys: choosing takes a tenth of what attending does.
 
     Blocks are opened as by the default, but fewer, with fewer representatives, and by four averaged queries a tile: what
@@ -79,7 +85,7 @@ def lean_method(num_keys: int, *, num_queries: int | None = None, device: torch.
         exact attention below the crossover of the default, the list of stages from there on.
     """
     if _pays(num_keys, num_queries, device):
-        return Method(Sinks(16), Window(256), Draw(688, by=Descent(_FEW_LEVELS, pooled=4)))
+        return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch(_FEW_LEVELS, pooled=4)))
     return Exact()
 
 

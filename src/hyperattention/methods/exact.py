@@ -9,14 +9,14 @@ from torch import Tensor
 from hyperattention.exact import exact_attention
 from hyperattention.fused import attend_rows, output_rows
 from hyperattention.live_rows import live_rows
-from hyperattention.methods.base import Approach, Cost, exact_pairs
+from hyperattention.methods.base import AttentionMethod, Cost, exact_pairs
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead
 from hyperattention.types import Partial
 
 
 @dataclass(frozen=True)
-class Exact(Approach):
+class Exact(AttentionMethod):
     """Run exact attention: torch's fused kernels wherever they can express the call, chunks of rows elsewhere."""
 
     @property

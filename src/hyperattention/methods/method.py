@@ -9,16 +9,16 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.kernels.list.operator import list_attention
 from hyperattention.merge import merge
-from hyperattention.methods.base import Approach, Cost, exact_pairs, refuse_spans
+from hyperattention.methods.base import AttentionMethod, Cost, exact_pairs, refuse_spans
 from hyperattention.methods.standard_error import standard_error
 from hyperattention.problem import Problem
-from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles, cut
 from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Selection
 
 
-class Method(Approach):
+class Method(AttentionMethod):
     """An ordered list of stages; earlier stages win.
 
     Args:
@@ -111,16 +111,16 @@ class Method(Approach):
         refuse_spans(self, problem)
         refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
         tiles = cut(problem, self.tile)
-        taken, runs, apart = Taken(), (), ()
+        covered, runs, apart = CoveredKeys(), (), ()
         for stage in self.stages:
-            hashed = taken.labels is not None
-            own, taken = stage.select_apart(tiles, taken)
-            more, taken = stage.select(tiles, taken)
+            hashed = covered.labels is not None
+            own, covered = stage.select_apart(tiles, covered)
+            more, covered = stage.select(tiles, covered)
             runs += tuple(replace(run, labelled=hashed) for run in more)
             apart += own
         limit = tiles.by_list(tiles.limit).repeat(1, 1, problem.group)
         lists = torch.arange(limit.shape[0], dtype=torch.int64, device=problem.device)
-        row_label, key_label = _label_rows(tiles, taken)
+        row_label, key_label = _label_rows(tiles, covered)
         shared = Selection(runs, row_limit=limit, key_row=lists, row_label=row_label, key_label=key_label)
         return (tiles, shared), *apart
 
@@ -182,12 +182,12 @@ def _attend(problem: Problem, selected: tuple[tuple[Tiling, Selection], ...]) ->
     return merge(partials)
 
 
-def _label_rows(tiles: Tiles, taken: Taken) -> tuple[Tensor | None, Tensor | None]:
+def _label_rows(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor | None, Tensor | None]:
     """Bring the labels of a hash into the layout of the tiles: those of rows, and those of keys."""
-    if taken.labels is None:
+    if covered.labels is None:
         return None, None
-    row_label = tiles.arrange(taken.labels.query[..., None].double())[..., 0].long()
-    return row_label, taken.labels.key.flatten(0, 1)
+    row_label = tiles.arrange(covered.labels.query[..., None].double())[..., 0].long()
+    return row_label, covered.labels.key.flatten(0, 1)
 
 
 def _method(stages: tuple[Stage, ...], tile: int) -> Method:

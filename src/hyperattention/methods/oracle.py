@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.exact import grouped_scores
 from hyperattention.kernels.list.operator import list_attention
-from hyperattention.methods.base import Approach, Cost, exact_pairs
+from hyperattention.methods.base import AttentionMethod, Cost, exact_pairs
 from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
 from hyperattention.select.score.pooling import SCORE_BYTES
@@ -18,7 +18,7 @@ from hyperattention.types import Partial, Runs, Selection
 
 
 @dataclass(frozen=True)
-class TopKeys(Approach):
+class TopKeys(AttentionMethod):
     """Attend to the `num` keys with the largest scores of each query: an oracle, which scores all keys to find them.
 
     listed_i = the num keys j with the largest q_i . k_j;   all others are dropped

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.merge import merge
-from hyperattention.methods.base import Approach, Cost, exact_pairs, refuse_spans
+from hyperattention.methods.base import AttentionMethod, Cost, exact_pairs, refuse_spans
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.problem import Problem, compact
@@ -25,7 +25,7 @@ LAYERS = 2**24
 
 
 @dataclass(frozen=True)
-class HyperAttention(Approach):
+class HyperAttention(AttentionMethod):
     """Run HyperAttention as published, with its own parameters: blocks of a hash order, and one sample of the other keys.
 
     Without causality: exact attention within buckets of queries and keys that hash alike, merged with keys sampled from the

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.check import positive
 from hyperattention.policies.choose import lottery
 
@@ -61,7 +61,7 @@ class BalancedHalving(Policy):
         """What is kept stands for all."""
         return True
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Halve until it fits."""
         left, turn = full, 0
         while left.end - left.begin > full.num:
@@ -69,7 +69,7 @@ class BalancedHalving(Policy):
             left, turn = replace(left, held=held, begin=0, end=held.num_slots), turn + 1
         return left.held
 
-    def _halved(self, full: Full, turn: int) -> Held:
+    def _halved(self, full: CompressionRequest, turn: int) -> CacheSlots:
         """Drop one key of every pair, or of as many pairs as are needed."""
         old = full.candidates
         pairs = min(old.num_slots // 2, old.num_slots - full.num)
@@ -88,7 +88,7 @@ class BalancedHalving(Policy):
         index = (new == -torch.inf).byte().argsort(dim=-1, stable=True)[..., : old.num_slots - pairs].sort(-1).values
         return old.take(index, new.gather(2, index))
 
-    def _first_stays(self, full: Full, turn: int, pair: Tensor, weight: Tensor) -> Tensor:
+    def _first_stays(self, full: CompressionRequest, turn: int, pair: Tensor, weight: Tensor) -> Tensor:
         """Toss the coin of every pair: whether it is the first that stays."""
         order = pair.flatten(2)
         certain, coin = (
@@ -100,7 +100,7 @@ class BalancedHalving(Policy):
         sign = self._walk(self._products(full, order, amplitude), coin.flatten(0, 1)).view(fair.shape)
         return torch.where(fair, sign > 0, share[..., 0] > share[..., 1])
 
-    def _products(self, full: Full, order: Tensor, amplitude: Tensor) -> Tensor:
+    def _products(self, full: CompressionRequest, order: Tensor, amplitude: Tensor) -> Tensor:
         """Multiply the differences of the pairs of a walk: ``[lists, walks, pairs, pairs]``."""
         old, dtype, live = full.candidates, full.held.log_weight.dtype, full.candidates.live
         count = live.sum(-1).clamp(min=1)[..., None, None]

@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest
 from hyperattention.random import uniform
 
 
-def best(score: Float[Tensor, "batch kv_heads slots"], full: Full) -> Int[Tensor, "batch kv_heads num"]:
+def best(score: Float[Tensor, "batch kv_heads slots"], full: CompressionRequest) -> Int[Tensor, "batch kv_heads num"]:
     """Take the candidates of the largest scores.
 
     Args:
@@ -23,7 +23,7 @@ def best(score: Float[Tensor, "batch kv_heads slots"], full: Full) -> Int[Tensor
     return score.topk(full.num, -1).indices.sort(-1).values
 
 
-def keep_best(score: Float[Tensor, "batch kv_heads slots"], full: Full) -> Held:
+def keep_best(score: Float[Tensor, "batch kv_heads slots"], full: CompressionRequest) -> CacheSlots:
     """Keep the candidates of the largest scores, with the weights that they had.
 
     Args:
@@ -37,13 +37,13 @@ def keep_best(score: Float[Tensor, "batch kv_heads slots"], full: Full) -> Held:
     return full.candidates.take(index, full.candidates.log_weight.gather(2, index))
 
 
-def lottery(full: Full, salt: int = 0, *, anew: bool = False) -> Float[Tensor, "batch kv_heads slots"]:
+def lottery(full: CompressionRequest, salt: int = 0, *, anew: bool = False) -> Float[Tensor, "batch kv_heads slots"]:
     """Give every candidate a number in (0, 1], fixed by its position and head.
 
     Args:
         full: the cache.
         salt: sets lotteries of one policy apart.
-        anew: whether the numbers are new ones in every condensation.
+        anew: whether the numbers are new ones in every compression.
 
     Returns:
         float64; rows of a batch share them.

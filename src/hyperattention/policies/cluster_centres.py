@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 
 # centres that are added between two looks at all keys, and how many of the farthest keys compete for each place
 _AT_ONCE, _RIVALS = 16, 4
@@ -42,7 +42,7 @@ class ClusterCentres(Policy):
         """Centres stand for all."""
         return True
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Find centres, and count what is nearest to each."""
         old = full.candidates
         live, shape = old.live.flatten(0, 1), (*old.log_weight.shape[:2], full.num)
@@ -60,7 +60,7 @@ class ClusterCentres(Policy):
         mean = (
             mean.scatter_add_(1, nearest[..., None].expand_as(part), part) / total.clamp(min=torch.finfo().tiny)[..., None]
         )
-        return Held(kept.k, mean.view(*shape, -1).to(old.v.dtype), *kept.tensors[2:])
+        return CacheSlots(kept.k, mean.view(*shape, -1).to(old.v.dtype), *kept.tensors[2:])
 
 
 def _centres(

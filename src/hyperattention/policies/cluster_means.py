@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.check import positive
 
 # distances held at a time: 16 MiB in float32
@@ -57,7 +57,7 @@ class ClusterMeans(Policy):
         """Clusters stand for all of their keys."""
         return True
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Cluster, and keep means in the order of their mean positions."""
         old, num = full.candidates, full.num
         weight = torch.nan_to_num(old.log_weight.float().exp(), posinf=torch.finfo(torch.float32).max)
@@ -72,7 +72,7 @@ class ClusterMeans(Policy):
         off = (k - means[0].gather(2, cluster[..., None].expand_as(k))) @ metric
         variance = _sums(off.square().sum(-1, keepdim=True) * share, cluster, num)[..., 0]
         log_weight = total.log() + self.correction / 2 * variance
-        held = Held(
+        held = CacheSlots(
             means[0].to(old.k.dtype), means[1].to(old.v.dtype), log_weight.to(old.log_weight.dtype),
             means[2][..., 0].round().to(old.position.dtype), (means[3][..., 0] * total).to(old.score.dtype),
         )  # fmt: skip
@@ -81,7 +81,7 @@ class ClusterMeans(Policy):
         return held.take(order, held.log_weight.gather(2, order))
 
 
-def _metric(full: Full) -> Tensor:
+def _metric(full: CompressionRequest) -> Tensor:
     """Find A with A'A = E[q q'] over the latest queries, scaled: distances under it are differences of scores."""
     kv_heads, width = full.held.k.shape[1], full.held.k.shape[3]
     q = full.queries.float().unflatten(1, (kv_heads, -1)).flatten(2, 3) * full.scale

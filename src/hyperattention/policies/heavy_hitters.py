@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.policies.choose import keep_best
 
 
@@ -30,6 +30,6 @@ class HeavyHitters(Policy):
         """What is dropped is gone."""
         return False
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Keep what was attended to most."""
         return keep_best(full.candidates.score, full)

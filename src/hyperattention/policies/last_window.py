@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from hyperattention.cache.attended import attended
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.check import positive
 from hyperattention.policies.choose import keep_best
 
@@ -20,9 +20,9 @@ class LastWindow(Policy):
 
     Neighbours come along because an answer is more tokens than the one that was looked at.
 
-    Source: Li et al., 2024 (arXiv:2404.14469), SnapKV.   Differs: decoded tokens are condensed as well as the prompt, each
+    Source: Li et al., 2024 (arXiv:2404.14469), SnapKV.   Differs: decoded tokens are compressed as well as the prompt, each
     time by the queries that are then the last; query heads that share a kv head are summed.
-    Cost: the scores of `num_queries` queries a condensation.
+    Cost: the scores of `num_queries` queries a compression.
     Guarantee: none; what is dropped is gone, and a question that comes later was not asked.
 
     Args:
@@ -48,7 +48,7 @@ class LastWindow(Policy):
         """What is dropped is gone."""
         return False
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Keep what the last queries look at."""
         score = attended(full.held, full.queries, full.scale, full.rule)[:, :, full.begin : full.end]
         return keep_best(self._pooled(score, full.candidates.live), full)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.policies.choose import keep_best
 
 
@@ -20,6 +20,6 @@ class Latest(Policy):
         """What is dropped is gone."""
         return False
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Keep the last candidates."""
         return keep_best(full.candidates.position.double(), full)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.policies.choose import keep_best
 from hyperattention.select.locate.universal_set import leverage
 
@@ -15,7 +15,7 @@ class Leverage(Policy):
     tau_j = x_j' (X'X + lambda I)^-1 x_j,   x_j = k_j - mean,   lambda = ridge * trace(X'X) / head_dim
 
     Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: keys centred and a ridge;
-    chosen again at every condensation, among what is left; softmax in place of the paper's polynomial.
+    chosen again at every compression, among what is left; softmax in place of the paper's polynomial.
     Cost: one and a half times head_dim products a candidate.
     Guarantee: none for softmax, for which it is a heuristic; what is dropped is gone.
 
@@ -37,7 +37,7 @@ class Leverage(Policy):
         """What is dropped is gone."""
         return False
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Keep what stands out."""
         old = full.candidates
         # an empty slot is no key, and must not enter the covariance: live ones come first

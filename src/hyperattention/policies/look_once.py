@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field
 
 from hyperattention.cache.page_rank import TwoLevels
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.selecting import SelectingStore
-from hyperattention.cache.store import Keeping, Store
+from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.check import positive
 from hyperattention.policies.look_once_store import LookOnceStore
 from hyperattention.policies.top_pages import TopPages
 
 
 @dataclass(frozen=True)
-class LookOnce(Keeping):
+class LookOnce(StoreFactory):
     """Look at a prompt once, keep the share of its keys that its last queries attend to most, and then read by pages.
 
     s_j = sum_{last queries} softmax_i(scale q . k_i),   kept: sinks, window, and the largest s_j
@@ -53,7 +53,7 @@ class LookOnce(Keeping):
                 "give share=1"
             )
 
-    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> LookOnceStore:
+    def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> LookOnceStore:
         """Make an empty store; neighbours share nothing."""
         return LookOnceStore(_PageMaker(self.pages, room, layer, seed), keep=self.keep, latest=self.latest)
 
@@ -63,7 +63,7 @@ class _PageMaker:
     """Make empty stores by pages, as a value that is copied and pickled with the store that asks for them."""
 
     pages: TopPages
-    room: Room
+    room: CacheBudget
     layer: int
     seed: int
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hyperattention.cache.attended import attended
 from hyperattention.cache.fitting import fit_state, insist
-from hyperattention.cache.held import Held
+from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Store
@@ -78,9 +78,9 @@ class LookOnceStore(Store):
         self._new, self._shown = k.shape[2], self.pages.append(k, v)
         return self._shown
 
-    def mark(self, live: Tensor) -> None:
+    def mask_padding(self, live: Tensor) -> None:
         """Note where each row begins."""
-        self.pages.mark(live)
+        self.pages.mask_padding(live)
         self._begin = self._start + (~live).sum(-1)
 
     @property
@@ -90,7 +90,7 @@ class LookOnceStore(Store):
         return self._begin
 
     @property
-    def _held(self) -> Held:
+    def _held(self) -> CacheSlots:
         """Show all slots of the step at hand, those of padding empty."""
         if self._shown is None:
             raise ValueError("nothing was appended in this step: append keys and values first")
@@ -98,7 +98,7 @@ class LookOnceStore(Store):
         place = torch.arange(k.shape[2], dtype=torch.int64, device=k.device)
         weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
         weight.masked_fill_((place < self._start[:, None])[:, None], -torch.inf)
-        return Held(k, v, weight, place.expand(weight.shape), torch.zeros_like(weight))
+        return CacheSlots(k, v, weight, place.expand(weight.shape), torch.zeros_like(weight))
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Attend to sinks, window and the best pages; a long step to all that is left."""
@@ -106,12 +106,12 @@ class LookOnceStore(Store):
             return rule.drop_sinks(self._held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap))
         return self.pages.attend(q, scale, rule)
 
-    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
+    def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Let the last queries of a prompt decide what stays, or sum up the pages that are full now."""
         if self._new > self.pages.most_queries and self.pages.seen > self.pages.room.budget:
             self._look(q[:, :, -self.latest :], scale, rule)
         else:
-            self.pages.settle(q, scale, rule)
+            self.pages.end_step(q, scale, rule)
         self._shown = None
 
     def _look(self, queries: Tensor, scale: float, rule: ScoreRule) -> None:
@@ -130,8 +130,8 @@ class LookOnceStore(Store):
         live = left.live[:, 0]
         pages = self._make()
         pages.append(left.k, left.v)
-        pages.mark(live)
-        pages.settle(queries, scale)
+        pages.mask_padding(live)
+        pages.end_step(queries, scale)
         self.pages, self._begin = pages, (~live).sum(-1)
         self._gone, self._fixed = self._gone + num - count, count - room.window
 

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from hyperattention.cache.room import Room
-from hyperattention.cache.store import Keeping, Store
+from hyperattention.cache.room import CacheBudget
+from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.policies.subgen_sketch import SketchSizes
 from hyperattention.policies.subgen_store import SubGenStore
 
 
 @dataclass(frozen=True)
-class SubGen(Keeping):
+class SubGen(StoreFactory):
     """Sketch old keys by their clusters and their values by their norms, and keep the latest keys as they are.
 
     out = z / tau,   z from draws by ||v||^2,   tau from uniform samples of clusters of radius delta
@@ -51,6 +51,6 @@ class SubGen(Keeping):
     def _sizes(self) -> SketchSizes:
         return SketchSizes(self.delta, self.samples, self.value_samples, self.most_clusters)
 
-    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> SubGenStore:
+    def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> SubGenStore:
         """Make an empty store; neighbours share nothing."""
         return SubGenStore(self._sizes, room, layer=layer, seed=seed)

@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperattention.cache.buffer import is_writable
 from hyperattention.cache.fitting import fit_state, floating_type, insist
 from hyperattention.cache.recent import Recent
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.merge import merge
@@ -61,7 +61,7 @@ class SubGenStore(Store):
         seed: seed of every draw.
     """
 
-    def __init__(self, sizes: SketchSizes, room: Room, *, layer: int = 0, seed: int = 0) -> None:
+    def __init__(self, sizes: SketchSizes, room: CacheBudget, *, layer: int = 0, seed: int = 0) -> None:
         """Hold nothing."""
         self.sizes, self.room, self.layer, self.seed = sizes, room, layer, seed
         self.sketch: SubGenSketch | None = None
@@ -117,9 +117,9 @@ class SubGenStore(Store):
         self._seen += self._new
         return self._recent.tensors[:2]
 
-    def mark(self, live: Tensor) -> None:
+    def mask_padding(self, live: Tensor) -> None:
         """Note the padding, which is never absorbed."""
-        self._recent.mark(live)
+        self._recent.mask_padding(live)
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Attend to the exact tokens, the newest causally, and to the sketch."""
@@ -128,7 +128,7 @@ class SubGenStore(Store):
             return rule.drop_sinks(exact)
         return rule.drop_sinks(merge([exact, self.sketch.attend(q, scale=scale, softcap=rule.softcap)]))
 
-    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
+    def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Absorb all but the window, if there are more tokens than there may be."""
         if self._recent.num <= self._limit:
             return

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 
 from hyperattention.cache.page_rank import Bounds, PageRank
-from hyperattention.cache.room import Room
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.selecting import SelectingStore
-from hyperattention.cache.store import Keeping, Store
+from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.check import positive
 
 
 @dataclass(frozen=True)
-class TopPages(Keeping):
+class TopPages(StoreFactory):
     """Keep all keys, and let each query read sinks, window and the pages that rank best for it.
 
     A key/value head reads what is best for any query head that shares it. With `draws` some of what is read is drawn from
@@ -46,7 +46,7 @@ class TopPages(Keeping):
         if self.draws < 0 or self.first < 0:
             raise ValueError(f"TopPages(draws={self.draws}, first={self.first}): counts must not be negative")
 
-    def store(self, room: Room, layer: int, seed: int, previous: Store | None) -> SelectingStore:
+    def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> SelectingStore:
         """Make the store of a layer, which borrows from the one before unless it is its turn to choose."""
         need = room.sinks + room.window + 2 * self.page + self.draws
         if room.budget < need:

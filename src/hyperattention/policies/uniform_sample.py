@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.policies.choose import best, keep_best, lottery
 
 
@@ -28,7 +28,7 @@ class UniformSample(Policy):
         """What is kept stands for all."""
         return True
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Keep the smallest numbers."""
         old = full.candidates
         index = best(-lottery(full), full)
@@ -53,6 +53,6 @@ class RandomKeys(Policy):
         """What is dropped is gone."""
         return False
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         """Keep the smallest numbers, and their weights."""
         return keep_best(-lottery(full), full)

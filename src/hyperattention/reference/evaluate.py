@@ -13,9 +13,9 @@ from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import Ratio, Timing, ignore, speedup
 from hyperattention.methods.base import Cost
 from hyperattention.methods.exact import Exact
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import Pass, run_pass
-from hyperattention.reference.samples import Sample
+from hyperattention.reference.samples import EvaluationSample
 
 NUM_DEPTHS = 8
 _TIMES = ("model_seconds", "attention_seconds")
@@ -39,7 +39,7 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ModelJudgement:
     """What a method did to a model.
 
     Args:
@@ -86,18 +86,18 @@ class Judgement:
 
 
 def evaluate(
-    judged: Judged,
-    samples: Sequence[Sample],
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
     rows: Sequence[Row],
     *,
     seed: int = 0,
     audit_rows: int = 64,
     on_step: Callable[[str], None] = ignore,
-) -> tuple[Judgement, ...]:
+) -> tuple[ModelJudgement, ...]:
     """Run every row over every sample, the rows in turn, so that their times compare.
 
     Args:
-        judged: the model.
+        loaded: the model.
         samples: what it reads.
         rows: the methods; the first must be exact attention, which all are compared with.
         seed: of draws and audited rows; each sample gets its own.
@@ -114,27 +114,27 @@ def evaluate(
         raise ValueError(f"{len(samples)} samples, first row {rows[0].name}: give at least one, and exact attention first")
     beginning = samples[0].tokens[:64]
     nothing = torch.zeros(len(beginning) - 1, dtype=torch.bool, device="cpu")
-    warm_up = Sample(beginning, nothing, 1, nothing)
+    warm_up = EvaluationSample(beginning, nothing, 1, nothing)
     for row in rows:
-        run_pass(judged, warm_up, row)
+        run_pass(loaded, warm_up, row)
     passes: dict[str, list[Pass]] = {row.name: [] for row in rows}
     for turn, sample in enumerate(samples):
         start = turn % len(rows)
         for row in (*rows[start:], *rows[:start]):
             on_step(f"{row.label}: document {turn + 1} of {len(samples)}")
-            passes[row.name].append(run_pass(judged, sample, row, seed=seed + turn, audit_rows=audit_rows))
+            passes[row.name].append(run_pass(loaded, sample, row, seed=seed + turn, audit_rows=audit_rows))
     length = len(samples[0].tokens)
     return tuple(_judge(row, passes[row.name], passes[rows[0].name], length) for row in rows)
 
 
-def _judge(row: Row, passes: Sequence[Pass], exact: Sequence[Pass], length: int) -> Judgement:
+def _judge(row: Row, passes: Sequence[Pass], exact: Sequence[Pass], length: int) -> ModelJudgement:
     nats = sum(p.nats for p in passes) / sum(p.num_bytes for p in passes)
     whole = sum(p.num_bytes + p.num_planted for p in passes)
     added = [ours.nats_per_byte - theirs.nats_per_byte for ours, theirs in zip(passes, exact, strict=True)]
     digits = torch.cat([p.right.flatten() for p in passes])
     approximated = sum(p.approximated for p in passes)
     times = [(Timing(tuple(getattr(p, name) for p in group))) for name in _TIMES for group in (exact, passes)]
-    return Judgement(
+    return ModelJudgement(
         row=row.name,
         label=row.label_for(length, True, approximated),
         method=repr(row.method),

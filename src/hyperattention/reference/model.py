@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hyperattention.files.model_folder import WEIGHTS, check_model_folder, check_reference_folder
 from hyperattention.integrations.transformers.trained_length import trained_length
 
-__all__ = ["WEIGHTS", "Judged", "load_model", "load_reference"]
+__all__ = ["WEIGHTS", "LoadedModel", "load_model", "load_reference"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class LoadedModel:
     """A model to judge.
 
     Args:
@@ -35,7 +35,7 @@ class Judged:
         return length
 
 
-def load_reference(folder: Path = WEIGHTS) -> Judged:
+def load_reference(folder: Path = WEIGHTS) -> LoadedModel:
     """Load the reference model, a small Llama over bytes, in float32.
 
     Args:
@@ -53,10 +53,10 @@ def load_reference(folder: Path = WEIGHTS) -> Judged:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     if model.config.vocab_size != 256:
         raise ValueError(f"the model in {folder} has {model.config.vocab_size} tokens: the reference model reads 256 bytes")
-    return Judged(model, "the reference model")
+    return LoadedModel(model, "the reference model")
 
 
-def load_model(folder: Path) -> Judged:
+def load_model(folder: Path) -> LoadedModel:
     """Load a user's own model and its tokenizer; nothing is downloaded.
 
     Args:
@@ -76,4 +76,4 @@ def load_model(folder: Path) -> Judged:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"transformers cannot load a language model and its tokenizer from {folder}: {error}") from error
-    return Judged(model, folder.resolve().name, tokenizer)
+    return LoadedModel(model, folder.resolve().name, tokenizer)

@@ -14,9 +14,9 @@ from hyperattention.bench.rows import Row
 from hyperattention.error.audit import ErrorReport
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.exact import Exact
-from hyperattention.reference.model import Judged
-from hyperattention.reference.samples import Sample
-from hyperattention.reference.watch import CallInputs, Watch, watched
+from hyperattention.reference.model import LoadedModel
+from hyperattention.reference.samples import EvaluationSample
+from hyperattention.reference.watch import CallInputs, CallRecorder, watched
 
 # logits turned into losses at a time, for models of many tokens
 _CHUNK = 1024
@@ -59,13 +59,13 @@ class Pass:
 
 
 def run_pass(
-    judged: Judged, sample: Sample, row: Row, *, seed: int = 0, audit_rows: int = 0,
+    loaded: LoadedModel, sample: EvaluationSample, row: Row, *, seed: int = 0, audit_rows: int = 0,
     on_call: Callable[[CallInputs], None] | None = None,
 ) -> Pass:  # fmt: skip
     """Run a model over one sample with all layers replaced.
 
     Args:
-        judged: the model.
+        loaded: the model.
         sample: the sequence.
         row: whose method runs.
         seed: of draws and audited rows.
@@ -75,15 +75,15 @@ def run_pass(
     Returns:
         what came of it.
     """
-    ids = sample.tokens[None].to(judged.model.device)
+    ids = sample.tokens[None].to(loaded.model.device)
     with warnings.catch_warnings():
         # that no call was approximated is what the exact row is for, and every other row says so itself
         warnings.filterwarnings("ignore", message="no attention call was approximated")
-        with use(judged.model, row.method, seed=seed) as counter:
-            watch = Watch(counter, row.method, rows=audit_rows, seed=seed, on_call=on_call)
-            with watched(judged.model, watch):
+        with use(loaded.model, row.method, seed=seed) as counter:
+            watch = CallRecorder(counter, row.method, rows=audit_rows, seed=seed, on_call=on_call)
+            with watched(loaded.model, watch):
                 began = time.perf_counter()
-                logits = judged.model(ids, use_cache=False).logits[0]
+                logits = loaded.model(ids, use_cache=False).logits[0]
                 seconds = time.perf_counter() - began - watch.audit_seconds
                 targets = ids[0, 1:]
                 nats = _sum_loss(logits[:-1], targets, sample.counted.to(ids.device))
@@ -103,7 +103,7 @@ def _sum_loss(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
     return sum(parts, 0.0)
 
 
-def digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:
+def digits_right(logits: Tensor, targets: Tensor, sample: EvaluationSample) -> Tensor:
     """Tell which digits of the answers a model puts first, given all that stands before them.
 
     Args:
@@ -121,27 +121,27 @@ def digits_right(logits: Tensor, targets: Tensor, sample: Sample) -> Tensor:
     return (logits[place].argmax(-1) == targets[place]).cpu()
 
 
-def watch_exact(judged: Judged, sample: Sample, on_call: Callable[[CallInputs], None]) -> None:
+def watch_exact(loaded: LoadedModel, sample: EvaluationSample, on_call: Callable[[CallInputs], None]) -> None:
     """Run a pass with exact attention, and show the inputs of each attention call that a method could answer.
 
     Args:
-        judged: the model.
+        loaded: the model.
         sample: what it reads.
         on_call: told the inputs of each such call, in order.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no attention call was approximated")
-        with use(judged.model, Exact()) as counter:
-            watch = Watch(counter, Exact(), on_call=on_call)
-            with watched(judged.model, watch):
-                judged.model(sample.tokens[None].to(judged.model.device), use_cache=False)
+        with use(loaded.model, Exact()) as counter:
+            watch = CallRecorder(counter, Exact(), on_call=on_call)
+            with watched(loaded.model, watch):
+                loaded.model(sample.tokens[None].to(loaded.model.device), use_cache=False)
 
 
-def capture(judged: Judged, sample: Sample, exact: Row) -> tuple[CallInputs, ...]:
+def capture(loaded: LoadedModel, sample: EvaluationSample, exact: Row) -> tuple[CallInputs, ...]:
     """Take the model's own queries, keys and values of every layer, from a pass with exact attention.
 
     Args:
-        judged: the model.
+        loaded: the model.
         sample: what it reads.
         exact: the row of exact attention.
 
@@ -150,8 +150,8 @@ def capture(judged: Judged, sample: Sample, exact: Row) -> tuple[CallInputs, ...
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no attention call was approximated")
-        with use(judged.model, exact.method) as counter:
-            watch = Watch(counter, exact.method, keep=True)
-            with watched(judged.model, watch):
-                judged.model(sample.tokens[None].to(judged.model.device), use_cache=False)
+        with use(loaded.model, exact.method) as counter:
+            watch = CallRecorder(counter, exact.method, keep=True)
+            with watched(loaded.model, watch):
+                loaded.model(sample.tokens[None].to(loaded.model.device), use_cache=False)
     return tuple(watch.inputs)

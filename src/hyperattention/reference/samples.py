@@ -9,14 +9,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hyperattention.reference.documents import Document
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 
 # lines that plant or ask for a fact: their keys and digits are chance, so they say nothing of language modelling
 _PLANTED = re.compile(rb"#[sg]et [a-z]{3}=[0-9]{4}\n")
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvaluationSample:
     """One sequence to judge a model on.
 
     Args:
@@ -38,7 +38,7 @@ class Sample:
     answer_size: int = 0
 
 
-def samples_of_documents(documents: Sequence[Document]) -> tuple[Sample, ...]:
+def samples_of_documents(documents: Sequence[Document]) -> tuple[EvaluationSample, ...]:
     """Make samples for a model of bytes.
 
     Args:
@@ -50,13 +50,13 @@ def samples_of_documents(documents: Sequence[Document]) -> tuple[Sample, ...]:
     return tuple(_sample_of(document) for document in documents)
 
 
-def _sample_of(document: Document) -> Sample:
+def _sample_of(document: Document) -> EvaluationSample:
     size = len(document.data)
     counted = torch.arange(size, dtype=torch.int64, device="cpu") >= size // 2
     for line in _PLANTED.finditer(document.data):
         counted[line.start() : line.end()] = False
     second_half, counted = (torch.arange(size, dtype=torch.int64, device="cpu") >= size // 2)[1:], counted[1:].clone()
-    return Sample(
+    return EvaluationSample(
         torch.frombuffer(bytearray(document.data), dtype=torch.uint8).long(),
         counted,
         int(counted.sum()),
@@ -67,12 +67,12 @@ def _sample_of(document: Document) -> Sample:
     )
 
 
-def tokens_of_text(text: str, judged: Judged) -> Int[Tensor, " tokens"]:
+def tokens_of_text(text: str, loaded: LoadedModel) -> Int[Tensor, " tokens"]:
     """Turn a text into tokens of a user's model.
 
     Args:
         text: the text.
-        judged: the model and its tokenizer.
+        loaded: the model and its tokenizer.
 
     Returns:
         all its tokens.
@@ -80,17 +80,17 @@ def tokens_of_text(text: str, judged: Judged) -> Int[Tensor, " tokens"]:
     Raises:
         ValueError: if the model has no tokenizer.
     """
-    if judged.tokenizer is None:
-        raise ValueError(f"{judged.name} has no tokenizer: text cannot be cut into its tokens")
-    return torch.tensor(judged.tokenizer(text, verbose=False).input_ids, dtype=torch.int64, device="cpu")
+    if loaded.tokenizer is None:
+        raise ValueError(f"{loaded.name} has no tokenizer: text cannot be cut into its tokens")
+    return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.int64, device="cpu")
 
 
-def samples_of_text(text: str, judged: Judged, length: int, count: int) -> tuple[Sample, ...]:
+def samples_of_text(text: str, loaded: LoadedModel, length: int, count: int) -> tuple[EvaluationSample, ...]:
     """Cut a text into samples for a user's model: loss alone, for the model was not taught to answer.
 
     Args:
         text: the text.
-        judged: the model and its tokenizer.
+        loaded: the model and its tokenizer.
         length: tokens in each sample.
         count: samples wanted, from the beginning of the text; fewer come where it is short.
 
@@ -100,17 +100,19 @@ def samples_of_text(text: str, judged: Judged, length: int, count: int) -> tuple
     Raises:
         ValueError: if the text has fewer tokens than one sample.
     """
-    tokens = tokens_of_text(text, judged)
+    tokens = tokens_of_text(text, loaded)
     if len(tokens) < length:
-        raise ValueError(f"the text has {len(tokens)} tokens of {judged.name}, and {length} are needed: give a longer text")
+        raise ValueError(f"the text has {len(tokens)} tokens of {loaded.name}, and {length} are needed: give a longer text")
     samples = []
     for start in range(0, min(count * length, len(tokens) - length + 1), length):
         piece = tokens[start : start + length]
         counted = torch.arange(1, length, dtype=torch.int64, device="cpu") >= length // 2
-        samples.append(Sample(piece, counted, max(1, _count_bytes(piece[1:][counted], judged)), torch.zeros_like(counted)))
+        samples.append(
+            EvaluationSample(piece, counted, max(1, _count_bytes(piece[1:][counted], loaded)), torch.zeros_like(counted))
+        )
     return tuple(samples)
 
 
-def _count_bytes(tokens: Tensor, judged: Judged) -> int:
-    text = "" if judged.tokenizer is None else judged.tokenizer.decode(tokens.tolist())
+def _count_bytes(tokens: Tensor, loaded: LoadedModel) -> int:
+    text = "" if loaded.tokenizer is None else loaded.tokenizer.decode(tokens.tolist())
     return len(str(text).encode(errors="replace"))

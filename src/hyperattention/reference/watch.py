@@ -14,7 +14,7 @@ from hyperattention.integrations.transformers import CallCounter
 from hyperattention.integrations.transformers.cache_handle import READS_HELD
 from hyperattention.integrations.transformers.forward import EXACT_METHOD, attention_forward
 from hyperattention.integrations.transformers.masks import build_mask
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 
 _NAME, _ATTRIBUTE = "hyperattention_watched", "_hyperattention_watch"
 
@@ -39,7 +39,7 @@ class CallInputs:
 
 
 @dataclass
-class Watch:
+class CallRecorder:
     """What was seen so far; it grows while the model runs.
 
     Args:
@@ -53,7 +53,7 @@ class Watch:
     """
 
     counter: CallCounter
-    method: Approach
+    method: AttentionMethod
     rows: int = 0
     seed: int = 0
     keep: bool = False
@@ -101,7 +101,7 @@ class Watch:
 
 
 def _watched_forward(module: nn.Module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
-    watch: Watch = getattr(module, _ATTRIBUTE)
+    watch: CallRecorder = getattr(module, _ATTRIBUTE)
     return watch.call(module, query, key, value, attention_mask, options), None
 
 
@@ -109,7 +109,7 @@ setattr(_watched_forward, READS_HELD, True)
 
 
 @contextmanager
-def watched(model: PreTrainedModel, watch: Watch) -> Iterator[Watch]:
+def watched(model: PreTrainedModel, watch: CallRecorder) -> Iterator[CallRecorder]:
     """Watch every attention call inside a ``with`` block, itself inside one of `use`, which switches the model back.
 
     Args:

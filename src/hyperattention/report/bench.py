@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import rows
-from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
+from hyperattention.bench.speed import Speed, SpeedSettings, measure_speed, steps_of
 from hyperattention.files.records import write_records
 from hyperattention.report.narrow import print_table
 from hyperattention.report.plots import plot_bench
@@ -21,7 +21,7 @@ _LEAST_LENGTH = 64
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What the user asked for.
 
     Args:
@@ -33,11 +33,11 @@ class Options:
 
     min_length: int = 4096
     max_length: int = 32768
-    speed: Settings = field(default_factory=Settings)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
     seed: int = 0
 
 
-def list_cases(options: Options) -> tuple[Case, ...]:
+def list_cases(options: BenchOptions) -> tuple[Case, ...]:
     """List the cases: causal attention of one head, then one thing changed at a time, each at every length.
 
     Args:
@@ -67,7 +67,7 @@ def list_cases(options: Options) -> tuple[Case, ...]:
     return tuple(replace(kind, length=length) for length in lengths for kind in kinds)
 
 
-def run(options: Options, console: Console) -> dict[Case, tuple[Speed, ...]]:
+def run(options: BenchOptions, console: Console) -> dict[Case, tuple[Speed, ...]]:
     """Measure every case and print its table as soon as it is done.
 
     Args:

@@ -7,18 +7,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hyperattention.calibration.calibrate import Settings, calibrate, steps_of
+from hyperattention.calibration.calibrate import CalibrationSettings, calibrate, steps_of
 from hyperattention.files.plan import Plan
 from hyperattention.files.plan_file import save_plan
-from hyperattention.report.demo import Options as Texts
-from hyperattention.report.demo import Prepared, prepare
+from hyperattention.report.demo import DemoOptions as Texts
+from hyperattention.report.demo import PreparedDemo, prepare
 from hyperattention.report.method_names import short_name
 from hyperattention.report.narrow import print_table
 from hyperattention.report.progress import progress
 
 
 @dataclass(frozen=True)
-class Options:
+class CalibrateOptions:
     """What the user asked for.
 
     Args:
@@ -30,7 +30,7 @@ class Options:
 
     out: Path
     texts: Texts = field(default_factory=lambda: Texts(documents=2))
-    settings: Settings = field(default_factory=Settings)
+    settings: CalibrationSettings = field(default_factory=CalibrationSettings)
     overwrite: bool = False
 
     @property
@@ -39,12 +39,12 @@ class Options:
         return self.out.with_name(f"{self.out.name}.partial")
 
 
-def ready(options: Options) -> Prepared:
+def ready(options: CalibrateOptions) -> PreparedDemo:
     """Load model and text; errors as for the demo."""
     return prepare(options.texts)
 
 
-def run(prepared: Prepared, options: Options, console: Console) -> Plan:
+def run(prepared: PreparedDemo, options: CalibrateOptions, console: Console) -> Plan:
     """Calibrate with a bar, write the plan, and delete what was kept to resume from.
 
     Args:
@@ -61,8 +61,8 @@ def run(prepared: Prepared, options: Options, console: Console) -> Plan:
     if options.journal.exists():
         console.print(f"found {options.journal}: what it holds is not measured again")
     try:
-        with progress(console, "calibrate", steps_of(prepared.judged, prepared.samples)) as on_step:
-            plan = calibrate(prepared.judged, prepared.samples, options.settings, options.journal, on_step)
+        with progress(console, "calibrate", steps_of(prepared.loaded, prepared.samples)) as on_step:
+            plan = calibrate(prepared.loaded, prepared.samples, options.settings, options.journal, on_step)
     except KeyboardInterrupt:
         console.print(f"stopped: what was measured is in {options.journal}, and the same command goes on from there")
         raise

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from hyperattention.bench.case import Case
 from hyperattention.bench.rows import Row, rows
-from hyperattention.bench.speed import Settings, Speed, measure_speed, steps_of
+from hyperattention.bench.speed import Speed, SpeedSettings, measure_speed, steps_of
 from hyperattention.files.records import write_records
 from hyperattention.files.user_text import Text, read_text
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.default import CROSSOVER
-from hyperattention.reference.evaluate import Judgement, evaluate
-from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
-from hyperattention.reference.samples import Sample, samples_of_documents, samples_of_text, tokens_of_text
+from hyperattention.reference.evaluate import ModelJudgement, evaluate
+from hyperattention.reference.model import WEIGHTS, LoadedModel, load_model, load_reference
+from hyperattention.reference.samples import EvaluationSample, samples_of_documents, samples_of_text, tokens_of_text
 from hyperattention.reference.text import documents_from, held_out_text
 from hyperattention.report.narrow import print_table
 from hyperattention.report.plots import plot_demo
@@ -28,7 +28,7 @@ _USER_LENGTH = 8192
 
 
 @dataclass(frozen=True)
-class Options:
+class DemoOptions:
     """What the user asked for.
 
     Args:
@@ -51,18 +51,18 @@ class Options:
     speed_length: int = 32768
     documents: int = 4
     audit_rows: int = 128
-    speed: Settings = field(default_factory=Settings)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
     seed: int = 0
     encoding: str | None = None
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDemo:
     """All that can be wrong with the options is found before anything slow begins."""
 
-    options: Options
-    judged: Judged
-    samples: tuple[Sample, ...]
+    options: DemoOptions
+    loaded: LoadedModel
+    samples: tuple[EvaluationSample, ...]
     source: str
 
 
@@ -87,7 +87,7 @@ def read_long_text(path: Path, encoding: str | None) -> Text:
     return text
 
 
-def prepare(options: Options) -> Prepared:
+def prepare(options: DemoOptions) -> PreparedDemo:
     """Load the model, read the text and cut it into samples.
 
     Args:
@@ -103,42 +103,42 @@ def prepare(options: Options) -> Prepared:
     text = Text(held_out_text(), "held-out text") if own is None else read_long_text(own, options.encoding)
     # what is no text is refused before a model is loaded
     words = "" if options.model is None else text.words()
-    judged = load_reference(options.reference) if options.model is None else load_model(options.model)
-    with use(judged.model, rows()[0].method):
+    loaded = load_reference(options.reference) if options.model is None else load_model(options.model)
+    with use(loaded.model, rows()[0].method):
         pass  # a model whose attention cannot be switched is refused here, before anything slow begins
-    if options.length is not None and not 64 <= options.length <= judged.max_length:
-        raise ValueError(f"length {options.length}: {judged.name} reads 64 to {judged.max_length:,} tokens; set --length")
+    if options.length is not None and not 64 <= options.length <= loaded.max_length:
+        raise ValueError(f"length {options.length}: {loaded.name} reads 64 to {loaded.max_length:,} tokens; set --length")
     source = "held-out text" if options.text is None else options.text.name
-    if judged.tokenizer is None:
-        length = options.length or min(judged.max_length, len(text.data))
+    if loaded.tokenizer is None:
+        length = options.length or min(loaded.max_length, len(text.data))
         samples = samples_of_documents(documents_from(text.data, length, options.documents, options.seed))
-        return Prepared(options, judged, samples, source)
-    length = options.length or _usable_length(judged, words)
-    return Prepared(options, judged, samples_of_text(words, judged, length, options.documents), source)
+        return PreparedDemo(options, loaded, samples, source)
+    length = options.length or _usable_length(loaded, words)
+    return PreparedDemo(options, loaded, samples_of_text(words, loaded, length, options.documents), source)
 
 
-def _usable_length(judged: Judged, text: str) -> int:
+def _usable_length(loaded: LoadedModel, text: str) -> int:
     # as long as model and text allow, but not below the crossover, where there would be nothing to see
-    longest = min(_USER_LENGTH, judged.max_length)
-    length = min(longest, len(tokens_of_text(text, judged)))
+    longest = min(_USER_LENGTH, loaded.max_length)
+    length = min(longest, len(tokens_of_text(text, loaded)))
     if length < CROSSOVER:
         raise ValueError(
-            f"only {length:,} tokens ({judged.name} reads {judged.max_length:,}): below {CROSSOVER:,} attention is exact, "
+            f"only {length:,} tokens ({loaded.name} reads {loaded.max_length:,}): below {CROSSOVER:,} attention is exact, "
             "so there is nothing to compare; give a longer text or a model of longer context, or set --length"
         )
     return length
 
 
 @dataclass(frozen=True)
-class Results:
+class DemoResults:
     """Both parts of the demo."""
 
-    judgements: tuple[Judgement, ...]
+    judgements: tuple[ModelJudgement, ...]
     speeds: tuple[Speed, ...]
     case: Case
 
 
-def run(prepared: Prepared, console: Console, lines: Sequence[Row] | None = None) -> Results:
+def run(prepared: PreparedDemo, console: Console, lines: Sequence[Row] | None = None) -> DemoResults:
     """Measure both parts, with a bar for each.
 
     Args:
@@ -153,14 +153,14 @@ def run(prepared: Prepared, console: Console, lines: Sequence[Row] | None = None
     case = Case(options.speed_length, seed=options.seed)
     with progress(console, "1/2 loss and retrieval", len(lines) * len(prepared.samples)) as on_step:
         judgements = evaluate(
-            prepared.judged, prepared.samples, lines, seed=options.seed, audit_rows=options.audit_rows, on_step=on_step
+            prepared.loaded, prepared.samples, lines, seed=options.seed, audit_rows=options.audit_rows, on_step=on_step
         )  # fmt: skip
     with progress(console, "2/2 speed and error", steps_of(lines, options.speed)) as on_step:
         speeds = measure_speed(case, lines, options.speed, on_step)
-    return Results(judgements, speeds, case)
+    return DemoResults(judgements, speeds, case)
 
 
-def show(prepared: Prepared, results: Results, console: Console) -> None:
+def show(prepared: PreparedDemo, results: DemoResults, console: Console) -> None:
     """Print both tables and what they say in a sentence each.
 
     Args:
@@ -169,7 +169,7 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
         console: where to.
     """
     length, count = len(prepared.samples[0].tokens), len(prepared.samples)
-    title = f"1. {prepared.judged.name}, {count} x {length:,} tokens of {prepared.source}, all layers replaced"
+    title = f"1. {prepared.loaded.name}, {count} x {length:,} tokens of {prepared.source}, all layers replaced"
     print_table(console, loss_table(results.judgements, title))
     if results.judgements[0].depths:
         print_table(console, depth_table(results.judgements))
@@ -178,7 +178,7 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
         console.print(line)
 
 
-def conclude(prepared: Prepared, results: Results) -> list[str]:
+def conclude(prepared: PreparedDemo, results: DemoResults) -> list[str]:
     """Say what the tables say, in words.
 
     Args:
@@ -208,7 +208,7 @@ def conclude(prepared: Prepared, results: Results) -> list[str]:
     return [first, second]
 
 
-def save(prepared: Prepared, results: Results, *, plot: Path | None, records: Path | None) -> None:
+def save(prepared: PreparedDemo, results: DemoResults, *, plot: Path | None, records: Path | None) -> None:
     """Write the plot and the records.
 
     Args:
@@ -218,7 +218,7 @@ def save(prepared: Prepared, results: Results, *, plot: Path | None, records: Pa
         records: JSON lines; None for none.
     """
     if plot is not None:
-        plot_demo(plot, results.judgements, prepared.judged.name, results.speeds, results.case)
+        plot_demo(plot, results.judgements, prepared.loaded.name, results.speeds, results.case)
     if records is None:
         return
     shared: dict[str, object] = {
@@ -226,13 +226,13 @@ def save(prepared: Prepared, results: Results, *, plot: Path | None, records: Pa
         "documents": len(prepared.samples),
         "seed": prepared.options.seed,
     }
-    shared |= {"part": "loss and retrieval", "model": prepared.judged.name}
+    shared |= {"part": "loss and retrieval", "model": prepared.loaded.name}
     first = (shared | judgement_record(judgement) for judgement in results.judgements)
     second = ({"part": "speed and error", **speed.record(results.case)} for speed in results.speeds)
     write_records(records, (*first, *second), kind="demo")
 
 
-def judgement_record(judgement: Judgement) -> dict[str, object]:
+def judgement_record(judgement: ModelJudgement) -> dict[str, object]:
     """Give a judgement as a record, with medians and quartiles of its times."""
     fields = dict(vars(judgement))
     for name in ("model", "attention"):

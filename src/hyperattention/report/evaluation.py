@@ -6,16 +6,16 @@ from pathlib import Path
 from rich.console import Console
 
 from hyperattention.evaluation.haystack import Haystack
-from hyperattention.evaluation.policies import choose_entrants, contenders_at
-from hyperattention.evaluation.run import Findings, Plan, check, evaluate, haystack_of
+from hyperattention.evaluation.policies import candidates_at, choose_families
+from hyperattention.evaluation.run import EvaluationPlan, Findings, check, evaluate, haystack_of
 from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
 from hyperattention.evaluation.tasks import TASKS
 from hyperattention.files.user_text import Text, read_text
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.exact import Exact
-from hyperattention.reference.model import WEIGHTS, Judged, load_model, load_reference
+from hyperattention.reference.model import WEIGHTS, LoadedModel, load_model, load_reference
 from hyperattention.reference.text import held_out_text
-from hyperattention.report.evaluation_files import contender_record, write_files
+from hyperattention.report.evaluation_files import candidate_record, write_files
 from hyperattention.report.evaluation_folder import HEAT_MAPS, METRICS, check_evaluation_folder
 from hyperattention.report.evaluation_plot import plot_heat_map
 from hyperattention.report.evaluation_tables import continuation_table, retrieval_table
@@ -24,7 +24,7 @@ from hyperattention.report.progress import progress
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What the user asked for.
 
     Args:
@@ -61,21 +61,23 @@ class Options:
 
 
 # a little of everything, to see that it works; the folder is the user's
-QUICK = Options(Path(), tasks=("single", "multi-key"), lengths=(1024,), budgets=(256,), depths=4, seeds=1, documents=2)
+QUICK = EvaluationOptions(
+    Path(), tasks=("single", "multi-key"), lengths=(1024,), budgets=(256,), depths=4, seeds=1, documents=2
+)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedEvaluation:
     """All that can be wrong with the options is found before anything slow begins."""
 
-    options: Options
-    judged: Judged
+    options: EvaluationOptions
+    loaded: LoadedModel
     haystack: Haystack
-    plan: Plan
+    plan: EvaluationPlan
 
 
 @dataclass(frozen=True)
-class Results:
+class EvaluationResults:
     """What was found, and what it says."""
 
     findings: Findings
@@ -83,7 +85,7 @@ class Results:
     continuations: tuple[Continuation, ...]
 
 
-def prepare(options: Options) -> Prepared:
+def prepare(options: EvaluationOptions) -> PreparedEvaluation:
     """Load the model, read the text and look at the folder.
 
     Args:
@@ -93,26 +95,26 @@ def prepare(options: Options) -> Prepared:
         what the command needs to run.
     """
     check_evaluation_folder(options.out, (options.model, options.reference), overwrite=options.overwrite)
-    contenders = contenders_at(choose_entrants(options.policies), options.budgets)
-    plan = Plan(
-        tuple(TASKS) if options.tasks is None else options.tasks, options.lengths, contenders,
+    candidates = candidates_at(choose_families(options.policies), options.budgets)
+    plan = EvaluationPlan(
+        tuple(TASKS) if options.tasks is None else options.tasks, options.lengths, candidates,
         depths=options.depths, seeds=options.seeds, documents=options.documents, chunk=options.chunk,
     )  # fmt: skip
     own = options.text
     text = Text(held_out_text(), "held-out text") if own is None else read_text(own, options.encoding)
     if options.model is not None:
         text.words()  # what is no text is refused before a model is loaded
-    judged = load_reference(options.reference) if options.model is None else load_model(options.model)
-    with use(judged.model, Exact()):
+    loaded = load_reference(options.reference) if options.model is None else load_model(options.model)
+    with use(loaded.model, Exact()):
         pass  # a model whose attention cannot be switched is refused here
-    for contender in contenders:
-        contender.cache(judged.model, max(options.lengths), 0)  # and one whose cache cannot be compressed
-    haystack = haystack_of(judged, text)
-    check(judged, haystack, plan)
-    return Prepared(options, judged, haystack, plan)
+    for candidate in candidates:
+        candidate.cache(loaded.model, max(options.lengths), 0)  # and one whose cache cannot be compressed
+    haystack = haystack_of(loaded, text)
+    check(loaded, haystack, plan)
+    return PreparedEvaluation(options, loaded, haystack, plan)
 
 
-def run(prepared: Prepared, console: Console) -> Results:
+def run(prepared: PreparedEvaluation, console: Console) -> EvaluationResults:
     """Ask everything of everyone, with a bar.
 
     Args:
@@ -123,11 +125,11 @@ def run(prepared: Prepared, console: Console) -> Results:
         the results.
     """
     with progress(console, "eval", prepared.plan.steps) as on_step:
-        findings = evaluate(prepared.judged, prepared.haystack, prepared.plan, on_step)
-    return Results(findings, cells(findings.replies, prepared.plan.depths), continuations(findings.losses))
+        findings = evaluate(prepared.loaded, prepared.haystack, prepared.plan, on_step)
+    return EvaluationResults(findings, cells(findings.replies, prepared.plan.depths), continuations(findings.losses))
 
 
-def show(prepared: Prepared, results: Results, console: Console) -> None:
+def show(prepared: PreparedEvaluation, results: EvaluationResults, console: Console) -> None:
     """Print a table for each length, and what they say in a sentence.
 
     Args:
@@ -138,15 +140,15 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
     for length in prepared.plan.lengths:
         found = [cell for cell in results.cells if cell.length == length]
         if found:
-            print_table(console, retrieval_table(found, f"{prepared.judged.name}, {length:,} tokens: answers found"))
+            print_table(console, retrieval_table(found, f"{prepared.loaded.name}, {length:,} tokens: answers found"))
         losses = [each for each in results.continuations if each.length == length]
         if losses:
             print_table(
-                console, continuation_table(losses, f"{prepared.judged.name}, {length:,} tokens: loss of the last quarter")
+                console, continuation_table(losses, f"{prepared.loaded.name}, {length:,} tokens: loss of the last quarter")
             )
 
 
-def save(prepared: Prepared, results: Results) -> list[Path]:
+def save(prepared: PreparedEvaluation, results: EvaluationResults) -> list[Path]:
     """Write all files into the folder; the metrics last, for they say that the run is finished.
 
     Args:
@@ -164,13 +166,13 @@ def save(prepared: Prepared, results: Results) -> list[Path]:
     for old in out.glob(HEAT_MAPS):
         old.unlink()
     pictures = []
-    for contender in plan.contenders if results.cells else ():
-        pictures.append(out / f"heat_map_{contender.name.replace('@', '_')}.png")
-        plot_heat_map(pictures[-1], [cell for cell in results.cells if cell.contender == contender], plan.depths)
+    for candidate in plan.candidates if results.cells else ():
+        pictures.append(out / f"heat_map_{candidate.name.replace('@', '_')}.png")
+        plot_heat_map(pictures[-1], [cell for cell in results.cells if cell.candidate == candidate], plan.depths)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(prepared.options).items()}
-    who = [contender_record(each) | {"sinks": each.sinks, "window": each.window} for each in plan.contenders]
+    who = [candidate_record(each) | {"sinks": each.sinks, "window": each.window} for each in plan.candidates]
     settings = options | vars(plan) | {"contenders": who, "tokens_of_text": len(prepared.haystack.tokens)}
     return [
         *pictures,
-        *write_files(out, prepared.judged, settings, results.findings, (results.cells, results.continuations)),
+        *write_files(out, prepared.loaded, settings, results.findings, (results.cells, results.continuations)),
     ]

@@ -7,31 +7,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from hyperattention.evaluation.policies import Contender
+from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.run import Findings
 from hyperattention.evaluation.score import marks
 from hyperattention.evaluation.summary import FLOOR, Cell, Continuation
-from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.atomic_write import atomic_write
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.records import environment, plain
-from hyperattention.reference.model import Judged
+from hyperattention.reference.model import LoadedModel
 from hyperattention.report.evaluation_folder import COLUMNS, CONFIG, METRICS, PREDICTIONS
 
 
-def contender_record(contender: Contender) -> dict[str, object]:
-    """Give a contender as a record.
+def candidate_record(candidate: CacheCandidate) -> dict[str, object]:
+    """Give a candidate as a record.
 
     Args:
-        contender: who.
+        candidate: who.
 
     Returns:
         its name, budget and policy; no budget where nothing is dropped.
     """
-    whole = contender.entrant.policy is None
+    whole = candidate.family.policy is None
     return {
-        "policy": contender.entrant.name,
-        "budget": None if whole else contender.budget,
-        "method": "everything is kept" if whole else repr(contender.entrant.policy),
+        "policy": candidate.family.name,
+        "budget": None if whole else candidate.budget,
+        "method": "everything is kept" if whole else repr(candidate.family.policy),
     }
 
 
@@ -48,7 +48,7 @@ def cell_record(cell: Cell, depths: int) -> dict[str, object]:
     low, high = cell.share.interval
     depth = None if cell.depth is None else [cell.depth / depths, (cell.depth + 1) / depths]
     return {
-        **contender_record(cell.contender),
+        **candidate_record(cell.candidate),
         "task": cell.task,
         "length": cell.length,
         "question_visible": cell.visible,
@@ -70,13 +70,13 @@ def continuation_record(each: Continuation) -> dict[str, object]:
     """Give losses as a record.
 
     Args:
-        each: of a contender and length.
+        each: of a candidate and length.
 
     Returns:
         the record.
     """
     return {
-        **contender_record(each.contender),
+        **candidate_record(each.candidate),
         "length": each.length,
         "added_nats": each.added.nats,
         "standard_error": each.added.error,
@@ -89,14 +89,14 @@ def continuation_record(each: Continuation) -> dict[str, object]:
 
 
 def write_files(
-    out: Path, judged: Judged, settings: Mapping[str, object], findings: Findings,
+    out: Path, loaded: LoadedModel, settings: Mapping[str, object], findings: Findings,
     summary: tuple[Sequence[Cell], Sequence[Continuation]],
 ) -> list[Path]:  # fmt: skip
     """Write the settings, every answer, and what was found, each file whole.
 
     Args:
         out: the folder.
-        judged: the model.
+        loaded: the model.
         settings: all that was asked for, by name.
         findings: every reply.
         summary: cells and continuations.
@@ -111,10 +111,10 @@ def write_files(
         "retrieval": [cell_record(cell, depths) for cell in cells],
         "continuation": [continuation_record(each) for each in continuations],
     }
-    config = {"model": judged.name, "fingerprint": asdict(fingerprint(judged.model)), **settings, **environment()}
-    write_whole(out / CONFIG, json.dumps(plain(config), indent=1) + "\n")
-    write_whole(out / PREDICTIONS, _predictions(findings))
-    write_whole(out / METRICS, json.dumps(metrics, indent=1) + "\n")
+    config = {"model": loaded.name, "fingerprint": asdict(fingerprint(loaded.model)), **settings, **environment()}
+    atomic_write(out / CONFIG, json.dumps(plain(config), indent=1) + "\n")
+    atomic_write(out / PREDICTIONS, _predictions(findings))
+    atomic_write(out / METRICS, json.dumps(metrics, indent=1) + "\n")
     return [out / name for name in (CONFIG, PREDICTIONS, METRICS)]
 
 
@@ -123,7 +123,7 @@ def _predictions(findings: Findings) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for reply in findings.replies:
-        who = contender_record(reply.contender)
+        who = candidate_record(reply.candidate)
         asked = [(number, turn) for number, turn in enumerate(reply.item.turns) for _ in turn.answers]
         for (number, turn), mark in zip(asked, marks(reply.item, reply.outputs), strict=True):
             # bytes that are no text would break lines and readers

@@ -14,11 +14,11 @@ _PANEL = 2.4
 
 
 def plot_heat_map(path: Path, cells: Sequence[Cell], depths: int) -> None:
-    """Draw the answers that one contender found; what is beyond the model is left grey.
+    """Draw the answers that one candidate found; what is beyond the model is left grey.
 
     Args:
         path: a PNG, replaced whole.
-        cells: of the contender.
+        cells: of the candidate.
         depths: ranges of depth.
     """
     tasks, lengths, seen = (sorted({getattr(cell, name) for cell in cells}) for name in ("task", "length", "visible"))
@@ -31,7 +31,7 @@ def plot_heat_map(path: Path, cells: Sequence[Cell], depths: int) -> None:
             axes.set_title(f"{task}, question {'visible' if visible else 'hidden'}", fontsize=8)
             axes.set_xlabel("tokens" if row == len(seen) - 1 else "")
             axes.set_ylabel("depth" if column == 0 else "")
-    figure.suptitle(f"{cells[0].contender.name}: share of answers found (grey: beyond the model)", fontsize=10)
+    figure.suptitle(f"{cells[0].candidate.name}: share of answers found (grey: beyond the model)", fontsize=10)
     save_picture(figure, path, 110)
 
 

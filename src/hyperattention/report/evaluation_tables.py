@@ -18,7 +18,7 @@ def retrieval_table(cells: Sequence[Cell], title: str) -> Table:
         the table.
     """
     note = (
-        f"95% interval in brackets; h, v: the question hidden or visible when the cache was condensed; "
+        f"95% interval in brackets; h, v: the question hidden or visible when the cache was compressed; "
         f"in parentheses: beyond\nthe model, for exact attention itself finds less than {FLOOR:.0%}"
     )
     table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
@@ -29,19 +29,19 @@ def retrieval_table(cells: Sequence[Cell], title: str) -> Table:
         table.add_column(f"{task} {'v' if visible else 'h'}", justify="right")
     table.add_column("cache", justify="right")
     table.add_column("ms a token", justify="right")
-    for who in dict.fromkeys(cell.contender for cell in whole):
-        own = {(cell.task, cell.visible): cell for cell in whole if cell.contender == who}
+    for who in dict.fromkeys(cell.candidate for cell in whole):
+        own = {(cell.task, cell.visible): cell for cell in whole if cell.candidate == who}
         some = [cell for cell in own.values() if not cell.beyond] or list(own.values())
         shown = [_format_cell(own[column]) if column in own else "-" for column in columns]
         memory, seconds = (sum(getattr(c, name) for c in some) / len(some) for name in ("memory_bytes", "seconds"))
-        style = "dim" if who.entrant.policy is None else ""
+        style = "dim" if who.family.policy is None else ""
         exact = all(cell.exact for cell in own.values())
         table.add_row(_label(who.name, exact), *shown, f"{memory / 2**20:.2f} MiB", f"{1000 * seconds:.2f}", style=style)
     return table
 
 
 def continuation_table(losses: Sequence[Continuation], title: str) -> Table:
-    """Tabulate the loss that condensed caches add at one length.
+    """Tabulate the loss that compressed caches add at one length.
 
     Args:
         losses: of that length.
@@ -50,16 +50,16 @@ def continuation_table(losses: Sequence[Continuation], title: str) -> Table:
     Returns:
         the table.
     """
-    note = "± standard error over texts; loss of what is read, teacher forced, after the beginning was condensed"
+    note = "± standard error over texts; loss of what is read, teacher forced, after the beginning was compressed"
     table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     table.add_column("policy")
     for name in ("nats a token", "added", "texts", "cache"):
         table.add_column(name, justify="right")
     for each in losses:
         spread = "" if each.added.error is None else f" ± {each.added.error:.4f}"
-        style = "dim" if each.contender.entrant.policy is None else ""
+        style = "dim" if each.candidate.family.policy is None else ""
         table.add_row(
-            _label(each.contender.name, each.exact), f"{each.added.loss:.4f}", f"{each.added.nats:+.4f}{spread}",
+            _label(each.candidate.name, each.exact), f"{each.added.loss:.4f}", f"{each.added.nats:+.4f}{spread}",
             str(each.added.texts), f"{each.memory_bytes / 2**20:.2f} MiB", style=style,
         )  # fmt: skip
     return table

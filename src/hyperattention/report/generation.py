@@ -11,24 +11,24 @@ from rich.table import Table
 from torch import Tensor
 
 from hyperattention.cache.store import Store
-from hyperattention.evaluation.policies import Contender, find_entrant
+from hyperattention.evaluation.policies import CacheCandidate, find_family
 from hyperattention.files.model_folder import REFERENCE, find_folder
 from hyperattention.files.user_text import read_text
 from hyperattention.generation.codec import codec_of
-from hyperattention.generation.session import Sampling, Stretch, pieces_of, write_on
+from hyperattention.generation.session import Sampling, Throughput, pieces_of, write_on
 from hyperattention.generation.session import read_text as read_tokens
 from hyperattention.integrations.transformers import use
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.cache_file import find_maker, load_cache, save_cache
 from hyperattention.methods.exact import Exact
-from hyperattention.reference.model import Judged, load_model, load_reference
+from hyperattention.reference.model import LoadedModel, load_model, load_reference
 from hyperattention.report.progress import progress
 
 _MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerationOptions:
     """How a text is read.
 
     Args:
@@ -40,7 +40,7 @@ class Options:
         chunk: tokens of a piece in which the text is read; None for all at once.
         seed: of every draw.
         audit: one token in so many is also attended to exactly; None for none.
-        beyond: whether to go on beyond the length that the model was made for.
+        allow_longer: whether to go on beyond the length that the model was made for.
         encoding: of the text; None for UTF-8, or bytes as they are for the reference model.
     """
 
@@ -52,28 +52,28 @@ class Options:
     chunk: int | None = None
     seed: int = 0
     audit: int | None = None
-    beyond: bool = False
+    allow_longer: bool = False
     encoding: str | None = None
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedGeneration:
     """All that can be wrong with the options is found before anything slow begins.
 
     Args:
-        judged: the model.
+        loaded: the model.
         tokens: the text.
         cache: empty, or what was read of the text before.
         options: how the text is read.
     """
 
-    judged: Judged
+    loaded: LoadedModel
     tokens: Tensor
     cache: HyperCache
-    options: Options
+    options: GenerationOptions
 
 
-def prepare(options: Options, path: Path, more: int | None) -> Prepared:
+def prepare(options: GenerationOptions, path: Path, more: int | None) -> PreparedGeneration:
     """Load model and text, and make an empty cache.
 
     Args:
@@ -87,38 +87,38 @@ def prepare(options: Options, path: Path, more: int | None) -> Prepared:
     Raises:
         ValueError: if the text, the model, the policy or the budget cannot be used; FileNotFoundError if one is missing.
     """
-    contender = Contender(find_entrant(options.policy), options.budget, options.sinks, options.window)
+    candidate = CacheCandidate(find_family(options.policy), options.budget, options.sinks, options.window)
     text = read_text(path, options.encoding)
     if find_folder(options.model) is not None:
         text.words()  # what is no text is refused before a model is loaded
-    judged = _load(options.model)
-    tokens = codec_of(judged).read(text)[None]
+    loaded = _load(options.model)
+    tokens = codec_of(loaded).read(text)[None]
     if tokens.shape[1] < 2:
         raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
-    _check_length(judged, tokens.shape[1] + (more or 0), options.beyond)
+    _check_length(loaded, tokens.shape[1] + (more or 0), options.allow_longer)
     # a cache that drops nothing needs room for whatever follows, such as the questions that are put to its file
-    room = max(judged.max_length, 2 * tokens.shape[1]) if more is None else tokens.shape[1] + more
-    cache = contender.cache(judged.model, room, options.seed, audit=options.audit, beyond=options.beyond)
-    return Prepared(judged, tokens, cache, options)
+    room = max(loaded.max_length, 2 * tokens.shape[1]) if more is None else tokens.shape[1] + more
+    cache = candidate.cache(loaded.model, room, options.seed, audit=options.audit, allow_longer=options.allow_longer)
+    return PreparedGeneration(loaded, tokens, cache, options)
 
 
-def _load(model: str) -> Judged:
+def _load(model: str) -> LoadedModel:
     folder = find_folder(model)
-    judged = load_reference() if folder is None else load_model(folder)
-    with use(judged.model, Exact()):
+    loaded = load_reference() if folder is None else load_model(folder)
+    with use(loaded.model, Exact()):
         pass  # a model whose attention cannot be switched is refused here
-    return judged
+    return loaded
 
 
-def _check_length(judged: Judged, num_tokens: int, beyond: bool) -> None:
-    if num_tokens > judged.max_length and not beyond:
+def _check_length(loaded: LoadedModel, num_tokens: int, allow_longer: bool) -> None:
+    if num_tokens > loaded.max_length and not allow_longer:
         raise ValueError(
-            f"{num_tokens:,} tokens to read and write, and {judged.name} was made for {judged.max_length:,}: give a shorter "
-            "text, a model of longer context, or --beyond to go on all the same"
+            f"{num_tokens:,} tokens to read and write, and {loaded.name} was made for {loaded.max_length:,}: give a shorter "
+            "text, a model of longer context, or --allow-longer to go on all the same"
         )
 
 
-def read(prepared: Prepared, console: Console, *, leave: int) -> Stretch | None:
+def read(prepared: PreparedGeneration, console: Console, *, leave: int) -> Throughput | None:
     """Read into the cache what it has not seen of the text, with a bar.
 
     Args:
@@ -133,10 +133,10 @@ def read(prepared: Prepared, console: Console, *, leave: int) -> Stretch | None:
     if not tokens.shape[1]:
         return None
     with progress(console, "read", pieces_of(tokens.shape[1], prepared.options.chunk)) as on_step:
-        return read_tokens(prepared.judged, prepared.cache, tokens, chunk=prepared.options.chunk, on_step=on_step)
+        return read_tokens(prepared.loaded, prepared.cache, tokens, chunk=prepared.options.chunk, on_step=on_step)
 
 
-def write(prepared: Prepared, sampling: Sampling) -> Stretch:
+def write(prepared: PreparedGeneration, sampling: Sampling) -> Throughput:
     """Go on from the text, printing as it comes.
 
     Args:
@@ -146,10 +146,10 @@ def write(prepared: Prepared, sampling: Sampling) -> Stretch:
     Returns:
         what it took.
     """
-    return write_on(prepared.judged, prepared.cache, prepared.tokens, sampling)[1]
+    return write_on(prepared.loaded, prepared.cache, prepared.tokens, sampling)[1]
 
 
-def keep(prepared: Prepared, out: Path, *, overwrite: bool = False) -> None:
+def keep(prepared: PreparedGeneration, out: Path, *, overwrite: bool = False) -> None:
     """Write the cache of a text to a file, whole or not at all.
 
     Args:
@@ -159,12 +159,12 @@ def keep(prepared: Prepared, out: Path, *, overwrite: bool = False) -> None:
     """
     folder = find_folder(prepared.options.model)
     made_by = REFERENCE if folder is None else str(folder.resolve())
-    save_cache(prepared.cache, prepared.judged.model, out, tokens=prepared.tokens, made_by=made_by, overwrite=overwrite)
+    save_cache(prepared.cache, prepared.loaded.model, out, tokens=prepared.tokens, made_by=made_by, overwrite=overwrite)
 
 
 def recall(
-    path: Path, questions: Sequence[str], model: str | None, more: int, *, beyond: bool = False
-) -> Iterator[Prepared]:
+    path: Path, questions: Sequence[str], model: str | None, more: int, *, allow_longer: bool = False
+) -> Iterator[PreparedGeneration]:
     """Load a cache and its model, and put each question behind the text, as if the others had not been asked.
 
     Args:
@@ -172,7 +172,7 @@ def recall(
         questions: what is asked.
         model: folder of the model; None for the one that the file names.
         more: tokens that are to follow each.
-        beyond: whether to go on beyond the length that the model was made for.
+        allow_longer: whether to go on beyond the length that the model was made for.
 
     Returns:
         what each question needs, one after another; all of them were looked at.
@@ -181,21 +181,21 @@ def recall(
         ValueError: if the file cannot be used, or a question is empty or too long.
     """
     named = model or _maker(path)
-    judged = _load(named)
-    cache, tokens = load_cache(path, judged.model, beyond=beyond)
+    loaded = _load(named)
+    cache, tokens = load_cache(path, loaded.model, allow_longer=allow_longer)
     if tokens is None:
         raise ValueError(f"{path} holds no tokens of its text: write it with `hyperattention cache`, or save_cache(tokens=)")
-    asked = [codec_of(judged).encode(question, first=False)[None] for question in questions]
+    asked = [codec_of(loaded).encode(question, first=False)[None] for question in questions]
     if not all(each.shape[1] for each in asked):
         raise ValueError("the question is empty: say what the model is to go on from")
-    _check_length(judged, tokens.shape[1] + max(each.shape[1] for each in asked) + more, beyond)
-    options = Options(named, seed=cache.seed, budget=cache.room.budget)
+    _check_length(loaded, tokens.shape[1] + max(each.shape[1] for each in asked) + more, allow_longer)
+    options = GenerationOptions(named, seed=cache.seed, budget=cache.room.budget)
     if tokens.shape[0] != 1:
         raise ValueError(
             f"{path} holds {tokens.shape[0]} texts, and one is asked about at a time: write a cache of one text"
         )
     texts = [torch.cat([tokens.cpu(), each], 1) for each in asked]
-    return (Prepared(judged, text, copy.deepcopy(cache), options) for text in texts)
+    return (PreparedGeneration(loaded, text, copy.deepcopy(cache), options) for text in texts)
 
 
 def _maker(path: Path) -> str:
@@ -205,7 +205,9 @@ def _maker(path: Path) -> str:
     return named
 
 
-def show(prepared: Prepared, console: Console, *, reading: Stretch | None = None, writing: Stretch | None = None) -> None:
+def show(
+    prepared: PreparedGeneration, console: Console, *, reading: Throughput | None = None, writing: Throughput | None = None
+) -> None:
     """Print what the cache cost, what it kept, and how fast tokens were read and written.
 
     Args:

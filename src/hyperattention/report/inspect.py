@@ -16,21 +16,21 @@ from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.plan import Plan
 from hyperattention.files.plan_file import load_plan
 from hyperattention.files.records import find_processor
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.watch import CallInputs
-from hyperattention.report.demo import Options as Texts
-from hyperattention.report.demo import Prepared, prepare
+from hyperattention.report.demo import DemoOptions as Texts
+from hyperattention.report.demo import PreparedDemo, prepare
 from hyperattention.report.maps import MapStyle, error_against_time, head_map, method_map
 from hyperattention.report.page import Section, write_page
 from hyperattention.report.progress import progress
 
 
 @dataclass(frozen=True)
-class Options:
+class InspectOptions:
     """What the user asked for.
 
     Args:
@@ -43,19 +43,19 @@ class Options:
     plan: Path | None = None
     texts: Texts = field(default_factory=lambda: Texts(documents=1))
     rows: int = 256
-    ladder: tuple[Approach, ...] | None = None
+    ladder: tuple[AttentionMethod, ...] | None = None
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedInspection:
     """All that can be wrong with the options is found before anything slow begins."""
 
-    options: Options
-    prepared: Prepared
+    options: InspectOptions
+    prepared: PreparedDemo
     plan: Plan | None
 
 
-def ready(options: Options) -> Ready:
+def ready(options: InspectOptions) -> PreparedInspection:
     """Load model, text and plan; a plan of another model is refused.
 
     Args:
@@ -67,11 +67,11 @@ def ready(options: Options) -> Ready:
     plan = None if options.plan is None else load_plan(options.plan)
     prepared = prepare(options.texts)
     if plan is not None:
-        plan.check(prepared.judged.model)
-    return Ready(options, prepared, plan)
+        plan.check(prepared.loaded.model)
+    return PreparedInspection(options, prepared, plan)
 
 
-def run(prepared: Ready, console: Console) -> list[LayerFigures]:
+def run(prepared: PreparedInspection, console: Console) -> list[LayerFigures]:
     """Take the figures of every layer that a method could serve, with a bar.
 
     Args:
@@ -84,10 +84,10 @@ def run(prepared: Ready, console: Console) -> list[LayerFigures]:
     Raises:
         ValueError: if there is no such layer.
     """
-    options, judged, sample = prepared.options, prepared.prepared.judged, prepared.prepared.samples[0]
+    options, loaded, sample = prepared.options, prepared.prepared.loaded, prepared.prepared.samples[0]
     ladder = options.ladder or candidates(len(sample.tokens))
     found: list[LayerFigures] = []
-    with progress(console, "inspect", fingerprint(judged.model).num_layers) as on_step:
+    with progress(console, "inspect", fingerprint(loaded.model).num_layers) as on_step:
 
         def look(call: CallInputs) -> None:
             on_step(f"layer {call.layer}")
@@ -96,9 +96,9 @@ def run(prepared: Ready, console: Console) -> list[LayerFigures]:
                 warm_up(call, (*ladder, served))
             found.append(inspect_layer(call, served, ladder, rows=options.rows, seed=options.texts.seed))
 
-        watch_exact(judged, sample, look)
+        watch_exact(loaded, sample, look)
     if not found:
-        raise ValueError(f"no attention call of {judged.name} can be approximated: there is nothing to show")
+        raise ValueError(f"no attention call of {loaded.name} can be approximated: there is nothing to show")
     return found
 
 
@@ -109,7 +109,7 @@ def _served(plan: Plan | None, call: CallInputs) -> ByHead:
     return plan.layers.get(call.layer, ByHead((Exact(),) * heads))
 
 
-def save(prepared: Ready, layers: Sequence[LayerFigures], path: Path) -> None:
+def save(prepared: PreparedInspection, layers: Sequence[LayerFigures], path: Path) -> None:
     """Write the page.
 
     Args:
@@ -117,13 +117,13 @@ def save(prepared: Ready, layers: Sequence[LayerFigures], path: Path) -> None:
         layers: the figures of each layer.
         path: the page.
     """
-    judged = prepared.prepared.judged
-    write_page(path, f"Attention of {judged.name}", _introduce(prepared, layers), _sections(prepared, layers))
+    loaded = prepared.prepared.loaded
+    write_page(path, f"Attention of {loaded.name}", _introduce(prepared, layers), _sections(prepared, layers))
 
 
-def _introduce(prepared: Ready, layers: Sequence[LayerFigures]) -> list[str]:
+def _introduce(prepared: PreparedInspection, layers: Sequence[LayerFigures]) -> list[str]:
     length, rows = layers[0].num_keys, prepared.options.rows
-    device = prepared.prepared.judged.model.device
+    device = prepared.prepared.loaded.model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else find_processor()
     shares = [share for layer in layers for share in layer.shares]
     errors = [error for layer in layers for error in layer.figures["error"]]
@@ -147,7 +147,7 @@ def _why_not(plan: Plan) -> str:
     return f"At this length the plan runs exact attention: it pays from {plan.crossover:,} keys on."
 
 
-def _sections(prepared: Ready, layers: Sequence[LayerFigures]) -> list[Section]:
+def _sections(prepared: PreparedInspection, layers: Sequence[LayerFigures]) -> list[Section]:
     chosen = "default method" if prepared.plan is None else "plan"
     return [*_cost_sections(layers), *_mass_sections(layers), *_row_sections(layers), *_choice_sections(layers, chosen)]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from plotly.graph_objects import Figure, Heatmap, Scatter
 
 from hyperattention.calibration.head_statistics import LayerFigures
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.method import Method
 from hyperattention.report.method_names import short_name
 from hyperattention.select.draw import Draw
@@ -145,7 +145,7 @@ _HOVER = "%{text}<br>%{x:.1f} ms, error %{y:.4f}<extra></extra>"
 
 
 def _add_points(
-    figure: Figure, layers: Sequence[LayerFigures], methods: Sequence[Approach], name: str, *, shown: bool
+    figure: Figure, layers: Sequence[LayerFigures], methods: Sequence[AttentionMethod], name: str, *, shown: bool
 ) -> None:
     points = []
     for method in methods:
@@ -170,7 +170,7 @@ def _mean_point(layers: Sequence[LayerFigures], places: Sequence[int]) -> tuple[
     return 1000 * time, sum(errors) / len(errors)
 
 
-def _family(method: Approach) -> str:
+def _family(method: AttentionMethod) -> str:
     if not isinstance(method, Method):
         return short_name(method)
     draws = [type(stage.by).__name__ for stage in method.stages if isinstance(stage, Draw)]

@@ -1,6 +1,6 @@
 """Methods in a few words, for tables and maps."""
 
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.select.draw import Draw
@@ -8,7 +8,7 @@ from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 
 
-def short_name(method: Approach) -> str:
+def short_name(method: AttentionMethod) -> str:
     """Name a method in a few words, for tables and maps.
 
     Args:

@@ -9,7 +9,7 @@ from string import Template
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
-from hyperattention.files.atomic_write import write_whole
+from hyperattention.files.atomic_write import atomic_write
 from hyperattention.files.outputs import MARK
 
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def write_page(path: Path, title: str, lines: Sequence[str], sections: Sequence[
         sections="\n".join(_section(section, number) for number, section in enumerate(sections)),
         figures=figures,
     )
-    write_whole(path, page)
+    atomic_write(path, page)
 
 
 def _section(section: Section, number: int) -> str:

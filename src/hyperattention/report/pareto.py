@@ -6,15 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hyperattention.bench.call import Call
-from hyperattention.bench.entrants import Entrant, entrants
-from hyperattention.bench.frontier import Care, Point, measure_frontier, steps_of
+from hyperattention.bench.call import BenchCall
+from hyperattention.bench.candidates import Candidate, candidates
+from hyperattention.bench.frontier import MeasureSettings, Point, measure_frontier, steps_of
 from hyperattention.bench.ranking import not_told_apart, rank
 from hyperattention.files.records import write_records
-from hyperattention.reference.evaluate import Judgement, evaluate
-from hyperattention.reference.model import Judged
+from hyperattention.reference.evaluate import ModelJudgement, evaluate
+from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import capture
-from hyperattention.reference.samples import Sample
+from hyperattention.reference.samples import EvaluationSample
 from hyperattention.report import demo
 from hyperattention.report.narrow import print_table
 from hyperattention.report.pareto_plot import plot_pareto
@@ -27,7 +27,7 @@ STRUCTURED_HEADS = 4
 
 
 @dataclass(frozen=True)
-class Options:
+class ParetoOptions:
     """What the user asked for.
 
     Args:
@@ -39,21 +39,21 @@ class Options:
         loss: whether the model runs with every method but the oracle in all its layers.
     """
 
-    inputs: demo.Options = field(default_factory=demo.Options)
+    inputs: demo.DemoOptions = field(default_factory=demo.DemoOptions)
     budgets: tuple[int, ...] = (512, 1024, 2048)
     methods: tuple[str, ...] | None = None
-    care: Care = field(default_factory=Care)
+    care: MeasureSettings = field(default_factory=MeasureSettings)
     seeds: int = 1
     loss: bool = True
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedPareto:
     """All that can be wrong with the options is found before anything slow begins."""
 
-    options: Options
-    who: tuple[Entrant, ...]
-    inputs: demo.Prepared
+    options: ParetoOptions
+    who: tuple[Candidate, ...]
+    inputs: demo.PreparedDemo
 
     @property
     def length(self) -> int:
@@ -62,11 +62,11 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Results:
+class ParetoResults:
     """What was measured: time and error on two kinds of inputs, and what the methods did to the model."""
 
     points: dict[str, tuple[Point, ...]]
-    judgements: tuple[Judgement, ...]
+    judgements: tuple[ModelJudgement, ...]
 
 
 def parse_budgets(text: str) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def parse_budgets(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def prepare(options: Options) -> Prepared:
+def prepare(options: ParetoOptions) -> PreparedPareto:
     """List the methods, load the model and cut its text.
 
     Args:
@@ -97,15 +97,17 @@ def prepare(options: Options) -> Prepared:
         what the command needs to run.
 
     """
-    who = entrants(options.budgets, options.methods)
-    return Prepared(options, who, demo.prepare(options.inputs))
+    who = candidates(options.budgets, options.methods)
+    return PreparedPareto(options, who, demo.prepare(options.inputs))
 
 
-def model_calls(judged: Judged, samples: Sequence[Sample], exact: Entrant, seed: int) -> tuple[Call, ...]:
+def model_calls(
+    loaded: LoadedModel, samples: Sequence[EvaluationSample], exact: Candidate, seed: int
+) -> tuple[BenchCall, ...]:
     """Take a model's own queries, keys and values, of all layers.
 
     Args:
-        judged: the model.
+        loaded: the model.
         samples: what it reads.
         exact: exact attention, which it runs.
         seed: of the first sample; each further sample gets the next.
@@ -114,13 +116,13 @@ def model_calls(judged: Judged, samples: Sequence[Sample], exact: Entrant, seed:
         a call for each sample and layer.
     """
     return tuple(
-        Call(each.q, each.k, each.v, each.scale, each.layer, seed + turn)
+        BenchCall(each.q, each.k, each.v, each.scale, each.layer, seed + turn)
         for turn, sample in enumerate(samples)
-        for each in capture(judged, sample, exact.row)
+        for each in capture(loaded, sample, exact.row)
     )
 
 
-def structured_calls(length: int, count: int, seed: int) -> tuple[Call, ...]:
+def structured_calls(length: int, count: int, seed: int) -> tuple[BenchCall, ...]:
     """Make structured inputs, of heads from diffuse to sharp.
 
     Args:
@@ -132,10 +134,10 @@ def structured_calls(length: int, count: int, seed: int) -> tuple[Call, ...]:
         a call each.
     """
     made = (structured(length, heads=STRUCTURED_HEADS, seed=seed + turn) for turn in range(count))
-    return tuple(Call(each.q, each.k, each.v, seed=seed + turn) for turn, each in enumerate(made))
+    return tuple(BenchCall(each.q, each.k, each.v, seed=seed + turn) for turn, each in enumerate(made))
 
 
-def run(prepared: Prepared, console: Console) -> Results:
+def run(prepared: PreparedPareto, console: Console) -> ParetoResults:
     """Measure all parts, with a bar for each.
 
     Args:
@@ -146,9 +148,9 @@ def run(prepared: Prepared, console: Console) -> Results:
         the results.
     """
     options, who = prepared.options, prepared.who
-    judged, samples, seed = prepared.inputs.judged, prepared.inputs.samples, options.inputs.seed
+    loaded, samples, seed = prepared.inputs.loaded, prepared.inputs.samples, options.inputs.seed
     calls = {
-        MODEL: model_calls(judged, samples[: options.seeds], who[0], seed),
+        MODEL: model_calls(loaded, samples[: options.seeds], who[0], seed),
         STRUCTURED: structured_calls(prepared.length, options.seeds, seed),
     }
     parts, points = 2 + options.loss, {}
@@ -157,16 +159,16 @@ def run(prepared: Prepared, console: Console) -> Results:
     for turn, (name, given) in enumerate(calls.items(), 1):
         with progress(console, f"{turn}/{parts} {name} q, k, v", steps_of(given, who, care[name])) as on_step:
             points[name] = measure_frontier(given, who, care[name], on_step)
-    judgements: tuple[Judgement, ...] = ()
+    judgements: tuple[ModelJudgement, ...] = ()
     if options.loss:
-        rows = [entrant.row for entrant in who if not entrant.oracle]
+        rows = [candidate.row for candidate in who if not candidate.oracle]
         with progress(console, "3/3 loss and retrieval", len(rows) * len(samples)) as on_step:
             # errors were measured before, on the same inputs for all
-            judgements = evaluate(judged, samples, rows, seed=seed, audit_rows=0, on_step=on_step)
-    return Results(points, judgements)
+            judgements = evaluate(loaded, samples, rows, seed=seed, audit_rows=0, on_step=on_step)
+    return ParetoResults(points, judgements)
 
 
-def show(prepared: Prepared, results: Results, console: Console) -> None:
+def show(prepared: PreparedPareto, results: ParetoResults, console: Console) -> None:
     """Print the tables, and where the measurement cannot tell methods apart.
 
     Args:
@@ -174,14 +176,14 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
         results: what was measured.
         console: where to.
     """
-    judged, length = prepared.inputs.judged.name, prepared.length
-    titles = {MODEL: f"1. {judged}'s own q, k, v", STRUCTURED: "2. structured q, k, v"}
+    loaded, length = prepared.inputs.loaded.name, prepared.length
+    titles = {MODEL: f"1. {loaded}'s own q, k, v", STRUCTURED: "2. structured q, k, v"}
     for name, points in results.points.items():
         print_table(console, frontier_table(points, f"{titles[name]}, {length:,} tokens, causal"))
     if results.judgements:
         count = len(prepared.inputs.samples)
         print_table(
-            console, loss_table(results.judgements, f"3. {judged}, {count} x {length:,} tokens, all layers replaced")
+            console, loss_table(results.judgements, f"3. {loaded}, {count} x {length:,} tokens, all layers replaced")
         )
         if results.judgements[0].depths:
             print_table(console, depth_table(results.judgements))
@@ -190,7 +192,7 @@ def show(prepared: Prepared, results: Results, console: Console) -> None:
             console.print(f"The order of these may be chance ({found['of']}): {' ~ '.join(chain)}")
 
 
-def rankings(results: Results) -> list[dict]:
+def rankings(results: ParetoResults) -> list[dict]:
     """Rank methods by error at each budget, on each kind of inputs, and by the loss they add.
 
     Args:
@@ -201,8 +203,8 @@ def rankings(results: Results) -> list[dict]:
     """
     found = []
     for name, points in results.points.items():
-        for slots in dict.fromkeys(each.entrant.slots for each in points if each.entrant.slots is not None):
-            pieces = {each.entrant.title: each.pieces for each in points if each.entrant.slots == slots}
+        for slots in dict.fromkeys(each.candidate.slots for each in points if each.candidate.slots is not None):
+            pieces = {each.candidate.title: each.pieces for each in points if each.candidate.slots == slots}
             found.append({"of": f"error, {name} q, k, v, {slots:,} keys a query", "slots": slots, "steps": rank(pieces)})
     if results.judgements:
         # documents are read in the same order by all, if not by all of them
@@ -212,7 +214,7 @@ def rankings(results: Results) -> list[dict]:
     return [{"part": "ranking", **each, "not_told_apart": not_told_apart(each["steps"])} for each in found]
 
 
-def records_of(prepared: Prepared, results: Results) -> list[dict[str, object]]:
+def records_of(prepared: PreparedPareto, results: ParetoResults) -> list[dict[str, object]]:
     """Give all that was measured as records.
 
     Args:
@@ -223,7 +225,7 @@ def records_of(prepared: Prepared, results: Results) -> list[dict[str, object]]:
         a record for each kind of inputs, method and budget; for each method run in the model; and what is not told apart.
     """
     shared = {"length": prepared.length, "seed": prepared.options.inputs.seed}
-    model = {"model": prepared.inputs.judged.name}
+    model = {"model": prepared.inputs.loaded.name}
     care = {"audit_rows": prepared.options.care.audit_rows, "seeds": prepared.options.seeds}
     found: list[dict[str, object]] = []
     for name, points in results.points.items():
@@ -234,7 +236,7 @@ def records_of(prepared: Prepared, results: Results) -> list[dict[str, object]]:
     return [*found, *rankings(results)]
 
 
-def save(prepared: Prepared, results: Results, *, plot: Path | None, records: Path | None) -> None:
+def save(prepared: PreparedPareto, results: ParetoResults, *, plot: Path | None, records: Path | None) -> None:
     """Write the plot and the records.
 
     Args:
@@ -246,6 +248,6 @@ def save(prepared: Prepared, results: Results, *, plot: Path | None, records: Pa
     if records is not None:
         write_records(records, records_of(prepared, results), kind="pareto")
     if plot is not None:
-        titles = {MODEL: f"{prepared.inputs.judged.name}'s own q, k, v", STRUCTURED: "structured q, k, v"}
+        titles = {MODEL: f"{prepared.inputs.loaded.name}'s own q, k, v", STRUCTURED: "structured q, k, v"}
         named = {f"{titles[name]}, {prepared.length:,} tokens": points for name, points in results.points.items()}
         plot_pareto(plot, named, prepared.who, results.judgements)

@@ -7,9 +7,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hyperattention.bench.entrants import OWN, Entrant
+from hyperattention.bench.candidates import OWN, Candidate
 from hyperattention.bench.frontier import Point
-from hyperattention.reference.evaluate import Judgement
+from hyperattention.reference.evaluate import ModelJudgement
 from hyperattention.report.picture import save_picture
 from hyperattention.report.plots import scale_seconds
 
@@ -19,7 +19,7 @@ _LINEAR_NATS = 1e-3
 
 
 def plot_pareto(
-    path: Path, points: Mapping[str, Sequence[Point]], who: Sequence[Entrant], judgements: Sequence[Judgement] = ()
+    path: Path, points: Mapping[str, Sequence[Point]], who: Sequence[Candidate], judgements: Sequence[ModelJudgement] = ()
 ) -> None:
     """Plot a panel for each kind of inputs, and one of loss where it was measured.
 
@@ -43,18 +43,18 @@ def plot_pareto(
     save_picture(figure, path, 130)
 
 
-def _styles(who: Sequence[Entrant]) -> dict[str, dict]:
+def _styles(who: Sequence[Candidate]) -> dict[str, dict]:
     """Give each family a colour of its own; the oracle, which is no method, a broken line."""
     colours = (colormaps["tab20"](number) for number in range(2, 20))
     # shades of one colour for this project's methods, the most careful darkest
     own = (colormaps["Blues"](0.95 - 0.13 * number) for number in range(len(OWN)))
     styles: dict[str, dict] = {}
-    for entrant in who:
-        if entrant.family not in styles and not entrant.exact:
-            ours = entrant.family in OWN
+    for candidate in who:
+        if candidate.family not in styles and not candidate.exact:
+            ours = candidate.family in OWN
             colour = next(own) if ours else next(colours, "0.2")
-            line, wide = ("--" if entrant.oracle else "-"), (2.4 if ours else 1.2)
-            styles[entrant.family] = {"color": colour, "linestyle": line, "linewidth": wide}
+            line, wide = ("--" if candidate.oracle else "-"), (2.4 if ours else 1.2)
+            styles[candidate.family] = {"color": colour, "linestyle": line, "linewidth": wide}
     return styles
 
 
@@ -62,21 +62,21 @@ def _plot_errors(panel: Axes, points: Sequence[Point], styles: Mapping[str, dict
     # what saved no pairs is exact up to rounding, far below everything else
     shown = sorted((each for each in points if each.approximated), key=lambda each: each.cost.pairs)
     for family, style in styles.items():
-        curve = [each for each in shown if each.entrant.family == family]
+        curve = [each for each in shown if each.candidate.family == family]
         if not curve:
             continue
         times, errors = [each.timing.median for each in curve], [each.error.mean for each in curve]
         below = [each.error.mean - each.error.low for each in curve]
         above = [each.error.high - each.error.mean for each in curve]
-        panel.errorbar(times, errors, yerr=[below, above], capsize=2, label=curve[0].entrant.title, **style)
+        panel.errorbar(times, errors, yerr=[below, above], capsize=2, label=curve[0].candidate.title, **style)
         for each, seconds, error in zip(curve, times, errors, strict=True):
             # a dominated point is hollow
             face = style["color"] if each.front else "white"
             panel.plot([seconds], [error], "o", color=style["color"], markerfacecolor=face, markersize=6)
     for each in points:
-        if each.entrant.exact:
+        if each.candidate.exact:
             # an error of 0 has no place on a logarithmic axis
-            panel.axvline(each.timing.median, color=_EXACT, linestyle=":", label=f"{each.entrant.title}: error 0")
+            panel.axvline(each.timing.median, color=_EXACT, linestyle=":", label=f"{each.candidate.title}: error 0")
     scale_seconds(panel)
     panel.set_yscale("log")
     panel.set_xlabel("time of the attention calls, seconds")
@@ -84,7 +84,9 @@ def _plot_errors(panel: Axes, points: Sequence[Point], styles: Mapping[str, dict
     panel.grid(alpha=0.3, which="both")
 
 
-def _plot_losses(panel: Axes, judgements: Sequence[Judgement], who: Sequence[Entrant], styles: Mapping[str, dict]) -> None:
+def _plot_losses(
+    panel: Axes, judgements: Sequence[ModelJudgement], who: Sequence[Candidate], styles: Mapping[str, dict]
+) -> None:
     found = {each.row: each for each in judgements}
     for family, style in styles.items():
         curve = [found[each.row.name] for each in who if each.family == family and each.row.name in found]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hyperattention.files.atomic_write import write_whole_bytes
+from hyperattention.files.atomic_write import atomic_write_bytes
 from hyperattention.files.outputs import MARK
 
 # the key under which each kind of file can say who made it; others cannot
@@ -24,4 +24,4 @@ def save_picture(figure: Figure, path: Path, dpi: int) -> None:
     metadata = {_MAKER[kind]: MARK} if kind in _MAKER else None
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=dpi, format=kind, metadata=metadata)
-    write_whole_bytes(path, drawn.getvalue())
+    atomic_write_bytes(path, drawn.getvalue())

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from hyperattention.bench.case import Case
 from hyperattention.bench.error import Error
 from hyperattention.bench.speed import Speed
-from hyperattention.reference.evaluate import Judgement
+from hyperattention.reference.evaluate import ModelJudgement
 from hyperattention.report.picture import save_picture
 
 _COLOURS = {
@@ -47,7 +47,7 @@ def _finish(axes: Axes, title: str) -> None:
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
 
-def plot_demo(path: Path, judgements: Sequence[Judgement], model: str, speeds: Sequence[Speed], case: Case) -> None:
+def plot_demo(path: Path, judgements: Sequence[ModelJudgement], model: str, speeds: Sequence[Speed], case: Case) -> None:
     """Plot error against time, on the model and on structured inputs side by side.
 
     Args:
@@ -86,9 +86,9 @@ def plot_bench(path: Path, results: Mapping[Case, Sequence[Speed]]) -> None:
             picked = [(case.length, speed) for case in cases for speed in results[case] if speed.row == row]
             style = {"color": _COLOURS.get(row, "0.2"), "marker": "o", "label": picked[-1][1].label}
             time.plot([n for n, _ in picked], [s.timing.median for _, s in picked], **style)
-            judged = [(n, s.error) for n, s in picked if s.error]
-            spread = [[e.mean - e.low for _, e in judged], [e.high - e.mean for _, e in judged]]
-            error.errorbar([n for n, _ in judged], [e.mean for _, e in judged], yerr=spread, capsize=3, **style)
+            loaded = [(n, s.error) for n, s in picked if s.error]
+            spread = [[e.mean - e.low for _, e in loaded], [e.high - e.mean for _, e in loaded]]
+            error.errorbar([n for n, _ in loaded], [e.mean for _, e in loaded], yerr=spread, capsize=3, **style)
             weighed = [(n, s.memory_bytes / 2**20) for n, s in picked if s.memory_bytes]
             memory.plot([n for n, _ in weighed], [size for _, size in weighed], **style)
         time.set_title(title, fontsize=9)

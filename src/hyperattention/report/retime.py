@@ -8,20 +8,20 @@ from rich.console import Console
 from hyperattention.calibration.retime import retime
 from hyperattention.files.plan import Plan
 from hyperattention.files.plan_file import load_plan, save_plan
-from hyperattention.report.demo import Options as Texts
-from hyperattention.report.demo import Prepared, prepare
+from hyperattention.report.demo import DemoOptions as Texts
+from hyperattention.report.demo import PreparedDemo, prepare
 from hyperattention.report.progress import progress
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRetime:
     """All that can be wrong with the options is found before anything slow begins."""
 
     plan: Plan
-    prepared: Prepared
+    prepared: PreparedDemo
 
 
-def ready(path: Path, texts: Texts) -> Ready:
+def ready(path: Path, texts: Texts) -> PreparedRetime:
     """Load plan, model and text; a plan of another model and a text too short for it are refused.
 
     Args:
@@ -33,11 +33,11 @@ def ready(path: Path, texts: Texts) -> Ready:
     """
     plan = load_plan(path)
     prepared = prepare(replace(texts, length=plan.measured.length, documents=1))
-    plan.check(prepared.judged.model)
-    return Ready(plan, prepared)
+    plan.check(prepared.loaded.model)
+    return PreparedRetime(plan, prepared)
 
 
-def run(found: Ready, out: Path, console: Console) -> Plan:
+def run(found: PreparedRetime, out: Path, console: Console) -> Plan:
     """Time the plan with a bar, and write it.
 
     Args:
@@ -48,9 +48,9 @@ def run(found: Ready, out: Path, console: Console) -> Plan:
     Returns:
         the plan with its new times.
     """
-    judged, sample = found.prepared.judged, found.prepared.samples[0]
+    loaded, sample = found.prepared.loaded, found.prepared.samples[0]
     with progress(console, "retime", len(found.plan.layers)) as on_step:
-        plan = retime(found.plan, judged, sample, on_step=on_step)
+        plan = retime(found.plan, loaded, sample, on_step=on_step)
     save_plan(plan, out)
     return plan
 

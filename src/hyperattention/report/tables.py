@@ -10,7 +10,7 @@ from hyperattention.bench.frontier import Point
 from hyperattention.bench.speed import Speed
 from hyperattention.bench.timing import Ratio
 from hyperattention.methods.base import Cost
-from hyperattention.reference.evaluate import Judgement
+from hyperattention.reference.evaluate import ModelJudgement
 
 
 def format_error(error: Error | None) -> str:
@@ -35,13 +35,13 @@ def format_memory(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
 
 
-def format_added(judgement: Judgement) -> str:
+def format_added(judgement: ModelJudgement) -> str:
     """Print the loss added, with its standard error over documents."""
     spread = "" if judgement.added_error is None else f" ± {judgement.added_error:.4f}"
     return f"{judgement.added_nats:+.4f}{spread}"
 
 
-def loss_table(judgements: Sequence[Judgement], title: str) -> Table:
+def loss_table(judgements: Sequence[ModelJudgement], title: str) -> Table:
     """Tabulate what the methods did to a model.
 
     Args:
@@ -77,7 +77,7 @@ _LOSS_NOTE = (
 )
 
 
-def depth_table(judgements: Sequence[Judgement]) -> Table:
+def depth_table(judgements: Sequence[ModelJudgement]) -> Table:
     """Tabulate retrieval by how far back the answer was set.
 
     Args:
@@ -135,17 +135,17 @@ def frontier_table(points: Sequence[Point], title: str) -> Table:
     for name in ("pairs/query", "to choose", "time", "vs exact", "error [95%]", "95th pct.", "norm", "worst head"):
         table.add_column(name, justify="right")
     table.add_column("front")
-    slots = points[0].entrant.slots
+    slots = points[0].candidate.slots
     for each in points:
-        if each.entrant.slots != slots:
-            slots = each.entrant.slots
+        if each.candidate.slots != slots:
+            slots = each.candidate.slots
             table.add_section()
         figures = (each.overall("percentile_95_bound"), each.overall("operator_error"), each.worst_head)
         table.add_row(
             each.label, _pairs(each.cost), f"{each.cost.selection_pairs:,.0f}", format_seconds(each.timing.median),
             f"{points[0].timing.median / each.timing.median:.2f}x", format_error(each.error),
             *(f"{value:.3f}" for value in figures), "front" if each.front else "dominated",
-            style=_style(each.entrant.family),
+            style=_style(each.candidate.family),
         )  # fmt: skip
     return table
 

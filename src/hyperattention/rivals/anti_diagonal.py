@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from hyperattention.check import positive
 from hyperattention.select.locate.top_blocks import block_runs, free_blocks
 from hyperattention.select.score.pooling import beyond, chunks, edges, seen_keys
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -70,15 +70,15 @@ class AntiDiagonal(Stage):
         """Count products of groups of queries and keys, per query: `stride` for every `stride` keys and queries."""
         return num_keys / (2 if causal else 1) / self.stride
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Sum, rank and take blocks."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
-        groups, left = self._groups(tiles), edges(tiles, taken)
+            return (), covered
+        groups, left = self._groups(tiles), edges(tiles, covered)
         parts = chunks(tiles, 2 * groups.key.shape[1] * groups.query.shape[2])
-        block = torch.cat([self._choose(tiles, groups, taken, left, part) for part in parts], 1)
-        return (block_runs(tiles, taken, block, self.block_size),), taken.with_blocks(block, self.block_size)
+        block = torch.cat([self._choose(tiles, groups, covered, left, part) for part in parts], 1)
+        return (block_runs(tiles, covered, block, self.block_size),), covered.with_blocks(block, self.block_size)
 
     def _groups(self, tiles: Tiles) -> _Groups:
         problem, stride = tiles.problem, self.stride
@@ -90,7 +90,7 @@ class AntiDiagonal(Stage):
         limit = pad(tiles.limit, (0, spare)).unflatten(2, (-1, stride)).amax(-1)
         return _Groups(query, key.unflatten(1, (-1, stride)).flatten(2, 3), tiles.by_list(limit).repeat(1, 1, problem.group))
 
-    def _choose(self, tiles: Tiles, groups: _Groups, taken: Taken, left: tuple[Tensor, ...], part: slice) -> Tensor:
+    def _choose(self, tiles: Tiles, groups: _Groups, covered: CoveredKeys, left: tuple[Tensor, ...], part: slice) -> Tensor:
         """Rank blocks for a chunk of tiles: numbers of the best, ascending; the number of blocks where too few are left."""
         problem, left = tiles.problem, tuple(x[:, part] for x in left)
         total = -(-problem.num_keys // self.block_size)
@@ -104,7 +104,7 @@ class AntiDiagonal(Stage):
         per_block = self.block_size // self.stride
         mass = pad(weight, (0, total * per_block - weight.shape[2])).unflatten(2, (total, per_block)).sum(3)
         block = torch.arange(total, dtype=torch.int64, device=key.device).expand_as(mass)
-        allowed = free_blocks(block, self.block_size, left, taken, part)
+        allowed = free_blocks(block, self.block_size, left, covered, part)
         mass = mass.masked_fill(~allowed, -torch.inf)
         if problem.causal:
             mass = mass.masked_fill(allowed & beyond(block * self.block_size, self.block_size, left), torch.inf)

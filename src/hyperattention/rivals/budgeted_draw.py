@@ -11,7 +11,7 @@ from hyperattention.random import uniform
 from hyperattention.select.density import Even
 from hyperattention.select.score.keys_left import key_runs
 from hyperattention.select.score.pooling import chunks, edges, pool_queries
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -81,17 +81,17 @@ class BudgetedDraw(Stage):
         """Count products of pooled queries with the pilot, per query; those with earlier stages' keys are not known here."""
         return min(self.pooled, tile) / tile * self.pilot
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Find the number of draws of every tile, and draw."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
-        begin, hole_begin, hole_end, end = edges(tiles, taken)
+            return (), covered
+        begin, hole_begin, hole_end, end = edges(tiles, covered)
         even = Even((begin, hole_begin, hole_end, end))
         query = pool_queries(tiles, self.pooled, problem.scale)
         pilot = even.at(_points(tiles, self.pilot, _PILOT)).clamp(0, problem.num_keys - 1)
-        counted = torch.ones_like(pilot, dtype=torch.bool) if not taken.blocks else ~taken.holds(pilot)
-        before, exact = _exact_part(tiles, taken)
+        counted = torch.ones_like(pilot, dtype=torch.bool) if not covered.blocks else ~covered.holds(pilot)
+        before, exact = _exact_part(tiles, covered)
         numbers = (self.pilot + before.shape[2]) * (problem.k.shape[3] + 3 * query.shape[2])
         budget = []
         for part in chunks(tiles, numbers):
@@ -105,7 +105,7 @@ class BudgetedDraw(Stage):
         point = (slot + torch.where(few, 0.5, noise)) / number.clamp(min=1)
         log_weight = (even.count.float() / number.clamp(min=1)).log().masked_fill(slot >= number, -torch.inf)
         index = even.at(point.clamp(max=1.0)).clamp(0, problem.num_keys - 1)
-        return (key_runs(tiles, taken, index, log_weight),), taken
+        return (key_runs(tiles, covered, index, log_weight),), covered
 
     def _budget(self, inside: Tensor, outside: Tensor, count: Tensor) -> Tensor:
         """Find the number of draws: ``[lists, chunk, 1]``, from scores of the pilot and of the exact part."""
@@ -134,20 +134,20 @@ def _points(tiles: Tiles, num: int, stream: int) -> Tensor:
     return ((slot + noise) / num).repeat(tiles.problem.k.shape[0], 1, 1)
 
 
-def _exact_part(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor]:
+def _exact_part(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor]:
     """List the keys that earlier stages took: ``[lists, tiles, keys]``, and which of those slots count."""
     problem, end = tiles.problem, tiles.by_list(tiles.visible_end)[..., None]
     device, shape = problem.device, (*end.shape[:2], -1)
-    prefix = torch.arange(taken.prefix, dtype=torch.int64, device=device).expand(shape)
+    prefix = torch.arange(covered.prefix, dtype=torch.int64, device=device).expand(shape)
     index, live = [prefix], [prefix < end]
-    if taken.gap is not None:
-        low, high = (tiles.by_list(x)[..., None] for x in taken.gap)
+    if covered.gap is not None:
+        low, high = (tiles.by_list(x)[..., None] for x in covered.gap)
         # of all keys taken by place no more than `placed` lie in the window
-        index.append(low + torch.arange(taken.placed, dtype=torch.int64, device=device))
-        live.append((index[-1] >= taken.prefix) & (index[-1] < torch.minimum(high, end)))
-    for block, size in taken.blocks:
+        index.append(low + torch.arange(covered.placed, dtype=torch.int64, device=device))
+        live.append((index[-1] >= covered.prefix) & (index[-1] < torch.minimum(high, end)))
+    for block, size in covered.blocks:
         index.append((block[..., None] * size + torch.arange(size, dtype=torch.int64, device=device)).flatten(2))
-        begin, hole_begin, hole_end, _ = edges(tiles, taken)
+        begin, hole_begin, hole_end, _ = edges(tiles, covered)
         hole = (index[-1] >= hole_begin) & (index[-1] < hole_end)
         live.append((index[-1] >= begin) & (index[-1] < end) & ~hole)
     return torch.cat(index, 2).clamp(0, problem.num_keys - 1), torch.cat(live, 2)

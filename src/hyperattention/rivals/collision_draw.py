@@ -10,7 +10,7 @@ from hyperattention.check import positive
 from hyperattention.random import normal, uniform
 from hyperattention.select.score.keys_left import key_runs, keys_left
 from hyperattention.select.score.pooling import chunks, edges, pool_queries
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -86,23 +86,23 @@ class CollisionDraw(Stage):
         """Count projections of a key and of a tile's query, and the angles of those listed; comparisons are no products."""
         return self.bits * self.tables * (1.0 + 1.0 / tile) + self.num / tile
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Hash, compare, and list the keys that collide, or all where they are few."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
-        hashed, left = self._hash(tiles, taken), edges(tiles, taken)
+            return (), covered
+        hashed, left = self._hash(tiles, covered), edges(tiles, covered)
         parts = chunks(tiles, 8 * problem.num_keys + self.num * (problem.k.shape[3] + 8))
-        drawn = [self._draw(tiles, hashed, keys_left(tiles, taken, left, part), part) for part in parts]
+        drawn = [self._draw(tiles, hashed, keys_left(tiles, covered, left, part), part) for part in parts]
         index, log_weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
-        return (key_runs(tiles, taken, index, log_weight),), taken
+        return (key_runs(tiles, covered, index, log_weight),), covered
 
-    def _hash(self, tiles: Tiles, taken: Taken) -> _Hashed:
+    def _hash(self, tiles: Tiles, covered: CoveredKeys) -> _Hashed:
         problem, device = tiles.problem, tiles.problem.device
         query = pool_queries(tiles, 1, 1.0).mean(2)
         k = problem.k.to(query.dtype)
         # a tile that sees no more lists all it sees: every other tile may look at these
-        centred = k - k[:, :, taken.prefix : taken.prefix + self.num].mean(2, keepdim=True)
+        centred = k - k[:, :, covered.prefix : covered.prefix + self.num].mean(2, keepdim=True)
         head = problem.head_index[:, None, None]
         axis, bit = (
             torch.arange(k.shape[3], dtype=torch.int64, device=device)[:, None],

@@ -10,7 +10,7 @@ from hyperattention.check import positive
 from hyperattention.random import uniform
 from hyperattention.select.score.keys_left import key_runs, keys_left
 from hyperattention.select.score.pooling import chunks, edges, pool_queries
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -73,21 +73,21 @@ class PriorityDraw(Stage):
         """Count products of pooled queries with all keys, per query."""
         return min(self.pooled, tile) / tile * num_keys / (2 if causal else 1)
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Score, and keep the keys of the highest priority."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
-        query, left = pool_queries(tiles, self.pooled, problem.scale), edges(tiles, taken)
+            return (), covered
+        query, left = pool_queries(tiles, self.pooled, problem.scale), edges(tiles, covered)
         k = problem.k.flatten(0, 1).to(query.dtype)
         drawn = []
         # scores, and the integers of a hash a key
         for part in chunks(tiles, problem.num_keys * (2 * query.shape[2] + 8)):
-            free = keys_left(tiles, taken, left, part)
+            free = keys_left(tiles, covered, left, part)
             weight = self._weights(query[:, part], k[:, : free.shape[2]], free)
             drawn.append(self._draw(weight, _noise(tiles, part, free.shape[2])))
         index, log_weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
-        return (key_runs(tiles, taken, index, log_weight),), taken
+        return (key_runs(tiles, covered, index, log_weight),), covered
 
     def _weights(self, query: Tensor, k: Tensor, free: Tensor) -> Tensor:
         """Weigh the keys of a chunk, ``[lists, chunk, seen]``; 0 for those taken, and positive for all others."""

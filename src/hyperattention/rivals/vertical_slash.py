@@ -11,7 +11,7 @@ from hyperattention.exact import grouped_scores
 from hyperattention.select.locate.top_blocks import block_runs, free_blocks
 from hyperattention.select.score.keys_left import key_runs, keys_left
 from hyperattention.select.score.pooling import edges
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -57,26 +57,26 @@ class VerticalSlash(Stage):
         """Count products of the last queries with all keys, spread over the queries."""
         return float(min(self.last, num_keys))
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Estimate columns and diagonals, and take the best."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
-        left = edges(tiles, taken)
-        weight, origin = self._estimate(tiles, taken, left)
+            return (), covered
+        left = edges(tiles, covered)
+        weight, origin = self._estimate(tiles, covered, left)
         distance = self._distances(weight, origin, tiles.size, problem.causal)
         total = -(-problem.num_keys // tiles.size)
         block = (tiles.by_list(tiles.start) // tiles.size)[..., None] - distance[:, None]
-        outside = (block < 0) | (block >= total) | ~free_blocks(block, tiles.size, left, taken, slice(None))
+        outside = (block < 0) | (block >= total) | ~free_blocks(block, tiles.size, left, covered, slice(None))
         block = pad(block.masked_fill(outside, total).sort(-1)[0], (0, self.slashes - block.shape[2]), value=total)
-        slashes, taken = block_runs(tiles, taken, block, tiles.size), taken.with_blocks(block, tiles.size)
+        slashes, covered = block_runs(tiles, covered, block, tiles.size), covered.with_blocks(block, tiles.size)
         index = weight.sum(1).topk(min(self.verticals, problem.num_keys), dim=-1)[1].sort(-1)[0]
         index = pad(index, (0, self.verticals - index.shape[1]), value=problem.num_keys)
         index = index[:, None].expand(-1, len(tiles.index), -1).contiguous()
-        verticals = key_runs(tiles, taken, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
-        return (slashes, verticals), taken.with_blocks(index, 1)
+        verticals = key_runs(tiles, covered, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
+        return (slashes, verticals), covered.with_blocks(index, 1)
 
-    def _estimate(self, tiles: Tiles, taken: Taken, left: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _estimate(self, tiles: Tiles, covered: CoveredKeys, left: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Weigh keys for the last queries.
 
         Returns:
@@ -94,7 +94,7 @@ class VerticalSlash(Stage):
         hidden = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device) >= limit[..., None]
         weight = torch.softmax(score.masked_fill_(hidden[:, None], -torch.inf), -1)
         first = (problem.num_queries - count + tiles.front) // tiles.size
-        free = keys_left(tiles, taken, left, slice(first, len(tiles.index)))
+        free = keys_left(tiles, covered, left, slice(first, len(tiles.index)))
         free = pad(free, (0, problem.num_keys - free.shape[2]))[:, place // tiles.size - first]
         # a row that is not finite tells nothing
         weight = torch.nan_to_num_(weight, nan=0.0).sum(1).masked_fill_(~free, 0.0)

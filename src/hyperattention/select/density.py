@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.select.score.pooling import edges
-from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 
@@ -60,12 +60,12 @@ class Density(ABC):
         return False
 
     @abstractmethod
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Do what is done once for all tiles.
 
         Args:
             tiles: the tiled problem.
-            taken: keys of earlier stages; only keys inside `taken.bounds` may be drawn.
+            covered: keys of earlier stages; only keys inside `taken.bounds` may be drawn.
             num: draws that each tile will make.
 
         Returns:
@@ -126,7 +126,7 @@ class Uniform(Density):
         """Position alone decides."""
         return False
 
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Delimit what is left of every tile."""
-        left = edges(tiles, taken)
+        left = edges(tiles, covered)
         return lambda part: Even((left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))

@@ -10,9 +10,9 @@ from hyperattention.check import positive
 from hyperattention.random import uniform
 from hyperattention.select.density import Density, Distribution, Even, Uniform
 from hyperattention.select.score.pooling import chunks, edges
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
-from hyperattention.types import Runs, Sample
+from hyperattention.types import DrawnSlots, Runs
 
 
 @dataclass(frozen=True)
@@ -68,37 +68,37 @@ class Draw(Stage):
         """Count query-key products spent on the density, per query."""
         return sum(density.selection_pairs(num_keys, tile, head_dim, causal, num) for density, num in self._shares())
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Draw keys, or list them all where they are few."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
-        left = edges(tiles, taken)
-        parts = self._components(tiles, taken)
+            return (), covered
+        left = edges(tiles, covered)
+        parts = self._components(tiles, covered)
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
         seams = [seam for density, num in self._shares() for seam in density.seams(tiles, num)]
-        drawn = [self._few(_drawn(parts, part), left, tiles, taken, part) for part in chunks(tiles, numbers, seams)]
+        drawn = [self._few(_drawn(parts, part), left, tiles, covered, part) for part in chunks(tiles, numbers, seams)]
         index, weight, listings = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
-        if taken.blocks:
-            weight = weight.masked_fill(taken.holds(index), -torch.inf)
+        if covered.blocks:
+            weight = weight.masked_fill(covered.holds(index), -torch.inf)
         runs = Runs(
             first=index,
             size=1,
             log_weight=weight,
             low=left[0][..., 0],
             high=left[3][..., 0],
-            causal=problem.causal and taken.gap is None,
-            labelled=taken.labels is not None,
+            causal=problem.causal and covered.gap is None,
+            labelled=covered.labels is not None,
             sample=self._sample(listings if len(parts) > 1 else None),
         )
-        return (runs,), taken
+        return (runs,), covered
 
-    def _sample(self, listings: Tensor | None) -> Sample:
+    def _sample(self, listings: Tensor | None) -> DrawnSlots:
         shares = self._shares()
-        return Sample(tuple(num for _, num in shares), tuple(density.evenly for density, _ in shares), listings)
+        return DrawnSlots(tuple(num for _, num in shares), tuple(density.evenly for density, _ in shares), listings)
 
     def _few(
-        self, drawn: tuple[Tensor, Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, taken: Taken, part: slice
+        self, drawn: tuple[Tensor, Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, covered: CoveredKeys, part: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
         """List all keys, with weight one, for the tiles of a chunk that have no more than are drawn.
 
@@ -106,7 +106,7 @@ class Draw(Stage):
             keys, log-weights and listings, of which those drawn are overwritten in the first two.
         """
         index, weight, listings = drawn
-        until = min(part.stop, tiles.within(self.num + taken.placed)) - part.start
+        until = min(part.stop, tiles.within(self.num + covered.placed)) - part.start
         if until > 0:
             begin, hole_begin, hole_end, end = (x[:, part.start : part.start + until] for x in left)
             even = Even((begin, hole_begin, hole_end, end))
@@ -128,7 +128,7 @@ class Draw(Stage):
                 left -= num
         return [*shares, (last, left)]
 
-    def _components(self, tiles: Tiles, taken: Taken) -> list[tuple[Tensor, Callable[[slice], Distribution]]]:
+    def _components(self, tiles: Tiles, covered: CoveredKeys) -> list[tuple[Tensor, Callable[[slice], Distribution]]]:
         """Prepare the components.
 
         Returns:
@@ -141,7 +141,7 @@ class Draw(Stage):
             counter = begun + (slot[:1] if density.evenly else slot)
             noise = uniform((problem.seed, problem.layer, head, tiles.index[:, None], counter), device)
             points = ((slot + noise) / num).repeat(problem.k.shape[0], 1, 1)
-            parts.append((points, density.prepare(tiles, taken, num)))
+            parts.append((points, density.prepare(tiles, covered, num)))
             begun += num
         return parts
 

@@ -22,7 +22,7 @@ class LookAhead(IntEnum):
 
 
 @dataclass(frozen=True)
-class Taken:
+class CoveredKeys:
     """Keys that earlier stages took from each tile: later stages leave them alone, so that no key counts twice.
 
     Args:
@@ -41,7 +41,7 @@ class Taken:
     blocks: tuple[tuple[Int[Tensor, "lists tiles _"], int], ...] = ()
     labels: Labels | None = None
 
-    def with_blocks(self, blocks: Int[Tensor, "lists tiles slots"], block_size: int) -> "Taken":
+    def with_blocks(self, blocks: Int[Tensor, "lists tiles slots"], block_size: int) -> "CoveredKeys":
         """Take chosen blocks as well."""
         return replace(self, blocks=(*self.blocks, (blocks, block_size)))
 
@@ -115,28 +115,28 @@ class Stage(ABC):
         return True
 
     @abstractmethod
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Choose keys for every tile.
 
         Args:
             tiles: the tiled problem.
-            taken: keys of earlier stages.
+            covered: keys of earlier stages.
 
         Returns:
             the runs, and what is taken after them.
         """
 
-    def select_apart(self, tiles: Tiles, taken: Taken) -> tuple[tuple[tuple[Tiling, Selection], ...], Taken]:
+    def select_apart(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[tuple[Tiling, Selection], ...], CoveredKeys]:
         """Choose keys for tiles of its own: for a stage whose neighbours are not neighbours in position.
 
         Args:
             tiles: the problem tiled by position.
-            taken: keys of earlier stages.
+            covered: keys of earlier stages.
 
         Returns:
             own tilings with their lists, none unless a stage says otherwise, and what is taken after them.
         """
-        return (), taken
+        return (), covered
 
     @property
     def by_place(self) -> bool:

@@ -11,7 +11,7 @@ from hyperattention.methods.default import CROSSOVER, GPU_CROSSOVER, default_met
 from hyperattention.methods.method import Method
 from hyperattention.select.density import Density
 from hyperattention.select.draw import Draw
-from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.descent import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.stage import LookAhead
 
@@ -106,7 +106,7 @@ def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -
 
 
 def _scanning(by: Density) -> Density:
-    return KeyScan(_POOLED, beyond=by) if isinstance(by, Descent) else by
+    return KeyScan(_POOLED, beyond=by) if isinstance(by, HierarchicalSearch) else by
 
 
 def check_tolerance(tolerance: object, method: object, standard_error: bool = False) -> None:

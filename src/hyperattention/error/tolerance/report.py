@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 
 
@@ -33,7 +33,7 @@ class ToleranceReport:
 
     tolerance: float
     confidence: float
-    methods: tuple[Approach, ...]
+    methods: tuple[AttentionMethod, ...]
     bound: Float[Tensor, "batch heads"]
     excess: Float[Tensor, "batch heads"]
     share_of_pairs: float

@@ -11,7 +11,7 @@ from hyperattention.error.tolerance.ladder import Ladder, default_ladder
 from hyperattention.error.tolerance.pilot import Choice, cheapest, choose, take_pilot
 from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.error.tolerance.terms import ATTEMPTS, CONFIDENCE, Rung, Terms, affordable, terms_of
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
@@ -164,7 +164,7 @@ def _of_heads(problem: Problem, heads: tuple[int, ...]) -> Problem:
     return problem if heads == tuple(range(problem.k.shape[1])) else problem.of_heads(heads)
 
 
-def _run(terms: Terms, method: Approach, place: int | None, heads: tuple[int, ...], spends: float) -> _Group:
+def _run(terms: Terms, method: AttentionMethod, place: int | None, heads: tuple[int, ...], spends: float) -> _Group:
     few = _of_heads(terms.problem, heads)
     if isinstance(method, Exact) and not terms.lse:
         out, lse = method.output(few), None

@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hyperattention.integrations.transformers.forward import ATTRIBUTE, Settings
+from hyperattention.integrations.transformers.forward import ATTRIBUTE, ForwardSettings
 
 # held while a block opens or closes, never while a model runs
 _LOCK = threading.Lock()
@@ -22,14 +22,14 @@ class Block:
         configs: every configuration under the model, outer ones first.
     """
 
-    def __init__(self, settings: Settings, configs: list[PreTrainedConfig]) -> None:
+    def __init__(self, settings: ForwardSettings, configs: list[PreTrainedConfig]) -> None:
         """Note the thread, and the implementations that leaving the block brings back."""
         self.settings, self.thread = settings, threading.get_ident()
         self.before = [(config, config._attn_implementation) for config in configs]
 
 
 @contextmanager
-def open_block(model: nn.Module, root: PreTrainedModel, settings: Settings, name: str) -> Iterator[None]:
+def open_block(model: nn.Module, root: PreTrainedModel, settings: ForwardSettings, name: str) -> Iterator[None]:
     """Run a model's attention by some settings, and bring the model back as it was.
 
     The open blocks of a model are a stack, which its modules hold: calls follow the latest. A block that closes takes

@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.cache_report import CacheReport, report_on
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.room import Room
-from hyperattention.cache.store import Keeping, Store
+from hyperattention.cache.room import CacheBudget
+from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.check import positive
 from hyperattention.integrations.attention_name import AttentionName
@@ -27,7 +27,7 @@ from hyperattention.random import SEED_LIMIT
 __all__ = ["HyperCache", "room_for"]
 
 
-def room_for(policy: Policy | Keeping, budget: int, sinks: int, window: int | None) -> Room:
+def room_for(policy: Policy | StoreFactory, budget: int, sinks: int, window: int | None) -> CacheBudget:
     """Divide a budget.
 
     Args:
@@ -44,7 +44,7 @@ def room_for(policy: Policy | Keeping, budget: int, sinks: int, window: int | No
         ValueError: if sinks and window leave nothing.
     """
     if window is not None:
-        return Room(budget, sinks, window)
+        return CacheBudget(budget, sinks, window)
 
     def usual(budget: int) -> int:
         return max(1, budget // 2 if isinstance(policy, Policy) else min(64, budget // 4))
@@ -55,16 +55,16 @@ def room_for(policy: Policy | Keeping, budget: int, sinks: int, window: int | No
             f"budget={budget} leaves nothing beside {sinks} sinks and {usual(budget)} of window: give at least {least}, or "
             "fewer sinks"
         )
-    return Room(budget, sinks, usual(budget))
+    return CacheBudget(budget, sinks, usual(budget))
 
 
 class HyperCache(Cache):
     """A cache of bounded size, or one that is only read in part, for any model that `use` can switch.
 
-    Keys between sinks and window are condensed by a policy when the budget is exceeded, with weights where the policy says
+    Keys between sinks and window are compressed by a policy when the budget is exceeded, with weights where the policy says
     what the kept ones stand for; the model's attention reads the weights. Prompts are attended to in full before they are
-    condensed, unless they come in chunks. Up to the budget, tokens are those of `DynamicCache`. Layers with sliding windows,
-    and those that attend to images, keep transformers' own cache.
+    compressed, unless they come in chunks. Up to the budget, tokens are those of `DynamicCache`. Layers with sliding
+    windows, and those that attend to images, keep transformers' own cache.
 
     The model's attention must be hyperattention's, which alone can read weights: generate inside `use`, or load the model
     with ``attn_implementation="hyperattention"`` after `register()`.
@@ -83,8 +83,8 @@ class HyperCache(Cache):
         seed: of every draw; the layer's number enters too.
         audit: one token in so many is also attended to exactly, over a copy of all keys and values, and `report` tells the
             error; None for no audit, and no copy.
-        beyond: whether to go on beyond the length that the model was made for, padding not counted; otherwise a step that
-            would exceed it is refused, because what a model says there means nothing.
+        allow_longer: whether to go on beyond the length that the model was made for, padding not counted; otherwise a step
+            that would exceed it is refused, because what a model says there means nothing.
 
     Raises:
         ValueError: if the budget leaves nothing beside sinks and window, no layer has full attention, the model's attention
@@ -102,18 +102,18 @@ class HyperCache(Cache):
         config: PreTrainedConfig,
         *,
         budget: int,
-        policy: Policy | Keeping | None = None,
+        policy: Policy | StoreFactory | None = None,
         sinks: int = 16,
         window: int | None = None,
         seed: int = 0,
         audit: int | None = None,
-        beyond: bool = False,
+        allow_longer: bool = False,
     ) -> None:
         """Make an empty cache."""
         self.policy = ClusterMeans() if policy is None else policy
         if audit is not None:
             positive("HyperCache", audit=audit)
-        if not isinstance(self.policy, Policy | Keeping):
+        if not isinstance(self.policy, Policy | StoreFactory):
             raise ValueError(
                 f"policy={policy!r} is no policy: give one of the package's, made with its arguments, such as TopPages()"
             )
@@ -132,7 +132,7 @@ class HyperCache(Cache):
         text_config = config.get_text_config(decoder=True)
         check_served(text_config)
         self._attention = AttentionName(text_config)
-        limit = None if beyond else trained_length(text_config)
+        limit = None if allow_longer else trained_length(text_config)
         layers = list(DynamicCache(config=config).layers)
         others = cross_attention_layers(text_config)
         full = [n for n, layer in enumerate(layers) if type(layer) is DynamicLayer and n not in others]

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.room import Room
-from hyperattention.cache.store import Keeping
-from hyperattention.files.atomic_write import write_whole_bytes
+from hyperattention.cache.room import CacheBudget
+from hyperattention.cache.store import StoreFactory
+from hyperattention.files.atomic_write import atomic_write_bytes
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.outputs import refuse_existing
@@ -89,7 +89,7 @@ def save_cache(
     }
     if made_by is not None:
         metadata[_MADE_BY] = made_by
-    write_whole_bytes(Path(path), save(tensors, metadata | {_DIGEST: _digest(tensors, metadata)}))
+    atomic_write_bytes(Path(path), save(tensors, metadata | {_DIGEST: _digest(tensors, metadata)}))
 
 
 def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
@@ -111,14 +111,14 @@ def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
 
 
 def load_cache(
-    path: str | Path, model: PreTrainedModel, *, beyond: bool = False
+    path: str | Path, model: PreTrainedModel, *, allow_longer: bool = False
 ) -> tuple[HyperCache, Int[Tensor, "batch tokens"] | None]:
     """Read a cache that the same model wrote, and check all of it first.
 
     Args:
         path: the file.
         model: who goes on. Each layer's tensors go to the device of its keys with the first step, wherever that is.
-        beyond: whether it may go on beyond the length that it was made for.
+        allow_longer: whether it may go on beyond the length that it was made for.
 
     Returns:
         the cache, and the tokens that were kept with it, if any.
@@ -131,7 +131,7 @@ def load_cache(
     made = _read_made(Field(_parsed(path, metadata["cache"]), str(path), "", _REMEDY))
     tokens = tensors.pop(_TOKENS, None)
     try:
-        cache = HyperCache(model.config, policy=made.policy, seed=made.seed, beyond=beyond, **asdict(made.room))
+        cache = HyperCache(model.config, policy=made.policy, seed=made.seed, allow_longer=allow_longer, **asdict(made.room))
         _fill(cache, tensors, model)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}; {_REMEDY}") from error
@@ -166,8 +166,8 @@ def find_maker(path: str | Path) -> str | None:
 class _Made:
     """How a cache was made."""
 
-    policy: Policy | Keeping
-    room: Room
+    policy: Policy | StoreFactory
+    room: CacheBudget
     seed: int
 
 
@@ -231,7 +231,7 @@ def _read_made(whole: Field) -> _Made:
     room = given["room"].known("budget", "sinks", "window")
     budget, sinks, window = (room[name].whole() for name in ("budget", "sinks", "window"))
     try:
-        room = Room(budget, sinks, window)
+        room = CacheBudget(budget, sinks, window)
     except ValueError as error:
         given["room"].refuse(str(error))
     return _Made(policy_from_json(given["policy"]), room, given["seed"].whole(0, SEED_LIMIT - 1))

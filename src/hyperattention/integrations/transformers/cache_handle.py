@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperattention.cache.score_rule import ScoreRule
 from hyperattention.cache.store import Store
-from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, Shown, Told, read_shown
+from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, PaddingMask, PaddingSoFar, read_shown
 
 # set on attention functions that read what is held through its handle
 READS_HELD = "_hyperattention_reads_held"
@@ -31,7 +31,7 @@ class Handle:
     """
 
     def __init__(
-        self, store: Store, new: int, before: int, limit: int | None, told: Told = NOTHING_TOLD, readers: int = 1
+        self, store: Store, new: int, before: int, limit: int | None, told: PaddingSoFar = NOTHING_TOLD, readers: int = 1
     ) -> None:
         """Wait to be collected."""
         self.store, self.new, self.collected = store, new, False
@@ -84,10 +84,10 @@ class Handle:
         self._mark(shown)
         return ScoreRule(extras.get("softcap"), extras.get("s_aux"))
 
-    def _mark(self, shown: Shown) -> None:
+    def _mark(self, shown: PaddingMask) -> None:
         if shown.live is not None:
             live = shown.live.expand(self.store.batch, self.new)
-            self.store.mark(live)
+            self.store.mask_padding(live)
             self.told = self._told.followed_by(self.new, live, self.store.batch)
             if self._limit is not None:
                 self.text = self._before + int(live.sum(-1).max())
@@ -96,7 +96,7 @@ class Handle:
         if self._limit is not None and reach > self._limit:
             raise ValueError(
                 f"a text of {reach:,} tokens, and the model was made for {self._limit:,}: give a shorter one, fewer new "
-                "tokens, or beyond=True to go on all the same"
+                "tokens, or allow_longer=True to go on all the same"
             )
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule) -> Tensor:
@@ -111,10 +111,10 @@ class Handle:
             the rows, in the type of the queries.
         """
         out = self.store.attend(q, scale, rule).out.to(q.dtype)
-        self.settle(q, scale, rule)
+        self.end_step(q, scale, rule)
         return out
 
-    def settle(self, q: Tensor, scale: float, rule: ScoreRule) -> None:
+    def end_step(self, q: Tensor, scale: float, rule: ScoreRule) -> None:
         """End the step with the last call that reads its keys; the queries of the first are the layer's own.
 
         Args:
@@ -130,7 +130,7 @@ class Handle:
     def finish(self) -> None:
         """End the step, if it has not ended."""
         if self._own_call is not None:
-            self.store.settle(*self._own_call)
+            self.store.end_step(*self._own_call)
         self._left, self._own_call = 0, None
 
 

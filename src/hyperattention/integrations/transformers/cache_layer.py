@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.integrations.transformers.cache_handle import Handle, attach
-from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, Told
+from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, PaddingSoFar
 
 
 class HyperCacheLayer(CacheLayerMixin):
@@ -40,7 +40,7 @@ class HyperCacheLayer(CacheLayerMixin):
         self.inner = maker.make(None if previous is None else previous.inner)
         self.store = maker.watched(self.inner)
         self._handle: Handle | None = None
-        self._told: Told = NOTHING_TOLD
+        self._told: PaddingSoFar = NOTHING_TOLD
         self._token_bytes = self._text = 0
 
     @property
@@ -118,7 +118,7 @@ class HyperCacheLayer(CacheLayerMixin):
         """Count the tokens of the longest row, padding left out as attention told."""
         return self._text if self._handle is None else self._handle.text
 
-    def _heard(self) -> Told:
+    def _heard(self) -> PaddingSoFar:
         """Give what attention has told of the tokens so far."""
         return self._told if self._handle is None else self._handle.told
 
@@ -142,7 +142,7 @@ class HyperCacheLayer(CacheLayerMixin):
         self.store.take_rows(index)
         self._go_on(self._length(), told)
 
-    def _go_on(self, text: int, told: Told) -> None:
+    def _go_on(self, text: int, told: PaddingSoFar) -> None:
         self.begin_at(text)
         self._told = told
 

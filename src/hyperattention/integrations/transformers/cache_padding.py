@@ -10,7 +10,7 @@ _REMEDY = "give a 2-D mask of 0 and 1, or use transformers' DynamicCache"
 
 
 @dataclass(frozen=True)
-class Shown:
+class PaddingMask:
     """A mask, read.
 
     Args:
@@ -24,7 +24,7 @@ class Shown:
     only_padding: bool = True
 
 
-def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> Shown:
+def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> PaddingMask:
     """Read a mask.
 
     Args:
@@ -39,9 +39,9 @@ def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> Shown:
         ValueError: if the mask has another shape, or does not tell whether a token is padding.
     """
     if mask is None:
-        return Shown()
+        return PaddingMask()
     if mask.ndim == 2 and mask.dtype != torch.bool:
-        return Shown(only_padding=False)
+        return PaddingMask(only_padding=False)
     readable = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[2] in (1, new))
     if not readable or mask.shape[-1] < new or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
@@ -50,7 +50,7 @@ def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> Shown:
             f"{_REMEDY}"
         )
     if mask.ndim == 2:
-        return Shown(mask[:, -new:], mask[:, :-new])
+        return PaddingMask(mask[:, -new:], mask[:, :-new])
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     alike = mask.dtype == torch.bool or bool((mask.masked_fill(~visible, 0) == 0).all())
     alike = alike and bool((visible == visible[:, :1]).all())
@@ -58,11 +58,11 @@ def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> Shown:
     visible = visible.any(1)  # [rows, queries, keys]
     old, own = visible[:, :, :-new], visible[:, :, -new:]
     if visible.shape[1] == 1:
-        return Shown(own[:, 0], old[:, 0], alike and new == 1)
+        return PaddingMask(own[:, 0], old[:, 0], alike and new == 1)
     return _read_square(old, own, alike)
 
 
-def _read_square(old: Tensor, own: Tensor, alike: bool) -> Shown:
+def _read_square(old: Tensor, own: Tensor, alike: bool) -> PaddingMask:
     """Read what each of several new tokens sees: ``[rows, new, old]`` and ``[rows, new, new]``."""
     live = own.diagonal(dim1=1, dim2=2)
     seeing = own & live[:, :, None]  # what padding would see says nothing
@@ -79,11 +79,11 @@ def _read_square(old: Tensor, own: Tensor, alike: bool) -> Shown:
     union = (old & live[:, :, None]).any(1)
     whole = (seeing == padding_alone).all() & (~live[:, :, None] | (old == union[:, None])).all()
     # a row of padding alone says nothing of what came before
-    return Shown(live, union if bool(live.any(1).all()) else None, alike and bool(whole))
+    return PaddingMask(live, union if bool(live.any(1).all()) else None, alike and bool(whole))
 
 
 @dataclass(frozen=True)
-class Told:
+class PaddingSoFar:
     """What was said so far of the latest tokens.
 
     Args:
@@ -94,7 +94,7 @@ class Told:
     num: int = 0
     live: Bool[Tensor, "batch num"] | None = None
 
-    def followed_by(self, new: int, live: Tensor | None, batch: int) -> "Told":
+    def followed_by(self, new: int, live: Tensor | None, batch: int) -> "PaddingSoFar":
         """Add what is said of new tokens.
 
         Args:
@@ -107,12 +107,12 @@ class Told:
         """
         known = next((x for x in (self.live, live) if x is not None), None)
         if known is None:
-            return Told(self.num + new)
+            return PaddingSoFar(self.num + new)
         before = known.new_ones(batch, self.num) if self.live is None else self.live
         after = known.new_ones(batch, new) if live is None else live.expand(batch, new)
-        return Told(self.num + new, torch.cat([before, after.to(before.device)], 1))
+        return PaddingSoFar(self.num + new, torch.cat([before, after.to(before.device)], 1))
 
-    def without(self, num: int) -> "Told":
+    def without(self, num: int) -> "PaddingSoFar":
         """Forget the latest.
 
         Args:
@@ -122,9 +122,9 @@ class Told:
             what is left.
         """
         left = max(0, self.num - num)
-        return Told(left, None if self.live is None else self.live[:, :left])
+        return PaddingSoFar(left, None if self.live is None else self.live[:, :left])
 
-    def rows(self, index: Tensor) -> "Told":
+    def rows(self, index: Tensor) -> "PaddingSoFar":
         """Copy rows of the batch.
 
         Args:
@@ -133,7 +133,7 @@ class Told:
         Returns:
             what was said of them.
         """
-        return Told(self.num, None if self.live is None else self.live.index_select(0, index.to(self.live.device)))
+        return PaddingSoFar(self.num, None if self.live is None else self.live.index_select(0, index.to(self.live.device)))
 
     def check(self, old: Tensor | None, num: int, whole: bool) -> None:
         """Insist that a mask says of the tokens before what was said of them when they were read.
@@ -162,4 +162,4 @@ class Told:
             raise ValueError(f"a mask hides tokens that were read, and a compressed cache hides only padding: {_REMEDY}")
 
 
-NOTHING_TOLD = Told()
+NOTHING_TOLD = PaddingSoFar()

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hyperattention import Exact, attention, varlen_attention
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 
 # scores held at a time by `attend_by_rows`: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """One attention call of a model, its mask read: who sees whom, and what the model asks beside it.
 
     Args:
@@ -58,7 +58,7 @@ class Call:
         return aligned and self.key_mask is None and self.bounds is None and self.dense is None
 
 
-def run_exact(call: Call) -> Float[Tensor, "batch heads queries value_dim"]:
+def run_exact(call: ModelCall) -> Float[Tensor, "batch heads queries value_dim"]:
     """Answer a call with exact attention, without a dense mask unless the model asks for what only that can say.
 
     Args:
@@ -86,7 +86,9 @@ def run_exact(call: Call) -> Float[Tensor, "batch heads queries value_dim"]:
     return run(call, Exact(), seed=0, layer=0)
 
 
-def run(call: Call, method: Approach | None, seed: int, layer: int) -> Float[Tensor, "batch heads queries value_dim"]:
+def run(
+    call: ModelCall, method: AttentionMethod | None, seed: int, layer: int
+) -> Float[Tensor, "batch heads queries value_dim"]:
     """Answer a call through the front door, or through its varlen twin where documents are packed.
 
     Args:
@@ -113,7 +115,7 @@ def run(call: Call, method: Approach | None, seed: int, layer: int) -> Float[Ten
     return attention(call.query, call.key, call.value, key_mask=call.key_mask, **shared)
 
 
-def visible_rows(call: Call, start: int, stop: int) -> Tensor | None:
+def visible_rows(call: ModelCall, start: int, stop: int) -> Tensor | None:
     """Write out some rows of the mask of a call.
 
     Args:
@@ -144,7 +146,7 @@ def visible_rows(call: Call, start: int, stop: int) -> Tensor | None:
     return live if mask is None else mask & live
 
 
-def attend_by_rows(call: Call) -> Float[Tensor, "batch heads queries value_dim"]:
+def attend_by_rows(call: ModelCall) -> Float[Tensor, "batch heads queries value_dim"]:
     """Attend exactly with capped scores or learned sinks, a slice of queries at a time, as SDPA cannot.
 
     score <- softcap * tanh(score / softcap), then softmax over the keys and one sink logit a head, whose share is dropped
@@ -170,7 +172,7 @@ def attend_by_rows(call: Call) -> Float[Tensor, "batch heads queries value_dim"]
     return torch.cat(outs, dim=2)
 
 
-def _weigh(call: Call, scores: Tensor, start: int) -> Tensor:
+def _weigh(call: ModelCall, scores: Tensor, start: int) -> Tensor:
     softcap, sinks = call.extras.get("softcap"), call.extras.get("s_aux")
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -13,9 +13,9 @@ from hyperattention import ByHead, ByLayer, Exact, default_method
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.integrations.transformers.cache_handle import READS_HELD, Handle, handle_of
 from hyperattention.integrations.transformers.counts import CallCounter
-from hyperattention.integrations.transformers.exact import Call, run, run_exact
+from hyperattention.integrations.transformers.exact import ModelCall, run, run_exact
 from hyperattention.integrations.transformers.masks import document_bounds, longest_span
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 
 ATTRIBUTE = "_hyperattention"
 # why a call ran exactly that any other method would have answered
@@ -34,7 +34,7 @@ _REASONS = MappingProxyType({"softcap": "softcap", "s_aux": "sinks", "position_b
 
 
 @dataclass(frozen=True)
-class Settings:
+class ForwardSettings:
     """What `use` attaches to a model's modules, so that no state is shared between models.
 
     Args:
@@ -46,7 +46,7 @@ class Settings:
         crossover: keys from which a plan pays; None if it never does.
     """
 
-    method: Approach | None = None
+    method: AttentionMethod | None = None
     layers: frozenset[int] | None = None
     min_length: int = 0
     seed: int = 0
@@ -95,7 +95,7 @@ def attention_forward(
         the output and, since no weights exist, None.
     """
     blocks = getattr(module, ATTRIBUTE, ())
-    settings = blocks[-1].settings if blocks else Settings()
+    settings = blocks[-1].settings if blocks else ForwardSettings()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     extras = {name: option for name, option in options.items() if option is not None and name not in _NEUTRAL}
     _refuse_unknown(module, extras)
@@ -103,7 +103,7 @@ def attention_forward(
     rule = PLAIN if handle is None else handle.check(value, attention_mask, causal, extras, dropout)
     if handle is not None and not handle.store.is_whole:
         return _read_held(handle, settings, query, scaling, rule), None
-    plain = Call(module, query, key, value, causal, None, None, None, scaling, dropout, extras)
+    plain = ModelCall(module, query, key, value, causal, None, None, None, scaling, dropout, extras)
     call = _read_mask(plain, attention_mask, options)
     reason = _why_exact(call, settings, options.get("sliding_window"))
     if settings.counter is not None:
@@ -111,7 +111,7 @@ def attention_forward(
     layer = getattr(module, "layer_idx", None) or 0
     out = run_exact(call) if reason is not None else run(call, settings.method, settings.seed, layer)
     if handle is not None:
-        handle.settle(query, query.shape[3] ** -0.5 if scaling is None else scaling, rule)
+        handle.end_step(query, query.shape[3] ** -0.5 if scaling is None else scaling, rule)
     batch, num_heads, num_queries, _ = query.shape
     return out.transpose(1, 2).reshape(batch, num_queries, num_heads, -1).contiguous(), None
 
@@ -127,7 +127,7 @@ def _refuse_unknown(module: nn.Module, extras: Mapping[str, Any]) -> None:
         )
 
 
-def _read_held(handle: Handle, settings: Settings, query: Tensor, scaling: float | None, rule: ScoreRule) -> Tensor:
+def _read_held(handle: Handle, settings: ForwardSettings, query: Tensor, scaling: float | None, rule: ScoreRule) -> Tensor:
     """Attend to a compressed cache, through its weights."""
     out = handle.attend(query, query.shape[3] ** -0.5 if scaling is None else scaling, rule)
     if settings.counter is not None:
@@ -135,7 +135,7 @@ def _read_held(handle: Handle, settings: Settings, query: Tensor, scaling: float
     return out.transpose(1, 2).contiguous()
 
 
-def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, Any]) -> Call:
+def _read_mask(call: ModelCall, mask: Tensor | None, options: Mapping[str, Any]) -> ModelCall:
     batch, num_queries, num_keys = call.query.shape[0], call.query.shape[2], call.key.shape[2]
     if mask is None:
         bounds = _given_bounds(call, options) or _restart_bounds(call, options.get("position_ids"))
@@ -161,7 +161,7 @@ def _read_mask(call: Call, mask: Tensor | None, options: Mapping[str, Any]) -> C
     return _slice_live(replace(call, causal=True), mask.bool())
 
 
-def _slice_live(call: Call, mask: Tensor) -> Call:
+def _slice_live(call: ModelCall, mask: Tensor) -> ModelCall:
     # a static cache returns all its slots; the mask is as wide as those that are written
     live, num_keys = mask.shape[1], call.key.shape[2]
     if live == num_keys:
@@ -170,12 +170,12 @@ def _slice_live(call: Call, mask: Tensor) -> Call:
     return replace(call, key=call.key[:, :, :live], value=call.value[:, :, :live], key_mask=key_mask)
 
 
-def _given_bounds(call: Call, options: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _given_bounds(call: ModelCall, options: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     bounds_q, bounds_k = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
     return None if bounds_q is None or bounds_k is None or call.query.shape[0] != 1 else (bounds_q, bounds_k)
 
 
-def _restart_bounds(call: Call, position_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _restart_bounds(call: ModelCall, position_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
     # with an empty cache transformers does not look for packing, and a restart would leak one document into the next
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     if position_ids is None or not call.causal or not 1 < num_queries == num_keys == position_ids.shape[-1]:
@@ -190,7 +190,7 @@ def _restart_bounds(call: Call, position_ids: Tensor | None) -> tuple[Tensor, Te
     return bounds, bounds
 
 
-def _pack(call: Call, bounds: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Call:
+def _pack(call: ModelCall, bounds: tuple[Tensor, Tensor], documents: Tensor | None = None) -> ModelCall:
     batch = call.query.shape[0]
     if documents is not None and batch > 1 and call.extras.keys() - {"softcap", "s_aux"}:
         # what the model adds is laid out by batch row, so the rows cannot be joined
@@ -201,7 +201,7 @@ def _pack(call: Call, bounds: tuple[Tensor, Tensor], documents: Tensor | None = 
     return replace(call, query=query, key=key, value=value, bounds=bounds)
 
 
-def _why_exact(call: Call, settings: Settings, window: int | None) -> str | None:
+def _why_exact(call: ModelCall, settings: ForwardSettings, window: int | None) -> str | None:
     # of packed documents the longest decides: shorter ones follow from their own lengths
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     if call.bounds is not None:

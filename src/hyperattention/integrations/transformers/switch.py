@@ -15,9 +15,9 @@ from hyperattention.integrations.transformers.blocks import open_block
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.counts import CallCounter, CallCounts
 from hyperattention.integrations.transformers.dispatch import check_dispatch
-from hyperattention.integrations.transformers.forward import Settings, attention_forward
+from hyperattention.integrations.transformers.forward import ForwardSettings, attention_forward
 from hyperattention.integrations.transformers.masks import build_mask
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.random import SEED_LIMIT
 
 __all__ = ["NAME", "CallCounter", "CallCounts", "HyperCache", "register", "use"]
@@ -38,7 +38,7 @@ def register() -> None:
 @contextmanager
 def use(
     model: nn.Module,
-    method: Approach | Plan | None = None,
+    method: AttentionMethod | Plan | None = None,
     *,
     layers: Iterable[int] | None = None,
     min_length: int = 0,
@@ -90,15 +90,15 @@ def use(
 
 
 def _settings(
-    root: PreTrainedModel, method: Approach | Plan | None, layers: frozenset[int] | None, min_length: int, seed: int,
+    root: PreTrainedModel, method: AttentionMethod | Plan | None, layers: frozenset[int] | None, min_length: int, seed: int,
     counter: CallCounter,
-) -> Settings:  # fmt: skip
+) -> ForwardSettings:  # fmt: skip
     if not isinstance(method, Plan):
-        return Settings(method, layers, min_length, seed, counter)
+        return ForwardSettings(method, layers, min_length, seed, counter)
     method.check(root)
     planned = frozenset(method.layers)
     listed = planned if layers is None else planned & layers
-    return Settings(method.method, listed, min_length, seed, counter, method.crossover)
+    return ForwardSettings(method.method, listed, min_length, seed, counter, method.crossover)
 
 
 def _find_model(model: nn.Module) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hyperattention.kernels.launch import (
     Launch,
-    Store,
+    StoredRows,
     by_head,
     groups_of,
     labels_in_a_row,
@@ -214,8 +214,8 @@ def forward(
 
 def launch_forward(
     q: Tensor,
-    k: Store,
-    v: Store,
+    k: StoredRows,
+    v: StoredRows,
     results: tuple[Tensor, Tensor],
     lists: Lists,
     scale: float,

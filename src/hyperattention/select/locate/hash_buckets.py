@@ -11,7 +11,7 @@ from hyperattention.problem import Problem
 from hyperattention.random import normal
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.stage import LookAhead, Stage, Taken, Tiling
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
 from hyperattention.types import Labels, Runs, Selection
 
@@ -145,23 +145,23 @@ class HashBuckets(Stage):
         """Projections of a query and of a key."""
         return 2.0 * self.bits
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Take nothing in tiles of positions."""
-        return (), taken
+        return (), covered
 
-    def select_apart(self, tiles: Tiles, taken: Taken) -> tuple[tuple[tuple[Tiling, Selection], ...], Taken]:
+    def select_apart(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[tuple[Tiling, Selection], ...], CoveredKeys]:
         """Hash, sort, cut, and list each bucket's keys for its queries.
 
         Args:
             tiles: the problem tiled by position.
-            taken: ranges of positions of earlier stages.
+            covered: ranges of positions of earlier stages.
 
         Returns:
             the sorted tiles with their lists, and the labels by which later stages know the pairs.
         """
         problem = tiles.problem
         if not problem.num_keys or not problem.num_queries:
-            return (), taken
+            return (), covered
         num = -(-problem.num_keys // self.bucket_size)
         total = tiles.total.expand(problem.k.shape[0], 1)
         query_rank, key_rank = self._ranks(problem, total)
@@ -174,11 +174,11 @@ class HashBuckets(Stage):
         empty = (rank >= key_edge[..., 1:, None]).expand(-1, problem.k.shape[1], -1, -1)
         rank = rank.clamp(max=problem.num_keys - 1).expand_as(empty)
         first = key_order.gather(2, rank.flatten(2)).view_as(rank)
-        selection = _bucket_lists(tiles, taken, sorted_tiles, first, empty)
+        selection = _bucket_lists(tiles, covered, sorted_tiles, first, empty)
         each = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device).expand(len(key_edge), -1)
         block = torch.searchsorted(key_edge[:, 0, 1:].contiguous(), each.contiguous(), right=True)
         key_label = torch.empty_like(key_order).scatter_(2, key_order, block[:, None].expand_as(key_order))
-        return ((sorted_tiles, selection),), replace(taken, labels=Labels(query_label, key_label))
+        return ((sorted_tiles, selection),), replace(covered, labels=Labels(query_label, key_label))
 
     def _ranks(self, problem: Problem, total: Tensor) -> tuple[Tensor, Tensor]:
         """Gray ranks of queries ``[batch, heads, queries]`` and keys ``[batch, kv_heads, keys]``; dead keys beyond all."""
@@ -224,7 +224,7 @@ def _sorted_tiles(
     return SortedTiles(source, place, live), label
 
 
-def _bucket_lists(tiles: Tiles, taken: Taken, by_hash: SortedTiles, first: Tensor, empty: Tensor) -> Selection:
+def _bucket_lists(tiles: Tiles, covered: CoveredKeys, by_hash: SortedTiles, first: Tensor, empty: Tensor) -> Selection:
     """List each bucket's keys, one run of one key each, but for what sinks and window took."""
     problem = tiles.problem
     (batch, kv_heads, num, _), group = first.shape, problem.group
@@ -237,12 +237,12 @@ def _bucket_lists(tiles: Tiles, taken: Taken, by_hash: SortedTiles, first: Tenso
     position = torch.arange(problem.num_queries, dtype=torch.int64, device=device) + problem.offset
     limit = problem.live_before(position + 1) if problem.causal else tiles.total.expand(-1, problem.num_queries)
     gap = None
-    if taken.gap is not None:
+    if covered.gap is not None:
         tile = position // tiles.size - problem.offset // tiles.size
-        gap = by_hash.take(taken.gap[0][:, None, tile]), by_hash.take(taken.gap[1][:, None, tile])
+        gap = by_hash.take(covered.gap[0][:, None, tile]), by_hash.take(covered.gap[1][:, None, tile])
     lists = torch.arange(batch * kv_heads, dtype=torch.int64, device=device)
     return Selection(
-        runs=(Runs(first, 1, weight, low=torch.full_like(high, taken.prefix), high=high, causal=problem.causal),),
+        runs=(Runs(first, 1, weight, low=torch.full_like(high, covered.prefix), high=high, causal=problem.causal),),
         row_limit=by_hash.take(limit[:, None]),
         key_row=lists.repeat_interleave(group),
         row_gap=gap,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hyperattention.check import positive
-from hyperattention.select.stage import Stage, Taken
+from hyperattention.select.stage import CoveredKeys, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -43,9 +43,9 @@ class Sinks(Stage):
         """Count the keys listed for each tile."""
         return self.num
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Take the first keys, unless an earlier stage has."""
-        begin, hole_begin, hole_end, end = taken.bounds(tiles)
+        begin, hole_begin, hole_end, end = covered.bounds(tiles)
         first = torch.zeros_like(begin)[..., None]
         runs = Runs(
             first=tiles.by_list(first),
@@ -54,6 +54,6 @@ class Sinks(Stage):
             low=tiles.by_list(begin),
             high=tiles.by_list(end.clamp(max=self.num)),
             causal=tiles.problem.causal,
-            hole=None if taken.gap is None else (tiles.by_list(hole_begin), tiles.by_list(hole_end)),
+            hole=None if covered.gap is None else (tiles.by_list(hole_begin), tiles.by_list(hole_end)),
         )
-        return (runs,), replace(taken, prefix=max(taken.prefix, self.num), placed=taken.placed + self.num)
+        return (runs,), replace(covered, prefix=max(covered.prefix, self.num), placed=covered.placed + self.num)

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from hyperattention.check import positive
 from hyperattention.select.score.blocks import BlockRank, KeyBounds, MeanKey
 from hyperattention.select.score.pooling import Coarse, any_left, beyond, chunks, edges, pool_queries, seen_keys
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -86,18 +86,18 @@ class TopBlocks(Stage):
         products += self.by.products(self.block_size) * visible / self.block_size
         return self.pooled / tile * products * self.by.width(head_dim) / head_dim
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Score, rank and take blocks."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
-        left = edges(tiles, taken)
+            return (), covered
+        left = edges(tiles, covered)
         ranking = self._prepare(tiles, left)
         keys = problem.num_keys if self.coarse is None else min(problem.num_keys, self.coarse.keys)
         width = 0 if self.coarse is None else self.by.width(problem.k.shape[-1])
         parts = chunks(tiles, keys * (self.pooled * problem.group + width))
-        block = torch.cat([self._choose(tiles, ranking, taken, part) for part in parts], 1)
-        return (block_runs(tiles, taken, block, self.block_size),), taken.with_blocks(block, self.block_size)
+        block = torch.cat([self._choose(tiles, ranking, covered, part) for part in parts], 1)
+        return (block_runs(tiles, covered, block, self.block_size),), covered.with_blocks(block, self.block_size)
 
     def _prepare(self, tiles: Tiles, left: tuple[Tensor, Tensor, Tensor, Tensor]) -> _Ranking:
         k, q = tiles.problem.k.flatten(0, 1), pool_queries(tiles, self.pooled)
@@ -108,7 +108,7 @@ class TopBlocks(Stage):
         bounds = () if self.coarse is None else KeyBounds().summarise(k, self.coarse.panel_size, 1)
         return _Ranking(q, self.by.summarise(k, self.block_size, self._per_panel), bounds, left)
 
-    def _choose(self, tiles: Tiles, ranking: _Ranking, taken: Taken, part: slice) -> Tensor:
+    def _choose(self, tiles: Tiles, ranking: _Ranking, covered: CoveredKeys, part: slice) -> Tensor:
         """Rank blocks for a chunk of tiles: numbers of the best, ascending; the number of blocks where too few are left."""
         problem = tiles.problem
         query = ranking.pooled[:, part]
@@ -134,7 +134,7 @@ class TopBlocks(Stage):
             block = (
                 panel[..., None] * self._per_panel + torch.arange(self._per_panel, dtype=torch.int64, device=device)
             ).flatten(2)
-        allowed = free_blocks(block, self.block_size, left, taken, part)
+        allowed = free_blocks(block, self.block_size, left, covered, part)
         num = min(self.num, score.shape[2])
         score = torch.nan_to_num(score, nan=0.0).masked_fill(~allowed, -torch.inf)
         if problem.causal:
@@ -151,19 +151,19 @@ class TopBlocks(Stage):
         return coarse.choose(score, left)
 
 
-def block_runs(tiles: Tiles, taken: Taken, block: Tensor, size: int) -> Runs:
+def block_runs(tiles: Tiles, covered: CoveredKeys, block: Tensor, size: int) -> Runs:
     """List blocks as certain picks.
 
     Args:
         tiles: the tiled problem.
-        taken: keys of earlier stages.
+        covered: keys of earlier stages.
         block: numbers of the blocks, ascending, ``[lists, tiles, slots]``; the number of all blocks marks an empty slot.
         size: keys in a block.
 
     Returns:
         the runs, which skip keys of earlier stages.
     """
-    begin, hole_begin, hole_end, end = (x[..., 0] for x in edges(tiles, taken))
+    begin, hole_begin, hole_end, end = (x[..., 0] for x in edges(tiles, covered))
     empty = block == -(-tiles.problem.num_keys // size)
     return Runs(
         first=block * size,
@@ -171,27 +171,27 @@ def block_runs(tiles: Tiles, taken: Taken, block: Tensor, size: int) -> Runs:
         log_weight=torch.zeros(block.shape, dtype=torch.float32, device=block.device).masked_fill_(empty, -torch.inf),
         low=begin,
         high=end,
-        causal=tiles.problem.causal and taken.gap is None,
-        hole=None if taken.gap is None else (hole_begin, hole_end),
-        labelled=taken.labels is not None,
+        causal=tiles.problem.causal and covered.gap is None,
+        hole=None if covered.gap is None else (hole_begin, hole_end),
+        labelled=covered.labels is not None,
     )
 
 
-def free_blocks(block: Tensor, size: int, left: tuple[Tensor, ...], taken: Taken, part: slice) -> Tensor:
+def free_blocks(block: Tensor, size: int, left: tuple[Tensor, ...], covered: CoveredKeys, part: slice) -> Tensor:
     """Tell which blocks hold a key that earlier stages left, and touch no block that one of them chose.
 
     Args:
         block: numbers of blocks, ``[lists, chunk, blocks]``.
         size: keys in a block.
         left: what earlier stages left of the chunk's tiles, from `edges`.
-        taken: keys of earlier stages.
+        covered: keys of earlier stages.
         part: the chunk of tiles.
 
     Returns:
         whether each may be taken.
     """
     allowed = any_left(block * size, size, left)
-    for earlier, earlier_size in taken.blocks:
+    for earlier, earlier_size in covered.blocks:
         allowed &= ~_overlap(block, size, earlier[:, part], earlier_size)
     return allowed
 

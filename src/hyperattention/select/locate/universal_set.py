@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from hyperattention.check import positive
 from hyperattention.select.score.keys_left import key_runs
-from hyperattention.select.stage import LookAhead, Stage, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -53,21 +53,21 @@ class UniversalSet(Stage):
         """Count a covariance and a triangular solve: one and a half times `head_dim` products of a key."""
         return 1.5 * head_dim
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Score all keys, and take the best for every tile."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
-            return (), taken
+            return (), covered
         total = tiles.by_list(tiles.total)  # [lists, 1]
         key = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device)
         score = leverage(problem.k.flatten(0, 1), total, self.ridge)
-        score = score.masked_fill(key < taken.prefix, -torch.inf)
+        score = score.masked_fill(key < covered.prefix, -torch.inf)
         best, index = score.topk(min(self.num, problem.num_keys), dim=-1)
         index = index.masked_fill(best == -torch.inf, problem.num_keys).sort(-1)[0]
         index = pad(index, (0, self.num - index.shape[1]), value=problem.num_keys)
         index = index[:, None].expand(-1, len(tiles.index), -1).contiguous()
-        runs = key_runs(tiles, taken, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
-        return (runs,), taken.with_blocks(index, 1)
+        runs = key_runs(tiles, covered, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
+        return (runs,), covered.with_blocks(index, 1)
 
 
 def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:

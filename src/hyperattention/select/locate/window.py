@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hyperattention.check import positive
-from hyperattention.select.stage import Stage, Taken
+from hyperattention.select.stage import CoveredKeys, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -46,13 +46,13 @@ class Window(Stage):
         """Count the keys listed for each tile."""
         return self.size + tile
 
-    def select(self, tiles: Tiles, taken: Taken) -> tuple[tuple[Runs, ...], Taken]:
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Take the keys around each tile, but for those an earlier stage has."""
         causal = tiles.problem.causal
         before = self.size if causal else self.size // 2
         first = tiles.start - before
         end = tiles.end if causal else torch.minimum(tiles.end + self.size - before, tiles.total)
-        low = torch.minimum(torch.full_like(first, taken.prefix), end)
+        low = torch.minimum(torch.full_like(first, covered.prefix), end)
         weight = torch.zeros((*first.shape, 1), dtype=torch.float32, device=first.device)
         pieces = ((first, before, False), (tiles.start, tiles.size + (0 if causal else self.size - before), causal))
         runs = tuple(
@@ -67,5 +67,5 @@ class Window(Stage):
             for begin, size, tested in pieces
             if size
         )
-        gap, placed = (torch.maximum(first, low), end), taken.placed + self.slots(tiles.size)
-        return runs, replace(taken, gap=gap, near=before, placed=placed)
+        gap, placed = (torch.maximum(first, low), end), covered.placed + self.slots(tiles.size)
+        return runs, replace(covered, gap=gap, near=before, placed=placed)

@@ -11,7 +11,7 @@ from hyperattention.select.density import Density, Distribution, Uniform
 from hyperattention.select.score.blocks import MeanKey
 from hyperattention.select.score.mass import clipped, inverse, root_mean_square
 from hyperattention.select.score.pooling import edges, pool_queries, seen_keys
-from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 
@@ -85,9 +85,9 @@ class BlockScore(Density):
         """Count products of pooled queries with block means, per query."""
         return self.pooled / tile * num_keys / (2 if causal else 1) / self.block_size
 
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Average keys by block, and queries by tile."""
-        problem, left = tiles.problem, edges(tiles, taken)
+        problem, left = tiles.problem, edges(tiles, covered)
         k = problem.k.flatten(0, 1)
         k = k.to(torch.promote_types(k.dtype, torch.float32))
         (mean,) = MeanKey().summarise(k, self.block_size, 1)

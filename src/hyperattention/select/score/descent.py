@@ -18,7 +18,7 @@ from hyperattention.select.score.precision import for_estimates
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.select.score.walk import BATCH_NUMBERS, Walk
-from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 # blocks whose keys are squared at a time
@@ -26,7 +26,7 @@ _BLOCKS = 32
 
 
 @dataclass(frozen=True)
-class Descent(Density):
+class HierarchicalSearch(Density):
     """Draw keys by the largest weight that a query of the tile would give them, estimated from coarse blocks to fine ones.
 
     p_B ~ sum_r n_r max_i exp(U q_i . U k_r - z_i) over the representatives r of block B, of n_r keys each; the blocks with
@@ -73,9 +73,9 @@ class Descent(Density):
     uniform_share: float = 0.2
 
     def __post_init__(self) -> None:
-        positive("Descent", dim=self.dim, pooled=self.pooled)
+        positive("HierarchicalSearch", dim=self.dim, pooled=self.pooled)
         if not self.levels or not all(isinstance(level, Level) for level in self.levels):
-            raise ValueError(f"Descent(levels={self.levels!r}): give a tuple of at least one Level")
+            raise ValueError(f"HierarchicalSearch(levels={self.levels!r}): give a tuple of at least one Level")
         for above, below in pairwise(self.levels):
             if above.block_size % below.block_size or above.block_size == below.block_size:
                 raise ValueError(
@@ -83,7 +83,7 @@ class Descent(Density):
                 )
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(
-                f"Descent(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+                f"HierarchicalSearch(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
             )
 
     @property
@@ -128,7 +128,7 @@ class Descent(Density):
             columns.append(visible / level.block_size * level.by.num)
         return columns
 
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Project keys and pooled queries, and choose what stands for every block."""
         k = tiles.problem.k.flatten(0, 1)
         levels = self.levels[first_level(self.levels, num, k.shape[1]) :]
@@ -147,9 +147,9 @@ class Descent(Density):
         summaries = _summaries(keys, levels)
         rough = tuple(for_estimates(x) for x in summaries)
         scratch = (Scratch(like, BATCH_NUMBERS) for like in (rough[0], rough[0], keys))
-        left, moments = edges(tiles, taken), tuple(for_estimates(x) for x in _moments(keys, levels, summaries))
+        left, moments = edges(tiles, covered), tuple(for_estimates(x) for x in _moments(keys, levels, summaries))
         share, query = self.uniform_share, for_estimates(query)
-        walk = Walk(levels, tiles, left, taken.near, query, rough, moments, num, share, *scratch, fused=fused)
+        walk = Walk(levels, tiles, left, covered.near, query, rough, moments, num, share, *scratch, fused=fused)
         return walk.law
 
 

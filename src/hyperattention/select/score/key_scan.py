@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.select.density import Density, Distribution
-from hyperattention.select.score.descent import Descent
+from hyperattention.select.score.descent import HierarchicalSearch
 from hyperattention.select.score.mass import inverse
 from hyperattention.select.score.pooling import edges, pool_queries, seen_keys
 from hyperattention.select.score.scan import Scan
-from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 # rounds in which a key's listings are cut to one and the rest is given to the others
@@ -53,8 +53,8 @@ class KeyScan(Density):
     Heavy keys lie scattered: what stands for sixteen of them at once misses half of their weight, and so does the average of
     four queries (docs/log.md). A product of small integers costs a CPU a quarter of one in float32, so that here keys are
     scored one by one, by averages of few neighbouring queries or by none but the query itself. Each query is normalised
-    before queries are combined, as in `Descent`. Where a tile sees more than `most` keys `beyond` takes over, so that the
-    cost stays near-linear.
+    before queries are combined, as in `HierarchicalSearch`. Where a tile sees more than `most` keys `beyond` takes over, so
+    that the cost stays near-linear.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Xiao et al., 2023 (arXiv:2211.10438), keys scaled channel by channel before they are rounded.
@@ -74,7 +74,7 @@ class KeyScan(Density):
 
     pooled: int = 32
     most: int = 8192
-    beyond: Descent = field(default_factory=Descent)
+    beyond: HierarchicalSearch = field(default_factory=HierarchicalSearch)
     uniform_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -125,11 +125,11 @@ class KeyScan(Density):
         before = self.beyond.selection_pairs(few, tile, head_dim, causal, num)
         return (beyond * num_keys - before * few + scanned * few) / num_keys
 
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Round keys and pooled queries, and prepare the other density where some tile needs it."""
-        problem, left = tiles.problem, edges(tiles, taken)
+        problem, left = tiles.problem, edges(tiles, covered)
         scanned = self._scanned(tiles)
-        beyond = self.beyond.prepare(tiles, taken, num) if scanned < len(tiles.index) else None
+        beyond = self.beyond.prepare(tiles, covered, num) if scanned < len(tiles.index) else None
         if beyond is not None and not scanned:
             return beyond
         few = tiles.leading(scanned)
@@ -140,7 +140,9 @@ class KeyScan(Density):
             if beyond is not None and part.stop > scanned:
                 return beyond(part)
             some = tuple(x[:, part] for x in left)
-            return self._law(scan.shares(part, seen_keys(tiles, part)), some, num, problem.causal and taken.gap is not None)
+            return self._law(
+                scan.shares(part, seen_keys(tiles, part)), some, num, problem.causal and covered.gap is not None
+            )
 
         return law
 

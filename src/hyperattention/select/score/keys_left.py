@@ -5,17 +5,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.select.score.pooling import edges, seen_keys
-from hyperattention.select.stage import Taken
+from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
 
-def keys_left(tiles: Tiles, taken: Taken, left: tuple[Tensor, ...], part: slice) -> Bool[Tensor, "lists chunk seen"]:
+def keys_left(tiles: Tiles, covered: CoveredKeys, left: tuple[Tensor, ...], part: slice) -> Bool[Tensor, "lists chunk seen"]:
     """Tell which of the keys that a chunk of tiles can see were left by earlier stages.
 
     Args:
         tiles: the tiled problem.
-        taken: keys of earlier stages; pairs taken by a hash are left to the kernel, which skips them.
+        covered: keys of earlier stages; pairs taken by a hash are left to the kernel, which skips them.
         left: what earlier stages left by place, from `edges`, for all tiles.
         part: the chunk.
 
@@ -26,7 +26,7 @@ def keys_left(tiles: Tiles, taken: Taken, left: tuple[Tensor, ...], part: slice)
     begin, hole_begin, hole_end, end = (x[:, part] for x in left)
     key = torch.arange(seen, dtype=torch.int64, device=begin.device)
     free = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
-    for blocks, size in taken.blocks:
+    for blocks, size in covered.blocks:
         number = -(-seen // size)
         # one more block than there are takes the marks of empty slots, and of blocks beyond what is seen
         chosen = torch.zeros((*free.shape[:2], number + 1), dtype=torch.bool, device=free.device)
@@ -36,29 +36,32 @@ def keys_left(tiles: Tiles, taken: Taken, left: tuple[Tensor, ...], part: slice)
 
 
 def key_runs(
-    tiles: Tiles, taken: Taken, index: Int[Tensor, "lists tiles slots"], log_weight: Float[Tensor, "lists tiles slots"]
+    tiles: Tiles,
+    covered: CoveredKeys,
+    index: Int[Tensor, "lists tiles slots"],
+    log_weight: Float[Tensor, "lists tiles slots"],
 ) -> Runs:
     """List single keys; those that earlier stages took become empty slots.
 
     Args:
         tiles: the tiled problem.
-        taken: keys of earlier stages.
+        covered: keys of earlier stages.
         index: keys, also outside what is left, and beyond all keys.
         log_weight: their log-weights, -inf for an empty slot.
 
     Returns:
         runs of one key each.
     """
-    begin, hole_begin, hole_end, end = edges(tiles, taken)
+    begin, hole_begin, hole_end, end = edges(tiles, covered)
     gone = (index >= hole_begin) & (index < hole_end)
-    if taken.blocks:
-        gone |= taken.holds(index)
+    if covered.blocks:
+        gone |= covered.holds(index)
     return Runs(
         first=index,
         size=1,
         log_weight=log_weight.float().masked_fill(gone, -torch.inf),
         low=begin[..., 0],
         high=end[..., 0],
-        causal=tiles.problem.causal and taken.gap is None,
-        labelled=taken.labels is not None,
+        causal=tiles.problem.causal and covered.gap is None,
+        labelled=covered.labels is not None,
     )

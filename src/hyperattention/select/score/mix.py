@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from hyperattention.select.density import Density, Distribution
-from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 
@@ -21,7 +21,7 @@ class Mix(Density):
         ValueError: if there is no part, or a share is not positive.
 
     Example:
-        >>> Mix((Descent(), 0.7), (BlockScore(4), 0.3))
+        >>> Mix((HierarchicalSearch(), 0.7), (BlockScore(4), 0.3))
     """
 
     __slots__ = ("parts",)
@@ -58,6 +58,6 @@ class Mix(Density):
         total = sum(share for _, share in self.parts)
         return tuple((inner, a * b / total) for density, a in self.parts for inner, b in density.components)
 
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Refuse: a mixture is drawn by its components."""
         raise NotImplementedError("a Mix has no distribution of its own: prepare each of its components")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
-from hyperattention.select.stage import Taken
+from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import Tiles
 
 # scores and gathered summaries of one chunk of tiles: small enough to stay in the last level of cache
@@ -98,9 +98,9 @@ def pool_queries(tiles: Tiles, pooled: int, scale: float | None = None) -> Tenso
     return mean.flatten(3, 4).flatten(0, 1)
 
 
-def edges(tiles: Tiles, taken: Taken) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def edges(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Delimit what earlier stages left, ``[lists, tiles, 1]`` each: begin, hole begin, hole end, end."""
-    begin, hole_begin, hole_end, end = (tiles.by_list(x)[..., None] for x in taken.bounds(tiles))
+    begin, hole_begin, hole_end, end = (tiles.by_list(x)[..., None] for x in covered.bounds(tiles))
     return begin, hole_begin, hole_end, end
 
 

@@ -11,7 +11,7 @@ from hyperattention.check import positive
 from hyperattention.select.density import Density, Distribution, Even, Uniform
 from hyperattention.select.score.mass import running_sum
 from hyperattention.select.score.pooling import edges
-from hyperattention.select.stage import LookAhead, Taken
+from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 
@@ -107,9 +107,9 @@ class ValueNorm(Density):
         """The norms, and uniform draws that reach every key."""
         return ((self, 1.0 - self.mix), (Uniform(), self.mix)) if self.mix < 1 else ((Uniform(), 1.0),)
 
-    def prepare(self, tiles: Tiles, taken: Taken, num: int) -> Callable[[slice], Distribution]:
+    def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Sum the norms along every list of keys."""
-        mass, left = self._mass(tiles), edges(tiles, taken)
+        mass, left = self._mass(tiles), edges(tiles, covered)
         below = pad(running_sum(mass), (1, 0))  # [lists, keys + 1]
         return lambda part: _ByMass(mass, below, (left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))
 

@@ -1,4 +1,4 @@
-"""The store that condenses: its budget, its sinks and its window, over every line of `policies.py`."""
+"""The store that compresses: its budget, its sinks and its window, over every line of `policies.py`."""
 
 from dataclasses import dataclass, field
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits
 from dense import attention
-from hyperattention.cache.condensing import CondensingStore
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
-from hyperattention.cache.room import Room
+from hyperattention.cache.compressing import CompressingStore
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.room import CacheBudget
 from hyperattention.coreset import Coreset
 from hyperattention.policies.heavy_hitters import HeavyHitters
 from hyperattention.policies.latest import Latest
 from policies import POLICIES, PolicyCase
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.3
-ROOM = Room(40, sinks=3, window=12)
+ROOM = CacheBudget(40, sinks=3, window=12)
 SLOT_BYTES = 2 * DIM * 4 + 3 * 4
-# a prompt, condensed to 37 slots, and what follows it
+# a prompt, compressed to 37 slots, and what follows it
 PROMPT, STEPS = 60, 30
 each = pytest.mark.parametrize("case", POLICIES, ids=lambda case: case.name)
 
@@ -30,11 +30,11 @@ def text(num: int = PROMPT + STEPS, batch: int = 2, seed: int = 0) -> tuple[Tens
     return tuple(torch.randn(batch, heads, num, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
 
 
-def new_store(policy: Policy, room: Room = ROOM, seed: int = 7) -> CondensingStore:
-    return CondensingStore(policy, room, layer=2, seed=seed)
+def new_store(policy: Policy, room: CacheBudget = ROOM, seed: int = 7) -> CompressingStore:
+    return CompressingStore(policy, room, layer=2, seed=seed)
 
 
-def read(store: CondensingStore, qkv: tuple[Tensor, ...], sizes: list[int], live: Tensor | None = None) -> Tensor:
+def read(store: CompressingStore, qkv: tuple[Tensor, ...], sizes: list[int], live: Tensor | None = None) -> Tensor:
     """Read a text on in steps of these sizes; all rows of the output."""
     outs = []
     for size in sizes:
@@ -42,13 +42,13 @@ def read(store: CondensingStore, qkv: tuple[Tensor, ...], sizes: list[int], live
         q, k, v = (x[:, :, part] for x in qkv)
         store.append(k, v)
         if live is not None:
-            store.mark(live[:, part])
+            store.mask_padding(live[:, part])
         outs.append(store.attend(q, SCALE).out)
-        store.settle(q, SCALE)
+        store.end_step(q, SCALE)
     return torch.cat(outs, 2)
 
 
-def assert_same_state(ours: CondensingStore, expected: CondensingStore) -> None:
+def assert_same_state(ours: CompressingStore, expected: CompressingStore) -> None:
     states = ours.state(), expected.state()
     assert states[0].keys() == states[1].keys()
     for name, x in states[1].items():
@@ -62,14 +62,14 @@ def test_slots_never_exceed_the_budget_and_memory_hardly(case: PolicyCase, first
     # beside the slots, the queries that a policy asks for, and those that may still be taken back
     queries = case.policy.num_queries + (32 if case.policy.num_queries or case.policy.watches else 0)
     most = 2 * (KV_HEADS * (ROOM.budget + 1) * SLOT_BYTES + HEADS * queries * DIM * 4)
-    condensed = False
+    compressed = False
     for size in [first] + [1] * (48 - first) + [7, 2] + [1] * 9:
         read(store, qkv, [size])
         assert store.num_slots <= ROOM.budget
         assert store.memory_bytes <= most
-        condensed |= not store.is_whole
+        compressed |= not store.is_whole
         assert store.held.num_slots == store.num_slots
-    assert condensed
+    assert compressed
 
 
 @each
@@ -114,7 +114,7 @@ def test_sinks_and_the_window_are_kept_as_they_are(case: PolicyCase) -> None:
 @each
 @pytest.mark.parametrize("padding", [17, 58], ids=["some", "nearly all"])
 def test_sinks_are_the_first_keys_that_are_no_padding(case: PolicyCase, padding: int) -> None:
-    # with 58 of 60, the sinks come by only after the first condensation
+    # with 58 of 60, the sinks come by only after the first compression
     store, qkv = new_store(case.policy), text()
     live = torch.ones(2, PROMPT + STEPS, dtype=torch.bool)
     live[1, :padding] = False
@@ -157,7 +157,7 @@ def test_rows_that_are_taken_go_on_by_themselves(case: PolicyCase) -> None:
 
 
 @each
-@pytest.mark.parametrize("first", [30, PROMPT], ids=["whole", "condensed"])
+@pytest.mark.parametrize("first", [30, PROMPT], ids=["whole", "compressed"])
 def test_tokens_that_are_taken_back_leave_no_trace(case: PolicyCase, first: int) -> None:
     qkv, guesses = text(), text(seed=1)
     ours, straight = new_store(case.policy), new_store(case.policy)
@@ -178,7 +178,7 @@ def test_tokens_that_are_taken_back_leave_no_trace(case: PolicyCase, first: int)
 
 
 def test_the_most_guesses_of_a_step_leave_no_trace_and_no_more_queries_wait() -> None:
-    most, room, qkv = 32, Room(200, sinks=3, window=40), text(100)
+    most, room, qkv = 32, CacheBudget(200, sinks=3, window=40), text(100)
     ours, straight = (new_store(HeavyHitters(), room) for _ in range(2))
     for store in (ours, straight):
         read(store, qkv, [40])
@@ -199,7 +199,7 @@ def test_no_more_can_be_taken_back_than_was_kept_one_by_one() -> None:
     with pytest.raises(ValueError, match="cannot forget the latest 21 tokens: no more were read"):
         store.crop(21)
     read(store, qkv, [40, 1, 1])
-    with pytest.raises(ValueError, match=r"all but the last 14 were condensed by Latest\(\); give a window of at least 15"):
+    with pytest.raises(ValueError, match=r"all but the last 14 were compressed by Latest\(\); give a window of at least 15"):
         store.crop(15)
     assert (store.seen, store.num_slots) == (62, ROOM.budget - ROOM.pending + 2)
     store.crop(14)
@@ -209,7 +209,7 @@ def test_no_more_can_be_taken_back_than_was_kept_one_by_one() -> None:
 
 
 @each
-@pytest.mark.parametrize("first", [30, PROMPT], ids=["whole", "condensed"])
+@pytest.mark.parametrize("first", [30, PROMPT], ids=["whole", "compressed"])
 def test_a_state_goes_on_bit_for_bit(case: PolicyCase, first: int) -> None:
     store, other, qkv = new_store(case.policy), new_store(case.policy), text()
     read(store, qkv, [first, 1, 1])
@@ -245,7 +245,7 @@ def test_a_store_that_goes_on_from_a_state_makes_room_once() -> None:
 
 @each
 def test_one_slot_is_enough_between_sinks_and_window(case: PolicyCase) -> None:
-    room = Room(16, sinks=3, window=12)
+    room = CacheBudget(16, sinks=3, window=12)
     assert (room.middle, room.pending) == (1, 1)
     store, qkv = new_store(case.policy, room), text()
     outs = read(store, qkv, [20] + [1] * 20)
@@ -298,10 +298,10 @@ def test_scores_are_what_all_queries_attended_to() -> None:
 
 
 @dataclass(frozen=True)
-class Shown(Policy):
+class PaddingMask(Policy):
     """`Latest`, with a note of what it was shown."""
 
-    shown: list[Full] = field(default_factory=list)
+    shown: list[CompressionRequest] = field(default_factory=list)
 
     @property
     def num_queries(self) -> int:
@@ -311,16 +311,16 @@ class Shown(Policy):
     def weighted(self) -> bool:
         return False
 
-    def condense(self, full: Full) -> Held:
+    def compress(self, full: CompressionRequest) -> CacheSlots:
         self.shown.append(full)
-        return Latest().condense(full)
+        return Latest().compress(full)
 
 
 def test_a_policy_is_shown_the_latest_queries_and_counters_of_its_own() -> None:
-    policy, qkv = Shown(), text()
+    policy, qkv = PaddingMask(), text()
     store = new_store(policy)
     read(store, qkv, [45] + [1] * 10)
-    # a condensation leaves room for three tokens
+    # a compression leaves room for three tokens
     assert [full.counters for full in policy.shown] == [(7, 2, turn) for turn in range(3)]
     for full, seen in zip(policy.shown, (45, 49, 53), strict=True):
         assert (full.num, full.begin, full.held.num_slots - full.end) == (ROOM.middle, ROOM.sinks, ROOM.window)

@@ -1,4 +1,4 @@
-"""A store within a budget: sinks, what a policy condensed, and the latest keys, in one buffer."""
+"""A store within a budget: sinks, what a policy compressed, and the latest keys, in one buffer."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from torch import Tensor
 from hyperattention.cache.attended import attended
 from hyperattention.cache.buffer import is_writable
 from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
-from hyperattention.cache.held import Held, joined, live_first
-from hyperattention.cache.policy import Full, Policy
-from hyperattention.cache.room import Room
+from hyperattention.cache.held import CacheSlots, joined, live_first
+from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.types import Partial
@@ -18,11 +18,11 @@ _NAMES = ("k", "v", "log_weight", "position", "score")
 _REVOCABLE = 32
 
 
-class CondensingStore(Store):
-    """Hold at most a budget of slots: when there are more, let a policy condense those between sinks and window.
+class CompressingStore(Store):
+    """Hold at most a budget of slots: when there are more, let a policy compress those between sinks and window.
 
-    Slots lie in the order of their positions: sinks, what was condensed, the latest. New tokens are written behind, into
-    room that is left for them; when the budget is exceeded, one condensation makes room for the next `Room.pending`.
+    Slots lie in the order of their positions: sinks, what was compressed, the latest. New tokens are written behind, into
+    room that is left for them; when the budget is exceeded, one compression makes room for the next `Room.pending`.
 
     Cost: O(1) copies a token beside the policy's work, which one token in `Room.pending` pays.
 
@@ -33,10 +33,10 @@ class CondensingStore(Store):
         seed: seed of every draw.
     """
 
-    def __init__(self, policy: Policy, room: Room, *, layer: int = 0, seed: int = 0) -> None:
+    def __init__(self, policy: Policy, room: CacheBudget, *, layer: int = 0, seed: int = 0) -> None:
         """Hold nothing."""
         self.policy, self.room, self.layer, self.seed = policy, room, layer, seed
-        self._buffer: Held | None = None
+        self._buffer: CacheSlots | None = None
         self._queries: Tensor | None = None
         self._waiting: tuple[Tensor, float, ScoreRule] | None = None
         self._count = self._seen = self._turn = self._new = 0
@@ -68,7 +68,7 @@ class CondensingStore(Store):
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing was condensed yet."""
+        """Whether nothing was compressed yet."""
         return self._turn == 0
 
     @property
@@ -80,7 +80,7 @@ class CondensingStore(Store):
         )
 
     @property
-    def held(self) -> Held:
+    def held(self) -> CacheSlots:
         """Show all slots in use, as views.
 
         Returns:
@@ -110,7 +110,7 @@ class CondensingStore(Store):
         held = self.held
         return held.k, held.v
 
-    def _grown(self, k: Tensor, v: Tensor, count: int) -> Held:
+    def _grown(self, k: Tensor, v: Tensor, count: int) -> CacheSlots:
         """Make room for `count` slots: as many as are needed at first, then half as much again, or just the budget."""
         old = self._buffer
         have = 0 if old is None else old.num_slots
@@ -122,13 +122,13 @@ class CondensingStore(Store):
         weight = torch.promote_types(k.dtype, torch.float32)
         k, v = (x.new_empty((*shape, x.shape[3])) for x in (k, v))
         types = (weight, torch.int32, weight)
-        fresh = Held(k, v, *(torch.empty(shape, dtype=dtype, device=device) for dtype in types))
+        fresh = CacheSlots(k, v, *(torch.empty(shape, dtype=dtype, device=device) for dtype in types))
         if old is not None:
             for to, source in zip(fresh.tensors, old.tensors, strict=True):
                 to[:, :, : self._count] = source[:, :, : self._count]
         return fresh
 
-    def mark(self, live: Tensor) -> None:
+    def mask_padding(self, live: Tensor) -> None:
         """Empty the slots of padding."""
         if self._buffer is not None and not bool(live.all()):
             new = self.held.part(self._count - self._new, self._count)
@@ -141,8 +141,8 @@ class CondensingStore(Store):
         """Attend to all slots, the newest causally."""
         return rule.drop_sinks(self.held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap))
 
-    def settle(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
-        """Watch what the queries attend to, and condense if the budget is exceeded."""
+    def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
+        """Watch what the queries attend to, and compress if the budget is exceeded."""
         full = self._count > self.room.budget
         if self.policy.num_queries or self.policy.watches:
             waiting = 0 if full else min(_REVOCABLE, q.shape[2])
@@ -150,7 +150,7 @@ class CondensingStore(Store):
             self._watch(known, scale, rule, self._count - waiting)
             self._waiting = (rest.clone(), scale, rule)
         if full:
-            self._condense(scale, rule)
+            self._compress(scale, rule)
 
     def _watch_waiting(self) -> None:
         """Watch the latest queries: they will not be taken back any more."""
@@ -167,7 +167,7 @@ class CondensingStore(Store):
             held = self.held.part(0, end)
             held.score.add_(attended(held, q, scale, rule))
 
-    def _condense(self, scale: float, rule: ScoreRule) -> None:
+    def _compress(self, scale: float, rule: ScoreRule) -> None:
         held, begin, end = self.held, self.room.sinks, self._count - self.room.window
         # at first, and later where a row had not as many keys as sinks
         if self.is_whole or not bool(held.live[:, :, :begin].all()):
@@ -175,8 +175,10 @@ class CondensingStore(Store):
         queries = self._queries
         if queries is None:
             queries = held.k.new_zeros((held.k.shape[0], held.k.shape[1], 0, held.k.shape[3]))
-        full = Full(held, begin, end, self.room.middle, queries, scale, (self.seed, self.layer, self._turn), rule)
-        parts = (held.part(0, begin), self.policy.condense(full), held.part(end, self._count))
+        full = CompressionRequest(
+            held, begin, end, self.room.middle, queries, scale, (self.seed, self.layer, self._turn), rule
+        )
+        parts = (held.part(0, begin), self.policy.compress(full), held.part(end, self._count))
         self._turn += 1
         self._count = sum(part.num_slots for part in parts)
         # room for what is pending is part of the budget; beside it there is room for the one token that exceeds it
@@ -197,7 +199,7 @@ class CondensingStore(Store):
         """Forget tokens that are still held one by one, in the window or behind it."""
         recent = self._count if self.is_whole else self._count - self.room.sinks - self.room.middle
         if num > recent:
-            why = f"all but the last {recent} were condensed by {self.policy!r}; give a window of at least {num}"
+            why = f"all but the last {recent} were compressed by {self.policy!r}; give a window of at least {num}"
             raise ValueError(f"cannot forget the latest {num} tokens: {'no more were read' if self.is_whole else why}")
         self._count, self._seen, self._new = self._count - num, self._seen - num, 0
         if self._waiting is not None:
@@ -220,7 +222,11 @@ class CondensingStore(Store):
         """Take over slots and counters."""
         self._check(state)
         self._seen, self._turn = (int(x) for x in state["numbers"])
-        self._buffer, self._queries, self._waiting = Held(*(state[name] for name in _NAMES)), state.get("queries"), None
+        self._buffer, self._queries, self._waiting = (
+            CacheSlots(*(state[name] for name in _NAMES)),
+            state.get("queries"),
+            None,
+        )
         self._count, self._new = self._buffer.num_slots, 0
 
     def _check(self, state: dict[str, Tensor]) -> None:
@@ -244,7 +250,7 @@ class CondensingStore(Store):
         insist(((score >= 0) & (score < torch.inf)).all(), "attention that keys got is finite and not negative")
 
 
-def _repeated(held: Held, num: int) -> tuple[Tensor, Tensor]:
+def _repeated(held: CacheSlots, num: int) -> tuple[Tensor, Tensor]:
     """Name the first slot `num` times, as room to be written over."""
     index = torch.zeros(*held.log_weight.shape[:2], num, dtype=torch.int64, device=held.k.device)
     return index, torch.full(index.shape, -torch.inf, dtype=torch.float32, device=held.k.device)

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention import Exact, Sinks, attention, default_method
 from hyperattention.bench.rows import Row, control_of
-from hyperattention.methods.base import Approach
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.method import Method
 
 BACKENDS = {"exact_flash": SDPBackend.FLASH_ATTENTION, "exact_cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -23,7 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One way to compute a task: its call returns the output, and the gradients of q, k and v where they are taken."""
 
     name: str
@@ -47,14 +47,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Failure:
-    """A contender that cannot take part, and why."""
+    """A candidate that cannot take part, and why."""
 
     name: str
     label: str
     reason: str
 
 
-Entry = Contender | Failure
+Entry = Candidate | Failure
 
 
 def bind(attend: Attend, tensors: Tensors) -> Call:
@@ -110,13 +110,13 @@ def _exact(name: str, task: Task, costly: bool) -> Entry:
         k, v = (x.repeat_interleave(group, 1) for x in (tensors.k, tensors.v))
         tensors, repeat, note = Tensors(tensors.kind, "", tensors.q, k, v), False, "kv heads repeated before the call"
     causal = task.causal and task.queries == task.keys
-    return Contender(
+    return Candidate(
         name, label, bind(sdpa(backend, causal, repeat), tensors), f"scaled_dot_product_attention, {backend.name}",
         task.exact_pairs, 1.0, sdpa(backend, causal, must), exact=True, costly=costly, note=note,
     )  # fmt: skip
 
 
-def exact_contenders(task: Task, names: Sequence[str] = tuple(BACKENDS), *, costly: bool = False) -> list[Entry]:
+def exact_candidates(task: Task, names: Sequence[str] = tuple(BACKENDS), *, costly: bool = False) -> list[Entry]:
     """Give torch's exact kernels on a task."""
     return [_exact(name, task, costly) for name in names]
 
@@ -125,15 +125,15 @@ def time_exact(session: Session) -> dict[str, float]:
     """Time the exact kernels that work here on a short causal task; the fastest first."""
     task = Task(make_tensors(session.plan, "gaussian", session.plan.probe))
     seconds = {}
-    for each in exact_contenders(task):
-        if isinstance(each, Contender):
+    for each in exact_candidates(task):
+        if isinstance(each, Candidate):
             seconds[each.name] = min(seconds_of(each.call, session.device) for _ in range(3))
     if not seconds:
         raise RuntimeError("no exact kernel of torch runs here: there is nothing to compare with")
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
-def contender_of(session: Session, task: Task, name: str, label: str, method: Approach | None) -> Contender:
+def candidate_of(session: Session, task: Task, name: str, label: str, method: AttentionMethod | None) -> Candidate:
     """Bind a method of ours to a task; None runs the default, which may be exact attention."""
     ran = default_method(task.keys, num_queries=task.queries, device=session.device) if method is None else method
     exact = isinstance(ran, Exact)
@@ -154,15 +154,15 @@ def contender_of(session: Session, task: Task, name: str, label: str, method: Ap
 
     written = repr(ran) if method is not None else f"None: {ran!r}"
     share = pairs / task.exact_pairs
-    return Contender(name, label, bind(attend, task.tensors), written, pairs, share, attend, exact)
+    return Candidate(name, label, bind(attend, task.tensors), written, pairs, share, attend, exact)
 
 
-def our_contenders(session: Session, task: Task) -> list[Entry]:
+def our_candidates(session: Session, task: Task) -> list[Entry]:
     """Give the method judged, and the control that lists as many slots: sinks, window and uniform draws."""
     method = session.plan.method
     return [
-        contender_of(session, task, "ours", "hyperattention", method),
-        contender_of(session, task, "control", "control: + uniform draws", control_of(method)),
+        candidate_of(session, task, "ours", "hyperattention", method),
+        candidate_of(session, task, "control", "control: + uniform draws", control_of(method)),
     ]
 
 

@@ -27,7 +27,7 @@ OWN = {
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Candidate:
     """One method at one budget.
 
     Args:
@@ -53,7 +53,7 @@ class Entrant:
         return "oracle" in self.title
 
 
-def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> tuple[Entrant, ...]:
+def candidates(budgets: Sequence[int], families: Sequence[str] | None = None) -> tuple[Candidate, ...]:
     """List exact attention first, then for each budget what must be beaten, the rivals, and this project's methods.
 
     Args:
@@ -61,14 +61,14 @@ def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> t
         families: names of the methods wanted; None for all. Exact attention always takes part.
 
     Returns:
-        the entrants, by budget.
+        the candidates, by budget.
 
     Raises:
         ValueError: if there is no budget, one is too small or there twice, or a name is unknown.
     """
     if not budgets or len(set(budgets)) < len(budgets):
         raise ValueError(f"budgets {list(budgets)}: name at least one, and each once, such as 512,1024,2048")
-    found = [Entrant(EXACT, "exact (SDPA)", None, Row(EXACT, "exact (SDPA)", Exact()))]
+    found = [Candidate(EXACT, "exact (SDPA)", None, Row(EXACT, "exact (SDPA)", Exact()))]
     known = _makers(LEAST)
     unknown = [name for name in families or () if name != EXACT and name not in known]
     if unknown:
@@ -76,7 +76,7 @@ def entrants(budgets: Sequence[int], families: Sequence[str] | None = None) -> t
     for slots in budgets:
         # only what takes part is made: others may need more slots
         wanted = (make for name, make in _makers(slots).items() if families is None or name in families)
-        found += [_entrant(make(), slots) for make in wanted]
+        found += [_candidate(make(), slots) for make in wanted]
     return tuple(found)
 
 
@@ -156,5 +156,5 @@ def _window_at(slots: int, ours: Method) -> Method:
     return Method(sinks, Window(slots - sinks.slots(ours.tile) - ours.tile), tile=ours.tile)
 
 
-def _entrant(row: Row, slots: int) -> Entrant:
-    return Entrant(row.name, row.label, slots, Row(f"{row.name}@{slots}", f"{row.label}, {slots:,}", row.method))
+def _candidate(row: Row, slots: int) -> Candidate:
+    return Candidate(row.name, row.label, slots, Row(f"{row.name}@{slots}", f"{row.label}, {slots:,}", row.method))

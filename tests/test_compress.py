@@ -8,8 +8,8 @@ from torch import Tensor
 
 from assertions import assert_unbiased
 from hyperattention.cache.attended import attended
-from hyperattention.cache.held import Held
-from hyperattention.cache.policy import Full, Policy
+from hyperattention.cache.held import CacheSlots
+from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.policies.balanced_halving import BalancedHalving
 from hyperattention.policies.heavy_hitters import HeavyHitters
 from hyperattention.policies.last_window import LastWindow
@@ -19,26 +19,26 @@ BEGIN, END, SLOTS, NUM, WIDTH = 4, 84, 96, 24, 8
 each = pytest.mark.parametrize("case", POLICIES, ids=lambda case: case.name)
 
 
-def held(batch: int = 2, heads: int = 2, *, dtype: torch.dtype = torch.float32, weighted: bool = True) -> Held:
+def held(batch: int = 2, heads: int = 2, *, dtype: torch.dtype = torch.float32, weighted: bool = True) -> CacheSlots:
     generator = torch.Generator().manual_seed(3)
     k, v = (torch.randn(batch, heads, SLOTS, WIDTH, generator=generator) for _ in range(2))
     weight = torch.rand(batch, heads, SLOTS, generator=generator) * 2 if weighted else torch.zeros(batch, heads, SLOTS)
     position = torch.arange(SLOTS, dtype=torch.int32).mul(3).expand(batch, heads, -1).contiguous()
-    return Held(k.to(dtype), v.to(dtype), weight, position, torch.rand(batch, heads, SLOTS, generator=generator))
+    return CacheSlots(k.to(dtype), v.to(dtype), weight, position, torch.rand(batch, heads, SLOTS, generator=generator))
 
 
-def full(slots: Held, policy: Policy, *, seed: int = 0, num: int = NUM) -> Full:
+def full(slots: CacheSlots, policy: Policy, *, seed: int = 0, num: int = NUM) -> CompressionRequest:
     generator = torch.Generator().manual_seed(4)
     queries = torch.randn(1, 2 * slots.k.shape[1], policy.num_queries, WIDTH, generator=generator)
     queries = queries.expand(slots.k.shape[0], -1, -1, -1).to(slots.k.dtype)
-    return Full(slots, BEGIN, END, num, queries, WIDTH**-0.5, (seed, 1, 2))
+    return CompressionRequest(slots, BEGIN, END, num, queries, WIDTH**-0.5, (seed, 1, 2))
 
 
-def same(ours: Held, theirs: Held) -> bool:
+def same(ours: CacheSlots, theirs: CacheSlots) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours.tensors, theirs.tensors, strict=True))
 
 
-def sums(kept: Held, q: Tensor) -> Tensor:
+def sums(kept: CacheSlots, q: Tensor) -> Tensor:
     """Numerator and denominator of attention, by head."""
     weight = kept.log_weight.double().exp() * (kept.k.double() @ q).exp()
     return torch.cat([weight.sum(-1, keepdim=True), (weight[..., None] * kept.v.double()).sum(2)], -1)
@@ -47,8 +47,8 @@ def sums(kept: Held, q: Tensor) -> Tensor:
 @each
 def test_as_many_slots_come_back_as_there_is_room_for_in_order(case: PolicyCase) -> None:
     slots = held()
-    before = Held(*(x.clone() for x in slots.tensors))
-    kept = case.policy.condense(full(slots, case.policy))
+    before = CacheSlots(*(x.clone() for x in slots.tensors))
+    kept = case.policy.compress(full(slots, case.policy))
     assert kept.num_slots == NUM
     assert bool(kept.live.all())
     assert [x.dtype for x in kept.tensors] == [x.dtype for x in slots.tensors]
@@ -70,7 +70,7 @@ def test_an_empty_slot_comes_back_only_where_too_few_are_left(case: PolicyCase) 
     dead[1, :, BEGIN + 10 : END] = True
     log_weight = slots.log_weight.masked_fill(dead, -torch.inf)
     slots = replace(slots, log_weight=log_weight, k=slots.k.masked_fill(dead[..., None], 0.0))
-    kept = case.policy.condense(full(slots, case.policy))
+    kept = case.policy.compress(full(slots, case.policy))
     live = kept.live.sum(-1)
     # a cluster may hold several of the few keys there are
     wanted = (live[0] == NUM) & (live[1] == 10)
@@ -84,31 +84,31 @@ def test_an_empty_slot_comes_back_only_where_too_few_are_left(case: PolicyCase) 
 @each
 def test_the_same_counters_give_the_same_bits(case: PolicyCase) -> None:
     torch.manual_seed(0)
-    ours = case.policy.condense(full(held(), case.policy))
+    ours = case.policy.compress(full(held(), case.policy))
     torch.manual_seed(1)
-    assert same(ours, case.policy.condense(full(held(), case.policy)))
+    assert same(ours, case.policy.compress(full(held(), case.policy)))
 
 
 @each
 def test_rows_and_heads_do_not_see_one_another(case: PolicyCase) -> None:
     slots = held()
-    ours = case.policy.condense(full(slots, case.policy))
-    alone = case.policy.condense(full(Held(*(x[1:] for x in slots.tensors)), case.policy))
+    ours = case.policy.compress(full(slots, case.policy))
+    alone = case.policy.compress(full(CacheSlots(*(x[1:] for x in slots.tensors)), case.policy))
     torch.testing.assert_close(ours.position[1:], alone.position, rtol=0, atol=0)
     torch.testing.assert_close(ours.log_weight[1:], alone.log_weight)
-    other = Held(*(x.clone() for x in slots.tensors))
+    other = CacheSlots(*(x.clone() for x in slots.tensors))
     other.k[:, 0] += 1.0
     other.v[:, 0] *= 2.0
     other.score[:, 0] += torch.linspace(0, 1, SLOTS)
-    moved = case.policy.condense(full(other, case.policy))
+    moved = case.policy.compress(full(other, case.policy))
     torch.testing.assert_close(ours.position[:, 1], moved.position[:, 1], rtol=0, atol=0)
     torch.testing.assert_close(ours.log_weight[:, 1], moved.log_weight[:, 1])
 
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keys_are_condensed(case: PolicyCase, dtype: torch.dtype) -> None:
-    kept = case.policy.condense(full(held(dtype=dtype), case.policy))
+def test_half_precision_keys_are_compressed(case: PolicyCase, dtype: torch.dtype) -> None:
+    kept = case.policy.compress(full(held(dtype=dtype), case.policy))
     assert kept.k.dtype == kept.v.dtype == dtype
     assert all(bool(x.isfinite().all()) for x in kept.tensors)
 
@@ -116,7 +116,7 @@ def test_half_precision_keys_are_condensed(case: PolicyCase, dtype: torch.dtype)
 @pytest.mark.parametrize("case", [case for case in POLICIES if case.keeps_total], ids=lambda case: case.name)
 def test_total_weight_is_kept(case: PolicyCase) -> None:
     slots = full(held(weighted=case.name != "uniform sample"), case.policy)
-    kept = case.policy.condense(slots)
+    kept = case.policy.compress(slots)
     wanted = slots.candidates.log_weight.exp().sum(-1)
     torch.testing.assert_close(kept.log_weight.exp().sum(-1), wanted, rtol=1e-4, atol=0)
 
@@ -129,10 +129,10 @@ def test_sums_over_keys_are_unbiased(case: PolicyCase, twice: bool) -> None:
     truth = sums(full(slots, case.policy).candidates, q)
     estimates = []
     for seed in range(400):
-        kept = case.policy.condense(full(slots, case.policy, seed=seed, num=40 if twice else NUM))
+        kept = case.policy.compress(full(slots, case.policy, seed=seed, num=40 if twice else NUM))
         if twice:
-            again = Full(kept, 0, 40, NUM, torch.zeros(1, 4, 0, WIDTH), 1.0, (seed, 1, 3))
-            kept = case.policy.condense(again)
+            again = CompressionRequest(kept, 0, 40, NUM, torch.zeros(1, 4, 0, WIDTH), 1.0, (seed, 1, 3))
+            kept = case.policy.compress(again)
         estimates.append(sums(kept, q))
     assert_unbiased(torch.stack(estimates), truth, largest_error=0.2 * truth.abs().amax().item())
 
@@ -141,11 +141,11 @@ def test_a_key_that_queries_look_at_is_kept() -> None:
     slots = held(1, 1)
     slots.score.zero_()
     slots.score[..., 37] = 1.0
-    assert 3 * 37 in HeavyHitters().condense(full(slots, HeavyHitters())).position.tolist()[0][0]
+    assert 3 * 37 in HeavyHitters().compress(full(slots, HeavyHitters())).position.tolist()[0][0]
     policy = LastWindow(8)
     asked = full(slots, policy)
     slots.k[0, 0, 37] = 20 * asked.queries[0, 0, -1]
-    assert 3 * 37 in policy.condense(asked).position.tolist()[0][0]
+    assert 3 * 37 in policy.compress(asked).position.tolist()[0][0]
 
 
 def test_attention_is_summed_over_queries_causally() -> None:
