@@ -139,7 +139,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def device_works(plan: Plan) -> bool:
-    """Tell whether the device still answers: after an illegal access no call in this process does."""
+    """Return whether the device still answers: after an illegal access no call in this process does."""
     if plan.device != "cuda":
         return True
     try:

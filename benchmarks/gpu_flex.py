@@ -46,7 +46,7 @@ def _attend(task: Task, sinks: int, window: int, *, compiled: bool):
 
 
 def _blocks(count: int, sinks: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tell which blocks of keys a block of queries sees in part, and which in full.
+    """Return which blocks of keys a block of queries sees in part, and which in full.
 
     Torch's own create_block_mask looks at every pair, which at 131,072 tokens are 17 billion.
     """

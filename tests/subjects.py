@@ -30,7 +30,7 @@ Call = Callable[[], Results]
 
 
 def _tells_error(method: AttentionMethod) -> bool:
-    """Tell whether the method knows the standard error of its rows."""
+    """Return whether the method knows the standard error of its rows."""
     q, k, v = tensors(8)
     try:
         ha.measured_attention(q, k, v, method=method, standard_error=True)

@@ -179,7 +179,7 @@ def test_padding_is_not_brought_back(model: nn.Module, mask: Tensor | None) -> N
 def test_a_mask_that_does_not_tell_padding_is_refused(model: nn.Module, change: object) -> None:
     # padding that sees itself, and tokens that do not
     mask = change(square(live_of("left"))[1:])
-    with pytest.raises(ValueError, match="does not tell whether new token"):
+    with pytest.raises(ValueError, match="does not give whether new token"):
         step(model, cache_of(model), mask, PROMPT)
 
 

@@ -129,7 +129,7 @@ def test_heads_and_attempts_share_the_chance_of_a_wrong_bound():
         ((), ValueError, "at least one rung"),
         ((Method(ha.HashBuckets(16), ha.Draw(16)),), ValueError, "no few of them can tell"),
         ((Method(ha.Draw(16)), Method(ha.Draw(32), tile=16)), ValueError, "one tile size"),
-        ((Method(ha.Draw(32)), Method(ha.Draw(16))), ValueError, "from cheap to dear"),
+        ((Method(ha.Draw(32)), Method(ha.Draw(16))), ValueError, "by increasing cost"),
     ],
 )
 def test_ladders_that_cannot_be_climbed(rungs, error, message):
@@ -141,7 +141,7 @@ def test_each_rung_lists_more_pairs_than_the_one_before():
     few, other, more = Method(ha.Draw(8)), Method(ha.Draw(8, by=ha.HierarchicalSearch())), Method(ha.Draw(9))
     assert Ladder((few, more)).rungs == (few, more)
     for rungs in ((few, few), (few, other), (few, more, more), (more, few)):
-        with pytest.raises(ValueError, match="order the rungs from cheap to dear"):
+        with pytest.raises(ValueError, match="order the rungs by increasing cost"):
             Ladder(rungs)
 
 

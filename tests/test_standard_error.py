@@ -162,7 +162,7 @@ def errors(method: ha.Method | ha.Exact, q: Tensor, k: Tensor, v: Tensor, **opti
 def test_where_all_keys_are_listed_there_is_none(case):
     stages = case.method.stages if isinstance(case.method, Method) else ()
     if isinstance(case.method, ha.HyperAttention) or not all(stage.tells_error for stage in stages):
-        with pytest.raises(NotImplementedError, match="does not tell the standard error"):
+        with pytest.raises(NotImplementedError, match="does not give the standard error"):
             errors(case.method, *tensors(50))
         return
     few, many = (errors(case.method, *tensors(n)) for n in (case.exact_up_to, 2 * case.num_tokens))

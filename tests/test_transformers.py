@@ -116,7 +116,7 @@ def test_full_budget_matches_sdpa_and_a_small_one_is_seen(family: str, scenario:
     assert torch.equal(scenario(model), reference)
 
 
-# gpt-oss does not tell its mask where packed documents start, so packing has no reference there
+# gpt-oss does not give its mask where packed documents start, so packing has no reference there
 @pytest.mark.parametrize("scenario", [plain, padded, chunked, static_padded, generate_static])
 @pytest.mark.parametrize("family", EXACT_FAMILIES)
 @torch.no_grad()

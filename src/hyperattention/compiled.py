@@ -26,7 +26,7 @@ _ARGUMENTS = {name: tuple(field.name for field in fields(each)) for name, each i
 
 
 def is_opaque(part: object) -> bool:
-    """Tell whether a method, or a part of one, can be named in a graph: all its types are the package's own."""
+    """Return whether a method, or a part of one, can be named in a graph: all its types are the package's own."""
     if part is None or isinstance(part, (bool, int, float, str)):
         return True
     if isinstance(part, tuple):

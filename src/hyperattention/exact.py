@@ -50,7 +50,7 @@ def visible_keys(
 
 
 def visible_bounds(visible: Int[Tensor, "#batch queries"], num_keys: int) -> tuple[int, int]:
-    """Tell which leading keys every row sees and which some row sees, so that the rest is neither masked nor scored.
+    """Return which leading keys every row sees and which some row sees, so that the rest is neither masked nor scored.
 
     Args:
         visible: number of leading keys each row may see.

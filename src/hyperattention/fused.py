@@ -60,7 +60,7 @@ class Kernel(ABC):
 
     def attend(self, call: FusedCall) -> Partial:
         """Compute the rows, in the accumulation dtype, and their lse."""
-        raise NotImplementedError(f"{self!r} does not tell the lse of its rows: use a kernel chosen with lse=True")
+        raise NotImplementedError(f"{self!r} does not give the lse of its rows: use a kernel chosen with lse=True")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class GpuFlash(Kernel):
 
 
 def choose(call: FusedCall, *, lse: bool) -> Kernel | None:
-    """Tell which kernel answers a call; looks at shapes, dtypes and the device, never at values.
+    """Return which kernel answers a call; looks at shapes, dtypes and the device, never at values.
 
     Args:
         call: what is asked.
@@ -168,12 +168,12 @@ def _choose_on_gpu(call: FusedCall) -> Kernel | None:
 
 
 def _rows_first(call: FusedCall) -> bool:
-    """Tell whether the numbers of every row lie side by side; torch writes every score down where they do not."""
+    """Return whether the numbers of every row lie side by side; torch writes every score down where they do not."""
     return all(x.stride(-1) == 1 for x in (call.q, call.k, call.v))
 
 
 def _transformed(call: FusedCall) -> bool:
-    """Tell whether forward-mode differentiation or vmap is at work, which torch's fused kernels do not know."""
+    """Return whether forward-mode differentiation or vmap is at work, which torch's fused kernels do not know."""
     if torch.compiler.is_compiling():
         return False
     if any(is_functorch_wrapped_tensor(x) for x in (call.q, call.k, call.v)):

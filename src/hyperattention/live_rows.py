@@ -64,7 +64,7 @@ def _rows(problem: Problem, batch: slice, keys: slice, shift: int | None) -> Liv
 
 
 def _readable(x: Tensor) -> bool:
-    """Tell whether values may be read here: not while tracing or capturing, nor from tensors without values."""
+    """Return whether values may be read here: not while tracing or capturing, nor from tensors without values."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
         return False
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

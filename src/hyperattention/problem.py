@@ -135,7 +135,7 @@ class Problem:
         return replace(self, q=q, offset=self.offset + first, spans=(length, step))
 
     def storage(self) -> "tuple[Tensor, Tensor, Tensor | None]":
-        """Tell where kernels read keys and values: rows of them, or pages with a table."""
+        """Return where kernels read keys and values: rows of them, or pages with a table."""
         if self.stored is not None:
             return self.stored.key, self.stored.value, self.stored.table
         return self.k.flatten(0, 1), self.v.flatten(0, 1), None

@@ -45,7 +45,7 @@ class Tiles:
         return self.end if self.problem.causal else self.total.expand_as(self.end)
 
     def number(self, place: int) -> int:
-        """Tell the absolute number of a tile of this call, without a look at the device."""
+        """Return the absolute number of a tile of this call, without a look at the device."""
         if self.problem.spans is not None:
             length, step = (positions // self.size for positions in self.problem.spans)
             place = place // length * step + place % length

@@ -9,7 +9,7 @@ Spot = tuple[float, float]
 
 
 def on_front(spots: Sequence[Spot]) -> tuple[bool, ...]:
-    """Tell which spots are on the Pareto front: no other is as good in both, and better in one.
+    """Return which spots are on the Pareto front: no other is as good in both, and better in one.
 
     Args:
         spots: what each took, and how far it was off; a value that is no number is beaten by every number.

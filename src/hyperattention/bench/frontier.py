@@ -83,7 +83,8 @@ class Point:
         return {
             "row": self.candidate.row.name, "family": self.candidate.family, "title": self.candidate.title,
             "label": self.label, "slots": self.candidate.slots, "exact": self.candidate.exact,
-            "oracle": self.candidate.oracle, "method": repr(self.candidate.row.method), "approximated": self.approximated, "complete": self.cost.complete,
+            "oracle": self.candidate.oracle,
+            "method": repr(self.candidate.row.method), "approximated": self.approximated, "complete": self.cost.complete,
             "pairs_per_query": self.cost.pairs, "selection_pairs_per_query": self.cost.selection_pairs,
             "share_of_exact_pairs": self.cost.share_of_exact, "median_s": self.timing.median, "quartiles_s": (low, high),
             "seconds": self.timing.seconds, "error": self.error, "percentile_95": self.overall("percentile_95_bound"),

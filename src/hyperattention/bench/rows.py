@@ -31,7 +31,7 @@ class Row:
     method: AttentionMethod
 
     def cost(self, length: int, is_causal: bool) -> Cost:
-        """Tell what the method will spend on a sequence."""
+        """Return what the method will spend on a sequence."""
         return self.method.cost(length, is_causal=is_causal)
 
     def label_for(self, length: int, is_causal: bool, approximated: int) -> str:
@@ -50,7 +50,7 @@ class Row:
         return f"{self.label} (exact ran)" if not approximated else f"{self.label} (no fewer pairs)"
 
     def approximates(self, length: int, is_causal: bool, approximated: int) -> bool:
-        """Tell whether the row really shows an approximation that saves pairs."""
+        """Return whether the row really shows an approximation that saves pairs."""
         return approximated > 0 and self.cost(length, is_causal).share_of_exact < 1
 
 

@@ -88,7 +88,7 @@ class AuditedStore(Store):
 
     @property
     def approximated(self) -> Bool[Tensor, " tokens"]:
-        """Tell for each position whether its query did not read every key."""
+        """Return for each position whether its query did not read every key."""
         return torch.tensor(self._approximated, dtype=torch.bool, device="cpu")
 
     @property
@@ -194,7 +194,7 @@ class AuditedStore(Store):
 
 
 def are_drawn(position: Int[Tensor, " tokens"], every: int, seed: int) -> Bool[Tensor, " tokens"]:
-    """Tell which positions an audit looks at: one, chosen at random, in each run of `every`.
+    """Return which positions an audit looks at: one, chosen at random, in each run of `every`.
 
     Args:
         position: positions of tokens.

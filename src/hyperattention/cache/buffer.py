@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def is_writable(x: Tensor) -> bool:
-    """Tell whether a buffer can be written in place: one made in inference mode only there.
+    """Return whether a buffer can be written in place: one made in inference mode only there.
 
     Args:
         x: the buffer.

@@ -35,7 +35,7 @@ class CacheSlots:
 
     @property
     def live(self) -> Tensor:
-        """Tell which slots hold a key, ``[batch, kv_heads, slots]``."""
+        """Return which slots hold a key, ``[batch, kv_heads, slots]``."""
         return self.log_weight > -torch.inf
 
     @property

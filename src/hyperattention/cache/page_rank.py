@@ -84,7 +84,7 @@ class Midpoint(PageRank):
 
     score_P = q . (alpha high + (1 - alpha) low)
     Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache, with alpha = 0.6.   Differs: nothing.
-    Cost: one product a page.   Guarantee: none. It spares comparisons, which are dear under encryption and cheap here.
+    Cost: one product a page.   Guarantee: none. It spares comparisons, which are expensive under encryption and cheap here.
 
     Args:
         alpha: share of the upper bound.

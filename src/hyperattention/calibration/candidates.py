@@ -26,7 +26,7 @@ def candidates(length: int) -> tuple[AttentionMethod, ...]:
 
     Sinks and a window alone serve heads that look nowhere else; uniform draws cost no search; draws by `HierarchicalSearch`
     and by `KeyScan`, which takes more care, find far keys; exact attention serves a head that nothing else can. They stand
-    family by family, not from cheap to dear; of two about as quick that list equally many pairs, the earlier is chosen.
+    family by family, not by increasing cost; of two about as quick that list equally many pairs, the earlier is chosen.
 
     Args:
         length: tokens of the texts measured.

@@ -38,7 +38,7 @@ class Journal:
         atomic_write(path, "".join(f"{line}\n" for line in (header, *map(_write, self.measurements))))
 
     def has(self, document: int, layer: int) -> bool:
-        """Tell whether a layer was measured on a document.
+        """Return whether a layer was measured on a document.
 
         Args:
             document: its number.

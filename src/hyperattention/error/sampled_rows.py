@@ -152,7 +152,7 @@ def _softmax_blocks(
         if key_mask is not None:
             scores.masked_fill_(~key_mask[:, None, None, None, :stop], -torch.inf)
         top = scores.amax(-1)
-        # softmax takes a quarter of the time of exponentials; a row's largest weight then tells its normaliser
+        # softmax takes a quarter of the time of exponentials; a row's largest weight then gives its normaliser
         weights = torch.softmax(scores, -1, out=scores)
         empty = top == -torch.inf
         if empty.any():

@@ -94,7 +94,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def answer_size(self, answers: tuple[str, ...]) -> int:
-        """Tell how many tokens of the model's continuation may hold the answers.
+        """Return how many tokens of the model's continuation may hold the answers.
 
         Args:
             answers: the answers.

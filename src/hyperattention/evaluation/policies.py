@@ -126,7 +126,7 @@ class CacheCandidate:
             model: who is going to read.
             length: tokens that it may have to hold in all, which is the budget of a cache that drops nothing.
             seed: of every draw.
-            audit: one token in so many is audited; None for none.
+            audit: N, to audit one token in each run of N; None for none.
             allow_longer: whether to go on beyond the length that the model was made for.
 
         Returns:

@@ -81,7 +81,7 @@ class Continuation:
 
 
 def range_of(depth: float, depths: int) -> int:
-    """Tell in which range a depth lies.
+    """Return in which range a depth lies.
 
     Args:
         depth: from 0 to 1.

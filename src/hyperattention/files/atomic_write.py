@@ -39,7 +39,7 @@ def beside(path: Path) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Tell whether a path is a device or a pipe, such as /dev/stdout: it is written to and never replaced.
+    """Return whether a path is a device or a pipe, such as /dev/stdout: it is written to and never replaced.
 
     Args:
         path: what was named.

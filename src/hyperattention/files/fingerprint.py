@@ -13,7 +13,7 @@ _VALUES = 64
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells one model from another.
+    """What distinguishes one model from another.
 
     Args:
         model_class: name of its class.

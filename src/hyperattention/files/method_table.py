@@ -178,7 +178,7 @@ def _read_dataclass(field: Field, cls: type, table: Mapping[str, type]) -> objec
 
 
 def _fits(value: object, hint) -> bool:
-    """Tell whether a value is of the type that an argument is annotated with."""
+    """Return whether a value is of the type that an argument is annotated with."""
     if isinstance(hint, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is tuple:

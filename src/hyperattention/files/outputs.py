@@ -28,7 +28,7 @@ def refuse_existing(path: Path, remedy: str) -> None:
 
 
 def carries_mark(path: Path) -> bool:
-    """Tell whether a picture or a page was written by this package.
+    """Return whether a picture or a page was written by this package.
 
     Args:
         path: the file.

@@ -90,7 +90,7 @@ class Plan:
         return ByLayer(self.layers)
 
     def pays(self, num_keys: int) -> bool:
-        """Tell whether a call is long enough for the plan to run.
+        """Return whether a call is long enough for the plan to run.
 
         Args:
             num_keys: keys of the call.

@@ -97,7 +97,7 @@ def _read_layer(layer: Field, methods: list[AttentionMethod], num_kv_heads: int)
     given = layer.known("methods", "errors")
     chosen = [methods[each.whole(0, len(methods) - 1)] for each in given["methods"].items()]
     errors = tuple(each.number() for each in given["errors"].items())
-    # where a configuration does not tell one number of heads, the two lists still have to agree
+    # where a configuration does not give one number of heads, the two lists still have to agree
     wanted = num_kv_heads or max(1, len(chosen))
     for name, entries in (("methods", chosen), ("errors", errors)):
         if len(entries) != wanted:

@@ -1,4 +1,4 @@
-"""Which layers of a model a compressed cache can serve, as its configuration tells, before anything is read."""
+"""Which layers of a model a compressed cache can serve, as its configuration says, before anything is read."""
 
 import importlib
 from types import MappingProxyType, ModuleType

@@ -10,7 +10,7 @@ from hyperattention.cache.fitting import fit_state, floating_type, insist
 
 
 def window_of(layer: object) -> DynamicSlidingWindowLayer | None:
-    """Tell whether a layer is one that keeps a sliding window and nothing else.
+    """Return whether a layer is one that keeps a sliding window and nothing else.
 
     Args:
         layer: of a cache.

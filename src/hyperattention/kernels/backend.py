@@ -20,7 +20,7 @@ def capable(index: int) -> bool:
 
 
 def triton_reads(*tensors: Tensor) -> bool:
-    """Tell whether the Triton kernels serve these queries, keys and values.
+    """Return whether the Triton kernels serve these queries, keys and values.
 
     Args:
         *tensors: of any shape; the last axis holds the numbers of a query, key or value.

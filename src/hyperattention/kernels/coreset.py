@@ -67,7 +67,7 @@ def _average(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return values.new_zeros(*scores.shape[:2], values.shape[2]), scores.new_full(scores.shape[:2], -torch.inf)
     top = scores.amax(-1)
     weights = torch.softmax(scores, -1, out=scores)
-    # a row's largest weight tells its normaliser; softmax over nothing is NaN
+    # a row's largest weight gives its normaliser; softmax over nothing is NaN
     lse, empty = top - weights.amax(-1).log_(), top == -torch.inf
     out = torch.bmm(weights, values)
     return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -torch.inf)

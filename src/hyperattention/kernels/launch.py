@@ -148,7 +148,7 @@ def labels_in_a_row(lists: Lists) -> int:
 
 
 def precision_of(x: Tensor, precise: bool = False) -> str:
-    """Tell how float32 operands are multiplied.
+    """Return how float32 operands are multiplied.
 
     Args:
         x: queries.

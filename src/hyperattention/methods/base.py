@@ -60,7 +60,7 @@ class AttentionMethod(ABC):
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
         """Compute attention, and the standard error of every row; an approach that cannot tell it refuses, as this does."""
         raise NotImplementedError(
-            f"{self!r} does not tell the standard error of its rows: use a Method whose last stage is a Draw, or "
+            f"{self!r} does not give the standard error of its rows: use a Method whose last stage is a Draw, or "
             "audit=64, which judges any output by exact rows"
         )
 
@@ -70,7 +70,7 @@ class AttentionMethod(ABC):
 
     @abstractmethod
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost for as many queries as keys, before running."""
+        """Return the cost for as many queries as keys, before running."""
 
 
 def exact_pairs(num_keys: int, is_causal: bool) -> float:

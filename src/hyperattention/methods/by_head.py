@@ -85,7 +85,7 @@ class ByHead(AttentionMethod):
         return self._in_order([method.output(part) for method, part in self._parts(problem)])
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Attend head by head, and tell the standard error of every row, as far as each head's method does.
+        """Attend head by head, and estimate the standard error of every row, as far as each head's method does.
 
         Args:
             problem: the problem.
@@ -128,7 +128,7 @@ class ByHead(AttentionMethod):
         return joined.unflatten(1, (len(heads), joined.shape[1] // len(heads))).index_select(1, order).flatten(1, 2)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost, averaged over the heads.
+        """Return the cost, averaged over the heads.
 
         Args:
             num_keys: length of the sequence.

@@ -63,7 +63,7 @@ class ByLayer(AttentionMethod):
         return max(method.looks_ahead for method in self.methods.values())
 
     def of(self, layer: int) -> AttentionMethod:
-        """Tell what serves a layer.
+        """Return what serves a layer.
 
         Args:
             layer: its index.
@@ -78,7 +78,7 @@ class ByLayer(AttentionMethod):
         return self.of(problem.layer).attend(problem)
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Attend by the method of the problem's layer, and tell the standard error of every row; raises what it raises."""
+        """Attend by the method of the problem's layer, and estimate each row's standard error; raises what it raises."""
         return self.of(problem.layer).attend_with_error(problem)
 
     def output(self, problem: Problem) -> Tensor:
@@ -86,7 +86,7 @@ class ByLayer(AttentionMethod):
         return self.of(problem.layer).output(problem)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost, averaged over the layers named.
+        """Return the cost, averaged over the layers named.
 
         Args:
             num_keys: length of the sequence.

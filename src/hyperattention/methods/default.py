@@ -32,7 +32,7 @@ _FEW_LEVELS = (
 def default_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Tell which method `method=None` runs.
+    """Return which method `method=None` runs.
 
     Args:
         num_keys: keys of the call.
@@ -50,7 +50,7 @@ def default_method(
 def thorough_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Tell which method to run where a lost key matters more than time: fewer pairs, chosen with more care.
+    """Return which method to run where a lost key matters more than time: fewer pairs, chosen with more care.
 
     Every key is scored, by averages of two neighbouring queries, while a tile sees no more than 8,192 of them; beyond that
     blocks are opened, by twice as many averaged queries as the default's.
@@ -71,7 +71,7 @@ def thorough_method(
 def lean_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Tell which method to run on hundreds of thousands of keys: choosing takes a tenth of what attending does.
+    """Return which method to run on hundreds of thousands of keys: choosing takes a tenth of what attending does.
 
     Blocks are opened as by the default, but fewer, with fewer representatives, and by four averaged queries a tile: what
     single queries look for is lost more often.
@@ -90,7 +90,7 @@ def lean_method(
 
 
 def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None, crossover: int = CROSSOVER) -> bool:
-    """Tell whether approximating takes less time than exact attention."""
+    """Return whether approximating takes less time than exact attention."""
     on_gpu = device is not None and torch.device(device).type == "cuda"
     enough = num_keys >= (GPU_CROSSOVER if on_gpu else crossover)
     return enough and (num_queries is None or num_queries >= FEW_QUERIES)

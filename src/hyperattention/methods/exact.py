@@ -64,7 +64,7 @@ class Exact(AttentionMethod):
         return torch.cat(outs)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost for as many queries as keys."""
+        """Return the cost for as many queries as keys."""
         pairs = exact_pairs(num_keys, is_causal)
         return Cost(pairs, 0.0, pairs, 16 * num_keys * head_dim, True)
 

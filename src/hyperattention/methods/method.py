@@ -155,7 +155,7 @@ class Method(AttentionMethod):
         return partial, standard_error(problem, selected, partial)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost for as many queries as keys, before running.
+        """Return the cost for as many queries as keys, before running.
 
         Args:
             num_keys: length of the sequence.

@@ -94,7 +94,7 @@ class TopKeys(AttentionMethod):
         return Selection((runs,), row_limit=high[..., None], key_row=lists.repeat_interleave(group))
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost for as many queries as keys, before running.
+        """Return the cost for as many queries as keys, before running.
 
         Args:
             num_keys: length of the sequence.

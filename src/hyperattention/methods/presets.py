@@ -118,7 +118,7 @@ class HyperAttention(AttentionMethod):
         return _join(self._causal(problem, live, begin, middle), rows)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Tell the cost for as many queries as keys, before running.
+        """Return the cost for as many queries as keys, before running.
 
         Args:
             num_keys: length of the sequence.
@@ -157,7 +157,7 @@ class HyperAttention(AttentionMethod):
 
 
 def _live_positions(problem: Problem) -> Tensor | None:
-    """Tell which positions hold a live key, ``[batch, keys]``; None where all do."""
+    """Return which positions hold a live key, ``[batch, keys]``; None where all do."""
     if problem.rank is None:
         return None
     return problem.rank.diff(dim=1, prepend=torch.zeros_like(problem.rank[:, :1])) > 0

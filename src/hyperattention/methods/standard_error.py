@@ -36,7 +36,7 @@ def standard_error(
         the standard errors, in the dtype of lse, without a gradient; 0 for a row whose keys were all listed.
 
     Raises:
-        ValueError: if a stage drew its slots and did not tell how.
+        ValueError: if a stage drew its slots and did not say how.
     """
     for _, selection in selected:
         for run in selection.runs:

@@ -16,7 +16,7 @@ _DISTANCES_AT_A_TIME = 2**22
 
 @dataclass(frozen=True)
 class ClusterMeans(Policy):
-    """Cluster keys as the latest queries tell them apart, and keep the mean key and mean value of every cluster.
+    """Cluster keys as the latest queries distinguish them, and keep the mean key and mean value of every cluster.
 
     k_c = mean_c k_j,   v_c = mean_c v_j,   log w_c = log n_c + correction / 2 mean_c (q . (k_j - k_c))^2
 

@@ -13,7 +13,7 @@ _PURPOSE = 1
 # tokens taken in at a time, and the distances to all centres that may be held for them: 16 MiB in float32
 _TOKENS_AT_A_TIME = 512
 _DISTANCES_AT_A_TIME = 2**22
-# tokens that positions tell apart within one value of the hash
+# tokens that positions distinguish within one value of the hash
 _TIES = 2**20
 
 

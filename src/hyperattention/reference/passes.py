@@ -104,7 +104,7 @@ def _sum_loss(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
 
 
 def digits_right(logits: Tensor, targets: Tensor, sample: EvaluationSample) -> Tensor:
-    """Tell which digits of the answers a model puts first, given all that stands before them.
+    """Return which digits of the answers a model puts first, given all that stands before them.
 
     Args:
         logits: ``[targets, vocabulary]``.

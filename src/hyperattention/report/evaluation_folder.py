@@ -46,7 +46,7 @@ def check_evaluation_folder(out: Path, reads: tuple[Path | None, ...], *, overwr
 
 
 def is_own(path: Path) -> bool:
-    """Tell whether a file was written by an evaluation.
+    """Return whether a file was written by an evaluation.
 
     Args:
         path: the file, under one of the names above.

@@ -39,7 +39,7 @@ class GenerationOptions:
         window: latest tokens that are always kept; None for what the policy takes.
         chunk: tokens of a piece in which the text is read; None for all at once.
         seed: of every draw.
-        audit: one token in so many is also attended to exactly; None for none.
+        audit: N, to attend to one token in each run of N exactly as well; None for none.
         allow_longer: whether to go on beyond the length that the model was made for.
         encoding: of the text; None for UTF-8, or bytes as they are for the reference model.
     """

@@ -171,7 +171,7 @@ def _cost_sections(layers: Sequence[LayerFigures]) -> list[Section]:
         ),
         Section(
             "Share of pairs",
-            "Query-key pairs listed, relative to exact attention. Dark heads are the dear ones.",
+            "Query-key pairs listed, relative to exact attention. Dark heads are the expensive ones.",
             head_map(layers, pairs, MapStyle("of exact's pairs", ".3f", "Purples", least=0.0)),
         ),
         Section(

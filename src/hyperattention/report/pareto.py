@@ -169,7 +169,7 @@ def run(prepared: PreparedPareto, console: Console) -> ParetoResults:
 
 
 def show(prepared: PreparedPareto, results: ParetoResults, console: Console) -> None:
-    """Print the tables, and where the measurement cannot tell methods apart.
+    """Print the tables, and where the measurement cannot distinguish methods.
 
     Args:
         prepared: methods, model and samples.

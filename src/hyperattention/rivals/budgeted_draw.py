@@ -115,7 +115,7 @@ class BudgetedDraw(Stage):
         denominator = exact + count * sampled.mean(-1)
         spread = NormalDist().inv_cdf(1.0 - self.delta / 2) * sampled.std(-1) * count
         needed = (spread / (self.epsilon * denominator)).square().ceil()
-        # what is not finite tells nothing: all draws
+        # what is not finite gives no information: all draws
         needed = torch.nan_to_num(needed, nan=self.num, posinf=self.num).amax(-1, keepdim=True)
         return needed.clamp(min(self.pilot, self.num), self.num).long()
 

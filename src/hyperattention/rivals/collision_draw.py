@@ -145,7 +145,7 @@ class CollisionDraw(Stage):
 
 
 def twice(p: Tensor, bits: int, tables: int) -> Tensor:
-    """Tell the chance of a collision in two tables or more, from the chance `p` that a bit agrees; float64.
+    """Return the chance of a collision in two tables or more, from the chance `p` that a bit agrees; float64.
 
     1 - (1 - x)^L - L x (1 - x)^(L-1) = 1 - (1 - x)^(L-1) (1 + (L-1) x),   x = p^bits: without cancellation where x is small
 

@@ -96,7 +96,7 @@ class VerticalSlash(Stage):
         first = (problem.num_queries - count + tiles.front) // tiles.size
         free = keys_left(tiles, covered, left, slice(first, len(tiles.index)))
         free = pad(free, (0, problem.num_keys - free.shape[2]))[:, place // tiles.size - first]
-        # a row that is not finite tells nothing
+        # a row that is not finite gives no information
         weight = torch.nan_to_num_(weight, nan=0.0).sum(1).masked_fill_(~free, 0.0)
         return weight, (tiles.by_list(tiles.start) // tiles.size)[:, place // tiles.size]
 

@@ -28,7 +28,7 @@ class Distribution(ABC):
 
     @abstractmethod
     def share(self, index: Tensor) -> Tensor:
-        """Tell the probability of each key in a single draw: ``[lists, chunk, slots]``; 0 for keys never drawn."""
+        """Return the probability of each key in a single draw: ``[lists, chunk, slots]``; 0 for keys never drawn."""
 
 
 class Density(ABC):

@@ -56,7 +56,7 @@ class CoveredKeys:
         return begin, torch.minimum(hole_begin, end), torch.maximum(hole_end, hole_begin.clamp(max=end)), end
 
     def holds(self, index: Int[Tensor, "lists tiles slots"]) -> Tensor:
-        """Tell which keys lie in a chosen block."""
+        """Return which keys lie in a chosen block."""
         held = torch.zeros_like(index, dtype=torch.bool)
         for blocks, size in self.blocks:
             block = index // size

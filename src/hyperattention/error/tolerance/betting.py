@@ -19,7 +19,7 @@ _HALVINGS = 30
 def log_capital(
     errors: Float[Tensor, "*head rows"], mean: Float[Tensor, "*#head"], weight: float = 1.0
 ) -> Float[Tensor, "*head"]:
-    """Tell what bets against a mean of `mean` or more have earned on these rows: the log of how many times the stake.
+    """Return what bets against a mean of `mean` or more have earned on these rows: the log of how many times the stake.
 
     capital(m) = sum_b stake_b prod_i (1 - b (e_i - m) / (1 - m))
 

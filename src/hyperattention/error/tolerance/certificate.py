@@ -29,7 +29,7 @@ _LEAST = 3
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the rows judged vouch for.
+    """What the judged rows guarantee.
 
     Args:
         errors: errors of the rows judged.
@@ -81,7 +81,7 @@ class Aim:
         return min(self.num_queries, math.ceil(max(_LEAST * unseen, math.sqrt(_PRICE * unseen * pairs))))
 
     def foresee(self, errors: Float[Tensor, "batch heads some"], rows: int) -> Bool[Tensor, "batch heads"]:
-        """Tell whether so many rows that err as these do would be certified."""
+        """Return whether so many rows that err as these do would be certified."""
         whole, excess = split_errors(errors)
         left = self.tolerance * self.live - excess
         return log_capital(whole, left, weight=rows / max(1, errors.shape[-1])) >= -math.log(self.chance)
@@ -91,7 +91,7 @@ class Aim:
 
         Args:
             errors: errors of the rows judged.
-            before: what the first of these rows vouched for, if they were looked at before.
+            before: what the first of these rows guaranteed, if they were looked at before.
 
         Returns:
             the certificate, whose bounded part is the least of all looks.
@@ -135,7 +135,7 @@ def certify(
 
 
 def of_group(certified: Bool[Tensor, "batch heads"], group: int) -> Bool[Tensor, " kv_heads"]:
-    """Tell for which kv heads all query heads are certified, in all batch entries."""
+    """Return for which kv heads all query heads are certified, in all batch entries."""
     return certified.unflatten(1, (-1, group)).all(2).all(0)
 
 

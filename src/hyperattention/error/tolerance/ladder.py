@@ -1,4 +1,4 @@
-"""A ladder of budgets: methods from cheap to dear, whose step after the last is exact attention."""
+"""A ladder of budgets: methods by increasing cost, whose step after the last is exact attention."""
 
 import math
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ _POOLED = 8
 
 @dataclass(frozen=True)
 class Ladder:
-    """Methods from cheap to dear, to be climbed until the error is small enough; after the last comes exact attention.
+    """Methods by increasing cost, to be climbed until the error is small enough; after the last comes exact attention.
 
     Args:
         rungs: lists of stages, each listing more pairs than the one before, in tiles of equal size.
@@ -63,7 +63,7 @@ class Ladder:
             raise ValueError(f"Ladder of tiles {[rung.tile for rung in self.rungs]}: all rungs must share one tile size")
         pairs = [rung.cost(_LONG).pairs for rung in self.rungs]
         if any(above <= below for below, above in pairwise(pairs)):
-            raise ValueError(f"Ladder of {pairs} pairs a query: order the rungs from cheap to dear")
+            raise ValueError(f"Ladder of {pairs} pairs a query: order the rungs by increasing cost")
         if not 0 < self.worth <= 1:
             raise ValueError(f"Ladder(worth={self.worth}): it must lie in (0, 1], relative to exact attention's pairs")
 

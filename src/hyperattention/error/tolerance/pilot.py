@@ -53,7 +53,7 @@ class Pilot:
 
 
 def pilot_spends(spends: float, exact_pairs: float, num_queries: int, tile: int) -> float:
-    """Tell what a pilot will spend at most, before it runs: its exact rows, and probes of rungs like one.
+    """Return what a pilot will spend at most, before it runs: its exact rows, and probes of rungs like one.
 
     Args:
         spends: pairs that the rung spends a query.
@@ -133,7 +133,7 @@ def choose(pilot: Pilot, rungs: Sequence[Method], pairs: Sequence[float], aim: A
 
     Args:
         pilot: the tiles.
-        rungs: from cheap to dear.
+        rungs: by increasing cost.
         pairs: pairs that each lists a query.
         aim: what the certificate will demand.
 

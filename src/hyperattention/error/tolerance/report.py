@@ -1,4 +1,4 @@
-"""What a call with a tolerance spent, and what it can vouch for."""
+"""What a call with a tolerance spent, and what it guarantees."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class ToleranceReport:
         return tuple(head for head, method in enumerate(self.methods) if isinstance(method, Exact))
 
     def __str__(self) -> str:
-        """Say what is vouched for and what it took, in a line or two."""
+        """Say what is guaranteed and what was spent, in a line or two."""
         exact, count = self.exact_heads, len(self.methods)
         spent = f"{self.share_of_pairs:.3g} of exact's pairs"
         if len(exact) == count:

@@ -1,4 +1,4 @@
-"""Error as an argument: spend for each head what a tolerance needs, and let no head pass whose error is not vouched for."""
+"""Error as an argument: spend for each head what a tolerance needs, and let no head pass whose error is not bounded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

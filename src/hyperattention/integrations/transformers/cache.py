@@ -81,8 +81,8 @@ class HyperCache(Cache):
         window: latest tokens that are always kept; None for half of the budget, or 64 at most for a policy that keeps
             everything.
         seed: of every draw; the layer's number enters too.
-        audit: one token in so many is also attended to exactly, over a copy of all keys and values, and `report` tells the
-            error; None for no audit, and no copy.
+        audit: N, to attend to one token in each run of N exactly as well, over a copy of all keys and values; `report` then
+            gives the error. None for no audit, and no copy.
         allow_longer: whether to go on beyond the length that the model was made for, padding not counted; otherwise a step
             that would exceed it is refused, because what a model says there means nothing.
 
@@ -212,7 +212,7 @@ class HyperCache(Cache):
         return held | {number: window_state(layer) for number, layer in self.windows.items()}
 
     def report(self) -> CacheReport | None:
-        """Tell the error that the audit has measured so far.
+        """Return the error that the audit has measured so far.
 
         Returns:
             the report; None without `audit`.

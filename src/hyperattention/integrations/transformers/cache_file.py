@@ -144,7 +144,7 @@ def load_cache(
 
 
 def find_maker(path: str | Path) -> str | None:
-    """Tell where the model of a cache was loaded from, before the cache is read; nothing else of the file is checked.
+    """Return where the model of a cache was loaded from, before the cache is read; nothing else of the file is checked.
 
     Args:
         path: the file.

@@ -70,7 +70,7 @@ class Handle:
         whole = self.store.is_whole
         if not self._left:
             raise ValueError(
-                "more attention calls read the keys of a layer than its model's configuration tells, which a compressed "
+                "more attention calls read the keys of a layer than its model's configuration names, which a compressed "
                 "cache cannot follow: use transformers' DynamicCache"
             )
         if dropout > 0 and not whole:

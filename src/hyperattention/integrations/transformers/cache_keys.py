@@ -1,4 +1,4 @@
-"""Whether keys and values of a file are those that a model makes, as far as its configuration tells."""
+"""Whether keys and values of a file are those that a model makes, as far as its configuration says."""
 
 from collections.abc import Mapping
 from typing import Any

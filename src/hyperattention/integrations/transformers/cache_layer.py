@@ -84,12 +84,12 @@ class HyperCacheLayer(CacheLayerMixin):
         return attach(k, v, self._handle)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tell how many keys the next step is shown, and the position that the first would have if all were recent."""
+        """Return how many keys the next step is shown, and the position that the first would have if all were recent."""
         new = query_length.numel() if isinstance(query_length, Tensor) else query_length
         return self.store.num_slots + new, self.store.seen - self.store.num_slots
 
     def get_seq_length(self) -> int:
-        """Tell the true length, from which positions follow."""
+        """Return the true length, from which positions follow."""
         return self.store.seen
 
     def get_max_length(self) -> int:

@@ -36,7 +36,7 @@ def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> PaddingMask:
         what it says.
 
     Raises:
-        ValueError: if the mask has another shape, or does not tell whether a token is padding.
+        ValueError: if the mask has another shape, or does not give whether a token is padding.
     """
     if mask is None:
         return PaddingMask()
@@ -72,7 +72,7 @@ def _read_square(old: Tensor, own: Tensor, alike: bool) -> PaddingMask:
     if bool(unclear.any()):
         row, token = (int(place) for place in unclear.nonzero()[0])
         raise ValueError(
-            f"a mask does not tell whether new token {token} of row {row} is padding: it sees itself and no later token "
+            f"a mask does not give whether new token {token} of row {row} is padding: it sees itself and no later token "
             f"sees it, or the reverse; {_REMEDY}"
         )
     padding_alone = live[:, None] & live[:, :, None] & torch.ones_like(own[0]).tril()

@@ -30,7 +30,7 @@ def check_dispatch(root: PreTrainedModel) -> None:
         ValueError: naming the class and what it does.
     """
     kinds = list(dict.fromkeys(type(module) for module in root.modules()))
-    # where the class does not vouch for all of its attention, no part may compute its own
+    # where the class does not promise all of its attention, no part may compute its own
     own = [] if root.is_backend_compatible() else [kind.__name__ for kind in kinds if _attends_itself(kind)]
     if own or not root._can_set_attn_implementation() or not any(_dispatches(kind) for kind in kinds):
         whose = f": {', '.join(own)} computes attention itself" if own else ""
@@ -77,7 +77,7 @@ def _what_it_adds(kind: type[nn.Module]) -> str | None:
 
 
 def _computes_mask(value: ast.expr) -> bool:
-    """Tell whether an expression makes a mask out of a mask; choosing one, or slicing it, does not."""
+    """Return whether an expression makes a mask out of a mask; choosing one, or slicing it, does not."""
     return any(any(map(_names_mask, ast.walk(node))) for node in _operations(value))
 
 

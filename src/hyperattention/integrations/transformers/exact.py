@@ -48,7 +48,7 @@ class ModelCall:
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether the mask adds nothing that SDPA's own ``is_causal`` does not say.
+        """Return whether the mask adds nothing that SDPA's own ``is_causal`` does not say.
 
         Returns:
             True where SDPA needs no mask.

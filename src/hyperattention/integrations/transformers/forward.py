@@ -54,7 +54,7 @@ class ForwardSettings:
     crossover: int | None = 0
 
     def runs_exactly(self, layer: int) -> bool:
-        """Tell whether a layer's method is exact attention.
+        """Return whether a layer's method is exact attention.
 
         Args:
             layer: its index.

@@ -37,7 +37,7 @@ class Pattern:
     documents: Tensor | None = None
 
     def reaches(self, documents: Tensor) -> bool:
-        """Tell whether the window, if any, covers the longest document, so that it hides nothing.
+        """Return whether the window, if any, covers the longest document, so that it hides nothing.
 
         Args:
             documents: ``[batch, tokens]`` document numbers.

@@ -1,4 +1,4 @@
-"""How long a text a model was made for, as its configuration tells."""
+"""How long a text a model was made for, as its configuration says."""
 
 from typing import Any
 

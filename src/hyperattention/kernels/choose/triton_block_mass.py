@@ -27,7 +27,7 @@ def _edges(edges_ptr, tile):
 
 @triton.jit
 def _known(first, size, begin, hole_begin, hole_end, end, until):
-    """Tell which blocks a tile may know of: those before it, and those that are left to it whole."""
+    """Return which blocks a tile may know of: those before it, and those that are left to it whole."""
     last = first + size
     left = ((first >= begin) & (last <= hole_begin)) | ((first >= hole_end) & (last <= end))
     return left | (last <= until)

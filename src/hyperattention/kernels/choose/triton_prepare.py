@@ -15,7 +15,7 @@ _KEYS, _PART = 64, 32
 
 @triton.jit
 def _finite(x):
-    """Overwrite what is not finite by 0: it tells nothing."""
+    """Overwrite what is not finite by 0: it gives no information."""
     return tl.where((x == x) & (tl.abs(x) < float("inf")), x, 0.0)
 
 

@@ -93,7 +93,7 @@ def _odds(scores: Tensor, lse: Tensor, spare: Tensor) -> Tensor:
 
 
 def _coefficients(runs: tuple[Runs, ...], part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tell how much every slot, and every slot with its successor, counts: ``[chunk, 1, slots]`` each."""
+    """Return how much every slot, and every slot with its successor, counts: ``[chunk, 1, slots]`` each."""
     own, pairs = [], []
     for run in runs:
         assert run.sample is not None
@@ -113,7 +113,7 @@ def _coefficients(runs: tuple[Runs, ...], part: slice, dtype: torch.dtype) -> tu
 
 
 def _randomness(listings: Tensor, evenly: bool) -> Tensor:
-    """Tell how much of the variance of neighbours a draw has, by the expected listings e of its key.
+    """Return how much of the variance of neighbours a draw has, by the expected listings e of its key.
 
     A key takes up e strata's length. Evenly spaced points list it once or not at all, e of the time: 1 - e is left, as in
     every sample without replacement. Points drawn one by one in their strata may list a key that lies in two strata twice:

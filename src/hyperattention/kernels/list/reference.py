@@ -209,7 +209,7 @@ def forward(
             top = scores.amax(-1)
             # in place: a second buffer would push the first out of the cache
             weights = torch.softmax(scores, -1, out=scores)
-            # a row's largest weight tells its normaliser; softmax over nothing is NaN
+            # a row's largest weight gives its normaliser; softmax over nothing is NaN
             torch.sub(top, weights.amax(-1).log_(), out=lse[chunk.tiles])
             mean = _mean(weights, gather(v_rows, chunk.key_index, work.values, table), out[chunk.tiles])
             empty = top == -torch.inf
@@ -228,7 +228,7 @@ def _mean(weights: Tensor, values: Tensor, target: Tensor) -> Tensor:
 
 
 def tiles_at_once(slots: int, rows: int, width: int, tiles: int) -> int:
-    """Tell how many tiles a chunk has, so that what is gathered for them stays in the cache."""
+    """Return how many tiles a chunk has, so that what is gathered for them stays in the cache."""
     # scores count twice: they are passed over again and again
     return min(tiles, max(1, CHUNK_BYTES // (4 * slots * (width + 2 * rows))))
 

@@ -267,7 +267,7 @@ def widest(*tensors: Tensor) -> int:
 
 
 def capability_of(x: Tensor) -> int:
-    """Tell the major number of a device's capability, which decides how programs are cut."""
+    """Return the major number of a device's capability, which decides how programs are cut."""
     return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 9
 
 

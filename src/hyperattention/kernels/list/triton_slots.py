@@ -50,7 +50,7 @@ def blocks_of(first, low, high, tile, slots, begin, end, RUN: tl.constexpr, BLOC
 
 @triton.jit
 def places_of(index, row, table, pages, heads, s_page, s_head, s_slot, PAGE: tl.constexpr):
-    """Tell where keys begin in memory: in row `row` of the keys, or, where `PAGE` > 0, in the pages that a table names."""
+    """Return where keys begin in memory: in row `row` of the keys, or, where `PAGE` > 0, in the pages that a table names."""
     if PAGE == 0:
         return row * s_page + index.to(tl.int64) * s_slot
     # slots that do not count name key 0, whose entry there is; Triton 3.6 fails to compile a mask here

@@ -178,7 +178,7 @@ def block_runs(tiles: Tiles, covered: CoveredKeys, block: Tensor, size: int) -> 
 
 
 def free_blocks(block: Tensor, size: int, left: tuple[Tensor, ...], covered: CoveredKeys, part: slice) -> Tensor:
-    """Tell which blocks hold a key that earlier stages left, and touch no block that one of them chose.
+    """Return which blocks hold a key that earlier stages left, and touch no block that one of them chose.
 
     Args:
         block: numbers of blocks, ``[lists, chunk, blocks]``.
@@ -197,7 +197,7 @@ def free_blocks(block: Tensor, size: int, left: tuple[Tensor, ...], covered: Cov
 
 
 def _overlap(block: Tensor, size: int, earlier: Tensor, earlier_size: int) -> Tensor:
-    """Tell which blocks touch a block that an earlier stage chose; `earlier` ascends."""
+    """Return which blocks touch a block that an earlier stage chose; `earlier` ascends."""
     low = torch.searchsorted(earlier.contiguous(), block * size // earlier_size)
     high = torch.searchsorted(earlier.contiguous(), ((block + 1) * size - 1) // earlier_size, right=True)
     return high > low

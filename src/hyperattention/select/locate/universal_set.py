@@ -71,7 +71,7 @@ class UniversalSet(Stage):
 
 
 def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
-    """Tell how far each key stands out from all others, in the metric of their covariance.
+    """Return how far each key stands out from all others, in the metric of their covariance.
 
     Args:
         k: keys, ``[lists, keys, head_dim]``, live ones first.

@@ -163,7 +163,7 @@ def _prepare(tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room
         keys[:, : k.shape[1]] = torch.baddbmm(middle @ basis, k.to(keys.dtype), basis, beta=-1)
         query = (query.flatten(1, 2) @ basis).unflatten(1, query.shape[1:3])
     keys[:, k.shape[1] :] = 0.0
-    # a key or query that is not finite tells nothing: it is left to the even share
+    # a key or query that is not finite gives no information: it is left to the even share
     keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
     return keys, query
 

@@ -11,7 +11,7 @@ from hyperattention.types import Runs
 
 
 def keys_left(tiles: Tiles, covered: CoveredKeys, left: tuple[Tensor, ...], part: slice) -> Bool[Tensor, "lists chunk seen"]:
-    """Tell which of the keys that a chunk of tiles can see were left by earlier stages.
+    """Return which of the keys that a chunk of tiles can see were left by earlier stages.
 
     Args:
         tiles: the tiled problem.

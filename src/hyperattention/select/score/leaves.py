@@ -80,7 +80,7 @@ class Leaves(Distribution):
 
 
 def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], num: int, uniform_share: float) -> Leaves:
-    """Tell how often each leaf is to be listed: opened keys once, closed blocks by weight with what draws are left.
+    """Return how often each leaf is to be listed: opened keys once, closed blocks by weight with what draws are left.
 
     Args:
         opened: keys listed for certain, or, where they are more than half of the draws, by half of them.

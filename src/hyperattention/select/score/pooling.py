@@ -105,7 +105,7 @@ def edges(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def any_left(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
-    """Tell which runs of `size` keys hold a key that earlier stages left."""
+    """Return which runs of `size` keys hold a key that earlier stages left."""
     begin, hole_begin, hole_end, end = left
     until = first + size
     return (torch.minimum(until, hole_begin) > torch.maximum(first, begin)) | (
@@ -114,7 +114,7 @@ def any_left(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
 
 
 def beyond(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
-    """Tell which runs of `size` keys reach past the keys of the tile: they are chosen unseen, or a tile would look ahead."""
+    """Return which runs of `size` keys reach past those of the tile: they are chosen unseen, or a tile would look ahead."""
     return first + size > left[3]
 
 

@@ -28,5 +28,5 @@ def for_estimates(x: Tensor) -> Tensor:
 
 
 def integers_are_fast(x: Tensor) -> bool:
-    """Tell whether the device of `x` multiplies 8-bit integers faster still, in a call that torch has for it."""
+    """Return whether the device of `x` multiplies 8-bit integers faster still, in a call that torch has for it."""
     return _CPU_INTEGERS_ARE_FAST and x.device.type == "cpu" and x.dtype == torch.float32

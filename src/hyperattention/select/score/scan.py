@@ -60,7 +60,7 @@ class Scan:
         """
         k = k.to(query.dtype)
         head = k[:, :num]
-        # a key or query that is not finite tells nothing: it is left to the even share
+        # a key or query that is not finite gives no information: it is left to the even share
         keys = torch.nan_to_num(k - head.mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
         query = torch.nan_to_num(query, nan=0.0, posinf=0.0, neginf=0.0)
         moments, rounded = _moments(keys), query.unflatten(2, (tiles.problem.group, -1))

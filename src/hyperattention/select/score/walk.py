@@ -37,7 +37,7 @@ class _Blocks:
     cut: int
 
     def whole(self, left: tuple[Tensor, ...]) -> Tensor:
-        """Tell which blocks earlier stages left whole, ``[lists, chunk, blocks]``."""
+        """Return which blocks earlier stages left whole, ``[lists, chunk, blocks]``."""
         begin, hole_begin, hole_end, end = left
         until = self.first + self.size
         return ((self.first >= begin) & (until <= hole_begin)) | ((self.first >= hole_end) & (until <= end))
@@ -224,7 +224,7 @@ class Walk:
         return torch.cat([*left, until], 2)
 
     def _known(self, blocks: _Blocks, part: slice) -> Tensor:
-        """Tell which blocks a query may know of: those before its tile, and those that are left to it."""
+        """Return which blocks a query may know of: those before its tile, and those that are left to it."""
         some = blocks if blocks.every else replace(blocks, first=blocks.first[..., : blocks.cut])
         left = tuple(x[:, part] for x in self.left)
         until = self.tiles.by_list(self.tiles.start)[:, part, None] if self.tiles.problem.causal else left[3]
