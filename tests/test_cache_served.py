@@ -233,6 +233,21 @@ def test_what_a_model_adds_in_every_step_is_refused_in_the_first() -> None:
         handle.check(values, None, True, {"position_bias": torch.zeros(1), "softcap": 3.0}, 0.0)
 
 
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q"])
+def test_packed_documents_over_a_compressed_cache_are_refused(given: str) -> None:
+    model = build("Llama", {})
+    cache = integration.HyperCache(model.config, budget=34, sinks=2, window=12)
+    restarts = torch.arange(8).remainder(4)[None]
+    packed = {
+        "position_ids": {"position_ids": restarts},
+        "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 4, 8]), "cu_seq_lens_k": torch.tensor([0, 4, 8])},
+    }[given]
+    with torch.no_grad(), integration.use(model, ha.Exact()):
+        model(tokens(1, PROMPT), past_key_values=cache)
+        with pytest.raises(ValueError, match=f"{given} .*over a compressed cache.*a row, or a cache, of its own"):
+            model(tokens(1, 8), past_key_values=cache, **packed)
+
+
 def test_keys_handed_out_by_a_compressed_store_say_nothing_without_their_handle() -> None:
     store = CompressingStore(Latest(), CacheBudget(24, 2, 8))
     q, k, v = qkv()

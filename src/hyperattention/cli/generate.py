@@ -38,7 +38,8 @@ _Seed = Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of eve
 _Audit = Annotated[
     int,
     typer.Option(
-        min=0, help="Attend exactly as well from one token in each run of N, over a copy of all keys, and report the error; 0: never."
+        min=0,
+        help="Attend exactly as well from one token in each run of N, over a copy of all keys, for its error; 0: never.",
     ),
 ]
 _AllowLonger = Annotated[bool, typer.Option("--allow-longer", help="Go on beyond the length that the model was made for.")]

@@ -102,6 +102,7 @@ def attention_forward(
     handle = handle_of(key)
     rule = PLAIN if handle is None else handle.check(value, attention_mask, causal, extras, dropout)
     if handle is not None and not handle.store.is_whole:
+        _refuse_packed(query, options)
         return _read_held(handle, settings, query, scaling, rule), None
     plain = ModelCall(module, query, key, value, causal, None, None, None, scaling, dropout, extras)
     call = _read_mask(plain, attention_mask, options)
@@ -125,6 +126,22 @@ def _refuse_unknown(module: nn.Module, extras: Mapping[str, Any]) -> None:
             f"{type(module).__name__} gives its attention the argument {', '.join(map(repr, unknown))}, which is not known "
             "here and may change the result: leave it out, or run this model with attn_implementation='sdpa' or 'eager'"
         )
+
+
+def _refuse_packed(query: Tensor, options: Mapping[str, Any]) -> None:
+    """Refuse documents packed into one row: which of them a kept key belongs to is no longer known."""
+    if query.shape[2] <= 1:
+        return
+    bounds, positions = options.get("cu_seq_lens_q"), options.get("position_ids")
+    if bounds is not None and bounds.numel() > 2:
+        found = f"cu_seq_lens_q of {bounds.numel() - 1} documents"
+    elif positions is not None and positions.ndim == 2 and bool((positions.diff(dim=-1) < 0).any()):
+        found = f"position_ids of shape {tuple(positions.shape)} that start again"
+    else:
+        return
+    raise ValueError(
+        f"{found}, over a compressed cache, whose keys are not all there: give each document a row, or a cache, of its own"
+    )
 
 
 def _read_held(handle: Handle, settings: ForwardSettings, query: Tensor, scaling: float | None, rule: ScoreRule) -> Tensor:
