@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.bench.timing import Timing, speedup
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 from hyperattention.coreset import Coreset
 from hyperattention.files.records import write_records

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from hyperattention import default_method
 from hyperattention.problem import Problem
-from hyperattention.select.score import descent
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 

@@ -22,8 +22,8 @@ from claims import announce, at_most, figure
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 from hyperattention.files.records import write_records
 from hyperattention.policies.cluster_centres import ClusterCentres

@@ -9,10 +9,10 @@ import hyperattention as ha
 from cases import CASES, CONTROL, Case
 from hyperattention import policies
 from hyperattention.cache.audited import AuditedStore
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.compressing import CompressingStore
 from hyperattention.cache.page_rank import Midpoint, TwoLevels
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 from hyperattention.coreset import Coreset
 from hyperattention.experimental.approx_row_sums import ApproxD

@@ -7,9 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.cache import audited
 from hyperattention.cache.audited import AuditedStore
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.error.exact_rows import exact_rows
 from hyperattention.policies.latest import Latest

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hyperattention.cache.audited import AuditedStore, are_drawn
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.cache_report import report_on
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.room import CacheBudget
 from hyperattention.error.interval import mean_interval
 from hyperattention.policies.uniform_sample import UniformSample
 from test_audited_cache import ROOM, inputs, run

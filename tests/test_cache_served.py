@@ -11,10 +11,10 @@ import hyperattention as ha
 from hyperattention import policies
 from hyperattention.cache.attended import attended
 from hyperattention.cache.audited import AuditedStore
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.held import CacheSlots
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import ScoreRule
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.integrations.transformers.cache_handle import Handle, attach, handle_of
 from hyperattention.policies.latest import Latest
 from hyperattention.random import SEED_LIMIT

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from assertions import assert_unbiased
 from hyperattention.cache.attended import attended
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.policies.balanced_halving import BalancedHalving
 from hyperattention.policies.heavy_hitters import HeavyHitters
 from hyperattention.policies.last_window import LastWindow

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits
 from dense import attention
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
-from hyperattention.cache.room import CacheBudget
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.coreset import Coreset
 from hyperattention.policies.heavy_hitters import HeavyHitters
 from hyperattention.policies.latest import Latest

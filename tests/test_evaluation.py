@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.evaluation.ask import AskSettings, Reply, ask
 from hyperattention.evaluation.continuation import Texts, continuation_loss, pieces
 from hyperattention.evaluation.dialect import Lines

@@ -5,8 +5,8 @@ import torch
 
 from hyperattention import policies
 from hyperattention.cache.audited import AuditedStore
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store
 
 ROOM, SCALE = CacheBudget(24, 2, 8), 8**-0.5

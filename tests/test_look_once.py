@@ -6,8 +6,8 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits
 from dense import attention
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.page_rank import Bounds
-from hyperattention.cache.room import CacheBudget
 from hyperattention.policies.look_once import LookOnce
 from hyperattention.policies.look_once_store import LookOnceStore
 from hyperattention.policies.top_pages import TopPages

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits
 from dense import attention
-from hyperattention.cache.room import CacheBudget
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.coreset import Coreset
 from hyperattention.merge import merge
 from hyperattention.methods.exact import Exact

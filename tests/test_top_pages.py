@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from assertions import assert_unbiased
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.policies.top_pages import TopPages
 

@@ -38,8 +38,8 @@ def attend(q: Tensor, method=CONTROL, **options) -> Tensor:
 
 
 def stored(q: Tensor) -> Tensor:
+    from hyperattention.cache.budget import CacheBudget
     from hyperattention.cache.compressing import CompressingStore
-    from hyperattention.cache.room import CacheBudget
 
     store = CompressingStore(Latest(), CacheBudget(40, sinks=3, window=12))
     store.append(K, V)
@@ -47,7 +47,7 @@ def stored(q: Tensor) -> Tensor:
 
 
 def paged_by_rank(q: Tensor) -> Tensor:
-    from hyperattention.cache.room import CacheBudget
+    from hyperattention.cache.budget import CacheBudget
 
     store = policies.TopPages(page=2, most_queries=99).store(CacheBudget(40, sinks=3, window=12), 0, 0, None)
     store.append(K, V)

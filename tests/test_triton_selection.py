@@ -11,8 +11,8 @@ import hyperattention as ha
 from assertions import assert_exact
 from cases import CASES
 from hyperattention.problem import Problem
-from hyperattention.select.score import descent, leaves, walk
-from hyperattention.select.score.descent import HierarchicalSearch
+from hyperattention.select.score import leaves, walk
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mass import running_sum
 from hyperattention.select.score.principal import principal_directions

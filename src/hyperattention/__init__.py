@@ -26,7 +26,7 @@ from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.descent import HierarchicalSearch
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.stage import LookAhead, Stage
 from hyperattention.types import Partial

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
+from hyperattention.cache.slots import CacheSlots
 
 # scores held at a time: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from hyperattention.cache.attended import attended
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.buffer import is_writable
 from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
-from hyperattention.cache.held import CacheSlots, joined, live_first
 from hyperattention.cache.policy import CompressionRequest, Policy
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
+from hyperattention.cache.slots import CacheSlots, joined, live_first
 from hyperattention.cache.store import Store
 from hyperattention.types import Partial
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.buffer import grown
 from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
 from hyperattention.cache.page_rank import PageRank
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.kernels.capped_list import capped_list_attention

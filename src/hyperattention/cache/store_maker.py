@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from hyperattention.cache.audited import AuditedStore
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store, StoreFactory
 
 

@@ -25,10 +25,10 @@ from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
 from hyperattention.methods.exact import Exact
+from hyperattention.reference.call_recorder import CallInputs
 from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import run_pass
 from hyperattention.reference.samples import EvaluationSample
-from hyperattention.reference.watch import CallInputs
 
 _PACKAGES = ("hyperattention", "torch", "transformers")
 

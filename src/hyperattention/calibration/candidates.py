@@ -8,7 +8,7 @@ from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.descent import HierarchicalSearch
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 
 # any length beyond the crossover gives the same default

@@ -8,10 +8,10 @@ from hyperattention.calibration.measure import run_on
 from hyperattention.files.timed import Crossing, Timed
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
+from hyperattention.reference.call_recorder import CallInputs
 from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.samples import EvaluationSample
-from hyperattention.reference.watch import CallInputs
 
 _SHORTEST = 256
 

@@ -13,7 +13,7 @@ from hyperattention.error.sampled_rows import hide_later
 from hyperattention.exact import grouped_scores
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
-from hyperattention.reference.watch import CallInputs
+from hyperattention.reference.call_recorder import CallInputs
 
 SINKS, WINDOW = 16, 256
 

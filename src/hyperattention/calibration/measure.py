@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperattention.attention import attention
 from hyperattention.error.judge import relative_error
 from hyperattention.methods.base import AttentionMethod
-from hyperattention.reference.watch import CallInputs
+from hyperattention.reference.call_recorder import CallInputs
 
 # tokens of the calls that warm up: enough for every stage to have something to do
 _WARM_UP = 1024

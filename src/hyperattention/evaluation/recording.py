@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from hyperattention.cache.attended import attended
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
-from hyperattention.cache.held import CacheSlots
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.coreset import Coreset
 from hyperattention.integrations.transformers.cache import HyperCache

@@ -25,7 +25,7 @@ from hyperattention.select.locate.universal_set import UniversalSet
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.block_score import BlockScore
 from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
-from hyperattention.select.score.descent import HierarchicalSearch
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mix import Mix

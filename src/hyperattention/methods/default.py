@@ -8,7 +8,7 @@ from hyperattention.methods.method import Method
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.descent import HierarchicalSearch
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.representatives import Representatives

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.check import positive
 from hyperattention.policies.choose import lottery
 

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.random import uniform
 
 

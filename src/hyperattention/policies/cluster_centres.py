@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 
 # centres that are added between two looks at all keys, and how many of the farthest keys compete for each place
 _AT_ONCE, _RIVALS = 16, 4

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.check import positive
 
 # distances held at a time: 16 MiB in float32

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.policies.choose import keep_best
 
 

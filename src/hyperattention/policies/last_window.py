@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from hyperattention.cache.attended import attended
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.check import positive
 from hyperattention.policies.choose import keep_best
 

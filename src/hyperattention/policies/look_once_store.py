@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hyperattention.cache.attended import attended
 from hyperattention.cache.fitting import fit_state, insist
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.selecting import SelectingStore
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.cache.store import Store
 from hyperattention.types import Partial
 

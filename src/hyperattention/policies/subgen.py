@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hyperattention.cache.room import CacheBudget
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.policies.subgen_sketch import SketchSizes
 from hyperattention.policies.subgen_store import SubGenStore

@@ -5,10 +5,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.buffer import is_writable
 from hyperattention.cache.fitting import fit_state, floating_type, insist
 from hyperattention.cache.recent import Recent
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.merge import merge

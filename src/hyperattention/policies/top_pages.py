@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.page_rank import Bounds, PageRank
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.check import positive

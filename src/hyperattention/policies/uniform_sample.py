@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hyperattention.cache.held import CacheSlots
 from hyperattention.cache.policy import CompressionRequest, Policy
+from hyperattention.cache.slots import CacheSlots
 from hyperattention.policies.choose import best, keep_best, lottery
 
 

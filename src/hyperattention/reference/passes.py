@@ -14,9 +14,9 @@ from hyperattention.bench.rows import Row
 from hyperattention.error.audit import ErrorReport
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.exact import Exact
+from hyperattention.reference.call_recorder import CallInputs, CallRecorder, watched
 from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.samples import EvaluationSample
-from hyperattention.reference.watch import CallInputs, CallRecorder, watched
 
 # logits turned into losses at a time, for models of many tokens
 _CHUNK = 1024

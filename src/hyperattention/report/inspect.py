@@ -20,8 +20,8 @@ from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
+from hyperattention.reference.call_recorder import CallInputs
 from hyperattention.reference.passes import watch_exact
-from hyperattention.reference.watch import CallInputs
 from hyperattention.report.demo import DemoOptions as Texts
 from hyperattention.report.demo import PreparedDemo, prepare
 from hyperattention.report.maps import MapStyle, error_against_time, head_map, method_map

@@ -11,7 +11,7 @@ from hyperattention.methods.default import CROSSOVER, GPU_CROSSOVER, default_met
 from hyperattention.methods.method import Method
 from hyperattention.select.density import Density
 from hyperattention.select.draw import Draw
-from hyperattention.select.score.descent import HierarchicalSearch
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.stage import LookAhead
 

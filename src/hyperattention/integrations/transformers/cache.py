@@ -9,9 +9,9 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hyperattention.cache.audited import AuditedStore
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.cache_report import CacheReport, report_on
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.check import positive

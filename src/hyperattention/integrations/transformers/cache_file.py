@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.policy import Policy
-from hyperattention.cache.room import CacheBudget
 from hyperattention.cache.store import StoreFactory
 from hyperattention.files.atomic_write import atomic_write_bytes
 from hyperattention.files.fields import Field

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.select.density import Density, Distribution
-from hyperattention.select.score.descent import HierarchicalSearch
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.mass import inverse
 from hyperattention.select.score.pooling import edges, pool_queries, seen_keys
 from hyperattention.select.score.scan import Scan

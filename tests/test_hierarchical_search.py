@@ -9,7 +9,7 @@ from assertions import assert_exact
 from front_door import with_audit
 from hyperattention import select
 from hyperattention.problem import Problem
-from hyperattention.select.score import descent, representatives
+from hyperattention.select.score import representatives
 from hyperattention.select.score.leaves import Closed, Opened, leaves_of
 from hyperattention.select.score.mass import inverse
 from hyperattention.tiling import cut
