@@ -42,12 +42,12 @@ class Count(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
-    plain = descent.triton_reads, descent.for_estimates
-    descent.triton_reads, descent.for_estimates = lambda *tensors: True, lambda x: x.bfloat16()
+    plain = hierarchical_search.triton_reads, hierarchical_search.for_estimates
+    hierarchical_search.triton_reads, hierarchical_search.for_estimates = lambda *tensors: True, lambda x: x.bfloat16()
     try:
         yield
     finally:
-        descent.triton_reads, descent.for_estimates = plain
+        hierarchical_search.triton_reads, hierarchical_search.for_estimates = plain
 
 
 def count(tokens: int) -> Count:
