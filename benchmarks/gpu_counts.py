@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hyperattention import default_method
 from hyperattention.problem import Problem
+from hyperattention.select.score import hierarchical_search
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 

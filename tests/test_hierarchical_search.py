@@ -9,7 +9,7 @@ from assertions import assert_exact
 from front_door import with_audit
 from hyperattention import select
 from hyperattention.problem import Problem
-from hyperattention.select.score import representatives
+from hyperattention.select.score import hierarchical_search, representatives
 from hyperattention.select.score.leaves import Closed, Opened, leaves_of
 from hyperattention.select.score.mass import inverse
 from hyperattention.tiling import cut
@@ -123,7 +123,7 @@ def test_what_is_computed_keeps_its_precision_however_weights_are_estimated(monk
     method = ha.Method(ha.Sinks(4), ha.Window(64), ha.Draw(64, by=ha.HierarchicalSearch(LEVELS)))
     outs, errors = {}, []
     for dtype in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(descent, "for_estimates", lambda x, dtype=dtype: x.to(dtype))
+        monkeypatch.setattr(hierarchical_search, "for_estimates", lambda x, dtype=dtype: x.to(dtype))
         outs[dtype], report = with_audit(q, k, v, is_causal=True, method=method, audit=64)
         assert outs[dtype].dtype == torch.float32
         errors.append(report.relative_error.mean().item())

@@ -11,7 +11,7 @@ import hyperattention as ha
 from assertions import assert_exact
 from cases import CASES
 from hyperattention.problem import Problem
-from hyperattention.select.score import leaves, walk
+from hyperattention.select.score import hierarchical_search, leaves, walk
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mass import running_sum
@@ -39,9 +39,9 @@ def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, t
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(descent, "triton_reads", lambda *tensors: fused)
+        patch.setattr(hierarchical_search, "triton_reads", lambda *tensors: fused)
         # both in one precision: estimates in bfloat16 are rounded at other places
-        patch.setattr(descent, "for_estimates", lambda x: x)
+        patch.setattr(hierarchical_search, "for_estimates", lambda x: x)
         for name in ("_seen", "_mass"):
             patch.setattr(walk.Walk, name, recorded(getattr(walk.Walk, name)))
         _, selection = method.select(problem)
@@ -84,7 +84,7 @@ def test_a_fused_choice_is_that_of_the_cpu(method, num_tokens, shape, monkeypatc
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("offset", [0, 37])
 def test_what_is_prepared_is_finite_and_that_of_the_cpu(poison, offset, monkeypatch):
-    monkeypatch.setattr(descent, "for_estimates", lambda x: x)
+    monkeypatch.setattr(hierarchical_search, "for_estimates", lambda x: x)
     q, k, v = tensors(100, heads=6, kv_heads=2, batch=2, head_dim=20)
     q[1, 2, 5, 3], k[0, 1, 60, 7] = poison, poison
     # keys as [tokens, heads, width], seen by head
@@ -93,7 +93,7 @@ def test_what_is_prepared_is_finite_and_that_of_the_cpu(poison, offset, monkeypa
     flat, middle = k.flatten(0, 1), torch.randn(4, 1, 20, generator=torch.Generator().manual_seed(0))
     for basis in (None, torch.randn(4, 20, 7, generator=torch.Generator().manual_seed(1))):
         given = tiles, flat, middle, basis, 128, 5
-        for a, b in zip(descent._prepare_on_a_gpu(*given), descent._prepare(*given), strict=True):
+        for a, b in zip(hierarchical_search._prepare_on_a_gpu(*given), hierarchical_search._prepare(*given), strict=True):
             assert torch.isfinite(a).all()
             assert_exact(a, b, size=30.0)
 
@@ -127,7 +127,7 @@ def waits(spy: Spy) -> set[str]:
 @pytest.mark.parametrize("method", [c.method for c in CASES if isinstance(c.method, ha.Method)], ids=repr)
 def test_selection_never_makes_the_host_wait(method, fused, monkeypatch):
     """On the meta device nothing can be waited for: what needs a value fails, and CPU tensors among the others do too."""
-    monkeypatch.setattr(descent, "triton_reads", lambda *tensors: fused)
+    monkeypatch.setattr(hierarchical_search, "triton_reads", lambda *tensors: fused)
     q, k, v = (x.to("meta") for x in tensors(9000, heads=4, kv_heads=2, head_dim=128))
     x = Problem(q, k, v, 0.1, causal=True)
     with Spy() as spy:
