@@ -165,3 +165,17 @@ def test_a_scale_that_would_be_learned_is_refused(call: Callable[[Tensor], Tenso
     with pytest.raises(ValueError, match="multiply query by it"):
         torch.func.grad(lambda x: call(x).sum())(torch.tensor(0.3))
     assert_exact(call(torch.tensor(0.25)), call(0.25))
+
+
+def test_exact_attention_in_chunks_follows_torch_func_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    # so small a chunk that a backward pass would compute its weights again
+    monkeypatch.setattr("hyperattention.exact._CHUNK_SCORES", 4096)
+    q, k, v = tensors(200, dtype=torch.float64)
+    bias = torch.zeros(200, 200, dtype=torch.float64).tril()
+
+    def total(q: Tensor) -> Tensor:
+        return ha.attention(q, k, v, attn_mask=bias, method=ha.Exact()).square().sum()
+
+    q.requires_grad_()
+    (expected,) = torch.autograd.grad(total(q), q)
+    assert_exact(torch.func.grad(total)(q.detach()), expected)

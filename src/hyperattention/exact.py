@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hyperattention.transforms import transform_of
 from hyperattention.types import Partial
 
 # up to so many rows are multiplied by spans of so many keys, as a batch: one wide product takes twice as long on a CPU
@@ -216,7 +217,8 @@ def _attend(
 
 
 def _attend_saving_memory(arguments: tuple) -> tuple[Tensor, Tensor]:
-    if not torch.is_grad_enabled():
+    # torch.func's transforms do not know the hooks that a recomputation needs: they store the chunk's weights instead
+    if not torch.is_grad_enabled() or transform_of(*arguments[:3]) is not None:
         return _attend(*arguments)
     # backward recomputes the chunk: storing its weights would add up to queries x keys
     return checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False)
