@@ -13,10 +13,14 @@ from hyperattention.methods.exact import Exact
 class ToleranceReport:
     """What ran for each head of one call, and the bounds of its mean relative row errors.
 
-    The bounds speak of the rows of this output, not of what other seeds would have given; all of them hold together, as far
-    as rows err by at most 1 (wholly wrong). By what rows exceed that is added as the rows drawn show it, estimated and not
-    bounded, so rare rows with huge errors can hide. Calls of one seed and layer draw the same rows: over many calls vary
-    `seed`, or failures are not independent from call to call.
+    What the bounds do not cover:
+
+    - They hold for the rows of this output, all heads together. They say nothing of the outputs of other seeds.
+    - Each row counts with min(error, 1), where 1 is wholly wrong. The part of an error above 1 is estimated from the rows
+      drawn (`excess`) and not bounded: a few rows with very large errors may not be among the rows drawn.
+    - Which rows are drawn depends only on layer, seed, attempt and batch entry. Over many calls vary `seed`: with one seed
+      the calls draw the same rows, and their failures are not independent.
+    - A mean over rows says nothing of a single row. A query that looks for one key can lose it within any mean.
 
     Args:
         tolerance: the mean relative row error allowed each query head.

@@ -56,11 +56,9 @@ def attend_within(
     are served exactly.
     Differs from a method chosen beforehand: the output's own error decides.
     Cost: the rungs that run; beside them the pilot, and the exact rows of `Aim.rows`, a few times log(heads) / tolerance.
-    Guarantee: with 95% confidence every head's mean of min(e, 1) is within its bound, as `mean_bound` states it. What rows
-    err by above 1 is added as the rows drawn show it, so rare rows with huge errors can hide. A rung is the cheapest that
-    was likely enough (two probes and an extrapolation), not surely the cheapest that would do. Rows are a pure function of
-    layer, seed, attempt and batch: over many calls vary `seed`, or failures are not independent from call to call. Exact
-    heads are as torch rounds them.
+    Guarantee: with 95% confidence every head's mean of min(e, 1) is within its bound, as `mean_bound` states it; what that
+    does not cover is listed in `ToleranceReport`. A rung is the cheapest that was likely enough (two probes and an
+    extrapolation), not surely the cheapest that would do. Exact heads are as torch rounds them.
 
     Args:
         problem: the problem.
