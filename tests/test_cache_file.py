@@ -67,7 +67,7 @@ def test_what_is_damaged_or_of_another_is_refused_before_any_use(model: nn.Modul
     newer = data.replace(b'"version":"1"', b'"version":"2"')
     assert newer != data
     damages = {
-        "no whole safetensors file": data[: len(data) // 2],
+        "not a complete safetensors file": data[: len(data) // 2],
         "content is not what was written": bytes(flipped),
         "version is '2'": newer,
         "no whole safetensors": b"",

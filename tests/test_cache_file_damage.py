@@ -77,9 +77,9 @@ def test_a_file_of_another_length_is_found(model: nn.Module, written: dict[str, 
     lengths = [0, 1, 7, 8, 9, edge - 1, edge, edge + 1, len(data) - 1] + [rng.randrange(len(data)) for _ in range(60)]
     for length in lengths:
         path.write_bytes(data[:length])
-        assert_refused(path, model, "no whole safetensors file")
+        assert_refused(path, model, "not a complete safetensors file")
     path.write_bytes(data + b"\0" * 8)
-    assert_refused(path, model, "no whole safetensors file")
+    assert_refused(path, model, "not a complete safetensors file")
 
 
 def forge(data: bytes, path: Path, tensors: Change = dict, metadata: Callable[[dict[str, str]], object] = dict) -> None:

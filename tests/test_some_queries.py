@@ -37,7 +37,7 @@ def test_exact_attention_of_spans():
 
 def test_spans_that_do_not_fit_are_refused():
     whole = problem(100)
-    with pytest.raises(ValueError, match="no whole span of 60 queries"):
+    with pytest.raises(ValueError, match="no complete span of 60 queries"):
         whole.of_spans(50, 60, 60)
     with pytest.raises(ValueError, match="not whole tiles of 16"):
         CONTROL.attend(whole.of_spans(0, 10, 20))

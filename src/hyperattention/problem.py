@@ -121,12 +121,12 @@ class Problem:
             the smaller problem, of a copy of those queries.
 
         Raises:
-            ValueError: if no whole span lies inside, or queries were thinned before.
+            ValueError: if no complete span lies inside, or queries were thinned before.
         """
         count = (self.num_queries - first - length) // step + 1
         if self.spans is not None or count < 1 or first < 0 or length > step:
             raise ValueError(
-                f"no whole span of {length} queries, {step} apart from query {first} on, lies among {self.num_queries} "
+                f"no complete span of {length} queries, {step} apart from query {first} on, lies among {self.num_queries} "
                 "queries side by side: ask for shorter spans that do not overlap"
             )
         q = self.q[:, :, first : first + (count - 1) * step + length]

@@ -22,12 +22,12 @@ def fit_state(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, torch
     """
     missing, unknown = ([name for name in one if name not in other] for one, other in ((wanted, state), (state, wanted)))
     if missing or unknown:
-        raise ValueError(f"the state of a layer lacks {missing} and holds unknown {unknown}: it is not whole")
+        raise ValueError(f"the state of a layer lacks {missing} and holds unknown {unknown}: it is incomplete")
     sizes: dict[str, int] = {}
     for name, (axes, dtype) in wanted.items():
         x, names = state[name], axes.split()
         if x.dtype != dtype:
-            raise ValueError(f"the state of a layer has {name} in {x.dtype}, which must be {dtype}: it is not whole")
+            raise ValueError(f"the state of a layer has {name} in {x.dtype}, which must be {dtype}: it is incomplete")
         if len(names) != x.ndim or any(
             size != (int(axis) if axis.isdecimal() else sizes.setdefault(axis, size))
             for axis, size in zip(names, x.shape, strict=False)
@@ -52,7 +52,9 @@ def floating_type(state: Mapping[str, Tensor], name: str = "k") -> torch.dtype:
     """
     dtype = state[name].dtype if name in state else torch.float32
     if not dtype.is_floating_point:
-        raise ValueError(f"the state of a layer has {name} in {dtype}, which must be a floating-point type: it is not whole")
+        raise ValueError(
+            f"the state of a layer has {name} in {dtype}, which must be a floating-point type: it is incomplete"
+        )
     return dtype
 
 

@@ -164,7 +164,7 @@ class RecordingStore(Store):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave."""
         if missing := sorted({"k", "v", "q", "scale"} - state.keys()):
-            raise ValueError(f"the state of a recording lacks {missing}: it is not whole")
+            raise ValueError(f"the state of a recording lacks {missing}: it is incomplete")
         self._steps, self._queries, self._watched = [(state["k"], state["v"])], [state["q"]], {}
         self.scale = float(state["scale"])
 

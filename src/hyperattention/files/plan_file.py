@@ -42,7 +42,7 @@ def load_plan(path: str | Path) -> Plan:
         the plan.
 
     Raises:
-        ValueError: if the file is no whole plan of this version; the message names file, field and remedy.
+        ValueError: if the file is not a complete plan of this version; the message names file, field and remedy.
     """
     try:
         text = Path(path).read_text()
@@ -51,7 +51,7 @@ def load_plan(path: str | Path) -> Plan:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no whole JSON file ({error}): cut short, or no plan; {_REMEDY}") from error
+        raise ValueError(f"{path}: not a complete JSON file ({error}): cut short, or no plan; {_REMEDY}") from error
     return _read_plan(Field(data, str(path), "", _REMEDY))
 
 

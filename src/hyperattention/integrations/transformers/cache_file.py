@@ -124,7 +124,7 @@ def load_cache(
         the cache, and the tokens that were kept with it, if any.
 
     Raises:
-        ValueError: if the file is no whole cache of this version, or another model's; the message names file and remedy.
+        ValueError: if the file is not a complete cache of this version, or another model's; the message names file and remedy.
     """
     metadata, tensors = _read(path)
     _check_made_by(path, metadata, model)
@@ -196,7 +196,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: no whole safetensors file ({error}): cut short, or no cache; {_REMEDY}") from error
+        raise ValueError(f"{path}: not a complete safetensors file ({error}): cut short, or no cache; {_REMEDY}") from error
     metadata: dict[str, str] = header.get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT!r}: it is no cache; {_REMEDY}")
