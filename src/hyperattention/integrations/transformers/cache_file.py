@@ -124,7 +124,7 @@ def load_cache(
         the cache, and the tokens that were kept with it, if any.
 
     Raises:
-        ValueError: if the file is not a complete cache of this version, or another model's; the message names file and remedy.
+        ValueError: if the file is not a complete cache of this version, or another model's; the message names file, remedy.
     """
     metadata, tensors = _read(path)
     _check_made_by(path, metadata, model)
