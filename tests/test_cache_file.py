@@ -68,7 +68,7 @@ def test_what_is_damaged_or_of_another_is_refused_before_any_use(model: nn.Modul
     assert newer != data
     damages = {
         "not a complete safetensors file": data[: len(data) // 2],
-        "content is not what was written": bytes(flipped),
+        "content does not match its checksum": bytes(flipped),
         "version is '2'": newer,
         "no whole safetensors": b"",
     }
@@ -129,7 +129,7 @@ def test_an_interruption_leaves_what_was_there(
 
 def test_what_cannot_be_saved_is_refused(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "doc.safetensors"
-    with pytest.raises(ValueError, match="hold nothing"):
+    with pytest.raises(ValueError, match="hold no keys"):
         file.save_cache(integration.HyperCache(model.config, budget=400), model, path)
     with pytest.raises(ValueError, match="give all 60"):
         file.save_cache(read(model), model, path, tokens=tokens(2, 10))

@@ -84,7 +84,7 @@ def test_a_damaged_file_is_refused_before_anything_is_answered(document: Path) -
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-100] ^= 1
-    for damaged, message in ((bytes(flipped), "not what was written"), (whole[:-100], "as a cache")):
+    for damaged, message in ((bytes(flipped), "not match its checksum"), (whole[:-100], "as a cache")):
         path.write_bytes(damaged)
         result = run("ask", path, QUESTIONS[0], code=2)
         assert (message in result.stderr, "hyperattention cache" in result.stderr, result.stdout) == (True, True, "")

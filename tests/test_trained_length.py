@@ -16,7 +16,7 @@ integration = import_module("hyperattention.integrations.transformers")
 
 def test_beyond_the_length_of_the_model_only_if_asked() -> None:
     model = build("Llama", {"max_position_embeddings": PROMPT + 3})
-    with pytest.raises(ValueError, match=r"a text of 64 tokens, and the model was made for 63: .* or allow_longer=True"):
+    with pytest.raises(ValueError, match=r"the text has 64 tokens, but the model was made for 63: .* or allow_longer=True"):
         with_cache(model, cache_of(model))
     cache = integration.HyperCache(model.config, allow_longer=True, **SMALL)
     assert with_cache(model, cache).shape[1] == PROMPT + NEW
@@ -30,7 +30,7 @@ def test_padding_is_no_part_of_the_length(new: int, refused: bool) -> None:
     options = {"max_new_tokens": new, "do_sample": False, "attention_mask": LIVE[1:], "past_key_values": cache}
     with integration.use(model, ha.Exact()):
         if refused:
-            with pytest.raises(ValueError, match="a text of 68 tokens"):
+            with pytest.raises(ValueError, match="the text has 68 tokens"):
                 model.generate(row, **options)
         else:
             assert model.generate(row, **options).shape[1] == PROMPT + NEW

@@ -126,7 +126,7 @@ def test_blocks_on_a_model_and_on_a_part_of_it_are_undone(model: nn.Module, inne
     first, second = reversed(blocks) if inner_first else blocks
     first.__enter__()
     second.__enter__()
-    with pytest.raises(RuntimeError, match="entered later"):
+    with pytest.raises(RuntimeError, match="opened later"):
         first.__exit__(None, None, None)
     assert model.config._attn_implementation == integration.NAME
     second.__exit__(None, None, None)
@@ -353,7 +353,7 @@ def mamba() -> nn.Module:
     [
         (mamba, {}, "AttentionInterface"),
         (lambda: nn.Linear(2, 2), {}, "holds no transformers model"),
-        (lambda: build("Llama", {}), {"layers": [0, 7]}, r"layers \[7\] are not among the model's \[0, 1\]"),
+        (lambda: build("Llama", {}), {"layers": [0, 7]}, r"layers \[7\] are not layers of the model: give indices from \[0, 1\]"),
         (lambda: build("Llama", {}), {"min_length": -1}, "min_length is -1"),
         (lambda: build("Llama", {}), {"seed": 2**63}, "seed is 9223372036854775808"),
     ],

@@ -1,4 +1,4 @@
-"""Adapters to other libraries: each is imported by name and loads its library only then."""
+"""Adapters to other libraries. Importing an adapter loads its library; importing `hyperattention` does not."""
 
 from hyperattention.extras import need
 

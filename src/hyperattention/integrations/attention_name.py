@@ -1,4 +1,4 @@
-"""Which attention a model uses at present, as its own configuration says."""
+"""The attention implementation that a model uses at present, read from its configuration."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class AttentionName:
-    """The configuration that `use` switches, asked again in every step.
+    """Read the name of the attention implementation from the model's configuration, again in every step.
 
-    Copies ask the same configuration, which is the model's own, and which a copy of it would not follow. What is pickled
-    may be read by another model in another process: it asks none, and whether attention reads weights is told by the keys
-    that it was handed.
+    A copy of this object keeps a reference to the same configuration, because `use` changes only the model's own
+    configuration. A pickled object may be loaded for another model in another process, so it keeps no configuration; the
+    cache then detects from its keys whether attention reads weights.
 
     Args:
-        config: of the model; None where it is not known.
+        config: the model's configuration; None if it is not known.
     """
 
     config: PreTrainedConfig | None
 
     @property
     def now(self) -> str | None:
-        """Name the attention; None where it is not known."""
+        """The name of the attention implementation; None if it is not known."""
         return None if self.config is None else self.config._attn_implementation
 
     def __copy__(self) -> "AttentionName":

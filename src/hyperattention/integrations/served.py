@@ -1,40 +1,40 @@
-"""Which layers of a model a compressed cache can serve, as its configuration says, before anything is read."""
+"""The models and layers that support a compressed cache, found from the configuration before any text is read."""
 
 import importlib
 from types import MappingProxyType, ModuleType
 
 from transformers import PreTrainedConfig
 
-# models whose attention reads something else than what their cache hands out
+# models whose attention reads other tensors than those that their cache returns
 _CHANGED = MappingProxyType(
     {
-        "diffllama": "attends twice to one set of keys, with half of the values each",
+        "diffllama": "attends twice to the same keys, each time with half of the values",
         "jetmoe": "repeats keys and values for its experts after they were cached",
     }
 )
 
 
 def check_served(config: PreTrainedConfig) -> None:
-    """Refuse a model whose attention does not read the keys and values that its cache hands out.
+    """Check that the model's attention reads the keys and values that its cache returns.
 
     Args:
-        config: of the language model.
+        config: the configuration of the language model.
 
     Raises:
-        ValueError: naming the model and why.
+        ValueError: if the attention reads other tensors; the message gives the model and the reason.
     """
     reason = _CHANGED.get(config.model_type)
     if getattr(config, "kv_lora_rank", None) and _expands_latents(config):
-        reason = "caches latents, and makes keys and values of them after"
+        reason = "caches latents, and computes keys and values from them later"
     if reason is not None:
         raise ValueError(
-            f"a compressed cache cannot serve {config.model_type}, which {reason}, so that weights are lost on the way: use "
-            "transformers' DynamicCache"
+            f"a compressed cache does not support {config.model_type}, which {reason}: the weights of the cache would not "
+            "reach attention; use transformers' DynamicCache"
         )
 
 
 def _expands_latents(config: PreTrainedConfig) -> bool:
-    # older versions cached the keys and values themselves, which can be served
+    # older versions of transformers cached the keys and values themselves, which a compressed cache supports
     module = _modeling(config)
     return module is not None and any("expand_kv" in vars(each) for each in vars(module).values() if isinstance(each, type))
 
@@ -48,26 +48,26 @@ def _modeling(config: PreTrainedConfig) -> ModuleType | None:
 
 
 def cross_attention_layers(config: PreTrainedConfig) -> frozenset[int]:
-    """List the layers that attend to images, whose keys are no text and are read from the cache without being updated.
+    """List the layers that attend to images. Their keys are not text, and are read from the cache without an update.
 
     Args:
-        config: of the language model.
+        config: the configuration of the language model.
 
     Returns:
-        their numbers; none for most models.
+        the numbers of these layers; an empty set for most models.
     """
     return frozenset(getattr(config, "cross_attention_layers", None) or ())
 
 
 def count_readers(config: PreTrainedConfig, number: int) -> int:
-    """Count the layers whose attention reads the keys of one layer: itself, and later ones that have none of their own.
+    """Count the layers whose attention reads the keys of one layer: the layer itself, and later layers without own keys.
 
     Args:
-        config: of the language model.
-        number: the layer, which has keys.
+        config: the configuration of the language model.
+        number: the number of the layer, which must have keys.
 
     Returns:
-        how many.
+        the number of layers.
     """
     kinds = list(getattr(config, "layer_types", None) or ())
     first_shared = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)

@@ -1,4 +1,4 @@
-"""Layers of transformers' own that keep a sliding window, as state and back."""
+"""Sliding-window cache layers of transformers: save their state and restore it."""
 
 from collections.abc import Mapping
 
@@ -10,32 +10,32 @@ from hyperattention.cache.fitting import fit_state, floating_type, insist
 
 
 def window_of(layer: object) -> DynamicSlidingWindowLayer | None:
-    """Return whether a layer is one that keeps a sliding window and nothing else.
+    """Return the layer if it is a sliding-window layer of transformers.
 
     Args:
-        layer: of a cache.
+        layer: a layer of a cache.
 
     Returns:
-        the layer; None if it is of another kind.
+        the same layer; None for any other class, subclasses included.
     """
     return layer if type(layer) is DynamicSlidingWindowLayer else None
 
 
 def window_state(layer: DynamicSlidingWindowLayer) -> dict[str, Tensor]:
-    """Copy what the next token needs: the keys and values of the window, and how many tokens were read.
+    """Copy the state that the next token needs: keys and values of the window, and the number of tokens read.
 
     Args:
-        layer: which has read something.
+        layer: a layer that has read at least one token.
 
     Returns:
-        the state.
+        the state: tensors `k`, `v` and `numbers`.
 
     Raises:
-        ValueError: if it has read nothing.
+        ValueError: if the layer has read no token.
     """
     if layer.keys is None or layer.values is None or not layer.is_initialized:
-        raise ValueError("a layer with a sliding window holds nothing: let the model read something first")
-    # a layer that may take tokens back holds more than the next token needs
+        raise ValueError("a layer with a sliding window holds no keys: run the model on some tokens first")
+    # a layer that supports the removal of tokens holds more keys than the next token needs
     num = min(layer.cumulative_length, layer.sliding_window - 1)
     first = layer.keys.shape[2] - num
     k, v = (x[:, :, first:].clone(memory_format=torch.contiguous_format) for x in (layer.keys, layer.values))
@@ -43,12 +43,12 @@ def window_state(layer: DynamicSlidingWindowLayer) -> dict[str, Tensor]:
 
 
 def restore_window(layer: DynamicSlidingWindowLayer, state: Mapping[str, Tensor]) -> None:
-    """Go on from a state.
+    """Restore a state that `window_state` returned.
 
     Args:
-        layer: as it was made.
-        state: what `window_state` gave.
-            A state that a layer with this window cannot be in is refused with a ValueError.
+        layer: a new layer.
+        state: the result of `window_state`.
+            A state that is impossible for a layer with this window raises a ValueError.
     """
     slot = "batch kv_heads slots"
     wanted = {"k": (f"{slot} head_dim", floating_type(state)), "v": (f"{slot} value_dim", floating_type(state, "v"))}
@@ -60,23 +60,23 @@ def restore_window(layer: DynamicSlidingWindowLayer, state: Mapping[str, Tensor]
 
 
 def move_window(layer: DynamicSlidingWindowLayer, device: torch.device) -> None:
-    """Move what is held to where attention runs.
+    """Move the keys and values of a layer to the device of attention.
 
     Args:
         layer: the layer.
-        device: where.
+        device: the target device.
     """
     if layer.keys is not None and layer.values is not None and layer.keys.device != device:
         layer.keys, layer.values, layer.device = layer.keys.to(device), layer.values.to(device), device
 
 
 def rows_of(layer: DynamicSlidingWindowLayer) -> int:
-    """Count the rows of the batch.
+    """Return the batch size of a layer.
 
     Args:
         layer: the layer.
 
     Returns:
-        their number; 0 while nothing is held.
+        the number of rows of the batch; 0 while the layer is empty.
     """
     return 0 if layer.keys is None else layer.keys.shape[0]

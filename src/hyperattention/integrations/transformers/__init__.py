@@ -1,4 +1,4 @@
-"""Approximate attention and compressed caches in Hugging Face transformers models; importing this changes nothing."""
+"""Approximate attention and compressed caches in Hugging Face transformers models. The import itself changes nothing."""
 
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.counts import CallCounter, CallCounts

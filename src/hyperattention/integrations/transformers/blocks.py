@@ -1,4 +1,4 @@
-"""Open blocks of `use` on a model: which one its attention calls follow, and what the model was before any of them."""
+"""Open blocks of `use` on a model: the block that its attention calls follow, and the model's state before all blocks."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hyperattention.integrations.transformers.forward import ATTRIBUTE, ForwardSettings
 
-# held while a block opens or closes, never while a model runs
+# locked while a block opens or closes, never while a model runs
 _LOCK = threading.Lock()
 
 
@@ -18,35 +18,35 @@ class Block:
     """One open block of `use`.
 
     Args:
-        settings: what its calls follow.
-        configs: every configuration under the model, outer ones first.
+        settings: the settings of its attention calls.
+        configs: every configuration in the model, outer configurations first.
     """
 
     def __init__(self, settings: ForwardSettings, configs: list[PreTrainedConfig]) -> None:
-        """Note the thread, and the implementations that leaving the block brings back."""
+        """Store the thread, and the attention implementations to restore at the end of the block."""
         self.settings, self.thread = settings, threading.get_ident()
         self.before = [(config, config._attn_implementation) for config in configs]
 
 
 @contextmanager
 def open_block(model: nn.Module, root: PreTrainedModel, settings: ForwardSettings, name: str) -> Iterator[None]:
-    """Run a model's attention by some settings, and bring the model back as it was.
+    """Run a model's attention with some settings inside the block, and restore the model afterwards.
 
-    The open blocks of a model are a stack, which its modules hold: calls follow the latest. A block that closes takes
-    itself out of the stack wherever it is, and the block above it takes over what the model was before, so the model ends
-    as it began in whatever order blocks close. A block is refused while another thread has one on the same modules.
+    The modules of a model hold a stack of its open blocks; attention calls follow the latest block. A block that closes is
+    removed from any place in the stack, and the block above it receives the state to restore. The model is therefore
+    restored for any order in which blocks close. A block is refused while another thread has a block on the same modules.
 
     Args:
-        model: whose modules follow the settings.
-        root: the transformers model in it.
-        settings: what calls follow.
-        name: of the attention implementation that reads them.
+        model: the model; all its modules follow the settings.
+        root: the transformers model in `model`.
+        settings: the settings of attention calls.
+        name: the name of the attention implementation that reads the settings.
 
     Yields:
         nothing.
 
     Raises:
-        RuntimeError: if a block that opened later is still open at the end, so that calls of this one may have followed it.
+        RuntimeError: if a block that opened later is still open at the end; calls of this block may have followed the other.
     """
     modules = list(model.modules())
     with _LOCK:
@@ -67,8 +67,9 @@ def open_block(model: nn.Module, root: PreTrainedModel, settings: ForwardSetting
             overlapped = _close(block, modules, name)
     if overlapped:
         raise RuntimeError(
-            f"a block of `use` on this {type(root).__name__} was left while one that was entered later is still open: calls "
-            "of the first may have followed the second; leave blocks in the reverse order, or give each its own model"
+            f"a block of `use` on this {type(root).__name__} was closed while a block that was opened later is still open: "
+            "calls of the first block may have used the second block's method; close blocks in the reverse order, or use a "
+            "separate model for each"
         )
 
 
@@ -91,12 +92,12 @@ def _refuse_other_threads(root: PreTrainedModel, modules: list[nn.Module]) -> No
             if block.thread != here:
                 raise ValueError(
                     f"another thread has a block of `use` open on this {type(root).__name__}, and a model's attention "
-                    "follows one method at a time: wait until that block ends, or give each thread its own model"
+                    "follows one method at a time: wait until that block ends, or use a separate model for each thread"
                 )
 
 
 def _close(block: Block, modules: list[nn.Module], name: str) -> bool:
-    """Take a block out of the stack, and tell whether another lay on it."""
+    """Remove a block from the stack, and return whether another block was above it."""
     above: dict[int, Block] = {}
     for module in modules:
         blocks = blocks_of(module)
@@ -105,7 +106,7 @@ def _close(block: Block, modules: list[nn.Module], name: str) -> bool:
         place = blocks.index(block)
         above |= {id(later): later for later in blocks[place + 1 :][:1]}
         _attach(module, blocks[:place] + blocks[place + 1 :])
-    # outer configs first: assigning one also assigns those nested in it
+    # outer configurations first, because an assignment to one also changes the configurations nested in it
     for config, implementation in block.before:
         heirs = [later for later in above.values() if _take_over(later, config, implementation)]
         config._attn_implementation = name if heirs else implementation
@@ -126,10 +127,10 @@ def _attach(module: nn.Module, blocks: tuple[Block, ...]) -> None:
 
 
 def list_configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """List every configuration under a model, outer ones first.
+    """List every configuration in a model, outer configurations first.
 
     Args:
-        model: a transformers model, or a module that holds one.
+        model: a transformers model, or a module that contains one.
 
     Returns:
         the configurations, each once.

@@ -28,20 +28,20 @@ __all__ = ["HyperCache", "room_for"]
 
 
 def room_for(policy: Policy | StoreFactory, budget: int, sinks: int, window: int | None) -> CacheBudget:
-    """Divide a budget.
+    """Divide a budget into sinks, window and compressed slots.
 
     Args:
-        policy: what is kept, or how it is read.
+        policy: the rule for the kept keys, or the factory of stores.
         budget: slots of each head.
-        sinks: first tokens that are always kept.
-        window: latest tokens that are always kept; None for half of the budget, or for a quarter, and 64 at most, with a
-            policy that keeps everything.
+        sinks: number of first tokens that are always kept.
+        window: number of latest tokens that are always kept. None means half of the budget; for a policy that keeps every
+            key, a quarter of the budget and at most 64.
 
     Returns:
-        the room.
+        the divided budget.
 
     Raises:
-        ValueError: if sinks and window leave nothing.
+        ValueError: if sinks and window leave no slots.
     """
     if window is not None:
         return CacheBudget(budget, sinks, window)
@@ -52,44 +52,44 @@ def room_for(policy: Policy | StoreFactory, budget: int, sinks: int, window: int
     if 0 <= sinks >= budget - usual(budget):
         least = next(more for more in count(max(budget, 1) + 1) if more > sinks + usual(more))
         raise ValueError(
-            f"budget={budget} leaves nothing beside {sinks} sinks and {usual(budget)} of window: give at least {least}, or "
-            "fewer sinks"
+            f"budget={budget} leaves no slots beside {sinks} sinks and a window of {usual(budget)}: give at least {least}, "
+            "or fewer sinks"
         )
     return CacheBudget(budget, sinks, usual(budget))
 
 
 class HyperCache(Cache):
-    """A cache of bounded size, or one that is only read in part, for any model that `use` can switch.
+    """A KV cache of bounded size, or a full cache of which each step reads a part, for any model that `use` supports.
 
-    Keys between sinks and window are compressed by a policy when the budget is exceeded, with weights where the policy says
-    what the kept ones stand for; the model's attention reads the weights. Prompts are attended to in full before they are
-    compressed, unless they come in chunks. Up to the budget, tokens are those of `DynamicCache`. Layers with sliding
-    windows, and those that attend to images, keep transformers' own cache.
+    When the budget is exceeded, a policy compresses the keys between sinks and window. The kept keys have weights if the
+    policy defines them, and the model's attention reads the weights. A prompt is attended to exactly before it is
+    compressed, unless it comes in chunks. Until the budget is exceeded, the output tokens equal those of `DynamicCache`.
+    Layers with sliding windows, and layers that attend to images, keep transformers' own cache.
 
-    The model's attention must be hyperattention's, which alone can read weights: generate inside `use`, or load the model
-    with ``attn_implementation="hyperattention"`` after `register()`.
+    The model must use hyperattention's attention, because no other implementation reads weights: generate inside `use`, or
+    load the model with ``attn_implementation="hyperattention"`` after `register()`.
 
-    Source: the caches of the policies' papers.   Differs: positions are those of the text, and weights reach attention.
+    Source: the caches of the policies' papers.   Differs: positions are those of the text, and attention reads weights.
     Cost: at most `budget` slots a head and step.   Guarantee: that of the policy.
 
     Args:
-        config: the model's configuration, which tells what its layers are.
-        budget: most slots of each head, sinks and window included; for a policy that keeps everything, most keys that one
-            step reads.
-        policy: what is kept, or how it is read; None for `ClusterMeans`.
-        sinks: first tokens that are always kept.
-        window: latest tokens that are always kept; None for half of the budget, or 64 at most for a policy that keeps
-            everything.
-        seed: of every draw; the layer's number enters too.
-        audit: N, to attend to one token in each run of N exactly as well, over a copy of all keys and values; `report` then
-            gives the error. None for no audit, and no copy.
-        allow_longer: whether to go on beyond the length that the model was made for, padding not counted; otherwise a step
-            that would exceed it is refused, because what a model says there means nothing.
+        config: the model's configuration, from which the kinds of its layers are read.
+        budget: largest number of slots of each head, sinks and window included; for a policy that keeps every key, the
+            largest number of keys that one step reads.
+        policy: the rule for the kept keys, or for the keys that are read; None for `ClusterMeans`.
+        sinks: number of first tokens that are always kept.
+        window: number of latest tokens that are always kept. None means half of the budget; for a policy that keeps every
+            key, a quarter of the budget and at most 64.
+        seed: seed of every draw, which also depends on the layer's number.
+        audit: N, to compute exact attention for one token in each run of N as well, over a copy of all keys and values;
+            `report` then gives the error. None for no audit and no copy.
+        allow_longer: whether a text may exceed the model's trained length, padding not counted. If False, a step that would
+            exceed that length raises an error, because the model's output there is unreliable.
 
     Raises:
-        ValueError: if the budget leaves nothing beside sinks and window, no layer has full attention, the model's attention
-            reads other keys than its cache hands out, a number is not whole, `seed` is out of range, or `audit` is not
-            positive.
+        ValueError: if the budget leaves no slots beside sinks and window, no layer has full attention, the model's attention
+            reads other keys than those that its cache returns, a number is not an integer, `seed` is out of range, or
+            `audit` is not positive.
 
     Example:
         >>> cache = HyperCache(model.config, budget=1024)  # doctest: +SKIP
@@ -115,18 +115,18 @@ class HyperCache(Cache):
             positive("HyperCache", audit=audit)
         if not isinstance(self.policy, Policy | StoreFactory):
             raise ValueError(
-                f"policy={policy!r} is no policy: give one of the package's, made with its arguments, such as TopPages()"
+                f"policy={policy!r} is not a policy: give a policy object of this package, such as TopPages()"
             )
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(
-                f"the first argument is a {type(config).__name__}: give the model's configuration, model.config"
+                f"the first argument is a {type(config).__name__}, not a configuration: give model.config"
             )
         for name, number in {"budget": budget, "sinks": sinks, "window": window, "seed": seed}.items():
             if isinstance(number, bool) or not (isinstance(number, int) or (name == "window" and number is None)):
                 what = "" if name == "seed" else " of slots"
-                raise ValueError(f"{name}={number!r}: give a whole number{what}")
+                raise ValueError(f"{name}={number!r} is not an integer: give an integer number{what}")
         if not 0 <= seed < SEED_LIMIT:
-            raise ValueError(f"seed={seed}: give a whole number from 0 to {SEED_LIMIT - 1}")
+            raise ValueError(f"seed={seed} is out of range: give an integer from 0 to {SEED_LIMIT - 1}")
         self.room = room_for(self.policy, budget, sinks, window)
         self.seed = seed
         text_config = config.get_text_config(decoder=True)
@@ -137,7 +137,10 @@ class HyperCache(Cache):
         others = cross_attention_layers(text_config)
         full = [n for n, layer in enumerate(layers) if type(layer) is DynamicLayer and n not in others]
         if not full:
-            raise ValueError(f"{type(config).__name__} has no layer of full attention: there is nothing to compress")
+            raise ValueError(
+                f"{type(config).__name__} has no layer of full attention, so a compressed cache saves nothing: use "
+                "transformers' DynamicCache"
+            )
         previous: HyperCacheLayer | None = None
         for number in full:
             maker = StoreMaker(self.policy, self.room, number, seed, audit)
@@ -148,17 +151,17 @@ class HyperCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Update one layer, after a look at who is going to read it.
+        """Append new keys and values to one layer, after a check that the model's attention reads weights.
 
         Args:
-            key_states: ``[batch, kv_heads, new, head_dim]``.
-            value_states: likewise.
-            layer_idx: which layer.
-            args: passed on to the layer.
-            kwargs: likewise.
+            key_states: new keys, ``[batch, kv_heads, new, head_dim]``.
+            value_states: new values, ``[batch, kv_heads, new, value_dim]``.
+            layer_idx: the number of the layer.
+            args: passed to the layer.
+            kwargs: passed to the layer.
 
         Returns:
-            keys and values to attend to.
+            the keys and values to attend to.
 
         Raises:
             ValueError: if the model's attention cannot read weights.
@@ -175,22 +178,22 @@ class HyperCache(Cache):
 
     @property
     def windows(self) -> dict[int, DynamicSlidingWindowLayer]:
-        """Give every layer that keeps a sliding window, by its number."""
+        """The layers with sliding windows, by layer number."""
         found = {number: window_of(layer) for number, layer in enumerate(self.layers)}
         return {number: layer for number, layer in found.items() if layer is not None}
 
     @property
     def stores(self) -> dict[int, Store]:
-        """Give the store of every layer that has one, by the layer's number."""
+        """The store of every compressed layer, by layer number."""
         return {number: layer.store for number, layer in enumerate(self.layers) if isinstance(layer, HyperCacheLayer)}
 
     def restore(self, states: Mapping[int, dict[str, Tensor]]) -> None:
-        """Go on from the states of all stores, and of all layers with sliding windows.
+        """Restore the states of all stores and of all layers with sliding windows.
 
         Args:
-            states: what each store's `state` gave, and each window's, by the number of the layer; where one is refused, with
-                a ValueError, nothing of the cache changes. They may lie on any device: a layer moves to its keys' when it
-                goes on.
+            states: the result of `state`: the state of each store and each sliding window, by layer number. An invalid state
+                raises a ValueError and leaves the cache unchanged. The tensors may be on any device; a layer moves to the
+                device of its new keys in the next step.
         """
         before = [(layer, dict(vars(layer))) for layer in self.layers]
         try:
@@ -207,7 +210,7 @@ class HyperCache(Cache):
             raise
 
     def state(self) -> dict[int, dict[str, Tensor]]:
-        """Give what `restore` takes, by the number of the layer: of stores and windows, and of no other layers."""
+        """Return the states for `restore` by layer number, of the stores and the sliding windows only."""
         held = {number: store.state() for number, store in self.stores.items()}
         return held | {number: window_state(layer) for number, layer in self.windows.items()}
 
@@ -215,17 +218,17 @@ class HyperCache(Cache):
         """Return the error that the audit has measured so far.
 
         Returns:
-            the report; None without `audit`.
+            the report; None if the cache was made without `audit`.
         """
         audited = {number: store for number, store in self.stores.items() if isinstance(store, AuditedStore)}
         return report_on(audited, self.whole_bytes) if audited else None
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes held by all stores, room for more included."""
+        """Bytes allocated by all stores, free slots included."""
         return sum(store.memory_bytes for store in self.stores.values())
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes that the same layers would hold, had all keys and values been kept; 0 before any came by."""
+        """Bytes of all keys and values that these layers have read, as a full cache would store them; 0 before the first."""
         return sum(layer.whole_bytes for layer in self.layers if isinstance(layer, HyperCacheLayer))

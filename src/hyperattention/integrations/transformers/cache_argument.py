@@ -1,4 +1,4 @@
-"""What a model calls the argument that takes its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+"""The name of a model's cache argument: `cache` from transformers 5.24 on, `past_key_values` before."""
 
 import inspect
 from functools import cache as remembered
@@ -7,13 +7,13 @@ from transformers import PreTrainedModel
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Find the name under which a model, and its `generate`, take a cache.
+    """Return the name of the argument through which a model, and its `generate`, take a cache.
 
     Args:
         model: the model.
 
     Returns:
-        the name.
+        the name of the argument.
     """
     return _argument_of(type(model))
 

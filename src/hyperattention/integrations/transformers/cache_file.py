@@ -1,4 +1,4 @@
-"""The file of a compressed cache: read a document once, keep what is left of it, ask about it later."""
+"""The file of a compressed cache: read a document once, save its cache, and ask about the document later."""
 
 import hashlib
 import json
@@ -43,24 +43,24 @@ def save_cache(
     made_by: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a cache to one safetensors file, whole or not at all.
+    """Write a cache to one safetensors file, completely or not at all.
 
-    Beside the tensors it holds which model and policy made them, and a SHA-256 over all of it.
+    Beside the tensors, the file holds the fingerprint of the model, the policy, and a SHA-256 checksum of its content.
 
-    Cost: a copy of the cache in memory, and its bytes on disk.   Guarantee: what `load_cache` gives goes on bit for bit as
-    this cache would, on the same device.
+    Cost: a copy of the cache in memory, and its bytes on disk.   Guarantee: a cache from `load_cache` continues bit for bit
+    as this cache would, on the same device.
 
     Args:
-        cache: what was read.
-        model: who read it.
+        cache: the cache to save.
+        model: the model that filled the cache.
         path: the file.
-        tokens: what was read, to be kept with it; at least as many as the cache has seen.
-        made_by: where the model was loaded from, so that it can be found again.
-        overwrite: whether a file that is there may be replaced; otherwise it is refused with a FileExistsError.
+        tokens: the tokens that the model has read, to be saved with the cache; at least as many as the cache has seen.
+        made_by: the folder or name that the model was loaded from, so that it can be loaded again.
+        overwrite: whether an existing file may be replaced; if False, an existing file raises a FileExistsError.
 
     Raises:
-        ValueError: if the cache is empty, a layer of it is neither compressed nor a sliding window, its policy is not one of
-            this package's, or the tokens are not its own.
+        ValueError: if the cache is empty, a layer of the cache is neither compressed nor a sliding window, the policy is not
+            one of this package, or the tokens do not match the cache.
 
     Example:
         >>> save_cache(cache, model, "document.safetensors", tokens=tokens)  # doctest: +SKIP
@@ -70,13 +70,14 @@ def save_cache(
     check_savable(cache, model)
     stores = cache.stores
     if empty := [number for number, store in stores.items() if not store.batch]:
-        raise ValueError(f"layers {empty} of the cache hold nothing: let the model read something before it is saved")
+        raise ValueError(f"layers {empty} of the cache hold no keys: run the model on some tokens before you save the cache")
     tensors = {f"layer.{number}.{name}": x for number, state in cache.state().items() for name, x in state.items()}
     if tokens is not None:
         first = next(iter(stores.values()))
         if not _are_tokens_of(tokens, first.batch, first.seen):
             raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}: give all {first.seen} that each of {first.batch} rows has seen"
+                f"tokens have shape {tuple(tokens.shape)}: give all {first.seen} tokens of each of the {first.batch} rows "
+                "that the cache has seen"
             )
         tensors[_TOKENS] = tokens.to(torch.int32)
     # copies, because safetensors refuses tensors that share memory
@@ -93,38 +94,39 @@ def save_cache(
 
 
 def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
-    """Refuse, before anything is read, a cache that the file cannot hold.
+    """Check, before any text is read, that the file can hold every layer of a cache.
 
     Args:
-        cache: it may be empty still.
-        model: who is going to read.
+        cache: the cache, which may be empty.
+        model: the model that will fill the cache.
 
     Raises:
-        ValueError: if it has a layer that is neither compressed nor a sliding window.
+        ValueError: if the cache has a layer that is neither compressed nor a sliding window.
     """
     held = cache.stores.keys() | cache.windows.keys()
     if others := {number: type(layer).__name__ for number, layer in enumerate(cache.layers) if number not in held}:
         raise ValueError(
-            f"layers {others} of {type(model).__name__} are of kinds that this file does not hold: save caches of models "
-            "whose layers have full attention or sliding windows"
+            f"layers {others} of {type(model).__name__} are of kinds that this file does not hold: use a model "
+            "whose layers all have full attention or sliding windows"
         )
 
 
 def load_cache(
     path: str | Path, model: PreTrainedModel, *, allow_longer: bool = False
 ) -> tuple[HyperCache, Int[Tensor, "batch tokens"] | None]:
-    """Read a cache that the same model wrote, and check all of it first.
+    """Read a cache that the same model wrote. The complete file is checked first.
 
     Args:
         path: the file.
-        model: who goes on. Each layer's tensors go to the device of its keys with the first step, wherever that is.
-        allow_longer: whether it may go on beyond the length that it was made for.
+        model: the model that continues. The tensors of each layer move to the device of its keys in the first step.
+        allow_longer: whether a text may exceed the model's trained length.
 
     Returns:
-        the cache, and the tokens that were kept with it, if any.
+        the cache, and the tokens that were saved with it, or None.
 
     Raises:
-        ValueError: if the file is not a complete cache of this version, or another model's; the message names file, remedy.
+        ValueError: if the file is not a complete cache of this version, or belongs to another model; the message gives the
+            file and the remedy.
     """
     metadata, tensors = _read(path)
     _check_made_by(path, metadata, model)
@@ -137,23 +139,23 @@ def load_cache(
         raise ValueError(f"{path}: {error}; {_REMEDY}") from error
     first = next(iter(cache.stores.values()))
     if tokens is not None and not (tokens.dtype == torch.int32 and _are_tokens_of(tokens, first.batch, first.seen)):
-        raise ValueError(f"{path}: its tokens, of shape {tuple(tokens.shape)}, are not those of the cache; {_REMEDY}")
-    # of a model that is offloaded the parameters are nowhere, and its hooks take inputs from anywhere
+        raise ValueError(f"{path}: the tokens of shape {tuple(tokens.shape)} do not match the cache; {_REMEDY}")
+    # parameters of an offloaded model are on the meta device, and its hooks accept inputs from any device
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     return cache, None if tokens is None else tokens.to(device, torch.int64)
 
 
 def find_maker(path: str | Path) -> str | None:
-    """Return where the model of a cache was loaded from, before the cache is read; nothing else of the file is checked.
+    """Return the folder or name that the model of a cache was loaded from. The rest of the file is not checked.
 
     Args:
         path: the file.
 
     Returns:
-        what `save_cache` was told; None if nothing.
+        the `made_by` of `save_cache`; None if it was not given.
 
     Raises:
-        ValueError: if the file is no safetensors file.
+        ValueError: if the file is not a safetensors file.
     """
     try:
         with safe_open(str(path), "pt") as opened:
@@ -164,7 +166,7 @@ def find_maker(path: str | Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Made:
-    """How a cache was made."""
+    """The arguments of a saved cache."""
 
     policy: Policy | StoreFactory
     room: CacheBudget
@@ -172,7 +174,7 @@ class _Made:
 
 
 def _are_tokens_of(tokens: Tensor, batch: int, seen: int) -> bool:
-    # the last token that a model said was not read yet
+    # there may be more tokens than seen, because the last generated token has not been read yet
     return tokens.ndim == 2 and tokens.shape[0] == batch and tokens.shape[1] >= seen
 
 
@@ -186,27 +188,27 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read metadata and tensors, and see that they are what was written."""
+    """Read metadata and tensors, and check them against the checksum."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}; name a file that save_cache wrote") from error
     try:
-        # refuses headers that are not JSON and sizes that do not add up, so that the header can be read below
+        # `load` refuses headers that are not JSON and wrong sizes, so the header can be read below
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}): cut short, or no cache; {_REMEDY}") from error
+        raise ValueError(f"{path}: not a complete safetensors file ({error}): truncated, or no cache; {_REMEDY}") from error
     metadata: dict[str, str] = header.get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT!r}: it is no cache; {_REMEDY}")
+        raise ValueError(f"{path}: the format is {metadata.get('format')!r}, not {FORMAT!r}: this is not a cache; {_REMEDY}")
     if metadata.get("version") != str(VERSION):
         raise ValueError(
-            f"{path}: its version is {metadata.get('version')!r} and this release reads {str(VERSION)!r}; {_REMEDY}"
+            f"{path}: the version is {metadata.get('version')!r}, but this release reads {str(VERSION)!r}; {_REMEDY}"
         )
     written = metadata.pop(_DIGEST, None)
     if written != _digest(tensors, metadata) or not {"model", "cache"} <= metadata.keys():
-        raise ValueError(f"{path}: its content is not what was written: the file is damaged; {_REMEDY}")
+        raise ValueError(f"{path}: the content does not match its checksum: the file is damaged; {_REMEDY}")
     return metadata, tensors
 
 
@@ -214,15 +216,15 @@ def _parsed(path: str | Path, text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata is no JSON ({error}); {_REMEDY}") from error
+        raise ValueError(f"{path}: the metadata is not JSON ({error}); {_REMEDY}") from error
 
 
 def _check_made_by(path: str | Path, metadata: Mapping[str, str], model: PreTrainedModel) -> None:
     there = read_fingerprint(Field(_parsed(path, metadata["model"]), str(path), "model", _REMEDY))
     if differences := there.differences(fingerprint(model)):
         raise ValueError(
-            f"{path} was written by another model: {', '.join(differences)}; load the model that wrote it, or let this one "
-            "read the document again"
+            f"{path} was written by another model: {', '.join(differences)}; load the model that wrote the file, or read "
+            "the document again with this model"
         )
 
 
@@ -238,13 +240,13 @@ def _read_made(whole: Field) -> _Made:
 
 
 def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
-    """Give every layer its state, and see that they fit the model and one another."""
+    """Restore the state of every layer, and check that the states fit the model and each other."""
     states: dict[str, dict[str, Tensor]] = {str(number): {} for number in sorted({*cache.stores, *cache.windows})}
     for full_name, x in tensors.items():
         kind, _, rest = full_name.partition(".")
         number, _, name = rest.partition(".")
         if kind != "layer" or number not in states:
-            raise ValueError(f"it holds {full_name!r}, which is of no layer of the model")
+            raise ValueError(f"the tensor {full_name!r} belongs to no layer of the model")
         states[number][name] = x
     of_layers = {int(number): state for number, state in states.items()}
     check_keys(of_layers, model)
@@ -252,4 +254,4 @@ def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], model: PreTrainedMod
     lengths = {(store.batch, store.seen) for store in cache.stores.values()}
     lengths |= {(rows_of(window), window.cumulative_length) for window in cache.windows.values()}
     if len(lengths) != 1:
-        raise ValueError(f"its layers have read different numbers of rows and tokens, {sorted(lengths)}")
+        raise ValueError(f"the layers have read different numbers of rows and tokens: {sorted(lengths)}")

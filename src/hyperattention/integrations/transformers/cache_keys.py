@@ -1,4 +1,4 @@
-"""Whether keys and values of a file are those that a model makes, as far as its configuration says."""
+"""Checks that keys and values of a file fit a model, as far as its configuration gives their sizes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 
 
 def check_keys(states: Mapping[int, Mapping[str, Tensor]], model: PreTrainedModel) -> None:
-    """Refuse keys that the model could not have made: another number of kv heads, another width, another precision.
+    """Check that the model can have computed some keys: their number of kv heads, their width and their dtype.
 
     Args:
-        states: of every layer that has one, by its number; one without keys is left to its store, which refuses it.
-        model: who is to go on from them.
+        states: the state of every stored layer, by layer number; a state without keys is checked by its store.
+        model: the model that continues from the states.
 
     Raises:
-        ValueError: naming the first layer that does not fit.
+        ValueError: for the first layer that does not fit the model.
     """
     heads, width, dtypes = _sizes(model, "key_value_heads"), _widths(model), _dtypes(model)
     for number, state in states.items():
@@ -26,13 +26,13 @@ def check_keys(states: Mapping[int, Mapping[str, Tensor]], model: PreTrainedMode
             x = state[name]
             if x.shape[1] not in (heads or (x.shape[1],)) or x.shape[3] not in (width or (x.shape[3],)):
                 raise ValueError(
-                    f"layer {number} has {name} of {x.shape[1]} kv heads of width {x.shape[3]}, and the model has "
+                    f"layer {number} has {name} of {x.shape[1]} kv heads of width {x.shape[3]}, but the model has "
                     f"{_either(heads) or 'any number'} of width {_either(width) or 'any'}"
                 )
             if x.dtype not in dtypes:
                 raise ValueError(
-                    f"layer {number} has {name} in {x.dtype}, and the model computes in {', '.join(map(str, dtypes))}: load "
-                    "the model in the precision that it read the document in"
+                    f"layer {number} has {name} in {x.dtype}, but the model computes in {', '.join(map(str, dtypes))}: load "
+                    "the model in the dtype in which it read the document"
                 )
 
 
@@ -41,7 +41,7 @@ def _either(sizes: tuple[int, ...]) -> str:
 
 
 def _widths(model: PreTrainedModel) -> tuple[int, ...]:
-    # keys of latent attention, as DeepSeek's, are made of parts with widths of their own
+    # keys of latent attention, as in DeepSeek's models, consist of parts with different widths
     if _sizes(model, "kv_lora_rank"):
         return ()
     config: Any = model.config.get_text_config(decoder=True)
@@ -52,10 +52,10 @@ def _widths(model: PreTrainedModel) -> tuple[int, ...]:
     return named
 
 
-# Some models give values another width than keys, or layers with windows other heads: all sizes are listed that some layer
-# may have. Where a size is a list, one for each layer, or is not named, none is listed, and any is allowed.
+# In some models values have another width than keys, or windowed layers have other heads. The result lists every size that
+# some layer may have. If the configuration gives one size for each layer, or none, the result is empty: any size is allowed.
 def _sizes(model: PreTrainedModel, name: str) -> tuple[int, ...]:
-    """List what the configuration says of a size, under its name or a longer one that ends with it."""
+    """List the values of all configuration entries whose name ends with `name`."""
     config: Any = model.config
     given = {key: size for key, size in vars(config.get_text_config(decoder=True)).items() if key.endswith(name)}
     sizes = tuple(dict.fromkeys(size for size in given.values() if size is not None))
@@ -63,8 +63,7 @@ def _sizes(model: PreTrainedModel, name: str) -> tuple[int, ...]:
 
 
 def _dtypes(model: PreTrainedModel) -> list[torch.dtype]:
-    """List what the model may compute keys in: the types of its weights, and those of autocast where it casts these."""
-    # whether autocast was on when the keys were made, and will be when they are read, is not known here: the first step
-    # refuses keys of another type than it makes
+    """List the dtypes in which the model may compute keys: those of its weights, and those of autocast for float32."""
+    # it is not known here whether autocast was or will be on; the first step refuses keys of a different dtype
     dtypes = dict.fromkeys(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     return list(dtypes | (dict.fromkeys((torch.bfloat16, torch.float16)) if torch.float32 in dtypes else {}))

@@ -1,4 +1,4 @@
-"""One layer of a compressed cache: what transformers asks of a layer, answered by a store."""
+"""One layer of a compressed cache: the layer interface of transformers, implemented with a store."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ class HyperCacheLayer(CacheLayerMixin):
     """One layer of a `HyperCache`.
 
     Args:
-        maker: makes its stores.
-        previous: the layer before, which is held so that copies of a cache find their own.
-        limit: most tokens of a text, padding not counted; None for no limit.
-        readers: layers whose attention reads its keys, itself included.
+        maker: makes the stores of this layer.
+        previous: the layer before; kept as a reference, so that a copied cache refers to its own layers.
+        limit: largest number of tokens of a text, padding not counted; None for no limit.
+        readers: number of layers whose attention reads the keys of this layer, itself included.
     """
 
     is_sliding = False
@@ -33,10 +33,10 @@ class HyperCacheLayer(CacheLayerMixin):
         limit: int | None,
         readers: int = 1,
     ) -> None:
-        """Hold nothing."""
+        """Make an empty layer."""
         super().__init__()
         self._maker, self._previous, self._limit, self._readers = maker, previous, limit, readers
-        # what the next layer may share, and what is read, which may watch over it
+        # `inner` may be shared with the next layer; `store` is read, and may be a wrapper that audits `inner`
         self.inner = maker.make(None if previous is None else previous.inner)
         self.store = maker.watched(self.inner)
         self._handle: Handle | None = None
@@ -45,35 +45,35 @@ class HyperCacheLayer(CacheLayerMixin):
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes of the keys and values of every token seen, had all been kept; 0 before any came by."""
+        """Bytes of the keys and values of every token seen, as a full cache would store them; 0 before the first."""
         return self._token_bytes * self.store.seen * self.store.batch
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note that something is held; stores make their own room."""
-        # some models look at how long these are; what is held is the store's alone
+        """Mark the layer as initialised; stores allocate their own memory."""
+        # some models read the lengths of these tensors; the keys themselves are only in the store
         self.keys, self.values, self.is_initialized = key_states.new_empty(0), value_states.new_empty(0), True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys in, and hand out all of them with the handle through which they are read.
+        """Append new keys and values, and return all slots with the handle through which attention reads them.
 
         Args:
-            key_states: ``[batch, kv_heads, new, head_dim]``.
-            value_states: likewise.
-            args: what other versions of transformers pass along; unused.
-            kwargs: likewise.
+            key_states: new keys, ``[batch, kv_heads, new, head_dim]``.
+            value_states: new values, ``[batch, kv_heads, new, value_dim]``.
+            args: arguments of other versions of transformers; unused.
+            kwargs: arguments of other versions of transformers; unused.
 
         Returns:
             keys and values of all slots.
 
         Raises:
-            ValueError: if the keys handed out last were not read through their handle, or gradients are asked for.
+            ValueError: if attention did not read the previous keys through their handle, or gradients are required.
         """
         self._end_step()
-        # it has attended by now: a model that cannot be served is told so before it has read its text
+        # the previous layer has attended by now: an unsupported model raises an error before it has read its text
         if self._previous is not None:
             self._previous._insist_read()
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise ValueError("a compressed cache has no gradient: use torch.no_grad(), or use_cache=False")
+            raise ValueError("a compressed cache supports no gradients: use torch.no_grad(), or use_cache=False")
         self.lazy_initialization(key_states, value_states)
         self._token_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (key_states, value_states))
         if self.store.device not in (None, key_states.device):
@@ -84,30 +84,30 @@ class HyperCacheLayer(CacheLayerMixin):
         return attach(k, v, self._handle)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys the next step is shown, and the position that the first would have if all were recent."""
+        """Return the number of keys of the next step, and the position of the first key if all keys were the latest."""
         new = query_length.numel() if isinstance(query_length, Tensor) else query_length
         return self.store.num_slots + new, self.store.seen - self.store.num_slots
 
     def get_seq_length(self) -> int:
-        """Return the true length, from which positions follow."""
+        """Return the number of tokens seen, from which positions are computed."""
         return self.store.seen
 
     def get_max_length(self) -> int:
-        """Say that there is no longest text."""
+        """Return -1: the length is not limited."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """Say the same to older versions."""
+        """Return -1: the length is not limited; the name in older versions of transformers."""
         return -1
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all keys."""
         self.inner = self._maker.make(None if self._previous is None else self._previous.inner)
         self.store, self._handle, self._text, self.is_initialized = self._maker.watched(self.inner), None, 0, False
         self._told = NOTHING_TOLD
 
     def begin_at(self, text: int) -> None:
-        """Go on from what the store was given.
+        """Continue from the restored state of the store.
 
         Args:
             text: tokens of the longest row so far.
@@ -115,20 +115,20 @@ class HyperCacheLayer(CacheLayerMixin):
         self._handle, self._text, self._told, self.is_initialized = None, text, NOTHING_TOLD, True
 
     def _length(self) -> int:
-        """Count the tokens of the longest row, padding left out as attention told."""
+        """Count the tokens of the longest row, without the padding that attention has reported."""
         return self._text if self._handle is None else self._handle.text
 
     def _heard(self) -> PaddingSoFar:
-        """Give what attention has told of the tokens so far."""
+        """Return the padding that attention has reported so far."""
         return self._told if self._handle is None else self._handle.told
 
     def _insist_read(self) -> None:
-        """Insist that what was handed out last was read through its handle."""
+        """Check that attention read the previous keys through their handle."""
         if self._handle is not None and not self._handle.collected:
             raise ValueError(
-                "the keys of a compressed cache did not reach attention as they were handed out, so that their weights were "
-                "lost: either attention is not hyperattention's, then generate inside `with use(model, method):`, or the "
-                f"model changes its keys in between: {type(self).__name__} cannot serve it; use transformers' DynamicCache"
+                "the keys of a compressed cache did not reach attention unchanged, so their weights were lost: if the model "
+                "does not use hyperattention's attention, generate inside `with use(model, method):`; if the model changes "
+                f"its keys after the cache, {type(self).__name__} does not support it: use transformers' DynamicCache"
             )
 
     def _end_step(self) -> None:
@@ -147,7 +147,7 @@ class HyperCacheLayer(CacheLayerMixin):
         self._told = told
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
+        """Reorder the rows of the batch for beam search."""
         self._take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -164,11 +164,11 @@ class HyperCacheLayer(CacheLayerMixin):
         return self.store.batch
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Forget the latest tokens.
+        """Remove the latest tokens.
 
         Args:
-            tokens_to_remove: their number, negative; positive for the length to keep, as versions before 5.16 say it. Some
-                versions give a tensor of one.
+            tokens_to_remove: the negative number of tokens to remove; a positive number is the length to keep, as in
+                versions before 5.16. Some versions pass a tensor with one element.
         """
         size = int(tokens_to_remove)
         num = -size if size <= 0 else max(0, self.store.seen - size)

@@ -1,4 +1,4 @@
-"""What a model's mask says of the new tokens of a step, and of those before: which are padding, and what else it hides."""
+"""Reading a model's mask: which new and earlier tokens of a step are padding, and whether other tokens are hidden."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ _REMEDY = "give a 2-D mask of 0 and 1, or use transformers' DynamicCache"
 
 @dataclass(frozen=True)
 class PaddingMask:
-    """A mask, read.
+    """The information of a mask.
 
     Args:
-        live: which of the new tokens are no padding; None where none is.
-        old: which of the tokens before a new token sees, the latest last; None where the mask does not list them.
-        only_padding: whether it hides nothing but padding and, from each token, later ones.
+        live: True for new tokens that are not padding; None if no new token is padding.
+        old: True for earlier tokens that the new tokens see, the latest last; None if the mask does not list them.
+        only_padding: whether the mask hides only padding and, from each token, later tokens.
     """
 
     live: Bool[Tensor, "rows new"] | None = None
@@ -29,14 +29,14 @@ def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> PaddingMask:
 
     Args:
         mask: None; boolean ``[rows, keys]``, causal; integer ``[rows, tokens]``, the numbers of packed documents; or
-            ``[rows, heads, queries, keys]``, boolean or added to the scores, with one query for all or one for each.
-        new: how many tokens are new; they are the last keys.
+            ``[rows, heads, queries, keys]``, boolean or added to the scores, with one query for all tokens or one for each.
+        new: number of new tokens; they are the last keys.
 
     Returns:
-        what it says.
+        the information of the mask.
 
     Raises:
-        ValueError: if the mask has another shape, or does not give whether a token is padding.
+        ValueError: if the mask has another shape, or does not define whether a token is padding.
     """
     if mask is None:
         return PaddingMask()
@@ -54,7 +54,7 @@ def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> PaddingMask:
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     alike = mask.dtype == torch.bool or bool((mask.masked_fill(~visible, 0) == 0).all())
     alike = alike and bool((visible == visible[:, :1]).all())
-    # a token is there if any head sees it
+    # a token is visible if any head sees it
     visible = visible.any(1)  # [rows, queries, keys]
     old, own = visible[:, :, :-new], visible[:, :, -new:]
     if visible.shape[1] == 1:
@@ -63,47 +63,47 @@ def read_shown(mask: Shaped[Tensor, "..."] | None, new: int) -> PaddingMask:
 
 
 def _read_square(old: Tensor, own: Tensor, alike: bool) -> PaddingMask:
-    """Read what each of several new tokens sees: ``[rows, new, old]`` and ``[rows, new, new]``."""
+    """Read the tokens that each of several new tokens sees: ``[rows, new, old]`` and ``[rows, new, new]``."""
     live = own.diagonal(dim1=1, dim2=2)
-    seeing = own & live[:, :, None]  # what padding would see says nothing
+    seeing = own & live[:, :, None]  # the mask of a padding token carries no information
     later = seeing.tril(-1).any(1)
     last = live & (live.flip(1).cumsum(1).flip(1) == 1)
     unclear = (own.any(1) & ~live) | (live & ~later & ~last)
     if bool(unclear.any()):
         row, token = (int(place) for place in unclear.nonzero()[0])
         raise ValueError(
-            f"a mask does not give whether new token {token} of row {row} is padding: it sees itself and no later token "
-            f"sees it, or the reverse; {_REMEDY}"
+            f"a mask does not give whether new token {token} of row {row} is padding: the token sees itself and no later "
+            f"token sees it, or the reverse; {_REMEDY}"
         )
     padding_alone = live[:, None] & live[:, :, None] & torch.ones_like(own[0]).tril()
     union = (old & live[:, :, None]).any(1)
     whole = (seeing == padding_alone).all() & (~live[:, :, None] | (old == union[:, None])).all()
-    # a row of padding alone says nothing of what came before
+    # a row that contains only padding carries no information on earlier tokens
     return PaddingMask(live, union if bool(live.any(1).all()) else None, alike and bool(whole))
 
 
 @dataclass(frozen=True)
 class PaddingSoFar:
-    """What was said so far of the latest tokens.
+    """The known padding among the latest tokens.
 
     Args:
-        num: of how many; what is older is not known.
-        live: which of them are no padding; None where none is.
+        num: number of the latest tokens whose padding is known; it is unknown for older tokens.
+        live: True for those tokens that are not padding; None if none of them is padding.
     """
 
     num: int = 0
     live: Bool[Tensor, "batch num"] | None = None
 
     def followed_by(self, new: int, live: Tensor | None, batch: int) -> "PaddingSoFar":
-        """Add what is said of new tokens.
+        """Append new tokens.
 
         Args:
-            new: how many.
-            live: which are no padding; None for all.
+            new: number of new tokens.
+            live: True for new tokens that are not padding; None if none is padding.
             batch: rows of the batch.
 
         Returns:
-            both together.
+            the padding of the earlier and the new tokens.
         """
         known = next((x for x in (self.live, live) if x is not None), None)
         if known is None:
@@ -113,38 +113,38 @@ class PaddingSoFar:
         return PaddingSoFar(self.num + new, torch.cat([before, after.to(before.device)], 1))
 
     def without(self, num: int) -> "PaddingSoFar":
-        """Forget the latest.
+        """Remove the latest tokens.
 
         Args:
-            num: how many.
+            num: number of tokens to remove.
 
         Returns:
-            what is left.
+            the padding of the remaining tokens.
         """
         left = max(0, self.num - num)
         return PaddingSoFar(left, None if self.live is None else self.live[:, :left])
 
     def rows(self, index: Tensor) -> "PaddingSoFar":
-        """Copy rows of the batch.
+        """Select rows of the batch.
 
         Args:
-            index: which.
+            index: the numbers of the rows.
 
         Returns:
-            what was said of them.
+            the padding of these rows.
         """
         return PaddingSoFar(self.num, None if self.live is None else self.live.index_select(0, index.to(self.live.device)))
 
     def check(self, old: Tensor | None, num: int, whole: bool) -> None:
-        """Insist that a mask says of the tokens before what was said of them when they were read.
+        """Check that a mask agrees with earlier masks on the padding of earlier tokens.
 
         Args:
-            old: what it says of them, the latest last; None if it shows all.
-            num: how many the step at hand shows.
-            whole: whether attention honours the mask, so that it may hide what it showed before.
+            old: True for earlier tokens that the mask shows, the latest last; None if the mask shows all.
+            num: number of earlier tokens in this step.
+            whole: whether the store holds every key, so that attention can hide a token that was visible before.
 
         Raises:
-            ValueError: if it shows padding, or hides what can be hidden no more.
+            ValueError: if the mask shows a token that was padding, or hides a token that can no longer be hidden.
         """
         num = min(self.num, num if old is None else old.shape[1])
         like = self.live if old is None else old
@@ -155,11 +155,11 @@ class PaddingSoFar:
         now = every if old is None else old[:, -num:].to(then.device)
         if bool((now & ~then).any()):
             raise ValueError(
-                "a mask shows tokens that were padding when they were read, whose keys are gone: give the mask of all "
-                "tokens, padding included, in every step"
+                "a mask shows tokens that were padding when they were read, and whose keys were dropped: give the mask of "
+                "all tokens, padding included, in every step"
             )
         if not whole and bool((then & ~now).any()):
-            raise ValueError(f"a mask hides tokens that were read, and a compressed cache hides only padding: {_REMEDY}")
+            raise ValueError(f"a mask hides tokens that were read, but a compressed cache can hide only padding: {_REMEDY}")
 
 
 NOTHING_TOLD = PaddingSoFar()

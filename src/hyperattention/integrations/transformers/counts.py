@@ -1,4 +1,4 @@
-"""How many attention calls of a model were approximated, and why the others were not."""
+"""Counts of a model's attention calls: approximated, or exact with the reason."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class CallCounts:
-    """Attention calls so far, one a layer and forward pass, approximated or exact by reason: what ran is visible.
+    """Counts of attention calls, one for each layer and forward pass: approximated, and exact by reason.
 
     Args:
         approximated: calls that ran the method.
@@ -33,15 +33,15 @@ class CallCounts:
 
     @property
     def share_approximated(self) -> float:
-        """Give the share of calls that ran the method.
+        """Compute the share of calls that ran the method.
 
         Returns:
-            a number in [0, 1]; 0 where there was no call.
+            a number in [0, 1]; 0 if there was no call.
         """
         return self.approximated / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        """Say it in one line, the commonest reason first."""
+        """Format the counts in one line, the most frequent reason first."""
         counted = f"{self.approximated} of {self.total} attention calls approximated ({self.share_approximated:.0%})"
         reasons = ", ".join(f"{reason} {num}" for reason, num in sorted(self.exact.items(), key=lambda item: -item[1]))
         return f"{counted}; exact: {reasons}" if reasons else counted
@@ -51,27 +51,27 @@ class CallCounter:
     """Count the attention calls of one `use`; read it at any time through `counts`."""
 
     def __init__(self) -> None:
-        """Start from nothing."""
+        """Make a counter without calls."""
         self._calls: Counter[str | None] = Counter()
 
     def record(self, reason: str | None) -> None:
         """Count one call.
 
         Args:
-            reason: why it was exact; None where it was approximated.
+            reason: the reason for exact attention; None if the call was approximated.
         """
         self._calls[reason] += 1
 
     @property
     def counts(self) -> CallCounts:
-        """Take a snapshot, which later calls do not change.
+        """Return a snapshot of the counts; later calls do not change it.
 
         Returns:
-            the calls so far.
+            the counts so far.
         """
         exact = {reason: num for reason, num in self._calls.items() if reason is not None}
         return CallCounts(self._calls[None], MappingProxyType(exact))
 
     def __str__(self) -> str:
-        """Say what ran so far in one line."""
+        """Format the counts so far in one line."""
         return str(self.counts)

@@ -1,9 +1,9 @@
-"""Whether a model's attention can be switched, read from the source of its modules, as transformers itself reads it.
+"""The check whether a model's attention can be switched, read from the source code of its modules, as in transformers.
 
-A flag of the class says that a model was tested with other attention functions; several hybrid models work and leave it
-unset. What decides is the code: attention that asks transformers' table for its function at each call, hands over its mask
-as it got it, and does the same whatever the function is called. Where the flag is unset, the class must at least serve SDPA,
-which like us relies on each module to say whether it is causal.
+A flag of the model class says that the model was tested with other attention functions, but several hybrid models work
+without the flag. The check therefore reads the code: attention must look up its function in transformers' table at each
+call, pass on its mask unchanged, and not depend on the name of the function. Without the flag, the class must at least
+support SDPA, because SDPA, like this package, reads from each module whether attention is causal.
 """
 
 import ast
@@ -21,16 +21,16 @@ _OF_ITS_OWN = ("scaled_dot_product_attention", "softmax(", "multi_head_attention
 
 
 def check_dispatch(root: PreTrainedModel) -> None:
-    """Refuse a model whose attention cannot be switched without changing what it computes.
+    """Check that a model's attention can be switched without another change to its computation.
 
     Args:
         root: the model.
 
     Raises:
-        ValueError: naming the class and what it does.
+        ValueError: if it cannot be switched; the message gives the class and the reason.
     """
     kinds = list(dict.fromkeys(type(module) for module in root.modules()))
-    # where the class does not promise all of its attention, no part may compute its own
+    # without the flag, no module may compute attention itself
     own = [] if root.is_backend_compatible() else [kind.__name__ for kind in kinds if _attends_itself(kind)]
     if own or not root._can_set_attn_implementation() or not any(_dispatches(kind) for kind in kinds):
         whose = f": {', '.join(own)} computes attention itself" if own else ""
@@ -46,7 +46,7 @@ def check_dispatch(root: PreTrainedModel) -> None:
     for kind in kinds:
         if _dispatches(kind) and (problem := _what_it_adds(kind)) is not None:
             raise ValueError(
-                f"{kind.__name__} {problem}, which attention by another function would lose or misread, so "
+                f"{kind.__name__} {problem}, which another attention function would lose or misread, so "
                 f"{type(root).__name__} cannot be switched: run it with attn_implementation='sdpa' or 'eager'"
             )
 
@@ -66,7 +66,7 @@ def _attends_itself(kind: type[nn.Module]) -> bool:
 
 @remembered
 def _what_it_adds(kind: type[nn.Module]) -> str | None:
-    """Say what an attention's forward does that hangs on the name of the function, or that changes the mask."""
+    """Describe code in an attention's forward that depends on the name of the function, or changes the mask."""
     for node in ast.walk(ast.parse(_source(kind.forward))):
         if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
             if "'sdpa'" in ast.unparse(node):
@@ -77,7 +77,7 @@ def _what_it_adds(kind: type[nn.Module]) -> str | None:
 
 
 def _computes_mask(value: ast.expr) -> bool:
-    """Return whether an expression makes a mask out of a mask; choosing one, or slicing it, does not."""
+    """Return whether an expression computes a new mask from a mask; choosing or slicing a mask does not count."""
     return any(any(map(_names_mask, ast.walk(node))) for node in _operations(value))
 
 

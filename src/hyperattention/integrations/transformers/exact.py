@@ -1,4 +1,4 @@
-"""Exact attention for the calls of a model that a method must not answer, whatever they add to plain attention."""
+"""Exact attention for the calls of a model that no method may approximate, with all extras of those calls."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hyperattention import Exact, attention, varlen_attention
 from hyperattention.methods.base import AttentionMethod
 
-# scores held at a time by `attend_by_rows`: 64 MiB in float32
+# largest number of scores in memory at a time in `attend_by_rows`: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24
 
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One attention call of a model, its mask read: who sees whom, and what the model asks beside it.
+    """One attention call of a model, with its mask decoded into causality, key mask, documents or a dense mask.
 
     Args:
         module: the attention module.
-        query: queries; those of a packed batch laid end to end in one row.
+        query: queries; the documents of a packed batch are concatenated in one row.
         key: live keys only.
         value: live values only.
-        causal: whether a query is kept from later keys, the last query facing the last key.
+        causal: whether later keys are hidden from a query; the last query has the position of the last key.
         key_mask: True = attend.
         bounds: cumulative lengths of packed documents, of queries and of keys.
-        dense: a 4-D mask that says everything, boolean or added to the scores.
-        scale: of the scores; None for 1 / sqrt(head_dim).
+        dense: a 4-D mask that replaces all other masks, boolean or added to the scores.
+        scale: factor of the scores; None for 1 / sqrt(head_dim).
         dropout: probability of dropping an attention weight.
         extras: further arguments of the model that change the result.
     """
@@ -48,10 +48,10 @@ class ModelCall:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether the mask adds nothing that SDPA's own ``is_causal`` does not say.
+        """Return whether SDPA's ``is_causal`` alone expresses the mask.
 
         Returns:
-            True where SDPA needs no mask.
+            True if SDPA needs no mask.
         """
         num_queries, num_keys = self.query.shape[2], self.key.shape[2]
         aligned = not self.causal or num_queries in (1, num_keys)
@@ -59,10 +59,10 @@ class ModelCall:
 
 
 def run_exact(call: ModelCall) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Answer a call with exact attention, without a dense mask unless the model asks for what only that can say.
+    """Run exact attention for a call, with a dense mask only if nothing else can express the call.
 
     Args:
-        call: what the model asked for.
+        call: the attention call of the model.
 
     Returns:
         the attention output.
@@ -89,13 +89,13 @@ def run_exact(call: ModelCall) -> Float[Tensor, "batch heads queries value_dim"]
 def run(
     call: ModelCall, method: AttentionMethod | None, seed: int, layer: int
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Answer a call through the front door, or through its varlen twin where documents are packed.
+    """Run a call through `attention`, or through `varlen_attention` for packed documents.
 
     Args:
-        call: what the model asked for.
-        method: what runs; None for the default method.
-        seed: of every random draw.
-        layer: index of the layer, which enters the draws.
+        call: the attention call of the model.
+        method: the method to run; None for the default method.
+        seed: seed of every random draw.
+        layer: index of the layer; the draws depend on it.
 
     Returns:
         the attention output.
@@ -116,15 +116,15 @@ def run(
 
 
 def visible_rows(call: ModelCall, start: int, stop: int) -> Tensor | None:
-    """Write out some rows of the mask of a call.
+    """Make a dense mask for some rows of a call.
 
     Args:
-        call: whose mask.
+        call: the attention call.
         start: first query.
         stop: one past the last query.
 
     Returns:
-        a mask that broadcasts to ``[batch, heads, stop - start, keys]``; None where everything is visible.
+        a mask that broadcasts to ``[batch, heads, stop - start, keys]``; None if every key is visible.
     """
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     if call.dense is not None:
@@ -136,7 +136,7 @@ def visible_rows(call: ModelCall, start: int, stop: int) -> Tensor | None:
         ends = [bound[1:].long() for bound in call.bounds]
         documents = [torch.bucketize(i, end, right=True) for i, end in zip((queries, keys), ends, strict=True)]
         same = documents[0] == documents[1]
-        # both counted back from the end of their document, so that its last query faces its last key
+        # both are counted back from the end of their document, so its last query has the position of its last key
         lag = (keys - ends[1][documents[1]]) - (queries - ends[0][documents[0]])
         return (same & (lag <= 0) if call.causal else same)[None, None]
     mask = (keys <= queries + num_keys - num_queries)[None, None] if call.causal else None
@@ -147,13 +147,13 @@ def visible_rows(call: ModelCall, start: int, stop: int) -> Tensor | None:
 
 
 def attend_by_rows(call: ModelCall) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Attend exactly with capped scores or learned sinks, a slice of queries at a time, as SDPA cannot.
+    """Compute exact attention with capped scores or learned sinks, a slice of queries at a time; SDPA supports neither.
 
     score <- softcap * tanh(score / softcap), then softmax over the keys and one sink logit a head, whose share is dropped
     Source: the eager attention of Gemma 2 and gpt-oss.   Differs: in slices, so memory stays linear in the keys.
 
     Args:
-        call: what the model asked for; ``softcap`` and ``s_aux`` are read from its extras.
+        call: the attention call of the model; ``softcap`` and ``s_aux`` are read from its extras.
 
     Returns:
         the attention output.
@@ -181,7 +181,7 @@ def _weigh(call: ModelCall, scores: Tensor, start: int) -> Tensor:
         scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + scores.shape[2]])
     mask = visible_rows(call, start, start + scores.shape[2])
     if mask is not None:
-        # the least finite number, not -inf: a row that sees nothing stays finite, as in the models' own eager attention
+        # the smallest finite number, not -inf: a row without visible keys stays finite, as in the models' eager attention
         hidden = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:

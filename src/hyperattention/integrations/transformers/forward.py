@@ -1,4 +1,4 @@
-"""The attention function that transformers calls: approximate where the method is meant to run, exact elsewhere."""
+"""The attention function that transformers calls: approximate for the calls of the method, exact for all others."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,10 +18,10 @@ from hyperattention.integrations.transformers.masks import document_bounds, long
 from hyperattention.methods.base import AttentionMethod
 
 ATTRIBUTE = "_hyperattention"
-# why a call ran exactly that any other method would have answered
+# the reason of a call that ran exactly only because the method is exact attention
 EXACT_METHOD = "exact method"
 
-# arguments that models pass along and that change nothing, or that are read here
+# arguments of models that do not change the result, or that are read here
 _NEUTRAL = frozenset(
     {
         *("position_ids", "cache_position", "use_cache", "return_dict", "num_items_in_batch", "seq_idx", "deterministic"),
@@ -29,21 +29,21 @@ _NEUTRAL = frozenset(
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     }
 )
-# arguments that exact attention follows; any other is refused
+# arguments that exact attention supports; all others are refused
 _REASONS = MappingProxyType({"softcap": "softcap", "s_aux": "sinks", "position_bias": "position bias"})
 
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """What `use` attaches to a model's modules, so that no state is shared between models.
+    """The settings that `use` attaches to a model's modules. Models share no state.
 
     Args:
-        method: what runs; None for the default method.
+        method: the method to run; None for the default method.
         layers: indices of the layers to approximate; None for all.
-        min_length: fewest keys worth approximating.
-        seed: of every random draw.
-        counter: where calls are counted; None outside `use`.
-        crossover: keys from which a plan pays; None if it never does.
+        min_length: smallest number of keys that is approximated.
+        seed: seed of every random draw.
+        counter: the counter of calls; None outside `use`.
+        crossover: number of keys from which a plan is faster than exact attention; None if it never is.
     """
 
     method: AttentionMethod | None = None
@@ -57,10 +57,10 @@ class ForwardSettings:
         """Return whether a layer's method is exact attention.
 
         Args:
-            layer: its index.
+            layer: the index of the layer.
 
         Returns:
-            whether nothing would be approximated.
+            True if no head of the layer is approximated.
         """
         method = self.method.of(layer) if isinstance(self.method, ByLayer) else self.method
         methods = method.methods if isinstance(method, ByHead) else (method,)
@@ -78,21 +78,21 @@ def attention_forward(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch queries heads value_dim"], None]:
-    """Answer one attention call of a model; the function registered in ``AttentionInterface``.
+    """Compute one attention call of a model; the function registered in ``AttentionInterface``.
 
     Args:
         module: the attention module, to which `use` attached its settings.
-        query: queries after positions are applied.
-        key: keys, unwritten slots of a static cache included.
-        value: values, likewise.
-        attention_mask: as built by `build_mask`, or the user's own 4-D mask.
-        scaling: of the scores; None for 1 / sqrt(head_dim).
+        query: queries with positions applied.
+        key: keys with positions applied, unwritten slots of a static cache included.
+        value: values, unwritten slots of a static cache included.
+        attention_mask: the mask from `build_mask`, or the user's own 4-D mask.
+        scaling: factor of the scores; None for 1 / sqrt(head_dim).
         dropout: probability of dropping an attention weight.
-        is_causal: whether a query is kept from later keys; None leaves it to the module.
+        is_causal: whether later keys are hidden from a query; None to read it from the module.
         options: the model's further arguments.
 
     Returns:
-        the output and, since no weights exist, None.
+        the output, and None in place of attention weights, which are not computed.
     """
     blocks = getattr(module, ATTRIBUTE, ())
     settings = blocks[-1].settings if blocks else ForwardSettings()
@@ -124,12 +124,12 @@ def _refuse_unknown(module: nn.Module, extras: Mapping[str, Any]) -> None:
     if unknown := sorted(extras.keys() - _REASONS.keys()):
         raise ValueError(
             f"{type(module).__name__} gives its attention the argument {', '.join(map(repr, unknown))}, which is not known "
-            "here and may change the result: leave it out, or run this model with attn_implementation='sdpa' or 'eager'"
+            "here and may change the result: remove the argument, or use attn_implementation='sdpa' or 'eager'"
         )
 
 
 def _refuse_packed(query: Tensor, options: Mapping[str, Any]) -> None:
-    """Refuse documents packed into one row: which of them a kept key belongs to is no longer known."""
+    """Refuse documents packed into one row, because the document of a kept key is not stored."""
     if query.shape[2] <= 1:
         return
     bounds, positions = options.get("cu_seq_lens_q"), options.get("position_ids")
@@ -140,12 +140,12 @@ def _refuse_packed(query: Tensor, options: Mapping[str, Any]) -> None:
     else:
         return
     raise ValueError(
-        f"{found}, over a compressed cache, whose keys are not all there: give each document a row, or a cache, of its own"
+        f"{found}, over a compressed cache that has dropped keys: give each document its own row, or its own cache"
     )
 
 
 def _read_held(handle: Handle, settings: ForwardSettings, query: Tensor, scaling: float | None, rule: ScoreRule) -> Tensor:
-    """Attend to a compressed cache, through its weights."""
+    """Attend to a compressed cache with the weights of its keys."""
     out = handle.attend(query, query.shape[3] ** -0.5 if scaling is None else scaling, rule)
     if settings.counter is not None:
         settings.counter.record(None)
@@ -166,7 +166,7 @@ def _read_mask(call: ModelCall, mask: Tensor | None, options: Mapping[str, Any])
         if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and num_queries > 1:
             return replace(call, causal=False, key_mask=mask[:, 0, 0, :num_keys].expand(batch, -1))
         return replace(call, causal=False, dense=mask)
-    # 2-D masks are those of `build_mask`: bool, or int32 for packed documents; a model's own 0 and 1 would be read as those
+    # 2-D masks come from `build_mask`: bool, or int32 for packed documents; a model's own int mask would be misread
     if mask.ndim != 2 or mask.dtype not in (torch.bool, torch.int32) or mask.shape[1] > num_keys:
         raise ValueError(
             f"attention mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for {num_keys} keys: expected 2-D bool "
@@ -179,7 +179,7 @@ def _read_mask(call: ModelCall, mask: Tensor | None, options: Mapping[str, Any])
 
 
 def _slice_live(call: ModelCall, mask: Tensor) -> ModelCall:
-    # a static cache returns all its slots; the mask is as wide as those that are written
+    # a static cache returns all its slots; the width of the mask is the number of written slots
     live, num_keys = mask.shape[1], call.key.shape[2]
     if live == num_keys:
         return replace(call, key_mask=mask)
@@ -193,7 +193,7 @@ def _given_bounds(call: ModelCall, options: Mapping[str, Any]) -> tuple[Tensor, 
 
 
 def _restart_bounds(call: ModelCall, position_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    # with an empty cache transformers does not look for packing, and a restart would leak one document into the next
+    # with an empty cache transformers does not detect packing, and a query would attend to the previous document
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     if position_ids is None or not call.causal or not 1 < num_queries == num_keys == position_ids.shape[-1]:
         return None
@@ -210,7 +210,7 @@ def _restart_bounds(call: ModelCall, position_ids: Tensor | None) -> tuple[Tenso
 def _pack(call: ModelCall, bounds: tuple[Tensor, Tensor], documents: Tensor | None = None) -> ModelCall:
     batch = call.query.shape[0]
     if documents is not None and batch > 1 and call.extras.keys() - {"softcap", "s_aux"}:
-        # what the model adds is laid out by batch row, so the rows cannot be joined
+        # the model's extra arguments have one entry for each batch row, so the rows cannot be joined
         same = documents[:, None, :, None] == documents[:, None, None, :]
         return replace(call, causal=False, dense=same.tril() if call.causal else same)
     joined = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.query, call.key, call.value))
@@ -219,7 +219,7 @@ def _pack(call: ModelCall, bounds: tuple[Tensor, Tensor], documents: Tensor | No
 
 
 def _why_exact(call: ModelCall, settings: ForwardSettings, window: int | None) -> str | None:
-    # of packed documents the longest decides: shorter ones follow from their own lengths
+    # the longest packed document decides; shorter documents choose by their own lengths later
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     if call.bounds is not None:
         num_queries, num_keys = map(longest_span, call.bounds)

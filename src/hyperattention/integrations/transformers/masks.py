@@ -1,12 +1,12 @@
-"""What a transformers model says about who sees whom, in a form that never needs a dense mask for the common cases.
+"""Masks of transformers models in a compact form, without a dense mask in the common cases.
 
-A model builds one mask per forward pass and hands it to every layer, so the mask carries the geometry:
+A model builds one mask per forward pass and passes it to every layer. The mask has one of these forms:
 
-- ``None``: nothing to add to the module's own causality, keys ending with the queries;
+- ``None``: only the module's own causality; the last key has the position of the last query;
 - bool ``[batch, live]``: causal over the first ``live`` keys (a static cache holds more), True = attend;
 - int32 ``[batch, tokens]``: causal within each document of a packed batch, numbered from 1;
 - bool ``[batch, 1, 1, keys]``: not causal, True = attend;
-- any other 4-D tensor: a dense mask, which only exact attention honours.
+- any other 4-D tensor: a dense mask, which only exact attention supports.
 """
 
 import inspect
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, create_causal_mask, sdpa_mask
 
-# before callers could ask for a dense mask, somewhere between 5.9 and 5.16, static caches did so for every prompt
+# older versions (before some version between 5.9 and 5.16) request a dense mask for every prompt with a static cache
 _CALLERS_DECIDE = "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a mask function means, once its closures are read.
+    """The meaning of a mask function, read from its closures.
 
     Args:
-        causal: whether a query is kept from later keys.
-        window: how many keys, itself included, a query sees at most.
+        causal: whether later keys are hidden from a query.
+        window: largest number of keys that a query sees, its own included; None for no window.
         documents: ``[batch, tokens]``, equal numbers for tokens of one packed document.
     """
 
@@ -37,13 +37,13 @@ class Pattern:
     documents: Tensor | None = None
 
     def reaches(self, documents: Tensor) -> bool:
-        """Return whether the window, if any, covers the longest document, so that it hides nothing.
+        """Return whether the window, if there is one, covers the longest document and so hides no key.
 
         Args:
             documents: ``[batch, tokens]`` document numbers.
 
         Returns:
-            True where causality within documents is all there is.
+            True if only causality within documents hides keys.
         """
         return self.window is None or longest_span(document_bounds(documents)) <= self.window
 
@@ -51,14 +51,14 @@ class Pattern:
 def read_pattern(mask_function: Callable) -> Pattern | None:
     """Recognise the mask functions that transformers composes for causal, windowed and packed models.
 
-    The composition is a tree of closures without a public description, so each is recognised by the factory that made it;
-    anything unknown (a user's mask, chunks, bidirectional blocks) is refused rather than guessed.
+    The composition is a tree of closures without a public description, so each closure is recognised by its factory.
+    Unknown parts (a user's mask, chunks, bidirectional blocks) are not guessed.
 
     Args:
-        mask_function: as given to a mask function registered in ``AttentionMaskInterface``.
+        mask_function: the argument of a mask function registered in ``AttentionMaskInterface``.
 
     Returns:
-        the pattern, or None where some part is unknown.
+        the pattern, or None if some part is unknown.
     """
     if mask_function is causal_mask_function:
         return Pattern(causal=True)
@@ -73,7 +73,7 @@ def read_pattern(mask_function: Callable) -> Pattern | None:
         case "packed_sequence_mask_function":
             return Pattern(documents=cells["packed_sequence_mask"])
         case "remap_positions_for_packed_sequence":
-            # positions rise by one inside a document, so distances, all that causality and windows use, are unchanged
+            # positions increase by one inside a document, so the distances that causality and windows use are unchanged
             return read_pattern(cells["mask_function"])
         case _:
             return None
@@ -104,22 +104,22 @@ def build_mask(
     allow_is_bidirectional_skip: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """Describe who sees whom for one forward pass; the function registered in ``AttentionMaskInterface``.
+    """Build the mask of one forward pass; the function registered in ``AttentionMaskInterface``.
 
     Args:
         batch_size: rows of the batch.
         q_length: number of queries.
-        kv_length: number of keys held, unwritten slots of a static cache included.
+        kv_length: number of keys, unwritten slots of a static cache included.
         q_offset: position of the first query, an integer; a 0-d tensor for static caches.
-        kv_offset: position of the first key; a 0-d tensor where some versions cropped.
+        kv_offset: position of the first key; in some versions a 0-d tensor after a crop.
         mask_function: predicate of (batch, head, query, key) composed by transformers.
         attention_mask: ``[batch, positions]``, True = attend.
-        allow_is_causal_skip: False where the caller wants a dense mask whatever it says.
-        allow_is_bidirectional_skip: True where a mask that hides nothing may be None.
-        options: what ``sdpa_mask`` takes beside these.
+        allow_is_causal_skip: False if the caller needs a dense mask in every case.
+        allow_is_bidirectional_skip: True if a mask that hides no key may be None.
+        options: further arguments of ``sdpa_mask``.
 
     Returns:
-        one of the forms listed at the head of this module.
+        one of the forms listed in the docstring of this module.
     """
 
     def dense(may_skip: bool) -> Tensor | None:
@@ -166,19 +166,19 @@ def _slice_padding(attention_mask: Tensor | None, kv_offset: int, kv_length: int
 
 
 def _hides_nothing(keys_mask: Tensor) -> bool:
-    # reading the mask would break a graph that is being compiled, where it is passed on instead
+    # reading the mask would break a graph during compilation, so the mask is passed on there
     return not torch.compiler.is_compiling() and bool(keys_mask.all())
 
 
 def _causal_mask(keys_mask: Tensor | None, live: int) -> Tensor | None:
     if keys_mask is None or (live == keys_mask.shape[1] and _hides_nothing(keys_mask)):
         return None
-    # the width tells the attention function where the live keys of a static cache end, padded or not
+    # the attention function reads the number of written slots of a static cache from the width of the mask
     return keys_mask[:, :live].contiguous()
 
 
 def document_bounds(documents: Tensor) -> Tensor:
-    """Turn document numbers into the cumulative lengths of a varlen call, rows laid end to end.
+    """Compute the cumulative lengths for a varlen call from document numbers, with the rows concatenated.
 
     Args:
         documents: ``[batch, tokens]``; a document ends where the number changes or the row ends.
@@ -193,12 +193,12 @@ def document_bounds(documents: Tensor) -> Tensor:
 
 
 def longest_span(bounds: Tensor) -> int:
-    """Measure the longest document of a packed batch, which bounds how far back a query looks.
+    """Compute the length of the longest document of a packed batch; no query looks back further.
 
     Args:
         bounds: cumulative lengths.
 
     Returns:
-        its number of tokens.
+        the number of tokens of the longest document.
     """
     return int(bounds.diff().max()) if bounds.numel() > 1 else 0

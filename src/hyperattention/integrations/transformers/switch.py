@@ -1,6 +1,6 @@
-"""Approximate attention in Hugging Face transformers models, through their own registries: no class is patched.
+"""Approximate attention in Hugging Face transformers models, through the registries of transformers: no class is patched.
 
-Importing this module changes nothing; `register` adds one name to two registries, `use` switches a model over and back.
+Importing this module changes nothing. `register` adds one name to two registries; `use` switches a model and restores it.
 """
 
 import warnings
@@ -22,14 +22,16 @@ from hyperattention.random import SEED_LIMIT
 
 __all__ = ["NAME", "CallCounter", "CallCounts", "HyperCache", "register", "use"]
 
-# transformers treats names that contain "flash", "sdpa", "flex_attention" or "/" as implementations of its own
+# transformers treats names that contain "flash", "sdpa", "flex_attention" or "/" as its own implementations
 NAME = "hyperattention"
 
 
 def register() -> None:
-    """Make ``attn_implementation="hyperattention"`` known to transformers, with its mask, without which padding is dropped.
+    """Register ``attn_implementation="hyperattention"`` in transformers, with its mask function.
 
-    Calling it again changes nothing. Models selected by name, outside `use`, run the default method and count nothing.
+    The mask function is necessary: without it, transformers would not pass padding to attention. A second call changes
+    nothing. A model that selects the attention by name, outside `use`, runs the default method, and its calls are not
+    counted.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, build_mask)
@@ -45,28 +47,29 @@ def use(
     seed: int = 0,
     warn: bool = True,
 ) -> Iterator[CallCounter]:
-    """Run a model's attention by a method inside a ``with`` block, and say what really ran.
+    """Run a model's attention with a method inside a ``with`` block, and count approximated and exact calls.
 
-    Exact, and counted by reason: single queries (decoding), dropout, logit soft-capping, sinks, position bias, windows
-    shorter than the keys, dense 4-D masks, layers not listed, fewer keys than ``min_length``, or than pay with a plan.
-    Packed batches run document by document. With gradient checkpointing call ``backward`` inside the block, for it calls
-    attention again. Refused with a ValueError: a model whose attention cannot be switched, or does more around it than can
-    be followed, an argument that attention is given and that is unknown here, and a number out of range. docs/models.md
-    lists the families. A block in which every call was exact ends with a warning.
+    These calls run exactly and are counted by reason: single queries (decoding), dropout, logit soft-capping, learned
+    sinks, position bias, windows shorter than the keys, dense 4-D masks, layers that are not listed, and calls with fewer
+    keys than ``min_length`` or than a plan's crossover. Packed batches run document by document. With gradient
+    checkpointing, call ``backward`` inside the block, because ``backward`` calls attention again. These raise a
+    ValueError: a model whose attention cannot be switched, an unknown argument of attention, and a number out of range.
+    docs/models.md lists the model families. A block in which every call was exact ends with a warning.
 
-    Blocks on one model may be nested: calls follow the innermost. They must be left in the reverse order; a block that is
-    left before one that was entered later ends with a RuntimeError, because its calls may have followed the other's method
-    (two generators that take turns, for example). While a block is open, another thread's block on the same model is
-    refused. The model ends as it began in every case.
+    Blocks on one model may be nested: calls follow the innermost block. Blocks must close in the reverse order. A block
+    that closes before a block that opened later raises a RuntimeError, because its calls may have used the other block's
+    method (for example in two generators that alternate). While a block is open, a block of another thread on the same
+    model is refused. The model is restored in every case.
 
     Args:
-        model: a transformers model, or a module that holds one.
-        method: what runs; None for the default method. A plan runs its own method in each layer and head, from its
-            crossover on, never if it did not pay where it was calibrated, and is refused for another model than its own.
-        layers: indices of the layers to approximate, others stay exact; None for all, or all of the plan's.
-        min_length: fewest keys worth approximating.
-        seed: of every random draw; the layer's index enters too.
-        warn: whether a block in which every call was exact ends with a warning; False where exact attention is the aim.
+        model: a transformers model, or a module that contains one.
+        method: the method to run; None for the default method. A plan runs its own method in each layer and head, from its
+            crossover on. A plan without a crossover (not faster where it was calibrated) runs exact attention, and a plan
+            for another model is refused.
+        layers: indices of the layers to approximate; other layers run exactly. None for all layers, or all of the plan's.
+        min_length: smallest number of keys that is approximated.
+        seed: seed of every random draw; the draws also depend on the layer's index.
+        warn: whether a block in which every call was exact ends with a warning; use False if you want exact attention.
 
     Yields:
         the counter of this block's calls; print it, or read ``.counts``.
@@ -105,8 +108,8 @@ def _find_model(model: nn.Module) -> PreTrainedModel:
     root = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if root is None:
         raise ValueError(
-            f"{type(model).__name__} holds no transformers model: pass a PreTrainedModel, or a module that wraps one; "
-            "for a module of your own call hyperattention.attention in its forward"
+            f"{type(model).__name__} holds no transformers model: pass a PreTrainedModel, or a module that contains one; "
+            "in your own module, call hyperattention.attention in its forward"
         )
     check_dispatch(root)
     return root
@@ -118,7 +121,7 @@ def _check_layers(model: nn.Module, layers: Iterable[int] | None) -> frozenset[i
     listed = frozenset(layers)
     known = {index for module in model.modules() if isinstance(index := module.__dict__.get("layer_idx"), int)}
     if unknown := sorted(listed - known):
-        raise ValueError(f"layers {unknown} are not among the model's {sorted(known)}: list indices from those")
+        raise ValueError(f"layers {unknown} are not layers of the model: give indices from {sorted(known)}")
     return listed
 
 

@@ -1,4 +1,4 @@
-"""How long a text a model was made for, as its configuration says."""
+"""The largest text length that a model was made for, read from its configuration."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ from transformers import PreTrainedConfig
 
 
 def trained_length(config: PreTrainedConfig) -> int | None:
-    """Read how many tokens a model's positions reach.
+    """Return the number of tokens that a model's positions support.
 
-    Rotary positions that are stretched at use, such as YaRN's, may leave `max_position_embeddings` as it was in training:
-    the factor then counts as well.
+    For scaled rotary positions, such as YaRN, `max_position_embeddings` may still be the length of training; the result
+    then includes the scaling factor.
 
     Args:
-        config: of the language model.
+        config: the configuration of the language model.
 
     Returns:
-        tokens; None where the configuration names no length.
+        the number of tokens; None if the configuration gives no length.
     """
     length = getattr(config, "max_position_embeddings", None)
     if length is None:
         return None
     given: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # some models have parameters for each kind of layer
+    # some models have separate parameters for each kind of layer
     kinds = [each for each in given.values() if isinstance(each, dict)] or [given]
     reach = (
         (kind.get("factor") or 1.0) * (kind.get("original_max_position_embeddings") or length)
