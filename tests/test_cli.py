@@ -83,7 +83,7 @@ def test_demo_shows_both_parts_and_writes_them_down(reference: Path, tmp_path: P
         output.index("1. the reference model") < output.index("retrieval by distance") < output.index("2. structured inputs")
     )
     assert "no fewer pairs" in output
-    assert "nothing is saved here" in output
+    assert "so it saves nothing" in output
     lines = read_lines(records)
     assert [line["row"] for line in lines if line["part"] == "loss and retrieval"] == ROWS
     assert [line["row"] for line in lines if line["part"] == "speed and error"] == ROWS
@@ -160,7 +160,7 @@ def test_demo_refuses_lengths_and_files_before_it_runs(
         (("--reference", reference, "--length", 2048), "64 to 1,024"),
         (("--reference", reference, "--plot", tmp_path / "no" / "plot.png"), "cannot write"),
         (("--reference", reference, "--json", tmp_path), "cannot write"),
-        (("--model", own_model, "--text", own_text), "give a longer text or a model of longer context"),
+        (("--model", own_model, "--text", own_text), "give a longer text or a model with a longer context"),
     )
     for arguments, message in cases:
         code, output = invoke("demo", *arguments)

@@ -250,5 +250,5 @@ def test_a_users_own_model_is_found_again_or_named(own_model: Path, tmp_path: Pa
     assert "was written by another model" in refused.stderr
     moved = own_model.rename(tmp_path / "moved")
     gone = " ".join(run("ask", out, *asked, code=2).stderr.split())
-    assert f"written with the model in {own_model}, which is not there any more: give its --model" in gone
+    assert f"written with the model in {own_model}, which no longer exists: name it with --model" in gone
     assert run("ask", out, *asked, "--model", moved).stdout == found.stdout

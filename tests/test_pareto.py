@@ -320,7 +320,7 @@ def test_pareto_measures_all_parts_and_writes_them_down(reference: Path, tmp_pat
     for part in ("1. the reference model", "2. structured", "3. the reference model", "retrieval by distance", "dominated"):
         assert part in output
     # one document tells nothing of noise
-    assert "The order of these may be chance (added loss, 1 documents)" in output
+    assert "The order of these methods may be due to chance (added loss, 1 documents)" in output
     lines = read_lines(records)
     names = ["exact", *(f"{family}@{slots}" for slots in (512, 640) for family in FAMILIES)]
     for inputs, heads, num_calls in (("model", 2, 2), ("structured", 4, 1)):

@@ -1,1 +1,1 @@
-"""What a person sees: the rows compared, tables, plots and records of measurements."""
+"""Output of the commands: tables, plots, pages and records of measurements."""

@@ -1,4 +1,4 @@
-"""The bench command: time, memory and error against length, for what attention is used for."""
+"""The bench command: time, memory and error of attention against length, for common kinds of calls."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,20 +15,20 @@ from hyperattention.report.plots import plot_bench
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import speed_table
 
-# the published preset is left to the demo: on a CPU it is slower than exact attention and would take most of the time
+# the published preset is only in the demo: on a CPU it is slower than exact attention and would take most of the time
 _ROWS = ("exact", "control", "default")
 _LEAST_LENGTH = 64
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What the user asked for.
+    """The options of the command.
 
     Args:
-        min_length: shortest length; it doubles from there.
-        max_length: no case is longer.
-        speed: how carefully to measure.
-        seed: of inputs and draws.
+        min_length: shortest length, in tokens; the lengths double from there.
+        max_length: upper limit of the lengths, in tokens.
+        speed: settings of the measurement.
+        seed: seed of inputs and draws.
     """
 
     min_length: int = 4096
@@ -38,10 +38,10 @@ class BenchOptions:
 
 
 def list_cases(options: BenchOptions) -> tuple[Case, ...]:
-    """List the cases: causal attention of one head, then one thing changed at a time, each at every length.
+    """List the cases: causal attention of one head, and four variants that change one property, each at every length.
 
     Args:
-        options: what was asked for.
+        options: the options of the command.
 
     Returns:
         the cases, short ones first.
@@ -51,7 +51,7 @@ def list_cases(options: BenchOptions) -> tuple[Case, ...]:
     """
     if not _LEAST_LENGTH <= options.min_length <= options.max_length:
         asked = f"lengths {options.min_length} to {options.max_length}"
-        raise ValueError(f"{asked}: at least {_LEAST_LENGTH}, and the longest not below the shortest")
+        raise ValueError(f"{asked}: give lengths of at least {_LEAST_LENGTH}, the longest not below the shortest")
     lengths, length = [], options.min_length
     while length <= options.max_length:
         lengths.append(length)
@@ -68,11 +68,11 @@ def list_cases(options: BenchOptions) -> tuple[Case, ...]:
 
 
 def run(options: BenchOptions, console: Console) -> dict[Case, tuple[Speed, ...]]:
-    """Measure every case and print its table as soon as it is done.
+    """Measure every case, and print the table of each case as soon as it is measured.
 
     Args:
-        options: what was asked for.
-        console: where to.
+        options: the options of the command.
+        console: the console for tables and progress.
 
     Returns:
         the results of every case.
@@ -91,9 +91,9 @@ def save(results: Mapping[Case, tuple[Speed, ...]], *, plot: Path | None, record
     """Write the plot and the records.
 
     Args:
-        results: what was measured.
-        plot: the picture; None for none.
-        records: JSON lines; None for none.
+        results: the measured results.
+        plot: the file of the plot; None for no plot.
+        records: the file of JSON lines; None for no file.
     """
     if plot is not None:
         plot_bench(plot, results)

@@ -1,4 +1,4 @@
-"""The calibrate command: measure, choose, write the plan, and say what it will do."""
+"""The calibrate command: measure methods, choose one for each head, write the plan, and print its effect."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ from hyperattention.report.progress import progress
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """What the user asked for.
+    """The options of the command.
 
     Args:
-        out: the plan's file; what was measured so far stands beside it until the plan is whole.
+        out: the file of the plan; measurements are saved beside it until the plan is complete.
         texts: model, text, length and number of documents.
-        settings: how to calibrate.
-        overwrite: whether a plan that is there may be replaced.
+        settings: settings of the calibration.
+        overwrite: whether an existing plan may be replaced.
     """
 
     out: Path
@@ -35,36 +35,36 @@ class CalibrateOptions:
 
     @property
     def journal(self) -> Path:
-        """Where measurements are kept until the plan is whole."""
+        """The file of the measurements until the plan is complete."""
         return self.out.with_name(f"{self.out.name}.partial")
 
 
 def ready(options: CalibrateOptions) -> PreparedDemo:
-    """Load model and text; errors as for the demo."""
+    """Load model and text; raises the same errors as the demo."""
     return prepare(options.texts)
 
 
 def run(prepared: PreparedDemo, options: CalibrateOptions, console: Console) -> Plan:
-    """Calibrate with a bar, write the plan, and delete what was kept to resume from.
+    """Calibrate with a progress bar, write the plan, and delete the saved measurements.
 
     Args:
         prepared: model and text.
-        options: what was asked for.
-        console: where progress goes.
+        options: the options of the command.
+        console: the console for progress.
 
     Returns:
         the plan.
 
     Raises:
-        KeyboardInterrupt: as it came, once it is said how to go on.
+        KeyboardInterrupt: if the user interrupts; the console then shows how to resume.
     """
     if options.journal.exists():
-        console.print(f"found {options.journal}: what it holds is not measured again")
+        console.print(f"found {options.journal}: its measurements are used, and not repeated")
     try:
         with progress(console, "calibrate", steps_of(prepared.loaded, prepared.samples)) as on_step:
             plan = calibrate(prepared.loaded, prepared.samples, options.settings, options.journal, on_step)
     except KeyboardInterrupt:
-        console.print(f"stopped: what was measured is in {options.journal}, and the same command goes on from there")
+        console.print(f"stopped: the measurements so far are in {options.journal}; run the same command again to resume")
         raise
     save_plan(plan, options.out, overwrite=options.overwrite)
     options.journal.unlink(missing_ok=True)
@@ -72,11 +72,11 @@ def run(prepared: PreparedDemo, options: CalibrateOptions, console: Console) -> 
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print what was chosen, by layer and head, and what it costs and saves.
+    """Print the method of each layer and head, and the cost and savings of the plan.
 
     Args:
         plan: the plan.
-        console: where to.
+        console: the console to print to.
     """
     table = Table(title="method of each kv head, and its measured error", title_justify="left")
     table.add_column("layer", justify="right")
@@ -92,7 +92,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def conclude(plan: Plan) -> list[str]:
-    """Say in words what the plan does.
+    """Describe the effect of the plan in words.
 
     Args:
         plan: the plan.
@@ -107,7 +107,7 @@ def conclude(plan: Plan) -> list[str]:
     return [
         f"At {found.length:,} tokens the plan scores {fewer:.1f}x fewer pairs than exact attention; {exact} of "
         f"{methods.total()} kv heads stay exact.",
-        f"On these documents it adds {found.added_nats:+.4f} nats a byte, and every head errs at most {plan.tolerance:g} "
-        "with all other layers exact; other texts may differ.",
+        f"On these documents the plan adds {found.added_nats:+.4f} nats a byte. The error of every head is at most "
+        f"{plan.tolerance:g} with all other layers exact. Other texts may differ.",
         plan.payoff(),
     ]

@@ -1,4 +1,4 @@
-"""The demo: loss and retrieval on a model that reads long documents, and speed and error on long inputs, together."""
+"""The demo command: loss and retrieval of a model on long documents, and speed and error on long structured inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,25 +23,25 @@ from hyperattention.report.plots import plot_demo
 from hyperattention.report.progress import progress
 from hyperattention.report.tables import depth_table, format_added, format_error, loss_table, speed_table
 
-# a user's model is judged no longer than this unless asked: exact attention has to run as well
+# default length limit for a user's model, because exact attention has to run as well
 _USER_LENGTH = 8192
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the user asked for.
+    """The options of the command.
 
     Args:
-        length: tokens of each document; None for the longest the model was made for.
+        length: tokens of each document; None for the model's trained length.
         text: a file to read in place of the held-out text.
-        model: folder of a model to judge in place of the reference model.
+        model: folder of a model to evaluate in place of the reference model.
         reference: folder of the reference model.
         speed_length: tokens of the structured inputs.
-        documents: documents read.
-        audit_rows: rows of every output compared with exact attention.
-        speed: how carefully to measure time.
-        seed: of documents, inputs and draws.
-        encoding: of the user's text; None for UTF-8, or bytes as they are for the reference model.
+        documents: number of documents.
+        audit_rows: rows of every output that are compared with exact attention.
+        speed: settings of the time measurement.
+        seed: seed of documents, inputs and draws.
+        encoding: encoding of the user's text; None for UTF-8, or for unchanged bytes with the reference model.
     """
 
     length: int | None = None
@@ -58,7 +58,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class PreparedDemo:
-    """All that can be wrong with the options is found before anything slow begins."""
+    """Checked options with model and text. `prepare` raises all errors in the options before any slow work begins."""
 
     options: DemoOptions
     loaded: LoadedModel
@@ -71,19 +71,19 @@ def read_long_text(path: Path, encoding: str | None) -> Text:
 
     Args:
         path: the file.
-        encoding: what the user says that it is in, if anything.
+        encoding: the encoding that the user gave; None if none was given.
 
     Returns:
         the text.
 
     Raises:
-        ValueError: if it cannot be read, is empty, or is shorter than what an approximation pays for.
+        ValueError: if the file cannot be read, is empty, or is shorter than the crossover.
     """
     text = read_text(path, encoding)
     if not text.data.strip():
-        raise ValueError(f"{path} is empty: name a text of at least {CROSSOVER:,} bytes")
+        raise ValueError(f"{path} is empty: give a text of at least {CROSSOVER:,} bytes")
     if len(text.data) < CROSSOVER:
-        raise ValueError(f"{path} has {len(text.data):,} bytes: below {CROSSOVER:,} attention is exact; name a longer text")
+        raise ValueError(f"{path} has {len(text.data):,} bytes: below {CROSSOVER:,} attention is exact; give a longer text")
     return text
 
 
@@ -91,23 +91,25 @@ def prepare(options: DemoOptions) -> PreparedDemo:
     """Load the model, read the text and cut it into samples.
 
     Args:
-        options: what was asked for.
+        options: the options of the command.
 
     Returns:
-        what the demo needs to run.
+        the checked options with model and samples.
 
     Raises:
-        ValueError: if the text, the length or the model cannot be used; FileNotFoundError if one is missing.
+        ValueError: if the text, the length or the model cannot be used; FileNotFoundError if a file is missing.
     """
     own = options.text
     text = Text(held_out_text(), "held-out text") if own is None else read_long_text(own, options.encoding)
-    # what is no text is refused before a model is loaded
+    # a file that is not text is refused before a model is loaded
     words = "" if options.model is None else text.words()
     loaded = load_reference(options.reference) if options.model is None else load_model(options.model)
     with use(loaded.model, rows()[0].method):
         pass  # a model whose attention cannot be switched is refused here, before anything slow begins
     if options.length is not None and not 64 <= options.length <= loaded.max_length:
-        raise ValueError(f"length {options.length}: {loaded.name} reads 64 to {loaded.max_length:,} tokens; set --length")
+        raise ValueError(
+            f"length {options.length} is out of range: {loaded.name} reads 64 to {loaded.max_length:,} tokens; set --length"
+        )
     source = "held-out text" if options.text is None else options.text.name
     if loaded.tokenizer is None:
         length = options.length or min(loaded.max_length, len(text.data))
@@ -118,20 +120,20 @@ def prepare(options: DemoOptions) -> PreparedDemo:
 
 
 def _usable_length(loaded: LoadedModel, text: str) -> int:
-    # as long as model and text allow, but not below the crossover, where there would be nothing to see
+    # the longest length that model and text allow; below the crossover nothing would be approximated
     longest = min(_USER_LENGTH, loaded.max_length)
     length = min(longest, len(tokens_of_text(text, loaded)))
     if length < CROSSOVER:
         raise ValueError(
             f"only {length:,} tokens ({loaded.name} reads {loaded.max_length:,}): below {CROSSOVER:,} attention is exact, "
-            "so there is nothing to compare; give a longer text or a model of longer context, or set --length"
+            "so there is nothing to compare; give a longer text or a model with a longer context, or set --length"
         )
     return length
 
 
 @dataclass(frozen=True)
 class DemoResults:
-    """Both parts of the demo."""
+    """The results of both parts of the demo."""
 
     judgements: tuple[ModelJudgement, ...]
     speeds: tuple[Speed, ...]
@@ -139,12 +141,12 @@ class DemoResults:
 
 
 def run(prepared: PreparedDemo, console: Console, lines: Sequence[Row] | None = None) -> DemoResults:
-    """Measure both parts, with a bar for each.
+    """Measure both parts, with a progress bar for each.
 
     Args:
         prepared: model and samples.
-        console: where progress goes.
-        lines: the rows compared; None for those of the default method.
+        console: the console for progress.
+        lines: the rows to compare; None for the default rows.
 
     Returns:
         the results.
@@ -179,14 +181,14 @@ def show(prepared: PreparedDemo, results: DemoResults, console: Console) -> None
 
 
 def conclude(prepared: PreparedDemo, results: DemoResults) -> list[str]:
-    """Say what the tables say, in words.
+    """Describe the tables in words.
 
     Args:
         prepared: model and samples.
-        results: what was measured.
+        results: the measured results.
 
     Returns:
-        a sentence a part.
+        one sentence for each part.
     """
     ours = next(each for each in results.judgements if each.row == "default")
     exact = results.judgements[0]
@@ -198,12 +200,13 @@ def conclude(prepared: PreparedDemo, results: DemoResults) -> list[str]:
             f"attention, added {format_added(ours)} nats a byte{asked}."
         )
     else:
-        first = f"At {length:,} tokens the default lists no fewer pairs than exact attention: nothing is saved here."
+        first = f"At {length:,} tokens the default lists as many pairs as exact attention, so it saves nothing."
     speed = next(each for each in results.speeds if each.row == "default")
     control = next(each for each in results.speeds if each.row == "control")
     second = (
-        f"At {results.case.length:,} tokens it ran {speed.ratio.value:.1f}x as fast as SDPA (threads: {threads}), with an "
-        f"error of {format_error(speed.error)}; the control, at the same pairs: {format_error(control.error)}."
+        f"At {results.case.length:,} tokens the default ran {speed.ratio.value:.1f}x as fast as SDPA (threads: {threads}), "
+        f"with an error of {format_error(speed.error)}; error of the control, at the same pairs: "
+        f"{format_error(control.error)}."
     )
     return [first, second]
 
@@ -213,9 +216,9 @@ def save(prepared: PreparedDemo, results: DemoResults, *, plot: Path | None, rec
 
     Args:
         prepared: model and samples.
-        results: what was measured.
-        plot: the picture; None for none.
-        records: JSON lines; None for none.
+        results: the measured results.
+        plot: the file of the plot; None for no plot.
+        records: the file of JSON lines; None for no file.
     """
     if plot is not None:
         plot_demo(plot, results.judgements, prepared.loaded.name, results.speeds, results.case)
@@ -233,7 +236,7 @@ def save(prepared: PreparedDemo, results: DemoResults, *, plot: Path | None, rec
 
 
 def judgement_record(judgement: ModelJudgement) -> dict[str, object]:
-    """Give a judgement as a record, with medians and quartiles of its times."""
+    """Return a judgement as a record, with medians and quartiles of its times."""
     fields = dict(vars(judgement))
     for name in ("model", "attention"):
         timing = fields.pop(name)

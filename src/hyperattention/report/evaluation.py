@@ -1,4 +1,4 @@
-"""The eval command: prepare, ask, say what was found, and write it into a folder."""
+"""The eval command: prepare the model and text, ask the questions, print the results, and write them to a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +25,23 @@ from hyperattention.report.progress import progress
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What the user asked for.
+    """The options of the command.
 
     Args:
-        out: the folder to write into.
+        out: the output folder.
         model: folder of a model; None for the reference model.
         reference: folder of the reference model.
-        text: a file to hide facts in, and to read on in; None for the held-out text.
+        text: a file in which facts are hidden, and whose continuation is scored; None for the held-out text.
         tasks: names of tasks; None for all.
         policies: names of policies beside the baselines; None for all.
-        lengths: tokens that context, questions and answers may take together.
+        lengths: largest number of tokens of context, questions and answers together.
         budgets: slots of each head.
-        depths: ranges of depth.
-        seeds: how many.
-        documents: texts for each seed whose continuation is read; 0 for none.
+        depths: number of ranges of depth.
+        seeds: number of seeds.
+        documents: texts for each seed whose continuation is scored; 0 for none.
         overwrite: whether a finished run in the folder may be replaced.
-        chunk: tokens of a piece in which prompts are read; None for all at once.
-        encoding: of the user's text; None for UTF-8, or bytes as they are for the reference model.
+        chunk: tokens of each chunk in which prompts are read; None for one chunk.
+        encoding: encoding of the user's text; None for UTF-8, or for unchanged bytes with the reference model.
     """
 
     out: Path
@@ -60,7 +60,7 @@ class EvaluationOptions:
     encoding: str | None = None
 
 
-# a little of everything, to see that it works; the folder is the user's
+# a short run of every part; the user gives the folder
 QUICK = EvaluationOptions(
     Path(), tasks=("single", "multi-key"), lengths=(1024,), budgets=(256,), depths=4, seeds=1, documents=2
 )
@@ -68,7 +68,7 @@ QUICK = EvaluationOptions(
 
 @dataclass(frozen=True)
 class PreparedEvaluation:
-    """All that can be wrong with the options is found before anything slow begins."""
+    """Checked options with model and text. `prepare` raises all errors in the options before any slow work begins."""
 
     options: EvaluationOptions
     loaded: LoadedModel
@@ -78,7 +78,7 @@ class PreparedEvaluation:
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """What was found, and what it says."""
+    """The findings and their summary."""
 
     findings: Findings
     cells: tuple[Cell, ...]
@@ -86,13 +86,13 @@ class EvaluationResults:
 
 
 def prepare(options: EvaluationOptions) -> PreparedEvaluation:
-    """Load the model, read the text and look at the folder.
+    """Load the model, read the text and check the folder.
 
     Args:
-        options: what was asked for.
+        options: the options of the command.
 
     Returns:
-        what the command needs to run.
+        the checked options with model, text and plan.
     """
     check_evaluation_folder(options.out, (options.model, options.reference), overwrite=options.overwrite)
     candidates = candidates_at(choose_families(options.policies), options.budgets)
@@ -103,23 +103,23 @@ def prepare(options: EvaluationOptions) -> PreparedEvaluation:
     own = options.text
     text = Text(held_out_text(), "held-out text") if own is None else read_text(own, options.encoding)
     if options.model is not None:
-        text.words()  # what is no text is refused before a model is loaded
+        text.words()  # a file that is not text is refused before a model is loaded
     loaded = load_reference(options.reference) if options.model is None else load_model(options.model)
     with use(loaded.model, Exact()):
         pass  # a model whose attention cannot be switched is refused here
     for candidate in candidates:
-        candidate.cache(loaded.model, max(options.lengths), 0)  # and one whose cache cannot be compressed
+        candidate.cache(loaded.model, max(options.lengths), 0)  # a model whose cache cannot be compressed is refused here
     haystack = haystack_of(loaded, text)
     check(loaded, haystack, plan)
     return PreparedEvaluation(options, loaded, haystack, plan)
 
 
 def run(prepared: PreparedEvaluation, console: Console) -> EvaluationResults:
-    """Ask everything of everyone, with a bar.
+    """Ask every question with every candidate, with a progress bar.
 
     Args:
         prepared: model, text and plan.
-        console: where progress goes.
+        console: the console for progress.
 
     Returns:
         the results.
@@ -130,12 +130,12 @@ def run(prepared: PreparedEvaluation, console: Console) -> EvaluationResults:
 
 
 def show(prepared: PreparedEvaluation, results: EvaluationResults, console: Console) -> None:
-    """Print a table for each length, and what they say in a sentence.
+    """Print the tables of each length.
 
     Args:
         prepared: model, text and plan.
-        results: what was found.
-        console: where to.
+        results: the results.
+        console: the console to print to.
     """
     for length in prepared.plan.lengths:
         found = [cell for cell in results.cells if cell.length == length]
@@ -149,17 +149,17 @@ def show(prepared: PreparedEvaluation, results: EvaluationResults, console: Cons
 
 
 def save(prepared: PreparedEvaluation, results: EvaluationResults) -> list[Path]:
-    """Write all files into the folder; the metrics last, for they say that the run is finished.
+    """Write all files into the folder; the metrics come last, because they mark the run as finished.
 
     Args:
         prepared: model, text and plan.
-        results: what was found.
+        results: the results.
 
     Returns:
         the files.
     """
     out, plan = prepared.options.out, prepared.plan
-    # once more, for the folder may have changed meanwhile
+    # checked again, because the folder may have changed during the run
     check_evaluation_folder(out, (), overwrite=prepared.options.overwrite)
     out.mkdir(exist_ok=True)
     (out / METRICS).unlink(missing_ok=True)

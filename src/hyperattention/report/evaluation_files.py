@@ -1,4 +1,4 @@
-"""The files of an evaluation: what was found, every answer, and all settings."""
+"""The files of an evaluation: metrics, every answer, and all settings."""
 
 import csv
 import io
@@ -19,13 +19,13 @@ from hyperattention.report.evaluation_folder import COLUMNS, CONFIG, METRICS, PR
 
 
 def candidate_record(candidate: CacheCandidate) -> dict[str, object]:
-    """Give a candidate as a record.
+    """Return a candidate as a record.
 
     Args:
-        candidate: who.
+        candidate: the candidate.
 
     Returns:
-        its name, budget and policy; no budget where nothing is dropped.
+        its name, budget and policy; no budget if no key is dropped.
     """
     whole = candidate.family.policy is None
     return {
@@ -36,11 +36,11 @@ def candidate_record(candidate: CacheCandidate) -> dict[str, object]:
 
 
 def cell_record(cell: Cell, depths: int) -> dict[str, object]:
-    """Give a cell as a record.
+    """Return a cell as a record.
 
     Args:
-        cell: what was found.
-        depths: ranges of depth.
+        cell: the cell.
+        depths: number of ranges of depth.
 
     Returns:
         the record.
@@ -67,10 +67,10 @@ def cell_record(cell: Cell, depths: int) -> dict[str, object]:
 
 
 def continuation_record(each: Continuation) -> dict[str, object]:
-    """Give losses as a record.
+    """Return the losses of a continuation as a record.
 
     Args:
-        each: of a candidate and length.
+        each: the losses of one candidate and length.
 
     Returns:
         the record.
@@ -92,12 +92,12 @@ def write_files(
     out: Path, loaded: LoadedModel, settings: Mapping[str, object], findings: Findings,
     summary: tuple[Sequence[Cell], Sequence[Continuation]],
 ) -> list[Path]:  # fmt: skip
-    """Write the settings, every answer, and what was found, each file whole.
+    """Write the settings, every answer and the metrics; each file is written completely or not at all.
 
     Args:
         out: the folder.
         loaded: the model.
-        settings: all that was asked for, by name.
+        settings: all options, by name.
         findings: every reply.
         summary: cells and continuations.
 
@@ -126,7 +126,7 @@ def _predictions(findings: Findings) -> str:
         who = candidate_record(reply.candidate)
         asked = [(number, turn) for number, turn in enumerate(reply.item.turns) for _ in turn.answers]
         for (number, turn), mark in zip(asked, marks(reply.item, reply.outputs), strict=True):
-            # bytes that are no text would break lines and readers
+            # escaped, because bytes that are not text would break lines and programs that read the file
             question, said = (json.dumps(words)[1:-1] for words in (turn.question, mark.said))
             writer.writerow(
                 (who["policy"], who["budget"], reply.item.task, reply.item.length, f"{mark.depth:.4f}", reply.visible,

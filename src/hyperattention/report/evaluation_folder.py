@@ -1,4 +1,4 @@
-"""The folder of an evaluation: which files it gets, and whether they may be written, told before work begins."""
+"""The folder of an evaluation: the names of its files, and the check before the run that they can be written."""
 
 import json
 import os
@@ -14,34 +14,35 @@ COLUMNS = (
     *("policy", "budget", "task", "length", "depth", "question_visible", "seed", "turn", "question", "expected", "said"),
     *("right", "digits"),
 )
-# what a file of JSON holds, so that it is known again
+# keys by which a JSON file of an evaluation is recognised
 _KEYS = {METRICS: {"floor", "retrieval", "continuation"}, CONFIG: {"fingerprint", "contenders", "tokens_of_text"}}
 
 
 def check_evaluation_folder(out: Path, reads: tuple[Path | None, ...], *, overwrite: bool) -> None:
-    """Refuse a folder in which an evaluation would lose something, or which cannot be written.
+    """Check that an evaluation can write its folder without a loss of other files.
 
-    Files of an evaluation that was interrupted are replaced, those of a finished one if the user says so, all others never.
+    Files of an interrupted evaluation are replaced. Files of a finished evaluation are replaced only with `overwrite`. All
+    other files are never replaced.
 
     Args:
         out: the folder.
-        reads: folders that the command reads, which are never written into; None for none.
+        reads: folders that the command reads, and therefore never writes to; None entries are skipped.
         overwrite: whether a finished evaluation may be replaced.
 
     Raises:
-        ValueError: if it is no folder, cannot be written, is read, or holds a finished evaluation.
+        ValueError: if `out` is not a folder, cannot be written, is read by the command, or holds a finished evaluation.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: name a folder to write into")
+        raise ValueError(f"{out} is a file: give a folder to write into")
     if not out.resolve().parent.is_dir():
-        raise ValueError(f"cannot make {out}: name a folder in an existing directory")
+        raise ValueError(f"cannot make {out}: give a folder in an existing directory")
     real = os.path.realpath(out)
     if any(path is not None and real == os.path.realpath(path) for path in reads):
-        raise ValueError(f"cannot write into {out}: this command reads it; name another folder")
+        raise ValueError(f"cannot write into {out}: this command reads it; give another folder")
     if out.is_dir():
         check_own(out, (CONFIG, PREDICTIONS, METRICS, *(path.name for path in out.glob(HEAT_MAPS))), is_own, "eval")
     if (out / METRICS).exists() and not overwrite:
-        raise ValueError(f"{out} holds a finished evaluation: name another folder, or give --overwrite")
+        raise ValueError(f"{out} holds a finished evaluation: give another folder, or --overwrite")
     check_folder(out / CONFIG if out.is_dir() else out)
 
 
@@ -49,10 +50,10 @@ def is_own(path: Path) -> bool:
     """Return whether a file was written by an evaluation.
 
     Args:
-        path: the file, under one of the names above.
+        path: the file, with one of the names above.
 
     Returns:
-        whether it was; no if it cannot be read.
+        True if an evaluation wrote the file; False if not, or if the file cannot be read.
     """
     if path.suffix == ".png":
         return carries_mark(path)

@@ -1,4 +1,4 @@
-"""Heat maps of an evaluation: depth against length, a panel for each task, hidden and visible questions."""
+"""Heat maps of an evaluation: depth against length, with a panel for each task and for hidden and visible questions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 from hyperattention.evaluation.summary import Cell
 from hyperattention.report.picture import save_picture
 
-# the least height and width of a panel, in inches
+# the smallest height and width of a panel, in inches
 _PANEL = 2.4
 
 
 def plot_heat_map(path: Path, cells: Sequence[Cell], depths: int) -> None:
-    """Draw the answers that one candidate found; what is beyond the model is left grey.
+    """Draw the share of answers that one candidate found; cells that exact attention fails too are grey.
 
     Args:
-        path: a PNG, replaced whole.
-        cells: of the candidate.
-        depths: ranges of depth.
+        path: the PNG file, which is replaced.
+        cells: the cells of the candidate.
+        depths: number of ranges of depth.
     """
     tasks, lengths, seen = (sorted({getattr(cell, name) for cell in cells}) for name in ("task", "length", "visible"))
     figure = Figure(figsize=(1 + _PANEL * len(tasks), 1 + 1.2 * _PANEL * len(seen)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Tables of an evaluation: one line a policy and budget, the ceiling first."""
+"""Tables of an evaluation: one line for each policy and budget, exact attention first."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ def retrieval_table(cells: Sequence[Cell], title: str) -> Table:
     """Tabulate the answers found at one length, over all depths.
 
     Args:
-        cells: of that length.
+        cells: the cells of that length.
         title: model and length.
 
     Returns:
         the table.
     """
     note = (
-        f"95% interval in brackets; h, v: the question hidden or visible when the cache was compressed; "
-        f"in parentheses: beyond\nthe model, for exact attention itself finds less than {FLOOR:.0%}"
+        f"95% interval in brackets; h, v: the question was hidden or visible when the cache was compressed; "
+        f"in parentheses: beyond\nthe model, because exact attention finds less than {FLOOR:.0%}"
     )
     table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     whole = [cell for cell in cells if cell.depth is None]
@@ -44,13 +44,13 @@ def continuation_table(losses: Sequence[Continuation], title: str) -> Table:
     """Tabulate the loss that compressed caches add at one length.
 
     Args:
-        losses: of that length.
+        losses: the losses of that length.
         title: model and length.
 
     Returns:
         the table.
     """
-    note = "± standard error over texts; loss of what is read, teacher forced, after the beginning was compressed"
+    note = "± standard error over texts; loss of the continuation, with teacher forcing, after the beginning was compressed"
     table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     table.add_column("policy")
     for name in ("nats a token", "added", "texts", "cache"):

@@ -1,4 +1,4 @@
-"""The commands generate, cache and ask: prepare, read, write, and say what the cache cost and kept."""
+"""The commands generate, cache and ask: read a text, generate tokens, save the cache, and print its cost and size."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -29,19 +29,19 @@ _MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a text is read.
+    """The options for reading a text.
 
     Args:
-        model: folder of a model, or the word for the reference model.
-        policy: what is kept, by name.
-        budget: most slots of each head.
-        sinks: first tokens that are always kept.
-        window: latest tokens that are always kept; None for what the policy takes.
-        chunk: tokens of a piece in which the text is read; None for all at once.
-        seed: of every draw.
-        audit: N, to attend to one token in each run of N exactly as well; None for none.
-        allow_longer: whether to go on beyond the length that the model was made for.
-        encoding: of the text; None for UTF-8, or bytes as they are for the reference model.
+        model: folder of a model, or the name of the reference model.
+        policy: name of the policy of the cache.
+        budget: largest number of slots of each head.
+        sinks: number of first tokens that are always kept.
+        window: number of latest tokens that are always kept; None for the default of the policy.
+        chunk: tokens of each chunk in which the text is read; None for one chunk.
+        seed: seed of every draw.
+        audit: N, to compute exact attention for one token in each run of N as well; None for no audit.
+        allow_longer: whether the text may exceed the model's trained length.
+        encoding: encoding of the text; None for UTF-8, or for unchanged bytes with the reference model.
     """
 
     model: str = REFERENCE
@@ -58,13 +58,13 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class PreparedGeneration:
-    """All that can be wrong with the options is found before anything slow begins.
+    """Checked options with model and text. `prepare` raises all errors in the options before any slow work begins.
 
     Args:
         loaded: the model.
         tokens: the text.
-        cache: empty, or what was read of the text before.
-        options: how the text is read.
+        cache: the cache, empty or filled with the beginning of the text.
+        options: the options for reading the text.
     """
 
     loaded: LoadedModel
@@ -77,26 +77,26 @@ def prepare(options: GenerationOptions, path: Path, more: int | None) -> Prepare
     """Load model and text, and make an empty cache.
 
     Args:
-        options: how the text is read.
-        path: the text.
-        more: tokens that are to follow; None if that is not known yet.
+        options: the options for reading the text.
+        path: the file of the text.
+        more: number of tokens to generate; None if the number is not known yet.
 
     Returns:
-        what the commands need to run.
+        the model, the text and an empty cache.
 
     Raises:
-        ValueError: if the text, the model, the policy or the budget cannot be used; FileNotFoundError if one is missing.
+        ValueError: if the text, the model, the policy or the budget cannot be used; FileNotFoundError if a file is missing.
     """
     candidate = CacheCandidate(find_family(options.policy), options.budget, options.sinks, options.window)
     text = read_text(path, options.encoding)
     if find_folder(options.model) is not None:
-        text.words()  # what is no text is refused before a model is loaded
+        text.words()  # a file that is not text is refused before a model is loaded
     loaded = _load(options.model)
     tokens = codec_of(loaded).read(text)[None]
     if tokens.shape[1] < 2:
         raise ValueError(f"{path} has {tokens.shape[1]} tokens: give a text of at least two")
     _check_length(loaded, tokens.shape[1] + (more or 0), options.allow_longer)
-    # a cache that drops nothing needs room for whatever follows, such as the questions that are put to its file
+    # a cache that drops no keys needs slots for all tokens that follow, such as later questions
     room = max(loaded.max_length, 2 * tokens.shape[1]) if more is None else tokens.shape[1] + more
     cache = candidate.cache(loaded.model, room, options.seed, audit=options.audit, allow_longer=options.allow_longer)
     return PreparedGeneration(loaded, tokens, cache, options)
@@ -113,21 +113,21 @@ def _load(model: str) -> LoadedModel:
 def _check_length(loaded: LoadedModel, num_tokens: int, allow_longer: bool) -> None:
     if num_tokens > loaded.max_length and not allow_longer:
         raise ValueError(
-            f"{num_tokens:,} tokens to read and write, and {loaded.name} was made for {loaded.max_length:,}: give a shorter "
-            "text, a model of longer context, or --allow-longer to go on all the same"
+            f"{num_tokens:,} tokens to read and generate, but {loaded.name} was made for {loaded.max_length:,}: give a "
+            "shorter text, a model with a longer context, or --allow-longer to continue beyond that length"
         )
 
 
 def read(prepared: PreparedGeneration, console: Console, *, leave: int) -> Throughput | None:
-    """Read into the cache what it has not seen of the text, with a bar.
+    """Read the part of the text that is not in the cache, with a progress bar.
 
     Args:
         prepared: model, text and cache.
-        console: where progress goes.
-        leave: how many of the last tokens are not read yet.
+        console: the console for progress.
+        leave: number of last tokens to leave unread.
 
     Returns:
-        what it took; None if nothing was left to read.
+        the number of tokens, the time and the counts of calls; None if no token was left to read.
     """
     tokens = prepared.tokens[:, prepared.cache.get_seq_length() : prepared.tokens.shape[1] - leave]
     if not tokens.shape[1]:
@@ -137,25 +137,25 @@ def read(prepared: PreparedGeneration, console: Console, *, leave: int) -> Throu
 
 
 def write(prepared: PreparedGeneration, sampling: Sampling) -> Throughput:
-    """Go on from the text, printing as it comes.
+    """Continue the text, and print tokens as soon as they are generated.
 
     Args:
-        prepared: model, text, and the cache that has read all of it but the end.
-        sampling: how tokens are chosen.
+        prepared: model, text, and the cache that has read all tokens except the last ones.
+        sampling: the rule for choosing tokens.
 
     Returns:
-        what it took.
+        the number of tokens, the time and the counts of calls.
     """
     return write_on(prepared.loaded, prepared.cache, prepared.tokens, sampling)[1]
 
 
 def keep(prepared: PreparedGeneration, out: Path, *, overwrite: bool = False) -> None:
-    """Write the cache of a text to a file, whole or not at all.
+    """Write the cache of a text to a file, completely or not at all.
 
     Args:
         prepared: model, text and cache.
         out: the file.
-        overwrite: whether a file that is there may be replaced.
+        overwrite: whether an existing file may be replaced.
     """
     folder = find_folder(prepared.options.model)
     made_by = REFERENCE if folder is None else str(folder.resolve())
@@ -165,17 +165,17 @@ def keep(prepared: PreparedGeneration, out: Path, *, overwrite: bool = False) ->
 def recall(
     path: Path, questions: Sequence[str], model: str | None, more: int, *, allow_longer: bool = False
 ) -> Iterator[PreparedGeneration]:
-    """Load a cache and its model, and put each question behind the text, as if the others had not been asked.
+    """Load a cache and its model, and append each question to the text, independently of the other questions.
 
     Args:
         path: the file of the cache.
-        questions: what is asked.
-        model: folder of the model; None for the one that the file names.
-        more: tokens that are to follow each.
-        allow_longer: whether to go on beyond the length that the model was made for.
+        questions: the questions.
+        model: folder of the model; None for the model that the file names.
+        more: number of tokens to generate after each question.
+        allow_longer: whether a text may exceed the model's trained length.
 
     Returns:
-        what each question needs, one after another; all of them were looked at.
+        model, text and a copy of the cache for each question, in order; all questions were checked before.
 
     Raises:
         ValueError: if the file cannot be used, or a question is empty or too long.
@@ -187,12 +187,12 @@ def recall(
         raise ValueError(f"{path} holds no tokens of its text: write it with `hyperattention cache`, or save_cache(tokens=)")
     asked = [codec_of(loaded).encode(question, first=False)[None] for question in questions]
     if not all(each.shape[1] for each in asked):
-        raise ValueError("the question is empty: say what the model is to go on from")
+        raise ValueError("the question is empty: give the text that the model continues")
     _check_length(loaded, tokens.shape[1] + max(each.shape[1] for each in asked) + more, allow_longer)
     options = GenerationOptions(named, seed=cache.seed, budget=cache.room.budget)
     if tokens.shape[0] != 1:
         raise ValueError(
-            f"{path} holds {tokens.shape[0]} texts, and one is asked about at a time: write a cache of one text"
+            f"{path} holds {tokens.shape[0]} texts, but `ask` supports one text: write a cache of one text"
         )
     texts = [torch.cat([tokens.cpu(), each], 1) for each in asked]
     return (PreparedGeneration(loaded, text, copy.deepcopy(cache), options) for text in texts)
@@ -201,20 +201,20 @@ def recall(
 def _maker(path: Path) -> str:
     named = find_maker(path) or REFERENCE
     if (folder := find_folder(named)) is not None and not folder.is_dir():
-        raise ValueError(f"{path} was written with the model in {named}, which is not there any more: give its --model")
+        raise ValueError(f"{path} was written with the model in {named}, which no longer exists: name it with --model")
     return named
 
 
 def show(
     prepared: PreparedGeneration, console: Console, *, reading: Throughput | None = None, writing: Throughput | None = None
 ) -> None:
-    """Print what the cache cost, what it kept, and how fast tokens were read and written.
+    """Print the memory and the keys of the cache, and how fast tokens were read and generated.
 
     Args:
         prepared: model, text and cache.
-        console: where to.
-        reading: what reading took, if anything was read.
-        writing: what writing took, likewise.
+        console: the console to print to.
+        reading: tokens and time of reading; None if no token was read.
+        writing: tokens and time of generation; None if no token was generated.
     """
     cache, table = prepared.cache, Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")

@@ -1,4 +1,4 @@
-"""The inspect command: where every head looks, what serves it, and what that costs, on one page."""
+"""The inspect command: the attention pattern, the method and the cost of every head, on one page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,12 +31,12 @@ from hyperattention.report.progress import progress
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What the user asked for.
+    """The options of the command.
 
     Args:
-        plan: whose methods are shown; None for the default method in all layers.
+        plan: the plan whose methods are shown; None for the default method in all layers.
         texts: model, text and length.
-        rows: rows sampled a head.
+        rows: number of rows sampled for each head.
         ladder: candidates of the plot, exact attention first; None for those of `calibrate`.
     """
 
@@ -48,7 +48,7 @@ class InspectOptions:
 
 @dataclass(frozen=True)
 class PreparedInspection:
-    """All that can be wrong with the options is found before anything slow begins."""
+    """Checked options with model, text and plan. `ready` raises all errors in the options before any slow work begins."""
 
     options: InspectOptions
     prepared: PreparedDemo
@@ -59,10 +59,10 @@ def ready(options: InspectOptions) -> PreparedInspection:
     """Load model, text and plan; a plan of another model is refused.
 
     Args:
-        options: what was asked for.
+        options: the options of the command.
 
     Returns:
-        what is needed to run.
+        the checked options with model, text and plan.
     """
     plan = None if options.plan is None else load_plan(options.plan)
     prepared = prepare(options.texts)
@@ -72,17 +72,17 @@ def ready(options: InspectOptions) -> PreparedInspection:
 
 
 def run(prepared: PreparedInspection, console: Console) -> list[LayerFigures]:
-    """Take the figures of every layer that a method could serve, with a bar.
+    """Measure every layer that can be approximated, with a progress bar.
 
     Args:
         prepared: model, text and plan.
-        console: where progress goes.
+        console: the console for progress.
 
     Returns:
-        the figures, a layer each.
+        the figures, one entry for each layer.
 
     Raises:
-        ValueError: if there is no such layer.
+        ValueError: if no layer can be approximated.
     """
     options, loaded, sample = prepared.options, prepared.prepared.loaded, prepared.prepared.samples[0]
     ladder = options.ladder or candidates(len(sample.tokens))
@@ -98,7 +98,9 @@ def run(prepared: PreparedInspection, console: Console) -> list[LayerFigures]:
 
         watch_exact(loaded, sample, look)
     if not found:
-        raise ValueError(f"no attention call of {loaded.name} can be approximated: there is nothing to show")
+        raise ValueError(
+            f"no attention call of {loaded.name} can be approximated, so there is nothing to show: see docs/models.md"
+        )
     return found
 
 
@@ -130,21 +132,24 @@ def _introduce(prepared: PreparedInspection, layers: Sequence[LayerFigures]) -> 
     what = "the default method" if prepared.plan is None else f"the plan {Path(prepared.options.plan or '').name}"
     lines = [
         f"{length:,} tokens of {prepared.prepared.source}; exact rows: {rows} sampled a head; times: {where}, "
-        f"threads: {torch.get_num_threads()}. Point at a cell or a dot for its numbers.",
-        f"With {what}, heads list {sum(shares) / len(shares):.1%} of exact attention's pairs and err "
-        f"{sum(errors) / len(errors):.3f} on average, {max(errors):.3f} at worst.",
+        f"threads: {torch.get_num_threads()}. Point at a cell or a dot to see its numbers.",
+        f"With {what}, heads list {sum(shares) / len(shares):.1%} of exact attention's pairs. The error of a head is "
+        f"{sum(errors) / len(errors):.3f} on average and at most {max(errors):.3f}.",
     ]
     if prepared.plan is not None and not prepared.plan.pays(length):
         lines.append(_why_not(prepared.plan))
     if prepared.plan is None and isinstance(default_method(length, device=device), Exact):
-        lines.append("At this length exact attention runs by default; shown is what the default runs on longer inputs.")
+        lines.append("At this length the default is exact attention; the page shows the default for longer inputs.")
     return lines
 
 
 def _why_not(plan: Plan) -> str:
     if plan.crossover is None:
-        return "The plan did not pay where it was calibrated, so `use` runs exact attention; shown is what it chose."
-    return f"At this length the plan runs exact attention: it pays from {plan.crossover:,} keys on."
+        return (
+            "The plan was not faster than exact attention where it was calibrated, so `use` runs exact attention; the page "
+            "shows the methods of the plan."
+        )
+    return f"At this length `use` runs exact attention: the plan is faster from {plan.crossover:,} keys on."
 
 
 def _sections(prepared: PreparedInspection, layers: Sequence[LayerFigures]) -> list[Section]:
@@ -157,7 +162,7 @@ def _draw(layers: Sequence[LayerFigures], name: str, style: MapStyle) -> Figure:
 
 
 def _cost_sections(layers: Sequence[LayerFigures]) -> list[Section]:
-    """What the chosen method loses, and what it costs."""
+    """The error and the cost of the chosen method."""
     errors, low, high = ([layer.figures[name] for layer in layers] for name in ("error", "low", "high"))
     intervals = [
         [f"95% interval {a:.3f} to {b:.3f}" for a, b in zip(*pair, strict=True)] for pair in zip(low, high, strict=True)
@@ -166,81 +171,83 @@ def _cost_sections(layers: Sequence[LayerFigures]) -> list[Section]:
     return [
         Section(
             "Error of the chosen method",
-            "Mean relative error of output rows, ||out - exact|| / ||exact||. Dark heads lose most: give them more keys.",
+            "Mean relative error of output rows, ||out - exact|| / ||exact||. Dark heads have the largest error and need "
+            "more keys.",
             head_map(layers, errors, MapStyle("relative error", ".3f", "Reds", least=0.0), intervals),
         ),
         Section(
             "Share of pairs",
-            "Query-key pairs listed, relative to exact attention. Dark heads are the expensive ones.",
+            "Query-key pairs listed, relative to exact attention. Dark heads are the most expensive.",
             head_map(layers, pairs, MapStyle("of exact's pairs", ".3f", "Purples", least=0.0)),
         ),
         Section(
             "Time",
-            "A head's share of a call in which its method serves the whole layer. Compare with the plot at the end.",
+            "The time of a call in which the head's method runs all heads of the layer, divided by the number of heads. "
+            "Compare with the plot at the end.",
             head_map(layers, times, MapStyle("ms", ".1f", "Greens", least=0.0)),
         ),
     ]
 
 
 def _mass_sections(layers: Sequence[LayerFigures]) -> list[Section]:
-    """Where attention goes."""
+    """The distribution of the attention weight over keys."""
     share = MapStyle("of the weight", least=0.0, most=1.0)
     return [
         Section(
             "Mass on sinks",
-            f"Attention that goes to the first {SINKS} tokens, mean over rows. Near 1 the head does almost nothing.",
+            f"Attention weight on the first {SINKS} tokens, mean over rows. Near 1, the head adds almost nothing.",
             _draw(layers, "sinks", share),
         ),
         Section(
             "Mass in the window",
-            f"Attention that goes to the nearest {WINDOW} tokens. Near 1 a window alone serves the head.",
+            f"Attention weight on the nearest {WINDOW} tokens. Near 1, a window alone is enough for the head.",
             _draw(layers, "window", share),
         ),
         Section(
             "Far mass",
-            "Attention that goes to all other tokens: what has to be found or drawn. Dark heads need it.",
+            "Attention weight on all other tokens, which a method has to find or draw. Dark heads depend on these tokens.",
             _draw(layers, "far", share),
         ),
     ]
 
 
 def _row_sections(layers: Sequence[LayerFigures]) -> list[Section]:
-    """What makes a head hard."""
+    """The properties that make a head hard to approximate."""
     return [
         Section(
             "Entropy of rows",
-            "Mean entropy, in nats; exp of it is the number of keys a row effectively reads. Low: sharp, so find the keys. "
-            "High: diffuse, so draw them.",
+            "Mean entropy, in nats; its exponential is the effective number of keys of a row. Low: the head is sharp, so "
+            "find its heavy keys. High: the head is diffuse, so draw keys.",
             _draw(layers, "entropy", MapStyle("nats", ".2f", "Viridis", least=0.0)),
         ),
         Section(
             "Alpha",
-            "Keys times the largest squared norm of a column of the attention matrix: large where one key, such as a sink, "
-            "matters to all queries.",
+            "The number of keys times the largest squared norm of a column of the attention matrix: large if one key, such "
+            "as a sink, matters to all queries.",
             _draw(layers, "alpha", MapStyle("alpha", ".1e", "Viridis", logarithmic=True)),
         ),
         Section(
             "Kappa",
-            "Largest over smallest row sum outside sinks and window: large where rows differ much in how far they look.",
+            "Largest over smallest row sum outside sinks and window: large if rows differ much in their weight on far keys.",
             _draw(layers, "kappa", MapStyle("kappa", ".1e", "Viridis", logarithmic=True)),
         ),
     ]
 
 
 def _choice_sections(layers: Sequence[LayerFigures], chosen: str) -> list[Section]:
-    """What was chosen, and from what."""
+    """The chosen methods, and all candidates."""
     return [
         Section(
             "Chosen method",
-            "What serves each head; query heads of one kv head share it. Equal colours are equal methods.",
+            "The method of each head; query heads of one kv head share a method. Equal colours are equal methods.",
             method_map(layers),
             wide=True,
         ),
         Section(
             "Error against time",
-            "Every candidate, all heads by one method; the star is what was chosen, each head by its own. Both are means "
-            "over layers, errors of all rows in the worst query head of each kv head. Further left and lower is better. "
-            "Click a layer in the legend to see its candidates alone.",
+            "Every dot is a candidate that runs all heads; the star is the chosen method of each head. Both are means over "
+            "layers; errors are over all rows, of the worst query head of each kv head. Further left and lower is better. "
+            "Click a layer in the legend to see only the candidates of that layer.",
             error_against_time(layers, chosen),
             wide=True,
         ),

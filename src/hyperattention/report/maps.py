@@ -12,7 +12,7 @@ from hyperattention.methods.method import Method
 from hyperattention.report.method_names import short_name
 from hyperattention.select.draw import Draw
 
-# beyond this many cells numbers would not fit into them; the pointer still shows them
+# with more cells than this, numbers would not fit into the cells; the pointer still shows them
 _LABELLED_CELLS = 160
 _CELL_HEIGHT, _LEAST_HEIGHT, _FRAME_HEIGHT = 26, 150, 90
 _FONT = {"size": 12, "color": "#1b1f24"}
@@ -21,15 +21,15 @@ _COLOURS = ("#0969da", "#bc4c00", "#8250df", "#1a7f37", "#bf3989", "#57606a")
 
 @dataclass(frozen=True)
 class MapStyle:
-    """How the numbers of a map are shown.
+    """The format of the numbers of a map.
 
     Args:
-        unit: what is counted, for the colour bar and the pointer.
+        unit: the unit, for the colour bar and the pointer.
         digits: a format such as ``.2f``.
         colours: a colour scale of plotly.
         logarithmic: whether colours follow the logarithm.
-        least: number of the first colour; None for the smallest there is.
-        most: number of the last colour; None for the largest there is.
+        least: the number of the first colour; None for the smallest number of the map.
+        most: the number of the last colour; None for the largest number of the map.
     """
 
     unit: str
@@ -46,13 +46,13 @@ def head_map(
     style: MapStyle,
     details: Sequence[Sequence[str]] | None = None,
 ) -> Figure:
-    """Draw a map: a row a layer, a column a query head.
+    """Draw a map with one row for each layer and one column for each query head.
 
     Args:
         layers: the layers, in order.
-        numbers: of each layer, one a query head.
-        style: how they are shown.
-        details: what the pointer shows beside the number, likewise; None for nothing.
+        numbers: for each layer, one number for each query head.
+        style: the format of the numbers.
+        details: for each layer and query head, a text that the pointer shows beside the number; None for no text.
 
     Returns:
         the figure.
@@ -73,7 +73,7 @@ def head_map(
 
 
 def _log_ticks(exponents: Sequence[float]) -> dict[str, object]:
-    """Label whole powers of ten where there are several, both ends otherwise."""
+    """Label integer powers of ten if there are several, otherwise both ends."""
     finite = [x for x in exponents if math.isfinite(x)] or [0.0]
     least, most = min(finite), max(finite)
     step = max(1, round((most - least) / 5))
@@ -83,7 +83,7 @@ def _log_ticks(exponents: Sequence[float]) -> dict[str, object]:
 
 
 def method_map(layers: Sequence[LayerFigures]) -> Figure:
-    """Draw which method serves each head, a colour a method.
+    """Draw the method of each head, with one colour for each method.
 
     Args:
         layers: the layers, in order.
@@ -107,14 +107,14 @@ def method_map(layers: Sequence[LayerFigures]) -> Figure:
 
 
 def error_against_time(layers: Sequence[LayerFigures], chosen: str) -> Figure:
-    """Draw error against time of every candidate, and of what was chosen: means over the layers, layers on demand.
+    """Draw error against time of every candidate and of the chosen methods: means over layers, single layers on demand.
 
-    Both were measured alike: in one call a layer, of all heads; the error is that of all rows, of the worst query head of
-    each kv head.
+    Both were measured in the same way: in one call a layer, with all heads; the error is over all rows, of the worst query
+    head of each kv head.
 
     Args:
         layers: the layers, in order.
-        chosen: what the chosen methods are called.
+        chosen: the label of the chosen methods.
 
     Returns:
         the figure.
@@ -126,7 +126,7 @@ def error_against_time(layers: Sequence[LayerFigures], chosen: str) -> Figure:
         _add_points(figure, layers, members, name, shown=True)
     for layer in layers:
         _add_points(figure, [layer], ladder, f"layer {layer.layer} alone", shown=False)
-    # what serves a layer stands behind its candidates
+    # the chosen method of a layer comes after its candidates
     time, error = _mean_point(layers, [len(layer.ladder) for layer in layers])
     star = {"symbol": "star", "size": 16, "color": "#cf222e"}
     figure.add_trace(
@@ -163,7 +163,7 @@ def _add_points(
 
 
 def _mean_point(layers: Sequence[LayerFigures], places: Sequence[int]) -> tuple[float, float]:
-    """Average what stands at one place of each layer's measurements: milliseconds, and errors of kv heads."""
+    """Average the measurements at one place of each layer: milliseconds, and errors of kv heads."""
     found = [(layer.measured, place) for layer, place in zip(layers, places, strict=True)]
     time = sum(measured.seconds[place] for measured, place in found) / len(found)
     errors = [error for measured, place in found for error in measured.errors[place]]
@@ -186,7 +186,7 @@ def _show(number: float, digits: str) -> str:
 
 
 def _framed(figure: Figure, rows: int) -> Figure:
-    """Give a map its axes: layers from the first down, as a model runs them."""
+    """Add the axes of a map: the first layer at the top, as a model runs them."""
     figure.update_xaxes(title="query head", type="category", showgrid=False)
     figure.update_yaxes(title="layer", type="category", autorange="reversed", showgrid=False)
     height = max(_LEAST_HEIGHT, _CELL_HEIGHT * rows) + _FRAME_HEIGHT

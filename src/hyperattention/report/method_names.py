@@ -1,4 +1,4 @@
-"""Methods in a few words, for tables and maps."""
+"""Short names of methods, for tables and maps."""
 
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
@@ -9,13 +9,13 @@ from hyperattention.select.locate.window import Window
 
 
 def short_name(method: AttentionMethod) -> str:
-    """Name a method in a few words, for tables and maps.
+    """Return a short name of a method, for tables and maps.
 
     Args:
         method: the method.
 
     Returns:
-        such as ``sinks 16 + window 256 + 688 by Descent``; its code where it is made of other stages.
+        a name such as ``sinks 16 + window 256 + 688 by HierarchicalSearch``; other stages are shown by their repr.
     """
     if isinstance(method, Exact):
         return "exact"

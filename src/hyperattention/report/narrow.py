@@ -1,20 +1,20 @@
-"""Tables on narrow terminals: no figure is cut; a table that is too wide comes in parts, its first column in each."""
+"""Tables on narrow terminals: a table that is too wide is printed in parts, each with the first column; nothing is cut."""
 
 from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
-# the widest that the first column, which is of words, may be where it matters
+# largest width of the first column, which contains words, in a table that is printed in parts
 _WORDS = 26
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table whole, or in parts where it is wider than the console.
+    """Print a table in one piece, or in parts if it is wider than the console.
 
     Args:
-        console: where to.
-        table: the table; its first column says what each row is.
+        console: the console to print to.
+        table: the table; its first column is the name of each row.
     """
     if _width(console, table) <= console.width:
         console.print(table)

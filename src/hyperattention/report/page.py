@@ -1,4 +1,4 @@
-"""One self-contained page of maps and plots: plotly's script travels inside it, and nothing is loaded from anywhere."""
+"""One self-contained page of maps and plots: it includes plotly's script and loads nothing from the network."""
 
 import html
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8
 
 @dataclass(frozen=True)
 class Section:
-    """A figure with what one needs to read it.
+    """A figure with its heading and its explanation.
 
     Args:
-        title: its heading.
-        reading: a sentence or two on what is shown and how to read it.
+        title: the heading.
+        reading: one or two sentences that explain the figure.
         figure: the figure.
-        wide: whether it takes the whole width.
+        wide: whether the figure takes the full width of the page.
     """
 
     title: str
@@ -37,11 +37,11 @@ def write_page(path: Path, title: str, lines: Sequence[str], sections: Sequence[
 
     Args:
         path: the file, which is replaced.
-        title: its title, plain text.
-        lines: what was measured, and what it says; plain text, a paragraph each.
+        title: the title of the page, plain text.
+        lines: paragraphs on the measurement and its results, plain text.
         sections: the figures, in order.
     """
-    # "</" would end the script that the figures stand in
+    # "</" would end the script element that contains the figures
     figures = ",\n".join(str(section.figure.to_json()).replace("</", "<\\/") for section in sections)
     page = _PAGE.substitute(
         title=html.escape(title),

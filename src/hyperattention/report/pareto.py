@@ -28,15 +28,15 @@ STRUCTURED_HEADS = 4
 
 @dataclass(frozen=True)
 class ParetoOptions:
-    """What the user asked for.
+    """The options of the command.
 
     Args:
-        inputs: the model, its text, their length, how many documents it reads for loss, and the seed.
-        budgets: keys listed a query.
+        inputs: the model, the text, the length, the number of documents for the loss, and the seed.
+        budgets: numbers of keys listed for each query.
         methods: names of the methods; None for all.
-        care: how carefully errors and times are measured.
-        seeds: documents, and structured inputs, on which errors are measured.
-        loss: whether the model runs with every method but the oracle in all its layers.
+        care: settings of the measurement of errors and times.
+        seeds: number of documents, and of structured inputs, on which errors are measured.
+        loss: whether the model also runs with every method except the oracle in all its layers.
     """
 
     inputs: demo.DemoOptions = field(default_factory=demo.DemoOptions)
@@ -49,7 +49,7 @@ class ParetoOptions:
 
 @dataclass(frozen=True)
 class PreparedPareto:
-    """All that can be wrong with the options is found before anything slow begins."""
+    """Checked options with methods, model and text. `prepare` raises all errors in the options before any slow work."""
 
     options: ParetoOptions
     who: tuple[Candidate, ...]
@@ -57,13 +57,13 @@ class PreparedPareto:
 
     @property
     def length(self) -> int:
-        """Tokens of all inputs."""
+        """The number of tokens of every input."""
         return len(self.inputs.samples[0].tokens)
 
 
 @dataclass(frozen=True)
 class ParetoResults:
-    """What was measured: time and error on two kinds of inputs, and what the methods did to the model."""
+    """The results: time and error on two kinds of inputs, and the loss of the model with each method."""
 
     points: dict[str, tuple[Point, ...]]
     judgements: tuple[ModelJudgement, ...]
@@ -91,10 +91,10 @@ def prepare(options: ParetoOptions) -> PreparedPareto:
     """List the methods, load the model and cut its text.
 
     Args:
-        options: what was asked for.
+        options: the options of the command.
 
     Returns:
-        what the command needs to run.
+        the checked options with methods, model and text.
 
     """
     who = candidates(options.budgets, options.methods)
@@ -104,13 +104,13 @@ def prepare(options: ParetoOptions) -> PreparedPareto:
 def model_calls(
     loaded: LoadedModel, samples: Sequence[EvaluationSample], exact: Candidate, seed: int
 ) -> tuple[BenchCall, ...]:
-    """Take a model's own queries, keys and values, of all layers.
+    """Record a model's own queries, keys and values in all layers.
 
     Args:
         loaded: the model.
-        samples: what it reads.
-        exact: exact attention, which it runs.
-        seed: of the first sample; each further sample gets the next.
+        samples: the texts that the model reads.
+        exact: exact attention, which the model runs.
+        seed: seed of the first sample; each further sample has the next seed.
 
     Returns:
         a call for each sample and layer.
@@ -123,26 +123,26 @@ def model_calls(
 
 
 def structured_calls(length: int, count: int, seed: int) -> tuple[BenchCall, ...]:
-    """Make structured inputs, of heads from diffuse to sharp.
+    """Make structured inputs, with heads from diffuse to sharp.
 
     Args:
-        length: tokens.
-        count: inputs made.
-        seed: of the first; each further one gets the next.
+        length: number of tokens.
+        count: number of inputs.
+        seed: seed of the first input; each further input has the next seed.
 
     Returns:
-        a call each.
+        one call for each input.
     """
     made = (structured(length, heads=STRUCTURED_HEADS, seed=seed + turn) for turn in range(count))
     return tuple(BenchCall(each.q, each.k, each.v, seed=seed + turn) for turn, each in enumerate(made))
 
 
 def run(prepared: PreparedPareto, console: Console) -> ParetoResults:
-    """Measure all parts, with a bar for each.
+    """Measure all parts, with a progress bar for each.
 
     Args:
         prepared: methods, model and samples.
-        console: where progress goes.
+        console: the console for progress.
 
     Returns:
         the results.
@@ -154,7 +154,7 @@ def run(prepared: PreparedPareto, console: Console) -> ParetoResults:
         STRUCTURED: structured_calls(prepared.length, options.seeds, seed),
     }
     parts, points = 2 + options.loss, {}
-    # structured calls have no layers that differ: one is timed
+    # structured calls have no different layers, so one call is timed
     care = {MODEL: options.care, STRUCTURED: replace(options.care, timed=1)}
     for turn, (name, given) in enumerate(calls.items(), 1):
         with progress(console, f"{turn}/{parts} {name} q, k, v", steps_of(given, who, care[name])) as on_step:
@@ -163,18 +163,18 @@ def run(prepared: PreparedPareto, console: Console) -> ParetoResults:
     if options.loss:
         rows = [candidate.row for candidate in who if not candidate.oracle]
         with progress(console, "3/3 loss and retrieval", len(rows) * len(samples)) as on_step:
-            # errors were measured before, on the same inputs for all
+            # no audit here: errors were measured before, on the same inputs for all methods
             judgements = evaluate(loaded, samples, rows, seed=seed, audit_rows=0, on_step=on_step)
     return ParetoResults(points, judgements)
 
 
 def show(prepared: PreparedPareto, results: ParetoResults, console: Console) -> None:
-    """Print the tables, and where the measurement cannot distinguish methods.
+    """Print the tables, and the methods whose order may be due to chance.
 
     Args:
         prepared: methods, model and samples.
-        results: what was measured.
-        console: where to.
+        results: the measured results.
+        console: the console to print to.
     """
     loaded, length = prepared.inputs.loaded.name, prepared.length
     titles = {MODEL: f"1. {loaded}'s own q, k, v", STRUCTURED: "2. structured q, k, v"}
@@ -189,17 +189,18 @@ def show(prepared: PreparedPareto, results: ParetoResults, console: Console) -> 
             print_table(console, depth_table(results.judgements))
     for found in rankings(results):
         for chain in found["not_told_apart"]:
-            console.print(f"The order of these may be chance ({found['of']}): {' ~ '.join(chain)}")
+            console.print(f"The order of these methods may be due to chance ({found['of']}): {' ~ '.join(chain)}")
 
 
 def rankings(results: ParetoResults) -> list[dict]:
-    """Rank methods by error at each budget, on each kind of inputs, and by the loss they add.
+    """Rank methods by error at each budget, on each kind of inputs, and by their added loss.
 
     Args:
-        results: what was measured.
+        results: the measured results.
 
     Returns:
-        a record each: every step from one method to the next with the interval of the difference, and those not told apart.
+        one record for each ranking: every step from one method to the next with the interval of the difference, and the
+        methods whose order may be due to chance.
     """
     found = []
     for name, points in results.points.items():
@@ -207,7 +208,7 @@ def rankings(results: ParetoResults) -> list[dict]:
             pieces = {each.candidate.title: each.pieces for each in points if each.candidate.slots == slots}
             found.append({"of": f"error, {name} q, k, v, {slots:,} keys a query", "slots": slots, "steps": rank(pieces)})
     if results.judgements:
-        # documents are read in the same order by all, if not by all of them
+        # every method reads the documents in the same order, but some methods read fewer documents
         count = min(len(each.nats_per_byte) for each in results.judgements)
         losses = {each.label: each.nats_per_byte[:count] for each in results.judgements}
         found.append({"of": f"added loss, {count} documents", "slots": None, "steps": rank(losses)})
@@ -215,14 +216,14 @@ def rankings(results: ParetoResults) -> list[dict]:
 
 
 def records_of(prepared: PreparedPareto, results: ParetoResults) -> list[dict[str, object]]:
-    """Give all that was measured as records.
+    """Return all results as records.
 
     Args:
         prepared: methods, model and samples.
-        results: what was measured.
+        results: the measured results.
 
     Returns:
-        a record for each kind of inputs, method and budget; for each method run in the model; and what is not told apart.
+        a record for each kind of inputs, method and budget; for each method run in the model; and for each ranking.
     """
     shared = {"length": prepared.length, "seed": prepared.options.inputs.seed}
     model = {"model": prepared.inputs.loaded.name}
@@ -241,9 +242,9 @@ def save(prepared: PreparedPareto, results: ParetoResults, *, plot: Path | None,
 
     Args:
         prepared: methods, model and samples.
-        results: what was measured.
-        plot: the picture; None for none.
-        records: JSON lines; None for none.
+        results: the measured results.
+        plot: the file of the plot; None for no plot.
+        records: the file of JSON lines; None for no file.
     """
     if records is not None:
         write_records(records, records_of(prepared, results), kind="pareto")

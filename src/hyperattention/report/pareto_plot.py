@@ -1,4 +1,4 @@
-"""The picture of a comparison over budgets: error against time on both kinds of inputs, added loss against pairs."""
+"""The plot of a comparison over budgets: error against time on both kinds of inputs, and added loss against pairs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +14,20 @@ from hyperattention.report.picture import save_picture
 from hyperattention.report.plots import scale_seconds
 
 _EXACT = "0.4"
-# added losses below this, nats a byte, are drawn on a linear scale: they may be zero or less
+# added losses below this, in nats a byte, are drawn on a linear scale, because they may be zero or negative
 _LINEAR_NATS = 1e-3
 
 
 def plot_pareto(
     path: Path, points: Mapping[str, Sequence[Point]], who: Sequence[Candidate], judgements: Sequence[ModelJudgement] = ()
 ) -> None:
-    """Plot a panel for each kind of inputs, and one of loss where it was measured.
+    """Plot a panel for each kind of inputs, and one for the loss if it was measured.
 
     Args:
-        path: a PNG, or what else matplotlib writes.
-        points: what was measured, by the title of the panel.
+        path: the file, a PNG or another format of matplotlib.
+        points: the measured points, by the title of the panel.
         who: the methods and budgets.
-        judgements: what the methods did to a model; may be of some of them.
+        judgements: results of a model that ran some or all of the methods.
     """
     panels = len(points) + bool(judgements)
     figure = Figure(figsize=(5.6 * panels, 6.6), layout="constrained")
@@ -44,9 +44,9 @@ def plot_pareto(
 
 
 def _styles(who: Sequence[Candidate]) -> dict[str, dict]:
-    """Give each family a colour of its own; the oracle, which is no method, a broken line."""
+    """Choose a colour for each family, and a dashed line for the oracle, which is not a usable method."""
     colours = (colormaps["tab20"](number) for number in range(2, 20))
-    # shades of one colour for this project's methods, the most careful darkest
+    # shades of one colour for this project's methods; the method that spends most time on selection is the darkest
     own = (colormaps["Blues"](0.95 - 0.13 * number) for number in range(len(OWN)))
     styles: dict[str, dict] = {}
     for candidate in who:
@@ -59,7 +59,7 @@ def _styles(who: Sequence[Candidate]) -> dict[str, dict]:
 
 
 def _plot_errors(panel: Axes, points: Sequence[Point], styles: Mapping[str, dict]) -> None:
-    # what saved no pairs is exact up to rounding, far below everything else
+    # a method that saved no pairs is exact up to rounding, and would lie far below all other points
     shown = sorted((each for each in points if each.approximated), key=lambda each: each.cost.pairs)
     for family, style in styles.items():
         curve = [each for each in shown if each.candidate.family == family]
@@ -75,7 +75,7 @@ def _plot_errors(panel: Axes, points: Sequence[Point], styles: Mapping[str, dict
             panel.plot([seconds], [error], "o", color=style["color"], markerfacecolor=face, markersize=6)
     for each in points:
         if each.candidate.exact:
-            # an error of 0 has no place on a logarithmic axis
+            # a logarithmic axis cannot show an error of 0
             panel.axvline(each.timing.median, color=_EXACT, linestyle=":", label=f"{each.candidate.title}: error 0")
     scale_seconds(panel)
     panel.set_yscale("log")

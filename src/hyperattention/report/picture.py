@@ -1,4 +1,4 @@
-"""A picture, written whole or not at all, with a mark by which it is known again."""
+"""Writing of pictures, completely or not at all, with a mark by which this package recognises its own files."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from hyperattention.files.atomic_write import atomic_write_bytes
 from hyperattention.files.outputs import MARK
 
-# the key under which each kind of file can say who made it; others cannot
+# the metadata key of the mark in each file format; other formats have no mark
 _MAKER = {"png": "Software", "pdf": "Creator", "svg": "Creator"}
 
 
@@ -17,7 +17,7 @@ def save_picture(figure: Figure, path: Path, dpi: int) -> None:
 
     Args:
         figure: the figure.
-        path: the file, which is replaced; its ending says which kind, a PNG where it has none.
+        path: the file, which is replaced; its suffix gives the format, PNG without a suffix.
         dpi: dots an inch.
     """
     kind = path.suffix[1:].lower() or "png"

@@ -30,7 +30,7 @@ def _point(axes: Axes, row: str, label: str, seconds: float, error: Error | None
 
 
 def scale_seconds(axes: Axes) -> None:
-    """Give an axis of seconds a logarithmic scale, with numbers that can be read."""
+    """Set a logarithmic scale with readable numbers on an axis of seconds."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
@@ -51,11 +51,11 @@ def plot_demo(path: Path, judgements: Sequence[ModelJudgement], model: str, spee
     """Plot error against time, on the model and on structured inputs side by side.
 
     Args:
-        path: a PNG, or what else matplotlib writes.
+        path: the file, a PNG or another format of matplotlib.
         judgements: results on the model.
         model: the model's name.
         speeds: results on structured inputs.
-        case: those inputs.
+        case: the case of the structured inputs.
     """
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -70,10 +70,10 @@ def plot_demo(path: Path, judgements: Sequence[ModelJudgement], model: str, spee
 
 
 def plot_bench(path: Path, results: Mapping[Case, Sequence[Speed]]) -> None:
-    """Plot time, error and memory against length, a column for each kind of case.
+    """Plot time, error and memory against length, with a column for each kind of case.
 
     Args:
-        path: a PNG, or what else matplotlib writes.
+        path: the file, a PNG or another format of matplotlib.
         results: the rows of every case.
     """
     titles = list(dict.fromkeys(case.title for case in results))

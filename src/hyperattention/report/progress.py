@@ -1,4 +1,4 @@
-"""What is being measured, with the time left: a bar on a terminal, a line now and then in a file."""
+"""Progress of a measurement with the time left: a bar on a terminal, occasional lines in a file."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# a file gets a line for every twentieth of the steps, and for a step that begins so long after the last line
+# a file gets a line for every twentieth of the steps, and for a step that begins this many seconds after the last line
 _LINES, _SECONDS = 20, 30.0
 
 Announce = Callable[[str], None]
@@ -23,16 +23,16 @@ Announce = Callable[[str], None]
 
 @contextmanager
 def progress(console: Console, title: str, steps: int, clock: Callable[[], float] = time.monotonic) -> Iterator[Announce]:
-    """Show how far measurements are while they run.
+    """Show the progress of a measurement.
 
     Args:
-        console: where to.
-        title: what is measured.
-        steps: steps in all.
-        clock: seconds, for the lines of a file.
+        console: the console to print to.
+        title: the title of the measurement.
+        steps: total number of steps.
+        clock: a function that returns seconds, for the lines of a file.
 
     Yields:
-        a function to call before each step, with what comes next.
+        a function to call before each step, with the name of the step.
     """
     live = console.is_terminal or console.is_jupyter
     with _bar(console, title, steps) if live else _lines(console, title, steps, clock) as on_step:
@@ -45,7 +45,7 @@ def _bar(console: Console, title: str, steps: int) -> Iterator[Announce]:
     columns = (SpinnerColumn(), what, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), step)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=steps, title=title)
-        # the bar counts steps that are done, so the first announcement moves nothing
+        # the bar counts finished steps, so the first call does not advance it
         done = iter(range(steps + 1))
 
         def on_step(name: str) -> None:
@@ -56,7 +56,7 @@ def _bar(console: Console, title: str, steps: int) -> Iterator[Announce]:
 
 @contextmanager
 def _lines(console: Console, title: str, steps: int, clock: Callable[[], float]) -> Iterator[Announce]:
-    """Print whole lines, because nothing in a file can be written over."""
+    """Print complete lines, because a file cannot show a moving bar."""
     begun, done, last, line_at = clock(), 0, -steps, 0.0
 
     def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The retime command: time a plan again, and say what changed."""
+"""The retime command: time a plan again, and print the old and the new times."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +15,21 @@ from hyperattention.report.progress import progress
 
 @dataclass(frozen=True)
 class PreparedRetime:
-    """All that can be wrong with the options is found before anything slow begins."""
+    """A checked plan with model and text. `ready` raises all errors in the options before any slow work begins."""
 
     plan: Plan
     prepared: PreparedDemo
 
 
 def ready(path: Path, texts: Texts) -> PreparedRetime:
-    """Load plan, model and text; a plan of another model and a text too short for it are refused.
+    """Load plan, model and text; a plan of another model, or a text that is too short, is refused.
 
     Args:
         path: the plan's file.
-        texts: model and text; the length is the plan's.
+        texts: model and text; the length is taken from the plan.
 
     Returns:
-        what is needed to run.
+        the plan with model and text.
     """
     plan = load_plan(path)
     prepared = prepare(replace(texts, length=plan.measured.length, documents=1))
@@ -56,12 +56,12 @@ def run(found: PreparedRetime, out: Path, console: Console) -> Plan:
 
 
 def show(before: Plan, after: Plan, console: Console) -> None:
-    """Print what the times say now, and what they said.
+    """Print the old and the new times of a plan.
 
     Args:
-        before: the plan as it was.
-        after: the plan timed again.
-        console: where to.
+        before: the plan with its old times.
+        after: the plan with its new times.
+        console: the console to print to.
     """
     console.print(f"Before: {before.payoff()}", markup=False, highlight=False)
     console.print(f"Now: {after.payoff()}", markup=False, highlight=False)

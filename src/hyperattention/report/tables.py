@@ -1,4 +1,4 @@
-"""Tables: one line a method, error always beside time."""
+"""Tables with one line for each method; the error is always shown beside the time."""
 
 from collections.abc import Sequence
 
@@ -14,38 +14,38 @@ from hyperattention.reference.evaluate import ModelJudgement
 
 
 def format_error(error: Error | None) -> str:
-    """Print an error with its interval."""
+    """Format an error with its interval."""
     return "-" if error is None else f"{error.mean:.3f} [{error.low:.3f}, {error.high:.3f}]"
 
 
 def format_ratio(ratio: Ratio, *, spread: bool = False) -> str:
-    """Print how many times faster; below 1 it is slower."""
+    """Format a ratio of speeds: above 1 is faster, below 1 is slower."""
     digits = 1 if ratio.value >= 10 else 2
     text = f"{ratio.value:.{digits}f}x"
     return f"{text} [{ratio.low:.{digits}f}, {ratio.high:.{digits}f}]" if spread else text
 
 
 def format_seconds(seconds: float) -> str:
-    """Print a time in seconds or milliseconds."""
+    """Format a time in seconds or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def format_memory(num_bytes: int | None) -> str:
-    """Print a size in MiB."""
+    """Format a size in MiB."""
     return "-" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def format_added(judgement: ModelJudgement) -> str:
-    """Print the loss added, with its standard error over documents."""
+    """Format the added loss, with its standard error over documents."""
     spread = "" if judgement.added_error is None else f" ± {judgement.added_error:.4f}"
     return f"{judgement.added_nats:+.4f}{spread}"
 
 
 def loss_table(judgements: Sequence[ModelJudgement], title: str) -> Table:
-    """Tabulate what the methods did to a model.
+    """Tabulate loss, retrieval and speed of a model with each method.
 
     Args:
-        judgements: one a row.
+        judgements: one judgement for each row.
         title: the model and the text.
 
     Returns:
@@ -73,15 +73,15 @@ def loss_table(judgements: Sequence[ModelJudgement], title: str) -> Table:
 
 _LOSS_NOTE = (
     "loss on ordinary text of the second half, ± standard error over documents; error: mean relative L2 error of attention\n"
-    "rows, with its interval; last columns: times faster than exact, in attention alone and in the whole pass"
+    "rows, with its interval; last columns: speed relative to exact, of attention alone and of the complete forward pass"
 )
 
 
 def depth_table(judgements: Sequence[ModelJudgement]) -> Table:
-    """Tabulate retrieval by how far back the answer was set.
+    """Tabulate retrieval by the distance of the answer.
 
     Args:
-        judgements: one a row, with answers.
+        judgements: one judgement for each row, with answers.
 
     Returns:
         the table.
@@ -101,9 +101,9 @@ def speed_table(speeds: Sequence[Speed], case: Case, title: str) -> Table:
     """Tabulate time and error on one case.
 
     Args:
-        speeds: one a row.
+        speeds: one measurement for each row.
         case: the inputs.
-        title: what was measured.
+        title: the title of the table.
 
     Returns:
         the table.
@@ -121,11 +121,11 @@ def speed_table(speeds: Sequence[Speed], case: Case, title: str) -> Table:
 
 
 def frontier_table(points: Sequence[Point], title: str) -> Table:
-    """Tabulate time and error of methods at several budgets, and who is beaten in both.
+    """Tabulate time and error of methods at several budgets, and mark the dominated methods.
 
     Args:
-        points: one a method and budget, exact attention first.
-        title: what the methods were given.
+        points: one point for each method and budget, exact attention first.
+        title: the inputs of the methods.
 
     Returns:
         the table, a section for each budget.
@@ -152,7 +152,7 @@ def frontier_table(points: Sequence[Point], title: str) -> Table:
 
 _FRONTIER_NOTE = (
     "error: mean relative L2 error of attention rows over heads and calls; 95th pct.: with 95% confidence 95% of a head's\n"
-    "rows err less; norm: the error in the paper's norm; front: nothing else is as fast and errs as little"
+    "rows have a smaller error; norm: the error in the paper's norm; front: no other method is both as fast and as accurate"
 )
 
 
@@ -162,5 +162,5 @@ def _pairs(cost: Cost) -> str:
 
 
 def _style(row: str) -> str:
-    # a row's name may tell its budget as well
+    # the name of a row may also contain its budget
     return {"default": "bold", "exact": "dim"}.get(row.partition("@")[0], "")
