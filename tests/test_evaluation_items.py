@@ -90,7 +90,7 @@ def test_a_chain_leads_from_the_key_asked_for_to_the_value(haystack: Haystack) -
 
 def test_facts_that_do_not_fit_are_refused(haystack: Haystack) -> None:
     rng = random.Random(0)
-    with pytest.raises(ValueError, match="3 facts take 42 tokens"):
+    with pytest.raises(ValueError, match="3 facts need 42 tokens"):
         hide([(0.5, "#set abc=1234\n")] * 3, 41, haystack, rng)
     with pytest.raises(ValueError, match="give a longer text"):
         hide([], len(haystack.tokens) + 1, haystack, rng)

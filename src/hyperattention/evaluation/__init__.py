@@ -1,4 +1,4 @@
-"""How good a compressed cache is: tasks made here, asked of a model that reads them through the cache."""
+"""Evaluation of compressed caches: generated tasks, answered by a model that reads the task through the cache."""
 
 from hyperattention.extras import need
 

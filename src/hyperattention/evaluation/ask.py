@@ -1,4 +1,4 @@
-"""How items are answered: contexts are read once for all, compressed by each candidate, and asked about in batches."""
+"""Answers to items: each context is read once, compressed by every candidate, and its questions are asked in batches."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -19,17 +19,17 @@ from hyperattention.integrations.transformers.cache import HyperCache
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to an item through a cache.
+    """The output of a model for one item, with one candidate's cache.
 
     Args:
-        item: what was asked.
-        candidate: whose cache.
-        visible: whether the question was there when the cache was compressed.
-        seed: of the policy's draws.
-        outputs: what the model continued with, for each turn.
-        memory_bytes: held by the cache for this item, once the prompt was read.
-        seconds: of a token, its share of the batch.
-        approximated: attention calls of its batch that read a compressed cache.
+        item: the item.
+        candidate: the candidate.
+        visible: whether the question was part of the text when the cache was compressed.
+        seed: seed of the policy's draws.
+        outputs: the model's continuation, for each turn.
+        memory_bytes: bytes of the cache for this item after the prompt was read.
+        seconds: time of one token, divided by the rows of the batch.
+        approximated: number of attention calls of the batch that read a compressed cache.
     """
 
     item: Item
@@ -44,17 +44,17 @@ class Reply:
 
 @dataclass(frozen=True)
 class AskSettings:
-    """How items are asked.
+    """The settings for asking items.
 
     Args:
-        model: who answers.
-        dialect: whose tokens.
-        candidates: through whose caches.
-        visible: whether the question is there when the cache is compressed; both are asked from one reading.
-        shown: most questions of one context that are asked visibly, for each needs a compression of its own.
-        rows: contexts read, or questions asked, at a time.
-        seed: of every draw of a policy.
-        chunk: tokens of a piece in which prompts are read, through what is left of earlier ones; None for all at once.
+        model: the model that answers.
+        dialect: the dialect of the items, with its tokens.
+        candidates: the candidates whose caches are used.
+        visible: whether the question is part of the text when the cache is compressed; both values use one reading.
+        shown: largest number of visible questions for one context, because each needs its own compression.
+        rows: number of contexts, or of questions, in one batch.
+        seed: seed of every draw of a policy.
+        chunk: tokens of each chunk in which prompts are read, with earlier chunks already compressed; None for one chunk.
     """
 
     model: PreTrainedModel
@@ -69,7 +69,7 @@ class AskSettings:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Items that are asked together: their contexts, and questions of the same sizes."""
+    """Items that are asked in one batch: their contexts, and questions of the same lengths."""
 
     items: tuple[Item, ...]
     rows: tuple[int, ...]
@@ -82,14 +82,14 @@ class _Batch:
 
 
 def ask(asking: AskSettings, items: Sequence[Item]) -> Iterator[Reply]:
-    """Ask items through every candidate's cache.
+    """Ask items with every candidate's cache.
 
-    With the question visible, that of the first turn is part of what is compressed, all but its last token; otherwise the
-    context alone is. A context is read once for all of them, unless it comes in pieces.
+    If the question is visible, the context and the question of the first turn, except its last token, are compressed;
+    otherwise only the context is compressed. A context is read once for all candidates, unless it is read in chunks.
 
     Args:
-        asking: who is asked, and how.
-        items: with contexts of one length.
+        asking: the model, the candidates and the settings.
+        items: the items, whose contexts have the same length.
 
     Yields:
         a reply for each item and candidate.
@@ -100,7 +100,7 @@ def ask(asking: AskSettings, items: Sequence[Item]) -> Iterator[Reply]:
         own = [item for item in items if item.context in some]
         with reading(asking.model) as counter:
             prompt = Prompt.of(asking.model, torch.tensor(list(some), dtype=torch.int64, device="cpu"), asking.chunk)
-            # hidden first: what it works out for a context serves every copy of it
+            # hidden questions first, because later copies of a context use the attention sums computed for it
             if False in asking.visible:
                 yield from _ask_hidden(asking, prompt, _batches(own, some, asking), counter)
             if True in asking.visible:
@@ -108,7 +108,7 @@ def ask(asking: AskSettings, items: Sequence[Item]) -> Iterator[Reply]:
 
 
 def _thinned(items: Sequence[Item], most: int) -> list[Item]:
-    """Keep at most so many items of a context, evenly spread."""
+    """Keep at most `most` items of each context, evenly spread."""
     groups: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         groups.setdefault(item.context, []).append(item)

@@ -15,22 +15,22 @@ from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import read, reading
 from hyperattention.integrations.transformers.cache import HyperCache
 
-# any seed but that of the tasks: the same documents whatever the tasks are
+# a seed that does not depend on the tasks, so the documents are the same for any tasks
 _ORDER = "continuation"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Which texts are read, and how far.
+    """The number and lengths of the texts.
 
     Args:
-        length: tokens of each, the continuation included.
-        continuation: how many of the last are read through the compressed cache, and their loss counted.
-        documents: texts for each seed.
+        length: tokens of each text, the continuation included.
+        continuation: number of last tokens that are read with the compressed cache, and whose loss is measured.
+        documents: number of texts for each seed.
         chunk: tokens read at a time.
 
     Raises:
-        ValueError: if nothing is left to be compressed.
+        ValueError: if no tokens are left to be compressed.
     """
 
     length: int
@@ -41,7 +41,7 @@ class Texts:
     def __post_init__(self) -> None:
         if not 0 < self.continuation < self.length:
             raise ValueError(
-                f"a continuation of {self.continuation} tokens in texts of {self.length}: give a greater length"
+                f"a continuation of {self.continuation} tokens in texts of {self.length} tokens: give a greater length"
             )
 
 
@@ -50,13 +50,13 @@ class Loss:
     """Loss on the continuation of one text.
 
     Args:
-        candidate: through whose cache.
-        document: which text, a number that no two share.
-        seed: of the policy's draws.
-        nats: loss a token.
-        added: nats a token more than with exact attention.
-        memory_bytes: held by the cache for this text once its beginning was read.
-        approximated: attention calls of its batch that read a compressed cache.
+        candidate: the candidate whose cache was used.
+        document: the number of the text, unique among the texts.
+        seed: seed of the policy's draws.
+        nats: loss in nats a token.
+        added: loss minus the loss with exact attention, in nats a token.
+        memory_bytes: bytes of the cache for this text after its beginning was read.
+        approximated: number of attention calls of the batch that read a compressed cache.
     """
 
     candidate: CacheCandidate
@@ -70,13 +70,13 @@ class Loss:
 
 @dataclass(frozen=True)
 class AddedLoss:
-    """Loss added, over texts and seeds.
+    """The added loss, over texts and seeds.
 
     Args:
-        nats: mean nats a token more than exact attention's.
-        error: standard error of that mean over texts; None for a single one.
-        loss: mean loss.
-        texts: how many texts.
+        nats: mean added loss, in nats a token.
+        error: standard error of that mean over texts; None for a single text.
+        loss: mean loss, in nats a token.
+        texts: number of texts.
     """
 
     nats: float
@@ -86,22 +86,22 @@ class AddedLoss:
 
 
 def pieces(tokens: Sequence[int], texts: Texts, seed: int) -> dict[int, tuple[int, ...]]:
-    """Cut texts that do not overlap; other seeds give others, as long as there are any.
+    """Cut texts that do not overlap; other seeds give other texts, as long as the source has enough.
 
     Args:
-        tokens: the whole text.
-        texts: what is wanted.
-        seed: which of them.
+        tokens: all tokens of the source.
+        texts: the number and lengths of the texts.
+        seed: selects the texts.
 
     Returns:
-        the texts by number; fewer than asked for where the whole is short.
+        the texts by number; fewer than `texts.documents` if the source is short.
 
     Raises:
-        ValueError: if it is shorter than one of them.
+        ValueError: if the source is shorter than one text.
     """
     starts = list(range(0, len(tokens) - texts.length + 1, texts.length))
     if not starts:
-        raise ValueError(f"the text has {len(tokens):,} tokens and {texts.length:,} are needed: give a longer text")
+        raise ValueError(f"the text has {len(tokens):,} tokens, but {texts.length:,} are needed: give a longer text")
     random.Random(_ORDER).shuffle(starts)
     first = seed * texts.documents
     chosen = [starts[(first + number) % len(starts)] for number in range(min(texts.documents, len(starts)))]
@@ -109,12 +109,12 @@ def pieces(tokens: Sequence[int], texts: Texts, seed: int) -> dict[int, tuple[in
 
 
 def continuation_loss(asking: AskSettings, tokens: Sequence[int], texts: Texts) -> Iterator[Loss]:
-    """Read the beginning of texts once, compress it for every candidate, and read on: what did the rest lose?
+    """Measure the loss on the continuation of texts: read each beginning once, compress it for every candidate, read on.
 
     Args:
         asking: the model and the candidates, exact attention first.
-        tokens: the whole text, in tokens.
-        texts: what is read of it.
+        tokens: all tokens of the source.
+        texts: the number and lengths of the texts.
 
     Yields:
         a loss for each text and candidate.
@@ -137,7 +137,7 @@ def continuation_loss(asking: AskSettings, tokens: Sequence[int], texts: Texts) 
 
 
 def _read_on(asking: AskSettings, cache: HyperCache, rest: Tensor, last: Tensor, chunk: int) -> Tensor:
-    """Sum the loss of what comes after the prompt, whose last logits are `last`; a mean a token comes back."""
+    """Return the mean loss a token of the tokens after the prompt; `last` are the last logits of the prompt."""
     total = torch.zeros(rest.shape[0], dtype=torch.float64, device="cpu")
     for part in rest.to(last.device).split(chunk, 1):
         logits = torch.cat([last, (whole := read(asking.model, part, cache, keep=0))[:, :-1]], 1).float()
@@ -150,10 +150,10 @@ def added(losses: Sequence[Loss]) -> AddedLoss:
     """Pool the losses of one candidate.
 
     Args:
-        losses: over texts and seeds; of a text that several seeds read, the mean is taken first.
+        losses: the losses over texts and seeds; losses of one text with several seeds are averaged first.
 
     Returns:
-        loss added, with its standard error.
+        the added loss, with its standard error.
     """
     by_text: dict[int, list[float]] = {}
     for each in losses:

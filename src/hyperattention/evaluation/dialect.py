@@ -1,4 +1,4 @@
-"""How facts are told and asked for: in set and get lines for the reference model, in sentences for others."""
+"""The form of facts and questions: set and get lines for the reference model, sentences for other models."""
 
 import random
 from abc import ABC, abstractmethod
@@ -8,15 +8,15 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Dialect(ABC):
-    """The words of a task, and the tokens of words."""
+    """The wording of facts and questions, and their tokens."""
 
     @abstractmethod
     def encode(self, text: str, *, first: bool = False) -> tuple[int, ...]:
-        """Turn text into tokens.
+        """Encode text as tokens.
 
         Args:
             text: the text.
-            first: whether it begins the input, where models may want a token of their own.
+            first: whether the text begins the input, where some models need a special token.
 
         Returns:
             the tokens.
@@ -24,7 +24,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def decode(self, tokens: tuple[int, ...]) -> str:
-        """Turn tokens into text.
+        """Decode tokens to text.
 
         Args:
             tokens: the tokens.
@@ -35,11 +35,11 @@ class Dialect(ABC):
 
     @abstractmethod
     def keys(self, num: int, rng: random.Random) -> list[str]:
-        """Draw keys that differ.
+        """Draw different keys.
 
         Args:
-            num: how many.
-            rng: the source.
+            num: number of keys.
+            rng: the random generator.
 
         Returns:
             the keys.
@@ -47,10 +47,10 @@ class Dialect(ABC):
 
     @abstractmethod
     def value(self, rng: random.Random) -> str:
-        """Draw a value that nothing but the fact tells.
+        """Draw a random value, which a model can only know from the fact.
 
         Args:
-            rng: the source.
+            rng: the random generator.
 
         Returns:
             the value.
@@ -58,35 +58,35 @@ class Dialect(ABC):
 
     @abstractmethod
     def fact(self, key: str, value: str) -> str:
-        """Tell a fact.
+        """Write the fact that a key has a value.
 
         Args:
-            key: of what.
-            value: what it is.
+            key: the key.
+            value: the value.
 
         Returns:
-            a line of its own.
+            the fact as one line.
         """
 
     @abstractmethod
     def link(self, key: str, other: str) -> str:
-        """Tell that a key has the value of another.
+        """Write the fact that a key has the value of another key.
 
         Args:
-            key: of what.
-            other: which has the value.
+            key: the key.
+            other: the other key.
 
         Returns:
-            a line of its own.
+            the fact as one line.
         """
 
     @abstractmethod
     def question(self, key: str, num: int = 1) -> str:
-        """Ask for the value of a key, so that the value is what comes next.
+        """Ask for the value of a key, so that the value is the correct continuation.
 
         Args:
-            key: of what.
-            num: how many values it was given.
+            key: the key.
+            num: number of values of the key.
 
         Returns:
             the question.
@@ -94,68 +94,68 @@ class Dialect(ABC):
 
     @abstractmethod
     def answer_size(self, answers: tuple[str, ...]) -> int:
-        """Return how many tokens of the model's continuation may hold the answers.
+        """Return the number of tokens to generate for the answers.
 
         Args:
             answers: the answers.
 
         Returns:
-            a number of tokens.
+            the number of tokens.
         """
 
     @property
     @abstractmethod
     def preamble(self) -> tuple[int, ...]:
-        """Tokens that every context begins with: what the reader is to look out for."""
+        """The first tokens of every context, which tell the model what it will be asked for."""
 
     @property
     @abstractmethod
     def reserve(self) -> int:
-        """Tokens of an item that are left for its questions and answers."""
+        """The number of tokens of an item that are reserved for its questions and answers."""
 
 
 @dataclass(frozen=True)
 class Lines(Dialect):
-    """What the reference model was trained on: bytes, and lines that set three letters to four digits and get them."""
+    """The dialect of the reference model: bytes, with lines that set a key of three letters to four digits and get it."""
 
     def encode(self, text: str, *, first: bool = False) -> tuple[int, ...]:
-        """Take the bytes; one character is one byte."""
+        """Return the bytes of the text; one character is one byte."""
         return tuple(text.encode("latin-1"))
 
     def decode(self, tokens: tuple[int, ...]) -> str:
-        """Take every byte for a character."""
+        """Return the text; one byte is one character."""
         return bytes(tokens).decode("latin-1")
 
     def keys(self, num: int, rng: random.Random) -> list[str]:
-        """Draw three letters."""
+        """Draw keys of three letters."""
         return rng.sample([a + b + c for a in _LETTERS for b in _LETTERS for c in _LETTERS], num)
 
     def value(self, rng: random.Random) -> str:
-        """Draw four digits."""
+        """Draw a value of four digits."""
         return f"{rng.randrange(10_000):04d}"
 
     def fact(self, key: str, value: str) -> str:
-        """Set it."""
+        """Return a line that sets the key to the value."""
         return f"#set {key}={value}\n"
 
     def link(self, key: str, other: str) -> str:
-        """Set it to the other; the reference model never saw that."""
+        """Return a line that sets the key to the other key; the training of the reference model had no such lines."""
         return f"#set {key}={other}\n"
 
     def question(self, key: str, num: int = 1) -> str:
-        """Get it, however often it was set."""
+        """Return a line that gets the key; the line does not depend on `num`."""
         return f"\n#get {key}="
 
     def answer_size(self, answers: tuple[str, ...]) -> int:
-        """Count digits, and what stands between several answers."""
+        """Count the characters of the answers and of the separators between them."""
         return sum(map(len, answers)) + len(answers) - 1
 
     @property
     def preamble(self) -> tuple[int, ...]:
-        """The reference model needs none."""
+        """Empty: the reference model needs no preamble."""
         return ()
 
     @property
     def reserve(self) -> int:
-        """Enough for four lines."""
+        """The tokens of four lines."""
         return 64

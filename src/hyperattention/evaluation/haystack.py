@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from hyperattention.evaluation.dialect import Dialect
 
-# how far a fact may be moved to the next end of a line or sentence
+# largest distance, in tokens, by which a fact is moved to the next end of a line or sentence
 _FARTHEST = 400
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Ordinary text to hide facts in.
+    """Ordinary text in which facts are hidden.
 
     Args:
-        dialect: whose tokens they are.
-        tokens: the text.
+        dialect: the dialect that made the tokens.
+        tokens: the tokens of the text.
         ends: for each token, whether a line or sentence ends with it.
     """
 
@@ -26,11 +26,11 @@ class Haystack:
 
     @classmethod
     def of(cls, text: str, dialect: Dialect) -> "Haystack":
-        """Cut a text into tokens.
+        """Make a haystack from a text.
 
         Args:
             text: the text.
-            dialect: how.
+            dialect: the dialect that encodes the text.
 
         Returns:
             the haystack.
@@ -43,11 +43,11 @@ class Haystack:
         return cls(dialect, tokens, tuple(token in ends for token in tokens))
 
     def piece(self, length: int, rng: random.Random) -> "Haystack":
-        """Take a piece from anywhere.
+        """Cut a piece at a random place.
 
         Args:
-            length: its tokens.
-            rng: the source of where.
+            length: number of tokens of the piece.
+            rng: the random generator for the place.
 
         Returns:
             the piece.
@@ -56,34 +56,34 @@ class Haystack:
             ValueError: if the text is too short.
         """
         if len(self.tokens) < length:
-            raise ValueError(f"the text has {len(self.tokens):,} tokens and {length:,} are needed: give a longer text")
+            raise ValueError(f"the text has {len(self.tokens):,} tokens, but {length:,} are needed: give a longer text")
         first = rng.randrange(len(self.tokens) - length + 1)
         return Haystack(self.dialect, self.tokens[first : first + length], self.ends[first : first + length])
 
     def end_of_line(self, place: int) -> int:
-        """Find the next end of a line or sentence, or stay where none is near.
+        """Find the next end of a line or sentence.
 
         Args:
-            place: where to begin.
+            place: the token where the search begins.
 
         Returns:
-            the place behind it.
+            the place after that end; `place` itself if no end is near.
         """
         nearest = range(max(0, place - 1), min(place + _FARTHEST, len(self.ends)))
         return next((i + 1 for i in nearest if self.ends[i]), place) if place else 0
 
 
 def hide(facts: Sequence[tuple[float, str]], length: int, haystack: Haystack, rng: random.Random) -> tuple[int, ...]:
-    """Put facts into a piece of text, each behind the end of a line near its depth.
+    """Insert facts into a piece of text, each after the end of a line near its depth.
 
     Args:
-        facts: depth of each, 0 to 1, and its words.
-        length: tokens of the whole.
+        facts: the depth of each fact, 0 to 1, and its words.
+        length: number of tokens of the result.
         haystack: the text.
-        rng: the source of which piece.
+        rng: the random generator for the piece.
 
     Returns:
-        the tokens, exactly as many.
+        exactly `length` tokens.
 
     Raises:
         ValueError: if the facts do not fit, or the text is too short.
@@ -93,7 +93,7 @@ def hide(facts: Sequence[tuple[float, str]], length: int, haystack: Haystack, rn
     whole = list(dialect.preamble)
     left = len(whole) + sum(len(words) for _, words in parts)
     if left > length:
-        raise ValueError(f"{len(parts)} facts take {left} tokens, and the context has {length}: give a greater length")
+        raise ValueError(f"{len(parts)} facts need {left} tokens, but the context has {length}: give a greater length")
     straw, done = haystack.piece(length - left, rng), 0
     for depth, words in parts:
         target = min(max(done, done + int(depth * length) - len(whole)), len(straw.tokens))

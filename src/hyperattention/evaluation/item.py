@@ -1,4 +1,4 @@
-"""What is asked: a context with something hidden in it, questions, and the answers expected."""
+"""The items of an evaluation: a context with hidden facts, questions, and the expected answers."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class Turn:
     """One question and its answers.
 
     Args:
-        question: text that is fed after the context, and after the turns before.
-        answers: what must be found in the model's continuation, each for itself.
-        depths: for each answer, where in the context it was told, 0 at the beginning and 1 at the end.
-        answer_size: tokens that the model may continue with.
+        question: the text that follows the context and the earlier turns.
+        answers: the expected answers; each is searched for separately in the model's continuation.
+        depths: for each answer, the place of its fact in the context, 0 at the beginning and 1 at the end.
+        answer_size: number of tokens that the model generates.
     """
 
     question: str
@@ -22,13 +22,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Item:
-    """A context and what is asked about it.
+    """A context and the questions about it.
 
     Args:
         task: name of the task.
-        length: tokens that context, questions and answers may take together.
+        length: largest number of tokens of context, questions and answers together.
         context: tokens of the context.
-        turns: what is asked, one after another.
+        turns: the questions, asked one after another.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Who is compared: ways to keep a cache small, by the names that a user types; a new one is one more line here."""
+"""The compared caches, by the names that users type. Add one line to `ENTRANTS` to compare a new policy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from hyperattention.policies.uniform_sample import RandomKeys, UniformSample
 
 @dataclass(frozen=True)
 class CacheFamily:
-    """One way to keep a cache.
+    """One kind of cache.
 
     Args:
-        name: what it is called in commands, tables and records.
-        policy: what is kept, or how it is read; None for the whole cache, whatever the budget.
-        baseline: whether it always takes part.
+        name: the name in commands, tables and records.
+        policy: the policy or store factory of the cache; None for a full cache at any budget.
+        baseline: whether the cache is always part of the comparison.
     """
 
     name: str
@@ -56,10 +56,10 @@ ENTRANTS = (
 
 
 def choose_families(names: Sequence[str] | None = None) -> tuple[CacheFamily, ...]:
-    """Find families by name; the baselines always take part, exact attention first.
+    """Find families by name. The baselines are always included; exact attention comes first.
 
     Args:
-        names: who is to take part beside the baselines; None for all.
+        names: the names of families beside the baselines; None for all.
 
     Returns:
         the families, in the order of the table.
@@ -77,7 +77,7 @@ def find_family(name: str) -> CacheFamily:
     """Find one family by name.
 
     Args:
-        name: as in the table.
+        name: a name in `ENTRANTS`.
 
     Returns:
         the family.
@@ -96,10 +96,10 @@ class CacheCandidate:
     """A family at a budget.
 
     Args:
-        family: who.
+        family: the family.
         budget: slots of each head.
-        sinks: first tokens that are always kept.
-        window: latest tokens that are always kept; None for what `HyperCache` takes for the policy.
+        sinks: number of first tokens that are always kept.
+        window: number of latest tokens that are always kept; None for the default of `HyperCache` for the policy.
     """
 
     family: CacheFamily
@@ -108,13 +108,13 @@ class CacheCandidate:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        # refuses a budget that leaves nothing beside sinks and window; to a cache that drops nothing they mean nothing
+        # refuses a budget that leaves no slots beside sinks and window; a cache that drops no keys does not use them
         if self.family.policy is not None:
             room_for(self.family.policy, self.budget, self.sinks, self.window)
 
     @property
     def name(self) -> str:
-        """Name it in tables: the family, and its budget where it has one."""
+        """The name in tables: the family, and the budget if the family has one."""
         return self.family.name if self.family.policy is None else f"{self.family.name}@{self.budget}"
 
     def cache(
@@ -123,16 +123,16 @@ class CacheCandidate:
         """Make an empty cache.
 
         Args:
-            model: who is going to read.
-            length: tokens that it may have to hold in all, which is the budget of a cache that drops nothing.
-            seed: of every draw.
-            audit: N, to audit one token in each run of N; None for none.
-            allow_longer: whether to go on beyond the length that the model was made for.
+            model: the model that will fill the cache.
+            length: largest number of tokens in the cache, which is the budget of a cache that drops no keys.
+            seed: seed of every draw.
+            audit: N, to audit one token in each run of N; None for no audit.
+            allow_longer: whether a text may exceed the model's trained length.
 
         Returns:
             the cache.
         """
-        # to a cache that drops nothing sinks and window mean nothing
+        # a cache that drops no keys does not use sinks and window
         if self.family.policy is None:
             budget, sinks, window = max(length, self.budget, 2), 0, 1
         else:
@@ -144,10 +144,10 @@ class CacheCandidate:
 
 
 def candidates_at(families: Sequence[CacheFamily], budgets: Sequence[int]) -> tuple[CacheCandidate, ...]:
-    """Put everyone at every budget; exact attention has none, and comes once and first.
+    """Combine every family with every budget. Exact attention has no budget; it comes first, and once.
 
     Args:
-        families: who.
+        families: the families.
         budgets: slots of each head.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A prompt that several candidates compress, each in its own way."""
+"""A prompt that several candidates compress."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ from hyperattention.integrations.transformers.cache import HyperCache
 
 @dataclass(frozen=True)
 class Prompt:
-    """Texts of one length, read once by exact attention for all, or in pieces by each candidate.
+    """Texts of one length, read once with exact attention for all candidates, or in chunks by each candidate.
 
-    In one piece a prompt is attended to exactly whoever compresses it afterwards, so every policy is shown the same keys,
-    values and queries. In pieces later ones are read through what is left of earlier ones, and nothing can be shared.
+    A prompt in one chunk is read with exact attention before any compression, so every policy receives the same keys,
+    values and queries. In several chunks, later chunks attend to the compressed earlier chunks, so candidates cannot share
+    a reading.
 
     Args:
-        model: who reads.
+        model: the model that reads.
         tokens: the texts.
-        chunk: tokens of a piece; None for one piece.
-        recorded: what exact attention made of them; None where they come in pieces.
-        last: logits after them; likewise.
+        chunk: tokens of each chunk; None for one chunk.
+        recorded: keys, values and queries of the texts; None if they are read in several chunks.
+        last: logits after the texts; None if they are read in several chunks.
     """
 
     model: PreTrainedModel
@@ -37,12 +38,12 @@ class Prompt:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokens: Int[Tensor, "rows tokens"], chunk: int | None = None) -> "Prompt":
-        """Read texts, unless they come in pieces.
+        """Make a prompt, and read its texts unless they are read in several chunks.
 
         Args:
-            model: who reads; call within `reading`.
+            model: the model that reads; call this function inside `reading`.
             tokens: the texts.
-            chunk: tokens of a piece; None for one piece.
+            chunk: tokens of each chunk; None for one chunk.
 
         Returns:
             the prompt.
@@ -53,11 +54,11 @@ class Prompt:
         return cls(model, tokens, None, recorded, read(model, tokens, recorded))
 
     def followed(self, rows: Sequence[int], more: Int[Tensor, "_ _"]) -> "Prompt":
-        """Let other tokens follow in each of some rows.
+        """Append tokens to some rows.
 
         Args:
-            rows: which, repeats allowed.
-            more: what follows, a row each; may have no tokens.
+            rows: the numbers of the rows; a row may occur more than once.
+            more: the tokens to append, one row for each entry of `rows`; may have no tokens.
 
         Returns:
             the longer prompt.
@@ -74,12 +75,12 @@ class Prompt:
         return Prompt(self.model, tokens, None, recorded, last)
 
     def compressed(self, candidate: CacheCandidate, more: int, seed: int) -> tuple[HyperCache, Tensor]:
-        """Let a candidate read the prompt.
+        """Fill and compress a candidate's cache with the prompt.
 
         Args:
-            candidate: what stays of it.
-            more: tokens that are to follow.
-            seed: of every draw.
+            candidate: the candidate.
+            more: number of tokens that will follow.
+            seed: seed of every draw.
 
         Returns:
             the candidate's cache, and the logits after the prompt.

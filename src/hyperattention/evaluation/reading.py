@@ -1,4 +1,4 @@
-"""A model that reads and answers through a cache."""
+"""Reading and answering with a model and a cache."""
 
 import time
 import warnings
@@ -19,7 +19,7 @@ from hyperattention.methods.exact import Exact
 
 @contextmanager
 def reading(model: PreTrainedModel) -> Iterator[CallCounter]:
-    """Let a model read through caches that may be compressed; all else is exact.
+    """Prepare a model for compressed caches inside the block; all other attention is exact.
 
     Args:
         model: the model.
@@ -28,20 +28,20 @@ def reading(model: PreTrainedModel) -> Iterator[CallCounter]:
         the counter of attention calls.
     """
     with warnings.catch_warnings():
-        # with a cache that drops nothing no call is approximated, and every result says so itself
+        # with a cache that drops no keys, no call is approximated, and every result reports this itself
         warnings.filterwarnings("ignore", message="no attention call was approximated")
         with torch.inference_mode(), use(model, Exact()) as counter:
             yield counter
 
 
 def read(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], cache: HyperCache, keep: int = 1) -> Tensor:
-    """Let a model read on.
+    """Read further tokens with a model.
 
     Args:
         model: the model.
-        tokens: what comes next.
-        cache: what it read before.
-        keep: how many of the last tokens to give logits of; 0 for all.
+        tokens: the next tokens.
+        cache: the cache of the earlier tokens.
+        keep: number of last tokens whose logits are returned; 0 for all.
 
     Returns:
         the logits.
@@ -52,11 +52,11 @@ def read(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], cache: Hyp
 
 @dataclass(frozen=True)
 class Replies:
-    """What a model said.
+    """The answers of a model.
 
     Args:
-        turns: its tokens, for each turn.
-        seconds: of a token, where they came one by one; its share of the batch.
+        turns: the generated tokens, for each turn.
+        seconds: time of one token in steps of one token, divided by the rows of the batch.
     """
 
     turns: tuple[Int[Tensor, "batch _"], ...]
@@ -69,17 +69,17 @@ def converse(
     """Ask questions one after another; the model continues greedily after each.
 
     Args:
-        model: who answers.
-        cache: what it has read.
-        questions: what is asked, one a turn.
-        sizes: tokens that it continues with in each turn.
+        model: the model that answers.
+        cache: the cache of the context.
+        questions: the questions, one for each turn.
+        sizes: number of tokens that the model generates in each turn.
 
     Returns:
-        what it said.
+        the answers.
     """
     turns, seconds, steps, said = [], 0.0, 0, []
     for question, size in zip(questions, sizes, strict=True):
-        # the last token of an answer was said and not read yet
+        # the last token of an answer was generated but not read yet
         tokens, answer = torch.cat([*said, question.to(model.device)], 1), []
         for _ in range(size):
             began = time.perf_counter()

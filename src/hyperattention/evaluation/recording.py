@@ -1,4 +1,4 @@
-"""A prompt read once for all policies: the keys, values and queries of every layer, as exact attention made them."""
+"""A prompt that is read once for all policies: the keys, values and queries of every layer under exact attention."""
 
 import copy
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ _BOUNDLESS = 2**62
 
 
 class RecordingStore(Store):
-    """Hold everything, and the queries as well: what a policy would have been shown had it been there."""
+    """A store of all keys, values and queries, which are the inputs of every policy."""
 
     def __init__(self) -> None:
-        """Hold nothing."""
+        """Make an empty store."""
         self._steps: list[tuple[Tensor, Tensor]] = []
         self._queries: list[Tensor] = []
         self._watched: dict[int, Tensor] = {}
@@ -51,19 +51,19 @@ class RecordingStore(Store):
         return self._queries[0]
 
     def watched(self, queries: int) -> Tensor:
-        """Sum the attention that keys get from the first queries, as `CompressingStore` would have; worked out once.
+        """Sum the attention weights of the first queries on each key, as `CompressingStore` does; results are stored.
 
         Args:
-            queries: how many.
+            queries: number of queries.
 
         Returns:
-            the sums for as many keys, ``[batch, kv_heads, queries]``.
+            the sums for the same number of keys, ``[batch, kv_heads, queries]``.
         """
         if queries not in self._watched:
             before = max((number for number in self._watched if number < queries), default=0)
             k, v, q = self.k[:, :, :queries], self.v[:, :, :queries], self.q[:, :, before:queries]
             weight = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
-            # positions and scores do not matter to what is attended to
+            # attention weights do not depend on positions and scores of the slots, so these are zero
             total = attended(CacheSlots(k, v, weight, weight.int(), weight), q, self.scale, self.rule)
             if before:
                 total[:, :, :before] += self._watched[before]
@@ -78,7 +78,7 @@ class RecordingStore(Store):
 
     @property
     def seen(self) -> int:
-        """Tokens appended so far."""
+        """The number of tokens appended so far."""
         return sum(k.shape[2] for k, _ in self._steps)
 
     @property
@@ -88,22 +88,22 @@ class RecordingStore(Store):
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys and values lie."""
+        """The device of keys and values."""
         return self._steps[0][0].device if self._steps else None
 
     @property
     def num_slots(self) -> int:
-        """All tokens."""
+        """The number of all tokens."""
         return self.seen
 
     @property
     def num_read(self) -> int:
-        """All tokens."""
+        """The number of all tokens."""
         return self.seen
 
     @property
     def is_whole(self) -> bool:
-        """Nothing is ever dropped."""
+        """True: the store never drops a key."""
         return True
 
     @property
@@ -113,76 +113,76 @@ class RecordingStore(Store):
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new ones."""
+        """Append new keys and values."""
         self._steps.append((k, v))
         return self._joined()
 
     def mask_padding(self, live: Tensor) -> None:
-        """Refuse padding: prompts that are read together have the same length."""
+        """Raise an error for padding, because prompts that are read together must have the same length."""
         if not bool(live.all()):
             raise ValueError("a prompt with padding cannot be recorded: read prompts of one length together")
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
-        """Attend to everything."""
+        """Attend to all keys."""
         return rule.drop_sinks(Coreset.of(*self._joined()).attend(q, scale=scale, own=q.shape[2], softcap=rule.softcap))
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
-        """Keep the queries."""
+        """Store the queries."""
         self.scale, self.rule = scale, rule
         self._queries.append(q)
 
     def take_rows(self, index: Tensor) -> None:
-        """Copy rows of everything."""
+        """Keep some rows of the batch."""
         if self._steps:
             k, v, q = (x.index_select(0, index.to(x.device)) for x in (self.k, self.v, self.q))
             self._steps, self._queries = [(k, v)], [q]
             self._watched = {n: x.index_select(0, index.to(x.device)) for n, x in self._watched.items()}
 
     def rows(self, index: Tensor) -> "RecordingStore":
-        """Copy rows of everything into a store of their own.
+        """Copy some rows of the batch into a new store.
 
         Args:
-            index: which, repeats allowed.
+            index: the numbers of the rows; a row may occur more than once.
 
         Returns:
-            the other store.
+            the new store.
         """
         other = copy.copy(self)
         other.take_rows(index)
         return other
 
     def crop(self, num: int) -> None:
-        """Forget the latest tokens."""
+        """Remove the latest tokens."""
         if num:
             self._steps = [(self.k[:, :, :-num], self.v[:, :, :-num])]
             self._queries, self._watched = [self.q[:, :, :-num]], {}
 
     def state(self) -> dict[str, Tensor]:
-        """Give all tensors."""
+        """Return all tensors."""
         return {"k": self.k, "v": self.v, "q": self.q, "scale": torch.tensor(self.scale, dtype=torch.float32, device="cpu")}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Restore a result of `state`."""
         if missing := sorted({"k", "v", "q", "scale"} - state.keys()):
-            raise ValueError(f"the state of a recording lacks {missing}: it is incomplete")
+            raise ValueError(f"the state of a recording lacks {missing}: give the complete result of `state`")
         self._steps, self._queries, self._watched = [(state["k"], state["v"])], [state["q"]], {}
         self.scale = float(state["scale"])
 
 
 @dataclass(frozen=True)
 class Recording(StoreFactory):
-    """Keep everything that is read, queries included."""
+    """A factory of stores that keep all keys, values and queries."""
 
     def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> Store:
-        """Make an empty store; the room does not matter."""
+        """Make an empty store; the budget is not used."""
         return RecordingStore()
 
 
 def fill(cache: HyperCache, recorded: HyperCache) -> None:
-    """Let an empty cache read a recorded prompt, as if the model had run: exact attention over it is the same for all.
+    """Fill an empty cache with a recorded prompt, with the same result as a run of the model.
 
     Args:
-        cache: the empty cache, which compresses if its budget is exceeded.
+        cache: the empty cache, which compresses the prompt if its budget is exceeded.
         recorded: the prompt, in a cache of `Recording`.
     """
     for number, (own, read) in enumerate(zip(cache.layers, recorded.layers, strict=True)):
@@ -199,7 +199,7 @@ def _settle(store: Store, read: RecordingStore) -> None:
     if not isinstance(store, CompressingStore):
         store.end_step(read.q, read.scale, read.rule)
         return
-    # what a policy wants to know of earlier queries is the same at every budget and in every copy of a prompt
+    # the attention sums of earlier queries are the same at every budget and in every copy of a prompt
     last = max(1, store.policy.num_queries)
     if store.policy.watches and read.seen > last:
         store.held.score[:, :, : read.seen - last].add_(read.watched(read.seen - last))
@@ -210,10 +210,10 @@ def start(model: PreTrainedModel) -> HyperCache:
     """Make an empty recording.
 
     Args:
-        model: who is going to read.
+        model: the model that will read the prompt.
 
     Returns:
-        the recording, a cache to run the model with.
+        the recording, a cache for running the model.
     """
     return HyperCache(model.config, budget=_BOUNDLESS, policy=Recording())
 
@@ -222,15 +222,15 @@ def rows_of(recorded: HyperCache, model: PreTrainedModel, rows: Sequence[int]) -
     """Copy some rows of a recording.
 
     Args:
-        recorded: the prompts, one a row.
-        model: who read them.
-        rows: which, repeats allowed.
+        recorded: the prompts, one in each row.
+        model: the model that read the prompts.
+        rows: the numbers of the rows; a row may occur more than once.
 
     Returns:
-        a recording of its own.
+        a new recording.
 
     Raises:
-        ValueError: if a layer keeps something else than keys and values.
+        ValueError: if a layer stores other state than keys and values.
     """
     index, copied = torch.tensor(rows, dtype=torch.int64, device="cpu"), start(model)
     for number, (old, new) in enumerate(zip(recorded.layers, copied.layers, strict=True)):

@@ -1,4 +1,4 @@
-"""An evaluation from end to end: every task, length and seed, asked of every candidate; and the loss of a continuation."""
+"""A complete evaluation: every task, length and seed with every candidate, and the loss on continuations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from hyperattention.reference.model import LoadedModel
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is evaluated.
+    """The settings of an evaluation.
 
     Args:
         tasks: names of tasks.
-        lengths: tokens that context, questions and answers may take together.
-        depths: ranges of depth.
-        contexts: contexts of each kind for each task, length and seed.
-        seeds: how many seeds: of texts, keys, values and places, and of the policies' draws.
-        candidates: who takes part, exact attention first.
-        visible: whether the question is there when the cache is compressed; both by default.
-        documents: texts for each seed whose continuation is read; 0 for none.
-        continuation: share of each such text that is read through the compressed cache.
-        shown: most questions of one context that are asked visibly.
-        rows: contexts read, or questions asked, at a time.
-        chunk: tokens of a piece in which prompts are read, through what is left of earlier ones; None for all at once.
+        lengths: largest numbers of tokens of context, questions and answers together.
+        depths: number of ranges of depth.
+        contexts: number of contexts of each kind for each task, length and seed.
+        seeds: number of seeds; a seed sets texts, keys, values and places, and the policies' draws.
+        candidates: the candidates, exact attention first.
+        visible: whether the question is part of the text when the cache is compressed; both by default.
+        documents: number of texts for each seed whose continuation is scored; 0 for none.
+        continuation: share of each such text that is read with the compressed cache.
+        shown: largest number of visible questions for one context.
+        rows: number of contexts, or of questions, in one batch.
+        chunk: tokens of each chunk in which prompts are read, with earlier chunks already compressed; None for one chunk.
 
     Raises:
-        ValueError: if a task is unknown, or nothing is left to do.
+        ValueError: if a task is unknown, a number is not positive, or there are neither tasks nor documents.
     """
 
     tasks: tuple[str, ...]
@@ -56,24 +56,24 @@ class EvaluationPlan:
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise ValueError(f"unknown tasks {', '.join(unknown)}: choose from {', '.join(TASKS)}")
         if not self.tasks and not self.documents:
-            raise ValueError("no tasks and no documents: there is nothing to evaluate")
+            raise ValueError("no tasks and no documents: there is nothing to evaluate; give at least one of them")
         if min(self.depths, self.contexts, self.seeds, self.rows, self.chunk or 1, *self.lengths) < 1 or not self.lengths:
             raise ValueError(f"{self.depths=}, {self.contexts=}, {self.seeds=}, {self.lengths=}: all must be positive")
 
     @property
     def steps(self) -> int:
-        """Steps that are announced."""
+        """The number of steps, each of which calls `on_step`."""
         asked = len(self.tasks) * len(self.lengths) * self.seeds
         return asked + (len(self.lengths) * self.seeds if self.documents else 0)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What came of it.
+    """The results of an evaluation.
 
     Args:
         replies: one for each item and candidate.
-        losses: one for each text and candidate, of the length beside it.
+        losses: one for each text and candidate, with the length of the text.
     """
 
     replies: tuple[Reply, ...]
@@ -81,7 +81,7 @@ class Findings:
 
 
 def dialect_of(loaded: LoadedModel) -> Dialect:
-    """Choose the words that a model understands.
+    """Choose the dialect for a model.
 
     Args:
         loaded: the model; one without a tokenizer is the reference model.
@@ -93,7 +93,7 @@ def dialect_of(loaded: LoadedModel) -> Dialect:
 
 
 def haystack_of(loaded: LoadedModel, text: Text) -> Haystack:
-    """Cut a text into the tokens of a model.
+    """Make a haystack from a text, in the tokens of a model.
 
     Args:
         loaded: the model.
@@ -102,23 +102,23 @@ def haystack_of(loaded: LoadedModel, text: Text) -> Haystack:
     Returns:
         the haystack.
     """
-    # to a model of bytes every byte is a character
+    # for a byte-level model every byte is a character
     return Haystack.of(text.data.decode("latin-1") if loaded.tokenizer is None else text.words(), dialect_of(loaded))
 
 
 def evaluate(
     loaded: LoadedModel, haystack: Haystack, plan: EvaluationPlan, on_step: Callable[[str], None] = ignore
 ) -> Findings:
-    """Ask everything of everyone.
+    """Run an evaluation: every task and every continuation, with every candidate.
 
     Args:
         loaded: the model.
-        haystack: the text to hide facts in, and to read on in.
-        plan: what is evaluated.
-        on_step: told what runs next.
+        haystack: the text for hidden facts and continuations.
+        plan: the settings.
+        on_step: called before each step with its name.
 
     Returns:
-        what came of it.
+        the results.
     """
     replies: list[Reply] = []
     losses: list[tuple[int, Loss]] = []
@@ -139,19 +139,19 @@ def evaluate(
 
 
 def check(loaded: LoadedModel, haystack: Haystack, plan: EvaluationPlan) -> None:
-    """Find out what is wrong before anything slow begins.
+    """Check the settings before any slow work begins.
 
     Args:
         loaded: the model.
         haystack: the text.
-        plan: what is to be evaluated.
+        plan: the settings.
 
     Raises:
-        ValueError: if a length is beyond the model, too short for a question, or longer than the text.
+        ValueError: if a length is longer than the model supports, too short for a question, or longer than the text.
     """
     if too_long := [length for length in plan.lengths if length > loaded.max_length]:
-        raise ValueError(f"lengths {too_long}: {loaded.name} reads at most {loaded.max_length:,} tokens")
+        raise ValueError(f"lengths {too_long}: {loaded.name} reads at most {loaded.max_length:,} tokens; shorten them")
     for length in plan.lengths:
         needed = max(length if plan.documents else 0, Setting(haystack, length).context)
         if len(haystack.tokens) < needed:
-            raise ValueError(f"the text has {len(haystack.tokens):,} tokens and {needed:,} are needed: give a longer text")
+            raise ValueError(f"the text has {len(haystack.tokens):,} tokens, but {needed:,} are needed: give a longer text")

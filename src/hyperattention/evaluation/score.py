@@ -1,4 +1,4 @@
-"""How right an answer is, and how sure a share of right answers is."""
+"""Scores of answers, and the confidence interval of a share of correct answers."""
 
 import math
 import re
@@ -11,14 +11,14 @@ _Z = 1.959964
 
 @dataclass(frozen=True)
 class Mark:
-    """How right one answer is.
+    """The score of one answer.
 
     Args:
-        answer: what was expected.
-        said: what the model continued with.
-        depth: where in the context it was told.
-        right: whether the answer was found in what was said.
-        digits: share of its characters in the right place.
+        answer: the expected answer.
+        said: the model's continuation.
+        depth: place of the fact in the context, 0 to 1.
+        right: whether the continuation contains the answer.
+        digits: share of the answer's characters at the correct place.
     """
 
     answer: str
@@ -29,11 +29,11 @@ class Mark:
 
 
 def marks(item: Item, outputs: tuple[str, ...]) -> tuple[Mark, ...]:
-    """Compare what a model said with what was expected.
+    """Compare the outputs of a model with the expected answers.
 
     Args:
-        item: what was asked.
-        outputs: what was said, for each turn.
+        item: the item.
+        outputs: the model's continuation, for each turn.
 
     Returns:
         a mark for each answer of each turn.
@@ -46,22 +46,22 @@ def marks(item: Item, outputs: tuple[str, ...]) -> tuple[Mark, ...]:
 
 
 def _share(answer: str, said: str) -> float:
-    """Take the best of the words said."""
+    """Compute the share of correct characters, for the best word of the continuation."""
     words = re.findall(r"\w+", said)
     return max((sum(a == b for a, b in zip(answer, word, strict=False)) / len(answer) for word in words), default=0.0)
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers, with its interval.
+    """A share of correct answers, with its interval.
 
     p = (s + z^2 / 2 +- z sqrt(s (n - s) / n + z^2 / 4)) / (n + z^2)
     Source: Wilson, 1927, "Probable inference, the law of succession, and statistical inference".   Differs: nothing.
-    Guarantee: 95% on average over shares, were the answers independent; those of one context are not quite.
+    Guarantee: 95% on average over shares, if answers are independent; answers from one context are slightly dependent.
 
     Args:
-        right: right answers.
-        total: all answers.
+        right: number of correct answers.
+        total: number of all answers.
     """
 
     right: int
@@ -74,9 +74,9 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Its 95% interval."""
+        """The 95% interval of the share."""
         s, n, z2 = self.right, self.total, _Z**2
         middle, spread = s + z2 / 2, _Z * math.sqrt(s * (n - s) / n + z2 / 4)
         low, high = (middle - spread) / (n + z2), (middle + spread) / (n + z2)
-        # at the ends the formula is 0 and 1, but for rounding
+        # at the ends the formula gives 0 and 1 except for rounding
         return (0.0 if s == 0 else low), (1.0 if s == n else high)

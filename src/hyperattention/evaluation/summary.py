@@ -1,4 +1,4 @@
-"""What replies and losses say, by candidate, task, length and depth."""
+"""Summary of replies and losses, by candidate, task, length and depth."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from hyperattention.evaluation.continuation import AddedLoss, Loss, added
 from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.score import Mark, Share, marks
 
-# where exact attention itself finds fewer answers, a task is beyond the model, and says nothing of a cache
+# if exact attention finds a smaller share of answers, the task is too hard for the model and does not measure the cache
 FLOOR = 0.5
 # task, length, whether the question was visible, range of depths
 _Where = tuple[str, int, bool, int | None]
@@ -17,20 +17,20 @@ _Where = tuple[str, int, bool, int | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """How many answers were found, of one candidate, task, length and range of depths.
+    """The share of answers found, for one candidate, task, length and range of depths.
 
     Args:
-        candidate: through whose cache.
+        candidate: the candidate whose cache was used.
         task: name of the task.
-        length: tokens that an item may take.
-        visible: whether the question was there when the cache was compressed.
-        depth: number of the range of depths; None for all together.
-        share: answers found.
-        digits: mean share of characters in the right place.
-        ceiling: answers found with exact attention.
+        length: largest number of tokens of an item.
+        visible: whether the question was part of the text when the cache was compressed.
+        depth: number of the range of depths; None for all ranges together.
+        share: share of answers found.
+        digits: mean share of characters at the correct place.
+        ceiling: share of answers found with exact attention.
         memory_bytes: mean bytes of the cache of an item.
-        seconds: mean time of a token, its share of the batch.
-        approximated: attention calls that read a compressed cache.
+        seconds: mean time of one token, divided by the rows of the batch.
+        approximated: number of attention calls that read a compressed cache.
     """
 
     candidate: CacheCandidate
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def beyond(self) -> bool:
-        """Whether the task is beyond the model here."""
+        """Whether the task is too hard for the model here."""
         return self.ceiling.value < FLOOR
 
     @property
@@ -58,14 +58,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Loss added on the continuation of texts, of one candidate and length.
+    """The added loss on the continuation of texts, for one candidate and length.
 
     Args:
-        candidate: through whose cache.
+        candidate: the candidate whose cache was used.
         length: tokens of a text.
-        added: the loss.
+        added: the added loss.
         memory_bytes: mean bytes of the cache of a text.
-        approximated: attention calls that read a compressed cache.
+        approximated: number of attention calls that read a compressed cache.
     """
 
     candidate: CacheCandidate
@@ -81,11 +81,11 @@ class Continuation:
 
 
 def range_of(depth: float, depths: int) -> int:
-    """Return in which range a depth lies.
+    """Return the range that contains a depth.
 
     Args:
-        depth: from 0 to 1.
-        depths: ranges.
+        depth: the depth, from 0 to 1.
+        depths: number of ranges.
 
     Returns:
         the number of the range.
@@ -94,11 +94,11 @@ def range_of(depth: float, depths: int) -> int:
 
 
 def cells(replies: Iterable[Reply], depths: int) -> tuple[Cell, ...]:
-    """Sort answers by candidate, task, length, visibility and depth.
+    """Group answers by candidate, task, length, visibility and depth.
 
     Args:
-        replies: of all candidates, exact attention among them.
-        depths: ranges of depth.
+        replies: the replies of all candidates, including exact attention.
+        depths: number of ranges of depth.
 
     Returns:
         a cell for each range, and one over all ranges.
@@ -129,7 +129,7 @@ def continuations(losses: Sequence[tuple[int, Loss]]) -> tuple[Continuation, ...
     """Pool losses by candidate and length.
 
     Args:
-        losses: each with the length of its text.
+        losses: the losses, each with the length of its text.
 
     Returns:
         one for each candidate and length.

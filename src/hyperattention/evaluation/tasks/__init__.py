@@ -1,4 +1,4 @@
-"""Tasks, one family a file: what is hidden in a context, and what is asked."""
+"""Tasks, one family in each file: the facts hidden in a context, and the questions."""
 
 from collections.abc import Callable
 from types import MappingProxyType

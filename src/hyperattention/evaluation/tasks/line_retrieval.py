@@ -1,24 +1,24 @@
-"""Line retrieval: a context of nothing but facts, the hardest haystack for a fact."""
+"""Line retrieval: a context that contains only facts."""
 
 from hyperattention.evaluation.item import Item, Turn
 from hyperattention.evaluation.tasks.setting import Setting
 
-# keys that every dialect has
+# number of different keys that every dialect can draw
 _MOST = 17_000
 
 
 def line_retrieval(setting: Setting) -> tuple[Item, ...]:
-    """Fill the context with facts, one a line, and ask for some at every depth.
+    """Fill the context with facts, one in each line, and ask for one fact at every depth.
 
     Source: the line retrieval of LongEval (Li et al., 2023, LongChat), on which Zandieh et al., 2024 (arXiv:2402.06082)
-    judge caches.   Differs: the words; lines are asked for at every depth; what is left at the end of the context is
-    ordinary text.
+    evaluate caches.   Differs: the words; questions about lines at every depth; the rest of the context after the last
+    line is ordinary text.
 
     Args:
-        setting: what for.
+        setting: the text, the length and the numbers of contexts and depths.
 
     Returns:
-        an item a context and depth.
+        one item for each context and depth.
     """
     rng, items, dialect = setting.rng("lines"), [], setting.haystack.dialect
     for _ in range(setting.contexts):

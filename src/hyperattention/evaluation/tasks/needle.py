@@ -1,4 +1,4 @@
-"""Needles in a haystack: facts among ordinary text, one or several of which are asked for."""
+"""Needles in a haystack: facts hidden in ordinary text, and questions about one or several of them."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from hyperattention.evaluation.haystack import hide
 from hyperattention.evaluation.item import Item, Turn
 from hyperattention.evaluation.tasks.setting import Setting
 
-# tokens of context for each distracting fact: as many as the reference model was trained with
+# tokens of context for each distracting fact, as in the training of the reference model
 _TOKENS_PER_KEY = 128
 # values of one key, and keys of one item
 _SEVERAL = 4
@@ -22,15 +22,15 @@ class _Fact:
 
 
 def single(setting: Setting) -> tuple[Item, ...]:
-    """Hide one fact, at every depth in turn, in a context of its own.
+    """Hide one fact in each context, at every depth in turn.
 
     Source: the single needle of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: the words.
 
     Args:
-        setting: what for.
+        setting: the text, the length and the numbers of contexts and depths.
 
     Returns:
-        an item a context and depth.
+        one item for each context and depth.
     """
     rng, items = setting.rng("single"), []
     for _ in range(setting.contexts):
@@ -41,16 +41,16 @@ def single(setting: Setting) -> tuple[Item, ...]:
 
 
 def multi_key(setting: Setting) -> tuple[Item, ...]:
-    """Hide many facts of the same form, and ask for each: all others distract.
+    """Hide many facts of the same form, and ask for each of them; the others are distractors.
 
-    Source: the multi-key needle of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: every key is asked for, so that
-    one reading of a context answers many items.
+    Source: the multi-key needle of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: there is a question for every
+    key, so one reading of a context answers many items.
 
     Args:
-        setting: what for.
+        setting: the text, the length and the numbers of contexts and depths.
 
     Returns:
-        an item a context and key, with keys at every depth.
+        one item for each context and key, with keys at every depth.
     """
     rng, items = setting.rng("multi-key"), []
     for _ in range(setting.contexts):
@@ -60,38 +60,38 @@ def multi_key(setting: Setting) -> tuple[Item, ...]:
 
 
 def multi_query(setting: Setting) -> tuple[Item, ...]:
-    """Hide many facts of the same form, and ask for several of them one after another, answers in between.
+    """Hide many facts of the same form, and ask for several of them one after another, each followed by its answer.
 
-    Source: the multi-query needle of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: a turn for each key, so that
-    later questions find a cache that went on.
+    Source: the multi-query needle of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: one turn for each key, so
+    the cache of later questions also contains earlier questions and answers.
 
     Args:
-        setting: what for.
+        setting: the text, the length and the numbers of contexts and depths.
 
     Returns:
-        items of four keys each, at depths that differ.
+        items of four keys each, at different depths.
     """
     rng, items = setting.rng("multi-query"), []
     for _ in range(setting.contexts):
         num = max(_SEVERAL, _num_keys(setting) // _SEVERAL * _SEVERAL)
         facts = _told(setting.spread(num, rng), setting, rng)
-        # item i asks for facts a quarter of the context apart, in an order of its own
+        # item i asks for facts a quarter of the context apart, in a random order
         groups = [rng.sample(facts[first :: num // _SEVERAL], _SEVERAL) for first in range(num // _SEVERAL)]
         items += _items("multi-query", groups, _hidden(facts, setting, rng), setting)
     return tuple(items)
 
 
 def multi_value(setting: Setting) -> tuple[Item, ...]:
-    """Give one key several values, and ask for all of them; other keys with several values distract.
+    """Hide several values of one key, and ask for all of them; other keys with several values are distractors.
 
-    Source: the multi-value needle of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: one context serves a key for
-    every depth.
+    Source: the multi-value needle of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: one context contains a key
+    for every depth.
 
     Args:
-        setting: what for.
+        setting: the text, the length and the numbers of contexts and depths.
 
     Returns:
-        an item a context and key.
+        one item for each context and key.
     """
     rng, items, dialect = setting.rng("multi-value"), [], setting.haystack.dialect
     for _ in range(setting.contexts):
@@ -122,7 +122,7 @@ def _hidden(facts: Sequence[_Fact], setting: Setting, rng: random.Random) -> tup
 
 
 def _items(task: str, groups: Sequence[Sequence[_Fact]], context: tuple[int, ...], setting: Setting) -> list[Item]:
-    """Ask for each group of facts, a turn for each fact."""
+    """Make one item for each group of facts, with one turn for each fact."""
     dialect = setting.haystack.dialect
 
     def turn(fact: _Fact) -> Turn:

@@ -1,4 +1,4 @@
-"""What every task is told: how long, how deep, how many."""
+"""The settings of every task: length, depths and number of contexts."""
 
 import random
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from hyperattention.evaluation.haystack import Haystack
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task makes items for.
+    """The settings from which a task makes items.
 
     Args:
-        haystack: the text, and how facts are told.
-        length: tokens that context, questions and answers may take together.
-        depths: ranges of depth, of equal size.
-        contexts: how many contexts of each kind.
-        seed: of texts, keys, values and places.
+        haystack: the text, and the dialect of the facts.
+        length: largest number of tokens of context, questions and answers together.
+        depths: number of ranges of depth, of equal size.
+        contexts: number of contexts of each kind.
+        seed: seed of texts, keys, values and places.
     """
 
     haystack: Haystack
@@ -26,10 +26,10 @@ class Setting:
 
     @property
     def context(self) -> int:
-        """Tokens of a context.
+        """The number of tokens of a context.
 
         Raises:
-            ValueError: if there is nothing left for one.
+            ValueError: if questions and answers leave no tokens for a context.
         """
         if self.length <= 2 * self.haystack.dialect.reserve:
             raise ValueError(
@@ -39,22 +39,22 @@ class Setting:
         return self.length - self.haystack.dialect.reserve
 
     def rng(self, task: str) -> random.Random:
-        """Give a source of chance for one task, the same every time.
+        """Make the random generator of one task; equal settings give equal generators.
 
         Args:
-            task: its name.
+            task: the name of the task.
 
         Returns:
-            the source.
+            the random generator.
         """
         return random.Random(f"{task} {self.length} {self.seed}")
 
     def spread(self, num: int, rng: random.Random) -> list[float]:
-        """Spread depths evenly, each somewhere within its share.
+        """Draw one random depth in each of `num` equal ranges.
 
         Args:
-            num: how many.
-            rng: the source of where.
+            num: number of depths.
+            rng: the random generator.
 
         Returns:
             the depths, ascending.

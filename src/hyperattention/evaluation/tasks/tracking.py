@@ -1,4 +1,4 @@
-"""Variable tracking: keys that have the value of another key, and so on to one that has a value of its own."""
+"""Variable tracking: chains of keys, in which each key has the value of the key before, and the first key has a value."""
 
 from hyperattention.evaluation.haystack import hide
 from hyperattention.evaluation.item import Item, Turn
@@ -9,16 +9,16 @@ _LINKS = 4
 
 
 def tracking(setting: Setting) -> tuple[Item, ...]:
-    """Hide chains of keys, each of which has the value of the one before, and ask for the value of the last.
+    """Hide chains of keys, in which each key has the value of the key before, and ask for the value of the last key.
 
-    Source: variable tracking of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: the last key's value is asked for,
-    not all keys of a value; the other chains distract, one for every depth.
+    Source: variable tracking of Hsieh et al., 2024 (arXiv:2404.06654), RULER.   Differs: the question asks for the value
+    of the last key, not for all keys of a value; the other chains are distractors, with one chain for every depth.
 
     Args:
-        setting: what for.
+        setting: the text, the length and the numbers of contexts and depths.
 
     Returns:
-        an item a context and chain; its depth is that of the value.
+        one item for each context and chain; the depth of an item is that of the value.
     """
     rng, items, dialect = setting.rng("tracking"), [], setting.haystack.dialect
     for _ in range(setting.contexts):
@@ -27,7 +27,7 @@ def tracking(setting: Setting) -> tuple[Item, ...]:
         facts, asked = [], []
         for start in setting.spread(num, rng):
             chain, value = [keys.pop() for _ in range(_LINKS)], dialect.value(rng)
-            # links follow the value in their order, anywhere behind it
+            # the links are at random places after the value, in the order of the chain
             depths = sorted(start + (1 - start) * rng.random() for _ in chain[1:])
             facts.append((start, dialect.fact(chain[0], value)))
             links = zip(depths, chain[1:], chain[:-1], strict=True)
