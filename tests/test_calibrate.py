@@ -224,7 +224,7 @@ def test_settings_and_models_that_cannot_be_calibrated_are_refused(
     for wrong in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match="give a relative error between 0 and 1"):
             CalibrationSettings(wrong)
-    with pytest.raises(ValueError, match="begin it with Exact"):
+    with pytest.raises(ValueError, match="put Exact"):
         CalibrationSettings(ladder=(NARROW,))
     windowed = LoadedModel(build("Mistral", {"sliding_window": 48}), "a windowed model")
     with pytest.raises(ValueError, match="no attention call of a windowed model can be approximated"):

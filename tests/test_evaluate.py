@@ -54,7 +54,7 @@ def test_rows_list_the_same_pairs_as_the_method_judged(method: ha.Method) -> Non
 def test_a_control_needs_a_window_and_slots_to_draw() -> None:
     with pytest.raises(ValueError, match="no Sinks or no Window"):
         control_of(ha.Method(ha.Sinks(4), ha.Draw(8)))
-    with pytest.raises(ValueError, match="nothing for its control to draw"):
+    with pytest.raises(ValueError, match="its control has no draws"):
         control_of(ha.Method(ha.Sinks(4), ha.Window(16)))
 
 
@@ -165,9 +165,9 @@ def test_every_row_is_judged_beside_exact_attention(loaded: LoadedModel, samples
 def test_evaluation_needs_samples_and_exact_attention_first(
     loaded: LoadedModel, samples: tuple[EvaluationSample, ...]
 ) -> None:
-    with pytest.raises(ValueError, match="at least one, and exact attention first"):
+    with pytest.raises(ValueError, match="at least one sample, and exact attention as first row"):
         evaluate(loaded, (), rows(SMALL))
-    with pytest.raises(ValueError, match="at least one, and exact attention first"):
+    with pytest.raises(ValueError, match="at least one sample, and exact attention as first row"):
         evaluate(loaded, samples, rows(SMALL)[1:])
 
 

@@ -30,7 +30,7 @@ def test_a_journal_of_other_settings_is_refused_and_kept(tmp_path: Path) -> None
     here = {"seed": 0, "text": "b" * 64, "versions": {"torch": "2.6", "other": "1"}, "threads": 1}
     Journal(path, there).add(ONE)
     kept = path.read_text()
-    said = "(another text; threads 2 there and 1 here; versions torch 2.5 there and 2.6 here): calibrate as then to go on"
+    said = "(another text; threads 2 there and 1 here; versions torch 2.5 there and 2.6 here): use the same settings"
     with pytest.raises(ValueError, match=re.escape(said)):
         Journal(path, here)
     assert path.read_text() == kept

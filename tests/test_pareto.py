@@ -361,7 +361,7 @@ def test_errors_are_measured_on_as_many_documents_as_seeds(reference: Path) -> N
     [
         (("--budgets", "512,12x"), "whole and positive"),
         (("--budgets", "0"), "whole and positive"),
-        (("--budgets", "40"), "name a larger one"),
+        (("--budgets", "40"), "is too small: give at least"),
         (("--methods", "control,nothing"), "no method is called nothing"),
         (("--length", 8192), "64 to 4,096"),
     ],

@@ -1,1 +1,1 @@
-"""Measurements: time, memory and error side by side, as the command line and the committed figures take them."""
+"""Measurements of time, memory and error, for the command line and for the committed figures."""

@@ -1,4 +1,4 @@
-"""One attention call, as a model makes it, that any method can be asked to answer."""
+"""One attention call of a model, which any method can run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from hyperattention.bench.candidates import Candidate
 
 @dataclass(frozen=True)
 class BenchCall:
-    """One causal attention call that all methods answer.
+    """One causal attention call that all methods run.
 
     Args:
         q: queries.
         k: keys, as many as queries.
         v: values.
-        scale: factor of the scores; 1 / sqrt(head_dim) if None.
-        layer: layer of a model, a counter of every draw.
-        seed: of draws and of the rows audited; calls of another document or other inputs have another.
+        scale: factor of the scores; None for 1 / sqrt(head_dim).
+        layer: layer of the model; every draw depends on it.
+        seed: seed of draws and of the audited rows; each document, and each set of inputs, has its own seed.
     """
 
     q: Float[Tensor, "1 heads queries head_dim"]
@@ -33,11 +33,11 @@ class BenchCall:
 
     @property
     def described(self) -> dict[str, object]:
-        """Seed, layer and shapes, for records."""
+        """Seed, layer and shapes of the call, for records."""
         return {"seed": self.seed, "layer": self.layer, "q": tuple(self.q.shape), "k": tuple(self.k.shape)}
 
     def answer(self, candidate: Candidate) -> Callable[[], Tensor]:
-        """Bind a method to the call; exact attention is torch's own function, called directly."""
+        """Return a function that runs a method on the call; exact attention is a direct call of torch's function."""
         q, k, v, shared = self.q, self.k, self.v, self.q.shape[1] != self.k.shape[1]
         if candidate.exact:
             return lambda: scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)

@@ -1,4 +1,4 @@
-"""Who takes part in a comparison over budgets: exact attention once, and every method at every budget."""
+"""The candidates of a comparison over budgets: exact attention once, and every method at every budget."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,10 +31,10 @@ class Candidate:
     """One method at one budget.
 
     Args:
-        family: the method, whatever its budget.
+        family: the name of the method without its budget.
         title: the family's name in tables and plots.
-        slots: keys it may list a query; None for exact attention, which has no budget.
-        row: what runs, named for family and budget.
+        slots: largest number of keys listed for a query; None for exact attention, which has no budget.
+        row: the method with its budget, named after both.
     """
 
     family: str
@@ -44,47 +44,47 @@ class Candidate:
 
     @property
     def exact(self) -> bool:
-        """Whether it is what errors are measured by."""
+        """Whether the candidate is exact attention, the reference of all errors."""
         return isinstance(self.row.method, Exact)
 
     @property
     def oracle(self) -> bool:
-        """Whether it chooses by what no method knows before attending."""
+        """Whether the candidate selects keys by their exact weights, which no method knows before attention."""
         return "oracle" in self.title
 
 
 def candidates(budgets: Sequence[int], families: Sequence[str] | None = None) -> tuple[Candidate, ...]:
-    """List exact attention first, then for each budget what must be beaten, the rivals, and this project's methods.
+    """List exact attention, and then for each budget the baselines, the rivals, and this project's methods.
 
     Args:
-        budgets: keys listed a query.
-        families: names of the methods wanted; None for all. Exact attention always takes part.
+        budgets: numbers of keys listed for each query.
+        families: names of the methods; None for all. Exact attention is always included.
 
     Returns:
         the candidates, by budget.
 
     Raises:
-        ValueError: if there is no budget, one is too small or there twice, or a name is unknown.
+        ValueError: if there is no budget, a budget is too small or occurs twice, or a name is unknown.
     """
     if not budgets or len(set(budgets)) < len(budgets):
-        raise ValueError(f"budgets {list(budgets)}: name at least one, and each once, such as 512,1024,2048")
+        raise ValueError(f"budgets {list(budgets)}: give at least one budget, and each only once, such as 512,1024,2048")
     found = [Candidate(EXACT, "exact (SDPA)", None, Row(EXACT, "exact (SDPA)", Exact()))]
     known = _makers(LEAST)
     unknown = [name for name in families or () if name != EXACT and name not in known]
     if unknown:
-        raise ValueError(f"no method is called {', '.join(unknown)}: choose among {', '.join([EXACT, *known])}")
+        raise ValueError(f"no method is called {', '.join(unknown)}: choose from {', '.join([EXACT, *known])}")
     for slots in budgets:
-        # only what takes part is made: others may need more slots
+        # only the requested methods are made, because others may need more slots
         wanted = (make for name, make in _makers(slots).items() if families is None or name in families)
         found += [_candidate(make(), slots) for make in wanted]
     return tuple(found)
 
 
 def own_methods() -> dict[str, Method]:
-    """Give this project's methods at their usual budgets, by name."""
+    """Return this project's methods at their usual budgets, by name."""
     usual, careful, lean = find_default(), thorough_method(LONG), lean_method(LONG)
     if not isinstance(careful, Method) or not isinstance(lean, Method):
-        raise TypeError(f"{careful!r} and {lean!r}: budgets can only be set for a Method")
+        raise TypeError(f"{careful!r} and {lean!r}: a budget can be set only for a Method")
     scans = {f"scan_{num}": _scanning(careful, num) for num in (64, 16)}
     return {"thorough": careful} | scans | {OURS: usual, "lean": lean}
 
@@ -92,31 +92,31 @@ def own_methods() -> dict[str, Method]:
 def _scanning(careful: Method, pooled: int) -> Method:
     *others, draw = careful.stages
     if not isinstance(draw, Draw) or not isinstance(draw.by, KeyScan):
-        raise TypeError(f"the thorough method is {careful!r}: it does not end in draws by a scan")
+        raise TypeError(f"the thorough method is {careful!r}: its last stage must be a Draw by KeyScan")
     return Method(*others, replace(draw, by=replace(draw.by, pooled=pooled)), tile=careful.tile)
 
 
 def at_budget(method: Method, slots: int) -> Method:
-    """Give a method another budget: fewer draws or more; a window smaller where draws would have less than it.
+    """Change the budget of a method: the number of draws, and the window if it would be larger than the draws.
 
     Args:
-        method: sinks, a window and draws.
-        slots: keys it lists a query.
+        method: a method of sinks, a window and draws.
+        slots: number of keys listed for each query.
 
     Returns:
-        the method, at its own budget unchanged.
+        the method at the new budget; at its own budget the method is unchanged.
 
     Raises:
-        ValueError: if the budget leaves nothing to draw.
-        TypeError: if the method does not end in draws after sinks and a window.
+        ValueError: if the budget leaves no draws.
+        TypeError: if the method is not sinks and a window followed by draws.
     """
     *others, draw = method.stages
     if not isinstance(draw, Draw) or not all(isinstance(stage, (Sinks, Window)) for stage in others):
-        raise TypeError(f"the method is {method!r}: budgets can only be set for sinks, a window and draws")
-    # a window lists its tile as well
+        raise TypeError(f"the method is {method!r}: a budget can be set only for sinks, a window and draws")
+    # a window also lists the keys of its tile
     fixed = sum(stage.slots(method.tile) - (stage.size if isinstance(stage, Window) else 0) for stage in others)
     if slots < fixed + 2:
-        raise ValueError(f"a budget of {slots} keys a query: the method needs {fixed + 2}; name a larger one")
+        raise ValueError(f"a budget of {slots} keys a query is too small: give at least {fixed + 2}")
     spare = slots - fixed
     sized = [replace(stage, size=min(stage.size, spare // 2)) if isinstance(stage, Window) else stage for stage in others]
     left = slots - sum(stage.slots(method.tile) for stage in sized)
@@ -124,7 +124,7 @@ def at_budget(method: Method, slots: int) -> Method:
 
 
 def _makers(slots: int) -> dict[str, Callable[[], Row]]:
-    """List what must be beaten, the rivals and this project's methods, by name, each to be made when it takes part."""
+    """List the baselines, the rivals and this project's methods by name, with a function that makes each."""
     methods = own_methods()
 
     def ours() -> Method:
@@ -141,7 +141,7 @@ def _makers(slots: int) -> dict[str, Callable[[], Row]]:
         CONTROL: lambda: Row(CONTROL, "control: + uniform draws", control_of(ours())),
         "published": lambda: Row("published", "HyperAttention, published", _published(slots)),
     }
-    # the control of the default is the one that its claims are about
+    # only the control of the default is included, because the claims compare the default with it
     others = {row.name: partial(rival, row.name) for row in rivals(LEAST) if row.name not in first}
     return first | others | {name: partial(own, name) for name in methods}
 
@@ -151,7 +151,7 @@ def _published(slots: int) -> HyperAttention:
 
 
 def _window_at(slots: int, ours: Method) -> Method:
-    """Spend a whole budget on sinks and window."""
+    """Make a method that uses the complete budget for sinks and window."""
     sinks = next(stage for stage in ours.stages if isinstance(stage, Sinks))
     return Method(sinks, Window(slots - sinks.slots(ours.tile) - ours.tile), tile=ours.tile)
 

@@ -1,4 +1,4 @@
-"""One case of a benchmark: its inputs, and the call that is timed."""
+"""One case of a benchmark: its inputs and its timed call."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes, and what is done with them.
+    """The shapes and the kind of a call.
 
     Args:
-        length: tokens, as many queries as keys.
-        heads: query heads, from diffuse to sharp.
-        kv_heads: key and value heads.
-        head_dim: channels.
+        length: number of tokens: of queries and of keys.
+        heads: number of query heads, from diffuse to sharp.
+        kv_heads: number of key and value heads.
+        head_dim: width of a head.
         causal: whether queries see only earlier keys.
-        backward: whether gradients of q, k and v are taken as well.
-        seed: of inputs and draws.
+        backward: whether the call also computes gradients of q, k and v.
+        seed: seed of inputs and draws.
     """
 
     length: int
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Say in words what varies between cases."""
+        """The properties that differ between cases, in words."""
         parts = [
             "causal" if self.causal else "non-causal",
             "forward + backward" if self.backward else "forward",
@@ -49,14 +49,14 @@ class Case:
         return ", ".join(parts)
 
     def structured_inputs(self) -> Inputs:
-        """Make inputs with the statistics of real models, on which errors mean something."""
+        """Make inputs with the statistics of real models, for measurements of error."""
         made = structured(
             self.length, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, seed=self.seed
         )  # fmt: skip
         return self._with_gradients((made.q, made.k, made.v))
 
     def plain_inputs(self) -> Inputs:
-        """Make inputs in place, so that making them leaves no memory behind for the call to reuse."""
+        """Make inputs in place, so that no freed memory is left that the call could reuse."""
         sizes = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (
             torch.arange(h * self.length * self.head_dim, dtype=torch.float32, device="cpu")
@@ -71,10 +71,10 @@ class Case:
         return q, k, v
 
     def call(self, method: AttentionMethod, inputs: Inputs) -> Callable[[], Tensor]:
-        """Bind a method to inputs.
+        """Return a function that runs a method on inputs.
 
         Args:
-            method: what runs; exact attention is torch's own function, called directly.
+            method: the method to run; exact attention is a direct call of torch's function.
             inputs: queries, keys and values.
 
         Returns:

@@ -1,4 +1,4 @@
-"""One measured error out of many audits: the mean over calls, with a 95% interval."""
+"""The mean error over the audits of several calls, with a 95% interval."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ class Error:
 
     Args:
         mean: mean over calls, heads and sampled rows.
-        low: low end of the interval.
-        high: high end of the interval.
-        rows: rows sampled a head in each call.
-        calls: calls audited.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        rows: number of rows sampled for each head in each call.
+        calls: number of audited calls.
     """
 
     mean: float
@@ -29,14 +29,15 @@ class Error:
 def pool(reports: Sequence[ErrorReport]) -> Error | None:
     """Average the audits of several calls, whose rows were drawn with different seeds.
 
-    mean = sum_c e_c / C;  low = mean - sqrt(sum_c (e_c - low_c)^2) / C, and likewise above
-    Heads of one call share their rows, so their half-widths are averaged; calls are independent, so theirs add in squares.
+    mean = sum_c e_c / C;  low = mean - sqrt(sum_c (e_c - low_c)^2) / C;  high = mean + sqrt(sum_c (high_c - e_c)^2) / C
+    Heads of one call share their rows, so their half-widths are averaged. Calls are independent, so the squares of their
+    half-widths are added.
 
     Args:
-        reports: one audit a call.
+        reports: one audit for each call.
 
     Returns:
-        the mean with its interval; None where nothing was audited.
+        the mean with its interval; None without audits.
     """
     if not reports:
         return None

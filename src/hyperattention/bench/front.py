@@ -1,4 +1,4 @@
-"""Who is beaten by whom: the Pareto front of time and error, and errors at equal time."""
+"""The Pareto front of time and error, and errors at equal time."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ Spot = tuple[float, float]
 
 
 def on_front(spots: Sequence[Spot]) -> tuple[bool, ...]:
-    """Return which spots are on the Pareto front: no other is as good in both, and better in one.
+    """Return which spots are on the Pareto front: no other spot is at least as good in both values and better in one.
 
     Args:
-        spots: what each took, and how far it was off; a value that is no number is beaten by every number.
+        spots: time and error of each method; NaN is worse than every number.
 
     Returns:
-        one answer a spot; equal spots get the same.
+        one boolean for each spot; equal spots get the same result.
     """
     known = [tuple(math.inf if math.isnan(value) else value for value in spot) for spot in spots]
     return tuple(not any(_beats(other, spot) for other in known) for spot in known)
@@ -26,18 +26,18 @@ def _beats(other: tuple[float, ...], spot: tuple[float, ...]) -> bool:
 
 
 def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
-    """Read off a method's error in a given time, from what it did at several budgets.
+    """Interpolate a method's error at a given time, from its times and errors at several budgets.
 
-    Between two budgets log(error) is taken as linear in log(time), and beyond the last as going on with the mean slope from
-    the first to the last, which the noise of single times hardly moves. A budget that takes longer than another and errs
-    more is left out, for it would not be chosen.
+    Between two budgets, log(error) is linear in log(time). After the last budget, the extrapolation uses the mean slope
+    from the first to the last budget, because noise in single times changes this slope little. A budget with both a longer
+    time and a larger error than another budget is left out.
 
     Args:
-        seconds: the time there is.
+        seconds: the available time.
         curve: time and error at each budget, in any order.
 
     Returns:
-        the error; None where even the smallest budget takes longer.
+        the error; None if the smallest budget takes longer.
     """
     best: list[Spot] = []
     for spot in sorted(curve):
@@ -47,7 +47,7 @@ def error_at(seconds: float, curve: Sequence[Spot]) -> float | None:
         return None
     for (t0, e0), (t1, e1) in pairwise(best):
         if t0 <= seconds < t1:
-            # an error of 0 has no logarithm, and is reached at its own time alone
+            # an error of 0 has no logarithm, so it is reached only at the time of its own budget
             share = math.log(seconds / t0) / math.log(t1 / t0)
             return e0 * (e1 / e0) ** share if e1 > 0 else e0
     (t0, e0), (t1, e1) = best[0], best[-1]

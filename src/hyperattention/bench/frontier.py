@@ -1,4 +1,4 @@
-"""Time and error of many methods on the same attention calls: exact rows are computed once a call, for all of them."""
+"""Time and error of many methods on the same attention calls; exact rows are computed once a call for all methods."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ from hyperattention.error.report import ErrorReport
 from hyperattention.error.sampled_rows import measure_rows
 from hyperattention.methods.base import Cost
 
-# methods are compared on stretches of a call, each longer than a tile, whose rows share their draws
+# methods are compared on stretches of a call; a stretch is longer than a tile, because the rows of a tile share draws
 _STRETCHES, _STRETCH_SIZE = 32, 128
 _FIGURES = ("relative_error", "percentile_95_bound", "operator_error")
 
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """How carefully to measure.
+    """The settings of the measurement.
 
     Args:
-        audit_rows: rows of each output compared with exact attention.
-        repeats: rounds of interleaved timing; an oracle takes part in one.
-        timed: calls that are timed, the first ones.
+        audit_rows: rows of each output that are compared with exact attention.
+        repeats: rounds of interleaved timing; an oracle is timed in one round.
+        timed: number of timed calls, from the first on.
     """
 
     audit_rows: int = 256
@@ -39,20 +39,20 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """What one method at one budget did on all calls.
+    """The results of one method at one budget on all calls.
 
     Args:
         candidate: the method and its budget.
-        label: its name, with a remark where it saved no pairs.
-        approximated: whether it listed fewer pairs than exact attention.
-        cost: pairs listed, and spent on choosing.
-        timing: seconds of each round, summed over the calls timed.
-        error: mean relative error over rows, heads and calls; 0 for exact attention, which errors are measured by.
-        figures: for each figure of the audit its values, a call and head at a time: the mean relative error, the bound of
+        label: the name, with a remark if the method saved no pairs.
+        approximated: whether the method listed fewer pairs than exact attention.
+        cost: pairs listed, and dot products of the selection.
+        timing: seconds of each round, summed over the timed calls.
+        error: mean relative error over rows, heads and calls; 0 for exact attention, the reference of all errors.
+        figures: for each figure of the audit, its value for each call and head: the mean relative error, the bound of
             its 95th percentile, the error in the paper's norm.
-        interval: ends of the error's 95% interval, a call and head at a time.
-        pieces: the error averaged over heads, in each stretch of each call: what methods are compared on.
-        front: whether no other method is as fast and errs as little, and better in one.
+        interval: lower and upper ends of the error's 95% interval, for each call and head.
+        pieces: the error averaged over heads, in each stretch of each call; methods are compared on these values.
+        front: whether the point is on the Pareto front of time and error.
         calls: seed, layer and shapes of each call.
     """
 
@@ -78,7 +78,7 @@ class Point:
         return max(max(call) for call in self.figures["relative_error"])
 
     def record(self) -> dict[str, object]:
-        """Give all of it as one record."""
+        """Return all results as one record."""
         low, high = self.timing.quartiles
         return {
             "row": self.candidate.row.name, "family": self.candidate.family, "title": self.candidate.title,
@@ -96,21 +96,21 @@ class Point:
 
 @dataclass(frozen=True)
 class _Judged:
-    """One output: what its audit says, and its error in each stretch."""
+    """The audit of one output, and its error in each stretch."""
 
-    figures: dict[str, tuple[float, ...]]  # a head at a time
+    figures: dict[str, tuple[float, ...]]  # one value for each head
     interval: tuple[tuple[float, ...], tuple[float, ...]]
     pieces: tuple[float, ...]
     report: ErrorReport | None = None
 
 
 def steps_of(calls: Sequence[BenchCall], who: Sequence[Candidate], care: MeasureSettings) -> int:
-    """Count the steps that `measure_frontier` reports as it works."""
+    """Count the steps that `measure_frontier` reports."""
     return sum(len(calls) + min(care.timed, len(calls)) * _rounds(candidate, care) for candidate in who)
 
 
 def _rounds(candidate: Candidate, care: MeasureSettings) -> int:
-    # an oracle is slow, and its time claims nothing
+    # an oracle is slow, and no claim depends on its time
     return 1 if candidate.oracle else care.repeats
 
 
@@ -118,21 +118,21 @@ def _rounds(candidate: Candidate, care: MeasureSettings) -> int:
 def measure_frontier(
     calls: Sequence[BenchCall], who: Sequence[Candidate], care: MeasureSettings, on_step: Callable[[str], None] = ignore
 ) -> tuple[Point, ...]:
-    """Let every method answer every call: first its errors are measured, on all calls, then its time, on the first ones.
+    """Run every method on every call: first measure the errors on all calls, then the times on the first calls.
 
-    Errors of all methods on a call are taken on the same rows, so that they differ by the methods alone.
+    The errors of all methods on a call are measured on the same rows, so only the methods cause differences.
 
     Args:
-        calls: what is to be answered.
+        calls: the calls.
         who: the methods; one must be exact attention.
-        care: how carefully to measure.
-        on_step: told what comes next, `steps_of` times in all.
+        care: the settings of the measurement.
+        on_step: called before each step with its name, `steps_of` times in total.
 
     Returns:
         a point for each method and budget, in order.
 
     Raises:
-        ValueError: if there is no call, or exact attention does not take part.
+        ValueError: if there is no call, or exact attention is missing.
     """
     if not calls or not any(candidate.exact for candidate in who):
         raise ValueError(f"{len(calls)} calls and {len(who)} methods: give at least one call, and exact attention")
@@ -155,14 +155,14 @@ def _judge_all(call: BenchCall, who: Sequence[Candidate], rows: int, on_step: Ca
     sample = sample_for(call.q, call.k, rows, is_causal=True, scale=call.scale, seed=call.seed * 1009 + call.layer)
     measured = measure_rows(call.q, call.k, call.v, None, sample)
     most = max(1, min(_STRETCHES, sample.num_queries // _STRETCH_SIZE, len(sample.index)))
-    # a power of two, as numbers of rows are: pieces of equal size average to the whole
+    # a power of two, like the numbers of rows, so all pieces have the same size and their mean is the mean of all rows
     stretches = 1 << (most.bit_length() - 1)
     found = {}
     for candidate in who:
         on_step(f"{candidate.row.label}: error")
         out = call.answer(candidate)()
         if candidate.exact:
-            # what errors are measured by is not measured itself
+            # exact attention is the reference of all errors, so its error is 0 without a measurement
             none = (0.0,) * call.q.shape[1]
             found[candidate.row.name] = _Judged(dict.fromkeys(_FIGURES, none), (none, none), (0.0,) * stretches)
             continue
@@ -178,7 +178,7 @@ def _judge_all(call: BenchCall, who: Sequence[Candidate], rows: int, on_step: Ca
 def _pooled(judged: Sequence[_Judged]) -> Error:
     error = pool([each.report for each in judged if each.report is not None])
     if error is None:
-        raise ValueError("nothing was audited: there is no error to pool")
+        raise ValueError("no call was audited, so there is no error to average: give at least one call")
     return error
 
 

@@ -1,8 +1,9 @@
-"""Peak memory of one attention call, read from the operating system in a process of its own.
+"""Peak memory of one attention call, read from the operating system in a separate process.
 
-A process that measured something before has memory at hand that its next call reuses unseen; hence a fresh one each time,
-warmed up on a short input, with the high-water mark reset just before the call. Run as a module, it answers on standard
-output; ``python -m hyperattention.bench.peak_memory`` is not meant to be typed.
+A process that made an earlier measurement can reuse its freed memory, which would hide memory of the next call. Each
+measurement therefore runs in a new process, after a warm-up on a short input, and resets the peak memory of the process
+just before the call. `measure` starts this module as a process and reads the result from its standard output; users do not
+call ``python -m hyperattention.bench.peak_memory``.
 """
 
 import json
@@ -19,15 +20,15 @@ _WARM_LENGTH = 512
 
 
 def measure(case: Case, row: str, threads: int) -> int | None:
-    """Measure how many bytes a call needs beyond its inputs.
+    """Measure the bytes that a call needs beyond its inputs.
 
     Args:
-        case: the inputs and what is done with them.
-        row: name of the row in `bench.rows`, whose method runs.
-        threads: threads of the call.
+        case: the shapes and the kind of the call.
+        row: name of the row in `bench.rows` whose method runs.
+        threads: number of threads of the call.
 
     Returns:
-        bytes, outputs included; None where the process failed, for want of memory say.
+        bytes, outputs included; None if the process failed, for example from lack of memory.
     """
     question = json.dumps({"case": asdict(case), "row": row, "threads": threads})
     command = [sys.executable, "-m", "hyperattention.bench.peak_memory"]
@@ -38,7 +39,7 @@ def measure(case: Case, row: str, threads: int) -> int | None:
 def _peak_bytes() -> int:
     if _STATUS.exists():
         return next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    # macOS counts bytes, other systems kilobytes; this mark cannot be reset, so the result may be too small there
+    # macOS counts bytes, other systems kilobytes; this peak cannot be reset, so the result may be too small there
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

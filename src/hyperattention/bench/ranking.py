@@ -1,4 +1,4 @@
-"""Which differences between methods exceed the noise: neighbours compared on what both were measured on."""
+"""Rankings of methods, with tests whether the differences between neighbours are larger than the noise."""
 
 import math
 import statistics
@@ -11,14 +11,14 @@ _NORMAL = statistics.NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Step:
-    """From one method to the next worse one.
+    """The difference between one method and the next worse method.
 
     Args:
         better: the method with the smaller mean.
-        worse: the next.
-        difference: how much larger its mean is.
-        low: low end of the 95% interval of that difference; None where a single piece tells nothing of noise.
-        high: high end, or None.
+        worse: the next method.
+        difference: the mean of `worse` minus the mean of `better`.
+        low: lower end of the 95% interval of that difference; None for a single piece, which gives no estimate of noise.
+        high: upper end of the interval, or None.
     """
 
     better: str
@@ -29,21 +29,22 @@ class Step:
 
     @property
     def told_apart(self) -> bool:
-        """Whether the difference exceeds the noise."""
+        """Whether the difference is larger than the noise."""
         return self.low is not None and self.low > 0
 
 
 def rank(values: Mapping[str, Sequence[float]]) -> tuple[Step, ...]:
-    """Order methods by their mean, and compare each with the next, value by value.
+    """Order methods by their mean, and compare each method with the next, piece by piece.
 
-    d = mean_i (b_i - a_i),  interval d -+ t s / sqrt(n): what makes a piece of the inputs hard for both methods cancels, so
-    methods whose own intervals overlap may well be told apart. Takes pieces as independent and differences as normal.
+    d = mean_i (b_i - a_i),  interval d -+ t s / sqrt(n)
+    The difficulty of a piece that is common to both methods cancels, so a difference can be larger than the noise although
+    the intervals of the two methods overlap. The interval assumes independent pieces and normal differences.
 
     Args:
-        values: for each method the error, or loss, on each piece of the inputs; the pieces are the same for all.
+        values: for each method, the error or loss on each piece of the inputs; the pieces are the same for all methods.
 
     Returns:
-        a step for each two neighbours; with a single piece nothing is told apart.
+        a step for each pair of neighbours; with a single piece, no difference is larger than the noise.
 
     Raises:
         ValueError: if methods were measured on different numbers of pieces.
@@ -65,7 +66,7 @@ def _step(better: str, worse: str, values: Mapping[str, Sequence[float]]) -> Ste
 
 
 def _student(freedom: int) -> float:
-    """Approximate the 97.5% point of Student's t (Abramowitz and Stegun, 1964, 26.7.5), to 1% from 3 on."""
+    """Approximate the 97.5% point of Student's t (Abramowitz and Stegun, 1964, 26.7.5), within 1% for `freedom` >= 3."""
     z = _NORMAL
     terms = (
         (z**3 + z) / 4,
@@ -76,13 +77,14 @@ def _student(freedom: int) -> float:
 
 
 def not_told_apart(steps: Sequence[Step]) -> tuple[tuple[str, ...], ...]:
-    """Join neighbours whose difference may be noise.
+    """Group neighbours whose difference may be noise.
 
     Args:
-        steps: in order.
+        steps: the steps of a ranking, in order.
 
     Returns:
-        chains of two methods or more, the better ones first; each may equal the next, not every other.
+        chains of two or more methods, better methods first; each method may equal its neighbour, but not necessarily all
+        methods of the chain.
     """
     chains: list[list[str]] = []
     joined = False

@@ -1,4 +1,4 @@
-"""Published ways of choosing keys, each at the same number of slots: what the accuracy of ours is measured against."""
+"""Published methods for selecting keys, each at the same number of slots, for comparison with this project's methods."""
 
 from hyperattention.bench.rows import Row
 from hyperattention.methods.method import Method
@@ -18,29 +18,29 @@ from hyperattention.select.score.blocks import KeyBounds, MeanKey
 from hyperattention.select.stage import Stage
 
 _TILE, _SINKS, _WINDOW = 64, 16, 256
-# below, a rival would have fewer than a few blocks to choose
+# with fewer slots, a rival could choose only very few blocks
 LEAST = 512
-# blocks of 16 keys beat blocks of 64 for every ranking, on structured inputs
+# blocks of 16 keys gave smaller errors than blocks of 64 for every ranking, on structured inputs
 _BLOCK = 16
 
 
 def rivals(slots: int) -> tuple[Row, ...]:
-    """List the rivals: sinks and a window each, but for the oracle, and all other slots spent by the method.
+    """List the rivals: each has sinks and a window, except the oracle, and uses all other slots for its own selection.
 
-    Parameters that the papers leave open, or set for single queries, are the best of a few tried on structured inputs of
-    8,192 tokens at 1,024 slots.
+    Parameters that the papers leave open, or set for single queries, are the best of a few values tried on structured
+    inputs of 8,192 tokens at 1,024 slots.
 
     Args:
-        slots: most keys listed for a query.
+        slots: largest number of keys listed for a query.
 
     Returns:
         a row for each method, the oracle last.
 
     Raises:
-        ValueError: if there are too few slots to share out.
+        ValueError: if there are too few slots.
     """
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < LEAST:
-        raise ValueError(f"rivals(slots={slots!r}): rivals need an integer of {LEAST} slots or more to choose with")
+        raise ValueError(f"rivals(slots={slots!r}): give an integer of {LEAST} slots or more")
     rest = slots - _SINKS - _WINDOW - _TILE
     blocks, some = rest // _BLOCK, rest // 2 // _BLOCK
     slashes = (rest - 32) // _TILE

@@ -1,4 +1,4 @@
-"""The rows of every comparison: exact attention, what must be beaten at the same slots, as published, the default."""
+"""The rows of every comparison: exact attention, baselines at the same slots, published HyperAttention, the default."""
 
 from dataclasses import dataclass
 
@@ -21,9 +21,9 @@ class Row:
     """One line of a comparison.
 
     Args:
-        name: its name in records.
-        label: its name in tables and plots.
-        method: what runs.
+        name: the name in records.
+        label: the name in tables and plots.
+        method: the method of the row.
     """
 
     name: str
@@ -31,31 +31,31 @@ class Row:
     method: AttentionMethod
 
     def cost(self, length: int, is_causal: bool) -> Cost:
-        """Return what the method will spend on a sequence."""
+        """Return the cost of the method on a sequence."""
         return self.method.cost(length, is_causal=is_causal)
 
     def label_for(self, length: int, is_causal: bool, approximated: int) -> str:
-        """Name what really ran: a row that listed no fewer pairs than exact attention must not look like a saving.
+        """Return the label with a remark if the row saved no pairs, so that such a row does not look like a saving.
 
         Args:
             length: tokens of the sequence.
             is_causal: whether queries see only earlier keys.
-            approximated: attention calls that the method answered.
+            approximated: number of attention calls that ran the method.
 
         Returns:
-            the label, and a remark where exact attention ran or nothing was saved.
+            the label, with a remark if exact attention ran or no pairs were saved.
         """
         if isinstance(self.method, Exact) or self.approximates(length, is_causal, approximated):
             return self.label
         return f"{self.label} (exact ran)" if not approximated else f"{self.label} (no fewer pairs)"
 
     def approximates(self, length: int, is_causal: bool, approximated: int) -> bool:
-        """Return whether the row really shows an approximation that saves pairs."""
+        """Return whether the method ran, and listed fewer pairs than exact attention."""
         return approximated > 0 and self.cost(length, is_causal).share_of_exact < 1
 
 
 def find_default() -> Method:
-    """Give the method that ``method=None`` runs above the crossover.
+    """Return the method that ``method=None`` runs above the crossover.
 
     Returns:
         the default list of stages.
@@ -65,52 +65,52 @@ def find_default() -> Method:
     """
     method = default_method(LONG)
     if not isinstance(method, Method):
-        raise TypeError(f"the default method is {method!r}: rows at the same slots can only be made for a Method")
+        raise TypeError(f"the default method is {method!r}: rows at the same slots can be made only for a Method")
     return method
 
 
 def control_of(method: Method) -> Method:
     """Make the control: the same sinks and window, and all other slots drawn uniformly.
 
-    Source: Dwivedi et al., 2025 (arXiv:2502.07861), whose measurements make it the method to beat.   Differs: nothing.
+    Source: Dwivedi et al., 2025 (arXiv:2502.07861), the strongest baseline of that paper.   Differs: nothing.
 
     Args:
-        method: the method to be judged; it must have sinks, a window and further slots.
+        method: the evaluated method, which must have sinks, a window and further slots.
 
     Returns:
-        a method that lists as many pairs.
+        a method that lists the same number of pairs.
 
     Raises:
-        ValueError: if the method has no sinks or no window, or lists nothing else.
+        ValueError: if the method has no sinks or no window, or lists no other keys.
     """
     sinks, window = _sinks_and_window(method)
     rest = _slots(method) - sinks.slots(method.tile) - window.slots(method.tile)
     if rest < 1:
-        raise ValueError(f"{method!r} lists no slots beside sinks and window: there is nothing for its control to draw")
+        raise ValueError(f"{method!r} lists no slots beside sinks and window, so its control has no draws: add a Draw")
     return Method(sinks, window, Draw(rest, by=Uniform()), tile=method.tile)
 
 
 def window_of(method: Method) -> Method:
-    """Make sinks + window alone, as wide as the method's own: what dropping every far key costs.
+    """Make a method with only the sinks and the window of another, to measure the cost of dropping all other keys.
 
     Args:
-        method: the method to be judged; one without sinks or without a window is refused.
+        method: the evaluated method; a method without sinks or without a window is refused.
 
     Returns:
-        an incomplete method: the certain part of the one judged.
+        an incomplete method with the same sinks and window.
     """
     sinks, window = _sinks_and_window(method)
     return Method(sinks, window, tile=method.tile)
 
 
 def rows(method: Method | None = None) -> tuple[Row, ...]:
-    """List the rows of a comparison, exact attention first and the method judged last.
+    """List the rows of a comparison, exact attention first and the evaluated method last.
 
     Args:
-        method: the method judged; None for the default.
+        method: the evaluated method; None for the default.
 
     Returns:
-        five rows; the control and the last list the same number of pairs.
+        five rows; the control and the last row list the same number of pairs.
     """
     judged = find_default() if method is None else method
     return (
@@ -126,12 +126,12 @@ def _sinks_and_window(method: Method) -> tuple[Sinks, Window]:
     sinks = next((stage for stage in method.stages if isinstance(stage, Sinks)), None)
     window = next((stage for stage in method.stages if isinstance(stage, Window)), None)
     if sinks is None or window is None:
-        raise ValueError(f"{method!r} has no Sinks or no Window: its control cannot be made at the same slots")
+        raise ValueError(f"{method!r} has no Sinks or no Window, so it has no control at the same slots: add both")
     return sinks, window
 
 
 def _slots(method: Method) -> int:
     pairs = method.cost(LONG).pairs
     if pairs != round(pairs):
-        raise ValueError(f"{method!r} lists {pairs} pairs a query: a control at the same slots needs a whole number")
+        raise ValueError(f"{method!r} lists {pairs} pairs a query: a control at the same slots needs an integer number")
     return round(pairs)

@@ -17,12 +17,12 @@ from hyperattention.methods.exact import Exact
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """How carefully to measure.
+    """The settings of the measurement.
 
     Args:
-        repeats: rounds of interleaved calls, after one that warms up.
-        audit_rows: rows of each output compared with exact attention.
-        memory: whether to measure peak memory, in a process for each row.
+        repeats: rounds of interleaved calls, after one warm-up round.
+        audit_rows: rows of each output that are compared with exact attention.
+        memory: whether to measure peak memory, in a separate process for each row.
     """
 
     repeats: int = 3
@@ -32,18 +32,18 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class Speed:
-    """What one row did on one case.
+    """The results of one row on one case.
 
     Args:
         row: the row's name.
-        label: its label, with a remark where exact attention ran.
+        label: the row's label, with a remark if exact attention ran.
         method: the method, as code.
-        approximated: whether it really approximated, with fewer pairs than exact attention.
+        approximated: whether the method listed fewer pairs than exact attention.
         timing: seconds of each round.
-        ratio: how many times faster than torch's SDPA.
+        ratio: speed relative to torch's SDPA; above 1 is faster.
         error: measured error of the output; None for exact attention.
-        cost: pairs listed, and spent on choosing.
-        memory_bytes: peak memory of one call beyond its inputs; None where not measured.
+        cost: pairs listed, and dot products of the selection.
+        memory_bytes: peak memory of one call beyond its inputs; None if not measured.
     """
 
     row: str
@@ -57,7 +57,7 @@ class Speed:
     memory_bytes: int | None
 
     def record(self, case: Case) -> dict[str, object]:
-        """Give all of it as one record."""
+        """Return all results as one record."""
         low, high = self.timing.quartiles
         return {
             "case": case, "inputs": "structured", "row": self.row, "label": self.label, "method": self.method,
@@ -70,29 +70,29 @@ class Speed:
 
 
 def steps_of(rows: Sequence[Row], settings: SpeedSettings) -> int:
-    """Count the steps that `measure_speed` reports as it works."""
+    """Count the steps that `measure_speed` reports."""
     return len(rows) * (1 + settings.repeats + settings.memory)
 
 
 def measure_speed(
     case: Case, rows: Sequence[Row], settings: SpeedSettings, on_step: Callable[[str], None] = ignore
 ) -> tuple[Speed, ...]:
-    """Measure every row on the same structured inputs: outputs are audited once, then times are taken in turn.
+    """Measure every row on the same structured inputs: audit each output once, then time the rows alternately.
 
     Args:
-        case: the inputs.
-        rows: what to compare; the first must be exact attention, the base of all ratios.
-        settings: how carefully to measure.
-        on_step: told what comes next, `steps_of` times in all.
+        case: the case, which makes the inputs.
+        rows: the rows to compare; the first must be exact attention, the base of all ratios.
+        settings: the settings of the measurement.
+        on_step: called before each step with its name, `steps_of` times in total.
 
     Returns:
-        one result a row.
+        one result for each row.
 
     Raises:
         ValueError: if the first row is not exact attention.
     """
     if not isinstance(rows[0].method, Exact):
-        raise ValueError(f"the first row runs {rows[0].method!r}: it must be exact attention, the base of every ratio")
+        raise ValueError(f"the first row runs {rows[0].method!r}: put exact attention first, the base of every ratio")
     inputs = case.structured_inputs()
     calls = {row.name: case.call(row.method, inputs) for row in rows}
     errors: dict[str, Error | None] = {}
@@ -127,7 +127,7 @@ def measure_speed(
 
 def _error(case: Case, row: Row, inputs, call: Callable, rows: int) -> Error | None:
     out = call().detach()
-    # exact attention is what errors are measured against
+    # exact attention is the reference of all errors
     if not rows or isinstance(row.method, Exact):
         return None
     q, k, v = (x.detach() for x in inputs)

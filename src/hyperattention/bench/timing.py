@@ -1,4 +1,4 @@
-"""Time several calls in turn, so that whatever slows the machine down slows all of them."""
+"""Time several calls alternately, so that a slow phase of the machine affects all of them."""
 
 import statistics
 import time
@@ -9,11 +9,11 @@ Call = Callable[[], object]
 
 
 def ignore(name: str) -> None:
-    """Do nothing: the progress of measurements that nobody watches."""
+    """Do nothing; the default callback for progress."""
 
 
 def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
-    """Give the lower and upper quartile, interpolated; of a single value, twice that value."""
+    """Compute the lower and upper quartile, with interpolation; for a single value, both are that value."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -25,7 +25,7 @@ class Timing:
     """The times of one call over the rounds.
 
     Args:
-        seconds: one time a round, in order.
+        seconds: one time for each round, in order.
     """
 
     seconds: tuple[float, ...]
@@ -37,13 +37,13 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Lower and upper quartile of the seconds."""
+        """The lower and upper quartile of the seconds."""
         return quartiles(self.seconds)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster one call is than another.
+    """The ratio of the speeds of two calls.
 
     Args:
         value: ratio of the medians.
@@ -57,26 +57,28 @@ class Ratio:
 
 
 def speedup(base: Timing, other: Timing) -> Ratio:
-    """Divide the times of `base` by those of `other`, taken in the same rounds.
+    """Divide the times of `base` by those of `other`, measured in the same rounds.
 
     Args:
-        base: times of the slower call, say.
-        other: times of the call judged.
+        base: times of the reference call.
+        other: times of the evaluated call.
 
     Returns:
-        the ratio of medians, with the quartiles of the ratios round by round.
+        the ratio of the medians, with the quartiles of the ratios of single rounds.
     """
     ratios = tuple(a / b for a, b in zip(base.seconds, other.seconds, strict=True))
     return Ratio(base.median / other.median, *quartiles(ratios))
 
 
 def interleave(calls: Mapping[str, Call], repeats: int, on_call: Callable[[str], None] = ignore) -> dict[str, Timing]:
-    """Time each call once a round; each round starts with another call. Warm up first: nothing is thrown away here.
+    """Time each call once in each round; each round starts with another call.
+
+    The caller must warm up all calls first, because the first round counts.
 
     Args:
-        calls: what to time, by name.
-        repeats: rounds.
-        on_call: told the name of each call before it runs.
+        calls: the calls to time, by name.
+        repeats: number of rounds.
+        on_call: called with the name of each call before it runs.
 
     Returns:
         the times of each call, by name.
@@ -85,7 +87,7 @@ def interleave(calls: Mapping[str, Call], repeats: int, on_call: Callable[[str],
         ValueError: if `repeats` is not positive.
     """
     if repeats < 1:
-        raise ValueError(f"repeats={repeats}: it must be at least 1")
+        raise ValueError(f"repeats={repeats}: give at least 1")
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):

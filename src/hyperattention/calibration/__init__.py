@@ -1,1 +1,1 @@
-"""Calibration: a method for each layer and head, chosen by measured error and measured time, and kept as a plan."""
+"""Calibration: choose a method for each layer and head by measured error and time, and save the choice as a plan."""

@@ -1,4 +1,4 @@
-"""Calibrate a model: measure every candidate on its own text, choose by layer and head, and see what the plan does."""
+"""Calibrate a model: measure every candidate on a text, choose one for each layer and head, and measure the plan."""
 
 import hashlib
 import statistics
@@ -35,13 +35,13 @@ _PACKAGES = ("hyperattention", "torch", "transformers")
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How to calibrate.
+    """The settings of a calibration.
 
     Args:
-        tolerance: the largest mean relative error that a head may have.
-        seed: of draws.
-        repeats: rounds of interleaved timing of the finished plan, which tell how far its times can be trusted.
-        ladder: what to choose from, exact attention first; None for `candidates`.
+        tolerance: the largest allowed mean relative error of a head.
+        seed: seed of the draws.
+        repeats: rounds of interleaved timing of the finished plan; their spread shows how reliable the times are.
+        ladder: the candidates, exact attention first; None for `candidates`.
 
     Raises:
         ValueError: if the tolerance is not between 0 and 1, or the ladder does not begin with exact attention.
@@ -56,11 +56,11 @@ class CalibrationSettings:
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance {self.tolerance}: give a relative error between 0 and 1, such as 0.05")
         if self.ladder is not None and (not self.ladder or not isinstance(self.ladder[0], Exact)):
-            raise ValueError(f"ladder {self.ladder}: begin it with Exact(), which serves heads that nothing else can")
+            raise ValueError(f"ladder {self.ladder}: put Exact() first, for heads that no other method can approximate")
 
 
 def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample]) -> int:
-    """Count the steps that `calibrate` reports at most: layers that stay exact are not among them."""
+    """Compute the largest number of steps that `calibrate` reports; layers that cannot be approximated report none."""
     return fingerprint(loaded.model).num_layers * (len(samples) + 1) + len(samples)
 
 
@@ -73,26 +73,26 @@ def calibrate(
 ) -> Plan:
     """Choose a method for each layer and kv head of a model by measured error and time on this machine.
 
-    Each layer is measured on its own queries, keys and values, in a pass with exact attention, one layer in memory at a
-    time. Then the plan as a whole is timed against exact attention at every length, and its loss is measured.
-    Cost: a pass a document with every candidate in every layer, once, and one under the plan; some ten candidates' time a
-    layer for the plan's times. Resumed from the journal if interrupted.
-    Guarantee: see `choose`. The error of a whole model under its plan is not bounded by it; `Measured.added_nats` says what
-    it did to the loss.
+    Each layer is measured on its own queries, keys and values, in a pass with exact attention, with one layer in memory at
+    a time. Then the complete plan is timed against exact attention at every length, and its loss is measured.
+    Cost: for each document, one pass with every candidate in every layer, and one pass under the plan; for each layer,
+    about the time of ten candidates for the times of the plan. An interrupted calibration resumes from the journal.
+    Guarantee: see `choose`. The tolerance does not bound the error of the model's output with all layers replaced;
+    `Measured.added_nats` gives the measured effect on the loss.
 
     Args:
         loaded: the model.
-        samples: texts of one length, which the plan is for.
-        settings: how.
-        journal: where measurements are written as they are made, to go on from; never deleted here.
-        on_step: told what comes next.
+        samples: texts of one length, for which the plan is made.
+        settings: the settings of the calibration.
+        journal: the file to which each measurement is written at once, for resuming; this function never deletes the file.
+        on_step: called before each step with its name.
 
     Returns:
         the plan.
 
     Raises:
-        ValueError: if there is no text, none of the model's attention calls can be approximated, or the journal is one of
-            other settings.
+        ValueError: if there is no text, none of the model's attention calls can be approximated, or the journal was written
+            with other settings.
     """
     if not samples:
         raise ValueError("no text to calibrate on: give at least one sample")
@@ -103,8 +103,8 @@ def calibrate(
     exact_nats = _measure(loaded, samples, ladder, settings.seed, kept, on_step)
     if not kept.measurements:
         raise ValueError(
-            f"no attention call of {loaded.name} can be approximated, for what its layers ask beside plain attention: see "
-            "the counter that `use` yields; there is nothing to calibrate"
+            f"no attention call of {loaded.name} can be approximated, so there is nothing to calibrate: the counter that "
+            "`use` yields gives the reasons"
         )
     chosen = choose(kept.measurements, ladder, settings.tolerance)
     layers = {layer: method for layer, (method, _) in chosen.items()}
@@ -117,10 +117,10 @@ def _measure(
     loaded: LoadedModel, samples: Sequence[EvaluationSample], ladder: Sequence[AttentionMethod], seed: int, kept: Journal,
     on_step: Callable[[str], None],
 ) -> list[float]:  # fmt: skip
-    """Measure what the journal does not hold, in a pass with exact attention a document.
+    """Measure the layers that are not in the journal, in one pass with exact attention for each document.
 
     Returns:
-        the loss a byte of each document, which that pass tells anyway.
+        the loss a byte of each document with exact attention, from the same pass.
     """
     warm, nats, exact = False, [], Row("exact", "exact", Exact())
     for document, sample in enumerate(samples):
@@ -143,7 +143,7 @@ def _added_nats(
     loaded: LoadedModel, samples: Sequence[EvaluationSample], layers: dict[int, ByHead], exact_nats: Sequence[float],
     seed: int, on_step: Callable[[str], None],
 ) -> float:  # fmt: skip
-    """Run the whole model under its plan: how much the loss a byte of the second half grew."""
+    """Compute the added loss a byte of the second half, with the plan in all layers of the model."""
     plan, added = Row("plan", "plan", ByLayer(layers)), []
     for document, (sample, theirs) in enumerate(zip(samples, exact_nats, strict=True)):
         on_step(f"document {document + 1} of {len(samples)}: loss")
@@ -152,7 +152,7 @@ def _added_nats(
 
 
 def _describe(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings) -> dict[str, Any]:
-    """Say what the measurements depend on, beside the candidates."""
+    """Describe everything that the measurements depend on, except the candidates."""
     tokens = str([sample.tokens.tolist() for sample in samples]).encode()
     return {
         "model": asdict(fingerprint(loaded.model)),
@@ -167,13 +167,13 @@ def _describe(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings
 
 
 def where(loaded: LoadedModel) -> str:
-    """Name the device that a model is on, as plans do.
+    """Return the device of a model, in the form that plans use.
 
     Args:
         loaded: the model.
 
     Returns:
-        its kind and name.
+        the kind and the name of the device.
     """
     device = loaded.model.device
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu: {find_processor()}"

@@ -22,14 +22,15 @@ _SCANNED_DRAWS = (64, 128, 256, 448, 688, 1024, 2048)
 
 
 def candidates(length: int) -> tuple[AttentionMethod, ...]:
-    """List the methods worth trying at a length: those that list fewer pairs than exact attention there.
+    """List the candidate methods at a length: those that list fewer pairs than exact attention.
 
-    Sinks and a window alone serve heads that look nowhere else; uniform draws cost no search; draws by `HierarchicalSearch`
-    and by `KeyScan`, which takes more care, find far keys; exact attention serves a head that nothing else can. They stand
-    family by family, not by increasing cost; of two about as quick that list equally many pairs, the earlier is chosen.
+    Sinks and a window alone are enough for heads that attend only to these keys. Uniform draws need no search. Draws by
+    `HierarchicalSearch`, and by the slower `KeyScan`, find far keys. Exact attention is for heads that no other method
+    can approximate. The methods are grouped by family, not by increasing cost; of two methods with about the same time and
+    the same number of pairs, the earlier one is chosen.
 
     Args:
-        length: tokens of the texts measured.
+        length: tokens of the calibration texts.
 
     Returns:
         methods, exact attention first.

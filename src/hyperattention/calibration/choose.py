@@ -1,4 +1,4 @@
-"""Choose a candidate for each layer and head out of what was measured."""
+"""Choose a candidate for each layer and head from the measurements."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,33 +7,34 @@ from hyperattention.calibration.measure import Measurement
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 
-# candidates this close to the quickest count as equally quick: from run to run times differ by as much
+# candidates within this factor of the fastest count as equally fast, because times vary as much from run to run
 _TIE = 1.25
-# only comparisons of counts matter, and none of ours depends on the length
+# only comparisons of counts matter, and for these candidates no comparison depends on the length
 _LENGTH = 65_536
 
 Chosen = dict[int, tuple[ByHead, tuple[float, ...]]]
 
 
 def choose(measurements: Sequence[Measurement], ladder: Sequence[AttentionMethod], tolerance: float) -> Chosen:
-    """Give each kv head the quickest candidate that errs no more than the tolerance, exact attention where none does.
+    """Choose for each kv head the fastest candidate within the tolerance, or exact attention if there is none.
 
-    Of candidates about as quick as the quickest, the one that lists the fewest pairs is taken: pairs are the same on every
-    machine, so that noise in the times cannot spend them.
+    Of the candidates that are about as fast as the fastest, the one with the fewest pairs is chosen. Numbers of pairs are
+    the same on every machine, so noise in the times does not increase them.
 
-    The error of a head is its largest over the documents; the time of a candidate the median over all layers of one shape
-    and all documents, for it depends on the shape alone.
-    Source: none; budgets by head as in Feng et al., 2024 (arXiv:2407.11550), Ada-KV.   Differs: by measured output error
-    and time, not by attention weights within a total.
-    Guarantee: on the documents measured, with these draws and every other layer exact, no head errs more than the tolerance.
+    The error of a head is its largest error over the documents. The time of a candidate is the median over all layers of
+    one shape and all documents, because the time depends only on the shape.
+    Source: none; budgets by head as in Feng et al., 2024 (arXiv:2407.11550), Ada-KV.   Differs: chooses by measured output
+    error and time, not by attention weights within a total budget.
+    Guarantee: on the calibration documents, with these draws and all other layers exact, the error of every head is within
+    the tolerance.
 
     Args:
-        measurements: of every layer and document.
+        measurements: the measurements of every layer and document.
         ladder: the candidates, exact attention first.
-        tolerance: the largest mean relative error allowed.
+        tolerance: the largest allowed mean relative error.
 
     Returns:
-        for each layer its methods, and the errors they had.
+        for each layer, the chosen methods and their errors.
     """
     by_layer: dict[int, list[Measurement]] = {}
     for each in measurements:
@@ -45,7 +46,7 @@ def choose(measurements: Sequence[Measurement], ladder: Sequence[AttentionMethod
         places = []
         for head in range(found[0].shape[1]):
             errors = [max(each.errors[place][head] for each in found) for place in range(len(ladder))]
-            # exact attention comes first, whatever rounding makes of its error
+            # place 0 is exact attention, which is allowed for any rounding error
             allowed = [0, *(place for place in range(1, len(ladder)) if errors[place] <= tolerance)]
             best = _quickest(allowed, cost, ladder)
             places.append((ladder[best], errors[best]))
@@ -61,10 +62,10 @@ def _quickest(allowed: Sequence[int], seconds: Sequence[float], ladder: Sequence
 
 
 def median_seconds(measurements: Sequence[Measurement]) -> dict[tuple[int, int, int, int], list[float]]:
-    """Take the median time of each candidate over the layers of one shape, and the documents.
+    """Compute the median time of each candidate over the layers of one shape and the documents.
 
     Args:
-        measurements: of layers and documents.
+        measurements: the measurements of layers and documents.
 
     Returns:
         seconds of each candidate, by shape.

@@ -1,4 +1,4 @@
-"""From how many keys on a plan is faster than exact attention, measured."""
+"""The measured crossover of a plan: the number of keys from which it is faster than exact attention."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,14 +24,14 @@ def find_crossing(
     repeats: int,
     on_step: Callable[[str], None],
 ) -> Crossing:
-    """Time a plan and exact attention in turn, on the beginnings of a text: powers of two, and all of it.
+    """Time a plan and exact attention alternately, on the first tokens of a text: powers of two, and the complete text.
 
     Args:
         loaded: the model.
         sample: the text.
         layers: the methods of each layer.
         repeats: rounds of interleaved timing.
-        on_step: told each layer before it is timed.
+        on_step: called with each layer before it is timed.
 
     Returns:
         the times.
@@ -54,18 +54,18 @@ def find_crossing(
     watch_exact(loaded, sample, time_layer)
     if not taken[total]:
         raise ValueError(
-            f"no attention call of the layers {sorted(layers)} can be approximated here, for what they ask beside plain "
-            "attention: see the counter that `use` yields; there is nothing to time"
+            f"no attention call of the layers {sorted(layers)} can be approximated here, so there is nothing to time: the "
+            "counter that `use` yields gives the reasons"
         )
     return Crossing(tuple(_together(length, timings) for length, timings in taken.items()))
 
 
 def _in_turn(call: CallInputs, method: ByHead, length: int, repeats: int) -> tuple[Timing, Timing]:
-    """Time a layer's method and exact attention on the beginning of a call, once each warmed up."""
+    """Time a layer's method and exact attention on the first tokens of a call, after one warm-up run of each."""
     q, k, v = (x[:, :, :length].contiguous() for x in (call.q, call.k, call.v))
     part, served = replace(call, q=q, k=k, v=v), set(method.methods)
     calls = {"exact": lambda: run_on(part, Exact())}
-    # a layer served exactly in every head would be timed against itself
+    # if every head runs exactly, both would be the same call, so it is timed once
     calls |= {} if served == {Exact()} else {"plan": lambda: run_on(part, method)}
     for run in calls.values():
         run()
@@ -74,7 +74,7 @@ def _in_turn(call: CallInputs, method: ByHead, length: int, repeats: int) -> tup
 
 
 def _together(length: int, layers: list[tuple[Timing, Timing]]) -> Timed:
-    """Add the times of all layers up: medians for the decision, single rounds for how far it can be trusted."""
+    """Sum the times of all layers: medians for the crossover, single rounds for the spread."""
     by_method = list(zip(*layers, strict=True))
     plan, exact = (sum(each.median for each in timings) for timings in by_method)
     rounds = ([sum(spent) for spent in zip(*(each.seconds for each in timings), strict=True)] for timings in by_method)

@@ -1,4 +1,4 @@
-"""Where the heads of one layer look, and how well a method serves them: the figures behind `inspect`."""
+"""Attention statistics of the heads of one layer, and the error of a method: the figures of the command `inspect`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +20,17 @@ SINKS, WINDOW = 16, 256
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """What is shown of one layer: figures by query head, and what each kv head is served by.
+    """The figures of one layer by query head, and the method of each kv head.
 
     Args:
-        layer: its index.
-        figures: by name, one number a query head: ``entropy`` of rows in nats; ``sinks``, ``window`` and ``far``, the shares
-            of attention that go there; ``alpha`` and ``kappa``; ``error`` of the method, its interval ``low`` to ``high``.
-        methods: of each kv head.
-        ladder: the candidates measured, exact attention first, every method of a head among them.
-        measured: their errors and times, and last those of the layer served by `methods`.
-        num_keys: keys of the text.
+        layer: the index of the layer.
+        figures: by name, one number for each query head: ``entropy`` of rows in nats; ``sinks``, ``window`` and ``far``, the
+            shares of attention weight on these keys; ``alpha`` and ``kappa``; ``error`` of the method, with its interval
+            from ``low`` to ``high``.
+        methods: the method of each kv head.
+        ladder: the measured candidates, exact attention first; every method of a head is included.
+        measured: errors and times of the candidates, and last those of the layer with `methods`.
+        num_keys: number of keys.
     """
 
     layer: int
@@ -41,18 +42,18 @@ class LayerFigures:
 
     @property
     def group(self) -> int:
-        """Query heads that share a kv head."""
+        """The number of query heads that share a kv head."""
         return len(self.figures["error"]) // len(self.methods)
 
     @property
     def shares(self) -> list[float]:
-        """Pairs listed relative to exact attention's, of each query head."""
+        """For each query head, the number of listed pairs relative to exact attention."""
         shares = [method.cost(self.num_keys).share_of_exact for method in self.methods]
         return [share for share in shares for _ in range(self.group)]
 
     @property
     def time_ms(self) -> list[float]:
-        """Milliseconds of each query head: its share of a call in which its method serves the whole layer."""
+        """For each query head, the milliseconds of a call in which its method runs all heads, divided by their number."""
         heads = len(self.figures["error"])
         each = [1000 * self.measured.seconds[self.ladder.index(method)] / heads for method in self.methods]
         return [time for time in each for _ in range(self.group)]
@@ -62,14 +63,14 @@ class LayerFigures:
 def inspect_layer(
     call: CallInputs, served: ByHead, ladder: Sequence[AttentionMethod], *, rows: int = 256, seed: int = 0
 ) -> LayerFigures:
-    """Take all figures of one layer.
+    """Measure all figures of one layer.
 
     Args:
-        call: its queries, keys and values.
-        served: what serves each kv head.
+        call: the queries, keys and values of the layer.
+        served: the method of each kv head.
         ladder: further candidates to measure, exact attention first.
-        rows: rows sampled a head.
-        seed: of draws and rows.
+        rows: number of rows sampled for each head.
+        seed: seed of draws and rows.
 
     Returns:
         the figures.
@@ -88,7 +89,7 @@ def inspect_layer(
 
 
 def _row_figures(call: CallInputs, rows: int, seed: int) -> dict[str, list[float]]:
-    """Average entropy and shares of attention over the rows that an audit with the same seed would draw."""
+    """Average the entropy and the shares of attention weight over the rows that an audit with the same seed draws."""
     index = sample_rows(call.q.shape[2], rows, seed, call.q.device)
     counts = [int(row) + 1 for row in index]
     windows = [(count - WINDOW, count) for count in counts]
@@ -96,7 +97,7 @@ def _row_figures(call: CallInputs, rows: int, seed: int) -> dict[str, list[float
     group = call.q.shape[1] // call.k.shape[1]
     figures: dict[str, list[float]] = {name: [] for name in ("entropy", "sinks", "window", "far")}
     for head in range(call.q.shape[1]):
-        # one head at a time: its rows may be long
+        # one head at a time, because its rows may be long
         query = call.q[:, head : head + 1, index].float()[:, :, None]
         key = call.k[:, head // group : head // group + 1].float()
         scores = grouped_scores(query, key, scale)

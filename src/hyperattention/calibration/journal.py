@@ -1,4 +1,4 @@
-"""A journal of what was measured, so that an interrupted calibration goes on where it stopped."""
+"""A journal of the measurements, from which an interrupted calibration resumes."""
 
 import json
 from collections.abc import Mapping
@@ -13,44 +13,45 @@ _SHOWN = 60
 
 
 class Journal:
-    """JSON lines: first what the measurements depend on, then one line for each layer and document.
+    """A file of JSON lines: first the settings of the measurements, then one line for each layer and document.
 
     Args:
-        path: the file; begun if it is not there.
-        settings: what the measurements depend on.
+        path: the file, which is created if it does not exist.
+        settings: all settings that the measurements depend on.
 
     Raises:
-        ValueError: if it holds something else, which may have taken hours and is left as it is; the message says what.
+        ValueError: if the file was written with other settings, or is not a journal. The file is left unchanged, because its
+            measurements may have taken hours; the message gives the differences.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
-        """Read what is there."""
+        """Read the existing measurements."""
         self.path = path
         header = json.dumps(settings, sort_keys=True)
         lines = path.read_text(errors="replace").split("\n") if path.exists() else []
         if any(lines) and (why := _why_other(lines[0], json.loads(header))):
             raise ValueError(
-                f"{path}: {why}: calibrate as then to go on from it, delete it to begin anew, or write the plan to another "
-                "file"
+                f"{path}: {why}: use the same settings to resume, delete the file to start again, or write the plan to "
+                "another file"
             )
         self.measurements = [each for line in lines[1:] if (each := _read(line)) is not None]
-        # what was cut short in the middle of a line is left out
+        # a line that an interruption truncated is left out
         atomic_write(path, "".join(f"{line}\n" for line in (header, *map(_write, self.measurements))))
 
     def has(self, document: int, layer: int) -> bool:
         """Return whether a layer was measured on a document.
 
         Args:
-            document: its number.
-            layer: its index.
+            document: the number of the document.
+            layer: the index of the layer.
 
         Returns:
-            whether it need not be measured again.
+            True if the measurement exists.
         """
         return any((each.document, each.layer) == (document, layer) for each in self.measurements)
 
     def add(self, measurement: Measurement) -> None:
-        """Write a measurement down at once.
+        """Write a measurement to the file at once.
 
         Args:
             measurement: the measurement.
@@ -65,15 +66,15 @@ def _write(measurement: Measurement) -> str:
 
 
 def _why_other(line: str, settings: Mapping[str, object]) -> str | None:
-    """Say in what a first line differs from the settings wanted, if it does."""
+    """Describe how the first line differs from the settings; None if it does not differ."""
     try:
         found = json.loads(line)
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        return "this holds no measurements of a calibration"
+        return "this file holds no measurements of a calibration"
     phrases = _differences(found, settings)
-    return f"this was measured under other settings ({'; '.join(phrases)})" if phrases else None
+    return f"this file was measured with other settings ({'; '.join(phrases)})" if phrases else None
 
 
 def _differences(there: Mapping[str, object], here: Mapping[str, object], inside: str = "") -> list[str]:

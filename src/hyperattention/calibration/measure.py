@@ -12,20 +12,20 @@ from hyperattention.error.judge import relative_error
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.reference.call_recorder import CallInputs
 
-# tokens of the calls that warm up: enough for every stage to have something to do
+# tokens of the warm-up calls: enough for every stage to list keys
 _WARM_UP = 1024
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the candidates did on one layer and document.
+    """Errors and times of the candidates on one layer and document.
 
     Args:
         document: number of the document.
         layer: index of the layer.
-        shape: query heads, kv heads, head_dim and value_dim: layers of one shape cost the same time.
-        seconds: of each candidate, all heads together.
-        errors: of each candidate, of each kv head: the mean relative error of all rows, of its worst query head.
+        shape: query heads, kv heads, head_dim and value_dim; layers of one shape take the same time.
+        seconds: seconds of each candidate, for all heads together.
+        errors: for each candidate and kv head, the mean relative error over all rows, of the worst query head.
     """
 
     document: int
@@ -36,13 +36,13 @@ class Measurement:
 
 
 def run_on(call: CallInputs, method: AttentionMethod, seed: int = 0, num_tokens: int | None = None) -> Tensor:
-    """Answer a call, or its beginning, as the model would.
+    """Run a method on a call of a model, or on its first tokens.
 
     Args:
         call: the call's inputs.
-        method: what runs.
-        seed: of draws.
-        num_tokens: leading tokens kept; None for all.
+        method: the method to run.
+        seed: seed of the draws.
+        num_tokens: number of first tokens; None for all.
 
     Returns:
         the output.
@@ -57,24 +57,24 @@ def run_on(call: CallInputs, method: AttentionMethod, seed: int = 0, num_tokens:
 
 
 def wait_for(x: Tensor) -> None:
-    """Wait until a tensor is computed, so that a clock read next tells its time."""
+    """Wait until a tensor is computed, so that the time measured next includes its computation."""
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
 
 
 def measure_layer(call: CallInputs, ladder: Sequence[AttentionMethod], document: int, seed: int) -> Measurement:
-    """Run every candidate on one layer, once: layers and documents are the repetitions, each in another order.
+    """Run every candidate once on one layer. Layers and documents are the repetitions, each in another order.
 
-    The error is that of all rows, not of a sample: exact attention has to run anyway, to be timed.
+    The error is over all rows, not over a sample, because exact attention has to run for its time anyway.
 
     Args:
         call: the layer's inputs.
         ladder: the candidates, exact attention first.
-        document: number of the document, which enters the draws.
-        seed: of draws.
+        document: number of the document; the draws depend on it.
+        seed: seed of the draws.
 
     Returns:
-        what was measured.
+        errors and times of all candidates.
     """
     seconds, outputs = [0.0] * len(ladder), {}
     turn = 1 + (call.layer + document) % max(1, len(ladder) - 1)
@@ -90,7 +90,7 @@ def measure_layer(call: CallInputs, ladder: Sequence[AttentionMethod], document:
 
 
 def warm_up(call: CallInputs, ladder: Sequence[AttentionMethod]) -> None:
-    """Run every candidate once on a short beginning, untimed: the first call of its kind is slower."""
+    """Run every candidate once on a few tokens without timing, because the first call of a kind is slower."""
     for method in ladder:
         run_on(call, method, num_tokens=_WARM_UP)
 

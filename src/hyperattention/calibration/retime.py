@@ -1,4 +1,4 @@
-"""Time a plan again, on another day or another machine, without choosing its methods anew."""
+"""Time a plan again, for example on another machine, without a new choice of its methods."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,29 +16,30 @@ from hyperattention.reference.samples import EvaluationSample
 def retime(
     plan: Plan, loaded: LoadedModel, sample: EvaluationSample, *, repeats: int = 5, on_step: Callable[[str], None] = ignore
 ) -> Plan:
-    """Measure once more from how many keys on a plan pays, and take the new times in place of the old.
+    """Measure the crossover of a plan again, and replace its times.
 
-    Methods, errors and added loss are those of the calibration: they do not depend on how busy a machine is.
+    Methods, errors and added loss of the calibration are kept, because they do not depend on the load of the machine.
     Cost: one pass with exact attention, and `repeats` rounds of the plan and of exact attention at every length.
 
     Args:
         plan: the plan.
-        loaded: its model.
-        sample: a text as long as those that the plan was calibrated on.
+        loaded: the model of the plan.
+        sample: a text of the same length as the calibration texts of the plan.
         repeats: rounds of interleaved timing.
-        on_step: told each layer before it is timed.
+        on_step: called with each layer before it is timed.
 
     Returns:
-        the plan with another crossover, and with the device and threads that it was timed on.
+        the plan with the new times and crossover, and with the device and threads of this measurement.
 
     Raises:
-        ValueError: if the model is not the plan's, or the text has another length.
+        ValueError: if the plan is for another model, or the text has another length.
     """
     plan.check(loaded.model)
     length, wanted = len(sample.tokens), plan.measured.length
     if length != wanted:
         raise ValueError(
-            f"a text of {length:,} tokens for a plan calibrated at {wanted:,}: give {wanted:,}, or calibrate at {length:,}"
+            f"a text of {length:,} tokens for a plan calibrated at {wanted:,}: give {wanted:,} tokens, or calibrate at "
+            f"{length:,}"
         )
     crossing = find_crossing(loaded, sample, plan.layers, repeats=repeats, on_step=on_step)
     last = crossing.times[-1]

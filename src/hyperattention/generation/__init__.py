@@ -1,4 +1,4 @@
-"""Texts read once through a cache, and continued: what the commands `generate`, `cache` and `ask` do."""
+"""Reading a text into a cache and continuing it: the work of the commands `generate`, `cache` and `ask`."""
 
 from hyperattention.extras import need
 

@@ -1,4 +1,4 @@
-"""How text becomes tokens and tokens text, for models with a tokenizer and for the reference model of bytes."""
+"""Encoding of text as tokens and decoding, for models with a tokenizer and for the byte-level reference model."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from hyperattention.reference.model import LoadedModel
 
 
 class Codec(ABC):
-    """Text to tokens and back; `decode` is what transformers' streamers call."""
+    """Encoding of text as tokens and decoding; the streamers of transformers call `decode`."""
 
     @abstractmethod
     def encode(self, text: str, *, first: bool) -> Int[Tensor, " tokens"]:
-        """Turn text into tokens.
+        """Encode text as tokens.
 
         Args:
             text: the text.
-            first: whether it begins the input, where models may want a token of their own.
+            first: whether the text begins the input, where some models need a special token.
 
         Returns:
             the tokens.
@@ -30,7 +30,7 @@ class Codec(ABC):
 
     @abstractmethod
     def read(self, text: Text) -> Int[Tensor, " tokens"]:
-        """Turn a whole text, which begins the input, into tokens.
+        """Encode a complete text, which begins the input, as tokens.
 
         Args:
             text: the text.
@@ -41,11 +41,11 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, tokens: Any, **options: Any) -> str:
-        """Turn tokens into text.
+        """Decode tokens to text.
 
         Args:
-            tokens: a token, or a list or tensor of them.
-            options: what streamers pass along to tokenizers.
+            tokens: a token, or a list or tensor of tokens.
+            options: options that streamers pass to tokenizers.
 
         Returns:
             the text.
@@ -54,34 +54,34 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class Bytes(Codec):
-    """A token is a byte: of a text as it is, of words as UTF-8 writes them."""
+    """Byte tokens: the unchanged bytes of a file, or the UTF-8 bytes of a string."""
 
     def encode(self, text: str, *, first: bool) -> Tensor:
-        """Take the bytes."""
-        # what a command line holds that is no UTF-8 came as surrogates, and becomes the bytes that it was
+        """Return the UTF-8 bytes of the string."""
+        # bytes on a command line that are not UTF-8 arrive as surrogates, and are converted back to the same bytes
         return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64, device="cpu")
 
     def read(self, text: Text) -> Tensor:
-        """Take the bytes."""
+        """Return the bytes of the text."""
         return torch.tensor(list(text.data), dtype=torch.int64, device="cpu")
 
     def decode(self, tokens: Any, **options: Any) -> str:
-        """Read the bytes; those that are no character become a sign that says so."""
+        """Decode bytes as UTF-8; invalid bytes become the replacement character."""
         return bytes(torch.as_tensor(tokens, dtype=torch.int64, device="cpu").flatten().tolist()).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
 class Words(Codec):
-    """Tokens are a tokenizer's; nothing of a chat template is added.
+    """The tokens of a tokenizer, without a chat template.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, text: str, *, first: bool) -> Tensor:
-        """Ask the tokenizer; a token that ends the input is left out, for more is to come."""
+        """Encode with the tokenizer; an end-of-text token is removed, because more tokens follow."""
         refuse_damaged(text, "the text")
         tokens = list(self.tokenizer(text, add_special_tokens=first, verbose=False).input_ids)
         if first and len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id:
@@ -89,16 +89,16 @@ class Words(Codec):
         return torch.tensor(tokens, dtype=torch.int64, device="cpu")
 
     def read(self, text: Text) -> Tensor:
-        """Ask the tokenizer for the tokens of the words."""
+        """Encode the words of the text with the tokenizer."""
         return self.encode(text.words(), first=True)
 
     def decode(self, tokens: Any, **options: Any) -> str:
-        """Ask the tokenizer."""
+        """Decode with the tokenizer."""
         return str(self.tokenizer.decode(tokens, **options))
 
 
 def codec_of(loaded: LoadedModel) -> Codec:
-    """Find out how a model's tokens are made.
+    """Choose the codec of a model.
 
     Args:
         loaded: the model; one without a tokenizer is the reference model.

@@ -1,4 +1,4 @@
-"""Read a text through a cache, then let the model go on from there, with the time that either took."""
+"""Read a text into a cache, then generate its continuation, and measure the time of both."""
 
 import time
 from collections.abc import Callable
@@ -22,16 +22,16 @@ from hyperattention.reference.model import LoadedModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The choice of the next token.
 
     Args:
-        new_tokens: most tokens to write.
-        temperature: 0 for the likeliest token, otherwise what scores are divided by before one is drawn; `top_k`, `top_p`
-            and penalties are those of the model's folder, where it has any.
-        seed: of the draws.
+        new_tokens: largest number of tokens to generate.
+        temperature: 0 for the most likely token; otherwise logits are divided by it before a token is drawn. `top_k`,
+            `top_p` and penalties are read from the model's folder, if it has any.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: if there is nothing to write, or the temperature is negative.
+        ValueError: if `new_tokens` is not positive, or the temperature is negative or not finite.
     """
 
     new_tokens: int = 128
@@ -41,17 +41,17 @@ class Sampling:
     def __post_init__(self) -> None:
         positive("Sampling", new_tokens=self.new_tokens)
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature}: give 0 for the likeliest token, or a positive number")
+            raise ValueError(f"temperature {self.temperature}: give 0 for the most likely token, or a positive number")
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens, the time that they took, and how attention over them ran.
+    """The number of tokens read or generated, their time, and the counts of attention calls.
 
     Args:
-        num_tokens: how many were read or written.
-        seconds: in all.
-        counts: attention calls.
+        num_tokens: number of tokens read or generated.
+        seconds: total time in seconds.
+        counts: counts of attention calls.
     """
 
     num_tokens: int
@@ -68,11 +68,11 @@ def pieces_of(num_tokens: int, chunk: int | None) -> int:
     """Count the steps in which `read_text` reads.
 
     Args:
-        num_tokens: of the text.
-        chunk: tokens of a piece; None for one piece.
+        num_tokens: number of tokens of the text.
+        chunk: tokens of each chunk; None for one chunk.
 
     Returns:
-        the steps.
+        the number of steps.
     """
     return 1 if chunk is None else -(-num_tokens // chunk)
 
@@ -85,26 +85,26 @@ def read_text(
     chunk: int | None = None,
     on_step: Callable[[str], None] = ignore,
 ) -> Throughput:
-    """Let the model read a text into a cache.
+    """Read a text into a cache.
 
-    In one piece the text is attended to exactly and compressed afterwards; in pieces memory stays bounded, and later ones
-    are read through what is left of earlier ones.
+    In one chunk, the text is attended to exactly and compressed afterwards. In several chunks, memory stays bounded, and
+    later chunks attend to the compressed earlier chunks.
 
     Args:
         loaded: the model.
-        cache: an empty cache, or one that holds what came before.
+        cache: an empty cache, or the cache of the earlier text.
         tokens: the text.
-        chunk: tokens of a piece; None for one piece.
-        on_step: told before each piece.
+        chunk: tokens of each chunk; None for one chunk.
+        on_step: called before each chunk with the progress.
 
     Returns:
-        what it took.
+        the number of tokens, the time and the counts of calls.
 
     Raises:
         ValueError: if the text is empty or the chunk is not positive.
     """
     if not tokens.shape[1]:
-        raise ValueError("the text has no tokens: there is nothing to read")
+        raise ValueError("the text has no tokens: give at least one token to read")
     if chunk is not None:
         positive("read_text", chunk=chunk)
     began = time.perf_counter()
@@ -120,24 +120,24 @@ def read_text(
 def write_on(
     loaded: LoadedModel, cache: HyperCache, tokens: Int[Tensor, "1 tokens"], sampling: Sampling
 ) -> tuple[Tensor, Throughput]:
-    """Let the model go on from what it has read, and print its text as it comes.
+    """Continue a text, and print each token when it is generated.
 
     Args:
         loaded: the model.
-        cache: what it has read: all of the tokens but the last few.
-        tokens: the whole text so far; those that the cache has not seen, at least one, are read first.
-        sampling: how tokens are chosen.
+        cache: the cache of all tokens except the last few.
+        tokens: all tokens of the text so far; those that the cache has not seen, at least one, are read first.
+        sampling: the choice of the next token.
 
     Returns:
-        the new tokens, ``[new]``, and what it took.
+        the new tokens, ``[new]``, with their number, the time and the counts of calls.
 
     Raises:
-        ValueError: if the cache has seen all tokens, so that there is nothing to go on from, or the model's folder asks for
-            a way of decoding that reads them otherwise than once.
+        ValueError: if the cache has seen all tokens, so that no token is left to read, or the model's folder requests a
+            kind of decoding that does not read each token exactly once.
     """
     seen = cache.get_seq_length()
     if tokens.shape[1] <= seen:
-        raise ValueError(f"{tokens.shape[1]} tokens, all {seen} of them read: leave at least the last to go on from")
+        raise ValueError(f"the cache has read all {seen} of {tokens.shape[1]} tokens: leave at least the last token unread")
     codec, model = codec_of(loaded), loaded.model
     # only `decode` is called
     streamer = TextStreamer(codec, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
@@ -149,24 +149,24 @@ def write_on(
             given, attention_mask=torch.ones_like(given), streamer=streamer, **{cache_argument(model): cache},
             **_settings(model.generation_config, sampling),
         )  # fmt: skip
-    # the last token was written and not read
+    # the last token was generated but not read
     if cache.get_seq_length() != written.shape[1] - 1:
         raise ValueError(
             f"the cache has seen {cache.get_seq_length()} tokens of {written.shape[1]}: the generation_config.json of "
-            f"{loaded.name} asks for a way of decoding that this command does not know"
+            f"{loaded.name} requests a kind of decoding that this command does not support; remove it there"
         )
     new = written[0, tokens.shape[1] :].cpu()
     return new, Throughput(len(new), time.perf_counter() - began, counter.counts)
 
 
 def _settings(usual: GenerationConfig | None, sampling: Sampling) -> dict[str, Any]:
-    """Say how to generate: one text through the cache at hand, whatever else the model's folder asks for."""
+    """Make the arguments of `generate`: one text with the given cache, against other settings in the model's folder."""
     usual, drawn = usual or GenerationConfig(), sampling.temperature > 0
     ends = usual.eos_token_id
     first_end = ends[0] if isinstance(ends, list) else ends
     return {
         "max_new_tokens": sampling.new_tokens, "max_length": None, "num_beams": 1, "num_return_sequences": 1,
-        # only arguments win over the folder where they are None
+        # a None in a GenerationConfig would not override the model's folder; a None argument does
         "use_cache": True, "cache_implementation": None, "prompt_lookup_num_tokens": None, "return_dict_in_generate": False,
         "stop_strings": None, "guidance_scale": None, "dola_layers": None, "prefill_chunk_size": None,
         "do_sample": drawn, "temperature": sampling.temperature if drawn else None,

@@ -1,4 +1,4 @@
-"""The reference model: small, embedded, and trained to retrieve, so that an evaluation on it cannot reward dropping keys."""
+"""The reference model: small, part of the package, and trained to retrieve facts, so dropped keys increase its loss."""
 
 from hyperattention.extras import need
 

@@ -1,4 +1,4 @@
-"""Watch the attention calls of a model while it runs: their time, their measured error, or their inputs."""
+"""Recording of a model's attention calls while it runs: their time, their measured error, or their inputs."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ class CallInputs:
 
     Args:
         layer: index of the layer.
-        q: queries, positions applied.
-        k: keys.
+        q: queries, with positions applied.
+        k: keys, with positions applied.
         v: values.
         scale: factor of the scores.
     """
@@ -40,16 +40,16 @@ class CallInputs:
 
 @dataclass
 class CallRecorder:
-    """What was seen so far; it grows while the model runs.
+    """The recorded calls; the record grows while the model runs.
 
     Args:
-        counter: the counter of the `use` block, which tells whether a call was approximated.
-        method: what runs.
-        rows: rows of each approximated call to audit; 0 for none.
-        seed: of the rows, which differ from layer to layer.
+        counter: the counter of the `use` block, which shows whether a call was approximated.
+        method: the method of the `use` block.
+        rows: rows of each approximated call to audit; 0 for no audit.
+        seed: seed of the rows, which differ from layer to layer.
         keep: whether to keep the inputs of every call.
-        on_call: told the inputs of each call that another method than exact attention would have answered, one at a time:
-            a large model's need not all be held.
+        on_call: called with the inputs of each call that a method other than exact attention could run, one call at a time,
+            so that the inputs of a large model need not be in memory together.
     """
 
     counter: CallCounter
@@ -64,7 +64,7 @@ class CallRecorder:
     inputs: list[CallInputs] = field(default_factory=list)
 
     def call(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict) -> Tensor:
-        """Answer one call and note what is watched.
+        """Run one attention call and record it.
 
         Args:
             module: the attention module.
@@ -84,7 +84,7 @@ class CallRecorder:
         layer, scale = int(getattr(module, "layer_idx", None) or 0), options.get("scaling")
         if self.keep:
             self.inputs.append(CallInputs(layer, q.clone(), k.clone(), v.clone(), scale))
-        # a mask would have to be told to the audit too; documents without padding have none
+        # the audit does not support a mask; documents without padding have no mask
         if self.rows and mask is None and self.counter.counts.approximated > counts.approximated:
             # layers draw their rows independently, so that their errors can be pooled
             self.reports.append(
@@ -110,14 +110,14 @@ setattr(_watched_forward, READS_HELD, True)
 
 @contextmanager
 def watched(model: PreTrainedModel, watch: CallRecorder) -> Iterator[CallRecorder]:
-    """Watch every attention call inside a ``with`` block, itself inside one of `use`, which switches the model back.
+    """Record every attention call inside a ``with`` block, which must be inside a block of `use`; `use` restores the model.
 
     Args:
-        model: the model that `use` was given.
-        watch: where to note what is seen.
+        model: the model of the `use` block.
+        watch: the recorder.
 
     Yields:
-        the watch.
+        the recorder.
     """
     AttentionInterface.register(_NAME, _watched_forward)
     AttentionMaskInterface.register(_NAME, build_mask)

@@ -1,8 +1,8 @@
-"""Long documents with something to look up: real text with set and get lines scattered through it.
+"""Long documents with facts to retrieve: real text with set and get lines at random places.
 
-A line ``#set abc=1234`` plants a fact; a later line ``#get abc=1234`` asks for it. Four digits cannot be guessed from the
-key, so a model answers only by attending to the line that set them, however far back it stands. The rest of the document
-is ordinary text, so that the same pass measures language modelling and retrieval.
+A line ``#set abc=1234`` sets a fact; a later line ``#get abc=1234`` asks for it. The digits cannot be predicted from the
+key, so a model can answer only by attending to the line that set them, at any distance. The rest of the document is ordinary
+text, so one pass measures both language modelling and retrieval.
 """
 
 import random
@@ -17,9 +17,9 @@ class Document:
     """One document as bytes, with the place of every answer.
 
     Args:
-        data: the document, exactly as long as was asked for.
+        data: the document, of exactly the requested length.
         answer_index: position of the first digit of each answer, ascending.
-        answer_distance: for each answer, how many bytes earlier the digits were set.
+        answer_distance: for each answer, the distance in bytes to the digits that set it.
     """
 
     data: bytes
@@ -28,28 +28,28 @@ class Document:
 
     @property
     def answer_size(self) -> int:
-        """Digits in each answer."""
+        """The number of digits of each answer."""
         return _DIGITS_SIZE
 
 
 def make_document(text: bytes, length: int, num_pairs: int, rng: random.Random, min_distance: int = 0) -> Document:
-    """Scatter `num_pairs` set and get lines through `text`, at distances spread evenly over what the length allows.
+    """Insert `num_pairs` set and get lines into `text`, at distances spread evenly over the possible range.
 
     Args:
-        text: ordinary text, at least `length` bytes; only its beginning is used.
-        length: bytes in the result.
-        num_pairs: facts planted and asked for.
-        rng: the source of keys, digits and places.
-        min_distance: no answer is asked for closer to its fact than this many bytes, roughly.
+        text: ordinary text, at least `length` bytes; only its first bytes are used.
+        length: bytes of the result.
+        num_pairs: number of facts that are set and asked for.
+        rng: the random generator for keys, digits and places.
+        min_distance: approximate smallest distance in bytes between a fact and its question.
 
     Returns:
-        the document; pairs that line breaks pushed past its end are left out of the answers.
+        the document; pairs that line breaks moved past its end are not among the answers.
 
     Raises:
         ValueError: if `text` is shorter than `length`.
     """
     if len(text) < length:
-        raise ValueError(f"text has {len(text)} bytes and the document needs {length}: give a longer text")
+        raise ValueError(f"text has {len(text)} bytes, but the document needs {length}: give a longer text")
     line_size = len("#set abc=") + _DIGITS_SIZE + 1
     body = text[: max(0, length - 2 * num_pairs * line_size)]
     events: list[tuple[float, int, str, str, str]] = []
@@ -57,7 +57,7 @@ def make_document(text: bytes, length: int, num_pairs: int, rng: random.Random, 
     share = min(0.9, min_distance / length)
     for pair, key in enumerate(keys):
         digits = "".join(rng.choice("0123456789") for _ in range(_DIGITS_SIZE))
-        # an even spread of distances: the distance first, then a place where it fits
+        # first a distance from an even spread, then a place where the distance fits
         distance = share + (pair + rng.random()) / num_pairs * (0.98 - share)
         place = rng.random() * (0.99 - distance)
         events.append((place, 2 * pair, "set", key, digits))
@@ -69,7 +69,7 @@ def make_document(text: bytes, length: int, num_pairs: int, rng: random.Random, 
     for place, _, verb, key, digits in sorted(events):
         target = max(done, int(place * len(body)))
         cut = body.find(b"\n", target) + 1 or len(body)
-        # a very long line: cut it where the event falls rather than push every later event away
+        # a very long line is cut at the event, because moving the event to its end would move all later events
         cut = cut if cut - target < 400 else target
         pieces.append(body[done:cut])
         total += cut - done

@@ -1,4 +1,4 @@
-"""Judge methods by what they do to a model: its loss and its retrieval, beside the time and the measured error."""
+"""Evaluation of methods in a model: loss and retrieval, with the time and the measured error."""
 
 import math
 import statistics
@@ -23,13 +23,13 @@ _TIMES = ("model_seconds", "attention_seconds")
 
 @dataclass(frozen=True)
 class Depth:
-    """Retrieval of answers set within a range of distances.
+    """Retrieval of answers in a range of distances.
 
     Args:
-        begin: least distance.
-        end: first distance beyond.
-        share: share of digits right; None where no answer fell in the range.
-        answers: answers in the range.
+        begin: smallest distance of the range.
+        end: first distance after the range.
+        share: share of correct digits; None if the range has no answers.
+        answers: number of answers in the range.
     """
 
     begin: int
@@ -40,27 +40,27 @@ class Depth:
 
 @dataclass(frozen=True)
 class ModelJudgement:
-    """What a method did to a model.
+    """The results of a model with one method in all its layers.
 
     Args:
         row: name of the row.
-        label: its label, with a remark where exact attention ran.
+        label: label of the row, with a remark if exact attention ran.
         method: the method, as code.
-        approximated: whether it really approximated, with fewer pairs than exact attention.
-        share_of_calls: share of attention calls it answered.
+        approximated: whether the method ran, and listed fewer pairs than exact attention.
+        share_of_calls: share of attention calls that ran the method.
         bits_per_byte: loss on ordinary text of the second half.
-        bits_with_planted: the same with the lines that plant or ask for facts, whose answers have to be retrieved.
-        added_nats: nats a byte more than exact attention's, on the same documents.
+        bits_with_planted: the same loss including the lines that set or ask for facts, whose answers have to be retrieved.
+        added_nats: loss minus the loss with exact attention, in nats a byte, on the same documents.
         added_error: standard error of that difference over documents; None for a single document.
-        retrieval: share of answer digits right; None where nothing was asked.
-        answers: answers asked for.
+        retrieval: share of correct answer digits; None without questions.
+        answers: number of answers.
         depths: retrieval by distance.
-        cost: pairs listed, and spent on choosing.
-        error: measured error of the attention outputs; None where nothing was approximated.
+        cost: pairs listed, and dot products of the selection.
+        error: measured error of the attention outputs; None if no call was approximated.
         model: seconds of each pass.
         attention: seconds in attention in each pass.
-        model_ratio: how many times faster than with exact attention the model ran.
-        attention_ratio: the same of its attention alone.
+        model_ratio: speed of the model relative to exact attention.
+        attention_ratio: speed of attention alone relative to exact attention.
         nats_per_byte: loss of each document.
     """
 
@@ -94,24 +94,26 @@ def evaluate(
     audit_rows: int = 64,
     on_step: Callable[[str], None] = ignore,
 ) -> tuple[ModelJudgement, ...]:
-    """Run every row over every sample, the rows in turn, so that their times compare.
+    """Run every row on every sample, with the rows alternating, so that their times can be compared.
 
     Args:
         loaded: the model.
-        samples: what it reads.
-        rows: the methods; the first must be exact attention, which all are compared with.
-        seed: of draws and audited rows; each sample gets its own.
-        audit_rows: rows of each approximated call to compare with exact attention.
-        on_step: told what runs next, once a sample and row.
+        samples: the texts.
+        rows: the methods; the first must be exact attention, the reference for all.
+        seed: seed of draws and audited rows; each sample has its own seed.
+        audit_rows: rows of each approximated call that are compared with exact attention.
+        on_step: called before each sample and row with their names.
 
     Returns:
-        one judgement a row.
+        one judgement for each row.
 
     Raises:
         ValueError: if the first row is not exact attention, or there is no sample.
     """
     if not samples or not isinstance(rows[0].method, Exact):
-        raise ValueError(f"{len(samples)} samples, first row {rows[0].name}: give at least one, and exact attention first")
+        raise ValueError(
+            f"{len(samples)} samples, first row {rows[0].name}: give at least one sample, and exact attention as first row"
+        )
     beginning = samples[0].tokens[:64]
     nothing = torch.zeros(len(beginning) - 1, dtype=torch.bool, device="cpu")
     warm_up = EvaluationSample(beginning, nothing, 1, nothing)
@@ -158,14 +160,14 @@ def _judge(row: Row, passes: Sequence[Pass], exact: Sequence[Pass], length: int)
 
 
 def by_depth(passes: Sequence[Pass], length: int) -> tuple[Depth, ...]:
-    """Sort answers by how far back they were set, into equal ranges of distance.
+    """Group answers by their distance, in equal ranges.
 
     Args:
         passes: passes of one method.
-        length: longest distance.
+        length: largest distance.
 
     Returns:
-        retrieval in each range; empty where nothing was asked.
+        retrieval in each range; empty without questions.
     """
     pairs = [pair for p in passes for pair in zip(p.distance, p.right.float().mean(-1).tolist(), strict=True)]
     if not pairs:

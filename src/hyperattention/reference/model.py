@@ -1,4 +1,4 @@
-"""Load the models that are judged: the embedded reference model, or a user's own from a folder."""
+"""Loading of models to evaluate: the embedded reference model, or a user's own model from a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ __all__ = ["WEIGHTS", "LoadedModel", "load_model", "load_reference"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model to judge.
+    """A model to evaluate.
 
     Args:
-        model: the model, ready to be evaluated.
-        name: how tables call it.
-        tokenizer: turns text into tokens; None for a model of bytes.
+        model: the model, in evaluation mode.
+        name: the name in tables.
+        tokenizer: the tokenizer; None for a byte-level model.
     """
 
     model: PreTrainedModel
@@ -28,44 +28,47 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int:
-        """Give the longest input the model was made for."""
+        """The trained length of the model, in tokens."""
         length = trained_length(self.model.config.get_text_config())
         if length is None:
-            raise ValueError(f"{self.name} names no longest input: its configuration lacks max_position_embeddings")
+            raise ValueError(f"the configuration of {self.name} lacks max_position_embeddings: add the trained length")
         return length
 
 
 def load_reference(folder: Path = WEIGHTS) -> LoadedModel:
-    """Load the reference model, a small Llama over bytes, in float32.
+    """Load the reference model, a small byte-level Llama, in float32.
 
     Args:
-        folder: ``config.json`` and ``model.safetensors``; by default those inside the package.
+        folder: the folder of ``config.json`` and ``model.safetensors``; by default the folder inside the package.
 
     Returns:
         the model.
 
-    A folder without weights is a FileNotFoundError.
+    A folder without weights raises a FileNotFoundError.
 
     Raises:
-        ValueError: if its model is not one of 256 bytes.
+        ValueError: if the vocabulary of the model is not 256 bytes.
     """
     check_reference_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     if model.config.vocab_size != 256:
-        raise ValueError(f"the model in {folder} has {model.config.vocab_size} tokens: the reference model reads 256 bytes")
+        raise ValueError(
+            f"the model in {folder} has {model.config.vocab_size} tokens, but the reference model reads 256 bytes: give "
+            "another folder, or load the model as your own"
+        )
     return LoadedModel(model, "the reference model")
 
 
 def load_model(folder: Path) -> LoadedModel:
-    """Load a user's own model and its tokenizer; nothing is downloaded.
+    """Load a user's own model and its tokenizer, without any download.
 
     Args:
-        folder: a model saved by transformers, with its tokenizer.
+        folder: the folder of a model saved by transformers, with its tokenizer.
 
     Returns:
-        the model, in the precision it was saved in.
+        the model, in the dtype in which it was saved.
 
-    A folder that does not exist or holds no model is a FileNotFoundError.
+    A folder that does not exist, or holds no model, raises a FileNotFoundError.
 
     Raises:
         ValueError: if transformers cannot load the model or its tokenizer.

@@ -1,4 +1,4 @@
-"""One pass of a model over one sample, with a method in all its layers: loss, answers, times and audits."""
+"""One forward pass of a model over one sample, with a method in all its layers: loss, answers, times and audits."""
 
 import time
 import warnings
@@ -18,26 +18,26 @@ from hyperattention.reference.call_recorder import CallInputs, CallRecorder, wat
 from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.samples import EvaluationSample
 
-# logits turned into losses at a time, for models of many tokens
+# number of rows of logits whose loss is computed at a time, for models with a large vocabulary
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass of a model over one sample gave.
+    """The results of one pass of a model over one sample.
 
     Args:
         nats: loss summed over the counted tokens.
-        num_bytes: bytes behind them.
-        planted_nats: loss summed over the planted lines of the second half.
-        num_planted: tokens in them.
+        num_bytes: bytes of text of the counted tokens.
+        planted_nats: loss summed over the lines of the second half that set or ask for facts.
+        num_planted: number of tokens in these lines.
         right: for each answer, whether each digit was the model's first choice.
-        distance: for each answer, how far back it was set.
-        model_seconds: time of the whole pass, audits taken off.
-        attention_seconds: time spent in attention.
+        distance: for each answer, the distance to the digits that set it.
+        model_seconds: time of the complete pass, without audits.
+        attention_seconds: time in attention.
         reports: audits of the approximated calls.
-        approximated: attention calls the method answered.
-        calls: all attention calls.
+        approximated: number of attention calls that ran the method.
+        calls: number of all attention calls.
     """
 
     nats: float
@@ -54,7 +54,7 @@ class Pass:
 
     @property
     def nats_per_byte(self) -> float:
-        """Give the loss a byte."""
+        """The loss in nats a byte."""
         return self.nats / self.num_bytes
 
 
@@ -67,17 +67,17 @@ def run_pass(
     Args:
         loaded: the model.
         sample: the sequence.
-        row: whose method runs.
-        seed: of draws and audited rows.
-        audit_rows: rows of each approximated call to compare with exact attention.
-        on_call: in a pass with exact attention, told the inputs of each call that a method could answer.
+        row: the row of the method.
+        seed: seed of draws and audited rows.
+        audit_rows: rows of each approximated call that are compared with exact attention.
+        on_call: in a pass with exact attention, called with the inputs of each call that a method could run.
 
     Returns:
-        what came of it.
+        the results of the pass.
     """
     ids = sample.tokens[None].to(loaded.model.device)
     with warnings.catch_warnings():
-        # that no call was approximated is what the exact row is for, and every other row says so itself
+        # in the exact row no call is approximated on purpose, and every other row reports this in its label
         warnings.filterwarnings("ignore", message="no attention call was approximated")
         with use(loaded.model, row.method, seed=seed) as counter:
             watch = CallRecorder(counter, row.method, rows=audit_rows, seed=seed, on_call=on_call)
@@ -104,12 +104,12 @@ def _sum_loss(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
 
 
 def digits_right(logits: Tensor, targets: Tensor, sample: EvaluationSample) -> Tensor:
-    """Return which digits of the answers a model puts first, given all that stands before them.
+    """Return which digits of the answers a model predicts first, given all tokens before them.
 
     Args:
         logits: ``[targets, vocabulary]``.
         targets: the tokens to be predicted.
-        sample: where the answers stand.
+        sample: the sample with the places of the answers.
 
     Returns:
         ``[answers, digits]``, boolean.
@@ -122,12 +122,12 @@ def digits_right(logits: Tensor, targets: Tensor, sample: EvaluationSample) -> T
 
 
 def watch_exact(loaded: LoadedModel, sample: EvaluationSample, on_call: Callable[[CallInputs], None]) -> None:
-    """Run a pass with exact attention, and show the inputs of each attention call that a method could answer.
+    """Run a pass with exact attention, and pass on the inputs of each attention call that a method could run.
 
     Args:
         loaded: the model.
-        sample: what it reads.
-        on_call: told the inputs of each such call, in order.
+        sample: the sample to read.
+        on_call: called with the inputs of each such call, in order.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no attention call was approximated")
@@ -138,11 +138,11 @@ def watch_exact(loaded: LoadedModel, sample: EvaluationSample, on_call: Callable
 
 
 def capture(loaded: LoadedModel, sample: EvaluationSample, exact: Row) -> tuple[CallInputs, ...]:
-    """Take the model's own queries, keys and values of every layer, from a pass with exact attention.
+    """Record the model's own queries, keys and values of every layer, in a pass with exact attention.
 
     Args:
         loaded: the model.
-        sample: what it reads.
+        sample: the sample to read.
         exact: the row of exact attention.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Samples: token sequences with the places where loss is counted and where answers stand."""
+"""Samples: token sequences with the places where loss is counted and the places of answers."""
 
 import re
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from torch import Tensor
 from hyperattention.reference.documents import Document
 from hyperattention.reference.model import LoadedModel
 
-# lines that plant or ask for a fact: their keys and digits are chance, so they say nothing of language modelling
+# lines that set or ask for a fact; their keys and digits are random, so their loss does not measure language modelling
 _PLANTED = re.compile(rb"#[sg]et [a-z]{3}=[0-9]{4}\n")
 
 
 @dataclass(frozen=True)
 class EvaluationSample:
-    """One sequence to judge a model on.
+    """One sequence for the evaluation of a model.
 
     Args:
         tokens: the sequence.
-        counted: for each token but the first, whether its loss counts: ordinary text of the second half.
-        num_bytes: bytes of text behind the counted tokens.
-        planted: for each token but the first, whether it lies in a line of the second half that plants or asks.
-        answer_index: first digit of each answer.
-        answer_distance: for each answer, how many tokens earlier the digits were set.
-        answer_size: digits in each answer.
+        counted: for each token except the first, whether its loss counts: ordinary text of the second half.
+        num_bytes: bytes of text of the counted tokens.
+        planted: for each token except the first, whether it is in a line of the second half that sets or asks for a fact.
+        answer_index: position of the first digit of each answer.
+        answer_distance: for each answer, the distance in tokens to the digits that set it.
+        answer_size: number of digits of each answer.
     """
 
     tokens: Int[Tensor, " tokens"]
@@ -39,13 +39,13 @@ class EvaluationSample:
 
 
 def samples_of_documents(documents: Sequence[Document]) -> tuple[EvaluationSample, ...]:
-    """Make samples for a model of bytes.
+    """Make samples for a byte-level model.
 
     Args:
-        documents: text with facts planted.
+        documents: documents with facts.
 
     Returns:
-        a sample each.
+        one sample for each document.
     """
     return tuple(_sample_of(document) for document in documents)
 
@@ -68,31 +68,31 @@ def _sample_of(document: Document) -> EvaluationSample:
 
 
 def tokens_of_text(text: str, loaded: LoadedModel) -> Int[Tensor, " tokens"]:
-    """Turn a text into tokens of a user's model.
+    """Encode a text in the tokens of a user's model.
 
     Args:
         text: the text.
         loaded: the model and its tokenizer.
 
     Returns:
-        all its tokens.
+        all tokens of the text.
 
     Raises:
         ValueError: if the model has no tokenizer.
     """
     if loaded.tokenizer is None:
-        raise ValueError(f"{loaded.name} has no tokenizer: text cannot be cut into its tokens")
+        raise ValueError(f"{loaded.name} has no tokenizer for text: give documents of bytes to `samples_of_documents`")
     return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.int64, device="cpu")
 
 
 def samples_of_text(text: str, loaded: LoadedModel, length: int, count: int) -> tuple[EvaluationSample, ...]:
-    """Cut a text into samples for a user's model: loss alone, for the model was not taught to answer.
+    """Cut a text into samples for a user's model, without questions, because the model was not trained to answer them.
 
     Args:
         text: the text.
         loaded: the model and its tokenizer.
-        length: tokens in each sample.
-        count: samples wanted, from the beginning of the text; fewer come where it is short.
+        length: tokens of each sample.
+        count: number of samples, from the beginning of the text; a short text gives fewer.
 
     Returns:
         at least one sample.
@@ -102,7 +102,7 @@ def samples_of_text(text: str, loaded: LoadedModel, length: int, count: int) -> 
     """
     tokens = tokens_of_text(text, loaded)
     if len(tokens) < length:
-        raise ValueError(f"the text has {len(tokens)} tokens of {loaded.name}, and {length} are needed: give a longer text")
+        raise ValueError(f"the text has {len(tokens)} tokens of {loaded.name}, but {length} are needed: give a longer text")
     samples = []
     for start in range(0, min(count * length, len(tokens) - length + 1), length):
         piece = tokens[start : start + length]

@@ -1,4 +1,4 @@
-"""Documents to judge models on, cut from the packaged held-out text or from a user's own."""
+"""Documents for the evaluation of models, cut from the packaged held-out text or from a user's text."""
 
 import random
 from pathlib import Path
@@ -13,10 +13,10 @@ def held_out_text() -> bytes:
     """Read the held-out files, joined by empty lines.
 
     Returns:
-        about half a megabyte of Python sources that no training step saw.
+        about half a megabyte of Python source code that was not used in training.
 
     Raises:
-        FileNotFoundError: if the text is not where the package keeps it.
+        FileNotFoundError: if the file is missing from the package.
     """
     if not HELD_OUT.exists():
         raise FileNotFoundError(f"{HELD_OUT} is missing: reinstall the package, or write it with training/write_held_out.py")
@@ -24,25 +24,25 @@ def held_out_text() -> bytes:
 
 
 def documents_from(text: bytes, length: int, count: int, seed: int) -> tuple[Document, ...]:
-    """Cut documents that do not overlap out of a text, and plant facts to be retrieved in each.
+    """Cut documents that do not overlap from a text, and insert facts and questions in each.
 
     Args:
         text: ordinary text.
-        length: bytes in each document.
-        count: documents wanted; fewer come where the text is short.
-        seed: of the choice of pieces, and of keys, digits and places.
+        length: bytes of each document.
+        count: number of documents; a short text gives fewer.
+        seed: seed of the choice of pieces, and of keys, digits and places.
 
     Returns:
-        at least one document, with a set and a get line for every 128 bytes or so.
+        at least one document, with a set line and a get line for about every 128 bytes.
 
     Raises:
         ValueError: if `length` or `count` is not positive, or the text is shorter than one document.
     """
     if length < 1 or count < 1:
-        raise ValueError(f"length={length} and count={count} must be positive")
+        raise ValueError(f"length={length} and count={count}: give positive numbers")
     starts = range(0, len(text) - length + 1, length)
     if not starts:
-        raise ValueError(f"the text has {len(text)} bytes and one document needs {length}: give a longer text")
+        raise ValueError(f"the text has {len(text)} bytes, but one document needs {length}: give a longer text")
     rng = random.Random(seed)
     chosen = sorted(rng.sample(starts, min(count, len(starts))))
     num_pairs = max(1, length // _BYTES_PER_PAIR)
@@ -50,5 +50,5 @@ def documents_from(text: bytes, length: int, count: int, seed: int) -> tuple[Doc
 
 
 def held_out_documents(length: int, count: int, seed: int = 0) -> tuple[Document, ...]:
-    """Cut documents out of the packaged held-out text; arguments, result and errors as for `documents_from`."""
+    """Cut documents from the packaged held-out text; arguments, result and errors are those of `documents_from`."""
     return documents_from(held_out_text(), length, count, seed)
