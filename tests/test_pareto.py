@@ -165,7 +165,7 @@ def test_the_default_at_its_own_budget_is_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("budgets", "families", "message"),
-    [((), None, "name at least one"), ((512, 512), None, "each once"), ((512,), ["none"], "no method is called none")],
+    [((), None, "give at least one"), ((512, 512), None, "each only once"), ((512,), ["none"], "no method is called none")],
 )
 def test_candidates_refuse_what_cannot_take_part(budgets: tuple[int, ...], families: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -110,7 +110,7 @@ def test_blocks_left_in_the_order_of_entry_are_refused_and_undone(model: nn.Modu
     first, second = use(model, SMALL), use(model, FULL)
     first.__enter__()
     inner = second.__enter__()
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM was left while one that was entered later is still open"):
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM was closed while a block that was opened later is still open"):
         first.__exit__(None, None, None)
     assert_exact(logits(model), reference)
     assert inner.counts.approximated == NUM_LAYERS

@@ -163,12 +163,12 @@ def run(prepared: PreparedDemo, console: Console, lines: Sequence[Row] | None = 
 
 
 def show(prepared: PreparedDemo, results: DemoResults, console: Console) -> None:
-    """Print both tables and what they say in a sentence each.
+    """Print the tables, and a sentence on each part.
 
     Args:
         prepared: model and samples.
-        results: what was measured.
-        console: where to.
+        results: the measured results.
+        console: the console to print to.
     """
     length, count = len(prepared.samples[0].tokens), len(prepared.samples)
     title = f"1. {prepared.loaded.name}, {count} x {length:,} tokens of {prepared.source}, all layers replaced"

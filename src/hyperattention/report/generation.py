@@ -191,9 +191,7 @@ def recall(
     _check_length(loaded, tokens.shape[1] + max(each.shape[1] for each in asked) + more, allow_longer)
     options = GenerationOptions(named, seed=cache.seed, budget=cache.room.budget)
     if tokens.shape[0] != 1:
-        raise ValueError(
-            f"{path} holds {tokens.shape[0]} texts, but `ask` supports one text: write a cache of one text"
-        )
+        raise ValueError(f"{path} holds {tokens.shape[0]} texts, but `ask` supports one text: write a cache of one text")
     texts = [torch.cat([tokens.cpu(), each], 1) for each in asked]
     return (PreparedGeneration(loaded, text, copy.deepcopy(cache), options) for text in texts)
 

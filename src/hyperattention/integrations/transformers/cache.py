@@ -114,13 +114,9 @@ class HyperCache(Cache):
         if audit is not None:
             positive("HyperCache", audit=audit)
         if not isinstance(self.policy, Policy | StoreFactory):
-            raise ValueError(
-                f"policy={policy!r} is not a policy: give a policy object of this package, such as TopPages()"
-            )
+            raise ValueError(f"policy={policy!r} is not a policy: give a policy object of this package, such as TopPages()")
         if not isinstance(config, PreTrainedConfig):
-            raise ValueError(
-                f"the first argument is a {type(config).__name__}, not a configuration: give model.config"
-            )
+            raise ValueError(f"the first argument is a {type(config).__name__}, not a configuration: give model.config")
         for name, number in {"budget": budget, "sinks": sinks, "window": window, "seed": seed}.items():
             if isinstance(number, bool) or not (isinstance(number, int) or (name == "window" and number is None)):
                 what = "" if name == "seed" else " of slots"
