@@ -70,7 +70,7 @@ def test_what_is_damaged_or_of_another_is_refused_before_any_use(model: nn.Modul
         "not a complete safetensors file": data[: len(data) // 2],
         "content does not match its checksum": bytes(flipped),
         "version is '2'": newer,
-        "no whole safetensors": b"",
+        "header too small": b"",
     }
     for message, content in damages.items():
         path.write_bytes(content)
