@@ -15,7 +15,7 @@ def short_name(method: AttentionMethod) -> str:
         method: the method.
 
     Returns:
-        such as ``sinks 16 + window 256 + 688 by Descent``; its code where it is made of other stages.
+        such as ``sinks 16 + window 256 + 688 by HierarchicalSearch``; its code where it is made of other stages.
     """
     if isinstance(method, Exact):
         return "exact"
