@@ -111,6 +111,7 @@ def test_the_loss_is_that_of_the_plain_model(loaded: LoadedModel, samples: tuple
     complete = run_pass(loaded, sample, Row("all", "all", ha.Method(ha.Sinks(4), ha.Window(LENGTH))))
     whole = torch.arange(1, LENGTH) >= LENGTH // 2
     expected_whole = cross_entropy(logits[whole], sample.tokens[1:][whole], reduction="sum").item()
+    # losses are of logits in float32, several layers deep
     assert exact.nats + exact.planted_nats == pytest.approx(expected_whole, rel=1e-5)
     assert exact.num_bytes + exact.num_planted == LENGTH // 2
     assert exact.nats == pytest.approx(expected, rel=1e-5)
@@ -152,6 +153,7 @@ def test_every_row_is_judged_beside_exact_attention(loaded: LoadedModel, samples
         assert 0 < each.attention.median < each.model.median
     assert results["published"].label.endswith("(no fewer pairs)")
     assert not results["published"].approximated
+    # the same attention by lists of all keys, in another order; nats of logits in float32
     assert results["published"].added_nats == pytest.approx(0, abs=1e-4)
     expected = [ours.nats_per_byte[i] - exact.nats_per_byte[i] for i in range(2)]
     assert ours.added_nats == pytest.approx(sum(expected) / 2)

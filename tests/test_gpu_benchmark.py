@@ -81,7 +81,7 @@ def lines_of(records: list[dict]) -> list[tuple[dict, dict]]:
     return [(record, each) for record in records for each in record.get("contenders", ()) if not each.get("failed")]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_part_is_measured_and_says_where(toy):
     records, printed = toy
     assert {record["part"] for record in records} == PARTS

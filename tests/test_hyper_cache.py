@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
+from assertions import assert_exact
 from hyperattention import policies
 from hyperattention.policies.latest import Latest
 from hyperattention.policies.uniform_sample import UniformSample
@@ -197,7 +198,7 @@ def test_padding_is_never_held_where_keys_are_left(model: nn.Module) -> None:
 
 
 def assert_sums(total: Tensor, wanted: int) -> None:
-    torch.testing.assert_close(total, torch.full_like(total, wanted))
+    assert_exact(total, torch.full_like(total, wanted))
 
 
 def test_positions_and_masks_stay_those_of_the_text(model: nn.Module) -> None:
@@ -222,7 +223,7 @@ def test_a_prompt_is_read_in_full_before_it_is_compressed(model: nn.Module) -> N
         reference = model(tokens(1, PROMPT)).logits
         with pytest.warns(UserWarning, match="exact method"), use(model, ha.Exact()):
             ours = model(tokens(1, PROMPT), past_key_values=cache_of(model)).logits
-    torch.testing.assert_close(ours, reference)
+    assert_exact(ours, reference)
 
 
 def filled(model: nn.Module, length: int = PROMPT, **room: int) -> object:

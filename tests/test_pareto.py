@@ -86,6 +86,7 @@ def test_heads_average_to_the_overall_error(points: dict[str, Point]) -> None:
         record = point.record()
         heads = torch.tensor(record["error_by_head"])
         assert heads.shape == (3, 4)
+        # float32 by head, and means of them in another order
         assert point.error.mean == pytest.approx(heads.mean().item(), rel=1e-6, abs=0)
         assert record["percentile_95"] == pytest.approx(
             torch.tensor(record["percentile_95_by_head"]).mean().item(), rel=1e-6

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import hyperattention as ha
+from assertions import assert_exact
 from cases import CASES
 from front_door import with_error, with_lse
 from hyperattention import select
@@ -182,14 +183,14 @@ def test_each_head_runs_its_own_method() -> None:
     exact, lse = with_lse(q, k, v, method=ha.Exact(), **shape)
     narrow = ha.attention(q, k, v, method=NARROW, **shape)
     for heads in range(0, 8, 4):
-        torch.testing.assert_close(out[:, heads : heads + 2], narrow[:, heads : heads + 2])
-        torch.testing.assert_close(out[:, heads + 2 : heads + 4], exact[:, heads + 2 : heads + 4])
+        assert_exact(out[:, heads : heads + 2], narrow[:, heads : heads + 2])
+        assert_exact(out[:, heads + 2 : heads + 4], exact[:, heads + 2 : heads + 4])
     both, own_lse = with_lse(q, k, v, method=method, **shape)
-    torch.testing.assert_close(both, out)
-    torch.testing.assert_close(own_lse[:, 2:4], lse[:, 2:4])
+    assert_exact(both, out)
+    assert_exact(own_lse[:, 2:4], lse[:, 2:4])
     assert (narrow - exact).abs().max() > 1e-2
     # a layer that is not named
-    torch.testing.assert_close(ha.attention(q, k, v, method=method, **shape | {"layer": 0}), exact)
+    assert_exact(ha.attention(q, k, v, method=method, **shape | {"layer": 0}), exact)
 
 
 def logits(model: nn.Module, length: int = LENGTH) -> torch.Tensor:

@@ -366,14 +366,17 @@ def test_refusals_say_why(make: Callable[[], nn.Module], options: dict, message:
 IMPORTED = "import sys, {}; print('transformers' in sys.modules)"
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_transformers(run_python: Callable[[str], str]) -> None:
     assert run_python(IMPORTED.format("hyperattention")).strip() == "False"
 
 
+@pytest.mark.slow
 def test_the_import_check_can_fail(run_python: Callable[[str], str]) -> None:
     assert run_python(IMPORTED.format("hyperattention.integrations.transformers")).strip() == "True"
 
 
+@pytest.mark.slow
 def test_importing_the_integration_registers_nothing(run_python: Callable[[str], str]) -> None:
     code = (
         "import hyperattention.integrations.transformers as t\n"

@@ -49,8 +49,18 @@ def in_pytorch(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("keys", SLOTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "keys"),
+    [
+        # one length of many slots in one dtype, and all dtypes at few; `make test-heavy` runs the product
+        *((dtype, keys) for dtype in DTYPES for keys in (1, 63)),
+        (torch.float32, 100),
+        *(pytest.param(dtype, 100, marks=pytest.mark.heavy) for dtype in DTYPES[1:]),
+        *(pytest.param(dtype, 257, marks=pytest.mark.heavy) for dtype in DTYPES),
+    ],
+    ids=str,
+)
 def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, keys):
     rows = 3 if keys == 63 else 18
     x, lists = (
@@ -69,7 +79,7 @@ def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, keys):
 
 
 @pytest.mark.parametrize("method", [LISTS, HASHED], ids=["lists", "hashed"])
-@pytest.mark.parametrize("num_tokens", [1, 63, 100, 257])
+@pytest.mark.parametrize("num_tokens", [1, 63, 100, pytest.param(257, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_methods_at_odd_lengths_and_groups(method, num_tokens, group, in_pytorch):
     if group == 8 and num_tokens == 257:
@@ -85,6 +95,7 @@ def test_methods_at_odd_lengths_and_groups(method, num_tokens, group, in_pytorch
         assert_exact(a, b)
 
 
+@pytest.mark.slow
 def test_tiles_of_more_rows_than_a_program_takes(in_pytorch):
     x, lists = make_tensors(torch.float32, rows=150), make_selection(rows=150)
     ours, plain = (run(lambda: gradients(list_attention, x, lists)) for run in (lambda f: f(), in_pytorch))
@@ -93,7 +104,7 @@ def test_tiles_of_more_rows_than_a_program_takes(in_pytorch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("splits", [2, 3, 50])
+@pytest.mark.parametrize("splits", [2, 3, pytest.param(50, marks=pytest.mark.heavy)])
 def test_a_split_list_is_the_whole_list(splits, dtype):
     from hyperattention.kernels.list import triton_forward as list_triton
 
@@ -124,6 +135,7 @@ def run_with(forward, x, lists):
 # laws
 
 
+@pytest.mark.slow
 def test_listing_twice_is_adding_log_2():
     x, lists = make_tensors(torch.float32), make_selection()
     twice = replace(lists, runs=lists.runs + lists.runs[:1])
@@ -298,6 +310,7 @@ def test_pages_have_no_gradient():
         out.sum().backward()
 
 
+@pytest.mark.heavy
 def test_operators_are_registered_soundly():
     captured = {}
 
@@ -321,6 +334,7 @@ def test_operators_are_registered_soundly():
         torch.library.opcheck(operator_, args, **checks)
 
 
+@pytest.mark.heavy
 def test_checkpointing_recomputes_the_same_bits():
     from torch.utils.checkpoint import checkpoint
 

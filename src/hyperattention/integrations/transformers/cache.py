@@ -110,7 +110,7 @@ class HyperCache(Cache):
         allow_longer: bool = False,
     ) -> None:
         """Make an empty cache."""
-        self.policy = ClusterMeans() if policy is None else policy
+        self.policy: Policy | StoreFactory = ClusterMeans() if policy is None else policy
         if audit is not None:
             positive("HyperCache", audit=audit)
         if not isinstance(self.policy, Policy | StoreFactory):
@@ -127,7 +127,7 @@ class HyperCache(Cache):
                 raise ValueError(f"{name}={number!r}: give a whole number{what}")
         if not 0 <= seed < SEED_LIMIT:
             raise ValueError(f"seed={seed}: give a whole number from 0 to {SEED_LIMIT - 1}")
-        self.room = room_for(self.policy, budget, sinks, window)
+        self.room: CacheBudget = room_for(self.policy, budget, sinks, window)
         self.seed = seed
         text_config = config.get_text_config(decoder=True)
         check_served(text_config)
