@@ -94,9 +94,7 @@ def test_within_the_budget_logits_are_those_of_a_dynamic_cache_and_beyond_it_nea
 
 def qkv(slots: int = 30, new: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(2, heads, num, 8, generator=generator) for heads, num in ((4, new), (2, slots), (2, slots))
-    )  # fmt: skip
+    return tuple(torch.randn(2, heads, num, 8, generator=generator) for heads, num in ((4, new), (2, slots), (2, slots)))
 
 
 RULES = {

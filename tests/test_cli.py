@@ -23,7 +23,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", 
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": None})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -72,6 +72,7 @@ def test_doctor_names_every_path_and_why_one_is_missing() -> None:
     assert code == 0
     for name in (torch.__version__, "list kernel, Triton", "reference model", "held-out text", "threads"):
         assert name in output
+    assert "reinstall" not in output
 
 
 def test_demo_shows_both_parts_and_writes_them_down(reference: Path, tmp_path: Path) -> None:

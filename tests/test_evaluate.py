@@ -15,10 +15,11 @@ import hyperattention as ha
 from hyperattention import select
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.rows import Row, control_of, find_default, rows, window_of
+from hyperattention.evaluation.reading import reading
 from hyperattention.reference.documents import make_document
 from hyperattention.reference.evaluate import NUM_DEPTHS, evaluate
 from hyperattention.reference.model import LoadedModel, load_reference
-from hyperattention.reference.passes import capture, digits_right, run_pass
+from hyperattention.reference.passes import capture, digits_right, run_pass, watch_exact
 from hyperattention.reference.samples import EvaluationSample, samples_of_documents
 from hyperattention.reference.text import documents_from, held_out_documents, held_out_text
 
@@ -56,6 +57,18 @@ def test_a_control_needs_a_window_and_slots_to_draw() -> None:
         control_of(ha.Method(ha.Sinks(4), ha.Draw(8)))
     with pytest.raises(ValueError, match="nothing for its control to draw"):
         control_of(ha.Method(ha.Sinks(4), ha.Window(16)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_passes_with_exact_attention_end_without_a_warning(
+    loaded: LoadedModel, samples: tuple[EvaluationSample, ...]
+) -> None:
+    exact = Row("exact", "exact", ha.Exact())
+    assert run_pass(loaded, samples[0], exact).approximated == 0
+    assert len(capture(loaded, samples[0], exact)) == 2
+    watch_exact(loaded, samples[0], lambda call: None)
+    with reading(loaded.model):
+        loaded.model(samples[0].tokens[None], use_cache=False)
 
 
 def test_labels_tell_where_nothing_was_approximated() -> None:
@@ -200,7 +213,7 @@ def test_missing_or_foreign_weights_are_refused(tmp_path: Path) -> None:
         load_reference(tmp_path)
     config = transformers.LlamaConfig(
         vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="99 tokens"):
         load_reference(tmp_path)

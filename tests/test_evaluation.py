@@ -134,7 +134,7 @@ def test_questions_of_one_context_do_not_see_one_another(loaded: LoadedModel, ha
             for reply in ask(AskSettings(loaded.model, haystack.dialect, candidates, rows=rows), items)
         }
         for rows in (2, 8)
-    )  # fmt: skip
+    )
     assert few == many
     assert len(few) == 6 * 2 * 2
 

@@ -38,8 +38,14 @@ def test_a_rival_is_exact_where_its_slots_hold_all_keys_and_not_beyond(row):
     q, k, v = tensors(900, heads=4)
     for tokens, exact in ((150, True), (900, False)):
         x = [t[:, :, :tokens] for t in (q, k, v)]
-        error = ha.audit(*x, ha.attention(*x, is_causal=True, enable_gqa=True, method=row.method), is_causal=True,
-                         enable_gqa=True, rows=tokens, hardness=False).relative_error  # fmt: skip
+        error = ha.audit(
+            *x,
+            ha.attention(*x, is_causal=True, enable_gqa=True, method=row.method),
+            is_causal=True,
+            enable_gqa=True,
+            rows=tokens,
+            hardness=False,
+        ).relative_error
         assert (error.max() < 1e-5) == exact
 
 

@@ -242,9 +242,16 @@ def test_nested_configs_are_restored_one_by_one() -> None:
     text = build("Llama", {}).config.to_dict()
     config = transformers.LlavaConfig(
         text_config=text,
-        vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "num_attention_heads": 2,
-                       "num_hidden_layers": 1, "intermediate_size": 32, "image_size": 8, "patch_size": 4},
-    )  # fmt: skip
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "intermediate_size": 32,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+    )
     model = transformers.LlavaForConditionalGeneration(config)
     before = {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}
     model.set_attn_implementation(before)

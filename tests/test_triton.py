@@ -125,10 +125,20 @@ def run_with(forward, x, lists):
     runs, gap = lists.runs, lists.row_gap or (None, None)
     none = torch.empty(0, dtype=torch.int64)
     flat = Lists(
-        lists.key_row, lists.row_limit, [r.first for r in runs], [r.size for r in runs], [r.log_weight for r in runs],
-        [r.low for r in runs], [r.high for r in runs], [none if r.hole is None else torch.stack(r.hole) for r in runs],
-        [r.causal for r in runs], [r.labelled for r in runs], lists.row_label, lists.key_label, *gap,
-    )  # fmt: skip
+        lists.key_row,
+        lists.row_limit,
+        [r.first for r in runs],
+        [r.size for r in runs],
+        [r.log_weight for r in runs],
+        [r.low for r in runs],
+        [r.high for r in runs],
+        [none if r.hole is None else torch.stack(r.hole) for r in runs],
+        [r.causal for r in runs],
+        [r.labelled for r in runs],
+        lists.row_label,
+        lists.key_label,
+        *gap,
+    )
     return forward(x[0][:, :, None], *x[1:], flat, SCALE)
 
 
@@ -248,10 +258,16 @@ def twofold(lists):
         return None if x is None else x.repeat(2, *[1] * (x.dim() - 1))
 
     runs = tuple(
-        replace(r, first=two(r.first), log_weight=two(r.log_weight), low=two(r.low), high=two(r.high),
-                hole=None if r.hole is None else tuple(map(two, r.hole)))
+        replace(
+            r,
+            first=two(r.first),
+            log_weight=two(r.log_weight),
+            low=two(r.low),
+            high=two(r.high),
+            hole=None if r.hole is None else tuple(map(two, r.hole)),
+        )
         for r in lists.runs
-    )  # fmt: skip
+    )
     return replace(
         lists, runs=runs, row_limit=two(lists.row_limit), key_row=torch.tensor([2, 0, 1, 3]), row_label=None, key_label=None
     )

@@ -194,9 +194,11 @@ def test_fused_draws_are_those_of_the_law(mass, opened):
     first = torch.arange(opened).expand(2, 3, -1)
     keys = leaves.Opened(first, torch.rand(first.shape, generator=generator) < 0.9)
     blocks = leaves.Closed(
-        opened + 16 * torch.arange(30).expand(shape), 16, mass(torch.rand(shape, generator=generator)),
+        opened + 16 * torch.arange(30).expand(shape),
+        16,
+        mass(torch.rand(shape, generator=generator)),
         torch.rand(shape, generator=generator) < 0.8,
-    )  # fmt: skip
+    )
     count = keys.alive.sum(2, keepdim=True) + 16 * blocks.alive.sum(2, keepdim=True)
     zero = torch.zeros_like(count)
     given = keys, [blocks], (zero, count, count, count), num, 0.2

@@ -104,11 +104,16 @@ def report_on(stores: Mapping[int, AuditedStore], whole_bytes: int) -> CacheRepo
         )
     num_tokens = max(store.seen for store in every)
     return CacheReport(
-        relative_error=float(mean[0]), interval=(float(low[0]), float(high[0])),
-        by_layer=mean[1:], interval_by_layer=(low[1:], high[1:]), layers=tuple(stores),
-        num_audited=num_audited, num_approximated=num_approximated,
-        num_tokens=num_tokens, num_read=max(store.num_read for store in every),
+        relative_error=float(mean[0]),
+        interval=(float(low[0]), float(high[0])),
+        by_layer=mean[1:],
+        interval_by_layer=(low[1:], high[1:]),
+        layers=tuple(stores),
+        num_audited=num_audited,
+        num_approximated=num_approximated,
+        num_tokens=num_tokens,
+        num_read=max(store.num_read for store in every),
         memory_bytes=sum(store.memory_bytes for store in every),
         whole_bytes=whole_bytes,
         shadow_bytes=sum(store.shadow_bytes for store in every),
-    )  # fmt: skip
+    )

@@ -114,9 +114,13 @@ def calibrate(
 
 
 def _measure(
-    loaded: LoadedModel, samples: Sequence[EvaluationSample], ladder: Sequence[AttentionMethod], seed: int, kept: Journal,
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
+    ladder: Sequence[AttentionMethod],
+    seed: int,
+    kept: Journal,
     on_step: Callable[[str], None],
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Measure what the journal does not hold, in a pass with exact attention a document.
 
     Returns:
@@ -140,9 +144,13 @@ def _measure(
 
 
 def _added_nats(
-    loaded: LoadedModel, samples: Sequence[EvaluationSample], layers: dict[int, ByHead], exact_nats: Sequence[float],
-    seed: int, on_step: Callable[[str], None],
-) -> float:  # fmt: skip
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
+    layers: dict[int, ByHead],
+    exact_nats: Sequence[float],
+    seed: int,
+    on_step: Callable[[str], None],
+) -> float:
     """Run the whole model under its plan: how much the loss a byte of the second half grew."""
     plan, added = Row("plan", "plan", ByLayer(layers)), []
     for document, (sample, theirs) in enumerate(zip(samples, exact_nats, strict=True)):

@@ -107,7 +107,7 @@ def audit(
         heavy = _heavy_mask(method) if heavy is None else heavy
         sample = sample_for(
             query, key, rows, is_causal=is_causal, causal_align=causal_align, scale=scale, heavy=heavy, seed=seed
-        )  # fmt: skip
+        )
         found = judge(query, key, value, out, key_mask, sample)
     else:
         index = sample_rows(num_queries, rows, seed, query.device)

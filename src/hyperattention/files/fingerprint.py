@@ -1,11 +1,15 @@
 """Which model a plan was made for: its shape, and a hash over a few of its weights."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # values of each weight that enter the hash
 _VALUES = 64
@@ -50,7 +54,9 @@ class Fingerprint:
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Take the fingerprint of a transformers model.
 
-    Values are rounded to bfloat16 before they are hashed, so that a model loaded in another precision is still itself.
+    Values are rounded to bfloat16 before they are hashed, so that a model loaded in another precision is still itself. So is
+    one that accelerate has offloaded: its weights are fetched one module at a time. A weight without values, as on the meta
+    device, is refused with a ValueError.
 
     Args:
         model: the model itself, without wrappers.
@@ -74,15 +80,45 @@ def _count(config: object, name: str) -> int:
 
 def _hash_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        if weight.is_meta or not weight.numel():
-            continue
-        flat = weight.detach().flatten()
-        # evenly spaced, the first and the last among them
-        index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
-        values = flat[index.to(flat.device)]
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16).view(torch.int16)
-        digest.update(str(values.tolist()).encode())
+    for name, module in sorted(_owners(model).items()):
+        with _loaded(module, name) as weight:
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            if not weight.numel():
+                continue
+            flat = weight.detach().flatten()
+            # evenly spaced, the first and the last among them
+            index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
+            values = flat[index.to(flat.device)]
+            if values.is_floating_point():
+                values = values.to(torch.bfloat16).view(torch.int16)
+            digest.update(str(values.tolist()).encode())
     return digest.hexdigest()
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the module of every weight, by the weight's name; one that several modules share is named once."""
+    named = dict(model.named_parameters())
+    # offloading gives every module a place of its own for a weight that they share
+    offloaded = any(weight.is_meta for weight in named.values())
+    tied: dict[str, str] = (getattr(model, "all_tied_weights_keys", None) or {}) if offloaded else {}
+    first: dict[str, str] = {}
+    for name in named:
+        first.setdefault(tied.get(name, name), name)
+    return {name: model.get_submodule(name.rpartition(".")[0]) for name in first.values()}
+
+
+@contextmanager
+def _loaded(module: nn.Module, name: str) -> Iterator[Tensor]:
+    """Give a weight with its values: accelerate fetches what it has offloaded, and they are let go of again."""
+    own = name.rpartition(".")[2]
+    if not module.get_parameter(own).is_meta:
+        yield module.get_parameter(own)
+        return
+    accelerate = None if find_spec("accelerate") is None else import_module("accelerate.utils")
+    if accelerate is None or not accelerate.has_offloaded_params(module):
+        raise ValueError(
+            f"the weight {name} has no values to tell this model by: it is on the meta device, and accelerate has not "
+            "offloaded it; load the model with its weights"
+        )
+    with accelerate.align_module_device(module, "cpu"):
+        yield module.get_parameter(own)

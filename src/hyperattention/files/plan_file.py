@@ -45,8 +45,10 @@ def load_plan(path: str | Path) -> Plan:
         ValueError: if the file is not a complete plan of this version; the message names file, field and remedy.
     """
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the plan {path}: {error.strerror}; name a file that `calibrate` wrote") from error
+    except UnicodeDecodeError as error:
         raise ValueError(f"cannot read the plan {path}: {error}; name a file that `calibrate` wrote") from error
     try:
         data = json.loads(text)

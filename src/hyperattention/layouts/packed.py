@@ -63,10 +63,11 @@ def varlen_attention(
     packed = _checked(query, key, value, cu_seq_q, cu_seq_k, options)
     together = packed.exact_together()
     outs = [
-        attention(*packed.tensors(number), **options.shared(packed.runs[number])) if number not in together
+        attention(*packed.tensors(number), **options.shared(packed.runs[number]))
+        if number not in together
         else together[number][0]
         for number in range(packed.count)
-    ]  # fmt: skip
+    ]
     return torch.cat(outs, 2) if outs else packed.nothing()[0]
 
 
@@ -118,13 +119,16 @@ def measured_varlen_attention(
     packed = _checked(query, key, value, cu_seq_q, cu_seq_k, options)
     together = packed.exact_together() if audit is None and not standard_error else {}
     results = [
-        AttentionResult(*together[number]) if number in together
+        AttentionResult(*together[number])
+        if number in together
         else measured_attention(
-            *packed.tensors(number), **options.shared(packed.runs[number]), standard_error=standard_error,
+            *packed.tensors(number),
+            **options.shared(packed.runs[number]),
+            standard_error=standard_error,
             audit=audit if packed.holds_pairs(number) else None,
         )
         for number in range(packed.count)
-    ]  # fmt: skip
+    ]
     if not results:
         return SequencesResult(*packed.nothing())
     errors = [each.standard_error for each in results if each.standard_error is not None]

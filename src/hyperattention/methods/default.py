@@ -17,7 +17,7 @@ from hyperattention.select.score.representatives import Representatives
 CROSSOVER = 4096
 # the same for the thorough method: 1.2 times as fast as SDPA there (benchmarks/records/pareto.jsonl)
 THOROUGH_CROSSOVER = 8192
-# the same on a GPU: derived in docs/performance.md, to be measured (benchmarks/gpu.py --only crossover)
+# the same on a GPU: derived in docs/performance.md, to be measured (benchmarks/gpu/run.py --only crossover)
 GPU_CROSSOVER = 16_384
 FEW_QUERIES = 256
 # levels whose products grow from 65 to 100 a query between 131,072 and a million keys, and to 140 at eight million

@@ -1,6 +1,6 @@
 """A method: an ordered, immutable tuple of stages that prints as the code that makes it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Selection
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class Method(AttentionMethod):
     """An ordered list of stages; earlier stages win.
 
@@ -34,10 +35,10 @@ class Method(AttentionMethod):
         Method(Sinks(num=4), Window(size=256), Draw(num=64, by=Uniform()))
     """
 
-    __slots__ = ("stages", "tile")
     stages: tuple[Stage, ...]
     tile: int
 
+    # a dataclass takes no arguments by place without number, nor prints them
     def __init__(self, *stages: Stage, tile: int = 64) -> None:
         for stage in stages:
             if not isinstance(stage, Stage):
@@ -50,21 +51,9 @@ class Method(AttentionMethod):
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "tile", tile)
 
-    def __reduce__(self):
-        return _method, (self.stages, self.tile)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Method is immutable: build another instead of setting {name}")
-
     def __repr__(self) -> str:
         tile = "" if self.tile == 64 else f", tile={self.tile}"
         return f"Method({', '.join(map(repr, self.stages))}{tile})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Method) and (self.stages, self.tile) == (other.stages, other.tile)
-
-    def __hash__(self) -> int:
-        return hash((self.stages, self.tile))
 
     @property
     def complete(self) -> bool:
@@ -188,8 +177,3 @@ def _label_rows(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor | None, Tens
         return None, None
     row_label = tiles.arrange(covered.labels.query[..., None].double())[..., 0].long()
     return row_label, covered.labels.key.flatten(0, 1)
-
-
-def _method(stages: tuple[Stage, ...], tile: int) -> Method:
-    """Build a method again from what copying and pickling keep."""
-    return Method(*stages, tile=tile)

@@ -73,9 +73,12 @@ class ClusterMeans(Policy):
         variance = _sums(off.square().sum(-1, keepdim=True) * share, cluster, num)[..., 0]
         log_weight = total.log() + self.correction / 2 * variance
         held = CacheSlots(
-            means[0].to(old.k.dtype), means[1].to(old.v.dtype), log_weight.to(old.log_weight.dtype),
-            means[2][..., 0].round().to(old.position.dtype), (means[3][..., 0] * total).to(old.score.dtype),
-        )  # fmt: skip
+            means[0].to(old.k.dtype),
+            means[1].to(old.v.dtype),
+            log_weight.to(old.log_weight.dtype),
+            means[2][..., 0].round().to(old.position.dtype),
+            (means[3][..., 0] * total).to(old.score.dtype),
+        )
         # empty clusters come last: they stand for no position
         order = means[2][..., 0].masked_fill(total == 0, torch.inf).argsort(dim=-1, stable=True)
         return held.take(order, held.log_weight.gather(2, order))

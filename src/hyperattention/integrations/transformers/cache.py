@@ -15,12 +15,12 @@ from hyperattention.cache.policy import Policy
 from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.check import positive
-from hyperattention.integrations.attention_name import AttentionName
-from hyperattention.integrations.served import check_served, count_readers, cross_attention_layers
+from hyperattention.integrations.transformers.attention_name import AttentionName
 from hyperattention.integrations.transformers.cache_handle import READS_HELD
 from hyperattention.integrations.transformers.cache_layer import HyperCacheLayer
+from hyperattention.integrations.transformers.served import check_served, count_readers, cross_attention_layers
 from hyperattention.integrations.transformers.trained_length import trained_length
-from hyperattention.integrations.windowed_layer import move_window, restore_window, window_of, window_state
+from hyperattention.integrations.transformers.windowed_layer import move_window, restore_window, window_of, window_state
 from hyperattention.policies.cluster_means import ClusterMeans
 from hyperattention.random import SEED_LIMIT
 

@@ -158,9 +158,16 @@ def launch_lse(query: Tensor, moments: Tensor, edges: Tensor, lse: Tensor, numbe
 
 
 def block_mass(
-    query: Tensor, summary: Tensor, first: Tensor | None, edges: Tensor, lse: Tensor,
-    number: int, size: int, cut: int, representatives: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    summary: Tensor,
+    first: Tensor | None,
+    edges: Tensor,
+    lse: Tensor,
+    number: int,
+    size: int,
+    cut: int,
+    representatives: tuple[int, int],
+) -> Tensor:
     """Estimate the mass of every block for every tile: see `Walk`.
 
     Args:
@@ -184,9 +191,16 @@ def block_mass(
 
 
 def launch_mass(
-    query: Tensor, summary: Tensor, first: Tensor | None, edges: Tensor, lse: Tensor, mass: Tensor,
-    size: int, cut: int, representatives: tuple[int, int],
-) -> Launch:  # fmt: skip
+    query: Tensor,
+    summary: Tensor,
+    first: Tensor | None,
+    edges: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    size: int,
+    cut: int,
+    representatives: tuple[int, int],
+) -> Launch:
     """Prepare the launch of `block_mass`, which writes into `mass`."""
     means, far = representatives
     # without a list of blocks the edges stand in, and are not read

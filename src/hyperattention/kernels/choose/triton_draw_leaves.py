@@ -69,9 +69,17 @@ def _kernel(
 
 
 def draw_leaves(
-    first: Tensor, size: Tensor, mass: Tensor, alive: Tensor, count: Tensor, offset: Tensor,
-    num: int, uniform_share: float, clip_rounds: int, least: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    first: Tensor,
+    size: Tensor,
+    mass: Tensor,
+    alive: Tensor,
+    count: Tensor,
+    offset: Tensor,
+    num: int,
+    uniform_share: float,
+    clip_rounds: int,
+    least: float,
+) -> tuple[Tensor, Tensor]:
     """Draw keys from leaves: see `select.score.leaves`.
 
     Args:
@@ -97,9 +105,17 @@ def draw_leaves(
 
 
 def launch_draw(
-    first: Tensor, size: Tensor, mass: Tensor, alive: Tensor, count: Tensor, offset: Tensor,
-    results: tuple[Tensor, Tensor], uniform_share: float, clip_rounds: int, least: float,
-) -> Launch:  # fmt: skip
+    first: Tensor,
+    size: Tensor,
+    mass: Tensor,
+    alive: Tensor,
+    count: Tensor,
+    offset: Tensor,
+    results: tuple[Tensor, Tensor],
+    uniform_share: float,
+    clip_rounds: int,
+    least: float,
+) -> Launch:
     """Prepare the launch of `draw_leaves`, which writes keys and probabilities into `results`."""
     leaves, num = first.shape[2], results[0].shape[2]
     padded = max(16, triton.next_power_of_2(leaves))

@@ -123,9 +123,17 @@ def launch_keys(k: Tensor, middle: Tensor, basis: Tensor | None, keys: Tensor) -
 
 
 def prepare_queries(
-    q: Tensor, basis: Tensor | None, dtype: torch.dtype, tiles: int, first_tile: int, size: int, pooled: int, offset: int,
-    kv_heads: int, scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    basis: Tensor | None,
+    dtype: torch.dtype,
+    tiles: int,
+    first_tile: int,
+    size: int,
+    pooled: int,
+    offset: int,
+    kv_heads: int,
+    scale: float,
+) -> Tensor:
     """Average neighbouring queries, scale and project the averages, and overwrite what is not finite.
 
     Args:
@@ -153,9 +161,16 @@ def prepare_queries(
 
 
 def launch_queries(
-    q: Tensor, basis: Tensor | None, pools: Tensor, first_tile: int, size: int, each: int, offset: int,
-    kv_heads: int, scale: float,
-) -> Launch:  # fmt: skip
+    q: Tensor,
+    basis: Tensor | None,
+    pools: Tensor,
+    first_tile: int,
+    size: int,
+    each: int,
+    offset: int,
+    kv_heads: int,
+    scale: float,
+) -> Launch:
     """Prepare the launch of `prepare_queries`, which writes into `pools`."""
     q = q if q.stride(3) == 1 else q.contiguous()
     group, rows = q.shape[1] // kv_heads, pools.shape[2]

@@ -144,9 +144,26 @@ def _backward(ctx, grad_out, grad_lse):
     n = len(ctx.size)
     first, log_weight, low, high, hole = (list(rest[i * n : (i + 1) * n]) for i in range(5))
     grads = _list_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_row, row_limit, first, ctx.size, log_weight, low, high, hole,
-        ctx.causal, ctx.labelled, *rest[5 * n :], ctx.scale,
-    )  # fmt: skip
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        key_row,
+        row_limit,
+        first,
+        ctx.size,
+        log_weight,
+        low,
+        high,
+        hole,
+        ctx.causal,
+        ctx.labelled,
+        *rest[5 * n :],
+        ctx.scale,
+    )
     lists = [None] * n
     return *grads, None, None, lists, None, lists, lists, lists, lists, *[None] * 8
 

@@ -175,9 +175,17 @@ def _prepare_on_a_gpu(
     problem = tiles.problem
     dtype = for_estimates(middle[:0]).dtype
     query = prepare_queries(
-        problem.q, basis, dtype, len(tiles.index), 0, tiles.size, pooled, tiles.front,
-        problem.k.shape[1], problem.scale,
-    )  # fmt: skip
+        problem.q,
+        basis,
+        dtype,
+        len(tiles.index),
+        0,
+        tiles.size,
+        pooled,
+        tiles.front,
+        problem.k.shape[1],
+        problem.scale,
+    )
     return prepare_keys(k, middle, basis, room), query
 
 

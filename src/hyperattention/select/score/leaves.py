@@ -142,9 +142,17 @@ class Fused(Distribution):
         # a tensor of float32 without numbers stands for no closed block
         mass = torch.cat([point.new_empty(*first.shape[:2], 0, dtype=torch.float32), *(x.mass for x in self.closed)], 2)
         return draw_leaves(
-            first, size, mass, alive, hole_begin - begin + end - hole_end, point[..., 0], self.num, self.uniform_share,
-            _CLIP_ROUNDS, _LEAST,
-        )  # fmt: skip
+            first,
+            size,
+            mass,
+            alive,
+            hole_begin - begin + end - hole_end,
+            point[..., 0],
+            self.num,
+            self.uniform_share,
+            _CLIP_ROUNDS,
+            _LEAST,
+        )
 
     def share(self, index: Tensor) -> Tensor:
         """Look up the leaf that holds each key."""

@@ -1,12 +1,15 @@
 """Several densities at once: what one of them misses, another may find."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class Mix(Density):
     """Share the draws among several densities; a key's weight counts its chances in all of them.
 
@@ -18,34 +21,22 @@ class Mix(Density):
         *parts: densities and their shares; shares are relative.
 
     Raises:
-        ValueError: if there is no part, or a share is not positive.
+        ValueError: if there is no part, or a share is not positive and finite.
 
     Example:
         >>> Mix((HierarchicalSearch(), 0.7), (BlockScore(4), 0.3))
     """
 
-    __slots__ = ("parts",)
     parts: tuple[tuple[Density, float], ...]
 
+    # as in `Method`: the parts are arguments by place
     def __init__(self, *parts: tuple[Density, float]) -> None:
-        if not parts or any(not share > 0 for _, share in parts):
-            raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0")
+        if not parts or any(not 0 < share < math.inf for _, share in parts):
+            raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0 and finite")
         object.__setattr__(self, "parts", parts)
-
-    def __reduce__(self):
-        return Mix, self.parts
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Mix is immutable: build another instead of setting {name}")
 
     def __repr__(self) -> str:
         return f"Mix({', '.join(map(repr, self.parts))})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mix) and self.parts == other.parts
-
-    def __hash__(self) -> int:
-        return hash(self.parts)
 
     @property
     def looks_ahead(self) -> LookAhead:
