@@ -1,4 +1,4 @@
-"""Which model a plan was made for: its shape, and a hash over a few of its weights."""
+"""The fingerprint of the model that a plan was made for: its shape, and a hash over a few of its weights."""
 
 import hashlib
 from dataclasses import dataclass, fields
@@ -13,14 +13,14 @@ _VALUES = 64
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What distinguishes one model from another.
+    """The properties that distinguish one model from another.
 
     Args:
-        model_class: name of its class.
-        num_layers: attention layers.
-        num_heads: query heads of a layer; 0 where the configuration does not give one number.
-        num_kv_heads: kv heads of a layer; likewise.
-        head_dim: width of a head; likewise.
+        model_class: name of the model's class.
+        num_layers: number of attention layers.
+        num_heads: query heads of a layer; 0 if the configuration does not give one number.
+        num_kv_heads: kv heads of a layer; 0 likewise.
+        head_dim: width of a head; 0 likewise.
         weights: SHA-256 over the names and shapes of all weights, and a few values of each.
     """
 
@@ -32,13 +32,13 @@ class Fingerprint:
     weights: str
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Say in what another model differs.
+        """Describe how another model differs.
 
         Args:
-            other: the other model's.
+            other: fingerprint of the other model.
 
         Returns:
-            a phrase a difference; only the most telling where the shapes differ, for then the weights do too.
+            one phrase per difference; if shapes differ, only the shapes, because then the weights differ too.
         """
         names = [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
         shapes = [name for name in names if name != "weights"]
@@ -48,15 +48,16 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Take the fingerprint of a transformers model.
+    """Compute the fingerprint of a transformers model.
 
-    Values are rounded to bfloat16 before they are hashed, so that a model loaded in another precision is still itself.
+    Values are rounded to bfloat16 before they are hashed, so that the fingerprint does not depend on the precision in which
+    the model is loaded.
 
     Args:
-        model: the model itself, without wrappers.
+        model: the model, without wrappers.
 
     Returns:
-        its fingerprint.
+        the fingerprint.
     """
     whole: Any = model.config
     config = whole.get_text_config()
@@ -79,7 +80,7 @@ def _hash_weights(model: nn.Module) -> str:
         if weight.is_meta or not weight.numel():
             continue
         flat = weight.detach().flatten()
-        # evenly spaced, the first and the last among them
+        # evenly spaced, including the first and the last
         index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
         values = flat[index.to(flat.device)]
         if values.is_floating_point():

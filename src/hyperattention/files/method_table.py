@@ -1,4 +1,4 @@
-"""Methods as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
+"""Methods to and from JSON: nested objects that name a type of a fixed table; no code from a file is executed."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -33,7 +33,7 @@ from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 
-# a new type needs a line here; `Method` and `Mix` take lists of parts, and are written out below
+# a new type needs a line here; `Method` and `Mix` take lists of parts and are handled below
 _TYPES = (
     AntiDiagonal,
     BlockScore,
@@ -67,13 +67,13 @@ TYPES = {each.__name__: each for each in _TYPES}
 
 
 def method_to_json(method: object) -> object:
-    """Write a method, or a part of one, as what JSON can hold.
+    """Convert a method, or a part of one, to JSON values.
 
     Args:
         method: the method or part.
 
     Returns:
-        nested objects, each with the name of its type; a part of a type that plans do not know is refused with a TypeError.
+        nested objects, each with the name of its type; a part whose type is not in the table raises TypeError.
 
     Example:
         >>> method_to_json(Draw(688))
@@ -83,14 +83,14 @@ def method_to_json(method: object) -> object:
 
 
 def part_to_json(part: object, table: Mapping[str, type]) -> object:
-    """Write anything that is made of types of a table.
+    """Convert a part that is made of types of a table to JSON values.
 
     Args:
         part: a number, a text, None, a tuple of parts, or an object of one of the types.
         table: the types, by name.
 
     Returns:
-        what JSON can hold.
+        JSON values.
 
     Raises:
         TypeError: if a type is not in the table.
@@ -110,13 +110,13 @@ def part_to_json(part: object, table: Mapping[str, type]) -> object:
 
 
 def method_from_json(field: Field) -> AttentionMethod:
-    """Build a method from what `method_to_json` wrote.
+    """Build a method from the result of `method_to_json`.
 
     Args:
-        field: where it stands.
+        field: the field with the method.
 
     Returns:
-        the method; anything else, an unknown type or a wrong argument is refused with a ValueError.
+        the method; any other value, an unknown type or a wrong argument raises ValueError.
     """
     method = part_from_json(field, TYPES)
     if not isinstance(method, AttentionMethod):
@@ -125,10 +125,10 @@ def method_from_json(field: Field) -> AttentionMethod:
 
 
 def part_from_json(field: Field, table: Mapping[str, type]) -> Any:
-    """Build what `part_to_json` wrote; an unknown type or a wrong argument is refused with a ValueError.
+    """Build a part from the result of `part_to_json`; an unknown type or a wrong argument raises ValueError.
 
     Args:
-        field: where it stands.
+        field: the field with the part.
         table: the types that may be built, by name.
 
     Returns:
@@ -162,7 +162,7 @@ def _read_pair(field: Field, table: Mapping[str, type]) -> tuple[Density, float]
 
 
 def _read_dataclass(field: Field, cls: type, table: Mapping[str, type]) -> object:
-    """Build a part; arguments that the file leaves out take their defaults, so that a type may gain some."""
+    """Build a part; arguments that are not in the file take their defaults, so that a type may gain arguments."""
     known, hints = {each.name: each for each in fields(cls)}, get_type_hints(cls)
     given = {name: part for name, part in field.parts().items() if name != "type"}
     for name in given.keys() - known.keys():
@@ -178,7 +178,7 @@ def _read_dataclass(field: Field, cls: type, table: Mapping[str, type]) -> objec
 
 
 def _fits(value: object, hint) -> bool:
-    """Return whether a value is of the type that an argument is annotated with."""
+    """Return whether a value has the annotated type of an argument."""
     if isinstance(hint, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is tuple:
@@ -189,13 +189,13 @@ def _fits(value: object, hint) -> bool:
 
 
 def _build(field: Field, make):
-    """Make a part, and turn what its constructor objects to into an error of the file."""
+    """Build a part, and turn an error of its constructor into an error about the file."""
     try:
         return make()
     except (TypeError, AttributeError) as error:
         field.refuse(str(error))
     except ValueError as error:
-        # an inner part has already said which field it is
+        # the error of an inner part already names its field
         if str(error).startswith(f"{field.file}: "):
             raise
         field.refuse(str(error))

@@ -1,4 +1,4 @@
-"""Policies as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
+"""Policies to and from JSON: nested objects that name a type of a fixed table; no code from a file is executed."""
 
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.policy import Policy
@@ -39,7 +39,7 @@ _TABLE = {each.__name__: each for each in _TYPES}
 
 
 def policy_to_json(policy: Policy | StoreFactory) -> object:
-    """Write a policy as what JSON can hold.
+    """Convert a policy to JSON values.
 
     Args:
         policy: the policy.
@@ -58,19 +58,19 @@ def policy_to_json(policy: Policy | StoreFactory) -> object:
         return part_to_json(policy, _TABLE)
     except TypeError as error:
         raise ValueError(
-            f"the policy {policy!r} cannot be kept in a file: use one of {', '.join(_TABLE)}, or add its type to the table "
+            f"the policy {policy!r} cannot be saved to a file: use one of {', '.join(_TABLE)}, or add its type to the table "
             "of files/policy_table.py"
         ) from error
 
 
 def policy_from_json(field: Field) -> Policy | StoreFactory:
-    """Build a policy from what `policy_to_json` wrote.
+    """Build a policy from the result of `policy_to_json`.
 
     Args:
-        field: where it stands.
+        field: the field with the policy.
 
     Returns:
-        the policy; anything else, an unknown type or a wrong argument is refused with a ValueError.
+        the policy; any other value, an unknown type or a wrong argument raises ValueError.
     """
     policy = part_from_json(field, _TABLE)
     if not isinstance(policy, Policy | StoreFactory):
