@@ -114,7 +114,8 @@ class TwoLevels(PageRank):
     """Rank pairs of neighbouring pages first, then only the pages of the best pairs.
 
     Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache: clusters of 32 positions, of which half are kept, then of 16.
-    Differs: the score of a pair is the largest score of its mean summary over all queries of the call; `keep` is a share.
+    Differs: the score of a pair is that of the mean of its two summaries, the maximum over all queries of the call; `keep`
+    is a share.
     Cost: half a product per page for pairs, and one for every page of the kept pairs.   Guarantee: none.
 
     Args:

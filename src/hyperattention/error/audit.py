@@ -213,9 +213,7 @@ def check_audit(query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: in
     if out.device != query.device:
         raise ValueError(f"out is on {out.device} and query on {query.device}: move them to one device")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(
-            f"{rows!r} rows to audit: give a positive integer; 59 rows or more also bound the 95th percentile"
-        )
+        raise ValueError(f"{rows!r} rows to audit: give a positive integer; 59 rows or more also bound the 95th percentile")
     if not out.shape[2] or not key.shape[2]:
         raise ValueError(
             f"{out.shape[2]} queries and {key.shape[2]} keys: an audit needs at least one of each; leave the audit out"

@@ -53,8 +53,8 @@ class AntiDiagonal(Stage):
         positive("AntiDiagonal", num=self.num, block_size=self.block_size, stride=self.stride)
         if self.block_size % self.stride:
             raise ValueError(
-                f"AntiDiagonal(block_size={self.block_size}, stride={self.stride}): block_size must be a multiple of stride; "
-                "use a divisor of block_size"
+                f"AntiDiagonal(block_size={self.block_size}, stride={self.stride}): block_size must be a multiple of "
+                "stride; use a divisor of block_size"
             )
 
     @property
@@ -91,7 +91,7 @@ class AntiDiagonal(Stage):
         return _Groups(query, key.unflatten(1, (-1, stride)).flatten(2, 3), tiles.by_list(limit).repeat(1, 1, problem.group))
 
     def _choose(self, tiles: Tiles, groups: _Groups, covered: CoveredKeys, left: tuple[Tensor, ...], part: slice) -> Tensor:
-        """Rank blocks for a chunk of tiles: indices of the best, ascending; padded with the number of blocks if too few are left."""
+        """Rank blocks for a chunk of tiles: indices of the best, ascending, padded with the number of blocks if too few."""
         problem, left = tiles.problem, tuple(x[:, part] for x in left)
         total = -(-problem.num_keys // self.block_size)
         query, key = groups.query[:, part], groups.key[:, : -(-seen_keys(tiles, part) // self.stride)]

@@ -80,7 +80,7 @@ class BudgetedDraw(Stage):
         return self.num
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count products of pooled queries with the pilot, per query; products with keys of earlier stages are not counted."""
+        """Count products of pooled queries with the pilot, per query; those with keys of earlier stages are not counted."""
         return min(self.pooled, tile) / tile * self.pilot
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:

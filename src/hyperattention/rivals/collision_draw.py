@@ -161,7 +161,7 @@ def twice(p: Tensor, bits: int, tables: int) -> Tensor:
     """
     x = p**bits
     log_miss = (tables - 1) * torch.log1p(-x) + torch.log1p((tables - 1) * x)
-    # x = 1 would give 0 times infinity; an infinite log is a certain collision
+    # x = 1 gives a log of -inf, which means a certain collision
     return (-torch.expm1(log_miss)).clamp(min=torch.finfo(torch.float64).tiny)
 
 
