@@ -144,7 +144,7 @@ def measured_attention(
         is_causal: whether query i sees only keys at or before its position.
         scale: factor of the scores.
         enable_gqa: whether several query heads may share a kv head.
-        method: what runs.
+        method: the method that runs.
         tolerance: mean relative row error allowed for each head of this output, in (0, 1).
         key_mask: True where a key may be attended to.
         seed: seed of every draw.
@@ -184,7 +184,7 @@ def measured_attention(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The results that a call wants beside the output.
+    """The results that a call wants besides the output.
 
     Args:
         lse: whether the log-sum-exp is wanted; without it exact heads are sometimes cheaper.

@@ -35,7 +35,7 @@ class Call:
         query: queries, in the dtype of autocast if autocast is on.
         key: keys, likewise.
         value: values, likewise.
-        masking: who may see whom.
+        masking: which query may attend to which key.
         scale: factor of the scores.
         seed: seed of every draw.
         layer: layer of the model.
@@ -105,7 +105,7 @@ def checked_call(
         query: queries.
         key: keys.
         value: values.
-        masking: who may see whom.
+        masking: which query may attend to which key.
         dropout_p: must be 0.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: whether several query heads may share a kv head.

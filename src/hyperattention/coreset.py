@@ -29,8 +29,8 @@ class Coreset:
 
     Source: coresets for attention, as in Zandieh et al., 2024 (arXiv:2402.06082), SubGen; Han et al., 2025
     (arXiv:2502.07861), BalanceKV.   Differs: one weight serves numerator and denominator.
-    Cost: slots products a query and head.   Guarantee: exact if no key was dropped; otherwise the guarantee of the algorithm
-    that made the coreset.
+    Cost: `num_slots` products per query and head.   Guarantee: exact if no key was dropped; otherwise the guarantee of the
+    algorithm that made the coreset.
 
     Args:
         k: keys.

@@ -54,7 +54,7 @@ class Problem:
 
     @property
     def num_keys(self) -> int:
-        """Keys of each head, dead ones included."""
+        """Keys of each head, including masked keys."""
         return self.k.shape[2]
 
     @property

@@ -15,7 +15,7 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 
 _FORWARD = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
-_BACKWARD = "torch.func.grad, or what is built on it (vjp, jacrev, hessian)"
+_BACKWARD = "torch.func.grad, or functions built on it (vjp, jacrev, hessian)"
 _VMAP = "torch.func.vmap"
 _NESTED = "a transform of torch.func inside another"
 _REMEDIES = {

@@ -38,7 +38,7 @@ class AuditedStore(Store):
     """
 
     def __init__(self, inner: Store, every: int, seed: int) -> None:
-        """Hold nothing."""
+        """Start empty."""
         positive("AuditedStore", every=every)
         self.inner, self.every, self.seed = inner, every, seed
         self._whole, self._new = Recent(), 0

@@ -35,7 +35,7 @@ class CompressingStore(Store):
     """
 
     def __init__(self, policy: Policy, room: CacheBudget, *, layer: int = 0, seed: int = 0) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.policy, self.room, self.layer, self.seed = policy, room, layer, seed
         self._buffer: CacheSlots | None = None
         self._queries: Tensor | None = None

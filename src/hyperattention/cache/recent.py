@@ -16,7 +16,7 @@ class Recent:
     """
 
     def __init__(self) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self._buffer: tuple[Tensor, Tensor, Tensor] | None = None
         self.num = 0
 

@@ -42,7 +42,7 @@ class SelectingStore(Store):
         layer: int = 0,
         seed: int = 0,
     ) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.by, self.room, self.page, self.draws, self.most_queries = by, room, page, draws, most_queries
         self.lender, self.layer, self.seed = lender, layer, seed
         self.chosen: Tensor | None = None
@@ -120,7 +120,7 @@ class SelectingStore(Store):
     @property
     def _start(self) -> Tensor:
         if self._begin is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         return self._begin
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
@@ -135,7 +135,7 @@ class SelectingStore(Store):
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Choose pages for every query, and compute attention over the chosen keys."""
         if self._k is None or self._v is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         batch, kv_heads, _, _ = self._k.shape
         queries = q.shape[2]
         rows = q.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, queries, head_dim]
@@ -235,7 +235,7 @@ class SelectingStore(Store):
     def state(self) -> dict[str, Tensor]:
         """Copy keys and values; summaries are computed from them."""
         if self._k is None or self._v is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         k, v = (x[:, :, : self._seen].clone(memory_format=torch.contiguous_format) for x in (self._k, self._v))
         return {"k": k, "v": v, "begin": self._start.clone()}
 

@@ -19,7 +19,7 @@ from hyperattention.transforms import refuse_transforms, scale_of
 
 __all__ = ["ErrorReport", "audit", "sample_rows"]
 
-# first counter of the row draws, so that rows and the draws they judge share no bits under one seed
+# first counter of the row draws, so that they share no random bits with the draws of a method under one seed
 _STREAM = 0xA0D17
 # sinks and window if the method is unknown
 HEAVY = (16, 512)

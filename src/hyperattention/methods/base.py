@@ -101,7 +101,7 @@ def check_method(method: object) -> None:
         method: the argument to check.
 
     Raises:
-        TypeError: if it is anything else, such as a stage alone.
+        TypeError: if `method` is not an attention method, for example a single stage.
     """
     if not isinstance(method, AttentionMethod):
         raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")

@@ -56,7 +56,7 @@ class ByHead(AttentionMethod):
         return max(method.looks_ahead for method in self.methods)
 
     def groups(self) -> dict[AttentionMethod, list[int]]:
-        """List the kv heads that each method serves."""
+        """List the kv heads of each method."""
         served: dict[AttentionMethod, list[int]] = {}
         for head, method in enumerate(self.methods):
             served.setdefault(method, []).append(head)

@@ -36,7 +36,7 @@ class HyperAttention(AttentionMethod):
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 1 to 4, and the parameters of its published code.   Differs:
 
     - buckets follow the Gray order; the published code sorts by Gray(code), where the order is its inverse;
-    - queries and keys are centred before hashing, and every kv head has projections of its own;
+    - queries and keys are centred before hashing, and every kv head has its own projections;
     - a sampled key in the query's own bucket is skipped; one of the published paths counts it twice;
     - keys are sampled by ||v||^2 mixed with a uniform share, stratified, and one sample serves both sums, where Alg. 2 and 3
     draw separately and the published code draws only uniformly; each 2048 queries share one sample, where the paper has one

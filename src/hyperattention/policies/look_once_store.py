@@ -28,7 +28,7 @@ class LookOnceStore(Store):
     """
 
     def __init__(self, make: Callable[[], SelectingStore], *, keep: float, latest: int) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.keep, self.latest = keep, latest
         self._make, self.pages = make, make()
         self._begin: Tensor | None = None
@@ -86,7 +86,7 @@ class LookOnceStore(Store):
     @property
     def _start(self) -> Tensor:
         if self._begin is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         return self._begin
 
     @property
@@ -162,7 +162,7 @@ class LookOnceStore(Store):
         # so that a refused state leaves this store unchanged
         pages = self._make()
         pages.restore(others)
-        insist(gone >= 0 <= fixed and (not gone or fixed <= pages.seen), f"of {pages.seen} slots {fixed} are what was left")
+        insist(gone >= 0 <= fixed and (not gone or fixed <= pages.seen), f"of {pages.seen} slots {fixed} were kept")
         self.pages, self._begin = pages, state["begin"]
         self._gone, self._fixed = gone, fixed
         self._new, self._shown = 0, None

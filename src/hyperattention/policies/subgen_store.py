@@ -64,7 +64,7 @@ class SubGenStore(Store):
     """
 
     def __init__(self, sizes: SketchSizes, room: CacheBudget, *, layer: int = 0, seed: int = 0) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.sizes, self.room, self.layer, self.seed = sizes, room, layer, seed
         self.sketch: SubGenSketch | None = None
         self._recent = Recent()

@@ -73,7 +73,7 @@ class ValueReservoir:
     """
 
     def __init__(self, slots: int, *, counters: tuple[int, int] = (0, 0)) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.slots, self.counters = slots, counters
         self.drawn: Drawn | None = None
 

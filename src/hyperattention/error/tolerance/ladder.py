@@ -117,7 +117,7 @@ def check_tolerance(tolerance: object, method: object, standard_error: bool = Fa
         standard_error: whether standard errors are asked for as well.
 
     Raises:
-        TypeError: if the method is anything else, such as a single stage, or the tolerance is not a number.
+        TypeError: if `method` is neither, for example a single stage, or the tolerance is not a number.
         ValueError: if the tolerance is not in (0, 1), or a method or standard errors are asked for together with it.
     """
     ladder = isinstance(method, Ladder)

@@ -24,7 +24,7 @@ class ToleranceReport:
     - A mean over rows does not bound a single row. A query that needs one key can miss it although the mean is small.
 
     Args:
-        tolerance: the mean relative row error allowed each query head.
+        tolerance: the mean relative row error allowed for each query head.
         confidence: probability that no head's mean of min(error, 1) exceeds its bound.
         methods: the method of each kv head: a rung for all batch entries and query heads that share it, or `Exact()`.
         bound: upper bound of the mean over rows of ||out_i - exact_i|| / ||exact_i||, at most `tolerance`; 0 if exact

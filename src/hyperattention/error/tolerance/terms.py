@@ -99,6 +99,6 @@ def affordable(terms: Terms, ladder: Ladder) -> tuple[Rung, ...]:
     found = tuple(rung for rung in rungs if terms.total(rung) <= worth)
     if not found:
         return ()
-    # the pilot costs the same whatever it finds: no pilot if it and the cheapest rung together would save nothing
+    # the pilot costs the same for every result: no pilot if it and the cheapest rung together would save nothing
     pilot = pilot_spends(found[0].spends, terms.exact_pairs, problem.num_queries, ladder.tile)
     return found if terms.total(found[0]) + pilot <= worth else ()

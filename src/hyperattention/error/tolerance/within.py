@@ -53,8 +53,8 @@ def attend_within(
     and attempts.
 
     A rung may run if it and its certificate spend fewer pairs than the ladder's `worth` allows; no rung runs if the cheapest
-    one and the pilot exceed this limit. Without a ladder, exact attention runs wherever `method=None` would run it. Differs
-    from a method chosen beforehand: the measured error of the output decides.
+    one and the pilot exceed this limit. Without a ladder, exact attention runs wherever `method=None` would run it.
+    Differs from a method chosen beforehand: the measured error of the output decides.
     Cost: the rungs that run, the pilot, and the exact rows of `Aim.rows`, a few times log(heads) / tolerance.
     Guarantee: with 95% confidence every head's mean of min(e, 1) is within its bound, as `mean_bound` states it;
     `ToleranceReport` lists the limits of this. The chosen rung is predicted from two probes and an extrapolation; a cheaper

@@ -74,7 +74,7 @@ def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
     """Return the leverage score of each key: its squared norm in the inverse covariance of all keys.
 
     Args:
-        k: keys, ``[lists, keys, head_dim]``, live ones first.
+        k: keys, ``[lists, keys, head_dim]``, live keys first.
         total: number of live keys, ``[lists, 1]``.
         ridge: relative ridge.
 

@@ -84,7 +84,7 @@ class MeanKey(BlockRank):
         return head_dim
 
     def products(self, block_size: int) -> int:
-        """One product a block."""
+        """Count one product per block."""
         return 1
 
 
@@ -112,7 +112,7 @@ class KeyBounds(BlockRank):
         return head_dim
 
     def products(self, block_size: int) -> int:
-        """Two products a block."""
+        """Count two products per block."""
         return 2
 
 
