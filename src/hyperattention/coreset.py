@@ -99,7 +99,7 @@ class Coreset:
 
         Raises:
             ValueError: if the queries do not fit the heads or `own`, or a gradient of log-weights or under a softcap is
-            asked for.
+                asked for.
         """
         batch, kv_heads, slots = self.log_weight.shape
         heads, queries = q.shape[1], q.shape[2]

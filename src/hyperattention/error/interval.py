@@ -29,8 +29,10 @@ def mean_interval(
     variables.   Differs: the cap grows with the worst row seen; quantiles by a fixed set of resamples.
     Cost: O(2048 * rows) per head.   Guarantee: for two-valued errors it is the Clopper-Pearson interval, never below 95%;
     in general its coverage is conjectured there and tested here. Assumes that no row is worse than max(cap, worst
-    row seen). Rows may come one from each of equal strata: that only concentrates the sample. If no sampled row is wrong,
-    the high end exceeds the mean by about 3.7 / rows, because the sample cannot exclude wrong rows elsewhere.
+    row seen). Rows may come one from each of equal strata: that only concentrates the sample.
+
+    If no sampled row is wrong, the high end exceeds the mean by about 3.7 / rows, because the sample cannot exclude wrong
+    rows elsewhere.
 
     Args:
         errors: one error per row, not negative.

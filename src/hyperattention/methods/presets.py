@@ -39,12 +39,12 @@ class HyperAttention(AttentionMethod):
     - queries and keys are centred before hashing, and every kv head has its own projections;
     - a sampled key in the query's own bucket is skipped; one of the published paths counts it twice;
     - keys are sampled by ||v||^2 mixed with a uniform share, stratified, and one sample serves both sums, where Alg. 2 and 3
-    draw separately and the published code draws only uniformly; each 2048 queries share one sample, where the paper has one
-    for all; weights are those of the sample (no cap and no kappa, as in the published code; see `ApproxD` for Alg. 2); -
-    padding has no effect: bucket sizes differ by at most one key, lengths may be odd or unequal, masked keys are left out;
-    in the published code, zero padding adds exp(0) to denominators; - lse carries its gradient, so that backward is the
-    gradient of forward; in the published code lse is detached; - queries and keys may differ in number, stand at any offset,
-    and share kv heads.
+      draw separately and the published code draws only uniformly; each 2048 queries share one sample, where the paper has
+      one for all; weights are those of the sample (no cap and no kappa, as in the published code; see `ApproxD` for Alg. 2);
+    - padding has no effect: bucket sizes differ by at most one key, lengths may be odd or unequal, masked keys are left out;
+      in the published code, zero padding adds exp(0) to denominators;
+    - lse carries its gradient, so that backward is the gradient of forward; in the published code lse is detached;
+    - queries and keys may differ in number, stand at any offset, and share kv heads.
 
     Cost: about `block_size` + `sample_size` slots per query; if causal, times log2(n / min_seq_len) / 2, plus the exact
     parts.

@@ -151,7 +151,7 @@ class Stage(ABC):
 
         Raises:
             ValueError: if an earlier stage draws, because draws represent every remaining key; if this stage takes keys by
-            position and blocks were taken before; or if two stages of this kind take keys by position.
+                position and blocks were taken before; or if two stages of this kind take keys by position.
         """
         for stage in earlier:
             name, before = type(self).__name__, type(stage).__name__

@@ -13,8 +13,7 @@ Reported statistics of real models, with sources, and how the inputs here model 
   are pairs rotated at geometric rates, whose cosines add up to a power law in the distance; the others are not rotated.
 - *Low-rank keys*: the spectrum of keys decays (Loki, arXiv:2406.02542). Here variances fall along a random basis.
 - *Far keys*: our model of text: topics that last, mix and return, words by Zipf's law. A query looks for a word, often the
-same as
-  its neighbours, so that its heavy keys are scattered; a few queries look for one planted key far back, a needle.
+  same as its neighbours, so that its heavy keys are scattered; a few queries look for one planted key far back, a needle.
 - *Heads from sharp to diffuse* (MagicPIG's abstract: attention is not always as sparse as expected): one number per head.
 
 The amplitudes are ours, set so that dropping, drawing and choosing keys give the same errors as in a trained model; the

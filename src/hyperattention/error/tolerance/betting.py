@@ -57,8 +57,8 @@ def mean_bound(errors: Float[Tensor, "*head rows"], chance: float) -> Float[Tens
     for which strata may have unequal means, in place of adaptive bets.
     Cost: O(30 * rows) per head.   Guarantee: P(bound < mean) <= chance for rows with errors of at most 1, a completely wrong
     row (`interval.WRONG_ROW`). The part of errors above 1 is added as its mean over the drawn rows: it is estimated, not
-    bounded. Unsampled rows are assumed to have errors of at most 1. If all errors are 0 the bound is at most 1 - (0.4
-    chance)^(1 / rows).
+    bounded. Unsampled rows are assumed to have errors of at most 1. If all errors are 0 the bound is at most
+    1 - (0.4 chance)^(1 / rows).
 
     Args:
         errors: one error per row, 0 for a row that does not count.

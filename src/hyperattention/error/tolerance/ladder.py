@@ -38,7 +38,7 @@ class Ladder:
     Raises:
         TypeError: if a rung is not a list of stages.
         ValueError: if there is no rung, the costs do not increase, the tile sizes differ, a rung chooses keys by all queries
-        of a sequence, or `worth` is not in (0, 1].
+            of a sequence, or `worth` is not in (0, 1].
 
     Example:
         >>> Ladder((Method(Sinks(4), Draw(64)), Method(Sinks(4), Draw(256))))
@@ -79,8 +79,10 @@ def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -
     If a tile sees few keys, eight averaged queries scan all of them, because missed keys increase the error: on the
     reference model the mean error is 0.040, and 0.056 with the hierarchical search of the default method; on structured
     inputs it is up to 40% smaller. The scan takes about the time of that search on CPUs with fast 8-bit integer products,
-    and more time elsewhere. A rung may run if its share of exact attention's pairs is at most that of the default method at
-    the measured crossover, where both take equal time.
+    and more time elsewhere.
+
+    A rung may run if its share of exact attention's pairs is at most that of the default method at the measured crossover,
+    where both take equal time.
 
     Args:
         num_keys: keys of the call; no rung draws more.

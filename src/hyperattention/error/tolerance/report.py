@@ -17,8 +17,7 @@ class ToleranceReport:
 
     - They hold for the rows of this output, all heads together. They do not hold for outputs of other seeds.
     - Each row counts with min(error, 1), where 1 means a completely wrong row. The part of an error above 1 is estimated
-    from the rows
-      drawn (`excess`) and not bounded: a few rows with very large errors may not be among the rows drawn.
+      from the rows drawn (`excess`) and not bounded: a few rows with very large errors may not be among the rows drawn.
     - Which rows are drawn depends only on layer, seed, attempt and batch entry. Over many calls vary `seed`: with one seed
       the calls draw the same rows, and their failures are not independent.
     - A mean over rows does not bound a single row. A query that needs one key can miss it although the mean is small.

@@ -46,11 +46,14 @@ def attend_within(
     """Compute attention so that the bound of every query head's mean relative row error is within a tolerance.
 
     1. A pilot (`pilot.py`) computes exact rows in complete tiles at evenly spaced positions, tries at most two rungs on
-    them, and chooses for each kv head the cheapest rung that is likely to pass. 2. Heads with the same rung run together. 3.
-    A certificate (`certificate.py`) on fresh rows bounds every query head's error; a kv head passes if the worst of its
-    query heads passes, over the batch. 4. A head that fails moves up once, to the rung that its certificate suggests, with
-    fresh rows; if it fails again, exact attention runs. The probability of a wrong bound, 5%, is divided over query heads
-    and attempts.
+       them, and chooses for each kv head the cheapest rung that is likely to pass.
+    2. Heads with the same rung run together.
+    3. A certificate (`certificate.py`) on fresh rows bounds every query head's error; a kv head passes if the worst of its
+       query heads passes, over the batch.
+    4. A head that fails moves up once, to the rung that its certificate suggests, with fresh rows; if it fails again, exact
+       attention runs.
+
+    The probability of a wrong bound, 5%, is divided over query heads and attempts.
 
     A rung may run if it and its certificate spend fewer pairs than the ladder's `worth` allows; no rung runs if the cheapest
     one and the pilot exceed this limit. Without a ladder, exact attention runs wherever `method=None` would run it.

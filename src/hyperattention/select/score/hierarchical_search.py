@@ -59,7 +59,7 @@ class HierarchicalSearch(Density):
 
     Raises:
         ValueError: if a count is not positive, there is no level, a block size does not divide the previous one, or the
-        share is not between 0 and 1.
+            share is not between 0 and 1.
     """
 
     levels: tuple[Level, ...] = field(
