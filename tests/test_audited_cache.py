@@ -225,7 +225,7 @@ def test_beams_and_crops_take_the_witness_along() -> None:
 def test_an_audit_cannot_begin_halfway() -> None:
     store = AuditedStore(CompressingStore(Latest(), ROOM), 4, 0)
     run(store, *inputs(60))
-    with pytest.raises(ValueError, match="every key from the first on"):
+    with pytest.raises(ValueError, match="every key from the first token on"):
         AuditedStore(CompressingStore(Latest(), ROOM), 4, 0).restore(store.state())
     CompressingStore(Latest(), ROOM).restore(store.state())
     with pytest.raises(ValueError, match=r"every=0"):

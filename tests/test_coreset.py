@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused() -> None:
         Coreset(coreset.k, coreset.v, coreset.log_weight.clone().requires_grad_()).attend(q)
     with pytest.raises(ValueError, match="cannot be joined"):
         join([coreset, Coreset(*(x[:, :1] for x in (coreset.k, coreset.v, coreset.log_weight)))])
-    with pytest.raises(ValueError, match="one of each a slot"):
+    with pytest.raises(ValueError, match="give at least one head"):
         of_heads([(coreset.k[0, 0], coreset.v[0, 0, 1:], coreset.log_weight[0, 0])])
 
 

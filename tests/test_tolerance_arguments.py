@@ -85,7 +85,7 @@ def test_short_calls_and_dense_masks_are_exact_and_say_so():
         assert_exact(out, ha.attention(q, k, v, enable_gqa=True, method=ha.Exact(), **options))
     few = Ladder((Method(ha.Draw(2), tile=16),))
     _, report = within(*easy(num=63), tolerance=0.99, **(OPTIONS | {"method": few}))
-    assert "too few whole tiles" in str(report)
+    assert "too few complete tiles" in str(report)
 
 
 @pytest.mark.parametrize(("queries", "keys", "batch"), [(0, 0, 1), (5, 0, 1), (0, 5, 1), (5, 5, 0)])

@@ -122,7 +122,7 @@ def test_padding_on_the_left_is_never_read_and_elsewhere_refused() -> None:
     # 24 is a number of whole pages, so that both cut the same ones
     assert_exact(made.attend(q, 0.25).out[1:], alone.attend(q[1:], 0.25).out)
     made.append(new, value)
-    with pytest.raises(ValueError, match="padding stands behind tokens"):
+    with pytest.raises(ValueError, match="padding stands after tokens"):
         made.mask_padding(torch.tensor([[True], [False]]))
 
 

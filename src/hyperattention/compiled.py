@@ -1,7 +1,8 @@
-"""A method as one operator of torch, for graphs: compilers and export see one node, whatever the length.
+"""A method as one torch operator, for graphs: compilers and export see one node at every length.
 
-Traced stage by stage, a method's lists grew to thousands of nodes, and one graph a length. Only while a graph is traced does
-a call take this way; it runs what an eager call runs, draws the same keys, and backward runs the forward pass again.
+Traced stage by stage, a method's lists became thousands of nodes, and each length needed its own graph. Calls use this
+operator only while a graph is traced. It runs the same code as an eager call and draws the same keys; backward runs the
+forward pass again.
 """
 
 import json
@@ -53,12 +54,12 @@ def attend_opaque(
 
     Args:
         problem: the problem, of all heads, its queries side by side.
-        method: what runs.
+        method: the method that runs.
         with_lse: whether the lse is asked for.
-        with_error: whether the standard error is.
+        with_error: whether the standard error is asked for.
 
     Returns:
-        as the front door's own: rows alone or with lse, and the standard errors if asked for.
+        the output rows, the lse if asked for, and the standard errors if asked for.
     """
     out, lse, error = _run_method(
         problem.q,
@@ -117,7 +118,7 @@ def _nothing(q: Tensor) -> Tensor:
 
 
 def _own(x: Tensor) -> Tensor:
-    # an operator may return no view of what it was given
+    # an operator must not return a view of its inputs
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -144,7 +145,7 @@ def _run_method_backward(
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = _read_method(method)
-    # an operator runs below autograd; here autograd is what is asked for
+    # an operator runs below autograd, but backward needs autograd here
     below = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with below, torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))

@@ -28,7 +28,7 @@ class RecordingStore(Store):
     """Hold everything, and the queries as well: what a policy would have been shown had it been there."""
 
     def __init__(self) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self._steps: list[tuple[Tensor, Tensor]] = []
         self._queries: list[Tensor] = []
         self._watched: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Which model a plan was made for: its shape, and a hash over a few of its weights."""
+"""The fingerprint of the model that a plan was made for: its shape, and a hash over a few of its weights."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ _VALUES = 64
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What distinguishes one model from another.
+    """The properties that distinguish one model from another.
 
     Args:
-        model_class: name of its class.
-        num_layers: attention layers.
-        num_heads: query heads of a layer; 0 where the configuration does not give one number.
-        num_kv_heads: kv heads of a layer; likewise.
-        head_dim: width of a head; likewise.
+        model_class: name of the model's class.
+        num_layers: number of attention layers.
+        num_heads: query heads of a layer; 0 if the configuration does not give one number.
+        num_kv_heads: kv heads of a layer; 0 likewise.
+        head_dim: width of a head; 0 likewise.
         weights: SHA-256 over the names and shapes of all weights, and a few values of each.
     """
 
@@ -36,13 +36,13 @@ class Fingerprint:
     weights: str
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Say in what another model differs.
+        """Describe how another model differs.
 
         Args:
-            other: the other model's.
+            other: fingerprint of the other model.
 
         Returns:
-            a phrase a difference; only the most telling where the shapes differ, for then the weights do too.
+            one phrase per difference; if shapes differ, only the shapes, because then the weights differ too.
         """
         names = [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
         shapes = [name for name in names if name != "weights"]
@@ -52,17 +52,17 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Take the fingerprint of a transformers model.
+    """Compute the fingerprint of a transformers model.
 
-    Values are rounded to bfloat16 before they are hashed, so that a model loaded in another precision is still itself. So is
-    one that accelerate has offloaded: its weights are fetched one module at a time. A weight without values, as on the meta
+    Values are rounded to bfloat16 before they are hashed, so that the fingerprint does not depend on the precision in
+    which the model is loaded. The weights of a model that accelerate has offloaded are fetched one module at a time. A weight without values, as on the meta
     device, is refused with a ValueError.
 
     Args:
-        model: the model itself, without wrappers.
+        model: the model, without wrappers.
 
     Returns:
-        its fingerprint.
+        the fingerprint.
     """
     whole: Any = model.config
     config = whole.get_text_config()

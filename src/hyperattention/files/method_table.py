@@ -67,13 +67,13 @@ METHODS_OF_CALLS = PartTable((*_TYPES, ByHead), _SPREAD)
 
 
 def method_to_json(method: object) -> object:
-    """Write a method, or a part of one, as what JSON can hold.
+    """Convert a method, or a part of one, to JSON values.
 
     Args:
         method: the method or part.
 
     Returns:
-        nested objects, each with the name of its type; a part of a type that plans do not know is refused with a TypeError.
+        nested objects, each with the name of its type; a part whose type is not in the table raises TypeError.
 
     Example:
         >>> method_to_json(Draw(688))
@@ -83,13 +83,13 @@ def method_to_json(method: object) -> object:
 
 
 def method_from_json(field: Field) -> AttentionMethod:
-    """Build a method from what `method_to_json` wrote.
+    """Build a method from the result of `method_to_json`.
 
     Args:
-        field: where it stands.
+        field: the field with the method.
 
     Returns:
-        the method; anything else, an unknown type or a wrong argument is refused with a ValueError.
+        the method; any other value, an unknown type or a wrong argument raises ValueError.
     """
     method = METHODS.read(field)
     if not isinstance(method, AttentionMethod):

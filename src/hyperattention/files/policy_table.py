@@ -39,7 +39,7 @@ POLICIES = PartTable(_TYPES)
 
 
 def policy_to_json(policy: Policy | StoreFactory) -> object:
-    """Write a policy as what JSON can hold.
+    """Convert a policy to JSON values.
 
     Args:
         policy: the policy.
@@ -64,13 +64,13 @@ def policy_to_json(policy: Policy | StoreFactory) -> object:
 
 
 def policy_from_json(field: Field) -> Policy | StoreFactory:
-    """Build a policy from what `policy_to_json` wrote.
+    """Build a policy from the result of `policy_to_json`.
 
     Args:
-        field: where it stands.
+        field: the field with the policy.
 
     Returns:
-        the policy; anything else, an unknown type or a wrong argument is refused with a ValueError.
+        the policy; any other value, an unknown type or a wrong argument raises ValueError.
     """
     policy = POLICIES.read(field)
     if not isinstance(policy, Policy | StoreFactory):

@@ -33,7 +33,7 @@ class HyperCacheLayer(CacheLayerMixin):
         limit: int | None,
         readers: int = 1,
     ) -> None:
-        """Hold nothing."""
+        """Start empty."""
         super().__init__()
         self._maker, self._previous, self._limit, self._readers = maker, previous, limit, readers
         # what the next layer may share, and what is read, which may watch over it

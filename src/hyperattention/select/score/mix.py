@@ -1,4 +1,4 @@
-"""Several densities at once: what one of them misses, another may find."""
+"""A mixture of densities: one density may find heavy keys that another misses."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from hyperattention.tiling import Tiles
 
 @dataclass(frozen=True, init=False, repr=False)
 class Mix(Density):
-    """Share the draws among several densities; a key's weight counts its chances in all of them.
+    """Split the draws among several densities; the weight of a key counts its expected listings in all of them.
 
     expected listings_j = sum_i num_i p_ij
     Source: Veach and Guibas, 1995, the balance heuristic.   Differs: nothing.
@@ -40,7 +40,7 @@ class Mix(Density):
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """As far as any part does."""
+        """The farthest look-ahead of any part."""
         return max(density.looks_ahead for density, _ in self.parts)
 
     @property
@@ -50,5 +50,5 @@ class Mix(Density):
         return tuple((inner, a * b / total) for density, a in self.parts for inner, b in density.components)
 
     def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
-        """Refuse: a mixture is drawn by its components."""
+        """Raise NotImplementedError: the components of a mixture draw separately."""
         raise NotImplementedError("a Mix has no distribution of its own: prepare each of its components")
