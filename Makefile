@@ -1,7 +1,7 @@
 # Everything starts from a fresh clone with nothing but Python 3.11 or newer: each target sets up .venv when it has to.
 #
 #   make demo ARGS="--text book.txt"          arguments for the command
-#   make test PYTEST_ARGS="-m 'not slow'"     arguments for pytest;  WORKERS=8 on a larger machine
+#   make test PYTEST_ARGS="-k laws"           arguments for pytest;  WORKERS=8 on a larger machine
 #   make setup PYTHON=python3.13              the Python that .venv is made from
 
 PYTHON      ?=
@@ -18,16 +18,24 @@ USABLE  := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup test demo lint bench clean
+.PHONY: help setup test test-fast test-heavy demo lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with all that the demo, the tests and the checks need
 
-test: lint ## lint, types and the whole test suite
-	# one thread a worker: two workers with two threads each would fight over two cores
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+# one thread a worker: two workers with two threads each would fight over two cores
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+test: lint ## lint, types and the test suite but for its heavy part
+	$(PYTEST) -m "not heavy" $(PYTEST_ARGS)
+
+test-fast: $(READY) ## the tests that take no more than some seconds each: under two minutes on two cores
+	$(PYTEST) -m "not slow and not heavy" $(PYTEST_ARGS)
+
+test-heavy: $(READY) ## the heavy tests, which `make test` leaves out: compilers, long interpreted kernels, all model families
+	$(PYTEST) -m heavy $(PYTEST_ARGS)
 
 demo: $(READY) ## near-linear attention on a real model: loss, retrieval, speed and measured error
 	$(BIN)/hyperattention demo $(ARGS)

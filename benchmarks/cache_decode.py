@@ -116,11 +116,15 @@ def run(inputs: Inputs, plan: Plan) -> tuple[Timing, Timing, dict[str, Steps]]:
                 column.append(value)
     steps = {
         name: Steps(
-            Timing(tuple(attend)), Timing(tuple(upkeep)), sum(errors) / len(errors), held[name].memory_bytes,
-            min(budget, held[name].num_slots), plan.steps * (not held[name].is_whole),
+            Timing(tuple(attend)),
+            Timing(tuple(upkeep)),
+            sum(errors) / len(errors),
+            held[name].memory_bytes,
+            min(budget, held[name].num_slots),
+            plan.steps * (not held[name].is_whole),
         )
         for name, (attend, upkeep, errors) in spent.items()
-    }  # fmt: skip
+    }
     return Timing(tuple(exact)), Timing(tuple(own)), steps
 
 
@@ -150,10 +154,13 @@ def together(timings: Iterable[Timing]) -> Timing:
 def pooled(seeds: Sequence[Steps]) -> Steps:
     """Put the steps of all seeds together; memory and slots are those of the worst."""
     return Steps(
-        together(each.attend for each in seeds), together(each.upkeep for each in seeds),
-        sum(each.error for each in seeds) / len(seeds), max(each.memory_bytes for each in seeds),
-        max(each.slots for each in seeds), sum(each.approximated for each in seeds),
-    )  # fmt: skip
+        together(each.attend for each in seeds),
+        together(each.upkeep for each in seeds),
+        sum(each.error for each in seeds) / len(seeds),
+        max(each.memory_bytes for each in seeds),
+        max(each.slots for each in seeds),
+        sum(each.approximated for each in seeds),
+    )
 
 
 def describe(shape: dict, name: str, exact: Timing, each: Steps, whole: int) -> dict[str, object]:

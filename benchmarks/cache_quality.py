@@ -79,9 +79,10 @@ def loss_figures(found: Sequence[Continuation]) -> list:
         }
         control, streaming = own[CONTROL].added, own[STREAMING].added
         ours = [
-            each for each in own.values()
+            each
+            for each in own.values()
             if isinstance(each.candidate.family.policy, Policy) and not each.candidate.family.baseline
-        ]  # fmt: skip
+        ]
         if not ours or control.nats < ENOUGH:
             continue
         best = min(ours, key=lambda each: each.added.nats)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from claims import announce
-from gpu_timing import seconds_of
+from gpu.timing import seconds_of
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -82,9 +82,13 @@ def loss_figures(exact: ModelJudgement, dropped: ModelJudgement, ours: ModelJudg
     least, points = min(depths), 100 * (exact.retrieval - ours.retrieval)
     table = (f"{each.label} {format_added(each)}, {each.retrieval:.1%}" for each in (dropped, ours))
     added = figure(
-        f"added loss, {where}", "<= 0.02 nats a byte at >= 4x fewer pairs", ours.added_nats,
-        ours.added_nats <= 0.02 and fewer >= 4, f"{format_added(ours)} nats", f"error {format_error(ours.error)}",
-    )  # fmt: skip
+        f"added loss, {where}",
+        "<= 0.02 nats a byte at >= 4x fewer pairs",
+        ours.added_nats,
+        ours.added_nats <= 0.02 and fewer >= 4,
+        f"{format_added(ours)} nats",
+        f"error {format_error(ours.error)}",
+    )
     share = ours.added_nats / dropped.added_nats if dropped.added_nats > 0 else float("inf")
     planted = dropped.bits_with_planted - exact.bits_with_planted
     with_planted = f"{planted:.3f} with planted lines"
@@ -95,7 +99,11 @@ def loss_figures(exact: ModelJudgement, dropped: ModelJudgement, ours: ModelJudg
         at_most("retrieval lost", points, 5, f"exact {exact.retrieval:.1%}, default {ours.retrieval:.1%}", " points"),
         figure("gate: exact beats sinks + window", ">= 0.05 bits a byte", gap, gap >= 0.05, f"{gap:.3f} bits", with_planted),
         figure(
-            "gate: exact retrieval at every depth", ">= 90 %, >= 400 answers", least, least >= 0.9 and exact.answers >= 400,
-            f"{least:.1%}", gate,
+            "gate: exact retrieval at every depth",
+            ">= 90 %, >= 400 answers",
+            least,
+            least >= 0.9 and exact.answers >= 400,
+            f"{least:.1%}",
+            gate,
         ),
-    ]  # fmt: skip
+    ]

@@ -67,10 +67,13 @@ def best_rivals(points: Sequence[Point], plan: Plan) -> list[Row]:
     """The other methods that err least on the model's own attention, at the budget of few pairs."""
     apart = {*OURS, "control", "sinks_window"}
     others = [
-        each for each in points
-        if each.candidate.slots == plan.few and each.candidate.family not in apart and not each.candidate.oracle
+        each
+        for each in points
+        if each.candidate.slots == plan.few
+        and each.candidate.family not in apart
+        and not each.candidate.oracle
         and each.cost.share_of_exact <= 1 / plan.fewer
-    ]  # fmt: skip
+    ]
     return [each.candidate.row for each in sorted(others, key=lambda each: each.error.mean)[: plan.rivals]]
 
 

@@ -33,9 +33,12 @@ def equal_pairs(points: Sequence[Mapping], where: str) -> Record:
     beside = "; ".join(f"{name} {r:.2f}x at {t:.2f}x the time" for r, t, n, name in found if n == slots)
     return figure(
         f"error on {where}, vs the control at equal pairs, best budget within {TIME_ALLOWED:g}x its time",
-        f"<= {EQUAL_PAIRS:g}x", ratio, bool(allowed) and ratio <= EQUAL_PAIRS,
-        f"{ratio:.3g}x ({family}, {slots:,} keys, {time:.2f}x the time)", beside,
-    )  # fmt: skip
+        f"<= {EQUAL_PAIRS:g}x",
+        ratio,
+        bool(allowed) and ratio <= EQUAL_PAIRS,
+        f"{ratio:.3g}x ({family}, {slots:,} keys, {time:.2f}x the time)",
+        beside,
+    )
 
 
 def curves_of(points: Sequence[Mapping]) -> dict[str, list[tuple[float, float]]]:
@@ -87,15 +90,23 @@ def loss(exact: Mapping, dropped: Mapping, widest: Mapping, ours: Mapping) -> li
     )
     return [
         figure(
-            f"added loss, {where}", f"<= {ADDED:g} nats a byte at >= {FEWER}x fewer pairs", added,
-            added <= ADDED and fewer >= FEWER, shown, spent,
+            f"added loss, {where}",
+            f"<= {ADDED:g} nats a byte at >= {FEWER}x fewer pairs",
+            added,
+            added <= ADDED and fewer >= FEWER,
+            shown,
+            spent,
         ),
         figure(
-            "added loss there relative to that of the same sinks + window alone", f"<= {SHARE} %", share, share <= SHARE,
-            f"{share:.3g} %", sizes,
+            "added loss there relative to that of the same sinks + window alone",
+            f"<= {SHARE} %",
+            share,
+            share <= SHARE,
+            f"{share:.3g} %",
+            sizes,
         ),
         retrieval(exact, ours),
-    ]  # fmt: skip
+    ]
 
 
 def retrieval(exact: Mapping, ours: Mapping) -> Record:
@@ -111,6 +122,10 @@ def retrieval(exact: Mapping, ours: Mapping) -> Record:
     where = f"{begin:,} to {end:,} tokens back, {answers} answers, standard error {noise:.2g} points"
     beside = f"{where}; overall {exact['retrieval']:.1%} and {ours['retrieval']:.1%}"
     return figure(
-        "retrieval lost there, at the worst depth", f"<= {POINTS} points", points, points <= POINTS, f"{points:.3g} points",
+        "retrieval lost there, at the worst depth",
+        f"<= {POINTS} points",
+        points,
+        points <= POINTS,
+        f"{points:.3g} points",
         beside,
-    )  # fmt: skip
+    )

@@ -9,12 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from gpu_table import gpu_table, plot_gpu
+from gpu.table import gpu_table, plot_gpu
 
 ROOT = Path(__file__).parents[1]
 MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
-# records of benchmarks/gpu.py, which have a table of their own
+# records of benchmarks/gpu/run.py, which have a table of their own
 GPU_RECORDS, GPU_PLOT = "gpu.jsonl", "gpu.png"
 ORDER = (
     "causal_speed", "causal_speed_long", "non_causal_speed_long", "backward_speed", "structured_error", "reference_error",

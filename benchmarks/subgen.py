@@ -198,9 +198,10 @@ def claims(plan: Plan, keys: Keys, records: Sequence[Mapping]) -> dict[str, obje
     clusters = [statistics.mean(of(num, "clusters")) for num in (few, most)]
     held = statistics.mean(of(most, "memory_bytes"))
     share, more = held / of(most, "whole_bytes")[0], statistics.mean(of(most, "memory_bytes", FAITHFUL_MORE)) / held
-    upkeep = [statistics.mean(of(*each)) for each in (
-        (few, "upkeep_seconds"), (most, "upkeep_seconds"), (most, "upkeep_seconds", CONTROL)
-    )]  # fmt: skip
+    upkeep = [
+        statistics.mean(of(*each))
+        for each in ((few, "upkeep_seconds"), (most, "upkeep_seconds"), (most, "upkeep_seconds", CONTROL))
+    ]
     claim = f"memory of SubGen as published, {keys.name} keys, {few:,} to {most:,}"
     beside = (
         f"worst of {plan.seeds} seeds; {clusters[0]:.0f} and {clusters[1]:.0f} clusters a head; at {most:,} keys with its "

@@ -104,8 +104,10 @@ def summarise(records: list[Record]) -> list[Record]:
     figures = []
     for tolerance in TOLERANCES:
         cases = [record for record in records if record["tolerance"] == tolerance]
-        mean = {name: statistics.fmean(float(record[name]) for record in cases)  # type: ignore[arg-type]
-                for name in ("within", "bounds_hold", "share_of_pairs", "exact_heads")}  # fmt: skip
+        mean = {
+            name: statistics.fmean(float(record[name]) for record in cases)  # type: ignore[arg-type]
+            for name in ("within", "bounds_hold", "share_of_pairs", "exact_heads")
+        }
         spent = f"{mean['share_of_pairs']:.2f} of exact's pairs, {mean['exact_heads']:.0%} of kv heads exactly"
         held = f"all bounds held in {mean['bounds_hold']:.1%}"
         figures.append(

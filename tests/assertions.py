@@ -1,4 +1,8 @@
-"""The three assertions that every numerical test makes, so that no test carries a tolerance of its own."""
+"""The assertions that every test of tensors makes, so that none carries a tolerance of its own.
+
+Python numbers that both sides work out in double precision, such as means of a few figures, are compared by pytest.approx
+with its own tolerance. Where a test names another one, the line above says what was rounded, or which estimate it is of.
+"""
 
 import math
 

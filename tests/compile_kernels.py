@@ -54,10 +54,18 @@ def lists_of(rows: int, *, labelled: bool = False) -> Lists:
     holes = [indices(2, 1, TILES) if size == 16 else none for _, size, _ in GROUPS]
     tests = (indices(1, TILES, rows), indices(1, KEYS), *[indices(1, TILES, rows)] * 2) if labelled else (None,) * 4
     return Lists(
-        indices(1), indices(1, TILES, rows), firsts, [size for _, size, _ in GROUPS], [x.float() for x in firsts],
-        [indices(1, TILES)] * many, [indices(1, TILES)] * many, holes, [causal for _, _, causal in GROUPS],
-        [labelled] * many, *tests,
-    )  # fmt: skip
+        indices(1),
+        indices(1, TILES, rows),
+        firsts,
+        [size for _, size, _ in GROUPS],
+        [x.float() for x in firsts],
+        [indices(1, TILES)] * many,
+        [indices(1, TILES)] * many,
+        holes,
+        [causal for _, _, causal in GROUPS],
+        [labelled] * many,
+        *tests,
+    )
 
 
 def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) -> Iterator[tuple[str, Launch]]:

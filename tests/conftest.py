@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 
 import pytest
 from jaxtyping import install_import_hook
@@ -34,12 +35,53 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# seconds that a test without the mark `slow` may compute: thrice what the mark stands for, as machines differ
+LONGEST = 10.0
+
+# files of many small models, interpreted kernels or statistics: no case is slow by itself, and all of a file are together
+SLOW_FILES = frozenset(
+    f"test_{name}.py"
+    for name in (
+        *("audited_generation", "cache_file", "cache_goes_on", "cache_masks", "cache_served", "calibrate", "cli_evaluation"),
+        *("cli_generation", "compress", "compressing_store", "cover"),
+        *(
+            "error_calibration",
+            "evaluation",
+            "families",
+            "feature_kernel",
+            "gpu_benchmark",
+            "hyper_cache",
+            "paged",
+            "pareto",
+        ),
+        *("subgen", "subgen_store", "tolerance", "transformers", "transforms", "triton", "triton_selection"),
+    )
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("heavy") or item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+def computing_seconds() -> float:
+    """What this thread and ended child processes have computed: waiting for a busy machine does not count."""
+    spent = os.times()
+    return time.thread_time() + spent.children_user + spent.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    begun = computing_seconds()
+    result = yield
+    spent = computing_seconds() - begun
+    if spent > LONGEST and not item.get_closest_marker("slow"):
+        pytest.fail(f"it computed for {spent:.0f} s and is not marked `slow`: make it smaller, or mark it", pytrace=False)
+    return result
 
 
 @pytest.fixture

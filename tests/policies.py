@@ -21,24 +21,32 @@ class PolicyCase:
         name: what the test is called.
         policy: the policy.
         unbiased: whether every key's expected weight is the one it had.
-        keeps_total: whether total weight stays what it was, to rounding.
+        keeps_total: whether total weight stays what it was, to rounding, where keys may come with weights of their own.
+        ignores_weights: whether that holds only of keys whose weights are one.
+        merges: whether a slot may stand for several keys, so that fewer slots than there is room for may be live.
+        averages: whether a slot's position is a mean of positions: two may round to one, and to that of an empty slot.
+        adds_weight: whether total weight may grow, and never falls.
     """
 
     name: str
     policy: Policy
     unbiased: bool = False
     keeps_total: bool = False
+    ignores_weights: bool = False
+    merges: bool = False
+    averages: bool = False
+    adds_weight: bool = False
 
 
 POLICIES = (
     PolicyCase("latest", Latest()),
-    PolicyCase("uniform sample", UniformSample(), unbiased=True, keeps_total=True),
+    PolicyCase("uniform sample", UniformSample(), unbiased=True, keeps_total=True, ignores_weights=True),
     PolicyCase("random keys", RandomKeys()),
     PolicyCase("heavy hitters", HeavyHitters()),
     PolicyCase("last window", LastWindow(8)),
     PolicyCase("leverage", Leverage()),
     PolicyCase("balanced halving", BalancedHalving(), unbiased=True),
-    PolicyCase("cluster centres", ClusterCentres(), keeps_total=True),
-    PolicyCase("cluster means", ClusterMeans(latest=8)),
-    PolicyCase("cluster means, uncorrected", ClusterMeans(correction=0.0), keeps_total=True),
+    PolicyCase("cluster centres", ClusterCentres(), keeps_total=True, merges=True),
+    PolicyCase("cluster means", ClusterMeans(latest=8), merges=True, averages=True, adds_weight=True),
+    PolicyCase("cluster means, uncorrected", ClusterMeans(correction=0.0), keeps_total=True, merges=True, averages=True),
 )

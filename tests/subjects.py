@@ -53,9 +53,15 @@ def _attention(case: Case) -> Call:
         for causal in (True, False):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             result = ha.measured_attention(
-                *leaves, is_causal=causal, enable_gqa=True, method=case.method, audit=16,
-                key_mask=live if causal else None, standard_error=told, seed=3,
-            )  # fmt: skip
+                *leaves,
+                is_causal=causal,
+                enable_gqa=True,
+                method=case.method,
+                audit=16,
+                key_mask=live if causal else None,
+                standard_error=told,
+                seed=3,
+            )
             out, lse, error = result.out, result.lse, result.standard_error
             assert result.audit is not None
             gradients = torch.autograd.grad(out.square().sum() + lse[lse > -torch.inf].sum(), leaves)

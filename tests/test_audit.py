@@ -116,9 +116,14 @@ def test_padding_is_left_out_and_counted():
     out = corrupted(exact(q, k, v))
     plain = audit(q, k, v, out, rows=400, is_causal=True, enable_gqa=True, heavy=(16, 64))
     report = audit(
-        *padded, torch.nn.functional.pad(out, (0, 0, pad, 0)), rows=400, is_causal=True, enable_gqa=True, key_mask=key_mask,
+        *padded,
+        torch.nn.functional.pad(out, (0, 0, pad, 0)),
+        rows=400,
+        is_causal=True,
+        enable_gqa=True,
+        key_mask=key_mask,
         heavy=(16, 64),
-    )  # fmt: skip
+    )
     assert report.num_empty.tolist() == [pad]
     assert_exact(report.relative_error, plain.relative_error)
     assert_exact(report.percentile_95_bound, plain.percentile_95_bound)

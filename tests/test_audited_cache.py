@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from assertions import assert_exact
 from hyperattention.cache import audited
 from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.budget import CacheBudget
@@ -53,7 +54,7 @@ def test_the_report_is_the_error_there_was() -> None:
     error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
     assert int(store.approximated.sum()) == 100
     assert len(store.audited) == 25
-    torch.testing.assert_close(store.errors.double(), error[:, [at - 40 for at in store.audited]], rtol=1e-4, atol=1e-6)
+    assert_exact(store.errors, error[:, [at - 40 for at in store.audited]], size=1.0)
     report = report_on({3: store}, 140 * 2 * KV_HEADS * WIDTH * 4)
     assert report.relative_error == pytest.approx(float(store.errors.mean()))
     assert report.interval[0] < report.relative_error < report.interval[1]
@@ -134,7 +135,7 @@ def test_steps_of_several_tokens_are_judged_token_by_token() -> None:
     truth = truth_of(q, k, v)[:, :, 40:]
     error = ((torch.cat(outs, 2) - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
     assert len(store.audited) == 25
-    torch.testing.assert_close(store.errors.double(), error[:, [at - 40 for at in store.audited]], rtol=1e-4, atol=1e-6)
+    assert_exact(store.errors, error[:, [at - 40 for at in store.audited]], size=1.0)
     assert store.errors.max() > 0.01
 
 
@@ -161,7 +162,7 @@ def test_narrow_numbers_are_judged_by_exact_rows_that_are_not_narrow() -> None:
     store = AuditedStore(CompressingStore(UniformSample(), ROOM), 1, 0)
     out, truth = run(store, q, k, v), truth_of(q, k, v)[:, :, 40:]
     error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1))[0]
-    torch.testing.assert_close(store.errors.double(), error, rtol=1e-4, atol=1e-6)
+    assert_exact(store.errors, error, size=1.0)
 
 
 def test_padding_is_not_judged() -> None:
@@ -175,7 +176,7 @@ def test_padding_is_not_judged() -> None:
     outs = torch.cat([step(store, q, k, v, slice(at, at + 1)) for at in range(40, 120)], 2)
     truth = torch.cat([truth_of(q[:1], k[:1], v[:1])[:, :, 40:], truth_of(*(x[1:, :, 25:] for x in (q, k, v)))[:, :, 15:]])
     error = ((outs - truth).norm(dim=-1) / truth.norm(dim=-1)).mean(0)
-    torch.testing.assert_close(store.errors.double(), error, rtol=1e-4, atol=1e-6)
+    assert_exact(store.errors, error, size=1.0)
 
 
 def test_padding_among_tokens_that_are_approximated_is_not_judged_either() -> None:
@@ -196,7 +197,7 @@ def test_padding_among_tokens_that_are_approximated_is_not_judged_either() -> No
     error = ((torch.cat(outs, 2) - truth).norm(dim=-1) / truth.norm(dim=-1)).transpose(1, 2)  # [batch, tokens, heads]
     expected = [error[live[:, at], at - 40].mean(0) for at in range(40, 100) if bool(live[:, at].any())]
     assert store.audited == (*range(40, 60), *range(65, 100))
-    torch.testing.assert_close(store.errors.double(), torch.stack(expected, 1), rtol=1e-4, atol=1e-6)
+    assert_exact(store.errors, torch.stack(expected, 1), size=1.0)
 
 
 def test_beams_and_crops_take_the_witness_along() -> None:
@@ -208,7 +209,7 @@ def test_beams_and_crops_take_the_witness_along() -> None:
     store.crop(3)
     assert store.audited == tuple(at for at in before if at < 137)
     assert int(store.approximated.sum()) == 97
-    torch.testing.assert_close(store.errors, errors[:, : len(store.audited)])
+    assert_exact(store.errors, errors[:, : len(store.audited)], size=1.0)
     rows = torch.tensor([1, 1, 0])
     # other tokens than those that were forgotten
     others = inputs(3, batch=3, seed=1)
@@ -218,13 +219,13 @@ def test_beams_and_crops_take_the_witness_along() -> None:
     truth = truth_of(q, k, v)[:, :, 137:]
     error = ((out - truth).norm(dim=-1) / truth.norm(dim=-1)).mean(0)
     new = [at - 137 for at in before if at >= 137]
-    torch.testing.assert_close(store.errors[:, -len(new) :].double(), error[:, new], rtol=1e-4, atol=1e-6)
+    assert_exact(store.errors[:, -len(new) :], error[:, new], size=1.0)
 
 
 def test_an_audit_cannot_begin_halfway() -> None:
     store = AuditedStore(CompressingStore(Latest(), ROOM), 4, 0)
     run(store, *inputs(60))
-    with pytest.raises(ValueError, match="every key from the first on"):
+    with pytest.raises(ValueError, match="every key from the first token on"):
         AuditedStore(CompressingStore(Latest(), ROOM), 4, 0).restore(store.state())
     CompressingStore(Latest(), ROOM).restore(store.state())
     with pytest.raises(ValueError, match=r"every=0"):

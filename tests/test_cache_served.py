@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import assertions
 import hyperattention as ha
 from hyperattention import policies
 from hyperattention.cache.attended import attended
@@ -93,9 +94,7 @@ def test_within_the_budget_logits_are_those_of_a_dynamic_cache_and_beyond_it_nea
 
 def qkv(slots: int = 30, new: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(2, heads, num, 8, generator=generator) for heads, num in ((4, new), (2, slots), (2, slots))
-    )  # fmt: skip
+    return tuple(torch.randn(2, heads, num, 8, generator=generator) for heads, num in ((4, new), (2, slots), (2, slots)))
 
 
 RULES = {
@@ -123,7 +122,7 @@ def test_a_coreset_is_read_with_weights_beside_the_rule(rule: ScoreRule) -> None
     q, k, v = qkv()
     weight = torch.rand(2, 2, 30, generator=torch.Generator().manual_seed(1)) * 2
     part = ha.Coreset(k, v, weight).attend(q, own=3, softcap=rule.softcap)
-    torch.testing.assert_close(rule.drop_sinks(part).out.double(), written_out(q, k, v, rule, weight), rtol=1e-5, atol=1e-6)
+    assertions.assert_exact(rule.drop_sinks(part).out, written_out(q, k, v, rule, weight))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -138,7 +137,7 @@ def test_pages_that_are_all_chosen_are_read_exactly(rule: ScoreRule) -> None:
     out = store.attend(q, 8**-0.5, rule).out
     listed = store.chosen
     assert int((listed >= 0).sum(-1).min()) * 2 + 2 + 4 + 3 >= 28
-    torch.testing.assert_close(out.double(), written_out(q, k, v, rule), rtol=1e-5, atol=1e-6)
+    assertions.assert_exact(out, written_out(q, k, v, rule))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -148,7 +147,7 @@ def test_what_is_watched_is_what_was_attended_to(rule: ScoreRule) -> None:
     ours = attended(CacheSlots(k, v, zero, zero.int(), zero), q, 8**-0.5, rule)
     # attention to one-hot values is the weights
     weights = written_out(q, k, torch.eye(30).expand(2, 2, -1, -1), rule)
-    torch.testing.assert_close(ours.double(), weights.sum(2).unflatten(1, (2, 2)).sum(2), rtol=1e-5, atol=1e-6)
+    assertions.assert_exact(ours, weights.sum(2).unflatten(1, (2, 2)).sum(2))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -163,7 +162,8 @@ def test_an_audit_judges_by_the_same_rule(rule: ScoreRule) -> None:
     out, exact = torch.cat(outs, 2)[:, :, 40:].double(), written_out(q, k, v, rule)[:, :, 40:]
     error = ((out - exact).norm(dim=-1) / exact.norm(dim=-1)).mean(0)
     assert error.max() > 0.01
-    torch.testing.assert_close(store.errors.double(), error, rtol=1e-4, atol=1e-5)
+    # relative errors: what is rounded are outputs over outputs
+    assertions.assert_exact(store.errors, error, size=1.0)
 
 
 def test_a_cap_has_no_gradient() -> None:

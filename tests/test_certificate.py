@@ -171,6 +171,7 @@ def test_more_rows_where_tolerance_or_confidence_ask_for_them():
     assert rows(0.1, 0.01, 8000) > rows(0.1, 0.01, 1000)
     assert rows(0.01, 0.01, 1000, queries=300) == 300
     # rows that see nothing tell nothing: the entry with the fewest others asks for more
+    # (0.1 is no binary number, and rows are rounded up)
     assert rows(0.1, 0.01, 1000, live=((1.0,), (0.1,))) == pytest.approx(rows(0.01, 0.01, 1000), rel=0.01)
     assert rows(0.1, 0.01, 1000, queries=300, live=((0.001,),)) == 300
 

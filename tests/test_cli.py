@@ -9,6 +9,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+from assertions import assert_exact
 from hyperattention.bench.case import Case
 from hyperattention.bench.peak_memory import measure
 from hyperattention.bench.timing import Timing, interleave, speedup
@@ -22,7 +23,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", 
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": None})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -71,6 +72,7 @@ def test_doctor_names_every_path_and_why_one_is_missing() -> None:
     assert code == 0
     for name in (torch.__version__, "list kernel, Triton", "reference model", "held-out text", "threads"):
         assert name in output
+    assert "reinstall" not in output
 
 
 def test_demo_shows_both_parts_and_writes_them_down(reference: Path, tmp_path: Path) -> None:
@@ -167,6 +169,7 @@ def test_demo_refuses_lengths_and_files_before_it_runs(
         assert (code, message in output) == (2, True), output
 
 
+@pytest.mark.slow
 def test_bench_measures_every_case(tmp_path: Path) -> None:
     plot, records = tmp_path / "bench.png", tmp_path / "bench.jsonl"
     code, output = invoke("bench", "--quick", "--min-length", 64, "--max-length", 64, "--plot", plot, "--json", records)
@@ -198,7 +201,7 @@ def test_a_case_gives_the_same_call_to_exact_attention_and_to_methods(case: Case
     inputs = case.structured_inputs()
     assert inputs[0].shape == (1, case.heads, 96, 64)
     ours, exact = (case.call(method, inputs)() for method in (Method(Sinks(4), Window(256)), Exact()))
-    torch.testing.assert_close(ours, exact)
+    assert_exact(ours, exact)
 
 
 def test_calls_are_timed_in_turn() -> None:
@@ -225,6 +228,7 @@ def test_peak_memory_grows_with_what_a_call_needs() -> None:
     assert small < 2**23 < 2**24 <= large
 
 
+@pytest.mark.slow
 def test_without_the_extra_the_command_says_what_to_install(run_python: Callable[[str], str]) -> None:
     code = (
         "import sys; sys.modules['typer'] = None\n"
@@ -238,6 +242,7 @@ def test_without_the_extra_the_command_says_what_to_install(run_python: Callable
     assert "this command needs matplotlib" in run_python(code)
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_of_the_command_line(run_python: Callable[[str], str]) -> None:
     listed = "print(sorted({'typer', 'rich', 'matplotlib', 'transformers'} & set(sys.modules)))"
     assert run_python(f"import sys, hyperattention; {listed}").strip() == "[]"

@@ -34,6 +34,7 @@ def small(reference: Path, out: Path, *more: object) -> tuple[int, str]:
     return invoke("eval", "--reference", reference, "--out", out, "--policies", "", *SMALL, *more)
 
 
+@pytest.mark.slow
 def test_eval_writes_what_it_found_and_how(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "found"
     code, output = small(reference, out, "--tasks", "single,multi-query")
@@ -68,6 +69,7 @@ def test_eval_writes_what_it_found_and_how(reference: Path, tmp_path: Path) -> N
         assert 0 <= float(row["depth"]) < 1
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_is_not_overwritten_unasked(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "found"
     assert small(reference, out, "--tasks", "single")[0] == 0
@@ -86,6 +88,7 @@ def test_a_budget_that_holds_everything_is_called_exact(reference: Path, tmp_pat
         assert f"{name}@600 (exact)" in output
 
 
+@pytest.mark.slow
 def test_a_users_own_model_is_asked_in_sentences(own_model: Path, tmp_path: Path) -> None:
     text, out = tmp_path / "own.txt", tmp_path / "found"
     text.write_text("the quick brown fox jumps over the lazy dog and runs away\n" * 400)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
 from hyperattention.bench.candidates import candidates
+from hyperattention.cli.support import make_console
 from hyperattention.files.atomic_write import atomic_write
 from hyperattention.files.outputs import MARK, Outputs
 from hyperattention.files.user_text import Text, read_text
@@ -139,6 +141,13 @@ def test_no_figure_of_a_wide_table_is_cut() -> None:
         assert f"0.{number}23 [0.{number}00, 0.{number}99]" in text
 
 
+def test_a_file_gets_the_width_that_columns_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert make_console().width == 150
+    monkeypatch.setenv("COLUMNS", "80")
+    assert make_console().width == make_console(stderr=True).width == 80
+
+
 def test_only_methods_that_take_part_have_to_fit_the_budget() -> None:
     assert [each.family for each in candidates((256,), ("default",))] == ["exact", "default"]
     with pytest.raises(ValueError, match="512 slots"):
@@ -169,17 +178,88 @@ def test_a_missing_extra_is_named_on_import(run_python: Callable[[str], str]) ->
     assert run_python(code).count("needs transformers: pip install 'hyperattention[transformers]'") == 2
 
 
-def test_a_reader_that_has_gone_and_a_wrong_path_end_quietly() -> None:
-    # one interpreter for both: nothing of transformers is loaded before a path is refused
+WRONG = (
+    "demo --text no",
+    "demo --model no",
+    "demo --reference no",
+    "demo --plot no/x.png",
+    "demo --json no/x.jsonl",
+    "bench --plot x.txt",
+    "pareto --text no",
+    "pareto --model no",
+    "pareto --budgets x",
+    "eval no",
+    "eval --text no",
+    "eval --reference no",
+    "eval --out no/x",
+    "eval --lengths x",
+    "eval --budget 0",
+    "calibrate no",
+    "calibrate reference no",
+    "calibrate --out no/x",
+    "inspect no",
+    "inspect reference no",
+    "inspect --plan no",
+    "inspect --plan empty",
+    "inspect --out no/x",
+    "generate no empty",
+    "generate reference no",
+    "cache no empty",
+    "cache reference no",
+    "cache reference empty --out no/x",
+    "ask no q",
+    "ask empty q --model no",
+    "retime no",
+    "retime empty --out new",
+    "retime empty reference no --out new",
+)
+
+
+def test_what_is_wrong_is_refused_before_anything_slow_is_imported(run_python: Callable[[str], str], tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    code = f"""
+import os, sys
+from typer.testing import CliRunner
+from hyperattention.cli.main import app
+os.chdir({str(tmp_path)!r})
+for words in {WRONG}:
+    done = CliRunner().invoke(app, words.split())
+    line, *more = done.output.splitlines()
+    slow = {{"transformers", "matplotlib", "plotly", "safetensors"}} & set(sys.modules)
+    if (done.exit_code, line[:7], more, slow) != (2, "error: ", [], set()):
+        print(words, done.exit_code, done.output, slow)
+"""
+    assert run_python(code) == ""
+    assert [each.name for each in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
+    # what is printed last waits in the buffer
     code = (
-        "import os, sys\nfrom typer.testing import CliRunner\nfrom hyperattention.cli.main import app\n"
-        "refused = CliRunner().invoke(app, ['generate', 'nowhere', 'no.txt'])\n"
-        "assert refused.exit_code == 2 and 'transformers' not in sys.modules, refused.output\n"
-        "from hyperattention.cli.support import explained\n"
+        "import os, sys, typer\nfrom hyperattention.cli.support import interruptible\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
-        "import typer\n"
-        "try:\n    with explained():\n        print('text', flush=True)\n"
+        "try:\n    interruptible(lambda: print('text'))()\n"
         "except typer.Exit as end:\n    sys.exit(end.exit_code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [("bench", "bench.run"), ("bench", "bench.save"), ("retime", "retime.ready"), ("retime", "retime.show")],
+)
+def test_an_interrupted_command_says_so_and_leaves_nothing(
+    command: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("bench.run", "retime.ready", "retime.run"):
+        monkeypatch.setattr(f"hyperattention.report.{name}", lambda *_, **__: SimpleNamespace(plan=None))
+    monkeypatch.setattr("hyperattention.cli.support.load_plan", lambda path: None)
+    monkeypatch.setattr(f"hyperattention.report.{place}", stop)
+    code, output = invoke(command, *(("plan.json",) if command == "retime" else ()))
+    assert (code, output) == (130, "stopped\n")
+    assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ WHOLE = "exact: nothing was dropped"
 
 
 def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": None})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
@@ -97,7 +97,7 @@ def test_a_small_cache_is_called_what_it_is(document: Path) -> None:
     assert (reading, writing > 0) == (0, True)
     slots, share = re.search(r"a step reads (\d+) a head for [\d,]+ tokens \(([\d.]+)%\)", table).groups()
     assert 0 < int(slots) <= 96
-    # all tokens were seen but the last, which nothing follows
+    # all tokens were seen but the last, which nothing follows; the share is printed to a tenth of a percent
     assert float(share) == pytest.approx(100 * int(slots) / (LENGTH + NEW - 1), abs=0.1)
     held, whole = re.search(r"([\d.]+) MiB, of ([\d.]+) for all keys", table).groups()
     assert float(held) < float(whole) / 4
@@ -171,6 +171,7 @@ def test_a_file_of_a_whole_cache_answers_as_if_all_had_been_read(document: Path)
     assert approximated(result) == [0, 0]
 
 
+@pytest.mark.slow
 def test_every_question_starts_from_the_file(document: Path) -> None:
     told = run("cache", "reference", document, "--out", "doc.safetensors", "--budget", 96, "--chunk", 300)
     written = Path("doc.safetensors").read_bytes()

@@ -38,7 +38,7 @@ def test_default_sizes_fit_and_spill_nothing(capability, dim):
         assert kernel["spilled"] <= most, kernel
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize(("dtype", "dims"), [("float16", (32, 256)), ("float32", (64, 128))], ids=str)
 def test_other_sizes_fit(capability, dtype, dims):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from assertions import assert_unbiased
+from assertions import assert_exact, assert_same_bits, assert_unbiased
 from hyperattention.cache.attended import attended
 from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.cache.slots import CacheSlots
@@ -54,7 +54,7 @@ def test_as_many_slots_come_back_as_there_is_room_for_in_order(case: PolicyCase)
     assert [x.dtype for x in kept.tensors] == [x.dtype for x in slots.tensors]
     step = kept.position.diff(dim=-1)
     # mean positions of two clusters may round to one
-    assert bool((step >= 0).all()) if case.name.startswith("cluster means") else bool((step > 0).all())
+    assert bool((step >= 0).all()) if case.averages else bool((step > 0).all())
     assert int(kept.position.min()) >= 3 * BEGIN
     assert int(kept.position.max()) < 3 * END
     # what was shown was only looked at
@@ -74,9 +74,9 @@ def test_an_empty_slot_comes_back_only_where_too_few_are_left(case: PolicyCase) 
     live = kept.live.sum(-1)
     # a cluster may hold several of the few keys there are
     wanted = (live[0] == NUM) & (live[1] == 10)
-    assert bool(wanted.all()) if not case.name.startswith("cluster") else bool((live[1] <= 10).all() & (live > 0).all())
+    assert bool(wanted.all()) if not case.merges else bool((live[1] <= 10).all() & (live > 0).all())
     taken = kept.position[kept.live.logical_and(torch.tensor([True, False])[:, None, None])] // 3
-    assert case.name.startswith("cluster means") or not bool(dead[0, 0][taken].any())
+    assert case.averages or not bool(dead[0, 0][taken].any())
     assert bool((kept.position[1][kept.live[1]] < 3 * (BEGIN + 10)).all())
     assert all(bool(x[kept.live].isfinite().all()) for x in (kept.k, kept.v, kept.log_weight))
 
@@ -94,15 +94,15 @@ def test_rows_and_heads_do_not_see_one_another(case: PolicyCase) -> None:
     slots = held()
     ours = case.policy.compress(full(slots, case.policy))
     alone = case.policy.compress(full(CacheSlots(*(x[1:] for x in slots.tensors)), case.policy))
-    torch.testing.assert_close(ours.position[1:], alone.position, rtol=0, atol=0)
-    torch.testing.assert_close(ours.log_weight[1:], alone.log_weight)
+    assert_same_bits(ours.position[1:], alone.position)
+    assert_exact(ours.log_weight[1:], alone.log_weight)
     other = CacheSlots(*(x.clone() for x in slots.tensors))
     other.k[:, 0] += 1.0
     other.v[:, 0] *= 2.0
     other.score[:, 0] += torch.linspace(0, 1, SLOTS)
     moved = case.policy.compress(full(other, case.policy))
-    torch.testing.assert_close(ours.position[:, 1], moved.position[:, 1], rtol=0, atol=0)
-    torch.testing.assert_close(ours.log_weight[:, 1], moved.log_weight[:, 1])
+    assert_same_bits(ours.position[:, 1], moved.position[:, 1])
+    assert_exact(ours.log_weight[:, 1], moved.log_weight[:, 1])
 
 
 @each
@@ -115,10 +115,10 @@ def test_half_precision_keys_are_compressed(case: PolicyCase, dtype: torch.dtype
 
 @pytest.mark.parametrize("case", [case for case in POLICIES if case.keeps_total], ids=lambda case: case.name)
 def test_total_weight_is_kept(case: PolicyCase) -> None:
-    slots = full(held(weighted=case.name != "uniform sample"), case.policy)
+    slots = full(held(weighted=not case.ignores_weights), case.policy)
     kept = case.policy.compress(slots)
     wanted = slots.candidates.log_weight.exp().sum(-1)
-    torch.testing.assert_close(kept.log_weight.exp().sum(-1), wanted, rtol=1e-4, atol=0)
+    assert_exact(kept.log_weight.exp().sum(-1), wanted)
 
 
 @pytest.mark.parametrize("case", [case for case in POLICIES if case.unbiased], ids=lambda case: case.name)
@@ -153,7 +153,7 @@ def test_attention_is_summed_over_queries_causally() -> None:
     scores = (q.double() @ slots.k.double().transpose(2, 3)) * 0.3 + slots.log_weight.double()[:, :, None]
     limit = torch.arange(SLOTS - 2, SLOTS + 1)
     weights = scores.masked_fill(torch.arange(SLOTS) >= limit[:, None], -torch.inf).softmax(-1)
-    torch.testing.assert_close(attended(slots, q, 0.3).double(), weights.sum((1, 2))[:, None], rtol=1e-5, atol=1e-7)
+    assert_exact(attended(slots, q, 0.3), weights.sum((1, 2))[:, None])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def test_pairs_do_not_grow_once_the_budget_is_full(case: Case):
     costs = [case.method.cost(n) for n in (2**12, 2**14, 2**16)]
     per_doubling = [(b.pairs - a.pairs) / 2 for a, b in itertools.pairwise(costs)]
     # none for lists; a recursion adds the same again with every doubling
+    # differences of numbers of thousands, in double precision
     assert per_doubling[0] == pytest.approx(per_doubling[1], abs=1e-6)
     assert per_doubling[0] == 0 or not isinstance(case.method, Method)
     assert costs[0].pairs < 2**12 / 2

@@ -15,10 +15,11 @@ import hyperattention as ha
 from hyperattention import select
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.rows import Row, control_of, find_default, rows, window_of
+from hyperattention.evaluation.reading import reading
 from hyperattention.reference.documents import make_document
 from hyperattention.reference.evaluate import NUM_DEPTHS, evaluate
 from hyperattention.reference.model import LoadedModel, load_reference
-from hyperattention.reference.passes import capture, digits_right, run_pass
+from hyperattention.reference.passes import capture, digits_right, run_pass, watch_exact
 from hyperattention.reference.samples import EvaluationSample, samples_of_documents
 from hyperattention.reference.text import documents_from, held_out_documents, held_out_text
 
@@ -56,6 +57,18 @@ def test_a_control_needs_a_window_and_slots_to_draw() -> None:
         control_of(ha.Method(ha.Sinks(4), ha.Draw(8)))
     with pytest.raises(ValueError, match="its control has no draws"):
         control_of(ha.Method(ha.Sinks(4), ha.Window(16)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_passes_with_exact_attention_end_without_a_warning(
+    loaded: LoadedModel, samples: tuple[EvaluationSample, ...]
+) -> None:
+    exact = Row("exact", "exact", ha.Exact())
+    assert run_pass(loaded, samples[0], exact).approximated == 0
+    assert len(capture(loaded, samples[0], exact)) == 2
+    watch_exact(loaded, samples[0], lambda call: None)
+    with reading(loaded.model):
+        loaded.model(samples[0].tokens[None], use_cache=False)
 
 
 def test_labels_tell_where_nothing_was_approximated() -> None:
@@ -111,6 +124,7 @@ def test_the_loss_is_that_of_the_plain_model(loaded: LoadedModel, samples: tuple
     complete = run_pass(loaded, sample, Row("all", "all", ha.Method(ha.Sinks(4), ha.Window(LENGTH))))
     whole = torch.arange(1, LENGTH) >= LENGTH // 2
     expected_whole = cross_entropy(logits[whole], sample.tokens[1:][whole], reduction="sum").item()
+    # losses are of logits in float32, several layers deep
     assert exact.nats + exact.planted_nats == pytest.approx(expected_whole, rel=1e-5)
     assert exact.num_bytes + exact.num_planted == LENGTH // 2
     assert exact.nats == pytest.approx(expected, rel=1e-5)
@@ -152,6 +166,7 @@ def test_every_row_is_judged_beside_exact_attention(loaded: LoadedModel, samples
         assert 0 < each.attention.median < each.model.median
     assert results["published"].label.endswith("(no fewer pairs)")
     assert not results["published"].approximated
+    # the same attention by lists of all keys, in another order; nats of logits in float32
     assert results["published"].added_nats == pytest.approx(0, abs=1e-4)
     expected = [ours.nats_per_byte[i] - exact.nats_per_byte[i] for i in range(2)]
     assert ours.added_nats == pytest.approx(sum(expected) / 2)
@@ -198,7 +213,7 @@ def test_missing_or_foreign_weights_are_refused(tmp_path: Path) -> None:
         load_reference(tmp_path)
     config = transformers.LlamaConfig(
         vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="99 tokens"):
         load_reference(tmp_path)

@@ -115,6 +115,7 @@ def test_answers_are_marked_one_by_one() -> None:
     ("right", "total", "low", "high"), [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
 )
 def test_the_interval_is_wilsons(right: int, total: int, low: float, high: float) -> None:
+    # a table gives four digits
     assert Share(right, total).interval == pytest.approx((low, high), abs=5e-5)
 
 

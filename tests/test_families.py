@@ -37,7 +37,7 @@ def test_a_row_is_what_is_measured_today(family: str) -> None:
     assert [row.family, row.reference, row.logits, row.approximated] == lines()[family][:4]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", families.families())
 def test_every_family_is_right_or_refused(family: str) -> None:
     row = families.judge(family)

@@ -338,6 +338,7 @@ def run_both_passes(n: int, kind: str) -> None:
     feature_torch.backward((out, lse.nan_to_num(0, 0, 0)), (query, key, value, *scales, out, lse), limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_and_products_grow_with_the_length(kind, monkeypatch):
     monkeypatch.setattr(feature_torch, "BLOCK_KEYS", 16)
@@ -356,6 +357,7 @@ def test_memory_and_products_grow_with_the_length(kind, monkeypatch):
 # what torch does to a call
 
 
+@pytest.mark.slow
 def test_operators_are_registered_soundly():
     mixed = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)
     for kv_heads, dtypes in ((2, (torch.float64,) * 5), (1, mixed)):
@@ -403,6 +405,6 @@ print(all(torch.equal(a, b) for a, b in zip(*results, strict=True)))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_compiles_into_one_graph(run_python):
     assert run_python(COMPILED).split() == ["True"]

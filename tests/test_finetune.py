@@ -33,7 +33,7 @@ def _losses(model, batches, method):
     return torch.tensor(losses), counter.counts
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fifty_steps_of_fine_tuning_track_exact_attention():
     from hyperattention.reference.model import load_reference
     from hyperattention.reference.text import held_out_text

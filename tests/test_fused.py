@@ -256,7 +256,9 @@ def test_on_a_gpu_fused_kernels_are_the_oracle(queries, keys, is_causal, masked)
     truth, plain = (some_rows(q, k, v, rows, is_causal, key_mask, dtype) for dtype in (torch.float64, torch.float32))
     for ours in (out, alone):
         assert_same_math(ours[:, :, rows].cpu(), truth.out.cpu(), plain.out.bfloat16().cpu())
-    assert_exact(lse[:, :, rows].cpu(), truth.lse.float().cpu())
+    # what is rounded on the way are sums of products, none of which exceeds |q| |k|, before they are scaled
+    largest = [x.float().norm(dim=-1).max().item() for x in (q[:, :, rows], k)]
+    assert_exact(lse[:, :, rows].cpu(), truth.lse.float().cpu(), size=SCALE * largest[0] * largest[1])
 
 
 @pytest.mark.gpu

@@ -72,7 +72,7 @@ def toy(tmp_path_factory) -> tuple[list[dict], str]:
     package.mkdir(parents=True)
     for name, text in PEER.items():
         (package / name).write_text(text)
-    done = run_script("gpu.py", "--toy", "--out", folder / "gpu.jsonl", "--peer", folder / "peer", "--commit", "abc")
+    done = run_script("gpu/run.py", "--toy", "--out", folder / "gpu.jsonl", "--peer", folder / "peer", "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     return read(folder / "gpu.jsonl"), done.stdout
 
@@ -81,7 +81,7 @@ def lines_of(records: list[dict]) -> list[tuple[dict, dict]]:
     return [(record, each) for record in records for each in record.get("contenders", ()) if not each.get("failed")]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_part_is_measured_and_says_where(toy):
     records, printed = toy
     assert {record["part"] for record in records} == PARTS
@@ -160,7 +160,7 @@ def test_a_backend_that_is_missing_says_why(toy):
 @pytest.mark.slow
 def test_parts_for_which_no_time_is_left_are_skipped_and_say_so(tmp_path):
     out = tmp_path / "gpu.jsonl"
-    done = run_script("gpu.py", "--toy", "--out", out, "--only", "forward", "--only", "stack", "--seconds", 0.01)
+    done = run_script("gpu/run.py", "--toy", "--out", out, "--only", "forward", "--only", "stack", "--seconds", 0.01)
     assert done.returncode == 0, done.stderr
     found = {record["part"]: record for record in read(out)}
     assert "out of time" in found["forward"]["skipped"]
@@ -169,7 +169,7 @@ def test_parts_for_which_no_time_is_left_are_skipped_and_say_so(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no CUDA device")
 def test_without_a_gpu_it_asks_for_toy(tmp_path):
-    done = run_script("gpu.py", "--out", tmp_path / "gpu.jsonl")
+    done = run_script("gpu/run.py", "--out", tmp_path / "gpu.jsonl")
     assert done.returncode != 0
     assert "pass --toy" in done.stderr
     assert not (tmp_path / "gpu.jsonl").exists()
@@ -177,20 +177,20 @@ def test_without_a_gpu_it_asks_for_toy(tmp_path):
 
 def test_it_runs_where_jaxtyping_is_not_installed(run_python):
     blocked = f"import sys; sys.modules['jaxtyping'] = None; sys.path.insert(0, {str(BENCHMARKS)!r})"
-    assert run_python(f"{blocked}; import gpu; print(len(gpu.PARTS))").strip() == str(len(PARTS) - 1)
+    assert run_python(f"{blocked}; from gpu import run; print(len(run.PARTS))").strip() == str(len(PARTS) - 1)
 
 
 def test_the_command_line_goes_on_after_a_broken_device_and_keeps_toys_apart(run_python, tmp_path):
     out = tmp_path / "gpu.jsonl"
     code = f"""
 import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
-import gpu
-args = gpu.parse(["--toy", "--out", {str(out)!r}, "--peer", "here", "--commit", "abc"])
-again = gpu.parse(gpu.rest_of(args, gpu.PARTS[-2:], 99.6))
+from gpu import run
+args = run.parse(["--toy", "--out", {str(out)!r}, "--peer", "here", "--commit", "abc"])
+again = run.parse(run.rest_of(args, run.PARTS[-2:], 99.6))
 assert (again.out, again.peer, again.commit, again.toy) == (args.out, args.peer, "abc", True)
 print(again.append, again.only, again.seconds)
 try:
-    gpu.parse(["--toy"])
+    run.parse(["--toy"])
 except SystemExit as refused:
     print(refused.code)
 """
@@ -224,9 +224,9 @@ def comparison(part: str, keys: int, ours_s: float, *, inputs: str = "structured
 @pytest.fixture
 def gpu_bars(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_bars
+    from gpu import bars
 
-    return gpu_bars
+    return bars
 
 
 def bar_of(gpu_bars, records: list[dict], start: str):
@@ -273,7 +273,7 @@ def test_skipped_parts_tell_why_in_the_table(gpu_bars):
 
 
 def test_without_records_every_bar_says_that_no_gpu_measured_it(gpu_bars):
-    from gpu_table import gpu_table
+    from gpu.table import gpu_table
 
     rows = gpu_table([]).splitlines()[2:]
     assert len(rows) == len(gpu_bars.bars([]))

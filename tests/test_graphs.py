@@ -93,6 +93,7 @@ for length in (5000, 5200):
     x = [torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3)]
     pairs = [(out.detach(), *torch.autograd.grad(out.sum(), x)) for out in (attend(*x), compiled(*x))]
     for a, b in zip(*pairs):
+        # a user's program, which knows nothing of tests/
         torch.testing.assert_close(a, b)
 print("compiled")
 """
@@ -117,17 +118,17 @@ print("read")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_method_is_one_node_whatever_the_length(run_python):
     assert run_python(ONE_NODE).strip() == "one node"
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_export_with_a_length_that_varies(run_python):
     assert run_python(EXPORT).strip() == "exported"
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor builds with a C++ compiler, and finds none")
 def test_inductor_compiles_what_draws(run_python):
     assert run_python(INDUCTOR).strip() == "compiled"

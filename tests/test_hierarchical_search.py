@@ -87,7 +87,7 @@ def test_the_law_of_leaves_tells_the_probability_of_what_it_draws():
     assert torch.equal(law.share(index), share)
     # a key and the block of four left closed make up all there is; the opened blocks are not drawn again
     everything = law.share(torch.arange(12).expand(1, 1, 12))[0, 0]
-    torch.testing.assert_close(everything.sum().item(), 1.0)
+    assert_exact(everything.sum(), torch.tensor(1.0))
     assert everything[[0, 1, 2, 8, 10, 11]].eq(0).all()
     # keys of opened blocks are listed once each, in every draw
     assert everything[[3, 9]].eq(1 / 4).all()
@@ -100,7 +100,7 @@ def test_opened_keys_alone_share_all_draws():
     left = tuple(torch.tensor([[[edge]]]) for edge in (3, 6, 6, 6))
     for closed in ([], [Closed(torch.tensor([[[0]]]), 4, torch.ones(1, 1, 1), torch.tensor([[[False]]]))]):
         law = leaves_of(keys, closed, left, num=2, uniform_share=0.25)
-        torch.testing.assert_close(law.share(torch.tensor([[[3, 4, 5, 6]]])), torch.tensor([[[1.0, 1.0, 1.0, 0.0]]]) / 3)
+        assert_exact(law.share(torch.tensor([[[3, 4, 5, 6]]])), torch.tensor([[[1.0, 1.0, 1.0, 0.0]]]) / 3)
 
 
 def test_the_coarsest_level_is_scored_only_from_the_seam_on():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperattention as ha
+from assertions import assert_exact
 from hyperattention import policies
 from hyperattention.policies.latest import Latest
 from hyperattention.policies.uniform_sample import UniformSample
@@ -129,8 +130,10 @@ def test_one_look_at_the_prompt_drops_a_share_of_it_beyond_the_budget_alone(mode
     most = 12 if mode == "chunked prefill" else 32
     policy = policies.LookOnce(keep=0.5, latest=8, pages=policies.TopPages(page=4, most_queries=most))
     reference, within, beyond = (
-        generate(model, mode), cache_of(model, policy, budget=PROMPT + NEW + 24), cache_of(model, policy)
-    )  # fmt: skip
+        generate(model, mode),
+        cache_of(model, policy, budget=PROMPT + NEW + 24),
+        cache_of(model, policy),
+    )
     assert torch.equal(with_cache(model, within, mode), reference)
     out = with_cache(model, beyond, mode)
     assert out.shape == reference.shape
@@ -162,9 +165,7 @@ def test_a_second_call_goes_on_where_the_first_ended(model: nn.Module, room: dic
     first = with_cache(model, cache, new=10)
     live = torch.nn.functional.pad(LIVE, (0, 10), value=1)
     with use(model, ha.Exact()):
-        second = model.generate(
-            first, attention_mask=live, max_new_tokens=NEW - 10, do_sample=False, past_key_values=cache
-        )  # fmt: skip
+        second = model.generate(first, attention_mask=live, max_new_tokens=NEW - 10, do_sample=False, past_key_values=cache)
     assert torch.equal(second, whole)
 
 
@@ -176,7 +177,7 @@ def test_a_padded_row_is_what_it_would_be_alone(model: nn.Module) -> None:
     with use(model, ha.Exact()):
         alone = model.generate(
             tokens(2, PROMPT)[1:, PADDING:], max_new_tokens=NEW, do_sample=False, past_key_values=caches[1]
-        )  # fmt: skip
+        )
     assert torch.equal(both[1, PADDING:], alone[0])
     for together, single in zip(caches[0].stores.values(), caches[1].stores.values(), strict=True):
         assert torch.equal(together.held.position[1:] - PADDING, single.held.position)
@@ -197,7 +198,7 @@ def test_padding_is_never_held_where_keys_are_left(model: nn.Module) -> None:
 
 
 def assert_sums(total: Tensor, wanted: int) -> None:
-    torch.testing.assert_close(total, torch.full_like(total, wanted))
+    assert_exact(total, torch.full_like(total, wanted))
 
 
 def test_positions_and_masks_stay_those_of_the_text(model: nn.Module) -> None:
@@ -222,7 +223,7 @@ def test_a_prompt_is_read_in_full_before_it_is_compressed(model: nn.Module) -> N
         reference = model(tokens(1, PROMPT)).logits
         with pytest.warns(UserWarning, match="exact method"), use(model, ha.Exact()):
             ours = model(tokens(1, PROMPT), past_key_values=cache_of(model)).logits
-    torch.testing.assert_close(ours, reference)
+    assert_exact(ours, reference)
 
 
 def filled(model: nn.Module, length: int = PROMPT, **room: int) -> object:

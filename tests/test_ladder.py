@@ -127,7 +127,7 @@ def test_heads_and_attempts_share_the_chance_of_a_wrong_bound():
     ("rungs", "error", "message"),
     [
         ((), ValueError, "at least one rung"),
-        ((Method(ha.HashBuckets(16), ha.Draw(16)),), ValueError, "no few of them can tell"),
+        ((Method(ha.HashBuckets(16), ha.Draw(16)),), ValueError, "a few queries cannot show its error"),
         ((Method(ha.Draw(16)), Method(ha.Draw(32), tile=16)), ValueError, "one tile size"),
         ((Method(ha.Draw(32)), Method(ha.Draw(16))), ValueError, "by increasing cost"),
     ],

@@ -136,7 +136,7 @@ BAD = {
     "kind of table": ("table", lambda x: x.float(), "must be integers"),
     "starts": ("starts", lambda x: x.flip(0), "must rise from 0 to the number of tokens, 55"),
     "fewer keys than queries": ("lengths", lambda x: x - 10, "request 1 has 24 queries, 20 keys"),
-    "more keys than pages": ("lengths", lambda x: x + 1000, "and lie in its pages"),
+    "more keys than pages": ("lengths", lambda x: x + 1000, "and fit in the pages"),
     "recursion": ("method", lambda _: ha.HyperAttention(), "does not read pages"),
     "no method": ("method", lambda _: 3, "method"),
 }

@@ -20,8 +20,9 @@ from hyperattention.bench.front import error_at, on_front
 from hyperattention.bench.frontier import MeasureSettings, Point, measure_frontier, steps_of
 from hyperattention.bench.ranking import not_told_apart, rank
 from hyperattention.bench.rows import Row, find_default
+from hyperattention.cli.support import numbers
 from hyperattention.report import demo, pareto
-from hyperattention.report.pareto import parse_budgets, structured_calls
+from hyperattention.report.pareto import structured_calls
 from hyperattention.report.tables import frontier_table
 from hyperattention.synthetic import structured
 from test_cli import invoke, read_lines
@@ -86,6 +87,7 @@ def test_heads_average_to_the_overall_error(points: dict[str, Point]) -> None:
         record = point.record()
         heads = torch.tensor(record["error_by_head"])
         assert heads.shape == (3, 4)
+        # float32 by head, and means of them in another order
         assert point.error.mean == pytest.approx(heads.mean().item(), rel=1e-6, abs=0)
         assert record["percentile_95"] == pytest.approx(
             torch.tensor(record["percentile_95_by_head"]).mean().item(), rel=1e-6
@@ -196,14 +198,17 @@ def test_errors_at_equal_time_are_read_off_in_logarithms() -> None:
 def test_neighbours_are_told_apart_by_what_they_share() -> None:
     hard = [0.1, 0.9, 0.3, 0.7, 0.2, 0.8]
     jitter = [0.01, -0.01, 0.02, -0.02, 0.01, -0.01]
-    steps = rank({
-        "worst": [x + 0.2 for x in hard],
-        "twin": [x + e for x, e in zip(hard, jitter, strict=True)],
-        "best": [x - 0.001 for x in hard],
-    })  # fmt: skip
+    steps = rank(
+        {
+            "worst": [x + 0.2 for x in hard],
+            "twin": [x + e for x, e in zip(hard, jitter, strict=True)],
+            "best": [x - 0.001 for x in hard],
+        }
+    )
     assert [(step.better, step.worse, step.told_apart) for step in steps] == [
-        ("best", "twin", False), ("twin", "worst", True),
-    ]  # fmt: skip
+        ("best", "twin", False),
+        ("twin", "worst", True),
+    ]
     assert not_told_apart(steps) == (("best", "twin"),)
     # Student's t for 5 degrees of freedom, from a table
     half = 2.571 * torch.tensor(jitter, dtype=torch.float64).std().item() / 6**0.5
@@ -359,8 +364,8 @@ def test_errors_are_measured_on_as_many_documents_as_seeds(reference: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budgets", "512,12x"), "whole and positive"),
-        (("--budgets", "0"), "whole and positive"),
+        (("--budgets", "512,12x"), "give whole, positive numbers"),
+        (("--budgets", "0"), "give whole, positive numbers"),
         (("--budgets", "40"), "is too small: give at least"),
         (("--methods", "control,nothing"), "no method is called nothing"),
         (("--length", 8192), "64 to 4,096"),
@@ -372,7 +377,7 @@ def test_pareto_refuses_what_it_cannot_run(reference: Path, arguments: tuple, me
 
 
 def test_budgets_are_numbers_with_commas() -> None:
-    assert parse_budgets("512, 1024") == (512, 1024)
+    assert numbers("--budgets", "512, 1024") == (512, 1024)
 
 
 @pytest.mark.slow  # the whole script, in an interpreter of its own

@@ -1,5 +1,6 @@
 """A plan survives its file, is refused where the file or the model is wrong, and runs what it says in every head."""
 
+import copy
 import json
 import pickle
 from collections.abc import Callable
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 import hyperattention as ha
+from assertions import assert_exact
 from cases import CASES
 from front_door import with_error, with_lse
 from hyperattention import select
 from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
-from hyperattention.files.method_table import method_from_json, method_to_json
+from hyperattention.files.method_table import METHODS, method_from_json, method_to_json
 from hyperattention.files.plan import Measured
 from tiny_models import LENGTH, NUM_LAYERS, build, tokens
 
@@ -49,6 +51,28 @@ def plan(model: nn.Module) -> ha.Plan:
 def test_every_method_survives_json(case) -> None:
     text = json.dumps(method_to_json(case.method))
     assert method_from_json(Field(json.loads(text), "file", "methods", "again")) == case.method
+
+
+# as releases before this one wrote it: files keep
+WRITTEN = """{"type": "Method", "stages": [{"type": "Sinks", "num": 16}, {"type": "Window", "size": 256},
+{"type": "Draw", "num": 64, "by": {"type": "Mix", "parts": [[{"type": "Uniform"}, 0.25], [{"type": "Descent",
+"levels": [{"type": "Level", "block_size": 256, "keep": 32, "by": {"type": "Representatives", "means": 4, "far": 8}}],
+"dim": 64, "pooled": 16, "uniform_share": 0.2}, 0.75]]}}], "tile": 32}"""
+
+
+def test_a_method_that_an_earlier_release_wrote_is_read() -> None:
+    level = select.Level(256, 32, select.Representatives(4, 8))
+    mix = select.Mix((ha.Uniform(), 0.25), (ha.HierarchicalSearch((level,)), 0.75))
+    method = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(64, mix), tile=32)
+    assert method_from_json(Field(json.loads(WRITTEN), "file", "methods", "again")) == method
+    assert method_to_json(method) == json.loads(WRITTEN)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_method_is_copied_and_printed_whole(case) -> None:
+    method = case.method
+    for again in (pickle.loads(pickle.dumps(method)), copy.deepcopy(method), eval(repr(method), dict(METHODS.by_name))):
+        assert (again, hash(again), repr(again)) == (method, hash(method), repr(method))
 
 
 def test_a_type_that_plans_do_not_know_is_refused_when_written() -> None:
@@ -85,7 +109,7 @@ def test_a_failed_write_leaves_the_old_plan(plan: ha.Plan, tmp_path: Path, monke
             ha.save_plan(replace(plan, crossover=7), path, overwrite=True)
     assert ha.load_plan(path) == plan
     unknown = replace(plan, layers={0: ha.ByHead((_Unknown(),))}, errors={0: (0.0,)})
-    with pytest.raises(TypeError, match="cannot be kept in a plan"):
+    with pytest.raises(TypeError, match="cannot be kept in a file"):
         ha.save_plan(unknown, path, overwrite=True)
     assert ha.load_plan(path) == plan
     assert len(list(tmp_path.iterdir())) == 1
@@ -129,7 +153,18 @@ WRONG = {
     "stages in the wrong order": (
         set_at("methods", 2, "stages", 0, value={"type": "Draw", "num": 4}), "would count keys twice",
     ),
-    "a tile of 0": (set_at("methods", 0, "tile", value=0), "methods.0.tile is 0: it must be a whole number from 1 on"),
+    "a tile of 0": (set_at("methods", 0, "tile", value=0), "methods.0 is .*tile=0.: tile must be a positive integer"),
+    "a density for a stage": (
+        set_at("methods", 0, "stages", 0, value={"type": "Uniform"}), "methods.0.stages .* takes a list of Stage here",
+    ),
+    "no share of a density": (
+        set_at("methods", 2, "stages", 2, "by", value={"type": "Mix", "parts": [[{"type": "Uniform"}]]}),
+        "by.parts .* Mix takes a list of list of Density and float here",
+    ),
+    "a share of 0": (
+        set_at("methods", 2, "stages", 2, "by", value={"type": "Mix", "parts": [[{"type": "Uniform"}, 0.0]]}),
+        "every share above 0 and finite",
+    ),
     "a method that is not there": (set_at("layers", "1", "methods", 0, value=7), "layers.1.methods.0 is 7: .* from 0 to 2"),
     "a layer that is not there": (set_at("layers", "2", value={}), "layers.2 is 2: it must be a whole number from 0 to 1"),
     "a layer without a number": (set_at("layers", "one", value={}), "layers.one is 'one'"),
@@ -182,14 +217,14 @@ def test_each_head_runs_its_own_method() -> None:
     exact, lse = with_lse(q, k, v, method=ha.Exact(), **shape)
     narrow = ha.attention(q, k, v, method=NARROW, **shape)
     for heads in range(0, 8, 4):
-        torch.testing.assert_close(out[:, heads : heads + 2], narrow[:, heads : heads + 2])
-        torch.testing.assert_close(out[:, heads + 2 : heads + 4], exact[:, heads + 2 : heads + 4])
+        assert_exact(out[:, heads : heads + 2], narrow[:, heads : heads + 2])
+        assert_exact(out[:, heads + 2 : heads + 4], exact[:, heads + 2 : heads + 4])
     both, own_lse = with_lse(q, k, v, method=method, **shape)
-    torch.testing.assert_close(both, out)
-    torch.testing.assert_close(own_lse[:, 2:4], lse[:, 2:4])
+    assert_exact(both, out)
+    assert_exact(own_lse[:, 2:4], lse[:, 2:4])
     assert (narrow - exact).abs().max() > 1e-2
     # a layer that is not named
-    torch.testing.assert_close(ha.attention(q, k, v, method=method, **shape | {"layer": 0}), exact)
+    assert_exact(ha.attention(q, k, v, method=method, **shape | {"layer": 0}), exact)
 
 
 def logits(model: nn.Module, length: int = LENGTH) -> torch.Tensor:
@@ -262,6 +297,27 @@ def test_a_plan_of_another_model_is_refused(model: nn.Module, plan: ha.Plan) -> 
     # its own, in another precision, in a wrapper, is still itself
     with use(nn.Sequential(build("Llama", {}).to(torch.bfloat16)), plan):
         pass
+
+
+def test_a_model_without_values_has_no_fingerprint(model: nn.Module, plan: ha.Plan) -> None:
+    empty, halfway = build("Llama", {}).to("meta"), build("Llama", {})
+    halfway.model.layers[1].self_attn.k_proj.to("meta")
+    for other in (empty, halfway):
+        with pytest.raises(ValueError, match=r"weight .* has no values .* on the meta device.* load the model with its"):
+            fingerprint(other)
+        with pytest.raises(ValueError, match="has no values"), use(other, plan):
+            pass
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_model_is_still_itself(tied: bool, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="models are offloaded by accelerate, which no extra brings")
+    model, offloaded, stored = (build("Llama", {"tie_word_embeddings": tied}) for _ in range(3))
+    accelerate.cpu_offload(offloaded, execution_device="cpu")
+    accelerate.disk_offload(stored, tmp_path, execution_device="cpu")
+    for other in (offloaded, stored):
+        assert fingerprint(other) == fingerprint(model)
+        assert all(weight.is_meta for weight in other.parameters())
 
 
 def test_by_layer_prints_pickles_and_costs(plan: ha.Plan) -> None:

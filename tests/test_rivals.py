@@ -8,7 +8,7 @@ import torch
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math, assert_unbiased
-from cases import CASES
+from cases import RIVALS
 from front_door import with_lse
 from hyperattention import rivals, select
 from hyperattention.bench.rivals import rivals as list_rivals
@@ -17,9 +17,6 @@ from hyperattention.rivals.collision_draw import twice
 from hyperattention.select.locate.universal_set import leverage
 from problems import problem, tensors
 from run_case import both_masks, run
-
-NAMES = ("top", "anti", "slash", "collision", "budget", "priorit", "universal")
-OURS = [case for case in CASES if any(name in case.name for name in NAMES)]
 
 
 @pytest.mark.parametrize("slots", [512, 777, 1024, 4096])
@@ -41,13 +38,19 @@ def test_a_rival_is_exact_where_its_slots_hold_all_keys_and_not_beyond(row):
     q, k, v = tensors(900, heads=4)
     for tokens, exact in ((150, True), (900, False)):
         x = [t[:, :, :tokens] for t in (q, k, v)]
-        error = ha.audit(*x, ha.attention(*x, is_causal=True, enable_gqa=True, method=row.method), is_causal=True,
-                         enable_gqa=True, rows=tokens, hardness=False).relative_error  # fmt: skip
+        error = ha.audit(
+            *x,
+            ha.attention(*x, is_causal=True, enable_gqa=True, method=row.method),
+            is_causal=True,
+            enable_gqa=True,
+            rows=tokens,
+            hardness=False,
+        ).relative_error
         assert (error.max() < 1e-5) == exact
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RIVALS, ids=lambda case: case.name)
 def test_other_precisions(case, dtype):
     q, k, v = tensors(case.exact_up_to, heads=4, dtype=dtype)
     ours, _ = run(case, q, k, v)
@@ -80,7 +83,7 @@ def test_top_keys_of_some_queries():
     assert_exact(method.attend(few).out, method.attend(whole).out[:, :, few.position])
 
 
-@pytest.mark.parametrize("case", [case for case in OURS if isinstance(case.method, ha.Method)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in RIVALS if isinstance(case.method, ha.Method)], ids=lambda case: case.name)
 def test_heads_alone_choose_what_they_choose_among_all(case):
     whole = problem(150, heads=8, kv_heads=4)
     ours, all_heads = case.method.attend(whole.of_heads([3, 0])).out, case.method.attend(whole).out

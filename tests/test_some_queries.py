@@ -39,7 +39,7 @@ def test_spans_that_do_not_fit_are_refused():
     whole = problem(100)
     with pytest.raises(ValueError, match="no complete span of 60 queries"):
         whole.of_spans(50, 60, 60)
-    with pytest.raises(ValueError, match="not whole tiles of 16"):
+    with pytest.raises(ValueError, match="not complete tiles of 16"):
         CONTROL.attend(whole.of_spans(0, 10, 20))
     with pytest.raises(ValueError, match="was given some of them"):
         ha.HyperAttention().attend(whole.of_spans(0, 16, 32))

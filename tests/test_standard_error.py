@@ -247,5 +247,5 @@ def test_refusals():
             (run,), taken = super().select(tiles, taken)
             return (replace(run, sample=None),), taken
 
-    with pytest.raises(ValueError, match=r"sample=Sample"):
+    with pytest.raises(ValueError, match=r"sample=DrawnSlots"):
         errors(ha.Method(Silent(16)), q, k, v)

@@ -150,7 +150,7 @@ def test_a_state_that_is_not_whole_or_of_another_sketch_is_refused() -> None:
             new_store().restore({key: x for key, x in state.items() if key != name})
     with pytest.raises(ValueError, match="do not fit together"):
         new_store().restore(state | {"v": state["v"][:, :, 1:]})
-    with pytest.raises(ValueError, match="its sizes were others"):
+    with pytest.raises(ValueError, match="use their original sizes"):
         SubGen(delta=1.5, samples=3, value_samples=8, most_clusters=200).store(ROOM, 3, 0, None).restore(state)
 
 
@@ -181,7 +181,7 @@ def test_clusters_stay_within_the_bytes_of_the_budget() -> None:
     # keys that are not clusterable need more than that
     with pytest.raises(ValueError, match="more than [0-9]+ clusters of radius delta=0.5"):
         read(policy.store(room, 0, 0, None), inputs(2000), [1000])
-    with pytest.raises(ValueError, match="budget=30 leaves no room for clusters"):
+    with pytest.raises(ValueError, match="budget=30 leaves no space for clusters"):
         read(policy.store(CacheBudget(30, sinks=0, window=24), 0, 0, None), inputs(40), [40])
 
 

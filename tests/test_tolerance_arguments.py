@@ -73,8 +73,11 @@ def test_reports_come_by_name():
 def test_short_calls_and_dense_masks_are_exact_and_say_so():
     q, k, v = easy(num=64)
     mask = torch.rand(64, 64) < 0.9
-    for options, note in (({}, "below the crossover"), ({"attn_mask": mask}, "dense attn_mask"),
-                          ({"method": LADDER, "is_causal": True}, "no rung is worth running")):  # fmt: skip
+    for options, note in (
+        ({}, "below the crossover"),
+        ({"attn_mask": mask}, "dense attn_mask"),
+        ({"method": LADDER, "is_causal": True}, "no rung is worth running"),
+    ):
         out, report = within(q, k, v, enable_gqa=True, tolerance=0.1, **options)
         assert report.exact_heads == (0, 1)
         assert note in str(report)
@@ -82,7 +85,7 @@ def test_short_calls_and_dense_masks_are_exact_and_say_so():
         assert_exact(out, ha.attention(q, k, v, enable_gqa=True, method=ha.Exact(), **options))
     few = Ladder((Method(ha.Draw(2), tile=16),))
     _, report = within(*easy(num=63), tolerance=0.99, **(OPTIONS | {"method": few}))
-    assert "too few whole tiles" in str(report)
+    assert "too few complete tiles" in str(report)
 
 
 @pytest.mark.parametrize(("queries", "keys", "batch"), [(0, 0, 1), (5, 0, 1), (0, 5, 1), (5, 5, 0)])

@@ -68,6 +68,6 @@ for method, key_mask in ((None, None), (ha.default_method(10**6), None), (lists,
 """
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_compiles_into_one_graph(run_python):
     assert run_python(COMPILED).split() == ["True"] * 3

@@ -242,9 +242,16 @@ def test_nested_configs_are_restored_one_by_one() -> None:
     text = build("Llama", {}).config.to_dict()
     config = transformers.LlavaConfig(
         text_config=text,
-        vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "num_attention_heads": 2,
-                       "num_hidden_layers": 1, "intermediate_size": 32, "image_size": 8, "patch_size": 4},
-    )  # fmt: skip
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "intermediate_size": 32,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+    )
     model = transformers.LlavaForConditionalGeneration(config)
     before = {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}
     model.set_attn_implementation(before)
@@ -366,14 +373,17 @@ def test_refusals_say_why(make: Callable[[], nn.Module], options: dict, message:
 IMPORTED = "import sys, {}; print('transformers' in sys.modules)"
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_transformers(run_python: Callable[[str], str]) -> None:
     assert run_python(IMPORTED.format("hyperattention")).strip() == "False"
 
 
+@pytest.mark.slow
 def test_the_import_check_can_fail(run_python: Callable[[str], str]) -> None:
     assert run_python(IMPORTED.format("hyperattention.integrations.transformers")).strip() == "True"
 
 
+@pytest.mark.slow
 def test_importing_the_integration_registers_nothing(run_python: Callable[[str], str]) -> None:
     code = (
         "import hyperattention.integrations.transformers as t\n"

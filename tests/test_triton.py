@@ -49,8 +49,18 @@ def in_pytorch(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("keys", SLOTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "keys"),
+    [
+        # one length of many slots in one dtype, and all dtypes at few; `make test-heavy` runs the product
+        *((dtype, keys) for dtype in DTYPES for keys in (1, 63)),
+        (torch.float32, 100),
+        *(pytest.param(dtype, 100, marks=pytest.mark.heavy) for dtype in DTYPES[1:]),
+        *(pytest.param(dtype, 257, marks=pytest.mark.heavy) for dtype in DTYPES),
+    ],
+    ids=str,
+)
 def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, keys):
     rows = 3 if keys == 63 else 18
     x, lists = (
@@ -69,7 +79,7 @@ def test_forward_and_gradients_are_those_of_the_triple_loop(dtype, keys):
 
 
 @pytest.mark.parametrize("method", [LISTS, HASHED], ids=["lists", "hashed"])
-@pytest.mark.parametrize("num_tokens", [1, 63, 100, 257])
+@pytest.mark.parametrize("num_tokens", [1, 63, 100, pytest.param(257, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_methods_at_odd_lengths_and_groups(method, num_tokens, group, in_pytorch):
     if group == 8 and num_tokens == 257:
@@ -85,6 +95,7 @@ def test_methods_at_odd_lengths_and_groups(method, num_tokens, group, in_pytorch
         assert_exact(a, b)
 
 
+@pytest.mark.slow
 def test_tiles_of_more_rows_than_a_program_takes(in_pytorch):
     x, lists = make_tensors(torch.float32, rows=150), make_selection(rows=150)
     ours, plain = (run(lambda: gradients(list_attention, x, lists)) for run in (lambda f: f(), in_pytorch))
@@ -93,7 +104,7 @@ def test_tiles_of_more_rows_than_a_program_takes(in_pytorch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("splits", [2, 3, 50])
+@pytest.mark.parametrize("splits", [2, 3, pytest.param(50, marks=pytest.mark.heavy)])
 def test_a_split_list_is_the_whole_list(splits, dtype):
     from hyperattention.kernels.list import triton_forward as list_triton
 
@@ -114,16 +125,27 @@ def run_with(forward, x, lists):
     runs, gap = lists.runs, lists.row_gap or (None, None)
     none = torch.empty(0, dtype=torch.int64)
     flat = Lists(
-        lists.key_row, lists.row_limit, [r.first for r in runs], [r.size for r in runs], [r.log_weight for r in runs],
-        [r.low for r in runs], [r.high for r in runs], [none if r.hole is None else torch.stack(r.hole) for r in runs],
-        [r.causal for r in runs], [r.labelled for r in runs], lists.row_label, lists.key_label, *gap,
-    )  # fmt: skip
+        lists.key_row,
+        lists.row_limit,
+        [r.first for r in runs],
+        [r.size for r in runs],
+        [r.log_weight for r in runs],
+        [r.low for r in runs],
+        [r.high for r in runs],
+        [none if r.hole is None else torch.stack(r.hole) for r in runs],
+        [r.causal for r in runs],
+        [r.labelled for r in runs],
+        lists.row_label,
+        lists.key_label,
+        *gap,
+    )
     return forward(x[0][:, :, None], *x[1:], flat, SCALE)
 
 
 # laws
 
 
+@pytest.mark.slow
 def test_listing_twice_is_adding_log_2():
     x, lists = make_tensors(torch.float32), make_selection()
     twice = replace(lists, runs=lists.runs + lists.runs[:1])
@@ -236,10 +258,16 @@ def twofold(lists):
         return None if x is None else x.repeat(2, *[1] * (x.dim() - 1))
 
     runs = tuple(
-        replace(r, first=two(r.first), log_weight=two(r.log_weight), low=two(r.low), high=two(r.high),
-                hole=None if r.hole is None else tuple(map(two, r.hole)))
+        replace(
+            r,
+            first=two(r.first),
+            log_weight=two(r.log_weight),
+            low=two(r.low),
+            high=two(r.high),
+            hole=None if r.hole is None else tuple(map(two, r.hole)),
+        )
         for r in lists.runs
-    )  # fmt: skip
+    )
     return replace(
         lists, runs=runs, row_limit=two(lists.row_limit), key_row=torch.tensor([2, 0, 1, 3]), row_label=None, key_label=None
     )
@@ -298,6 +326,7 @@ def test_pages_have_no_gradient():
         out.sum().backward()
 
 
+@pytest.mark.heavy
 def test_operators_are_registered_soundly():
     captured = {}
 
@@ -321,6 +350,7 @@ def test_operators_are_registered_soundly():
         torch.library.opcheck(operator_, args, **checks)
 
 
+@pytest.mark.heavy
 def test_checkpointing_recomputes_the_same_bits():
     from torch.utils.checkpoint import checkpoint
 

@@ -1,4 +1,4 @@
-"""The front door: the arguments of torch's scaled_dot_product_attention, and a method."""
+"""The public functions `attention` and `measured_attention`: torch's scaled_dot_product_attention (SDPA), and a method."""
 
 from dataclasses import dataclass
 
@@ -42,42 +42,43 @@ def attention(
     causal_align: str = "upper_left",
     check_finite: bool = False,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Attend, exactly or by a method that scores a bounded number of keys a query.
+    """Compute attention, exactly or by a method that scores a bounded number of keys for each query.
 
-    out_i = sum_j softmax_j(q_i . k_j * scale) v_j, over the keys that query i may see. A query with nothing to attend to
-    gets 0, and no gradient. Gradients are those of the forward pass with the selection (indices and log-weights) held fixed;
-    for weights that depend on the data that is the unbiased choice. Arguments that do not fit raise ValueError or TypeError,
-    what is not supported NotImplementedError; the message says what to do.
+    out_i = sum_j softmax_j(q_i . k_j * scale) v_j, over the keys that query i may see. A query that sees no key gets output
+    0 and no gradient. Gradients are those of the forward pass with the selection (indices and log-weights) held fixed; for
+    weights that depend on the data this choice is unbiased. Arguments that do not fit raise ValueError or TypeError;
+    unsupported requests raise NotImplementedError. The message names the remedy.
 
-    The log-sum-exp, standard errors, an audit and what a tolerance did come from `measured_attention`.
+    For the log-sum-exp, standard errors, an audit or the report of a tolerance, call `measured_attention`.
 
-    Lists of keys have first derivatives, taken backward. Forward mode (torch.func.jvp), torch.func.grad, torch.func.vmap and
-    second derivatives are refused by NotImplementedError; exact attention follows them as far as torch's kernels do.
+    Methods that list keys support first derivatives, by backward only. Forward mode (torch.func.jvp), torch.func.grad,
+    torch.func.vmap and second derivatives raise NotImplementedError; exact attention supports them as far as torch's kernels
+    do.
 
-    A key that is NaN makes NaN of exactly the rows that list it: under exact attention, as in SDPA, all that see it, under
-    other methods only some, so that a row can be finite where SDPA's is NaN. A value that is NaN reaches, besides, rows of a
-    tile that lists it which stand before it, as 0 times NaN is NaN. `check_finite` refuses such input.
+    A NaN key makes exactly those output rows NaN that list this key. Under exact attention, as in SDPA, these are all rows
+    that see the key; under other methods they are some of them, so a row can be finite where SDPA's row is NaN. A NaN value
+    also reaches earlier rows of a tile that lists it, because 0 times NaN is NaN. `check_finite` refuses such input.
 
     Args:
         query: queries.
         key: keys; ``heads`` must be a multiple of ``kv_heads``, and equal to it unless `enable_gqa`.
         value: values.
         attn_mask: as in SDPA: boolean (True = attend) or added to the scores, broadcastable to
-            ``[batch, heads, queries, keys]``. A boolean ``[batch, 1, 1, keys]`` is a key mask; any other is dense, which
-            only exact attention reads.
+            ``[batch, heads, queries, keys]``. A boolean ``[batch, 1, 1, keys]`` is a key mask; any other mask is dense, and
+            only exact attention reads a dense mask.
         dropout_p: must be 0.
         is_causal: whether query i sees only keys at or before its position.
-        scale: factor of the scores, a number; 1 / sqrt(head_dim) if None. To learn it, multiply `query` by it instead.
+        scale: factor of the scores, a number; 1 / sqrt(head_dim) if None. To learn a scale, multiply `query` by it instead.
         enable_gqa: whether several query heads may share a kv head.
-        method: what runs. None runs `default_method`, which is exact below the crossover; any other runs as written. With
-            `tolerance` it is left out, or a `Ladder` of methods to choose from in place of the default one.
-        tolerance: mean relative row error allowed each head of this output, in (0, 1): see `measured_attention`.
+        method: the method that runs. None runs `default_method`, which is exact below the crossover length. With
+            `tolerance`, leave `method` out or give a `Ladder` of methods, from which the cheapest that suffices is chosen.
+        tolerance: mean relative row error allowed for each head of this output, in (0, 1): see `measured_attention`.
         key_mask: True where a key may be attended to; combines with `is_causal`.
         seed: seed of every draw, in [0, 2**63).
         layer: layer of the model, so that layers draw independently.
         causal_align: ``"upper_left"`` (query i stands at key i, as in SDPA) or ``"lower_right"`` (the last query stands at
             the last key: chunked prefill, decoding).
-        check_finite: whether to refuse NaN and infinity; they are otherwise passed on, never cleaned.
+        check_finite: whether to refuse NaN and infinity; without this check they are passed on unchanged.
 
     Returns:
         the output, in the dtype of the query.
@@ -118,23 +119,24 @@ def measured_attention(
     standard_error: bool = False,
     audit: int | None = None,
 ) -> AttentionResult:
-    """Attend as `attention` does, and give with the output its log-sum-exp and whatever else is asked for, each by name.
+    """Compute attention as `attention` does; return the output, its log-sum-exp and the reports asked for, each by name.
 
     **Audit.** Some rows of this output are also computed exactly, and their error is reported with a 95% interval: see
     `hyperattention.audit`.
 
     **Standard error.** Estimates (E ||out_i - exact_i||^2)^(1/2) from the draws alone, at about the cost of attending again;
-    divide by ||out_i|| for a relative one. ||out_i - exact_i|| stays within twice of it in 90 to 99 rows of 100 where values
-    are single numbers, and in more where they have many, as long as no single key that draws seldom hit carries the row:
-    such a key, when missed, is in no standard error, and an audit is what finds it. It is 0 for exact attention and wherever
-    all keys were listed, has no gradient, and is refused for methods that drop keys.
+    divide by ||out_i|| for a relative error. ||out_i - exact_i|| is at most twice the standard error in 90 to 99 of 100 rows
+    if value_dim is 1, and in more rows if value_dim is larger. This does not hold for a row whose weight is mostly on one
+    key that the draws seldom hit: if that key is missed, the standard error is too small, and only an audit finds the error.
+    The standard error is 0 for exact attention and wherever all keys were listed. It has no gradient, and methods that drop
+    keys refuse it.
 
-    **Tolerance.** Each head gets, of methods of rising cost, the cheapest that is likely enough and then certified at 95%
-    confidence, or exact attention. The caveat that holds for all of it is stated once, in `ToleranceReport`. Decided by
-    values, so a compiled graph breaks there. See `attend_within`.
+    **Tolerance.** Each head gets the cheapest method of a ladder that is likely to suffice and is then certified at 95%
+    confidence, or exact attention. `ToleranceReport` lists what the certificate does not cover. The choice depends on tensor
+    values, so it breaks a compiled graph. See `attend_within`.
 
     Args:
-        query: as for `attention`, and so are the next fourteen.
+        query: queries. This and the next fourteen arguments are as for `attention`.
         key: keys.
         value: values.
         attn_mask: SDPA's mask.
@@ -142,14 +144,15 @@ def measured_attention(
         is_causal: whether query i sees only keys at or before its position.
         scale: factor of the scores.
         enable_gqa: whether several query heads may share a kv head.
-        method: what runs.
-        tolerance: mean relative row error allowed each head of this output, in (0, 1).
+        method: the method that runs.
+        tolerance: mean relative row error allowed for each head of this output, in (0, 1).
         key_mask: True where a key may be attended to.
         seed: seed of every draw.
         layer: layer of the model.
-        causal_align: ``"upper_left"`` or ``"lower_right"``.
+        causal_align: alignment of the diagonal, ``"upper_left"`` or ``"lower_right"``.
         check_finite: whether to refuse NaN and infinity.
-        standard_error: whether to estimate the standard error of every row; not with `tolerance`, whose report bounds it.
+        standard_error: whether to estimate the standard error of every row; not allowed with `tolerance`, whose report
+            bounds the error.
         audit: rows to check against exact attention; None for no audit.
 
     Returns:
@@ -181,12 +184,12 @@ def measured_attention(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a call wants beside the output.
+    """The results that a call wants besides the output.
 
     Args:
-        lse: whether the log-sum-exp; without it exact heads are sometimes cheaper.
-        standard_error: whether the standard error of every row.
-        audit: whether rows are judged afterwards, by exact ones.
+        lse: whether the log-sum-exp is wanted; without it exact heads are sometimes cheaper.
+        standard_error: whether the standard error of every row is wanted.
+        audit: whether some rows are compared with exact rows afterwards.
     """
 
     lse: bool
@@ -196,7 +199,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Ran:
-    """What a call gave, and which method gave it."""
+    """The results of a call, and the method that computed them."""
 
     out: Tensor
     lse: Tensor | None
@@ -206,7 +209,7 @@ class _Ran:
 
 
 def _attend(call: Call, method: AttentionMethod | Ladder | None, tolerance: float | None, wanted: _Wanted) -> _Ran:
-    """Choose what runs, and run it."""
+    """Choose the method, and run it."""
     run_exactly = call.dense is not None or isinstance(_default(call) if method is None else method, Exact)
     if tolerance is not None or wanted.audit or not run_exactly:
         refuse_transforms("attention by a method, a tolerance or with an audit", call.query, call.key, call.value)
@@ -229,7 +232,7 @@ def _default(call: Call) -> AttentionMethod:
 
 
 def _run(call: Call, method: AttentionMethod, wanted: _Wanted) -> _Ran:
-    """Run a method for what is wanted: the output alone is cheaper where heads are exact."""
+    """Run a method for the wanted results: the output alone is cheaper where heads are exact."""
     problem = call.problem(masked=method.follows_masks)
     if torch.compiler.is_compiling() and not isinstance(method, Exact) and is_opaque(method):
         result, error = attend_opaque(problem, method, wanted.lse, wanted.standard_error)
@@ -260,7 +263,7 @@ def _attend_dense(
 
 
 def _audit(call: Call, ran: _Ran, rows: int) -> ErrorReport:
-    """Judge what is returned by exact rows."""
+    """Compare the returned output with exact rows."""
     return judge(
         call.query,
         call.key,

@@ -1,4 +1,4 @@
-"""One call of the front door: its arguments, checked and cast, and who may see whom in a form that lists can follow."""
+"""One call of the public functions: its arguments, checked and cast, and its masks in a form that key lists can follow."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from hyperattention.transforms import scale_of
 
 @dataclass(frozen=True)
 class Masking:
-    """Who may see whom, as a caller says it.
+    """Which query may attend to which key, as the caller's arguments say it.
 
     Args:
         attn_mask: SDPA's mask, boolean or added to the scores.
@@ -32,10 +32,10 @@ class Call:
     """The arguments of one call, after every check.
 
     Args:
-        query: queries, in the dtype of autocast where it is on.
+        query: queries, in the dtype of autocast if autocast is on.
         key: keys, likewise.
         value: values, likewise.
-        masking: who may see whom.
+        masking: which query may attend to which key.
         scale: factor of the scores.
         seed: seed of every draw.
         layer: layer of the model.
@@ -60,10 +60,10 @@ class Call:
         return key_mask_of(self.masking.attn_mask, self.masking.key_mask, self.key)
 
     def problem(self, *, masked: bool = False) -> Problem:
-        """Bring the call into normal form: dead keys gone, the first query's position known.
+        """Bring the call into normal form: masked keys removed, the position of the first query known.
 
         Args:
-            masked: whether dead keys stay where they are, under a mask, for a method that follows masks.
+            masked: whether masked keys stay where they are, for a method that reads the key mask itself.
 
         Returns:
             the problem.
@@ -105,7 +105,7 @@ def checked_call(
         query: queries.
         key: keys.
         value: values.
-        masking: who may see whom.
+        masking: which query may attend to which key.
         dropout_p: must be 0.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: whether several query heads may share a kv head.
@@ -114,7 +114,7 @@ def checked_call(
         check_finite: whether to refuse NaN and infinity.
 
     Returns:
-        the call; arguments that do not fit raise ValueError or TypeError, what is not supported NotImplementedError.
+        the call; arguments that do not fit raise ValueError or TypeError, unsupported requests NotImplementedError.
     """
     check_tensors(query=query, key=key, value=value)
     query, key, value = narrowed(query, key, value)

@@ -1,15 +1,15 @@
-"""Checks of arguments that several places share, with errors that say what to do."""
+"""Argument checks that several modules share; their errors name the remedy."""
 
 
 def positive(owner: str, **values: int) -> None:
-    """Insist that counts and sizes are positive integers.
+    """Check that counts and sizes are positive integers.
 
     Args:
-        owner: whose arguments they are, for the message.
+        owner: the class or function that has these arguments, for the message.
         **values: the arguments by name.
 
     Raises:
-        ValueError: naming the first that is not a positive integer.
+        ValueError: if an argument is not a positive integer; the message names the first one.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

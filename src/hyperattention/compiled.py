@@ -1,60 +1,50 @@
-"""A method as one operator of torch, for graphs: compilers and export see one node, whatever the length.
+"""A method as one torch operator, for graphs: compilers and export see one node at every length.
 
-Traced stage by stage, a method's lists grew to thousands of nodes, and one graph a length. Only while a graph is traced does
-a call take this way; it runs what an eager call runs, draws the same keys, and backward runs the forward pass again.
+Traced stage by stage, a method's lists became thousands of nodes, and each length needed its own graph. Calls use this
+operator only while a graph is traced. It runs the same code as an eager call and draws the same keys; backward runs the
+forward pass again.
 """
 
 import json
-from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
 
 from hyperattention.files.fields import Field
-from hyperattention.files.method_table import TYPES, part_from_json
+from hyperattention.files.method_table import METHODS_OF_CALLS
 from hyperattention.methods.base import AttentionMethod
-from hyperattention.methods.by_head import ByHead
 from hyperattention.problem import Problem
 from hyperattention.types import Partial
 
-_TABLE = TYPES | {"ByHead": ByHead}
-# looked up once: a compiler that traces cannot ask for the fields of a class
-_ARGUMENTS = {name: tuple(field.name for field in fields(each)) for name, each in _TABLE.items() if is_dataclass(each)} | {
-    "Method": ("stages", "tile"),
-    "Mix": ("parts",),
-}
+
+def is_opaque(method: object) -> bool:
+    """Return whether a method can be named in a graph: all its types are the package's own."""
+    return METHODS_OF_CALLS.knows(method)
 
 
-def is_opaque(part: object) -> bool:
-    """Return whether a method, or a part of one, can be named in a graph: all its types are the package's own."""
-    if part is None or isinstance(part, (bool, int, float, str)):
-        return True
-    if isinstance(part, tuple):
-        return all(is_opaque(each) for each in part)
-    name = type(part).__name__
-    return _TABLE.get(name) is type(part) and all(is_opaque(getattr(part, each)) for each in _ARGUMENTS[name])
-
-
-def write_method(part: object) -> str:
+def write_method(method: object) -> str:
     """Write a method as JSON, by means that a compiler can trace: a graph holds it as a constant.
 
     Args:
-        part: the method, or a part of one, for which `is_opaque` is true.
+        method: one for which `is_opaque` is true.
 
     Returns:
         a text that names every type and argument.
     """
-    if isinstance(part, bool) or part is None:
-        return {True: "true", False: "false", None: "null"}[part]
-    if isinstance(part, (int, float)):
-        return str(part)
-    if isinstance(part, str):
-        return f'"{part}"'
-    if isinstance(part, tuple):
-        return f"[{','.join([write_method(each) for each in part])}]"
-    name = type(part).__name__
-    arguments = [f',"{each}":' + write_method(getattr(part, each)) for each in _ARGUMENTS[name]]
-    return f'{{"type":"{name}"' + "".join(arguments) + "}"
+    return _text(METHODS_OF_CALLS.write(method))
+
+
+def _text(value: object) -> str:
+    """Do what json.dumps does, which cannot be traced."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return f"[{','.join([_text(each) for each in value])}]"
+    if isinstance(value, dict):
+        return f"{{{','.join([_text(name) + ':' + _text(each) for name, each in value.items()])}}}"
+    return str(value)
 
 
 def attend_opaque(
@@ -64,22 +54,32 @@ def attend_opaque(
 
     Args:
         problem: the problem, of all heads, its queries side by side.
-        method: what runs.
+        method: the method that runs.
         with_lse: whether the lse is asked for.
-        with_error: whether the standard error is.
+        with_error: whether the standard error is asked for.
 
     Returns:
-        as the front door's own: rows alone or with lse, and the standard errors if asked for.
+        the output rows, the lse if asked for, and the standard errors if asked for.
     """
     out, lse, error = _run_method(
-        problem.q, problem.k, problem.v, problem.rank, write_method(method), problem.scale, problem.causal,
-        problem.offset, problem.seed, problem.layer, with_lse or with_error, with_error,
-    )  # fmt: skip
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.rank,
+        write_method(method),
+        problem.scale,
+        problem.causal,
+        problem.offset,
+        problem.seed,
+        problem.layer,
+        with_lse or with_error,
+        with_error,
+    )
     return (Partial(out, lse) if with_lse or with_error else out), (error if with_error else None)
 
 
 def _read_method(text: str) -> AttentionMethod:
-    method = part_from_json(Field(json.loads(text), "a graph", "", "trace the call again"), _TABLE)
+    method = METHODS_OF_CALLS.read(Field(json.loads(text), "a graph", "", "trace the call again"))
     assert isinstance(method, AttentionMethod)
     return method
 
@@ -118,7 +118,7 @@ def _nothing(q: Tensor) -> Tensor:
 
 
 def _own(x: Tensor) -> Tensor:
-    # an operator may return no view of what it was given
+    # an operator must not return a view of its inputs
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -145,7 +145,7 @@ def _run_method_backward(
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = _read_method(method)
-    # an operator runs below autograd; here autograd is what is asked for
+    # an operator runs below autograd, but backward needs autograd here
     below = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with below, torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))

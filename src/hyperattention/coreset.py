@@ -1,4 +1,4 @@
-"""A coreset: fewer, weighted keys and values that stand for many, and attention over them."""
+"""A coreset: a few weighted keys and values that replace many, and attention over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,21 +19,23 @@ _TILE = 64
 
 @dataclass(frozen=True)
 class Coreset:
-    """Weighted keys and values, in place of the many that they stand for.
+    """Weighted keys and values that replace a larger set of keys and values.
 
     out_i = sum_s w_s exp(scale q_i . k_s) v_s / sum_s w_s exp(scale q_i . k_s)
 
-    A key kept as itself has log-weight 0, one that stands for n keys log n, an empty slot -inf: heads, and rows of a batch,
-    may so hold different numbers of keys. What lies in an empty slot counts for nothing, but must be finite.
+    A key that stands for itself has log-weight 0, a key that stands for n keys has log n, and an empty slot has -inf. Empty
+    slots let heads and batch rows hold different numbers of keys. Keys and values in an empty slot have no effect, but must
+    be finite.
 
     Source: coresets for attention, as in Zandieh et al., 2024 (arXiv:2402.06082), SubGen; Han et al., 2025
     (arXiv:2502.07861), BalanceKV.   Differs: one weight serves numerator and denominator.
-    Cost: slots products a query and head.   Guarantee: exact where nothing was dropped; otherwise that of whoever made it.
+    Cost: `num_slots` products per query and head.   Guarantee: exact if no key was dropped; otherwise the guarantee of the
+    algorithm that made the coreset.
 
     Args:
         k: keys.
         v: their values.
-        log_weight: natural log of how many keys each stands for.
+        log_weight: natural log of the number of keys that each key stands for.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -47,13 +49,13 @@ class Coreset:
         shapes = tuple(self.k.shape[:3]), tuple(self.v.shape[:3]), tuple(self.log_weight.shape)
         if self.k.ndim != 4 or self.v.ndim != 4 or len(set(shapes)) != 1:
             raise ValueError(
-                f"keys {tuple(self.k.shape)}, values {tuple(self.v.shape)} and weights {tuple(self.log_weight.shape)} do "
-                "not fit: give [batch, kv_heads, slots, width] twice, and [batch, kv_heads, slots]"
+                f"keys {tuple(self.k.shape)}, values {tuple(self.v.shape)} and log-weights {tuple(self.log_weight.shape)} "
+                "do not fit: keys and values must be [batch, kv_heads, slots, width], log-weights [batch, kv_heads, slots]"
             )
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> "Coreset":
-        """Keep every key as itself.
+        """Make a coreset that keeps every key with weight 1.
 
         Args:
             k: keys, ``[batch, kv_heads, keys, head_dim]``.
@@ -82,21 +84,22 @@ class Coreset:
         own: int = 0,
         softcap: float | None = None,
     ) -> Partial:
-        """Attend to the coreset.
+        """Compute attention over the coreset.
 
         Args:
             q: queries; query head h reads kv head h // (heads // kv_heads).
             scale: factor of the scores; 1 / sqrt(head_dim) if None.
-            own: how many of the last slots are the keys of the queries themselves, as many as there are queries, of which
-                each query sees those up to its own; 0 where every query sees every slot.
-            softcap: bound of the scores, softcap * tanh(score / softcap) before weights count; None for none. It has no
-                gradient, and no form for GPUs but PyTorch's.
+            own: number of last slots that hold the keys of these queries themselves; it equals the number of queries, and
+                each query sees those slots up to its own. 0 if every query sees every slot.
+            softcap: bound of the scores: softcap * tanh(score / softcap), applied before log-weights are added; None for no
+                bound. A softcap has no gradient and no Triton kernel: on GPUs it runs in PyTorch.
 
         Returns:
-            the rows and their log-sum-exp, which merge with attention over other keys.
+            the rows and their log-sum-exp; `merge` can combine them with attention over other keys.
 
         Raises:
-            ValueError: if the queries fit neither the heads nor `own`, or a gradient is asked for of weights or a cap.
+            ValueError: if the queries do not fit the heads or `own`, or a gradient of log-weights or under a softcap is
+                asked for.
         """
         batch, kv_heads, slots = self.log_weight.shape
         heads, queries = q.shape[1], q.shape[2]
@@ -106,7 +109,7 @@ class Coreset:
                 "the same, and the query heads a multiple of the kv heads"
             )
         if own not in (0, queries) or own > slots:
-            raise ValueError(f"own={own} with {queries} queries and {slots} slots: give 0, or the number of queries")
+            raise ValueError(f"own={own} with {queries} queries and {slots} slots: own must be 0 or the number of queries")
         rows = q.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # [lists, group, queries, head_dim]
         k, v, weight = (_joined(x) for x in (self.k, self.v, self.log_weight))
         factor = scale_of(scale, self.k.shape[3])
@@ -123,7 +126,7 @@ class Coreset:
         return Partial(*(x.unflatten(0, (batch, kv_heads)).flatten(1, 2) for x in (out, lse)))
 
     def _by_lists(self, rows: Tensor, k: Tensor, v: Tensor, scale: float, own: int) -> tuple[Tensor, Tensor]:
-        """Let the list kernel do it, which has gradients and a form for GPUs."""
+        """Compute attention by the list kernel, which has gradients and a GPU implementation."""
         group, queries = rows.shape[1:3]
         size = max(1, min(_TILE, queries))
         tiles = -(-queries // size)
@@ -160,7 +163,7 @@ def _joined(x: Tensor) -> Tensor:
 
 
 def join(coresets: Sequence[Coreset]) -> Coreset:
-    """Put coresets of disjoint keys together: what is attended to is their union, with the weights they had.
+    """Join coresets of disjoint keys: attention then runs over their union, with unchanged weights.
 
     Args:
         coresets: at least one, over the same batch and heads; they may differ in their numbers of slots.
@@ -169,31 +172,32 @@ def join(coresets: Sequence[Coreset]) -> Coreset:
         their union, slots in the order given.
 
     Raises:
-        ValueError: if there is none, or they are of different batches, heads or widths.
+        ValueError: if `coresets` is empty, or the coresets differ in batch, heads or widths.
     """
     shapes = {(tuple(c.k.shape[:2]), c.k.shape[3], c.v.shape[3]) for c in coresets}
     if len(shapes) != 1:
         raise ValueError(
-            f"coresets over {sorted(shapes)} cannot be joined: give at least one, of one batch, heads and widths"
+            f"coresets over {sorted(shapes)} cannot be joined: give at least one, all with the same batch, heads and widths"
         )
     return Coreset(*(torch.cat(parts, 2) for parts in zip(*((c.k, c.v, c.log_weight) for c in coresets), strict=True)))
 
 
 def of_heads(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Coreset:
-    """Hold a different number of keys in every kv head: shorter heads end in empty slots.
+    """Make a coreset with a different number of keys in each kv head: shorter heads end in empty slots.
 
     Args:
         parts: for each kv head its keys ``[slots, head_dim]``, values ``[slots, value_dim]`` and log-weights ``[slots]``.
 
     Returns:
-        a coreset of a batch of one.
+        a coreset with batch size 1.
 
     Raises:
-        ValueError: if there is no head, or the parts of a head differ in length.
+        ValueError: if `parts` is empty, or the tensors of one head differ in length.
     """
     if not parts or any(len({len(x) for x in part}) != 1 for part in parts):
         raise ValueError(
-            f"{[tuple(len(x) for x in part) for part in parts]} keys, values and weights: give one of each a slot"
+            f"lengths {[tuple(len(x) for x in part) for part in parts]} of (keys, values, log-weights): "
+            "give at least one head, and three tensors of equal length for each"
         )
     slots = max(len(k) for k, _, _ in parts)
     k, v, log_weight = (

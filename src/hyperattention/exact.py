@@ -1,6 +1,6 @@
-"""Exact attention with its lse, a chunk of query rows at a time: the base case, and what every method is judged by.
+"""Exact attention with its lse, a chunk of query rows at a time: the reference for every method.
 
-No tensor of queries x keys exists at any moment, with or without gradients. Key/value heads are never repeated: the query
+No tensor of queries x keys is ever allocated, with or without gradients. Key/value heads are never repeated: the query
 heads of a group are folded into the rows of one matrix product.
 """
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from hyperattention.transforms import transform_of
 from hyperattention.types import Partial
 
-# up to so many rows are multiplied by spans of so many keys, as a batch: one wide product takes twice as long on a CPU
+# up to this many rows are multiplied by spans of this many keys, as a batch: one wide product takes twice as long on a CPU
 _FEW_ROWS, _SPAN = 64, 512
 # 16 MB of float32 scores: about what stays in the last-level cache between the passes over it
 _CHUNK_SCORES = 4 * 2**20
@@ -25,22 +25,22 @@ _MIN_ROWS = 64
 def visible_keys(
     num_queries: int, num_keys: int, is_causal: bool, causal_align: str, device: torch.device | str
 ) -> Int[Tensor, "1 queries"] | None:
-    """Count the leading keys each query may see, which is all that causality means to `exact_attention`.
+    """Count the leading keys that each query may see; `exact_attention` takes causality in this form.
 
     upper_left: query i sees i + 1 keys; lower_right: i + 1 + num_keys - num_queries; both cut to [0, num_keys].
 
     Args:
         num_queries: number of queries.
         num_keys: number of keys.
-        is_causal: whether queries are kept from later keys at all.
+        is_causal: whether later keys are hidden from queries.
         causal_align: "upper_left" or "lower_right".
-        device: where the counts are wanted.
+        device: device of the counts.
 
     Returns:
-        one count a query, for all batch entries, or None where every query sees every key.
+        one count per query, for all batch entries, or None if every query sees every key.
 
     Raises:
-        ValueError: if `causal_align` is neither of the two.
+        ValueError: if `causal_align` is neither "upper_left" nor "lower_right".
     """
     if causal_align not in ("upper_left", "lower_right"):
         raise ValueError(f"causal_align={causal_align!r}: must be 'upper_left' or 'lower_right'")
@@ -51,15 +51,15 @@ def visible_keys(
 
 
 def visible_bounds(visible: Int[Tensor, "#batch queries"], num_keys: int) -> tuple[int, int]:
-    """Return which leading keys every row sees and which some row sees, so that the rest is neither masked nor scored.
+    """Return how many leading keys every row sees, and how many at least one row sees: other keys need no mask or no score.
 
     Args:
         visible: number of leading keys each row may see.
         num_keys: number of keys.
 
     Returns:
-        the least and the greatest count, within [0, num_keys]; (0, num_keys), which is always safe, where reading them
-        would synchronise a device, break a graph or have no value.
+        the smallest and the largest count, within [0, num_keys]; or (0, num_keys), which is always safe, if reading the
+        counts would synchronise a device, would break a graph or is impossible.
     """
     if type(visible) is not Tensor or visible.device.type != "cpu" or torch.compiler.is_compiling() or not visible.numel():
         return 0, num_keys
@@ -73,12 +73,12 @@ def grouped_scores(
     """Score a few rows against all keys, the query heads of a group in one product.
 
     Args:
-        q: the rows, heads grouped by the kv head they read.
+        q: the rows, query heads grouped by their kv head.
         k: keys, of the same dtype.
         scale: factor on the scores.
 
     Returns:
-        scale * q_i.k_j, in memory of its own.
+        scale * q_i.k_j, in new memory.
     """
     rows, whole = (q * scale).flatten(2, 3), k.shape[2] // _SPAN * _SPAN
     if rows.shape[2] > _FEW_ROWS or not whole or rows.device.type != "cpu":
@@ -110,16 +110,16 @@ def softmax_rows(
         key_mask: True = attend.
 
     Returns:
-        weights (at most 1, 0 where hidden), their totals, and lse; total 0 and lse -inf where a row sees nothing.
+        weights (at most 1, 0 where hidden), their totals, and lse; total 0 and lse -inf if a row sees no key.
     """
     keys = scores.shape[-1]
     if visible is not None and (start := visible_bounds(visible, keys)[0]) < keys:
-        # columns before `start` are seen by every row, which spares most of the pass
+        # columns before `start` are seen by every row and need no mask, which saves most of this pass
         hidden = torch.arange(start, keys, dtype=torch.int64, device=scores.device) >= visible[:, None, None, :, None]
         scores[..., start:].masked_fill_(hidden, -torch.inf)
     if key_mask is not None:
         scores = scores.masked_fill_(~key_mask[:, None, None, None], -torch.inf)
-    # amax has no value over no keys; any finite top does for a row that sees nothing
+    # amax over zero keys is undefined; any finite top works for a row that sees no key
     top = scores.detach().amax(-1, keepdim=True) if keys else scores.new_zeros((*scores.shape[:-1], 1))
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = scores.sub_(top).exp_()
@@ -144,8 +144,8 @@ def exact_attention(
     """Compute softmax attention and its lse exactly, for all query rows or some, in memory linear in the keys.
 
     out_i = sum_j exp(scale q_i.k_j - lse_i) v_j,  lse_i = log sum_j exp(scale q_i.k_j), over the keys row i may see.
-    Source: Rabe and Staats, 2021, "Self-attention does not need O(n^2) memory". Differs: chunks rows only, so each
-    row's softmax is one pass.
+    Source: Rabe and Staats, 2021, "Self-attention does not need O(n^2) memory". Differs: only rows are cut into chunks, so
+    each row's softmax is one pass.
     Cost: O(queries * keys * head_dim) time, O(chunk * keys) memory; with gradients chunks are recomputed, not stored.
     Guarantee: exact, in float32 (float64 for float64 input), under autocast too.
 
@@ -160,14 +160,14 @@ def exact_attention(
         attn_mask: as in SDPA, additive or boolean (True = attend), broadcasting to [batch, heads, queries, keys].
 
     Returns:
-        rows in the accumulation dtype; out 0 and lse -inf, with zero gradient, where a row sees nothing.
+        rows in the accumulation dtype; out 0 and lse -inf, with zero gradient, if a row sees no key.
 
     Raises:
         ValueError: if `heads` is not a multiple of `kv_heads`, or `attn_mask` does not broadcast.
     """
     heads, kv_heads, keys = q.shape[1], k.shape[1], k.shape[2]
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads over {kv_heads} kv heads: must be a multiple; check the head axis")
+        raise ValueError(f"{heads} query heads over {kv_heads} kv heads: must be a multiple; check the head axis of q and k")
     bias = None if attn_mask is None else _grouped_mask(attn_mask, (q.shape[0], heads, q.shape[2], keys), kv_heads)
     if row_index is not None:
         q = q.index_select(2, row_index)
@@ -206,7 +206,7 @@ def _attend(
     key_mask: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # an oracle rounded to bfloat16 would judge nothing, so autocast stops here
+    # a reference rounded to bfloat16 would be useless, so autocast is off here
     with torch.autocast(q.device.type if q.device.type != "meta" else "cpu", enabled=False):
         scores = grouped_scores(q, k, scale)
         if bias is not None:
@@ -217,7 +217,7 @@ def _attend(
 
 
 def _attend_saving_memory(arguments: tuple) -> tuple[Tensor, Tensor]:
-    # torch.func's transforms do not know the hooks that a recomputation needs: they store the chunk's weights instead
+    # torch.func's transforms do not support the hooks that recomputation needs: they store the chunk's weights instead
     if not torch.is_grad_enabled() or transform_of(*arguments[:3]) is not None:
         return _attend(*arguments)
     # backward recomputes the chunk: storing its weights would add up to queries x keys
@@ -232,7 +232,7 @@ def _chunk_sizes(q_shape: torch.Size, keys: int) -> tuple[int, int]:
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    # one empty slice for an empty axis, so that results keep their shapes and their place in the graph
+    # one empty slice for an empty axis, so that results keep their shapes and stay in the graph
     return (slice(start, min(start + size, length)) for start in range(0, max(length, 1), size))
 
 

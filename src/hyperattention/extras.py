@@ -1,19 +1,19 @@
-"""What is installed only on request: a package that is missing is named with the command that installs it."""
+"""Optional packages: an error about a missing package names the command that installs it."""
 
 import importlib.util
 
-# the extra that brings a package
+# the extra that installs each package
 _EXTRAS = {"transformers": "transformers", "safetensors": "transformers"}
 
 
 def need(*packages: str) -> None:
-    """Refuse to go on without packages.
+    """Check that optional packages are installed.
 
     Args:
         packages: their names.
 
     Raises:
-        ModuleNotFoundError: naming the first that is missing, and what to install.
+        ModuleNotFoundError: if a package is missing; the message names the first one and the command to install it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:

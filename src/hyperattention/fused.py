@@ -1,4 +1,4 @@
-"""Which of torch's fused kernels answers exact attention, decided before anything runs; none is named where none can."""
+"""Choose which of torch's fused kernels computes exact attention, before anything runs; None if no kernel can."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class FusedCall:
-    """Rows that all see a key at least, and all keys that any of them sees.
+    """Rows that each see at least one key, and all keys that at least one of them sees.
 
     Args:
         q: queries.
         k: keys.
         v: values.
         scale: factor of the scores.
-        causal: whether the last row stands at the last key and rows see no later key than their own.
+        causal: whether rows see no key after their own position, where the last row stands at the last key.
     """
 
     q: Float[Tensor, "batch heads queries head_dim"]
@@ -42,17 +42,17 @@ class FusedCall:
 
     @property
     def square(self) -> bool:
-        """Whether torch's own causality, which starts at the first key, is the one meant."""
+        """Whether torch's own causal mask, which starts at the first key, is correct for this call."""
         return not self.causal or self.q.shape[2] == self.k.shape[2]
 
     @property
     def wants_gradient(self) -> bool:
-        """Whether anything will be differentiated."""
+        """Whether any input needs a gradient."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
 
 class Kernel(ABC):
-    """A way to compute exact attention without a tensor of rows by keys."""
+    """A way to compute exact attention without a tensor of rows x keys."""
 
     @abstractmethod
     def output(self, call: FusedCall) -> Tensor:
@@ -65,10 +65,10 @@ class Kernel(ABC):
 
 @dataclass(frozen=True)
 class Plain(Kernel):
-    """torch's scaled_dot_product_attention, which picks its kernel: all keys, or a square on the diagonal."""
+    """torch's scaled_dot_product_attention, which chooses its kernel: for all keys, or for a square on the diagonal."""
 
     def output(self, call: FusedCall) -> Tensor:
-        """Call it as it stands."""
+        """Call SDPA with these tensors."""
         return scaled_dot_product_attention(
             call.q, call.k, call.v, is_causal=call.causal, scale=call.scale, enable_gqa=call.group > 1
         )
@@ -76,10 +76,10 @@ class Plain(Kernel):
 
 @dataclass(frozen=True)
 class Folded(Kernel):
-    """The same, with the query heads of a group as rows of one head: each key is then read once for all of them."""
+    """torch's SDPA with the query heads of a group as rows of one head: each key is then read once for all of them."""
 
     def output(self, call: FusedCall) -> Tensor:
-        """Fold, call, unfold; only where every row sees every key."""
+        """Fold the heads, call SDPA, unfold; only valid if every row sees every key."""
         rows = call.q.unflatten(1, (call.k.shape[1], call.group)).flatten(2, 3)
         out = scaled_dot_product_attention(rows, call.k, call.v, scale=call.scale)
         return out.unflatten(2, (call.group, call.q.shape[2])).flatten(1, 2)
@@ -104,7 +104,7 @@ class CpuFlash(Kernel):
 
 @dataclass(frozen=True)
 class GpuFlash(Kernel):
-    """torch's flash kernel for GPUs, whose causality starts at the last key; groups of heads stay groups."""
+    """torch's flash kernel for GPUs, whose causal mask is aligned to the last key; groups of heads stay groups."""
 
     def output(self, call: FusedCall) -> Tensor:
         """Compute the rows; torch differentiates them."""
@@ -124,15 +124,15 @@ class GpuFlash(Kernel):
 
 
 def choose(call: FusedCall, *, lse: bool) -> Kernel | None:
-    """Return which kernel answers a call; looks at shapes, dtypes and the device, never at values.
+    """Return the kernel for a call; it depends on shapes, dtypes and the device, never on values.
 
     Args:
-        call: what is asked.
-        lse: whether the lse is asked for as well.
+        call: rows and keys.
+        lse: whether the lse is wanted as well.
 
     Returns:
-        the kernel, or None where exact attention runs in chunks of rows: other devices, values of another width than keys,
-        forward-mode differentiation and vmap, and whatever asks for the gradient of an lse on a GPU.
+        the kernel, or None if exact attention must run in chunks of rows: on other devices, for values of another width than
+        keys, under forward-mode differentiation and vmap, and for the gradient of an lse on a GPU.
     """
     if not call.q.shape[0] or call.q.shape[3] != call.v.shape[3] or _transformed(call):
         return None
@@ -150,7 +150,7 @@ def choose(call: FusedCall, *, lse: bool) -> Kernel | None:
 
 def _choose_on_cpu(call: FusedCall, lse: bool) -> Kernel | None:
     if lse and call.q.dtype != torch.float32:
-        # what asks for float64 asks for an oracle; in half precision the kernel's lse errs by more than float32 rounds
+        # float64 calls want the reference; in half precision the kernel's lse is less exact than float32 rounding
         return None
     if lse or not call.square:
         return CpuFlash()
@@ -163,17 +163,17 @@ def _choose_on_cpu(call: FusedCall, lse: bool) -> Kernel | None:
 def _choose_on_gpu(call: FusedCall) -> Kernel | None:
     if call.group == 1 or call.q.dtype in _HALF:
         return Plain()
-    # in wide dtypes torch would repeat the keys, and write every score down
+    # in float32 and float64 torch would repeat the keys and store every score
     return None if call.causal else Folded()
 
 
 def _rows_first(call: FusedCall) -> bool:
-    """Return whether the numbers of every row lie side by side; torch writes every score down where they do not."""
+    """Return whether each row is contiguous in memory; otherwise torch stores every score."""
     return all(x.stride(-1) == 1 for x in (call.q, call.k, call.v))
 
 
 def _transformed(call: FusedCall) -> bool:
-    """Return whether forward-mode differentiation or vmap is at work, which torch's fused kernels do not know."""
+    """Return whether forward-mode differentiation or vmap is active; torch's fused kernels do not support them."""
     if torch.compiler.is_compiling():
         return False
     if any(is_functorch_wrapped_tensor(x) for x in (call.q, call.k, call.v)):
@@ -182,14 +182,14 @@ def _transformed(call: FusedCall) -> bool:
 
 
 def attend_rows(call: FusedCall, shift: int | None) -> Partial | None:
-    """Compute exact attention and its lse where row i sees the first ``i + shift`` keys, cut to those there are.
+    """Compute exact attention and its lse if row i sees the first ``i + shift`` keys, limited to the keys that exist.
 
     Args:
         call: rows and keys; its `causal` is not read.
         shift: keys that the first row sees; None where every row sees every key.
 
     Returns:
-        the rows, 0 with an lse of -inf where nothing is seen; None where no fused kernel serves all of it.
+        the rows, 0 with an lse of -inf if a row sees no key; None if no fused kernel can compute all of them.
     """
     empty, calls = _cut(call, shift)
     kernels = [choose(each, lse=True) for each in calls]
@@ -206,14 +206,14 @@ def attend_rows(call: FusedCall, shift: int | None) -> Partial | None:
 
 
 def output_rows(call: FusedCall, shift: int | None) -> Tensor | None:
-    """Compute the rows of `attend_rows` alone, which more kernels tell.
+    """Compute the rows of `attend_rows` without the lse, which more kernels can do.
 
     Args:
         call: rows and keys; its `causal` is not read.
         shift: keys that the first row sees; None where every row sees every key.
 
     Returns:
-        the rows, or None where no fused kernel serves all of them.
+        the rows, or None if no fused kernel can compute all of them.
     """
     empty, calls = _cut(call, shift)
     kernels = [choose(each, lse=False) for each in calls]
@@ -226,13 +226,13 @@ def output_rows(call: FusedCall, shift: int | None) -> Tensor | None:
 
 
 def _cut(call: FusedCall, shift: int | None) -> tuple[int, list[FusedCall]]:
-    """Cut rows into those that see nothing, which are counted, those on the diagonal, and those that see every key."""
+    """Cut rows into those that see no key (returned as a count), those on the diagonal, and those that see every key."""
     rows, keys = call.q.shape[2], call.k.shape[2]
     first = keys if shift is None else shift
     empty = min(max(1 - first, 0), rows) if keys else rows
     full = empty if shift is None else min(max(keys - first + 1, empty), rows)
     calls = []
-    # decided by branches: while a graph of any length is traced a condition is still open, and kernels take no such
+    # branches, not symbolic conditions: a graph with dynamic length leaves conditions open, and kernels do not accept those
     if full - empty > 1:
         calls.append(_part(call, empty, full, first + full - 1, True))
     elif full > empty:

@@ -1,4 +1,4 @@
-"""Arguments of the front door: what is allowed, and what an error should say."""
+"""Checks of the public functions' arguments, and the errors they raise."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def check_tensors(**tensors: object) -> None:
         **tensors: the arguments by name.
 
     Raises:
-        TypeError: naming the first that is not.
+        TypeError: if an argument is not such a tensor; the message names the first one.
     """
     for name, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -58,7 +58,7 @@ def check_inputs(
             f"query, key and value are on {query.device}, {key.device}, {value.device}: move them to one device"
         )
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"{shapes}: batch sizes differ; expand the smaller")
+        raise ValueError(f"{shapes}: batch sizes differ; expand the smaller batch")
     if key.shape[1:3] != value.shape[1:3]:
         raise ValueError(f"{shapes}: key and value must have the same heads and tokens")
     if query.shape[3] != key.shape[3]:
@@ -126,7 +126,7 @@ def check_pages(
         if not end - begin <= length <= table.shape[1] * key_pages.shape[2]:
             raise ValueError(
                 f"request {s} has {end - begin} queries, {length} keys and {table.shape[1]} pages of {key_pages.shape[2]}: "
-                "its keys include those of its queries, and lie in its pages"
+                "the keys must include those of the queries, and fit in the pages"
             )
 
 
@@ -147,7 +147,7 @@ def check_masks(
         attn_mask: SDPA's mask.
         key_mask: mask of keys.
         is_causal: whether causality is asked for as well.
-        causal_align: which corner the diagonal starts from.
+        causal_align: corner at which the diagonal starts, "upper_left" or "lower_right".
 
     Raises:
         ValueError: if a mask has the wrong shape or does not go with `is_causal`.
@@ -205,12 +205,12 @@ def key_mask_of(attn_mask: Tensor | None, key_mask: Tensor | None, key: Tensor) 
 
 
 def autocast_device(x: Tensor) -> str:
-    """Name the kind of device whose autocast concerns a tensor; the meta device has none of its own."""
+    """Return the device type whose autocast applies to a tensor; the meta device has no autocast of its own."""
     return "cpu" if x.device.type == "meta" else x.device.type
 
 
 def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the dtype of autocast where it is on, as SDPA does: every floating tensor but those of float64."""
+    """Cast to the dtype of autocast if autocast is on, as SDPA does: every floating tensor except float64."""
     device = autocast_device(tensors[0])
     if not torch.is_autocast_enabled(device):
         return tensors

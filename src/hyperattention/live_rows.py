@@ -1,4 +1,4 @@
-"""A problem under a mask of keys as problems without one: each batch row's live keys, a slice where they are neighbours."""
+"""Split a problem with a key mask into problems without one: each batch row's live keys, as a slice if contiguous."""
 
 from dataclasses import dataclass, replace
 
@@ -11,11 +11,11 @@ from hyperattention.problem import Problem, compact
 
 @dataclass(frozen=True)
 class LiveRows:
-    """Some batch rows, and the keys that they may see.
+    """Consecutive batch rows, and the keys that they may see.
 
     Args:
-        call: their queries and live keys, which no mask concerns any more.
-        shift: keys that the first query sees, each further one sees one more; None where every query sees all.
+        call: their queries and live keys, which need no key mask.
+        shift: number of keys that the first query sees; each next query sees one more. None if every query sees all keys.
     """
 
     call: FusedCall
@@ -25,14 +25,14 @@ class LiveRows:
 def live_rows(problem: Problem) -> tuple[LiveRows, ...] | None:
     """Cut a problem along its batch where masks differ, so that fused kernels need no mask and no key is copied.
 
-    A mask's values are read, which waits for the device; keys are copied only where dead ones stand between live ones.
+    The values of the mask are read, which waits for the device. Keys are copied only if masked keys lie between live keys.
 
     Args:
-        problem: the problem, its keys as they came or with live ones first.
+        problem: the problem, with its keys in the order given or with live keys first.
 
     Returns:
-        the batch rows in order, neighbours with equal masks together; None where rows see what no diagonal can say, and
-        where a mask's values cannot be read: in a graph, or without any.
+        the batch rows in order, consecutive rows with equal masks together; None if no causal diagonal describes what rows
+        see, or if the values of the mask cannot be read (in a graph, or on the meta device).
     """
     first = problem.offset + 1 if problem.causal else None
     if problem.causal and problem.spans is not None:
@@ -64,14 +64,14 @@ def _rows(problem: Problem, batch: slice, keys: slice, shift: int | None) -> Liv
 
 
 def _readable(x: Tensor) -> bool:
-    """Return whether values may be read here: not while tracing or capturing, nor from tensors without values."""
+    """Return whether values may be read here: not during tracing or graph capture, and not from tensors without values."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
         return False
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _spans(rank: Tensor) -> list[tuple[int, int, bool]]:
-    """Read for each batch row its first live position, its live keys, and whether they are neighbours: in one look."""
+    """Read for each batch row its first live position, its number of live keys, and whether they are contiguous, at once."""
     first, count = (rank == 0).sum(1), rank[:, -1]
     last = (first + count - 1).clamp(0, rank.shape[1] - 1)
     whole = rank.gather(1, last[:, None])[:, 0] == count
@@ -79,7 +79,7 @@ def _spans(rank: Tensor) -> list[tuple[int, int, bool]]:
 
 
 def _scattered(problem: Problem, spans: list[tuple[int, int, bool]]) -> tuple[LiveRows, ...] | None:
-    """Move live keys together where some stand apart: rows then see a number of leading keys."""
+    """Move live keys to the front if they are not contiguous: each row then sees a number of leading keys."""
     if problem.causal and problem.num_queries != 1:
         return None
     if problem.rank is None and problem.key_mask is not None:

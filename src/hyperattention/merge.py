@@ -9,32 +9,32 @@ from hyperattention.types import Partial
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
-    """Combine attention over several sets of keys into attention over all of them, so that stages can work apart.
+    """Combine attention over several disjoint sets of keys into attention over all of them.
 
     lse = log sum_p exp(lse_p),   out = sum_p exp(lse_p - lse) out_p
 
-    Associative and commutative to rounding; a partial that saw nothing (out 0, lse -inf) changes nothing. The gradient is
-    that of the formula, through every lse too, and 0 where nothing was seen.
+    Associative and commutative up to rounding. A partial that saw no key (out 0, lse -inf) changes nothing. The gradient is
+    that of the formula, through every lse too, and 0 for rows that saw no key.
 
     Args:
         partials: at least one, over the same queries.
 
     Returns:
-        the merged rows, in the widest dtype given; a single partial is returned as it is.
+        the merged rows, in the widest dtype given; a single partial is returned unchanged.
 
     Raises:
-        ValueError: if there is nothing to merge, or the partials differ in shape.
+        ValueError: if `partials` is empty, or the partials differ in shape.
     """
     if not partials:
-        raise ValueError("merge([]) has no queries to answer for: give at least one Partial")
+        raise ValueError("merge([]) has nothing to merge: give at least one Partial")
     shapes = {(tuple(p.out.shape), tuple(p.lse.shape)) for p in partials}
     if len(shapes) > 1:
-        raise ValueError(f"partials of shapes {sorted(shapes)} cannot be merged: they must answer the same queries")
+        raise ValueError(f"partials of shapes {sorted(shapes)} cannot be merged: all must be for the same queries")
     if len(partials) == 1:
         return partials[0]
     lse = torch.stack([p.lse for p in partials])  # [partials, batch, heads, queries]
     top = lse.detach().amax(0)
-    # any finite number serves where nothing was seen: -inf minus -inf would be NaN
+    # rows that saw no key take any finite number here: -inf minus -inf would be NaN
     top = top.masked_fill(top == -torch.inf, 0.0)
     share = (lse - top).exp()
     total = share.sum(0)

@@ -1,4 +1,4 @@
-"""One attention problem, checked and in a normal form: what the methods are given."""
+"""One attention problem, checked and in a normal form: the input of every method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,26 +10,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """Queries, keys and values, who may see whom, and the integers that fix every draw.
+    """Queries, keys and values, which query may see which key, and the integers that determine every draw.
 
-    Keys that a mask removes are already gone: live keys stand first, in order, and are counted by their *rank*. Without a
-    mask rank and position are the same.
+    Masked keys are already removed: live keys come first, in order, and are counted by their *rank*. Without a mask, rank
+    and position are the same.
 
     Args:
         q: queries.
-        k: keys, live ones first.
+        k: keys, live keys first.
         v: values, in the order of the keys.
         scale: factor of the scores.
         causal: whether a query sees only keys at or before its own position.
         offset: position of the first query among the keys: 0 for upper-left alignment.
-        rank: live keys at or before each position, or None where every key is live.
+        rank: number of live keys at or before each position, or None if every key is live.
         seed: seed of every draw.
         layer: layer of the model, a counter of every draw.
-        stored: the pages in which keys and values lie, one sequence's, or None where `k` and `v` are all there is.
-        heads: numbers of the kv heads in the model's layer, counters of every draw; None for all, in order.
-        spans: where queries are but some of a sequence's, in spans of equal length: their length, and positions from one
-            span's first query to the next one's. None where queries stand side by side.
-        key_mask: which keys are live, where they still stand as they came; only for what `follows_masks`. Without `rank`.
+        stored: the pages that hold the keys and values of this one sequence, or None if `k` and `v` hold them.
+        heads: indices of the kv heads in the model's layer, counters of every draw; None for all, in order.
+        spans: if the queries are only some of a sequence, in spans of equal length: the length of a span, and the distance
+            between the first queries of two spans. None if the queries are consecutive.
+        key_mask: True for live keys, if masked keys are still in place; only for methods that `follows_masks`, and without
+            `rank`.
     """
 
     q: Float[Tensor, "batch heads queries head_dim"]
@@ -53,7 +54,7 @@ class Problem:
 
     @property
     def num_keys(self) -> int:
-        """Keys of each head, dead ones included."""
+        """Keys of each head, including masked keys."""
         return self.k.shape[2]
 
     @property
@@ -63,12 +64,12 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.q.device
 
     @property
     def head_index(self) -> Int[Tensor, " kv_heads"]:
-        """Number every kv head: the counter of its draws."""
+        """Return the index of every kv head: the counter of its draws."""
         numbers = range(self.k.shape[1]) if self.heads is None else self.heads
         return (
             torch.tensor(numbers, dtype=torch.int64, device=self.device)
@@ -78,7 +79,7 @@ class Problem:
 
     @property
     def position(self) -> Int[Tensor, " queries"]:
-        """Place every query among the keys."""
+        """Return the position of every query among the keys."""
         row = torch.arange(self.num_queries, dtype=torch.int64, device=self.device)
         if self.spans is not None:
             length, step = self.spans
@@ -86,16 +87,16 @@ class Problem:
         return row + self.offset
 
     def of_heads(self, kv_heads: Sequence[int]) -> "Problem":
-        """Keep some kv heads, with the queries that share them: what is drawn for them stays the same.
+        """Keep some kv heads, with the query heads that share them; their draws stay the same.
 
         Args:
-            kv_heads: which, counted in this problem.
+            kv_heads: indices of the kv heads to keep, within this problem.
 
         Returns:
-            the smaller problem; keys and values are views where the heads are neighbours.
+            the smaller problem; keys and values are views if the heads are adjacent.
 
         Raises:
-            NotImplementedError: if keys lie in pages, which hold all heads together.
+            NotImplementedError: if the keys are in pages, which hold all heads together.
         """
         if self.stored is not None:
             raise NotImplementedError("keys in pages cannot be split by head: use one method for all heads")
@@ -110,32 +111,32 @@ class Problem:
         return replace(self, q=q, k=k, v=v, heads=tuple(numbers[head] for head in kv_heads))
 
     def of_spans(self, first: int, length: int, step: int) -> "Problem":
-        """Keep some queries: spans of `length`, `step` positions apart, all whole. Tiles in them list the same keys.
+        """Keep some queries: complete spans of `length`, `step` positions apart. Tiles in them list the same keys as before.
 
         Args:
             first: first query kept.
             length: queries in a span.
-            step: queries from one span's first to the next one's.
+            step: distance between the first queries of two spans.
 
         Returns:
-            the smaller problem, of a copy of those queries.
+            the smaller problem, with a copy of those queries.
 
         Raises:
-            ValueError: if no complete span lies inside, or queries were thinned before.
+            ValueError: if no complete span fits, or the problem already has spans.
         """
         count = (self.num_queries - first - length) // step + 1
         if self.spans is not None or count < 1 or first < 0 or length > step:
             raise ValueError(
-                f"no complete span of {length} queries, {step} apart from query {first} on, lies among {self.num_queries} "
-                "queries side by side: ask for shorter spans that do not overlap"
+                f"no complete span of {length} queries, {step} apart from query {first} on, fits in {self.num_queries} "
+                "consecutive queries: use shorter spans that do not overlap"
             )
         q = self.q[:, :, first : first + (count - 1) * step + length]
-        # the last span may end before its step does
+        # the last span may be shorter than a step
         q = torch.nn.functional.pad(q, (0, 0, 0, step - length)).unflatten(2, (count, step))[:, :, :, :length].flatten(2, 3)
         return replace(self, q=q, offset=self.offset + first, spans=(length, step))
 
     def storage(self) -> "tuple[Tensor, Tensor, Tensor | None]":
-        """Return where kernels read keys and values: rows of them, or pages with a table."""
+        """Return the tensors from which kernels read keys and values: rows, or pages with their table."""
         if self.stored is not None:
             return self.stored.key, self.stored.value, self.stored.table
         return self.k.flatten(0, 1), self.v.flatten(0, 1), None
@@ -151,7 +152,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Pages:
-    """Keys and values in pages, and which pages hold which sequence.
+    """Keys and values in pages, and the table of each sequence's pages.
 
     Args:
         key: pages of keys.
@@ -170,7 +171,7 @@ class Pages:
 
 
 def compact(k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the keys that a mask keeps to the front, in order; the others become zeros, so that nothing depends on padding.
+    """Move the keys that a mask keeps to the front, in order; the others become zeros, so that no result depends on padding.
 
     Args:
         k: keys, ``[batch, kv_heads, keys, head_dim]``.
@@ -178,7 +179,7 @@ def compact(k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Ten
         key_mask: ``[batch, keys]``, True where a key may be attended to.
 
     Returns:
-        k and v reordered, and the rank of every position: live keys at or before it, ``[batch, keys]``.
+        k and v reordered, and the rank of every position: the number of live keys at or before it, ``[batch, keys]``.
     """
     order = torch.argsort(key_mask, dim=1, descending=True, stable=True)
     dead = ~key_mask.gather(1, order)[:, None, :, None]

@@ -25,14 +25,14 @@ def hash_bits(counters: Sequence[int | Tensor], device: torch.device | str) -> T
 
     Args:
         counters: non-negative integers or int64 tensors below 2**63, most significant first (seed, layer, head, tile, slot).
-        device: where the bits are wanted; tensors among the counters must be there already.
+        device: device of the bits; counters that are tensors must be on this device.
 
     Returns:
         int64 values in [0, 2**32), of the counters' broadcast shape.
     """
     state = 0x9E3779B9
     for counter in counters:  # plain integers, which come first, are mixed before there is any tensor
-        # both halves of each counter enter, and the odd constant keeps a zero counter from being a no-op
+        # both halves of each counter are mixed in; the odd constant lets a zero counter change the state too
         state = _mix(((state ^ (counter & _MASK)) + 0x85EBCA6B) & _MASK)
         state = _mix(((state ^ (counter >> 32)) + 0xC2B2AE35) & _MASK)
     return state if isinstance(state, Tensor) else torch.full((), state, dtype=torch.int64, device=device)
@@ -43,7 +43,7 @@ def uniform(counters: Sequence[int | Tensor], device: torch.device | str) -> Ten
 
     Args:
         counters: as for `hash_bits`.
-        device: where the values are wanted.
+        device: device of the values.
 
     Returns:
         float64 values of the counters' broadcast shape.
@@ -56,7 +56,7 @@ def normal(counters: Sequence[int | Tensor], device: torch.device | str) -> Tens
 
     Args:
         counters: as for `hash_bits`.
-        device: where the values are wanted.
+        device: device of the values.
 
     Returns:
         float64 values of the counters' broadcast shape, all finite.

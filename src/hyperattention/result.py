@@ -1,4 +1,4 @@
-"""What a measured call gives: the output, and by name whatever else was asked for."""
+"""The results of a measured call: the output, and by name the reports that were asked for."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ class AttentionResult:
 
     Args:
         out: the output, in the dtype of the query.
-        lse: log-sum-exp of every row, natural logarithm, float32 (float64 for float64 input); -inf where a row sees nothing.
+        lse: log-sum-exp of every row, natural logarithm, float32 (float64 for float64 input); -inf if a row sees no key.
         standard_error: standard error of every row's output, absolute; None if it was not asked for.
         audit: error measured on exact rows; None if it was not asked for.
-        tolerance: what ran for each head, and the bounds of their errors; None if no tolerance was given.
+        tolerance: the method that ran for each head, and the bounds of their errors; None if no tolerance was given.
     """
 
     out: Float[Tensor, "batch heads queries value_dim"]
@@ -30,11 +30,11 @@ class AttentionResult:
 
 @dataclass(frozen=True)
 class SequencesResult:
-    """The same for several sequences in one call, packed or in pages: tensors of all, and one report a sequence.
+    """The results of a call with several sequences, packed or in pages: joint tensors, and one report per sequence.
 
     Args:
-        out: the outputs of all sequences, laid out as the function says that returned them.
-        lse: log-sum-exp of every row, laid out likewise.
+        out: the outputs of all sequences, in the layout that the called function documents.
+        lse: log-sum-exp of every row, in the corresponding layout.
         standard_error: standard error of every row; None if it was not asked for.
         audit: one report for each sequence, None for one without queries or keys; empty if no audit was asked for.
         tolerance: one report for each sequence; empty if no tolerance was given.

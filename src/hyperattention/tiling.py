@@ -1,4 +1,4 @@
-"""Tiles of consecutive positions: how queries are cut so that neighbours share one list of keys."""
+"""Tiles of consecutive positions: the queries of a tile share one list of keys."""
 
 from dataclasses import dataclass, replace
 
@@ -12,9 +12,9 @@ from hyperattention.problem import Problem
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles whose edges lie at multiples of their size in the positions of the keys, never of the call.
+    """Tiles whose edges lie at multiples of the tile size in absolute key positions, not relative to the call.
 
-    A prompt cut at tile edges therefore gives the same tiles as the whole, and a tile's counter names the same draws.
+    A prompt that is cut at tile edges therefore gives the same tiles as the entire prompt, and each tile has the same draws.
 
     Args:
         problem: the queries that are tiled.
@@ -36,7 +36,7 @@ class Tiles:
 
     @property
     def front(self) -> int:
-        """Padding rows before the first query, which align it to the edges."""
+        """Padding rows before the first query, which align the queries to tile edges."""
         return self.problem.offset % self.size
 
     @property
@@ -45,14 +45,14 @@ class Tiles:
         return self.end if self.problem.causal else self.total.expand_as(self.end)
 
     def number(self, place: int) -> int:
-        """Return the absolute number of a tile of this call, without a look at the device."""
+        """Return the absolute number of a tile of this call, without reading from the device."""
         if self.problem.spans is not None:
             length, step = (positions // self.size for positions in self.problem.spans)
             place = place // length * step + place % length
         return self.problem.offset // self.size + place
 
     def before(self, number: int) -> int:
-        """Count the tiles of this call whose absolute number is smaller, or that would be if the call went on."""
+        """Count the tiles of this call with a smaller absolute number, as if the call had tiles without end."""
         ahead = max(0, number - self.problem.offset // self.size)
         if self.problem.spans is not None:
             length, step = (positions // self.size for positions in self.problem.spans)
@@ -60,7 +60,7 @@ class Tiles:
         return ahead
 
     def within(self, num: int) -> int:
-        """Count the leading tiles that may see no more than `num` keys: by position, without a look at the device."""
+        """Count the leading tiles that may see no more than `num` keys: by position, without reading from the device."""
         if self.problem.rank is not None or self.problem.num_keys <= num:
             return len(self.index)
         return self.before(num // self.size + 1) if self.problem.causal else 0
@@ -94,7 +94,7 @@ class Tiles:
         return self.join(x.unflatten(2, (self.problem.group, self.size)))
 
     def join(self, x: Tensor) -> Tensor:
-        """Undo `split`, for rows of any width; copies nothing that lies head after head."""
+        """Undo `split`, for rows of any width; no copy if the memory is ordered by head."""
         batch, heads, count = self.problem.q.shape[:3]
         x = x.transpose(1, 2).reshape(batch, heads, len(self.index) * self.size, *x.shape[4:])
         return x[:, :, self.front : self.front + count]
@@ -108,10 +108,10 @@ def cut(problem: Problem, size: int) -> Tiles:
         size: positions in a tile.
 
     Returns:
-        the tiles, the last and, in a later chunk of a prompt, the first of which may be partly empty.
+        the tiles; the last tile may be partly empty, and so may the first one in a later chunk of a prompt.
 
     Raises:
-        ValueError: if the queries are spans that tiles of this size do not cut evenly.
+        ValueError: if the queries are spans that are not multiples of this tile size.
     """
     device, count = problem.device, problem.num_queries
     first, last = problem.offset // size, (problem.offset + count - 1) // size
@@ -120,8 +120,8 @@ def cut(problem: Problem, size: int) -> Tiles:
         length, step = problem.spans
         if length % size or step % size or problem.offset % size:
             raise ValueError(
-                f"spans of {length} queries, {step} apart from position {problem.offset} on, are not whole tiles of {size}: "
-                "use multiples of the tile"
+                f"spans of {length} queries, {step} apart from position {problem.offset} on, are not complete tiles of "
+                f"{size}: use multiples of the tile size"
             )
         index = problem.position[::size] // size
     position = index[:, None] * size + torch.arange(size, dtype=torch.int64, device=device)  # [tiles, tile]

@@ -1,4 +1,4 @@
-"""Transforms of torch that a computation over lists of keys does not follow: refused by name, never dropped in silence."""
+"""torch transforms that a computation over lists of keys does not support: each is refused with an error that names it."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 
 _FORWARD = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
-_BACKWARD = "torch.func.grad, or what is built on it (vjp, jacrev, hessian)"
+_BACKWARD = "torch.func.grad, or functions built on it (vjp, jacrev, hessian)"
 _VMAP = "torch.func.vmap"
 _NESTED = "a transform of torch.func inside another"
 _REMEDIES = {
@@ -27,30 +27,30 @@ _REMEDIES = {
 
 
 def transform_of(*tensors: Tensor) -> str | None:
-    """Name the transform that a computation over tensors would have to follow.
+    """Return the name of a transform that is active on some tensors and that key lists do not support.
 
     Args:
-        *tensors: what is computed from.
+        *tensors: inputs of the computation.
 
     Returns:
-        the transform; None where there is none, and for gradients that `backward` takes.
+        the transform; None if no transform is active, and for gradients taken by `backward`.
     """
-    # torch has no public way to ask; without a transform this is all, and compilers can trace it
+    # torch has no public function for this; without a transform this is the only check, and compilers can trace it
     inside = maybe_current_level() is not None
     layers = [y for x in tensors for y in _layers(x)] if inside else []
     if any(is_batchedtensor(x) for x in layers):
         return _VMAP
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         return _FORWARD
-    # what is made from plain tensors within a transform is wrapped as well, but requires no gradient
+    # tensors made from plain tensors within a transform are wrapped as well, but require no gradient
     if any(x.requires_grad for x in layers):
         return _BACKWARD
-    # what an outer transform has wrapped may carry a tangent that cannot be read from within another
+    # a tensor wrapped by an outer transform may carry a tangent that an inner transform cannot read
     return _NESTED if any(maybe_get_level(x) != maybe_current_level() for x in layers) else None
 
 
 def _layers(x: Tensor) -> Iterator[Tensor]:
-    """Give what transforms have wrapped a tensor in, the innermost transform's first."""
+    """Yield the wrapped tensor of each active transform, the innermost first."""
     while is_functorch_wrapped_tensor(x):
         yield x
         x = get_unwrapped(x)
@@ -60,11 +60,11 @@ def refuse_transforms(what: str, *tensors: Tensor) -> None:
     """Refuse the transforms that an operator has no rule for.
 
     Args:
-        what: the computation, as the error should name it.
-        *tensors: what it reads.
+        what: name of the computation, for the error.
+        *tensors: inputs of the computation.
 
     Raises:
-        NotImplementedError: naming the transform and the remedy.
+        NotImplementedError: if a transform is active; the message names the transform and the remedy.
     """
     transform = transform_of(*tensors)
     if transform is not None:
@@ -72,11 +72,11 @@ def refuse_transforms(what: str, *tensors: Tensor) -> None:
 
 
 def refuse_vmap(operator, what: str) -> None:
-    """Let an operator of torch refuse batches that it would have to be mapped over.
+    """Let a torch operator refuse vmap.
 
     Args:
         operator: the custom operator.
-        what: the computation, as the error should name it.
+        what: name of the computation, for the error.
     """
 
     def refuse(info, in_dims, *arguments):
@@ -89,11 +89,11 @@ def refuse_batched_gradients(what: str, *gradients: Tensor) -> None:
     """Refuse a backward pass that is mapped over a batch of gradients.
 
     Args:
-        what: the computation, as the error should name it.
-        *gradients: those of its outputs.
+        what: name of the computation, for the error.
+        *gradients: gradients of the outputs.
 
     Raises:
-        NotImplementedError: naming the option that asks for it.
+        NotImplementedError: if the gradients are batched; the message names the option.
     """
     if torch.compiler.is_compiling():
         return
@@ -105,11 +105,11 @@ def refuse_batched_gradients(what: str, *gradients: Tensor) -> None:
 
 
 def refuse_second_derivatives(operator, what: str) -> None:
-    """Let the backward pass of an operator refuse to be differentiated.
+    """Let the backward pass of an operator refuse second derivatives.
 
     Args:
         operator: the custom operator that is the backward pass.
-        what: the computation, as the error should name it.
+        what: name of the computation, for the error.
     """
 
     def refuse(ctx, *gradients):
@@ -121,7 +121,7 @@ def refuse_second_derivatives(operator, what: str) -> None:
 
 
 def scale_of(scale: float | Tensor | None, head_dim: int) -> float:
-    """Bring the factor of the scores to a number.
+    """Convert the factor of the scores to a number.
 
     Args:
         scale: the factor; None for 1 / sqrt(head_dim).
@@ -131,7 +131,7 @@ def scale_of(scale: float | Tensor | None, head_dim: int) -> float:
         the factor.
 
     Raises:
-        ValueError: if it is a tensor whose gradient would be lost.
+        ValueError: if the factor is a tensor whose gradient would be lost.
     """
     if isinstance(scale, Tensor) and (scale.requires_grad or transform_of(scale) is not None):
         raise ValueError(

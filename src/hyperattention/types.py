@@ -1,4 +1,4 @@
-"""The values that stages, kernels and audits exchange: small, immutable, with their axes in the annotations.
+"""The values that stages, kernels and audits exchange: small, immutable, with axes in the annotations.
 
 Axes: ``batch heads kv_heads queries keys head_dim value_dim``; a *list* is one batch row of one kv head (or, in a tiling by
 hash, of one query head); its queries are cut into ``tiles`` of ``rows`` queries (the heads of a group packed together), and
@@ -17,8 +17,8 @@ class Partial:
     """Attention over some of the keys: enough to be merged with attention over the others.
 
     Args:
-        out: rows normalised over the keys seen; 0 where none was.
-        lse: natural log of the sum of weighted exponentials over the keys seen; -inf where none was.
+        out: rows normalised over the keys seen; 0 if no key was seen.
+        lse: natural log of the sum of weighted exponentials over the keys seen; -inf if no key was seen.
     """
 
     out: Float[Tensor, "batch heads queries value_dim"]
@@ -27,12 +27,13 @@ class Partial:
 
 @dataclass(frozen=True)
 class DrawnSlots:
-    """How the slots of a stage were drawn: what the error of the sums they stand for is estimated from.
+    """How the slots of a stage were drawn; the standard error is estimated from this.
 
     Args:
-        sizes: slots of each independent sample, one sample after another; within each, in the order of their strata.
-        evenly: for each sample, whether its points are evenly spaced, rather than drawn one by one in their strata.
-        listings: times that its own sample is expected to list each slot's key; None where that is exp(-log_weight).
+        sizes: number of slots of each independent sample, one sample after another; within a sample, slots are in the order
+            of their strata.
+        evenly: for each sample, whether its points are evenly spaced; if not, one point is drawn in each stratum.
+        listings: for each slot, how often its own sample is expected to list its key; None if that is exp(-log_weight).
     """
 
     sizes: tuple[int, ...]
@@ -42,18 +43,19 @@ class DrawnSlots:
 
 @dataclass(frozen=True)
 class Runs:
-    """The slots of one stage: runs of `size` consecutive keys, each with a log-weight.
+    """The slots of one stage: runs of `size` consecutive keys, each run with a log-weight.
 
     Args:
-        first: first key of each run; keys outside the tile's `low` to `high` are skipped, so a run may overhang either.
+        first: first key of each run; keys outside the tile's `low` to `high` are skipped, so a run may extend beyond both.
         size: keys in each run: 1 for a drawn key, the block size for a block.
         log_weight: 0 for a certain pick, -log(expected times listed) for a drawn key, -inf for an empty slot.
-        low: first key that counts, for each tile.
-        high: end of the keys that count, for each tile.
+        low: first key that counts for each tile.
+        high: end of the keys that count for each tile.
         causal: whether each pair must be tested against the row's limit; without it every row of the tile sees every key.
-        hole: first and end of keys between `low` and `high` that do not count, an earlier stage's; None for no hole.
-        labelled: whether pairs of equal label are skipped, because an earlier stage hashed.
-        sample: how the slots were drawn, in runs of one key; None where all are certain, with weights of 0 or -inf.
+        hole: first and end of the keys between `low` and `high` that an earlier stage took and that do not count; None for
+            no hole.
+        labelled: whether pairs of equal label are skipped, because an earlier stage took them by hashing.
+        sample: how the slots were drawn, in runs of one key; None if all picks are certain, with log-weights of 0 or -inf.
     """
 
     first: Int[Tensor, "lists tiles slots"]
@@ -69,7 +71,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels whose equality means that a pair was taken by an earlier stage: the buckets of a hash.
+    """Labels of queries and keys, such as hash buckets: a pair with equal labels was taken by an earlier stage.
 
     Args:
         query: the label of every query.
@@ -82,15 +84,15 @@ class Labels:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which keys each tile of queries reads, and with what weights: all a kernel needs besides q, k and v.
+    """The keys that each tile of queries reads, and their weights: all that a kernel needs besides q, k and v.
 
     Args:
         runs: the slots of every stage that shares this tiling.
         row_limit: for each row of a tile, how many leading keys it may see; 0 for a padding row.
         key_row: which row of the flattened ``[batch * kv_heads]`` keys each list reads.
-        row_label: label of each row, with `key_label`: pairs of equal labels are skipped. None where no stage hashed.
+        row_label: label of each row, with `key_label`: pairs of equal labels are skipped. None if no stage hashed.
         key_label: label of each key.
-        row_gap: first and end of the keys that an earlier stage took from each row, where tiles are not tiles of positions.
+        row_gap: first and end of the keys that an earlier stage took from each row, if tiles are not tiles of positions.
     """
 
     runs: tuple[Runs, ...]

@@ -44,8 +44,15 @@ class BenchCall:
 
         def attend() -> Tensor:
             return attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared, method=candidate.row.method, seed=self.seed,
+                q,
+                k,
+                v,
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=shared,
+                method=candidate.row.method,
+                seed=self.seed,
                 layer=self.layer,
-            )  # fmt: skip
+            )
 
         return attend

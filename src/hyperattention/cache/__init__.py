@@ -1,1 +1,1 @@
-"""What one layer of a compressed cache holds while a model generates: stores that grow, compress, select and are read."""
+"""The stores of a compressed KV cache, one for each layer: they append, compress, select and compute attention."""

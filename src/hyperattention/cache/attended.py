@@ -1,4 +1,4 @@
-"""How much attention held keys get from given queries: what several policies score by."""
+"""The attention that cached keys get from given queries: the score of several policies."""
 
 import torch
 from jaxtyping import Float
@@ -7,24 +7,24 @@ from torch import Tensor
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.slots import CacheSlots
 
-# scores held at a time: 64 MiB in float32
+# scores held at once: 64 MiB in float32
 _SCORES_AT_A_TIME = 2**24
 
 
 def attended(
     held: CacheSlots, queries: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN
 ) -> Float[Tensor, "batch kv_heads slots"]:
-    """Sum the attention that each slot gets over queries, the heads of a group together.
+    """Sum the attention that each slot gets over queries and over the query heads of a group.
 
     a_s = sum_i w_s exp(scale q_i . k_s) / sum_t w_t exp(scale q_i . k_t)
 
-    The queries are taken for the latest: the last one sees every slot, the one before it all but the last, and so on.
+    The queries are the latest ones: the last query sees every slot, the query before it all but the last slot, and so on.
 
     Args:
         held: all slots.
         queries: the latest queries.
         scale: factor of the scores.
-        rule: what the model does to scores beside; learned sinks take their share, which is nobody's.
+        rule: the model's softcap and learned sinks; the share of learned sinks goes to no slot.
 
     Returns:
         the sums; 0 for empty slots.
@@ -39,13 +39,13 @@ def attended(
         limit = torch.arange(start, start + rows.shape[3], dtype=torch.int64, device=total.device) + (slots - num + 1)
         scores = rule.cap((rows.flatten(2, 3) @ keys).unflatten(2, rows.shape[2:4])) + held.log_weight[:, :, None, None]
         scores.masked_fill_(place >= limit[:, None], -torch.inf)
-        # a row of padding sees nothing, and its softmax is NaN
+        # a row of padding sees no key, and its softmax is NaN
         total += torch.nan_to_num_(_shares(scores, rule), nan=0.0).flatten(2, 3).sum(2)
     return total
 
 
 def _shares(scores: Tensor, rule: ScoreRule) -> Tensor:
-    """Take the softmax of scores ``[batch, kv_heads, group, rows, slots]``."""
+    """Compute the softmax of scores ``[batch, kv_heads, group, rows, slots]``."""
     if rule.sinks is None:
         return torch.softmax(scores, -1)
     sinks = rule.sinks.detach().to(scores.dtype).view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)

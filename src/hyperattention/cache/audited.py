@@ -1,4 +1,4 @@
-"""A store with a witness: a copy of every key and value, by which some of what the store gives is judged."""
+"""A store with an audit: it keeps a copy of every key and value, and compares some outputs with exact attention."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,22 +15,22 @@ from hyperattention.types import Partial
 
 # first counter of the draws, so that they share no bits with those of a policy under one seed
 _STREAM = 0xCA0D17
-# the copy is never full: it makes room by halves
+# the copy is never full: its buffer grows by halves
 _BOUNDLESS = 2**62
 
 
 class AuditedStore(Store):
-    """Hand everything to a store, keep a copy of it all, and attend exactly from a few tokens drawn at random.
+    """Wrap a store, keep a copy of all keys and values, and compute exact attention for a few tokens drawn at random.
 
-    One position in each run of `every` is drawn by a hash of the seed, whatever the text: what is drawn is the same in all
-    layers. Where its query reads less than all keys, exact attention over the copy tells the relative error of every head.
+    One position in each run of `every` is drawn by a hash of the seed, for any text: all layers draw the same positions. If
+    its query does not read all keys, exact attention over the copy gives the relative error of every head.
 
-    Cost: memory for all keys and values, told apart from the store's own; exact attention for one token in `every`.
-    Guarantee: what the store gives is not changed by a bit.
+    Cost: memory for all keys and values, counted separately from the store's own; exact attention for one token in `every`.
+    Guarantee: the outputs of the store are bit-identical to those without an audit.
 
     Args:
         inner: the store.
-        every: positions of which one is drawn.
+        every: length of the runs of positions; one position of each run is drawn.
         seed: seed of the draws.
 
     Raises:
@@ -38,11 +38,11 @@ class AuditedStore(Store):
     """
 
     def __init__(self, inner: Store, every: int, seed: int) -> None:
-        """Hold nothing."""
+        """Start empty."""
         positive("AuditedStore", every=every)
         self.inner, self.every, self.seed = inner, every, seed
         self._whole, self._new = Recent(), 0
-        # for every position, whether it was approximated; for some of these, the errors of all heads
+        # for every position, whether its output was approximate; for some of these, the errors of all heads
         self._approximated: list[bool] = []
         self._errors: dict[int, Tensor] = {}
 
@@ -58,7 +58,7 @@ class AuditedStore(Store):
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys and values lie."""
+        """Device of keys and values."""
         return self.inner.device
 
     @property
@@ -93,33 +93,33 @@ class AuditedStore(Store):
 
     @property
     def errors(self) -> Float[Tensor, "heads audited"]:
-        """Relative errors of the positions drawn, in their order, each the mean over the rows of the batch that count.
+        """Return the relative errors of the drawn positions, in order, each the mean over the batch rows that count.
 
         Returns:
-            the errors; no columns where none was approximated and drawn.
+            the errors; no columns if no position was both approximate and drawn.
         """
         columns = [self._errors[position] for position in sorted(self._errors)]
         return torch.stack(columns, 1) if columns else torch.empty(0, 0, dtype=torch.float32, device="cpu")
 
     @property
     def audited(self) -> tuple[int, ...]:
-        """Positions that were drawn and approximated."""
+        """Positions that were drawn and approximate."""
         return tuple(sorted(self._errors))
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy the new keys, and hand them on."""
+        """Copy the new keys and values, and append them to the store."""
         self._whole.append(k, v, _BOUNDLESS)
         self._new = k.shape[2]
         self._approximated += [False] * self._new
         return self.inner.append(k, v)
 
     def mask_padding(self, live: Tensor) -> None:
-        """Note the padding in both."""
+        """Mark the padding in both the store and the copy."""
         self._whole.mask_padding(live)
         self.inner.mask_padding(live)
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
-        """Let the store attend, and judge it at the positions drawn."""
+        """Compute attention by the store, and measure its error at the drawn positions."""
         part = self.inner.attend(q, scale, rule)
         if not self.inner.is_whole:
             begin = self.seen - self._new
@@ -130,7 +130,7 @@ class AuditedStore(Store):
         return part
 
     def _judge(self, q: Tensor, scale: float, rule: ScoreRule, out: Tensor, places: Tensor) -> None:
-        """Compare the rows drawn with exact ones, and compute no others: a chunk of a prompt has many."""
+        """Compare the drawn rows with exact ones; no other exact rows are computed, because a prompt chunk has many rows."""
         live, begin = self._whole.tensors[2], self.seen - self._new
         exact = self._exact(q, scale, rule, places)
         error = relative_error(out[:, :, places].to(exact.dtype) - exact, exact)  # [batch, heads, places]
@@ -138,7 +138,7 @@ class AuditedStore(Store):
         num_live = counts.sum(0)
         mean = error.masked_fill(~counts, 0.0).sum(0) / num_live  # [heads, places]
         for number, place in enumerate(places.tolist()):
-            # padding alone is no token
+            # a column of padding in every row is not a token
             if int(num_live[0, number]):
                 self._errors[begin + place] = mean[:, number].cpu()
 
@@ -148,7 +148,7 @@ class AuditedStore(Store):
         if rule.is_plain:
             mask = None if bool(live.all()) else live
             return exact_rows(q[:, :, places], k, v, begin + 1 + places, scale, mask)
-        # a row at a time, each over the keys up to its own; in float32 at least
+        # one row at a time, over the keys up to its own position; in float32 at least
         rows = q.to(torch.promote_types(q.dtype, torch.float32)).split(1, 2)
         parts = [
             rule.drop_sinks(self._whole.first(begin + 1 + place).attend(rows[place], scale=scale, softcap=rule.softcap))
@@ -161,12 +161,12 @@ class AuditedStore(Store):
         self.inner.end_step(q, scale, rule)
 
     def take_rows(self, index: Tensor) -> None:
-        """Copy rows of both; what was judged stays."""
+        """Select batch rows of both; measured errors stay."""
         self.inner.take_rows(index)
         self._whole.take_rows(index)
 
     def crop(self, num: int) -> None:
-        """Forget the latest tokens, and what was judged of them."""
+        """Remove the latest tokens and their measured errors."""
         self.inner.crop(num)
         self._whole.crop(num)
         del self._approximated[self.seen :]
@@ -181,20 +181,20 @@ class AuditedStore(Store):
             self._whole.restore(k, v, live)
 
     def state(self) -> dict[str, Tensor]:
-        """Give the state of the store alone: the copy is there to be compared with, not to go on from."""
+        """Return the state of the store alone: the copy serves the audit and is not saved."""
         return self.inner.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Refuse: the keys that the store dropped are not in its state.
+        """Raise, because a state does not contain the keys that the store dropped.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("an audit needs every key from the first on: restore into a cache without audit=")
+        raise ValueError("an audit needs every key from the first token on: restore into a cache without audit=")
 
 
 def are_drawn(position: Int[Tensor, " tokens"], every: int, seed: int) -> Bool[Tensor, " tokens"]:
-    """Return which positions an audit looks at: one, chosen at random, in each run of `every`.
+    """Return which positions an audit measures: one, drawn at random, in each run of `every`.
 
     Args:
         position: positions of tokens.

@@ -1,4 +1,4 @@
-"""How much a cache may hold."""
+"""The budget of a cache: how many slots it may hold."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ _PENDING = 8
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """How many slots each head of a layer may hold, and which are never given away.
+    """The number of slots that each head of a layer may hold, and the slots that are never evicted.
 
     Args:
         budget: most slots between two steps.
-        sinks: first keys, which many heads attend to whatever they look for.
-        window: latest keys, kept as they are.
+        sinks: number of attention sinks: first keys, which many heads attend to at every query.
+        window: number of latest keys, which are kept unchanged.
 
     Raises:
-        ValueError: if the budget leaves no slot beside sinks and window, or one of them is negative.
+        ValueError: if the budget leaves no slot besides sinks and window, or one of them is negative.
     """
 
     budget: int
@@ -28,16 +28,16 @@ class CacheBudget:
             raise ValueError(f"sinks={self.sinks}, window={self.window}: sinks must be at least 0, the window at least 1")
         if self.budget <= self.sinks + self.window:
             raise ValueError(
-                f"budget={self.budget} leaves nothing beside {self.sinks} sinks and {self.window} of window: give more than "
-                f"{self.sinks + self.window}, or smaller sinks= and window="
+                f"budget={self.budget} leaves no slot besides {self.sinks} sinks and {self.window} window keys: give more "
+                f"than {self.sinks + self.window}, or smaller sinks= and window="
             )
 
     @property
     def pending(self) -> int:
-        """Slots left free by a compression, so that not every token pays for one; the latest fill them."""
+        """Slots that a compression leaves free for the latest tokens, so that not every token triggers a compression."""
         return max(1, (self.budget - self.sinks - self.window) // _PENDING)
 
     @property
     def middle(self) -> int:
-        """Slots that are left to what was compressed."""
+        """Slots for compressed keys."""
         return max(1, self.budget - self.sinks - self.window - self.pending)

@@ -1,23 +1,23 @@
-"""Buffers of keys and values that are written in place as a text grows."""
+"""Buffers of keys and values that are written in place as the text grows."""
 
 import torch
 from torch import Tensor
 
 
 def is_writable(x: Tensor) -> bool:
-    """Return whether a buffer can be written in place: one made in inference mode only there.
+    """Return whether a buffer can be written in place: a buffer from inference mode can be written only in inference mode.
 
     Args:
         x: the buffer.
 
     Returns:
-        whether it can; otherwise copy it first.
+        whether it can; if not, copy it first.
     """
     return torch.is_inference_mode_enabled() or not x.is_inference()
 
 
 def grown(old: Tensor | None, new: Tensor, count: int) -> Tensor:
-    """Write new rows behind the first `count`, in a buffer that grows by halves: O(1) copies a row.
+    """Write new rows after the first `count`, in a buffer that grows by halves: O(1) copies per row.
 
     Args:
         old: the buffer; None for none.

@@ -1,4 +1,4 @@
-"""What the audit of a cache found, as a value that prints in one line."""
+"""The report of a cache audit: a value that prints in one line."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,28 +13,28 @@ from hyperattention.error.interval import mean_interval
 
 @dataclass(frozen=True)
 class CacheReport:
-    """The measured error of attention through a compressed cache, with its interval: over all layers, and a layer at a time.
+    """The measured error of attention over a compressed cache, with its interval: over all layers, and for each layer.
 
-    A token's error is the mean over layers and heads of ||out - exact|| / ||exact||, exact being attention of the same query
-    over every key that this cache was given; a layer that read them all errs by 0. Tokens are drawn at random, one from each
-    of equal runs; the intervals speak of all approximated tokens of this text, not of other texts or other draws of the
-    policy, and assume that no other token errs by more than 1 or, where that is larger, than the worst one drawn. Each holds
-    for itself at 95%: of many layers the one that looks worst is likely to look worse than it is.
+    A token's error is the mean over layers and heads of ||out - exact|| / ||exact||, where exact is attention of the same
+    query over every key that this cache was given; a layer that read all keys has error 0. Tokens are drawn at random, one
+    from each of equal runs. The intervals hold for all approximate tokens of this text, not for other texts or other draws
+    of the policy. They assume that no token has an error above 1, or above the largest drawn error if that exceeds 1. Each
+    interval holds separately at 95%: of many layers, the largest measured error is likely an overestimate.
 
     Args:
-        relative_error: mean over the tokens audited, all layers together; NaN if none was.
+        relative_error: mean over the audited tokens, all layers together; NaN if no token was audited.
         interval: low and high end of its 95% interval.
-        by_layer: the same, a layer at a time.
-        interval_by_layer: likewise.
-        layers: numbers of the layers.
-        num_audited: tokens audited.
-        num_approximated: tokens for which the cache of some layer did not read every key. Attention that another method
-            approximated over a whole cache, such as that of a prompt, is not among them: its own audit judges it.
-        num_tokens: tokens read and written.
-        num_read: slots of a head that the next step reads.
-        memory_bytes: held by the cache.
-        whole_bytes: of all keys and values.
-        shadow_bytes: held beside it for the audit alone.
+        by_layer: mean relative error of each layer.
+        interval_by_layer: interval of each layer.
+        layers: indices of the layers.
+        num_audited: number of audited tokens.
+        num_approximated: number of tokens for which the cache of at least one layer did not read every key. Approximate
+            attention over a complete cache, such as that of a prompt, does not count: its own audit measures it.
+        num_tokens: number of tokens read and written.
+        num_read: slots per head that the next step reads.
+        memory_bytes: bytes held by the cache.
+        whole_bytes: bytes of all keys and values.
+        shadow_bytes: bytes held additionally for the audit alone.
     """
 
     relative_error: float
@@ -51,7 +51,7 @@ class CacheReport:
     shadow_bytes: int
 
     def __str__(self) -> str:
-        """Say in one line what was measured, on average and for the worst layer."""
+        """Print in one line the measured error, on average and for the worst layer."""
         if not self.num_approximated:
             return f"nothing to measure: the cache read every key for all {self.num_tokens:,} tokens"
         if not self.num_audited:
@@ -79,11 +79,11 @@ def _span(middle: float, low: float, high: float) -> str:
 
 
 def report_on(stores: Mapping[int, AuditedStore], whole_bytes: int) -> CacheReport:
-    """Sum up what the audits of all layers found.
+    """Summarise the audits of all layers.
 
     Args:
-        stores: the audited store of each layer, by its number; at least one.
-        whole_bytes: of all keys and values of these layers.
+        stores: the audited store of each layer, by the index of the layer; at least one.
+        whole_bytes: bytes of all keys and values of these layers.
 
     Returns:
         the report.
@@ -91,7 +91,7 @@ def report_on(stores: Mapping[int, AuditedStore], whole_bytes: int) -> CacheRepo
     every = list(stores.values())
     found = [dict(zip(store.audited, store.errors.mean(0).tolist(), strict=True)) for store in every]
     positions = sorted(set().union(*found))
-    # all layers draw the same positions: where one judged nothing, it had read every key
+    # all layers draw the same positions: a layer without an error there had read every key
     by_token = torch.tensor(
         [[errors.get(at, 0.0) for at in positions] for errors in found], dtype=torch.float64, device="cpu"
     )
@@ -104,11 +104,16 @@ def report_on(stores: Mapping[int, AuditedStore], whole_bytes: int) -> CacheRepo
         )
     num_tokens = max(store.seen for store in every)
     return CacheReport(
-        relative_error=float(mean[0]), interval=(float(low[0]), float(high[0])),
-        by_layer=mean[1:], interval_by_layer=(low[1:], high[1:]), layers=tuple(stores),
-        num_audited=num_audited, num_approximated=num_approximated,
-        num_tokens=num_tokens, num_read=max(store.num_read for store in every),
+        relative_error=float(mean[0]),
+        interval=(float(low[0]), float(high[0])),
+        by_layer=mean[1:],
+        interval_by_layer=(low[1:], high[1:]),
+        layers=tuple(stores),
+        num_audited=num_audited,
+        num_approximated=num_approximated,
+        num_tokens=num_tokens,
+        num_read=max(store.num_read for store in every),
         memory_bytes=sum(store.memory_bytes for store in every),
         whole_bytes=whole_bytes,
         shadow_bytes=sum(store.shadow_bytes for store in every),
-    )  # fmt: skip
+    )

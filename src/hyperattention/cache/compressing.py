@@ -1,4 +1,4 @@
-"""A store within a budget: sinks, what a policy compressed, and the latest keys, in one buffer."""
+"""A store within a budget: attention sinks, compressed keys and the latest keys, in one buffer."""
 
 import torch
 from torch import Tensor
@@ -14,27 +14,28 @@ from hyperattention.cache.store import Store
 from hyperattention.types import Partial
 
 _NAMES = ("k", "v", "log_weight", "position", "score")
-# queries of a step that are not watched before the next, so that guesses that assisted decoding takes back leave no trace
+# latest queries whose attention is counted only in the next step, so that rejected tokens of assisted decoding leave no
+# trace
 _REVOCABLE = 32
 
 
 class CompressingStore(Store):
-    """Hold at most a budget of slots: when there are more, let a policy compress those between sinks and window.
+    """Hold at most a budget of slots: if there are more, a policy compresses the slots between sinks and window.
 
-    Slots lie in the order of their positions: sinks, what was compressed, the latest. New tokens are written behind, into
-    room that is left for them; when the budget is exceeded, one compression makes room for the next `Room.pending`.
+    Slots are in the order of their positions: sinks, compressed keys, latest keys. New tokens are written at the end, into
+    free slots. If the budget is exceeded, one compression frees slots for the next `CacheBudget.pending` tokens.
 
-    Cost: O(1) copies a token beside the policy's work, which one token in `Room.pending` pays.
+    Cost: O(1) copies per token, and the policy's work once per `CacheBudget.pending` tokens.
 
     Args:
-        policy: what stays.
-        room: how much may.
+        policy: the policy that compresses.
+        room: the budget.
         layer: layer of the model, a counter of every draw.
         seed: seed of every draw.
     """
 
     def __init__(self, policy: Policy, room: CacheBudget, *, layer: int = 0, seed: int = 0) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.policy, self.room, self.layer, self.seed = policy, room, layer, seed
         self._buffer: CacheSlots | None = None
         self._queries: Tensor | None = None
@@ -53,7 +54,7 @@ class CompressingStore(Store):
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys and values lie."""
+        """Device of keys and values."""
         return None if self._buffer is None else self._buffer.k.device
 
     @property
@@ -68,12 +69,12 @@ class CompressingStore(Store):
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing was compressed yet."""
+        """Whether no key was compressed yet."""
         return self._turn == 0
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the buffer and of the queries kept."""
+        """Bytes of the buffer and of the stored queries."""
         queries = [x for x in (self._queries, self._waiting and self._waiting[0]) if x is not None]
         return sum(x.numel() * x.element_size() for x in queries) + (
             0 if self._buffer is None else self._buffer.memory_bytes
@@ -81,20 +82,20 @@ class CompressingStore(Store):
 
     @property
     def held(self) -> CacheSlots:
-        """Show all slots in use, as views.
+        """Return all slots in use, as views.
 
         Returns:
             the slots.
 
         Raises:
-            ValueError: if nothing was appended yet.
+            ValueError: if no key was appended yet.
         """
         if self._buffer is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         return self._buffer.part(0, self._count)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys behind the others."""
+        """Write new keys after the others."""
         if self._buffer is not None:
             fit_new((k, v), (self._buffer.k, self._buffer.v))
         self._watch_waiting()
@@ -111,7 +112,7 @@ class CompressingStore(Store):
         return held.k, held.v
 
     def _grown(self, k: Tensor, v: Tensor, count: int) -> CacheSlots:
-        """Make room for `count` slots: as many as are needed at first, then half as much again, or just the budget."""
+        """Enlarge the buffer to `count` slots: first to the size needed, later by half, or to the budget."""
         old = self._buffer
         have = 0 if old is None else old.num_slots
         if old is not None and count <= have and is_writable(old.k):
@@ -133,16 +134,16 @@ class CompressingStore(Store):
         if self._buffer is not None and not bool(live.all()):
             new = self.held.part(self._count - self._new, self._count)
             new.log_weight.masked_fill_(~live[:, None], -torch.inf)
-            # so that nothing that stood there can reach a sum
+            # so that no previous content can reach a sum
             for x in (new.k, new.v):
                 x.masked_fill_(~live[:, None, :, None], 0.0)
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
-        """Attend to all slots, the newest causally."""
+        """Compute attention over all slots, causal among the newest."""
         return rule.drop_sinks(self.held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap))
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
-        """Watch what the queries attend to, and compress if the budget is exceeded."""
+        """Count the attention of the queries, and compress if the budget is exceeded."""
         full = self._count > self.room.budget
         if self.policy.num_queries or self.policy.watches:
             waiting = 0 if full else min(_REVOCABLE, q.shape[2])
@@ -153,13 +154,13 @@ class CompressingStore(Store):
             self._compress(scale, rule)
 
     def _watch_waiting(self) -> None:
-        """Watch the latest queries: they will not be taken back any more."""
+        """Count the attention of the latest queries: their tokens can no longer be removed."""
         if self._waiting is not None:
             self._watch(*self._waiting, self._count)
             self._waiting = None
 
     def _watch(self, q: Tensor, scale: float, rule: ScoreRule, end: int) -> None:
-        """Note queries, the last of which belongs to the slot before `end`, and what they attend to."""
+        """Store queries, the last of which belongs to the slot before `end`, and count the attention they give."""
         if num := self.policy.num_queries:
             kept = q if self._queries is None else torch.cat([self._queries, q], 2)
             self._queries = kept[:, :, -num:].clone()
@@ -169,7 +170,7 @@ class CompressingStore(Store):
 
     def _compress(self, scale: float, rule: ScoreRule) -> None:
         held, begin, end = self.held, self.room.sinks, self._count - self.room.window
-        # at first, and later where a row had not as many keys as sinks
+        # at the first compression, and later if a row had fewer keys than sinks
         if self.is_whole or not bool(held.live[:, :, :begin].all()):
             held = live_first(held, end)
         queries = self._queries
@@ -181,12 +182,12 @@ class CompressingStore(Store):
         parts = (held.part(0, begin), self.policy.compress(full), held.part(end, self._count))
         self._turn += 1
         self._count = sum(part.num_slots for part in parts)
-        # room for what is pending is part of the budget; beside it there is room for the one token that exceeds it
+        # the free slots are part of the budget; one more slot holds the token that exceeds it
         spare = self.room.budget + 1 - self._count
         self._buffer = joined((*parts, held.part(0, 1).take(*_repeated(held, spare))))
 
     def take_rows(self, index: Tensor) -> None:
-        """Copy rows of everything."""
+        """Select batch rows of all tensors."""
         if self._buffer is not None:
             self._buffer = self._buffer.rows(index)
         if self._queries is not None:
@@ -196,11 +197,11 @@ class CompressingStore(Store):
             self._waiting = (q.index_select(0, index.to(q.device)), scale, rule)
 
     def crop(self, num: int) -> None:
-        """Forget tokens that are still held one by one, in the window or behind it."""
+        """Remove latest tokens that are not compressed: those in the window or after it."""
         recent = self._count if self.is_whole else self._count - self.room.sinks - self.room.middle
         if num > recent:
             why = f"all but the last {recent} were compressed by {self.policy!r}; give a window of at least {num}"
-            raise ValueError(f"cannot forget the latest {num} tokens: {'no more were read' if self.is_whole else why}")
+            raise ValueError(f"cannot forget the latest {num} tokens: {'fewer were read' if self.is_whole else why}")
         self._count, self._seen, self._new = self._count - num, self._seen - num, 0
         if self._waiting is not None:
             q, scale, rule = self._waiting
@@ -210,7 +211,7 @@ class CompressingStore(Store):
             self._queries = self._queries[:, :, : max(0, self._queries.shape[2] - num)]
 
     def state(self) -> dict[str, Tensor]:
-        """Copy the slots in use, and the counters; the latest queries are watched first, and stay so if they are cropped."""
+        """Copy slots and counters; the attention of the latest queries is counted first, even if they are cropped later."""
         self._watch_waiting()
         state = dict(zip(_NAMES, self.held.tensors, strict=True)) | {
             "numbers": torch.tensor([self._seen, self._turn], dtype=torch.int64, device="cpu")
@@ -219,7 +220,7 @@ class CompressingStore(Store):
         return {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over slots and counters."""
+        """Replace slots and counters by those of a state."""
         self._check(state)
         self._seen, self._turn = (int(x) for x in state["numbers"])
         self._buffer, self._queries, self._waiting = (
@@ -230,12 +231,12 @@ class CompressingStore(Store):
         self._count, self._new = self._buffer.num_slots, 0
 
     def _check(self, state: dict[str, Tensor]) -> None:
-        """See that a store of this policy and room can be in this state."""
+        """Check that a store of this policy and budget can have this state."""
         of_k, of_v, slot = floating_type(state), floating_type(state, "v"), "batch kv_heads slots"
         weight = torch.promote_types(of_k, torch.float32)
         wanted = {"k": (f"{slot} head_dim", of_k), "v": (f"{slot} value_dim", of_v), "numbers": ("2", torch.int64)}
         wanted |= {"log_weight": (slot, weight), "position": (slot, torch.int32), "score": (slot, weight)}
-        # a policy that wants queries has seen some by the time that anything is saved
+        # a policy that reads queries has received some before any state is saved
         if self.policy.num_queries:
             wanted["queries"] = ("batch heads latest head_dim", floating_type(state, "queries"))
         size = fit_state(state, wanted)
@@ -251,6 +252,6 @@ class CompressingStore(Store):
 
 
 def _repeated(held: CacheSlots, num: int) -> tuple[Tensor, Tensor]:
-    """Name the first slot `num` times, as room to be written over."""
+    """Repeat the first slot `num` times, as space to be overwritten."""
     index = torch.zeros(*held.log_weight.shape[:2], num, dtype=torch.int64, device=held.k.device)
     return index, torch.full(index.shape, -torch.inf, dtype=torch.float32, device=held.k.device)

@@ -1,4 +1,4 @@
-"""Whether tensors fit what a store holds: those of a state before it is taken over, and new keys before they are written."""
+"""Checks that tensors fit a store: those of a state before it is restored, and new keys before they are written."""
 
 from collections.abc import Mapping
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def fit_state(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, torch.dtype]]) -> dict[str, int]:
-    """Insist that a state holds just the tensors wanted, of the types wanted, with axes that agree.
+    """Check that a state holds exactly the wanted tensors, with the wanted dtypes and axes that agree.
 
     Args:
         state: tensors by name.
-        wanted: for each name its axes, as jaxtyping writes them, and its type; equal axes have equal sizes throughout, and
-            a number is a size.
+        wanted: for each name its axes, as jaxtyping writes them, and its dtype; axes of equal name have equal size in all
+            tensors, and a number is a size.
 
     Returns:
         the size of every named axis.
 
     Raises:
-        ValueError: naming what is missing, unknown, or of another type or shape.
+        ValueError: if a tensor is missing, unknown, or of another dtype or shape; the message names it.
     """
     missing, unknown = ([name for name in one if name not in other] for one, other in ((wanted, state), (state, wanted)))
     if missing or unknown:
@@ -38,17 +38,17 @@ def fit_state(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, torch
 
 
 def floating_type(state: Mapping[str, Tensor], name: str = "k") -> torch.dtype:
-    """Find the type of the keys of a state, which those of other tensors follow, or that of another tensor.
+    """Return the dtype of a tensor of a state, by default of the keys, whose dtype other tensors must share.
 
     Args:
         state: tensors by name.
-        name: whose type.
+        name: name of the tensor.
 
     Returns:
-        the type; float32 where there is no such tensor, which `fit_state` refuses.
+        the dtype; float32 if there is no such tensor, which `fit_state` refuses.
 
     Raises:
-        ValueError: if it is no floating-point type.
+        ValueError: if it is not a floating-point dtype.
     """
     dtype = state[name].dtype if name in state else torch.float32
     if not dtype.is_floating_point:
@@ -59,28 +59,28 @@ def floating_type(state: Mapping[str, Tensor], name: str = "k") -> torch.dtype:
 
 
 def insist(holds: bool | Tensor, rule: str) -> None:
-    """Insist that the numbers of a state are possible.
+    """Check a rule about the numbers of a state.
 
     Args:
-        holds: whether they are.
-        rule: what they must be.
+        holds: whether the rule holds.
+        rule: the rule, for the error.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if the rule does not hold.
     """
     if not bool(holds):
         raise ValueError(f"the state of a layer is not one that a store can be in: {rule}")
 
 
 def fit_new(new: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> None:
-    """Insist that new keys and values are of the kind that is held, so that nothing is cast or spread to fit.
+    """Check that new keys and values match the stored ones, so that no tensor is cast or broadcast.
 
     Args:
         new: keys and values to be written.
-        held: keys and values that are held.
+        held: keys and values in the store.
 
     Raises:
-        ValueError: if rows, heads, widths or types differ.
+        ValueError: if batch rows, heads, widths or dtypes differ.
     """
     ours, theirs = ([(*x.shape[:2], x.shape[3], x.dtype) for x in pair] for pair in (held, new))
     if ours != theirs:

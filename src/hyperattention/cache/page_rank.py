@@ -1,4 +1,4 @@
-"""How pages of keys are ranked for a query, from a few numbers kept for each."""
+"""Ranking of pages of keys for a query, from a summary of each page."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 class PageRank(ABC):
-    """A stand-in for the largest score in a page, from a summary that does not change once the page is full."""
+    """An estimate of the largest score in a page, from a summary that does not change once the page is full."""
 
     @abstractmethod
     def summarise(
         self, k: Float[Tensor, "batch kv_heads pages page head_dim"]
     ) -> Float[Tensor, "batch kv_heads pages width"]:
-        """Sum pages up.
+        """Summarise pages.
 
         Args:
             k: keys of full pages.
 
         Returns:
-            one row a page, in the dtype of the keys.
+            one row per page, in the dtype of the keys.
         """
 
     @abstractmethod
@@ -35,28 +35,28 @@ class PageRank(ABC):
 
         Args:
             q: queries, scaled.
-            summary: of all pages.
-            num: how many pages will be read.
+            summary: summary of all pages.
+            num: number of pages that will be read.
 
         Returns:
-            scores, in the unit of those of keys; -inf for pages that were ruled out before they were scored.
+            scores, in the unit of key scores; -inf for pages that were excluded before scoring.
         """
 
 
 @dataclass(frozen=True)
 class Bounds(PageRank):
-    """Rank pages by a bound on the score of any of their keys, or by a share of the way to it.
+    """Rank pages by an upper bound on the scores of their keys, or by a point between the page's centre and this bound.
 
     score_P = q . c + reach sum_i |q_i| r_i,   c the middle and r half the range of the page's keys, channel by channel
 
-    With reach 1 this is the least upper bound that the ranges give, max_{j in P} q . k_j <= score_P. No key lies in the
-    corner that attains it: on a trained model half of the way ranks pages better, in retrieval and loss (docs/log.md).
+    With reach 1 this is the smallest upper bound that the ranges give, max_{j in P} q . k_j <= score_P. Usually no key
+    attains it: on a trained model reach 0.5 ranks pages better, in retrieval and loss (docs/log.md).
 
     Source: Tang et al., 2024 (arXiv:2406.10774), Quest, for reach 1.   Differs: the reach.
-    Cost: two products a page.   Guarantee: an upper bound for reach 1, none below.
+    Cost: two products per page.   Guarantee: an upper bound for reach 1, none below.
 
     Args:
-        reach: how far from the middle to the bound.
+        reach: position between the middle (0) and the bound (1).
 
     Raises:
         ValueError: if the reach is not between 0 and 1.
@@ -66,10 +66,10 @@ class Bounds(PageRank):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.reach <= 1.0:
-            raise ValueError(f"Bounds(reach={self.reach}): it lies between 0, the middle, and 1, the bound")
+            raise ValueError(f"Bounds(reach={self.reach}): reach must be between 0 (the middle) and 1 (the bound)")
 
     def summarise(self, k: Tensor) -> Tensor:
-        """Take the middle and half the range of every channel."""
+        """Return the middle and half the range of every channel."""
         high, low = k.amax(3), k.amin(3)
         return torch.cat([(high + low) / 2, (high - low) / 2], -1)
 
@@ -84,7 +84,8 @@ class Midpoint(PageRank):
 
     score_P = q . (alpha high + (1 - alpha) low)
     Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache, with alpha = 0.6.   Differs: nothing.
-    Cost: one product a page.   Guarantee: none. It spares comparisons, which are expensive under encryption and cheap here.
+    Cost: one product per page.   Guarantee: none. It avoids comparisons, which are expensive under encryption and cheap
+    here.
 
     Args:
         alpha: share of the upper bound.
@@ -97,7 +98,7 @@ class Midpoint(PageRank):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"Midpoint(alpha={self.alpha}): a share lies between 0 and 1")
+            raise ValueError(f"Midpoint(alpha={self.alpha}): alpha must be between 0 and 1")
 
     def summarise(self, k: Tensor) -> Tensor:
         """Mix the bounds."""
@@ -110,15 +111,16 @@ class Midpoint(PageRank):
 
 @dataclass(frozen=True)
 class TwoLevels(PageRank):
-    """Rank pairs of neighbouring pages first, and only the pages of the better pairs after.
+    """Rank pairs of neighbouring pages first, then only the pages of the best pairs.
 
-    Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache: clusters of 32 positions, of which half go on, then of 16.
-    Differs: a pair is as good as the better of its summaries' mean with any query of the call; `keep` is a share.
-    Cost: half a product a page for pairs, and one for every page of those kept.   Guarantee: none.
+    Source: Zeng et al., 2025 (arXiv:2501.06807), MPCache: clusters of 32 positions, of which half are kept, then of 16.
+    Differs: the score of a pair is that of the mean of its two summaries, the maximum over all queries of the call; `keep`
+    is a share.
+    Cost: half a product per page for pairs, and one for every page of the kept pairs.   Guarantee: none.
 
     Args:
         by: ranks both levels.
-        keep: share of the pairs that go on.
+        keep: share of the pairs that are kept.
 
     Raises:
         ValueError: if the share is not above 0 and at most 1.
@@ -129,14 +131,14 @@ class TwoLevels(PageRank):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"TwoLevels(keep={self.keep}): a share lies above 0 and is at most 1")
+            raise ValueError(f"TwoLevels(keep={self.keep}): keep must be above 0 and at most 1")
 
     def summarise(self, k: Tensor) -> Tensor:
-        """Sum up pages; what stands for a pair follows from them."""
+        """Summarise pages; the summary of a pair is computed from its pages."""
         return self.by.summarise(k)
 
     def rank(self, q: Tensor, summary: Tensor, num: int) -> Tensor:
-        """Rule pages out by pairs, and rank the others."""
+        """Exclude pages by pairs, and rank the others."""
         pages = summary.shape[2]
         pairs = torch.nn.functional.pad(summary, (0, 0, 0, pages % 2)).unflatten(2, (-1, 2)).mean(3)
         coarse = self.by.rank(q, pairs, num).amax(2)
@@ -149,10 +151,10 @@ class TwoLevels(PageRank):
         few = summary.gather(2, page[..., None].expand(-1, -1, -1, summary.shape[3]))
         score = self.by.rank(q, few, num).masked_fill(beyond[:, :, None], -torch.inf)
         whole = score.new_full((*score.shape[:3], pages), -torch.inf)
-        # a page that stands for one beyond the end must not overwrite itself
+        # a page that pads the last pair must not overwrite itself
         return whole.scatter_reduce(3, page[:, :, None].expand(-1, -1, score.shape[2], -1), score, "amax")
 
 
 def _scores(q: Tensor, summary: Tensor) -> Tensor:
-    # summaries times queries: of few queries a CPU multiplies that way two to three times as fast as the other
+    # summaries times queries: for few queries this order is two to three times as fast on a CPU as the other
     return (summary.to(q.dtype) @ q.transpose(2, 3)).transpose(2, 3)

@@ -1,4 +1,4 @@
-"""The contract of a policy: what is kept of a full cache, and what one is told to decide it."""
+"""The base class of every policy, which chooses the keys to keep of a full cache, and its input."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from hyperattention.cache.slots import CacheSlots
 
 @dataclass(frozen=True)
 class CompressionRequest:
-    """A cache that is full, as a policy is shown it.
+    """A full cache: the input of a policy.
 
     Args:
         held: all slots: sinks, then candidates in the order of their positions, then the recent window.
-        begin: first candidate; the sinks before it are kept whatever is decided.
-        end: end of the candidates; the window from there on is kept as well.
-        num: how many slots the candidates have to fit into, fewer than there are.
-        queries: the latest queries, as many as the policy asks for and as there were.
+        begin: index of the first candidate; the sinks before it are always kept.
+        end: end of the candidates; the window from there on is always kept.
+        num: number of slots to keep of the candidates, fewer than there are candidates.
+        queries: the latest queries: at most as many as the policy asks for.
         scale: factor of the scores.
-        counters: seed, layer and number of this compression: what every draw is a function of.
-        rule: what the model does to scores beside their scale.
+        counters: seed, layer and number of this compression, which determine every draw.
+        rule: the model's softcap and learned sinks.
     """
 
     held: CacheSlots
@@ -36,36 +36,36 @@ class CompressionRequest:
 
     @property
     def candidates(self) -> CacheSlots:
-        """Give the slots that the policy chooses from."""
+        """Return the slots from which the policy chooses."""
         return self.held.part(self.begin, self.end)
 
 
 class Policy(ABC):
-    """What to keep of the keys between sinks and window.
+    """A rule for which keys between sinks and window to keep.
 
-    Laws, tested over every policy: exactly `num` slots come back; a slot that held nothing comes back only where too few
-    are left, and still holds nothing; the same counters give the same bits; batch rows and heads do not see one another.
-    A policy that says it is `weighted` keeps the expected total of every sum over the keys; another says what it drops.
+    Laws, tested for every policy: exactly `num` slots are returned; an empty slot is returned only if there are too few
+    keys, and it stays empty; the same counters give the same bits; batch rows and heads do not affect each other. A policy
+    with `weighted` True keeps the expected value of every sum over the keys; other policies drop keys, and document which.
     """
 
     @property
     def num_queries(self) -> int:
-        """How many of the latest queries it wants to see; 0 if the keys and values tell all."""
+        """Number of latest queries that the policy reads; 0 if keys and values suffice."""
         return 0
 
     @property
     def watches(self) -> bool:
-        """Whether `Held.score` must be kept: the attention of every query, summed over the queries."""
+        """Whether the policy reads `CacheSlots.score`: the attention that each key got, summed over the queries."""
         return False
 
     @property
     @abstractmethod
     def weighted(self) -> bool:
-        """Whether what is kept stands for what was dropped."""
+        """Whether the kept keys have weights that represent the dropped keys."""
 
     @abstractmethod
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Choose what stays.
+        """Choose the keys to keep.
 
         Args:
             full: the cache.

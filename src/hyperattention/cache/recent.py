@@ -1,4 +1,4 @@
-"""The latest keys and values of a layer, as they are: what a store has not compressed yet."""
+"""The latest keys and values of a layer, which a store has not compressed yet."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,44 +10,44 @@ from hyperattention.coreset import Coreset
 
 
 class Recent:
-    """Hold keys and values in the order in which they came, with room for more at the end.
+    """Hold keys and values in the order in which they were appended, with free space at the end.
 
-    Cost: O(1) copies a token, whenever old tokens are dropped many at a time.
+    Cost: O(1) copies per token, if old tokens are dropped many at a time.
     """
 
     def __init__(self) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self._buffer: tuple[Tensor, Tensor, Tensor] | None = None
         self.num = 0
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Show keys, values, and which of them are no padding, as views.
+        """Return keys, values, and a mask that is False for padding, as views.
 
         Returns:
             ``[batch, kv_heads, tokens, width]`` twice, and ``[batch, tokens]``.
 
         Raises:
-            ValueError: if nothing was ever held.
+            ValueError: if no key was ever appended.
         """
         if self._buffer is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         k, v, live = self._buffer
         return k[:, :, : self.num], v[:, :, : self.num], live[:, : self.num]
 
     @property
     def coreset(self) -> Coreset:
-        """Give what attention reads: every key as itself, none for padding."""
+        """Return a coreset of every key with weight 1, padding left out."""
         return self.first(self.num)
 
     def first(self, num: int) -> Coreset:
-        """Give what attention to the oldest tokens reads.
+        """Return a coreset of the oldest tokens.
 
         Args:
-            num: how many.
+            num: number of tokens.
 
         Returns:
-            every key as itself, none for padding.
+            every key with weight 1, padding left out.
         """
         k, v, live = (x[..., :num] if x.ndim == 2 else x[:, :, :num] for x in self.tensors)
         weight = torch.zeros(live.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
@@ -55,28 +55,28 @@ class Recent:
 
     @property
     def batch(self) -> int:
-        """Rows of the batch; 0 while nothing is held."""
+        """Rows of the batch; 0 if the buffer is empty."""
         return 0 if self._buffer is None else self._buffer[0].shape[0]
 
     @property
     def device(self) -> torch.device | None:
-        """Where they lie; None while nothing is held."""
+        """Device of keys and values; None if the buffer is empty."""
         return None if self._buffer is None else self._buffer[0].device
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the buffer, room for more included."""
+        """Bytes of the buffer, free space included."""
         return sum(x.numel() * x.element_size() for x in self._buffer or ())
 
     def append(
         self, k: Float[Tensor, "batch kv_heads new head_dim"], v: Float[Tensor, "batch kv_heads new value_dim"], most: int
     ) -> None:
-        """Write tokens behind the others.
+        """Write tokens after the others.
 
         Args:
             k: keys.
             v: values.
-            most: tokens beyond which no room is made in advance.
+            most: largest number of tokens for which space is allocated in advance.
         """
         if self._buffer is not None:
             fit_new((k, v), self._buffer[:2])
@@ -90,7 +90,7 @@ class Recent:
             to.copy_(source)
 
     def mask_padding(self, live: Bool[Tensor, "batch new"]) -> None:
-        """Say which of the latest tokens are padding.
+        """Mark the latest tokens that are padding.
 
         Args:
             live: False for padding.
@@ -99,44 +99,44 @@ class Recent:
             return
         k, v, held = self._latest(live.shape[1])
         held.copy_(live)
-        # so that nothing that stood there can reach a sum
+        # so that no previous content can reach a sum
         for x in (k, v):
             x.masked_fill_(~live[:, None, :, None], 0.0)
 
     def drop(self, num: int, most: int) -> None:
-        """Forget the oldest tokens, and give back what room they had.
+        """Remove the oldest tokens, and free their space.
 
         Args:
-            num: how many.
-            most: tokens for which there will be room.
+            num: number of tokens to remove.
+            most: number of tokens for which space is kept.
         """
         self._move(num, max(self.num - num, most), like=self.tensors)
 
     def crop(self, num: int) -> None:
-        """Forget the latest tokens.
+        """Remove the latest tokens.
 
         Args:
-            num: how many, not more than are held.
+            num: number of tokens, at most as many as are held.
         """
         self.num -= num
 
     def take_rows(self, index: Int[Tensor, " rows"]) -> None:
-        """Copy rows of the batch.
+        """Select rows of the batch.
 
         Args:
-            index: which, repeats allowed.
+            index: the rows; repeats are allowed.
         """
         if self._buffer is not None:
             k, v, live = (x.index_select(0, index.to(x.device)) for x in self._buffer)
             self._buffer = (k, v, live)
 
     def restore(self, k: Tensor, v: Tensor, live: Tensor) -> None:
-        """Hold just these.
+        """Replace the content.
 
         Args:
             k: keys.
             v: values.
-            live: which are no padding.
+            live: False for padding.
         """
         self._buffer, self.num = (k, v, live), k.shape[2]
 
@@ -146,7 +146,7 @@ class Recent:
         return k[:, :, begin:], v[:, :, begin:], live[:, begin:]
 
     def _move(self, begin: int, room: int, like: tuple[Tensor, ...]) -> None:
-        """Copy the tokens from `begin` on to the front of a new buffer."""
+        """Copy the tokens from index `begin` on to the front of a new buffer."""
         k, v, live = like
         fresh = (
             k.new_empty((*k.shape[:2], room, k.shape[3])),

@@ -1,4 +1,4 @@
-"""What some models do to scores beside their scale: a cap, and sinks that take a share of the softmax."""
+"""Changes of scores in some models: a softcap, and learned sinks that take a share of the softmax."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ from hyperattention.types import Partial
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How scores become weights, beside their scale.
+    """The softcap and learned sinks with which scores become weights.
 
     score <- softcap * tanh(score / softcap), then softmax over the keys and one sink logit a head, whose share is dropped
 
     Source: Gemma 2 (arXiv:2408.00118) for the cap, gpt-oss (arXiv:2508.10925) for the sinks.   Differs: nothing.
 
     Args:
-        softcap: bound of the scores; None for none.
-        sinks: logit of each query head that stands for no key; None for none.
+        softcap: bound of the scores; None for no bound.
+        sinks: logit of each query head that belongs to no key; None for no sinks.
     """
 
     softcap: float | None = None
@@ -27,7 +27,7 @@ class ScoreRule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether scores become weights as they are."""
+        """Whether there is neither a softcap nor learned sinks."""
         return self.softcap is None and self.sinks is None
 
     def cap(self, scores: Tensor) -> Tensor:
@@ -37,17 +37,17 @@ class ScoreRule:
             scores: of any shape.
 
         Returns:
-            the bounded scores; the same tensor where there is no bound.
+            the bounded scores; the same tensor if there is no bound.
         """
         return capped(scores, self.softcap)
 
     def drop_sinks(self, part: Partial) -> Partial:
-        """Give the sinks their share of attention over all keys.
+        """Remove the sinks' share from attention over all keys.
 
         out <- out exp(lse) / (exp(lse) + exp(sink))
 
         Args:
-            part: rows over all keys, the sinks left out.
+            part: rows over all keys, without the sinks.
 
         Returns:
             the rows and their log-sum-exp, sinks included.
@@ -67,9 +67,9 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 
     Args:
         scores: of any shape.
-        softcap: the bound; None for none.
+        softcap: the bound; None for no bound.
 
     Returns:
-        softcap * tanh(scores / softcap); the same tensor where there is no bound.
+        softcap * tanh(scores / softcap); the same tensor if there is no bound.
     """
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap

@@ -1,4 +1,4 @@
-"""A store that keeps everything and reads a selection: sinks, window, the best pages, and draws from the others."""
+"""A store that keeps all keys and reads a selection: sinks, window, the best pages, and draws from the other pages."""
 
 import torch
 from torch import Tensor
@@ -16,15 +16,16 @@ from hyperattention.types import Partial, Runs, Selection
 
 
 class SelectingStore(Store):
-    """Hold all keys, summed up in pages, and let each query read those of the best pages.
+    """Hold all keys with a summary of each page, and let each query read the keys of the best pages.
 
     Args:
         by: ranks pages.
-        room: its budget is what a step reads; sinks and window are always read.
-        page: keys in a page.
-        draws: keys drawn from the pages not read, with weights, so that what is read stands for all.
-        most_queries: queries of a step that still choose for themselves; more than that read everything, as a prompt does.
-        lender: another layer's store whose choice of pages is used; None to choose.
+        room: its budget is the number of keys that a step reads; sinks and window are always read.
+        page: number of keys in a page.
+        draws: number of keys drawn from the pages not read, with weights, so that the keys read represent all keys.
+        most_queries: most queries of a step for which pages are chosen; a step with more queries, such as a prompt, reads
+            all keys.
+        lender: another layer's store whose choice of pages is reused; None to choose pages in this layer.
         layer: layer of the model, a counter of every draw.
         seed: seed of every draw.
     """
@@ -41,7 +42,7 @@ class SelectingStore(Store):
         layer: int = 0,
         seed: int = 0,
     ) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.by, self.room, self.page, self.draws, self.most_queries = by, room, page, draws, most_queries
         self.lender, self.layer, self.seed = lender, layer, seed
         self.chosen: Tensor | None = None
@@ -63,27 +64,27 @@ class SelectingStore(Store):
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys and values lie."""
+        """Device of keys and values."""
         return None if self._k is None else self._k.device
 
     @property
     def num_slots(self) -> int:
-        """All keys are shown."""
+        """Number of all keys."""
         return self._seen
 
     @property
     def num_read(self) -> int:
-        """As many as the budget, or all."""
+        """The budget, or the number of all keys if that is smaller."""
         return min(self._seen, self.room.budget)
 
     @property
     def num_pages(self) -> int:
-        """Pages that a query reads beside sinks, window and draws."""
+        """Pages that a query reads besides sinks, window and draws."""
         return max(1, (self.room.budget - self.room.sinks - self.room.window - self.page - self.draws) // self.page)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the step at hand reads every key."""
+        """Whether the current step reads every key."""
         return self._seen <= self.room.budget or self._new > self.most_queries
 
     @property
@@ -92,7 +93,7 @@ class SelectingStore(Store):
         return sum(x.numel() * x.element_size() for x in (self._k, self._v, self._summary) if x is not None)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys behind the others, and sum up the pages that they fill."""
+        """Write new keys after the others, and summarise the pages that they fill."""
         new = k.shape[2]
         if self._k is not None and self._v is not None:
             fit_new((k, v), (self._k, self._v))
@@ -103,14 +104,14 @@ class SelectingStore(Store):
         return self._k[:, :, : self._seen], self._v[:, :, : self._seen]
 
     def mask_padding(self, live: Tensor) -> None:
-        """Note where each row begins."""
+        """Record where each row begins."""
         dead = (~live).sum(-1)
         if not bool(dead.any()):
             return
         first = torch.arange(live.shape[1], dtype=torch.int64, device=live.device) < dead[:, None]
         before = self._seen - self._new
         if bool((first == live).any()) or bool((dead > 0)[self._start < before].any()):
-            raise ValueError("padding stands behind tokens: a cache read by pages follows padding on the left alone")
+            raise ValueError("padding stands after tokens: a cache read by pages supports padding on the left only")
         self._begin = self._start + dead
         for x in (self._k, self._v):
             if x is not None:
@@ -119,11 +120,11 @@ class SelectingStore(Store):
     @property
     def _start(self) -> Tensor:
         if self._begin is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         return self._begin
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
-        """Sum up the pages that are full now."""
+        """Summarise the pages that are full now."""
         full = self._seen // self.page
         if self._k is None or full <= self._summed:
             return
@@ -132,9 +133,9 @@ class SelectingStore(Store):
         self._summed = full
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
-        """Choose pages for every query, and attend to what is chosen."""
+        """Choose pages for every query, and compute attention over the chosen keys."""
         if self._k is None or self._v is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         batch, kv_heads, _, _ = self._k.shape
         queries = q.shape[2]
         rows = q.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, queries, head_dim]
@@ -170,7 +171,7 @@ class SelectingStore(Store):
         batch, kv_heads, group, queries, _ = rows.shape
         lists, device, chosen = batch * kv_heads, rows.device, self.chosen
         if chosen is None:
-            raise ValueError("the layer that lends its choice has made none: it must be attended to first")
+            raise ValueError("the layer whose choice of pages is reused has chosen none: run attention in that layer first")
         begin = self._start[:, None].expand(-1, kv_heads).reshape(lists, 1).expand(-1, queries)
         sunk = begin + self.room.sinks
         edge = torch.full_like(begin, recent)
@@ -193,7 +194,7 @@ class SelectingStore(Store):
     def _drawn(self, chosen: Tensor, sunk: Tensor, edge: Tensor) -> Runs:
         """Draw keys evenly from the pages not chosen, one from each of equal strata, with weights."""
         lists, queries, _ = chosen.shape
-        first = sunk // self.page  # what sinks hold of a page that they cut is drawn as well, and counts for nothing
+        first = sunk // self.page  # sinks that lie in a page they cut can be drawn as well; such draws do not count
         pages = edge // self.page
         inside = (chosen >= first[..., None]) & (chosen < pages[..., None])
         left = ((pages - first - inside.sum(-1)) * self.page).clamp(min=0)  # [lists, queries]
@@ -202,14 +203,14 @@ class SelectingStore(Store):
         place = torch.arange(self.draws, dtype=torch.int64, device=chosen.device)
         point = (place + uniform((self.seed, self.layer, head, at, place), chosen.device)) / self.draws
         rank = (point * left[..., None]).long().clamp(max=(left[..., None] - 1).clamp(min=0))
-        # the r-th page that is not chosen lies behind as many chosen ones as stand before it
+        # the index of the r-th page that is not chosen is r plus the number of chosen pages before it
         gap = torch.where(inside, chosen - first[..., None], 2**40).sort(-1).values
         gap = gap - torch.arange(gap.shape[-1], dtype=torch.int64, device=gap.device)
         page = rank // self.page
         page = page + torch.searchsorted(gap, page, right=True) + first[..., None]
         share = left[..., None].float() / self.draws
         weight = share.clamp(min=1.0).log().expand(page.shape)
-        # fewer keys than draws: each would come several times, and counts for its share
+        # fewer keys than draws: each key is drawn several times, and each draw counts for its share
         weight = torch.where(left[..., None] < self.draws, share.log(), weight)
         return Runs(page * self.page + rank % self.page, 1, weight, sunk, edge)
 
@@ -218,28 +219,28 @@ class SelectingStore(Store):
         return 1 if self._k is None else self._k.shape[1]
 
     def take_rows(self, index: Tensor) -> None:
-        """Copy rows of everything."""
+        """Select batch rows of all tensors."""
         if self._k is not None and self._v is not None:
             index = index.to(self._k.device)
             self._k, self._v, self._begin = (x.index_select(0, index) for x in (self._k, self._v, self._start))
             self._summary = None if self._summary is None else self._summary.index_select(0, index)
 
     def crop(self, num: int) -> None:
-        """Forget tokens; all are held one by one."""
+        """Remove the latest tokens; every token is still held separately."""
         if num > self._seen:
-            raise ValueError(f"cannot forget {num} tokens of {self._seen}: give at most that")
+            raise ValueError(f"cannot forget {num} tokens of {self._seen}: give at most {self._seen}")
         self._seen, self._new = self._seen - num, 0
         self._summed = min(self._summed, self._seen // self.page)
 
     def state(self) -> dict[str, Tensor]:
-        """Copy keys and values; what sums them up follows."""
+        """Copy keys and values; summaries are computed from them."""
         if self._k is None or self._v is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         k, v = (x[:, :, : self._seen].clone(memory_format=torch.contiguous_format) for x in (self._k, self._v))
         return {"k": k, "v": v, "begin": self._start.clone()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take keys and values over, and sum them up again."""
+        """Replace keys and values, and compute their summaries again."""
         of_k, of_v, key = floating_type(state), floating_type(state, "v"), "batch kv_heads slots"
         wanted = {"k": (f"{key} head_dim", of_k), "v": (f"{key} value_dim", of_v), "begin": ("batch", torch.int64)}
         seen, begin = fit_state(state, wanted)["slots"], state["begin"]

@@ -1,4 +1,4 @@
-"""Slots of a cache with what is known of each: what policies compress."""
+"""Slots of a cache with the data that policies read and compress."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from hyperattention.coreset import Coreset
 
 @dataclass(frozen=True)
 class CacheSlots:
-    """Weighted keys and values, the position of each in the text, and how much attention it was seen to get.
+    """Weighted keys and values, the position of each in the text, and the attention that each has received.
 
     Args:
         k: keys, positions applied.
         v: values.
-        log_weight: natural log of how many keys each stands for; -inf for a slot that holds none.
+        log_weight: natural log of the number of keys that each stands for; -inf for an empty slot.
         position: position of each key in the sequence.
-        score: attention that the key got so far, summed over the queries watched; zeros where nobody watches.
+        score: attention that the key got so far, summed over queries; zeros if the policy does not read it.
     """
 
     k: Float[Tensor, "batch kv_heads slots head_dim"]
@@ -40,12 +40,12 @@ class CacheSlots:
 
     @property
     def coreset(self) -> Coreset:
-        """Give what attention reads."""
+        """Return the coreset of these slots, for attention."""
         return Coreset(self.k, self.v, self.log_weight)
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all that is held."""
+        """Bytes of all tensors."""
         return sum(x.numel() * x.element_size() for x in self.tensors)
 
     @property
@@ -57,11 +57,11 @@ class CacheSlots:
         """Keep a range of slots, as views.
 
         Args:
-            begin: the first.
-            end: the end of the range.
+            begin: the first slot.
+            end: end of the range.
 
         Returns:
-            the fewer slots.
+            the slots of the range.
         """
         return CacheSlots(*(x[:, :, begin:end] for x in self.tensors))
 
@@ -71,13 +71,13 @@ class CacheSlots:
         """Copy some slots, with new weights.
 
         Args:
-            index: which, for each head.
-            log_weight: what they now stand for; -inf makes a slot empty.
+            index: the slots, for each head.
+            log_weight: their new log-weights; -inf makes a slot empty.
 
         Returns:
             the slots, in the order of `index`.
         """
-        # an empty slot must not carry a number that is not finite into a product with weight 0
+        # an empty slot has weight 0, but 0 times infinity or NaN would be NaN
         wide = index[..., None]
         k, v = (x.gather(2, wide.expand(-1, -1, -1, x.shape[3])) for x in (self.k, self.v))
         position, score = (x.gather(2, index) for x in (self.position, self.score))
@@ -87,16 +87,16 @@ class CacheSlots:
         """Copy some rows of the batch, as beam search reorders them.
 
         Args:
-            index: which, repeats allowed.
+            index: the rows; repeats are allowed.
 
         Returns:
-            a batch of those.
+            the slots of these rows.
         """
         return CacheSlots(*(x.index_select(0, index.to(x.device)) for x in self.tensors))
 
 
 def joined(parts: Sequence[CacheSlots]) -> CacheSlots:
-    """Put slots of the same heads one after another.
+    """Concatenate slots of the same heads.
 
     Args:
         parts: at least one.
@@ -108,11 +108,11 @@ def joined(parts: Sequence[CacheSlots]) -> CacheSlots:
 
 
 def live_first(held: CacheSlots, end: int) -> CacheSlots:
-    """Move the empty slots of padded rows behind the others, before `end`, so that sinks are the first keys there are.
+    """Move the empty slots of padded rows after the other slots, before `end`, so that sinks are the first real keys.
 
     Args:
         held: the slots.
-        end: end of the range within which they move.
+        end: end of the range within which slots move.
 
     Returns:
         all slots.

@@ -1,4 +1,4 @@
-"""The contract of a store: what one layer of a cache holds, however it holds it."""
+"""The base class of every store: the keys and values of one layer of a cache."""
 
 from abc import ABC, abstractmethod
 
@@ -12,11 +12,11 @@ from hyperattention.types import Partial
 
 
 class Store(ABC):
-    """Keys and values of one layer while a model reads and writes: appended, attended to, settled, over and over.
+    """The keys and values of one layer during generation: appended, attended to, and compressed in every step.
 
-    A step is `append`, then attention, then `end_step`. While `is_whole` attention over what `append` returned is exact, and
-    whoever attends may do it in any way; from then on `attend` is the way. Every store tells its true length (`seen`), so
-    that positions stay those of the text, and how many bytes it holds.
+    A step is `append`, then attention, then `end_step`. While `is_whole` is True, attention over the tensors that `append`
+    returned is exact, and a caller may compute it in any way; afterwards a caller must use `attend`. Every store reports the
+    true length of the text (`seen`), so that positions stay those of the text, and the number of bytes it holds.
     """
 
     @property
@@ -27,22 +27,22 @@ class Store(ABC):
     @property
     @abstractmethod
     def batch(self) -> int:
-        """Rows of the batch; 0 while nothing is held."""
+        """Rows of the batch; 0 if the store is empty."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device | None:
-        """Where keys and values lie; None while nothing is held."""
+        """Device of keys and values; None if the store is empty."""
 
     @property
     @abstractmethod
     def num_slots(self) -> int:
-        """Slots of each head that the next query is shown; as many as `append` would return before its new ones."""
+        """Slots of each head: as many as the next `append` returns, without its new ones."""
 
     @property
     @abstractmethod
     def num_read(self) -> int:
-        """Keys of each head that a query of one more token reads, its own left out."""
+        """Keys of each head that the query of the next token reads, without its own key."""
 
     @property
     @abstractmethod
@@ -52,13 +52,13 @@ class Store(ABC):
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
-        """Bytes of all tensors held, room for more included."""
+        """Bytes of all tensors held, free space included."""
 
     @abstractmethod
     def append(
         self, k: Float[Tensor, "batch kv_heads new head_dim"], v: Float[Tensor, "batch kv_heads new value_dim"]
     ) -> tuple[Tensor, Tensor]:
-        """Take new keys and values in.
+        """Append new keys and values.
 
         Args:
             k: keys, positions applied.
@@ -70,7 +70,7 @@ class Store(ABC):
 
     @abstractmethod
     def mask_padding(self, live: Bool[Tensor, "batch new"]) -> None:
-        """Say which of the tokens just appended are padding, before they are attended to.
+        """Mark the tokens just appended that are padding, before attention over them.
 
         Args:
             live: False for padding, which is never read again.
@@ -78,12 +78,12 @@ class Store(ABC):
 
     @abstractmethod
     def attend(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN) -> Partial:
-        """Attend from the tokens just appended, each to what is held and to those up to itself.
+        """Compute attention for the tokens just appended, each over earlier keys and the new keys up to its own.
 
         Args:
-            q: their queries.
+            q: queries of the new tokens.
             scale: factor of the scores.
-            rule: what the model does to scores beside.
+            rule: the model's softcap and learned sinks.
 
         Returns:
             the rows and their log-sum-exp.
@@ -91,36 +91,36 @@ class Store(ABC):
 
     @abstractmethod
     def end_step(self, q: Float[Tensor, "batch heads queries head_dim"], scale: float, rule: ScoreRule = PLAIN) -> None:
-        """End a step: look at its queries, and bring what is held back within the budget.
+        """End a step: read its queries, and compress the store to its budget.
 
         Args:
             q: the queries of the tokens just appended.
             scale: factor of the scores.
-            rule: what the model does to scores beside.
+            rule: the model's softcap and learned sinks.
         """
 
     @abstractmethod
     def take_rows(self, index: Int[Tensor, " rows"]) -> None:
-        """Keep some rows of the batch, repeats allowed: beams that move, sequences that end.
+        """Select rows of the batch, for beam search and for sequences that end.
 
         Args:
-            index: which.
+            index: the rows; repeats are allowed.
         """
 
     @abstractmethod
     def crop(self, num: int) -> None:
-        """Forget the latest tokens, as assisted decoding does with guesses that were wrong.
+        """Remove the latest tokens, as assisted decoding does with rejected tokens.
 
         Args:
-            num: how many.
+            num: number of tokens.
 
         Raises:
-            ValueError: if they can no longer be told from what they were compressed into.
+            ValueError: if the tokens are already compressed.
         """
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Give all that is needed to go on later, by name: tensors alone, numbers as tensors of one.
+        """Return all that is needed to continue later, by name: only tensors; numbers are tensors with one element.
 
         Returns:
             the state.
@@ -128,36 +128,36 @@ class Store(ABC):
 
     @abstractmethod
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Args:
-            state: what `state` gave.
+            state: the result of `state`.
 
         Raises:
             ValueError: if a tensor is missing, or its shape does not fit the others.
         """
 
     def move(self, device: torch.device) -> None:
-        """Move everything to where attention runs.
+        """Move all tensors to the device where attention runs.
 
         Args:
-            device: where.
+            device: the device.
         """
         self.restore({name: x.to(device) for name, x in self.state().items()})
 
 
 class StoreFactory(ABC):
-    """A way to keep keys that is no `Policy`: a store of its own kind, made for each layer."""
+    """A way to keep keys with its own store class, in place of a `Policy`; each layer gets one store."""
 
     @abstractmethod
     def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> Store:
         """Make an empty store.
 
         Args:
-            room: how much each head may hold, or read in a step.
+            room: number of keys that each head may hold, or read in a step.
             layer: layer of the model, a counter of every draw.
             seed: seed of every draw.
-            previous: the store of the layer before, where there is one: neighbours may share what they chose.
+            previous: the store of the previous layer, if any: neighbouring layers may share their choice.
 
         Returns:
             the store.

@@ -1,4 +1,4 @@
-"""How the stores of a layer are made: a value, so that a cache can be copied and pickled with what makes its stores."""
+"""The recipe for the stores of a layer: a value, so that a cache can be copied and pickled together with it."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ class StoreMaker:
     """Make empty stores for one layer.
 
     Args:
-        policy: what is kept, or how it is read.
-        room: how much each head may hold, or read in a step.
+        policy: the policy, or the factory of another kind of store.
+        room: number of keys that each head may hold, or read in a step.
         layer: layer of the model, a counter of every draw.
         seed: seed of every draw.
-        audit: positions of which one is audited; None for no audit.
+        audit: length of the runs of positions; one position of each run is audited. None for no audit.
     """
 
     policy: Policy | StoreFactory
@@ -31,7 +31,7 @@ class StoreMaker:
         """Make an empty store.
 
         Args:
-            previous: the store of the layer before, where there is one: neighbours may share what they chose.
+            previous: the store of the previous layer, if any: neighbouring layers may share their choice.
 
         Returns:
             the store, without an audit.
@@ -41,12 +41,12 @@ class StoreMaker:
         return self.policy.store(self.room, self.layer, self.seed, previous)
 
     def watched(self, inner: Store) -> Store:
-        """Put a store under audit, if there is to be one.
+        """Wrap a store in an audit, if one is wanted.
 
         Args:
             inner: the store.
 
         Returns:
-            the store that is read.
+            the store to use.
         """
         return inner if self.audit is None else AuditedStore(inner, self.audit, self.seed)

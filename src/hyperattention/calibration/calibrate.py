@@ -114,9 +114,13 @@ def calibrate(
 
 
 def _measure(
-    loaded: LoadedModel, samples: Sequence[EvaluationSample], ladder: Sequence[AttentionMethod], seed: int, kept: Journal,
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
+    ladder: Sequence[AttentionMethod],
+    seed: int,
+    kept: Journal,
     on_step: Callable[[str], None],
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Measure the layers that are not in the journal, in one pass with exact attention for each document.
 
     Returns:
@@ -140,9 +144,13 @@ def _measure(
 
 
 def _added_nats(
-    loaded: LoadedModel, samples: Sequence[EvaluationSample], layers: dict[int, ByHead], exact_nats: Sequence[float],
-    seed: int, on_step: Callable[[str], None],
-) -> float:  # fmt: skip
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
+    layers: dict[int, ByHead],
+    exact_nats: Sequence[float],
+    seed: int,
+    on_step: Callable[[str], None],
+) -> float:
     """Compute the added loss a byte of the second half, with the plan in all layers of the model."""
     plan, added = Row("plan", "plan", ByLayer(layers)), []
     for document, (sample, theirs) in enumerate(zip(samples, exact_nats, strict=True)):

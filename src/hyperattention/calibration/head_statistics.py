@@ -78,9 +78,17 @@ def inspect_layer(
     tried = tuple(dict.fromkeys((*ladder, *served.methods)))
     shared = call.q.shape[1] != call.k.shape[1]
     report = audit(
-        call.q, call.k, call.v, run_on(call, served, seed), rows=rows, is_causal=True, scale=call.scale, enable_gqa=shared,
-        seed=seed, heavy=(SINKS, WINDOW),
-    )  # fmt: skip
+        call.q,
+        call.k,
+        call.v,
+        run_on(call, served, seed),
+        rows=rows,
+        is_causal=True,
+        scale=call.scale,
+        enable_gqa=shared,
+        seed=seed,
+        heavy=(SINKS, WINDOW),
+    )
     found = {"alpha": report.alpha, "kappa": report.kappa, "error": report.relative_error}
     found |= dict(zip(("low", "high"), report.interval, strict=True))
     figures = {name: figure[0].tolist() for name, figure in found.items()} | _row_figures(call, rows, seed)

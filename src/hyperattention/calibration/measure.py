@@ -49,9 +49,16 @@ def run_on(call: CallInputs, method: AttentionMethod, seed: int = 0, num_tokens:
     """
     q, k, v = (x[:, :, :num_tokens] for x in (call.q, call.k, call.v))
     out = attention(
-        q, k, v, method=method, is_causal=True, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1], layer=call.layer,
+        q,
+        k,
+        v,
+        method=method,
+        is_causal=True,
+        scale=call.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        layer=call.layer,
         seed=seed,
-    )  # fmt: skip
+    )
     wait_for(out)
     return out
 

@@ -44,7 +44,11 @@ def retime(
     crossing = find_crossing(loaded, sample, plan.layers, repeats=repeats, on_step=on_step)
     last = crossing.times[-1]
     measured = replace(
-        plan.measured, device=where(loaded), threads=torch.get_num_threads(), seconds=last.plan, exact_seconds=last.exact,
+        plan.measured,
+        device=where(loaded),
+        threads=torch.get_num_threads(),
+        seconds=last.plan,
+        exact_seconds=last.exact,
         times=crossing.times,
-    )  # fmt: skip
+    )
     return replace(plan, crossover=crossing.keys, measured=measured)

@@ -1,4 +1,4 @@
-"""The doctor: what is installed, what can run here, and why the rest cannot."""
+"""The command `doctor`: what is installed, what can run here, and why the rest cannot."""
 
 import importlib.util
 import os
@@ -9,12 +9,15 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.table import Table
+from rich.text import Text
 
+from hyperattention.cli.support import make_console
+from hyperattention.files.model_folder import WEIGHTS
 from hyperattention.kernels.backend import TRITON_INSTALLED, WIDEST, capable
 from hyperattention.select.score.precision import integers_are_fast
 
 _COMPILERS = "gcc", "clang", "cc"
-_REFERENCE = Path(__file__).parent / "reference"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,16 @@ class Finding:
     name: str
     available: bool | None
     detail: str
+
+
+def doctor() -> None:
+    """Say what is installed, which paths are available, and why one is not."""
+    table = Table("", "what", "detail")
+    table.columns[2].overflow = "fold"
+    for finding in examine():
+        mark = {None: Text(""), True: Text("yes", "green"), False: Text("no", "red")}[finding.available]
+        table.add_row(mark, finding.name, finding.detail)
+    make_console().print(table)
 
 
 def examine() -> tuple[Finding, ...]:
@@ -50,8 +63,8 @@ def examine() -> tuple[Finding, ...]:
         _package("safetensors", "the reference model cannot be read: pip install 'hyperattention[transformers]'"),
         _package("matplotlib", "no plots: pip install 'hyperattention[cli]'"),
         _package("rich", "no tables: pip install 'hyperattention[cli]'"),
-        _file("reference model", _REFERENCE / "weights" / "model.safetensors", "train one with training/train_reference.py"),
-        _file("held-out text", _REFERENCE / "held_out.txt", "write it with training/write_held_out.py"),
+        _file("reference model", WEIGHTS / "model.safetensors", "train one with training/train_reference.py"),
+        _file("held-out text", WEIGHTS.parent / "held_out.txt", "write it with training/write_held_out.py"),
     )
 
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli.support import Encoding, check_inputs, explained, interruptible, make_console, names, numbers
+from hyperattention.cli.options import Encoding
+from hyperattention.cli.support import check_inputs, explained, hide_bars, make_console, names, numbers
 from hyperattention.files.model_folder import WEIGHTS, find_folder
 from hyperattention.report.evaluation_folder import check_evaluation_folder
 
@@ -39,24 +40,31 @@ def evaluate(
     with explained():
         check_evaluation_folder(out, (find_folder(model), reference or WEIGHTS), overwrite=overwrite)
         check_inputs(model=model, reference=reference, text=text, encoding=encoding)
-        from transformers.utils import logging
-
+        given_lengths = None if lengths is None else numbers("--lengths", lengths)
+        given_budgets = None if budget is None else numbers("--budget", budget)
         from hyperattention.report import evaluation as report
 
-        logging.disable_progress_bar()
+        hide_bars()
         usual = report.QUICK if quick else report.EvaluationOptions(out)
         options = report.EvaluationOptions(
-            out, find_folder(model), reference or usual.reference, text,
-            usual.tasks if tasks is None else names(tasks), names(policies),
-            usual.lengths if lengths is None else numbers("--lengths", lengths),
-            usual.budgets if budget is None else numbers("--budget", budget),
-            depths or usual.depths, seeds or usual.seeds, usual.documents if documents is None else documents,
-            overwrite, chunk, encoding,
-        )  # fmt: skip
+            out,
+            find_folder(model),
+            reference or usual.reference,
+            text,
+            usual.tasks if tasks is None else names(tasks),
+            names(policies),
+            given_lengths or usual.lengths,
+            given_budgets or usual.budgets,
+            depths or usual.depths,
+            seeds or usual.seeds,
+            usual.documents if documents is None else documents,
+            overwrite,
+            chunk,
+            encoding,
+        )
         prepared = report.prepare(options)
-    with interruptible():
-        results = report.run(prepared, console)
-        report.show(prepared, results, console)
+    results = report.run(prepared, console)
+    report.show(prepared, results, console)
     with explained():
         written = report.save(prepared, results)
     for path in written:

@@ -5,16 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli.support import (
-    INTERRUPTED,
-    Encoding,
-    Overwrite,
-    check_inputs,
-    explained,
-    hide_bars,
-    make_console,
-    refuse,
-)
+from hyperattention.cli.options import Encoding, Overwrite
+from hyperattention.cli.support import INTERRUPTED, check_inputs, explained, hide_bars, make_console, refuse
 from hyperattention.files.model_folder import find_folder
 from hyperattention.files.outputs import Outputs
 from hyperattention.random import SEED_LIMIT

@@ -5,17 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli.support import (
-    Encoding,
-    Length,
-    Overwrite,
-    Seed,
-    check_inputs,
-    explained,
-    hide_bars,
-    make_console,
-    tell,
-)
+from hyperattention.cli.options import Encoding, Length, Overwrite, Seed
+from hyperattention.cli.support import check_inputs, explained, hide_bars, make_console, tell
 from hyperattention.files.model_folder import find_folder
 from hyperattention.files.outputs import Outputs
 
@@ -67,9 +58,7 @@ def inspect_model(
     outputs = Outputs((out,), overwrite, (text, plan, find_folder(model)), _PAGE)
     with explained():
         outputs.check()
-        check_inputs(model=model, text=text, encoding=encoding)
-        if plan is not None and not plan.is_file():
-            raise ValueError(f"cannot read the plan {plan}: no such file; name a file that `calibrate` wrote")
+        check_inputs(model=model, text=text, encoding=encoding, plan=plan)
         from hyperattention.report import inspect as report
         from hyperattention.report.demo import DemoOptions as Texts
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hyperattention.cli.support import Encoding, Overwrite, Seed, check_inputs, explained, hide_bars, make_console
+from hyperattention.cli.options import Encoding, Overwrite, Seed
+from hyperattention.cli.support import check_inputs, explained, hide_bars, make_console
 from hyperattention.files.model_folder import find_folder
 from hyperattention.files.outputs import Outputs
 
@@ -24,12 +25,12 @@ def retime(
     written = plan if out is None else out
     with explained():
         Outputs((written,), overwrite, (text, find_folder(model))).check()
-        check_inputs(model=model, text=text, encoding=encoding)
+        check_inputs(model=model, text=text, encoding=encoding, plan=plan)
         from hyperattention.report import retime as report
         from hyperattention.report.demo import DemoOptions as Texts
 
         hide_bars()
         found = report.ready(plan, Texts(text=text, model=find_folder(model), seed=seed, encoding=encoding))
-        timed = report.run(found, written, console)
+        timed = report.run(found, written, console, overwrite=overwrite)
     report.show(found.plan, timed, console)
     console.print(f"wrote {written}")

@@ -2,17 +2,19 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Never
+from typing import Never
 
 import typer
 from rich.console import Console
 
 from hyperattention.files.model_folder import check_model_folder, check_reference_folder, find_folder
 from hyperattention.files.outputs import Outputs
+from hyperattention.files.plan_file import load_plan
 from hyperattention.files.user_text import read_text
 
 _EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})
@@ -22,17 +24,8 @@ INTERRUPTED = 130
 _PIPE_CLOSED = 141
 # without an ending it is a PNG
 _PICTURES = frozenset({"", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp"})
-# a file or a pipe has no width; tables need this much
+# a file or a pipe has no width, unless COLUMNS says one; tables need this much
 _PLAIN_WIDTH = 150
-
-
-Length = Annotated[int | None, typer.Option(help="Tokens of each document; by default what the model was made for.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and draws.")]
-Encoding = Annotated[
-    str | None,
-    typer.Option(help="Of your text, such as latin-1; by default UTF-8, or bytes as they are for the embedded model."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
 
 def version(wanted: bool) -> bool:
@@ -70,10 +63,11 @@ def refuse(message: object) -> Never:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let an interruption, and a reader of the output that has gone, end the command without a traceback."""
+def quiet_end() -> Iterator[None]:
+    """Let an interruption, and a reader of the output that has gone, end a command without a traceback."""
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:
         # what is left in the buffer would fail again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,20 +77,37 @@ def interruptible() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a whole command end so.
+
+    Args:
+        command: the function of the command.
+
+    Returns:
+        the same with that.
+    """
+
+    @wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        with quiet_end():
+            command(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Turn what a user can put right into one line; anything else keeps its traceback."""
-    with interruptible():
-        try:
-            yield
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in _EXTRAS:
-                raise
-            refuse(f"this command needs {error.name}: pip install 'hyperattention[demo]'")
-        except BrokenPipeError:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRAS:
             raise
-        except (ValueError, OSError) as error:
-            refuse(error)
+        refuse(f"this command needs {error.name}: pip install 'hyperattention[demo]'")
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        refuse(error)
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -109,11 +120,18 @@ def make_console(*, stderr: bool = False) -> Console:
         the console.
     """
     console = Console(stderr=stderr, markup=False, emoji=False)
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH, stderr=stderr, markup=False, emoji=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(width=_PLAIN_WIDTH, stderr=stderr, markup=False, emoji=False)
 
 
 def check_inputs(
-    *, model: str | Path | None = None, reference: Path | None = None, text: Path | None = None, encoding: str | None = None
+    *,
+    model: str | Path | None = None,
+    reference: Path | None = None,
+    text: Path | None = None,
+    encoding: str | None = None,
+    plan: Path | None = None,
 ) -> None:
     """Refuse what is not there, before what is slow is even imported.
 
@@ -122,10 +140,13 @@ def check_inputs(
         reference: folder of a reference model; None for none.
         text: a text; None for none.
         encoding: what the user says that it is in; None for nothing.
+        plan: the file of a plan; None for none.
 
     Raises:
         ValueError: if there is an encoding and no text.
     """
+    if plan is not None:
+        load_plan(plan)
     folder = None if model is None else find_folder(str(model))
     if folder is not None:
         check_model_folder(folder)

@@ -1,1 +1,1 @@
-"""How far an output is from exact attention: exact rows, intervals, reports."""
+"""The error of an output relative to exact attention: exact rows, intervals, reports."""

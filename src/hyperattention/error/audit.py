@@ -1,4 +1,4 @@
-"""The audit: exact attention on a few rows, compared with any output, however it was made."""
+"""The audit: exact attention on a few rows, compared with an output of any method."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,26 +19,26 @@ from hyperattention.transforms import refuse_transforms, scale_of
 
 __all__ = ["ErrorReport", "audit", "sample_rows"]
 
-# first counter of the row draws, so that rows and the draws they judge share no bits under one seed
+# first counter of the row draws, so that they share no random bits with the draws of a method under one seed
 _STREAM = 0xA0D17
-# sinks and window that stand for a method unknown
+# sinks and window if the method is unknown
 HEAVY = (16, 512)
 
 
 def sample_rows(
     num_queries: int, rows: int, seed: int, device: torch.device | str, stream: tuple[int, ...] = (_STREAM,)
 ) -> Int[Tensor, " rows"]:
-    """Draw one query from each of equal strata of the positions, or take all where there are no more than `rows`.
+    """Draw one query from each of `rows` equal strata of the positions, or take all queries if there are at most `rows`.
 
-    row_s = floor((s + u_s) * num_queries / rows), u_s uniform: strata are equal in real numbers, so every query is as likely
-    as any other even where `rows` does not divide their number.
+    row_s = floor((s + u_s) * num_queries / rows), u_s uniform: the strata are equal intervals of real numbers, so every
+    query is equally likely even if `rows` does not divide the number of queries.
 
     Args:
         num_queries: number of queries.
         rows: number of strata.
-        seed: seed of the draws; nothing else enters but the stratum and the stream.
-        device: where the indices are wanted.
-        stream: first counters of the draws: rows of another stream are drawn afresh.
+        seed: seed of the draws, which depend only on seed, stratum and stream.
+        device: device of the indices.
+        stream: first counters of the draws: each stream gives independent rows.
 
     Returns:
         indices in order.
@@ -68,31 +68,31 @@ def audit(
     heavy: tuple[int, int] | None = None,
     hardness: bool = True,
 ) -> ErrorReport:
-    """Measure how far an attention output is from exact, on exact rows drawn one from each of equal strata of the positions.
+    """Measure the error of an attention output, on exact rows drawn one from each of equal strata of the positions.
 
-    The rows are shared by all batch entries and heads, so that keys are read once; each head's interval is valid by
-    itself, and the heads' errors are not independent. With `rows` at least the number of queries every row is judged,
-    and the interval is a point. A row that sees nothing is not judged, but counted. Bad input raises as `check_audit` and
-    `attention` do.
-    Cost: O(rows * keys * head_dim) a head, O(rows * keys) memory for one head at a time.   Guarantee: see `mean_interval`,
-    `percentile_bound` and `row_statistics` for what each figure estimates, and on which side it errs.
+    All batch entries and heads share the rows, so that keys are read once. Each head's interval is valid by itself; the
+    heads' errors are not independent. If `rows` is at least the number of queries, every row is measured, and the interval
+    is a point. A row that sees no key is not measured, but counted in `num_empty`. Invalid input raises the errors of
+    `check_audit` and `attention`.
+    Cost: O(rows * keys * head_dim) per head, O(rows * keys) memory for one head at a time.   Guarantee: see `mean_interval`,
+    `percentile_bound` and `row_statistics` for the estimate and the direction of the bias of each figure.
 
     Args:
         query: queries.
         key: keys.
         value: values.
-        out: the output to judge, of any method and dtype.
-        rows: rows to draw a head.
-        is_causal: whether `out` claims to be causal attention.
+        out: the output to measure, of any method and dtype.
+        rows: number of rows to draw per head.
+        is_causal: whether `out` should be causal attention.
         scale: factor on the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: whether query heads may share kv heads.
         key_mask: True = attend.
         causal_align: "upper_left" or "lower_right".
-        seed: of the rows drawn.
-        method: what made `out`, if known: gives the share of pairs and the heavy mask.
+        seed: seed of the rows drawn.
+        method: the method that computed `out`, if known: it gives the share of pairs and the heavy mask.
         heavy: sinks and window (in keys) left out of kappa; if None those of the method, or 16 and 512.
-        hardness: whether alpha, kappa and the error in the paper's norm are wanted; without them, which are NaN then, a
-            GPU reads every key once.
+        hardness: whether alpha, kappa and the error in the paper's norm are wanted. If False they are NaN, and a GPU reads
+            every key once.
 
     Returns:
         the report.
@@ -107,7 +107,7 @@ def audit(
         heavy = _heavy_mask(method) if heavy is None else heavy
         sample = sample_for(
             query, key, rows, is_causal=is_causal, causal_align=causal_align, scale=scale, heavy=heavy, seed=seed
-        )  # fmt: skip
+        )
         found = judge(query, key, value, out, key_mask, sample)
     else:
         index = sample_rows(num_queries, rows, seed, query.device)
@@ -132,17 +132,17 @@ def sample_for(
     heavy: tuple[int, int] = HEAVY,
     seed: int = 0,
 ) -> SampledRows:
-    """Draw the rows of an audit, and note what each may see.
+    """Draw the rows of an audit, with the keys that each may see.
 
     Args:
         query: queries.
         key: keys.
-        rows: rows to draw a head.
-        is_causal: whether the outputs to be judged are causal.
+        rows: number of rows to draw per head.
+        is_causal: whether the outputs to measure are causal.
         causal_align: "upper_left" or "lower_right".
         scale: factor on the scores; 1 / sqrt(head_dim) if None.
         heavy: sinks and window (in keys) left out of kappa.
-        seed: of the rows drawn.
+        seed: seed of the rows drawn.
 
     Returns:
         the sample.
@@ -163,12 +163,12 @@ def sample_for(
 
 
 def report_on(found: HeadErrors, num_queries: int, share_of_pairs: float | None) -> ErrorReport:
-    """Sum up what the sampled rows of an output show, with intervals for what the others may hide.
+    """Summarise the errors of the sampled rows, with intervals for all rows.
 
     Args:
-        found: the rows, judged.
-        num_queries: rows there are.
-        share_of_pairs: pairs the method lists relative to exact attention's, if known.
+        found: errors of the sampled rows.
+        num_queries: number of all rows.
+        share_of_pairs: pairs that the method lists relative to exact attention's, if known.
 
     Returns:
         the report.
@@ -193,17 +193,17 @@ def report_on(found: HeadErrors, num_queries: int, share_of_pairs: float | None)
 
 
 def check_audit(query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: int) -> None:
-    """Check what only an audit needs, beside what attention itself would.
+    """Check the arguments of an audit, beyond the checks of attention itself.
 
     Args:
         query: queries.
         key: keys.
         value: values.
-        out: the output to judge.
-        rows: rows to draw.
+        out: the output to measure.
+        rows: number of rows to draw.
 
     Raises:
-        ValueError: if `out` has another shape than attention would give, `rows` is not positive, or a length is 0.
+        ValueError: if `out` does not have the shape of attention's output, `rows` is not positive, or a length is 0.
     """
     wanted = (*query.shape[:-1], value.shape[-1])
     if tuple(out.shape) != wanted:
@@ -213,12 +213,10 @@ def check_audit(query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: in
     if out.device != query.device:
         raise ValueError(f"out is on {out.device} and query on {query.device}: move them to one device")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(
-            f"{rows!r} rows to audit: give a positive integer; from 59 on the 95th percentile is bounded as well"
-        )
+        raise ValueError(f"{rows!r} rows to audit: give a positive integer; 59 rows or more also bound the 95th percentile")
     if not out.shape[2] or not key.shape[2]:
         raise ValueError(
-            f"{out.shape[2]} queries and {key.shape[2]} keys: an audit needs at least one of each; leave it out"
+            f"{out.shape[2]} queries and {key.shape[2]} keys: an audit needs at least one of each; leave the audit out"
         )
 
 
@@ -232,13 +230,13 @@ def _heavy_mask(method: AttentionMethod | None) -> tuple[int, int]:
 def _windows(positions: list[int], size: int, num_keys: int, is_causal: bool) -> list[tuple[int, int]]:
     """Place each row's window: the last keys it may see, or the keys on both sides of it."""
     if is_causal:
-        # a causal row has no weight beyond its window, so there is nothing to add up there
+        # a causal row has no weight beyond its window, so no sum is needed there
         return [(min(position + 1, num_keys) - size, num_keys) for position in positions]
     return [(position - size // 2, max(0, position + size - size // 2)) for position in positions]
 
 
 def _percentile(errors: Tensor, live: Tensor) -> Tensor:
-    """Find the 95th percentile of a population seen whole."""
+    """Find the 95th percentile of a fully observed population."""
     ordered = errors.masked_fill(~live[:, None], torch.inf).sort(-1).values
     counted = live.sum(-1)
     place = ((0.95 * counted).ceil().long() - 1).clamp(min=0)[:, None, None].expand(-1, errors.shape[1], 1)

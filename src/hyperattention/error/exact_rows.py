@@ -1,4 +1,4 @@
-"""A few exact rows against all keys: what an error is measured by."""
+"""Exact attention for a few rows over all keys: the reference for measured errors."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,19 +19,19 @@ def exact_rows(
 ) -> Float[Tensor, "batch heads rows value_dim"]:
     """Compute exact attention for some queries, in float32 at least.
 
-    On a GPU, without a mask, one launch of the list kernel reads every key once: a single run, split over many programs.
-    Narrow inputs keep their products exact, and weights are kept to twice their precision.
+    On a GPU, without a mask, one launch of the list kernel reads every key once: a single run of keys, split over many
+    programs. Products of half-precision inputs are exact, and weights are kept to twice their precision.
 
     Args:
         rows: the queries.
         key: keys.
         value: values.
-        visible: leading keys that each may see.
+        visible: number of leading keys that each query may see.
         scale: factor of the scores.
         key_mask: True = attend.
 
     Returns:
-        the rows; 0 where nothing is seen.
+        the rows; 0 for a row that sees no key.
     """
     if key_mask is not None or not key.shape[2] or not triton_reads(rows, key, value):
         return exact_attention(rows, key, value, scale=scale, visible=visible[None], key_mask=key_mask).out

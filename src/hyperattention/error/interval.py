@@ -1,4 +1,4 @@
-"""Intervals for errors measured on a few rows: what the rows seen say, and what the rows not seen might still hide."""
+"""Confidence intervals for errors measured on a sample of rows, with an allowance for the rows that were not sampled."""
 
 import math
 
@@ -8,10 +8,11 @@ from torch import Tensor
 
 from hyperattention.random import uniform
 
-# the relative error of a row that is wholly wrong: zero, or unrelated small values, where the exact row is
+# the relative error of a completely wrong row: an output of zero, or of small unrelated values
 WRONG_ROW = 1.0
 _LEVEL = 0.95
-# resamples: at 2.5% a tail the level itself then stands within about 0.35%; each uniform serves two, from either end
+# number of resamples: the level of each 2.5% tail is then accurate to about 0.35%; each uniform gives two resamples, u and 1
+# - u
 _RESAMPLES = 2048
 # first counter of the resampling weights, so that they share no bits with the draws of a method
 _STREAM = 0x1A7E
@@ -20,25 +21,26 @@ _STREAM = 0x1A7E
 def mean_interval(
     errors: Float[Tensor, "batch heads rows"], live: Bool[Tensor, "batch rows"], cap: float = WRONG_ROW
 ) -> tuple[Float[Tensor, "batch heads"], Float[Tensor, "batch heads"]]:
-    """Bound the mean error of all rows from a few, allowing for rare, wholly wrong rows that none of the few hit.
+    """Bound the mean error of all rows from a sample, with an allowance for rare, completely wrong rows outside the sample.
 
     low  = 2.5% point of sum_i D_i e_i,   high = 97.5% point of sum_i D_i e_i + D_0 max(cap, max_i e_i),
-    D uniform on the simplex of the rows and one row more, which is 0 at the low end and wholly wrong at the high.
+    D uniform on the simplex of the rows and one extra row, whose error is 0 for the low end and the cap for the high end.
     Source: the interval that Gaffke (2005) and Learned-Miller and Thomas, 2019 (arXiv:1905.06208) propose for bounded
     variables.   Differs: the cap grows with the worst row seen; quantiles by a fixed set of resamples.
     Cost: O(2048 * rows) per head.   Guarantee: for two-valued errors it is the Clopper-Pearson interval, never below 95%;
     in general its coverage is conjectured there and tested here. Assumes that no row is worse than max(cap, worst
     row seen). Rows may come one from each of equal strata: that only concentrates the sample.
 
-    With no row wrong, the high end exceeds the mean by about 3.7 / rows: what a sample has not seen it cannot exclude.
+    If no sampled row is wrong, the high end exceeds the mean by about 3.7 / rows, because the sample cannot exclude wrong
+    rows elsewhere.
 
     Args:
-        errors: one error a row, not negative.
+        errors: one error per row, not negative.
         live: which rows count.
-        cap: the largest error an unseen row is allowed for.
+        cap: the largest error that is assumed for an unsampled row.
 
     Returns:
-        low and high ends; NaN where no row counts.
+        low and high ends; NaN if no row counts.
     """
     rows, device = errors.shape[-1], errors.device
     weight = _exponentials(rows + 1, device)
@@ -56,13 +58,13 @@ def mean_interval(
 
 
 def _exponentials(count: int, device: torch.device) -> Float[Tensor, "resamples count"]:
-    """Draw standard exponentials: over their sum they are uniform on the simplex, and so are any of them over theirs."""
+    """Draw standard exponentials: divided by their sum they are uniform on the simplex, and so is any subset by its sum."""
     counters = (
         _STREAM,
         torch.arange(_RESAMPLES // 2, dtype=torch.int64, device=device)[:, None],
         torch.arange(count, dtype=torch.int64, device=device),
     )
-    # midpoints of the hash's steps: never 0 nor 1
+    # midpoints of the steps of the hash: never 0 or 1
     places = uniform(counters, device) + 2.0**-33
     return -torch.cat([places, 1 - places]).log_()
 
@@ -70,19 +72,20 @@ def _exponentials(count: int, device: torch.device) -> Float[Tensor, "resamples 
 def percentile_bound(
     errors: Float[Tensor, "batch heads rows"], live: Bool[Tensor, "batch rows"], percentile: float = 0.95
 ) -> Float[Tensor, "batch heads"]:
-    """Bound a percentile of the row errors from above by one of the errors seen, whatever their distribution.
+    """Bound a percentile of the row errors from above by one of the sampled errors, for any distribution.
 
-    The k-th smallest of m errors is at or above the p-quantile unless k or more of them fall below it, so the least k with
-    P(Binomial(m, p) <= k - 1) >= 95% serves; for p = 0.95 the largest of m = 59 is the first that does (0.95^59 = 0.048).
+    The k-th smallest of m errors is at or above the p-quantile unless k or more of them are below it. So the bound is the
+    error of the smallest rank k with P(Binomial(m, p) <= k - 1) >= 95%. For p = 0.95 at least m = 59 rows are needed, and
+    the largest of the 59 errors is the bound (0.95^59 = 0.048).
     Guarantee: 95% confidence, distribution-free; rows drawn one from each of equal strata only raise it (Hoeffding, 1956).
 
     Args:
-        errors: one error a row.
+        errors: one error per row.
         live: which rows count.
-        percentile: the percentile bounded, as a fraction.
+        percentile: the percentile to bound, as a fraction.
 
     Returns:
-        the bound, NaN where too few rows count for one.
+        the bound; NaN if too few rows count.
     """
     rank = _bound_rank(live, percentile)[:, None, None].expand(-1, errors.shape[1], 1)
     ordered = errors.masked_fill(~live[:, None], torch.inf).sort(-1).values

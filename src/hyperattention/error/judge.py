@@ -1,4 +1,4 @@
-"""The rows drawn, judged: exact rows against those of any output."""
+"""The error of the sampled rows: rows of any output compared with exact rows."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ from hyperattention.error.sampled_rows import ExactSample, SampledRows, measure_
 
 @dataclass(frozen=True)
 class HeadErrors:
-    """What the sampled rows show of each head.
+    """Errors and other figures of each head, from the sampled rows.
 
     Args:
-        errors: relative error of each row; of no meaning in a row that is not live.
-        live: rows that see anything.
+        errors: relative error of each row; undefined for rows that are not live.
+        live: whether each row sees at least one key.
         operator_error: estimate of the error in the paper's norm.
         alpha: estimate of alpha.
         kappa: lower bound of kappa.
@@ -44,7 +44,7 @@ def judge(
         query: queries.
         key: keys.
         value: values.
-        out: the output to judge.
+        out: the output to measure.
         key_mask: True = attend.
         sample: the rows.
 
@@ -55,14 +55,14 @@ def judge(
 
 
 def compare(measured: ExactSample, rows_out: Float[Tensor, "batch heads rows value_dim"]) -> HeadErrors:
-    """Judge an output by exact rows that were measured before.
+    """Compare an output with exact rows that were computed before.
 
     Args:
         measured: the exact rows.
         rows_out: the same rows of the output.
 
     Returns:
-        errors, and the figures that depend on no output.
+        errors, and the figures that do not depend on the output.
     """
     exact = measured.exact
     difference = (rows_out.to(exact.dtype) - exact).masked_fill(~measured.live[:, None, :, None], 0.0)
@@ -80,16 +80,16 @@ def misses(
     visible: Tensor,
     scale: float,
 ) -> HeadErrors:
-    """Compare sampled rows of an output with exact ones, and look at nothing else.
+    """Compare sampled rows of an output with exact ones, without any other figures.
 
     Args:
         query: queries.
         key: keys.
         value: values.
-        out: the output to judge.
+        out: the output to measure.
         key_mask: True = attend.
         index: the rows.
-        visible: leading keys each may see.
+        visible: number of leading keys that each row may see.
         scale: factor of the scores.
 
     Returns:
@@ -98,7 +98,7 @@ def misses(
     rows = query.index_select(2, index)
     exact = exact_rows(rows, key, value, visible, scale, key_mask)
     seen = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
-    # a row is live if any key it may see is
+    # a row is live if it may see at least one live key
     live = torch.nn.functional.pad(seen.long().cumsum(1), (1, 0))[:, visible] > 0
     difference = (out.index_select(2, index).to(exact.dtype) - exact).masked_fill(~live[:, None, :, None], 0.0)
     error = relative_error(difference, exact)
@@ -107,10 +107,10 @@ def misses(
 
 
 def relative_error(difference: Tensor, exact: Tensor) -> Tensor:
-    """Relate norms of rows: infinite where the exact row is 0, unless the output is 0 too.
+    """Return the relative error of each row: infinite if the exact row is 0, unless the output is 0 too.
 
     Args:
-        difference: an output less the exact one.
+        difference: an output minus the exact one.
         exact: the exact output.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What an audit found, as a value that prints in one line."""
+"""The report of an audit: a value that prints in one line."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """The measured error of one attention output against exact rows, with its interval: a head at a time.
+    """The measured error of one attention output relative to exact rows, with its interval, for each head.
 
-    The intervals speak of the rows of this output, sampled; not of what other seeds would have given.
+    The intervals hold for all rows of this output, from which rows were sampled. They do not hold for other seeds.
 
     Args:
         relative_error: mean over the sampled rows of ||out_i - exact_i|| / ||exact_i||.
         interval: low and high end of the 95% interval of that mean over all rows.
-        percentile_95_bound: with 95% confidence, 95% of the rows err less; NaN below 59 rows.
-        operator_error: estimate of ||out - exact|| / (||softmax matrix|| ||value||), operator norms, made to err upwards.
-        alpha: estimate of keys * (largest squared norm of a column of the softmax matrix), made to err upwards.
+        percentile_95_bound: with 95% confidence, 95% of the rows have a smaller error; NaN for fewer than 59 rows.
+        operator_error: estimate of ||out - exact|| / (||softmax matrix|| ||value||), operator norms, biased upwards.
+        alpha: estimate of keys * (largest squared norm of a column of the softmax matrix), biased upwards.
         kappa: ratio of the largest to the smallest row sum outside the heavy mask; over the sampled rows, so a lower
-            bound. NaN where no sampled row sees a key outside the mask.
-        share_of_pairs: pairs the method lists relative to exact attention's; None if the method is unknown.
-        num_rows: rows sampled a head.
-        num_empty: sampled rows that see nothing, which count in nothing above.
+            bound. NaN if no sampled row sees a key outside the mask.
+        share_of_pairs: pairs that the method lists relative to exact attention's; None if the method is unknown.
+        num_rows: number of rows sampled per head.
+        num_empty: number of sampled rows that see no key; they do not enter any other figure.
     """
 
     relative_error: Float[Tensor, "batch heads"]
@@ -37,7 +37,7 @@ class ErrorReport:
     num_empty: Int[Tensor, " batch"]
 
     def __str__(self) -> str:
-        """Say in one line what was measured, on average and for the worst head."""
+        """Print in one line the measured error, on average and for the worst head."""
         low, high = self.interval
         text = f"relative error {_span(self.relative_error, low, high, None)}, {self.num_rows} rows a head"
         if self.share_of_pairs is not None:
@@ -51,6 +51,6 @@ class ErrorReport:
 
 
 def _span(middle: Tensor, low: Tensor, high: Tensor, index: int | None) -> str:
-    """Print one head, or the mean over heads: the mean of the heads' ends spans the mean of their errors."""
+    """Print one head, or the mean over heads: the means of the low and high ends contain the mean of the errors."""
     shown = [float(x.double().mean() if index is None else x.flatten()[index]) for x in (middle, low, high)]
     return f"{shown[0]:.2g} (95% CI {shown[1]:.2g}-{shown[2]:.2g})"

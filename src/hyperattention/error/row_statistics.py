@@ -1,6 +1,6 @@
-"""What a few exact rows of the softmax matrix tell of the whole: norms, alpha and kappa, without ever forming it.
+"""Norms, alpha and kappa of the softmax matrix, estimated from a few exact rows: the matrix is never formed.
 
-Rows come in blocks that may end before the last key: what is cut off is hidden from every row of the block, and 0.
+Rows come in blocks that may end before the last key: the keys cut off are hidden from every row of the block and count as 0.
 """
 
 from itertools import islice
@@ -11,22 +11,22 @@ from torch import Tensor
 
 # rows squared at a time, so that the squares stay in the cache
 _SQUARED_ROWS = 8
-# each reads all values twice; two reach .999 of the norm on structured inputs, and .93 on Gaussian ones
+# each step reads all values twice; two steps reach .999 of the norm on structured inputs, and .93 on Gaussian ones
 _POWER_STEPS = 2
 
 
 def column_spread(blocks: list[Float[Tensor, "*heads _ _"]], num_keys: int) -> Float[Tensor, "*heads"]:
-    """Estimate alpha, the paper's measure of how much any one key is worth to all queries together.
+    """Estimate alpha, the paper's measure of the largest total attention that one key gets from all queries.
 
     alpha = keys * max_j ||P e_j||^2,  estimated by keys * (keys / rows) * max_j sum_i P_ij^2 over the sampled rows i.
     Source: Han et al., 2023 (arXiv:2310.05869), assumption on alpha.   Differs: with as many queries as keys, nothing;
-    otherwise the mean over the queries there are stands for the mean over `keys` of them.
-    Guarantee: unbiased for each column, so biased upwards for the largest: one sharp row among `rows` counts for
-    keys / rows of its like. Accurate where sinks dominate.
+    otherwise the mean over the available queries replaces the mean over `keys` queries.
+    Guarantee: unbiased for each column, so biased upwards for the largest column: one sharp row among `rows` counts as keys
+    / rows such rows. Accurate if attention sinks dominate.
 
     Args:
-        blocks: sampled rows P of the softmax matrix; a row that sees nothing is 0.
-        num_keys: columns of the whole matrix.
+        blocks: sampled rows P of the softmax matrix; a row that sees no key is 0.
+        num_keys: columns of the entire matrix.
 
     Returns:
         the estimate.
@@ -44,11 +44,11 @@ def residual_ratio(
     first: int,
     windows: list[tuple[int, int]],
 ) -> Float[Tensor, "*heads"]:
-    """Bound kappa from below: how unequal the rows' sums are once the heavy entries are taken out.
+    """Bound kappa from below: the ratio of the largest to the smallest row sum after the heavy entries are removed.
 
     kappa = max_i s_i / min_i s_i,  s_i = sum of exp(scale q_i.k_j) over the keys j outside row i's heavy mask.
-    Source: Han et al., 2023 (arXiv:2310.05869), definition of kappa.   Differs: over the sampled rows only, and over
-    those with any weight outside the mask.
+    Source: Han et al., 2023 (arXiv:2310.05869), definition of kappa.   Differs: only over sampled rows that have weight
+    outside the mask.
     Guarantee: at most the kappa of all rows.
 
     Args:
@@ -58,7 +58,7 @@ def residual_ratio(
         windows: for each row the keys [begin, end) around it that are heavy.
 
     Returns:
-        the ratio; NaN where no row has weight outside the mask.
+        the ratio; NaN if no row has weight outside the mask.
     """
     left = iter(windows)
     light = torch.cat([light_weight(block, first, list(islice(left, block.shape[-2]))) for block in blocks], -1)
@@ -77,8 +77,8 @@ def light_weight(
         block: rows of the softmax matrix.
         first: keys before it are heavy in every row.
         windows: for each row the keys [begin, end) around it that are heavy.
-        at_once: whether to do it in one pass, by a mask of rows x keys: None does so on all devices but a CPU, where sums of
-            slices cost less.
+        at_once: whether to use one pass with a mask of rows x keys; None: one pass on all devices except a CPU, where sums
+            of slices cost less.
 
     Returns:
         the sums.
@@ -87,7 +87,7 @@ def light_weight(
         begin, end = torch.tensor(windows, dtype=torch.int64, device=block.device)[..., None].unbind(1)
         key = torch.arange(block.shape[-1], dtype=torch.int64, device=block.device)
         heavy = (key < first) | ((key >= begin) & (key < end))
-        # not a product: 0 times what is not finite would be no number
+        # not a product: 0 times infinity would be NaN
         return block.masked_fill(heavy, 0.0).sum(-1)
     rows = zip(block.unbind(-2), windows, strict=True)
     return torch.stack([_outside(row, first, *window) for row, window in rows], dim=-1)
@@ -101,19 +101,19 @@ def _outside(row: Float[Tensor, "*heads _"], first: int, begin: int, end: int) -
 def softmax_norm(
     blocks: list[Float[Tensor, "*heads _ _"]], num_keys: int, num_queries: int, num_live: int
 ) -> Float[Tensor, "*heads"]:
-    """Estimate the operator norm of the softmax matrix from sampled rows, so that it is rather too small than too large.
+    """Estimate the operator norm of the softmax matrix from sampled rows; the estimate tends to be too small.
 
-    ||P||^2 >= ||P x||^2 / ||x||^2 for any x. Two are tried: x constant, for which it is live queries / keys; and x
-    the sum of every other sampled row, judged on the rows between them (and the other way round), so that no row judges a
-    direction of its own making. The norm of the sampled rows themselves, the plug-in, would overstate the norm of a
-    diagonal matrix by sqrt(queries / rows).
-    Guarantee: each term is an unbiased estimate of a lower bound of ||P||^2; close where sinks dominate.
+    ||P||^2 >= ||P x||^2 / ||x||^2 for any x. Two vectors x are tried. For a constant x the ratio is live queries / keys. The
+    other x is the sum of every second sampled row, evaluated on the remaining rows (and vice versa), so that no row is
+    evaluated on a direction that it helped to choose. The plug-in estimate, the norm of the sampled rows themselves, would
+    overestimate the norm of a diagonal matrix by sqrt(queries / rows).
+    Guarantee: each term is an unbiased estimate of a lower bound of ||P||^2; close to it if attention sinks dominate.
 
     Args:
-        blocks: sampled rows, one from each of equal strata in order; a row that sees nothing is 0.
-        num_keys: columns of the whole matrix.
-        num_queries: its rows.
-        num_live: sampled rows that see anything.
+        blocks: sampled rows, one from each of equal strata in order; a row that sees no key is 0.
+        num_keys: columns of the entire matrix.
+        num_queries: rows of the entire matrix.
+        num_live: number of sampled rows that see at least one key.
 
     Returns:
         the estimate.
@@ -122,7 +122,7 @@ def softmax_norm(
     constant = num_live * num_queries / rows / num_keys
     sums = [blocks[0].new_zeros((*blocks[0].shape[:-2], num_keys)) for _ in range(2)]
     images = [blocks[0].new_zeros(blocks[0].shape[:-2]) for _ in range(2)]
-    # blocks may have odd heights; each is halved by itself
+    # blocks may have odd heights; each is halved separately
     for block in blocks:
         for half, other in enumerate(sums):
             other[..., : block.shape[-1]] += block[..., half::2, :].sum(-2)
@@ -137,7 +137,7 @@ def softmax_norm(
 
 
 def value_norm(v: Float[Tensor, "*heads keys value_dim"]) -> Float[Tensor, "*heads"]:
-    """Bound the operator norm of the values from below by a few power steps, at a fraction of their Gram matrix's cost.
+    """Bound the operator norm of the values from below by a few power steps, much cheaper than by their Gram matrix.
 
     Args:
         v: values.
@@ -148,7 +148,7 @@ def value_norm(v: Float[Tensor, "*heads keys value_dim"]) -> Float[Tensor, "*hea
     x = v.sum(-2).unsqueeze(-1)
     for _ in range(_POWER_STEPS):
         x = v.transpose(-1, -2) @ (v @ torch.nn.functional.normalize(x, dim=-2))
-    # the last image is V'V of a unit vector, whose length is at most the squared norm
+    # the last image is V'V times a unit vector; its length is at most the squared norm
     return torch.linalg.vector_norm(x, dim=(-1, -2)).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""The rows drawn, attended to exactly: what any number of outputs can be judged by, without attending again."""
+"""Exact attention for the sampled rows: computed once, it serves to measure any number of outputs."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from hyperattention.error.row_statistics import column_spread, residual_ratio, softmax_norm, value_norm
 from hyperattention.exact import grouped_scores
 
-# bytes of softmax rows held at once; more than one head at a time only while they fit
+# bytes of softmax rows held at once; several heads run together only if they fit
 _CHUNK_BYTES = 64 * 2**20
-# the same on any other device, where a few large operations pay
+# the same on any other device, where a few large operations are faster
 _DEVICE_CHUNK_BYTES = 1024 * 2**20
 # causal rows are scored in blocks, each against the keys its last row sees: fewer rows would starve the matrix product
 _BLOCK_ROWS = 32
@@ -19,14 +19,14 @@ _BLOCK_ROWS = 32
 
 @dataclass(frozen=True)
 class SampledRows:
-    """The rows drawn, and what of the problem they need.
+    """The sampled rows, and the parts of the problem that their errors need.
 
     Args:
         index: the rows, in order.
-        visible: leading keys each may see.
-        windows: keys [begin, end) around each that are heavy.
-        sinks: leading live keys that are heavy.
-        num_queries: queries there are to draw from.
+        visible: number of leading keys that each row may see.
+        windows: heavy keys [begin, end) around each row.
+        sinks: number of leading live keys that are heavy.
+        num_queries: number of queries from which rows are drawn.
         scale: factor on the scores.
     """
 
@@ -40,13 +40,13 @@ class SampledRows:
 
 @dataclass(frozen=True)
 class ExactSample:
-    """Exact attention on the sampled rows: measured once, it judges any number of outputs.
+    """Exact attention on the sampled rows: computed once, it serves to measure any number of outputs.
 
     Args:
         exact: the rows.
-        live: rows that see anything.
-        size: what the norm of an output's error on these rows is divided by: the norms of softmax matrix and values, and
-            the share of rows that were sampled.
+        live: whether each row sees at least one key.
+        size: divisor of the norm of an output's error on these rows: the norms of softmax matrix and values, and the share
+            of rows that were sampled.
         alpha: estimate of alpha.
         kappa: lower bound of kappa.
     """
@@ -65,7 +65,7 @@ def measure_rows(
     key_mask: Bool[Tensor, "batch keys"] | None,
     sample: SampledRows,
 ) -> ExactSample:
-    """Attend exactly from the sampled rows, as many heads at a time as fit.
+    """Compute exact attention for the sampled rows, as many heads at a time as fit in memory.
 
     Args:
         query: queries.
@@ -93,7 +93,7 @@ def measure_rows(
             at = (slice(entry, entry + 1), slice(start, start + head_size))
             mask = None if key_mask is None else key_mask[entry : entry + 1]
             k, v = key[at].to(dtype), value[at].to(dtype)
-            # a masked value may hold anything, and 0 * NaN is NaN
+            # a masked value may be NaN, and 0 * NaN is NaN
             v = v if mask is None else v.masked_fill(~mask[:, None, :, None], 0.0)
             sized = value_norm(v)[..., None]
             for first in range(0, shape[1], group_size):
@@ -109,12 +109,12 @@ def _measure_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks, exact, lse = _softmax_blocks(q, k, v, key_mask, sample)
     live, num_keys = lse[0, 0, 0] != -torch.inf, k.shape[2]
-    # the norm of a sample of rows is stretched to that of all rows
+    # the norm of the sampled rows is scaled up to that of all rows
     stretch = (sample.num_queries / len(sample.index)) ** 0.5
     size = softmax_norm(blocks, num_keys, sample.num_queries, int(live.sum())) / stretch
     first = sample.sinks
     if key_mask is not None:
-        # sinks are the first live keys; dead ones between them weigh nothing
+        # sinks are the first live keys; masked keys between them have weight 0
         first = int((key_mask.long().cumsum(-1) <= sample.sinks).sum())
     kappa = residual_ratio(blocks, lse, first, sample.windows)
     return exact, live, torch.stack([size, column_spread(blocks, num_keys), kappa])
@@ -125,9 +125,9 @@ def hide_later(scores: Tensor, counts: list[int], *, at_once: bool | None = None
 
     Args:
         scores: ``[..., rows, keys]``.
-        counts: leading keys that each row may see.
-        at_once: whether to do it in one operation, by a mask of rows x keys: None does so on all devices but a CPU, where a
-            fill for each row costs less.
+        counts: number of leading keys that each row may see.
+        at_once: whether to use one operation with a mask of rows x keys; None: one operation on all devices except a CPU,
+            where a fill for each row costs less.
     """
     if scores.device.type != "cpu" if at_once is None else at_once:
         limit = torch.tensor(counts, dtype=torch.int64, device=scores.device)[:, None]
@@ -152,7 +152,7 @@ def _softmax_blocks(
         if key_mask is not None:
             scores.masked_fill_(~key_mask[:, None, None, None, :stop], -torch.inf)
         top = scores.amax(-1)
-        # softmax takes a quarter of the time of exponentials; a row's largest weight then gives its normaliser
+        # softmax takes a quarter of the time of exp; the largest weight of a row then gives its normaliser
         weights = torch.softmax(scores, -1, out=scores)
         empty = top == -torch.inf
         if empty.any():

@@ -138,9 +138,15 @@ class CacheCandidate:
         else:
             budget, sinks, window = self.budget, self.sinks, self.window
         return HyperCache(
-            model.config, budget=budget, policy=self.family.policy, sinks=sinks, window=window, seed=seed,
-            audit=audit, allow_longer=allow_longer,
-        )  # fmt: skip
+            model.config,
+            budget=budget,
+            policy=self.family.policy,
+            sinks=sinks,
+            window=window,
+            seed=seed,
+            audit=audit,
+            allow_longer=allow_longer,
+        )
 
 
 def candidates_at(families: Sequence[CacheFamily], budgets: Sequence[int]) -> tuple[CacheCandidate, ...]:

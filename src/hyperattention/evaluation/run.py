@@ -126,7 +126,7 @@ def evaluate(
         setting = Setting(haystack, length, plan.depths, plan.contexts, seed)
         asking = AskSettings(
             loaded.model, haystack.dialect, plan.candidates, plan.visible, plan.shown, plan.rows, seed, plan.chunk
-        )  # fmt: skip
+        )
         for task in plan.tasks:
             items = TASKS[task](setting)
             on_step(f"{task}, {length:,} tokens, seed {seed}")

@@ -112,13 +112,17 @@ def cells(replies: Iterable[Reply], depths: int) -> tuple[Cell, ...]:
     ceilings = {where: _share(group) for (who, where), group in found.items() if who.family.policy is None}
     return tuple(
         Cell(
-            who, *where, _share(group), statistics.fmean(mark.digits for _, mark in group), ceilings[where],
+            who,
+            *where,
+            _share(group),
+            statistics.fmean(mark.digits for _, mark in group),
+            ceilings[where],
             statistics.fmean(reply.memory_bytes for reply, _ in group),
             statistics.fmean(reply.seconds for reply, _ in group),
             sum(reply.approximated for reply, _ in group),
         )
         for (who, where), group in found.items()
-    )  # fmt: skip
+    )
 
 
 def _share(group: Sequence[tuple[Reply, Mark]]) -> Share:
@@ -139,8 +143,11 @@ def continuations(losses: Sequence[tuple[int, Loss]]) -> tuple[Continuation, ...
         found.setdefault((loss.candidate, length), []).append(loss)
     return tuple(
         Continuation(
-            who, length, added(group), statistics.fmean(each.memory_bytes for each in group),
+            who,
+            length,
+            added(group),
+            statistics.fmean(each.memory_bytes for each in group),
             sum(each.approximated for each in group),
         )
         for (who, length), group in found.items()
-    )  # fmt: skip
+    )

@@ -1,1 +1,1 @@
-"""Specified and tested, but used by no stage yet; may change without notice."""
+"""Experimental parts: specified and tested, but not used by any stage yet; they may change without notice."""

@@ -28,16 +28,16 @@ class ApproxD:
     cap_i = cap_constant * epsilon^2 m / (n log n) * (heavy_i + tau / kappa),
     d_i = max(heavy_i + n/m * sum over the sample of (1 - M_ij) min(e^{s_ij}, cap_i),   tau / kappa)
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 2.   Differs: the paper's Theta(.) is `cap_constant`; sums are kept as
-    logs, so that no exponential overflows; no causality (Alg. 4 halves instead).
-    Cost: O((queries + keys) * num_samples) products and the heavy entries.   Guarantee: a cap that never binds leaves d
+    logs, so that no exponential overflows; no causal mask (Alg. 4 halves the sequence instead).
+    Cost: O((queries + keys) * num_samples) products and the heavy entries.   Guarantee: if the cap never applies, d is
     unbiased above its floor; error O(num_samples^-1/2), given bounded alpha and kappa.
 
     Args:
-        num_samples: m, both sampled keys and rows looked at for tau.
+        num_samples: m, number of sampled keys, and of rows read for tau.
         kappa: bound on the ratio of largest to smallest unmasked row sum, at least 1.
-        epsilon: relative error aimed at, in (0, 1).
-        cap_constant: factor of the cap; infinity leaves entries uncapped.
-        heavy: the mask: pairs of equal bucket are summed exactly. None masks nothing.
+        epsilon: target relative error, in (0, 1).
+        cap_constant: factor of the cap; infinity for no cap.
+        heavy: the mask: pairs with equal bucket are summed exactly. None for no mask.
 
     Raises:
         ValueError: if a constant is outside its range.
@@ -53,11 +53,11 @@ class ApproxD:
         """Check the constants."""
         positive("ApproxD", num_samples=self.num_samples)
         if not self.kappa >= 1 or math.isinf(self.kappa):
-            raise ValueError(f"ApproxD(kappa={self.kappa!r}): a ratio of largest to smallest is finite and at least 1")
+            raise ValueError(f"ApproxD(kappa={self.kappa!r}): kappa must be finite and at least 1")
         if not 0 < self.epsilon < 1:
-            raise ValueError(f"ApproxD(epsilon={self.epsilon!r}): the relative error aimed at must lie in (0, 1)")
+            raise ValueError(f"ApproxD(epsilon={self.epsilon!r}): the target relative error must be in (0, 1)")
         if not self.cap_constant > 0:
-            raise ValueError(f"ApproxD(cap_constant={self.cap_constant!r}): it must be positive; math.inf caps nothing")
+            raise ValueError(f"ApproxD(cap_constant={self.cap_constant!r}): it must be positive; math.inf turns the cap off")
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class ApproxD:
         seed: int = 0,
         layer: int = 0,
     ) -> Float[Tensor, "batch heads queries"]:
-        """Estimate row sums; they may overflow where `log_row_sums` does not.
+        """Estimate row sums, which may overflow although `log_row_sums` does not.
 
         Args:
             q: queries.
@@ -101,7 +101,7 @@ class ApproxD:
             layer: layer of the model, so that layers draw independently.
 
         Returns:
-            the logs; -inf where there are no keys.
+            the logs; -inf if there are no keys.
         """
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
         (num_queries, num_keys), kv_heads, device = (q.shape[2], k.shape[2]), k.shape[1], q.device
@@ -130,7 +130,7 @@ class ApproxD:
         return torch.maximum(total, log_floor)
 
     def _heavy(self, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Log sums over masked pairs, and the labels whose equality is the mask."""
+        """Return log sums over masked pairs, and the labels whose equality defines the mask."""
         q, k = problem.q, problem.k
         if self.heavy is None:
             return q.new_full(q.shape[:3], -torch.inf), None
@@ -146,7 +146,7 @@ class ApproxD:
 def _log_sums(
     q: Tensor, k: Tensor, scale: float, row_label: Tensor | None, key_label: Tensor | None, log_cap: Tensor | None = None
 ) -> Tensor:
-    """Log of each row's sum of (capped) exponentials over the keys whose label is not its own, a chunk of rows at a time."""
+    """Return the log of each row's sum of (capped) exponentials over keys with another label, in chunks of rows."""
     kv_heads = k.shape[1]
     q = q.unflatten(1, (kv_heads, -1)) * scale
     step = max(1, SCORE_BYTES // (4 * k.shape[2] * q.shape[0] * q.shape[1] * q.shape[2]))

@@ -1,4 +1,4 @@
-"""The feature-map kernel as an operator of torch, with its shapes and its gradient: compilers see one node."""
+"""The feature-map kernel as a torch operator, with its shapes and its gradient: compilers see one node."""
 
 import torch
 from jaxtyping import Float, Int
@@ -68,31 +68,31 @@ def feature_attention(
     row_limit: Int[Tensor, "#batch queries"] | None = None,
     first_key: int = 0,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attend, in time linear in the tokens, with weights that are products of features of a query and of a key.
+    """Compute attention in linear time, with weights that are products of features of a query and of a key.
 
     w_ij = exp(a_i + b_j) phi_i . psi_j  for  first_key <= j < limit_i,    out_i = sum_j w_ij v_j / sum_j w_ij
 
-    phi_i . psi_j may be a random estimate of exp(q_i . k_j), or a power of q_i . k_j. The log scales a and b take what would
-    overflow in the features, such as the logarithm of their largest entry, so that those are about one in size; -inf makes a
-    key, or a row, count for nothing. A row's sums are kept relative to exp(a_i + b), with b its largest visible b_j: what is
-    smaller by more than float32's exponents reach is 0.
+    phi_i . psi_j may be a random estimate of exp(q_i . k_j), or a power of q_i . k_j. The log scales a and b hold factors
+    that would overflow in the features, such as the logarithm of the largest entry, so that features are about one in size;
+    -inf removes a key or a row. A row's sums are relative to exp(a_i + b), where b is its largest visible b_j: terms below
+    the float32 range relative to this are 0.
 
-    Features may have either sign, but sums of weights must be positive: a row whose denominator is not (less than the least
-    normal number, in those units) has out 0, lse -inf and no gradient, like a row that sees nothing. NaN is never hidden; it
-    may spread from a key that some row sees to rows whose limits fall short of that key by less than a block.
+    Features may have either sign, but sums of weights must be positive: a row whose denominator is below the smallest normal
+    number, in those units, has out 0, lse -inf and no gradient, like a row that sees no key. NaN is never hidden. It may
+    spread from a key that one row sees to rows whose limits are less than a block before that key.
 
     Source: Choromanski et al., 2021 (arXiv:2009.14794), Performers: positive features of the softmax kernel; Katharopoulos
     et al., 2020 (arXiv:2006.16236), causal attention by running sums; Kacham et al., 2024 (arXiv:2310.01655),
-    PolySketchFormer: causal products block by block.   Differs: takes the features, makes none; returns lse, so that stages
-    merge; any limits; grouped kv heads.
+    PolySketchFormer: causal products block by block.   Differs: features are inputs; lse is returned, so that results can be
+    merged; any limits; grouped kv heads.
     Cost: O((queries + keys) * features * value_dim) time, O(queries + keys) memory.   Guarantee: exact for these weights.
 
     Args:
         query_features: phi; `heads` must be a multiple of `kv_heads`.
         key_features: psi; query head h reads kv head h // (heads // kv_heads).
         value: values.
-        query_log_scale: a; None = 0.
-        key_log_scale: b; None = 0.
+        query_log_scale: log scale a of each query; None = 0.
+        key_log_scale: log scale b of each key; None = 0.
         row_limit: number of leading keys each query sees, `first_key` included, in any order: i + 1 for causality, as from
             `exact.visible_keys`; the first key of a window that an earlier stage took; the number of live keys. None = all.
         first_key: leading keys that no row sees, such as sinks that an earlier stage took.
@@ -110,7 +110,7 @@ def feature_attention(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{heads} query heads over {kv_heads} kv heads: must be a multiple; check the head axis")
     if first_key < 0:
-        raise ValueError(f"first_key={first_key}: must be 0 or more; 0 leaves no key out")
+        raise ValueError(f"first_key={first_key}: must be 0 or more; 0 keeps every key")
     if query_log_scale is None:
         query_log_scale = query_features.new_zeros(query_features.shape[:-1])
     if key_log_scale is None:

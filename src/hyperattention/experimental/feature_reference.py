@@ -1,19 +1,19 @@
-"""The feature-map kernel in PyTorch: the specification that every other feature kernel is compared with.
+"""The feature-map kernel in PyTorch: the reference for every other feature kernel.
 
-A pair's weight is a product, of features of the query and features of the key, so a row needs no pairs, only a *state*: the
-sum over the keys it sees of features times values, ``[features, value_dim + 1]``, the last column for the denominator.
+The weight of a pair is a product of features of the query and features of the key. So a row needs no pairs, only a *state*:
+the sum over its visible keys of features times values, ``[features, value_dim + 1]``, the last column for the denominator.
 
     w_ij = exp(a_i + b_j) phi_i . psi_j,    out_i = sum_{j < limit_i} w_ij v_j / sum_{j < limit_i} w_ij,
     lse_i = log of the denominator
 
-Rows are taken in the order of their limits, a block at a time: keys below the least limit of a block are in the state,
-the few between its limits are weighed pair by pair. Forward and backward are the same sum, `weighted_sums`. No tensor of
-queries x keys, and none of keys x features x value_dim, exists at any moment.
+Rows are processed in the order of their limits, one block at a time: keys below the smallest limit of a block are in the
+state, and the few keys between its limits are weighted pair by pair. Forward and backward use the same sum, `weighted_sums`.
+No tensor of queries x keys, or of keys x features x value_dim, is ever allocated.
 
 Source: Katharopoulos et al., 2020 (arXiv:2006.16236), states as running sums; Kacham et al., 2024 (arXiv:2310.01655),
-PolySketchFormer, its causal product block by block.   Differs: any limits, not causal ones alone; log scales beside the
-features, handled as softmax handles scores; nothing is added to the denominator.
-Cost: O((queries + keys) * features * value_dim) and a block of pairs a row.   Guarantee: exact for the weights above.
+PolySketchFormer, its causal product block by block.   Differs: any limits, not only causal ones; log scales in addition to
+the features, handled as softmax handles scores; no constant is added to the denominator.
+Cost: O((queries + keys) * features * value_dim) and a block of pairs per row.   Guarantee: exact for the weights above.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# keys between the state and a row's limit, weighed pair by pair: about as many products as reading a state takes
+# keys between the state and a row's limit, weighted pair by pair: about as many products as reading a state needs
 BLOCK_KEYS = 128
-# rows read, or keys added, at a time: bounds the copies in the accumulation dtype
+# rows read, or keys added, at once: bounds the copies in the accumulation dtype
 CHUNK_ROWS = 512
 
 
 @dataclass(frozen=True)
 class _State:
-    """What rows read of the keys before `end`.
+    """The state of the keys before `end`, which rows read.
 
     Args:
         total: sum of exp(log_scale - top) key value^T, ``[lists, features, width]``.
@@ -43,7 +43,7 @@ class _State:
     end: int
 
     def add(self, key: Tensor, value: Tensor, log_scale: Tensor) -> "_State":
-        """Add the keys that follow, ``[lists, keys, ...]``."""
+        """Add the next keys, ``[lists, keys, ...]``."""
         top = torch.maximum(self.top, log_scale.amax(1)[:, None, None])
         base = _finite(top)
         scaled = value.to(top.dtype) * (log_scale[..., None] - base).exp()
@@ -52,12 +52,12 @@ class _State:
 
 
 def _finite(top: Tensor) -> Tensor:
-    # any finite number serves where nothing was seen: -inf minus -inf would be NaN
+    # rows that saw no key take any finite number here: -inf minus -inf would be NaN
     return top.masked_fill(top == -torch.inf, 0.0)
 
 
 def _blocks(limit: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Cut rows in order of their limits into blocks of close limits: the rows, their least limit, their greatest."""
+    """Cut rows, ordered by limit, into blocks of similar limits: the rows, their smallest limit, their largest limit."""
     place, number = limit // BLOCK_KEYS, torch.arange(len(limit), dtype=torch.int64, device=limit.device)
     cut = number % CHUNK_ROWS == 0
     cut[1:] |= place[1:] != place[:-1]
@@ -77,17 +77,17 @@ def weighted_sums(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, 
         key: ``[lists, keys, features]``.
         value: ``[lists, keys, width]``.
         log_scale: ``[lists, keys]``, in the accumulation dtype; -inf for a key that does not count.
-        limit: how many leading keys each row sees, 0 to keys, in any order: ``[rows]``, shared by the lists.
+        limit: number of leading keys each row sees, 0 to keys, in any order: ``[rows]``, shared by the lists.
 
     Returns:
-        total ``[lists, rows, width]`` and top ``[lists, rows]``, 0 and -inf where a row sees nothing.
+        total ``[lists, rows, width]`` and top ``[lists, rows]``, 0 and -inf if a row sees no key.
     """
     dtype, lists, width = log_scale.dtype, len(query), value.shape[-1]
     total = log_scale.new_empty(lists, query.shape[1], width)
     top = log_scale.new_empty(lists, query.shape[1])
     limit, order = limit.sort(stable=True)
     state = _State(log_scale.new_zeros(lists, query.shape[2], width), log_scale.new_full((lists, 1, 1), -torch.inf), end=0)
-    # sums rounded to bfloat16 would be worth nothing after some thousand keys
+    # sums rounded to bfloat16 would be useless after some thousand keys
     with torch.autocast(query.device.type, enabled=False):
         for rows, low, high in _blocks(limit):
             while state.end < low:
@@ -100,7 +100,8 @@ def weighted_sums(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, 
             else:
                 hidden = torch.arange(low, high, dtype=torch.int64, device=limit.device) >= limit[rows, None]
                 logs = log_scale[:, None, near].masked_fill(hidden, -torch.inf)  # [lists, rows, near]
-                # a row's own largest log scale: that of a later key in the block could push the row's weights to 0
+                # the largest log scale of the row's own keys: that of a later key in the block could make the row's weights
+                # 0
                 block_top = torch.maximum(state.top, logs.amax(-1, keepdim=True))
                 base = _finite(block_top)
                 weight = block @ key[:, near].to(dtype).transpose(1, 2) * (logs - base).exp()
@@ -115,14 +116,14 @@ def _by_list(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _by_head(x: Tensor, kv_heads: int, like: Tensor) -> Tensor:
-    """Undo `_by_list`, into memory of its own, for a tensor of as many batch entries, heads and tokens as another."""
+    """Undo `_by_list`, into new memory, for a tensor with the batch entries, heads and tokens of `like`."""
     batch, heads, tokens = like.shape[:3]
     x = x.unflatten(0, (batch, kv_heads)).unflatten(2, (tokens, heads // kv_heads))
     return x.transpose(2, 3).flatten(1, 2).contiguous()
 
 
 def _limits(row_limit: Tensor, lists: int, group: int, keys: int) -> Iterator[tuple[slice, Tensor]]:
-    """Give the lists that share their limits, and the limit of each of their rows."""
+    """Yield the lists that share their limits, and the limit of each of their rows."""
     each = lists // max(1, len(row_limit))
     for i, limit in enumerate(row_limit.clamp(0, keys).repeat_interleave(group, 1)):
         yield slice(i * each, (i + 1) * each), limit
@@ -134,14 +135,14 @@ def _with_one(value: Tensor) -> Tensor:
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of sums and lse: float64 if any tensor is, else float32."""
+    """Return the dtype of sums and lse: float64 if any tensor is float64, otherwise float32."""
     return torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, query_log_scale: Tensor, key_log_scale: Tensor, row_limit: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attend with weights that are products of features.
+    """Compute attention with weights that are products of features.
 
     Args:
         query: features of the queries, ``[batch, heads, queries, features]``.
@@ -149,11 +150,11 @@ def forward(
         value: ``[batch, kv_heads, keys, value_dim]``.
         query_log_scale: a, ``[batch, heads, queries]``.
         key_log_scale: b, ``[batch, kv_heads, keys]``.
-        row_limit: how many leading keys each query sees, ``[1 or batch, queries]``; cut to 0 and the number of keys.
+        row_limit: number of leading keys each query sees, ``[1 or batch, queries]``; limited to 0 and the number of keys.
 
     Returns:
         out ``[batch, heads, queries, value_dim]`` in the dtype of `value`, and lse ``[batch, heads, queries]``, float32 or
-        float64; 0 and -inf where a row's denominator is not positive.
+        float64; 0 and -inf if a row's denominator is not positive.
     """
     kv_heads, keys, dtype = *key.shape[1:3], accumulation_dtype(query, key, value)
     rows, row_scale = _by_list(query, kv_heads), _by_list(query_log_scale, kv_heads).to(dtype)
@@ -161,7 +162,7 @@ def forward(
     lse, out = torch.empty_like(row_scale), values.new_empty((*rows.shape[:2], value.shape[-1]))
     for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, keys):
         total, top = weighted_sums(rows[part], key[part], values[part], key_scale[part], limit)
-        # features of either sign can cancel; less than the least normal number is as good as nothing. NaN stays NaN
+        # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
         empty = total[..., -1] < torch.finfo(dtype).tiny
         denominator = total[..., -1].masked_fill(empty, 1.0)
         lse[part] = (row_scale[part] + top + denominator.log()).masked_fill(empty, -torch.inf)
@@ -173,7 +174,7 @@ def forward(
 def backward(
     grads: tuple[Tensor, Tensor], saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], row_limit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of `forward`, exact, by the same sums with the parts exchanged.
+    """Compute the exact gradient of `forward`, by the same sums with exchanged parts.
 
     With g_i and h_i the gradients of out_i and lse_i, r_i = exp(a_i - lse_i), and u_i = (g_i, h_i - g_i . out_i), the slope
     of a row in (v_j, 1):
@@ -182,7 +183,8 @@ def backward(
         dpsi_j = exp(b_j) sum_{i: j < limit_i} r_i ((v_j, 1) . u_i) phi_i,    db_j = psi_j . dpsi_j
         dv_j = exp(b_j) sum_{i: j < limit_i} r_i (psi_j . phi_i) g_i
 
-    In the order of falling limits the rows that see a key come first, so that those of the keys are `weighted_sums` as well.
+    In the order of decreasing limits the rows that see a key come first, so that the sums for keys are `weighted_sums` as
+    well.
 
     Args:
         grads: gradients of out and of lse.
@@ -206,7 +208,7 @@ def backward(
         total, top = weighted_sums(slope[part], values[part], keys[part], key_scale[part], limit)
         grad_rows[part] = total * (share[part] + top).exp()[..., None]
         falling, order = limit.sort(descending=True)
-        # how many rows have a limit above each key
+        # number of rows with a limit above each key
         seen_by = torch.searchsorted(-falling, -torch.arange(keys.shape[1], dtype=torch.int64, device=limit.device))
         ordered, slopes, shares = (x[part][:, order] for x in (rows, slope, share))
         total, top = weighted_sums(values[part], slopes, ordered, shares, seen_by)

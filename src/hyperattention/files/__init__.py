@@ -1,1 +1,1 @@
-"""Files that a user names: texts that are read, folders of models, and what may be written."""
+"""Files named by the user: texts, model folders, plans, records and outputs."""

@@ -1,4 +1,4 @@
-"""Replace a file whole or not at all, so that an interruption costs nothing that was there."""
+"""Replace a file completely or not at all, so that an interruption does not damage the old file."""
 
 import os
 from collections.abc import Callable
@@ -6,27 +6,27 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a text beside a file, and put it in the file's place once it is whole.
+    """Write a text to a temporary file in the same folder, then replace the file with it.
 
     Args:
         path: the file.
-        text: what it is to hold.
+        text: the new content.
     """
     _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes as `atomic_write` does a text.
+    """Write bytes as `atomic_write` writes a text.
 
     Args:
         path: the file.
-        data: what it is to hold.
+        data: the new content.
     """
     _replace(path, lambda beside: beside.write_bytes(data))
 
 
 def beside(path: Path) -> Path:
-    """Name the file in which a file is written until it is whole.
+    """Return the name of the temporary file for a file.
 
     Args:
         path: the file.
@@ -39,13 +39,13 @@ def beside(path: Path) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Return whether a path is a device or a pipe, such as /dev/stdout: it is written to and never replaced.
+    """Return whether a path is a device or a pipe, such as /dev/stdout, which is written to and never replaced.
 
     Args:
-        path: what was named.
+        path: the path.
 
     Returns:
-        whether it is there and neither a file nor a folder.
+        whether it exists and is neither a file nor a folder.
     """
     return path.exists() and not path.is_file() and not path.is_dir()
 

@@ -1,4 +1,4 @@
-"""Read fields of a JSON file, and say which file, which field and what to do where one is wrong."""
+"""Read fields of a JSON file; an error names the file, the field and the remedy."""
 
 import sys
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Never
 
 @dataclass(frozen=True)
 class Field:
-    """A value found in a file, and where it was found.
+    """A value from a file, and its place in the file.
 
     Args:
-        value: what JSON made of it.
+        value: the value, as parsed from JSON.
         file: the file, for messages.
-        name: the path of the field within the file, such as ``layers.3``; empty for the whole.
-        remedy: what a user can do about a wrong value.
+        name: the path of the field within the file, such as ``layers.3``; empty for the top level.
+        remedy: advice for the user about a wrong value.
     """
 
     value: object
@@ -22,10 +22,10 @@ class Field:
     remedy: str
 
     def refuse(self, rule: str) -> Never:
-        """Say what is wrong.
+        """Raise an error about this value.
 
         Args:
-            rule: what the value should be.
+            rule: the rule for the value.
 
         Raises:
             ValueError: always.
@@ -36,44 +36,44 @@ class Field:
         raise ValueError(f"{self.file}: {where}: {rule}; {self.remedy}")
 
     def part(self, name: str) -> "Field":
-        """Find a field of an object.
+        """Return a field of an object.
 
         Args:
-            name: its name.
+            name: name of the field.
 
         Returns:
             the field.
 
         Raises:
-            ValueError: if it is missing.
+            ValueError: if the field is missing.
         """
         found = self.parts()
         if name not in found:
             raise ValueError(
-                f"{self.file}: {self._path(name)} is missing: the file is cut short, or of another kind; {self.remedy}"
+                f"{self.file}: {self._path(name)} is missing: the file is incomplete, or of another kind; {self.remedy}"
             )
         return found[name]
 
     def parts(self) -> "dict[str, Field]":
-        """List the fields of an object; anything else is refused."""
+        """Return the fields of an object; any other value raises an error."""
         if not isinstance(self.value, dict):
             self.refuse("it must be an object")
         return {str(name): self._at(str(name), value) for name, value in self.value.items()}
 
     def items(self) -> "list[Field]":
-        """List the entries of a list; anything else is refused."""
+        """Return the entries of a list; any other value raises an error."""
         if not isinstance(self.value, list):
             self.refuse("it must be a list")
         return [self._at(str(number), value) for number, value in enumerate(self.value)]
 
     def known(self, *names: str) -> "dict[str, Field]":
-        """Find exactly these fields.
+        """Return exactly these fields.
 
         Args:
-            *names: their names.
+            *names: names of the fields.
 
         Returns:
-            the fields; missing and unknown ones are refused.
+            the fields; missing and unknown fields raise an error.
         """
         found = self.parts()
         for name in found.keys() - set(names):

@@ -1,11 +1,15 @@
-"""Which model a plan was made for: its shape, and a hash over a few of its weights."""
+"""The fingerprint of the model that a plan was made for: its shape, and a hash over a few of its weights."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # values of each weight that enter the hash
 _VALUES = 64
@@ -13,14 +17,14 @@ _VALUES = 64
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What distinguishes one model from another.
+    """The properties that distinguish one model from another.
 
     Args:
-        model_class: name of its class.
-        num_layers: attention layers.
-        num_heads: query heads of a layer; 0 where the configuration does not give one number.
-        num_kv_heads: kv heads of a layer; likewise.
-        head_dim: width of a head; likewise.
+        model_class: name of the model's class.
+        num_layers: number of attention layers.
+        num_heads: query heads of a layer; 0 if the configuration does not give one number.
+        num_kv_heads: kv heads of a layer; 0 likewise.
+        head_dim: width of a head; 0 likewise.
         weights: SHA-256 over the names and shapes of all weights, and a few values of each.
     """
 
@@ -32,13 +36,13 @@ class Fingerprint:
     weights: str
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Say in what another model differs.
+        """Describe how another model differs.
 
         Args:
-            other: the other model's.
+            other: fingerprint of the other model.
 
         Returns:
-            a phrase a difference; only the most telling where the shapes differ, for then the weights do too.
+            one phrase per difference; if shapes differ, only the shapes, because then the weights differ too.
         """
         names = [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
         shapes = [name for name in names if name != "weights"]
@@ -48,15 +52,17 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Take the fingerprint of a transformers model.
+    """Compute the fingerprint of a transformers model.
 
-    Values are rounded to bfloat16 before they are hashed, so that a model loaded in another precision is still itself.
+    Values are rounded to bfloat16 before they are hashed, so that the fingerprint does not depend on the precision in
+    which the model is loaded. The weights of a model that accelerate has offloaded are fetched one module at a time. A weight without values, as on the meta
+    device, is refused with a ValueError.
 
     Args:
-        model: the model itself, without wrappers.
+        model: the model, without wrappers.
 
     Returns:
-        its fingerprint.
+        the fingerprint.
     """
     whole: Any = model.config
     config = whole.get_text_config()
@@ -74,15 +80,45 @@ def _count(config: object, name: str) -> int:
 
 def _hash_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        if weight.is_meta or not weight.numel():
-            continue
-        flat = weight.detach().flatten()
-        # evenly spaced, the first and the last among them
-        index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
-        values = flat[index.to(flat.device)]
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16).view(torch.int16)
-        digest.update(str(values.tolist()).encode())
+    for name, module in sorted(_owners(model).items()):
+        with _loaded(module, name) as weight:
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            if not weight.numel():
+                continue
+            flat = weight.detach().flatten()
+            # evenly spaced, the first and the last among them
+            index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
+            values = flat[index.to(flat.device)]
+            if values.is_floating_point():
+                values = values.to(torch.bfloat16).view(torch.int16)
+            digest.update(str(values.tolist()).encode())
     return digest.hexdigest()
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the module of every weight, by the weight's name; one that several modules share is named once."""
+    named = dict(model.named_parameters())
+    # offloading gives every module a place of its own for a weight that they share
+    offloaded = any(weight.is_meta for weight in named.values())
+    tied: dict[str, str] = (getattr(model, "all_tied_weights_keys", None) or {}) if offloaded else {}
+    first: dict[str, str] = {}
+    for name in named:
+        first.setdefault(tied.get(name, name), name)
+    return {name: model.get_submodule(name.rpartition(".")[0]) for name in first.values()}
+
+
+@contextmanager
+def _loaded(module: nn.Module, name: str) -> Iterator[Tensor]:
+    """Give a weight with its values: accelerate fetches what it has offloaded, and they are let go of again."""
+    own = name.rpartition(".")[2]
+    if not module.get_parameter(own).is_meta:
+        yield module.get_parameter(own)
+        return
+    accelerate = None if find_spec("accelerate") is None else import_module("accelerate.utils")
+    if accelerate is None or not accelerate.has_offloaded_params(module):
+        raise ValueError(
+            f"the weight {name} has no values to tell this model by: it is on the meta device, and accelerate has not "
+            "offloaded it; load the model with its weights"
+        )
+    with accelerate.align_module_device(module, "cpu"):
+        yield module.get_parameter(own)

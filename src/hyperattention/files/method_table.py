@@ -1,12 +1,9 @@
-"""Methods as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
-
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+"""The methods, stages and densities that plans and graphs can hold."""
 
 from hyperattention.files.fields import Field
+from hyperattention.files.part_table import PartTable
 from hyperattention.methods.base import AttentionMethod
+from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
@@ -16,7 +13,7 @@ from hyperattention.rivals.budgeted_draw import BudgetedDraw
 from hyperattention.rivals.collision_draw import CollisionDraw
 from hyperattention.rivals.priority_draw import PriorityDraw
 from hyperattention.rivals.vertical_slash import VerticalSlash
-from hyperattention.select.density import Density, Uniform
+from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
@@ -33,7 +30,7 @@ from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.value_norm import ValueNorm
 
-# a new type needs a line here; `Method` and `Mix` take lists of parts, and are written out below
+# a new type needs a line here
 _TYPES = (
     AntiDiagonal,
     BlockScore,
@@ -63,139 +60,38 @@ _TYPES = (
     VerticalSlash,
     Window,
 )
-TYPES = {each.__name__: each for each in _TYPES}
+_SPREAD = {"Method": "stages", "Mix": "parts"}
+METHODS = PartTable(_TYPES, _SPREAD)
+# a plan has a method for each head itself; one call may be by head as well
+METHODS_OF_CALLS = PartTable((*_TYPES, ByHead), _SPREAD)
 
 
 def method_to_json(method: object) -> object:
-    """Write a method, or a part of one, as what JSON can hold.
+    """Convert a method, or a part of one, to JSON values.
 
     Args:
         method: the method or part.
 
     Returns:
-        nested objects, each with the name of its type; a part of a type that plans do not know is refused with a TypeError.
+        nested objects, each with the name of its type; a part whose type is not in the table raises TypeError.
 
     Example:
         >>> method_to_json(Draw(688))
         {'type': 'Draw', 'num': 688, 'by': {'type': 'Uniform'}}
     """
-    return part_to_json(method, TYPES)
-
-
-def part_to_json(part: object, table: Mapping[str, type]) -> object:
-    """Write anything that is made of types of a table.
-
-    Args:
-        part: a number, a text, None, a tuple of parts, or an object of one of the types.
-        table: the types, by name.
-
-    Returns:
-        what JSON can hold.
-
-    Raises:
-        TypeError: if a type is not in the table.
-    """
-    if part is None or isinstance(part, bool | int | float | str):
-        return part
-    if isinstance(part, tuple):
-        return [part_to_json(each, table) for each in part]
-    name = type(part).__name__
-    if table.get(name) is not type(part):
-        raise TypeError(f"{part!r} of type {name} cannot be kept in a plan: add its type to the table")
-    if type(part) is Method:
-        return {"type": name, "stages": part_to_json(part.stages, table), "tile": part.tile}
-    if type(part) is Mix:
-        return {"type": name, "parts": part_to_json(part.parts, table)}
-    return {"type": name} | {field.name: part_to_json(getattr(part, field.name), table) for field in fields(table[name])}
+    return METHODS.write(method)
 
 
 def method_from_json(field: Field) -> AttentionMethod:
-    """Build a method from what `method_to_json` wrote.
+    """Build a method from the result of `method_to_json`.
 
     Args:
-        field: where it stands.
+        field: the field with the method.
 
     Returns:
-        the method; anything else, an unknown type or a wrong argument is refused with a ValueError.
+        the method; any other value, an unknown type or a wrong argument raises ValueError.
     """
-    method = part_from_json(field, TYPES)
+    method = METHODS.read(field)
     if not isinstance(method, AttentionMethod):
         field.refuse("it must be a method, such as Exact or Method")
     return method
-
-
-def part_from_json(field: Field, table: Mapping[str, type]) -> Any:
-    """Build what `part_to_json` wrote; an unknown type or a wrong argument is refused with a ValueError.
-
-    Args:
-        field: where it stands.
-        table: the types that may be built, by name.
-
-    Returns:
-        the part.
-    """
-    if isinstance(field.value, list):
-        return tuple(part_from_json(item, table) for item in field.items())
-    if not isinstance(field.value, dict):
-        return field.value
-    name = field.part("type").text()
-    if name not in table:
-        field.part("type").refuse(f"it must be one of {', '.join(sorted(table))}")
-    if table[name] is Method:
-        given = field.known("type", "stages", "tile")
-        stages = given["stages"].items()
-        return _build(field, lambda: Method(*(part_from_json(each, table) for each in stages), tile=given["tile"].whole(1)))
-    if table[name] is Mix:
-        parts = field.known("type", "parts")["parts"].items()
-        return _build(field, lambda: Mix(*(_read_pair(part, table) for part in parts)))
-    return _read_dataclass(field, table[name], table)
-
-
-def _read_pair(field: Field, table: Mapping[str, type]) -> tuple[Density, float]:
-    pair = field.items()
-    if len(pair) != 2:
-        field.refuse("it must be a density and its share")
-    density = part_from_json(pair[0], table)
-    if not isinstance(density, Density):
-        pair[0].refuse("it must be a density, such as Uniform")
-    return density, pair[1].number()
-
-
-def _read_dataclass(field: Field, cls: type, table: Mapping[str, type]) -> object:
-    """Build a part; arguments that the file leaves out take their defaults, so that a type may gain some."""
-    known, hints = {each.name: each for each in fields(cls)}, get_type_hints(cls)
-    given = {name: part for name, part in field.parts().items() if name != "type"}
-    for name in given.keys() - known.keys():
-        given[name].refuse(f"{cls.__name__} has no such argument")
-    for name, each in known.items():
-        if name not in given and each.default is MISSING and each.default_factory is MISSING:
-            field.part(name)
-    arguments = {name: part_from_json(part, table) for name, part in given.items()}
-    for name, value in arguments.items():
-        if not _fits(value, hints[name]):
-            given[name].refuse(f"{cls.__name__} takes a {getattr(hints[name], '__name__', hints[name])} here")
-    return _build(field, lambda: cls(**arguments))
-
-
-def _fits(value: object, hint) -> bool:
-    """Return whether a value is of the type that an argument is annotated with."""
-    if isinstance(hint, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _build(field: Field, make):
-    """Make a part, and turn what its constructor objects to into an error of the file."""
-    try:
-        return make()
-    except (TypeError, AttributeError) as error:
-        field.refuse(str(error))
-    except ValueError as error:
-        # an inner part has already said which field it is
-        if str(error).startswith(f"{field.file}: "):
-            raise
-        field.refuse(str(error))

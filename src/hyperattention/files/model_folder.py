@@ -1,4 +1,4 @@
-"""Whether a folder holds a model, told before anything slow is imported."""
+"""Checks that a folder holds a model, before anything slow is imported."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ REFERENCE = "reference"
 
 
 def find_folder(model: str) -> Path | None:
-    """Turn the model's name on the command line into a folder.
+    """Return the folder for a model name of the command line.
 
     Args:
         model: a folder, or the word for the embedded reference model.
@@ -20,13 +20,13 @@ def find_folder(model: str) -> Path | None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that holds no model.
+    """Check that a folder holds a model.
 
     Args:
-        folder: of a user's own model.
+        folder: folder of a user's model.
 
     Raises:
-        FileNotFoundError: if it does not exist or holds no configuration.
+        FileNotFoundError: if the folder does not exist or has no configuration.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no directory {folder}: name a folder that holds config.json, weights and a tokenizer")
@@ -35,13 +35,13 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_reference_folder(folder: Path) -> None:
-    """Refuse a folder that holds no reference model.
+    """Check that a folder holds a reference model.
 
     Args:
-        folder: of a reference model.
+        folder: folder of a reference model.
 
     Raises:
-        FileNotFoundError: if it has no weights.
+        FileNotFoundError: if the folder has no weights.
     """
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""The rule for files that are written: what is there already stays, unless the user says otherwise."""
+"""The rule for output files: an existing file is kept, unless the user allows overwriting."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -7,21 +7,21 @@ from pathlib import Path
 
 from hyperattention.files.atomic_write import beside, is_stream
 
-# matplotlib and HTML pages carry it, so that a command knows its own picture or page again
+# pictures and HTML pages contain this mark, so that a command recognises its own files
 MARK = "written by hyperattention"
-# where the mark stands, if it is there
+# the part of a file that is searched for the mark
 _BEGINNING = 4096
 
 
 def refuse_existing(path: Path, remedy: str) -> None:
-    """Refuse to write over a file.
+    """Refuse to overwrite an existing file.
 
     Args:
-        path: the file that is to be written.
-        remedy: how the user asks for it to be replaced.
+        path: the output file.
+        remedy: the option with which the user allows overwriting.
 
     Raises:
-        FileExistsError: if something is there.
+        FileExistsError: if the path exists.
     """
     if os.path.lexists(path) and not is_stream(path):
         raise FileExistsError(f"{path} exists: name another file, or give {remedy}")
@@ -34,7 +34,7 @@ def carries_mark(path: Path) -> bool:
         path: the file.
 
     Returns:
-        whether it was; no if it cannot be read.
+        whether it was; False if the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -44,13 +44,13 @@ def carries_mark(path: Path) -> bool:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a file or folder that cannot be made where it is to be, by making a file there.
+    """Check that a file or folder can be created, by creating a temporary file in the same folder.
 
     Args:
-        path: what is going to be made.
+        path: the future file or folder.
 
     Raises:
-        ValueError: if the folder is not there, or refuses the file.
+        ValueError: if the folder does not exist, or the file cannot be created in it.
     """
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
@@ -67,13 +67,13 @@ def check_folder(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files that a command is going to write, and the rule for them.
+    """The files that a command will write, and their rule.
 
     Args:
-        files: the files; None for none.
-        overwrite: whether the user allows files that are there to be replaced.
-        reads: files and folders that the command reads, which are never written over; None for none.
-        default: the name that a file has if the user gives none; what this package wrote under it is replaced.
+        files: the files; None for a file that is not wanted.
+        overwrite: whether the user allows existing files to be replaced.
+        reads: files and folders that the command reads, which are never overwritten; None for none.
+        default: default file name; a file of this name is replaced if this package wrote it.
     """
 
     files: tuple[Path | None, ...]
@@ -83,16 +83,16 @@ class Outputs:
 
     @property
     def named(self) -> list[Path]:
-        """The files without those that are not wanted."""
+        """The files that are wanted."""
         return [path for path in self.files if path is not None]
 
     def check(self) -> None:
-        """Refuse what would be lost and what cannot be written: before work begins, and again before files are written.
+        """Check the output files, before work begins and again before they are written.
 
-        A file that is there and not to be replaced is a FileExistsError.
+        An existing file that must not be replaced raises FileExistsError.
 
         Raises:
-            ValueError: if a file cannot be written, is one of those that are read, or is named twice.
+            ValueError: if a file cannot be written, is also read by the command, or is named twice.
         """
         seen: set[str] = set()
         for path in self.named:
@@ -115,16 +115,16 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def check_own(folder: Path, names: Iterable[str], is_own: Callable[[Path], bool], maker: str) -> None:
-    """Refuse a folder in which files have to be written over that are of something else, whatever the user allows.
+    """Refuse a folder in which foreign files would be overwritten, even if the user allows overwriting.
 
     Args:
-        folder: the folder; it may not be there yet.
-        names: of the files that are going to be written.
-        is_own: whether a file that is there was written by the same command.
-        maker: the command, as the user knows it.
+        folder: the folder; it may not exist yet.
+        names: names of the files that will be written.
+        is_own: whether an existing file was written by the same command.
+        maker: the command, for the error.
 
     Raises:
-        FileExistsError: naming the first file that is not its own.
+        FileExistsError: if a file was not written by the command; the message names the first one.
     """
     for name in names:
         path = folder / name

@@ -1,4 +1,4 @@
-"""A plan: a method for each layer and kv head of one model, what it was chosen by, and whom it is for."""
+"""A plan: a method for each layer and kv head of one model, with the measurements it is based on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from hyperattention.methods.by_layer import ByLayer
 
 @dataclass(frozen=True)
 class Measured:
-    """What a plan was chosen by, and what it then did.
+    """The measurements that a plan is based on, and its measured times and loss.
 
     Args:
         length: tokens of each document.
-        documents: documents read.
+        documents: number of documents.
         text: SHA-256 of their tokens.
-        seed: of draws.
-        device: where it was measured; after `retime`, where its times were.
-        threads: of torch on the CPU, likewise.
-        versions: of the packages that matter.
-        pairs_per_query: slots listed for a query, mean over the heads of the plan, exact ones included.
-        exact_pairs_per_query: the same of exact attention.
+        seed: seed of the draws.
+        device: device of the measurement; after `retime`, device of the times.
+        threads: threads of torch on the CPU, likewise.
+        versions: versions of the relevant packages.
+        pairs_per_query: slots listed per query, mean over the heads of the plan, exact heads included.
+        exact_pairs_per_query: the same for exact attention.
         seconds: of attention in all the plan's layers, at `length`.
-        exact_seconds: the same of exact attention.
-        added_nats: loss a byte of the documents' second half, more than with exact attention.
-        times: of plan and exact attention at every length timed, ascending; none in a plan of an earlier release.
+        exact_seconds: the same for exact attention.
+        added_nats: increase of the loss per byte, in nats, over exact attention, on the second half of the documents.
+        times: times of plan and exact attention at every timed length, ascending; empty in a plan of an earlier release.
     """
 
     length: int
@@ -48,18 +48,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `hyperattention calibrate` found for one model: a method for each layer and kv head, and where it begins to pay.
+    """The result of `hyperattention calibrate` for one model: a method for each layer and kv head, and the crossover length.
 
-    Query heads of a group share lists of keys, hence one method a kv head. ``use(model, plan)`` applies it.
+    Query heads of a group share lists of keys, hence one method per kv head. ``use(model, plan)`` applies the plan.
 
     Args:
-        model: whose plan this is; `use` refuses any other model.
-        layers: the methods of each layer that can be approximated, by its index; layers not named are exact.
+        model: fingerprint of the model; `use` refuses any other model.
+        layers: the methods of each layer that can be approximated, by layer index; layers not named are exact.
         errors: the measured error of each kv head under its method, by layer.
         tolerance: the largest error allowed.
-        crossover: keys from which the plan ran faster than exact attention; shorter calls are exact. None if it was slower
-            at the length it was calibrated at: then every call is. `retime` measures it again.
-        measured: what it was chosen by.
+        crossover: number of keys from which the plan ran faster than exact attention; shorter calls are exact. None if the
+            plan was slower at the calibration length: then every call is exact. `retime` measures it again.
+        measured: the measurements.
 
     Raises:
         ValueError: if there is no layer, or errors and methods differ in number.
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def method(self) -> ByLayer:
-        """The plan as a method: what runs, by layer, whatever the length."""
+        """The plan as a method for every layer, at any length."""
         return ByLayer(self.layers)
 
     def pays(self, num_keys: int) -> bool:
@@ -96,21 +96,21 @@ class Plan:
             num_keys: keys of the call.
 
         Returns:
-            whether it would be faster than exact attention, as far as was measured.
+            whether the plan is faster than exact attention there, by the measured crossover.
         """
         return self.crossover is not None and num_keys >= self.crossover
 
     def payoff(self) -> str:
-        """Say from where on the plan pays, by what times, and whether these can be trusted.
+        """Describe from which length on the plan is faster, the measured times, and how reliable they are.
 
         Returns:
             a few sentences.
         """
         found = self.measured
         pays = (
-            "It did not pay, so `use` runs exact attention in its place; `hyperattention retime` times it again."
+            "It was not faster, so `use` runs exact attention instead; `hyperattention retime` times it again."
             if self.crossover is None
-            else f"It pays from {self.crossover:,} keys on; `use` runs shorter calls exactly."
+            else f"It is faster from {self.crossover:,} keys on; `use` runs shorter calls exactly."
         )
         times = Crossing(found.times).describe() or [
             f"At {found.length:,} tokens its attention took {found.seconds:.3g} s and exact attention "
@@ -119,13 +119,13 @@ class Plan:
         return " ".join([times[0], f"Timed on {found.device}, threads: {found.threads}.", pays, *times[1:]])
 
     def check(self, model: nn.Module) -> None:
-        """Refuse another model than the plan was made for.
+        """Check that the plan was made for a model.
 
         Args:
             model: the transformers model to be switched.
 
         Raises:
-            ValueError: saying what differs.
+            ValueError: if it is another model; the message names the differences.
         """
         if found := self.model.differences(fingerprint(model)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The file of a plan: JSON, small, versioned, and checked field by field when it is read."""
+"""The file of a plan: JSON with a version; every field is checked when the file is read."""
 
 import json
 import sys
@@ -20,12 +20,12 @@ _REMEDY = "run `hyperattention calibrate` again"
 
 
 def save_plan(plan: Plan, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a plan to a file, whole or not at all.
+    """Write a plan to a file, completely or not at all.
 
     Args:
         plan: the plan.
         path: the file.
-        overwrite: whether a file that is there may be replaced; otherwise it is refused with a FileExistsError.
+        overwrite: whether an existing file may be replaced; if not, an existing file raises FileExistsError.
     """
     if not overwrite:
         refuse_existing(Path(path), "overwrite=True")
@@ -33,7 +33,7 @@ def save_plan(plan: Plan, path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan from a file, and check all of it.
+    """Read a plan from a file, and check every field.
 
     Args:
         path: the file.
@@ -45,13 +45,15 @@ def load_plan(path: str | Path) -> Plan:
         ValueError: if the file is not a complete plan of this version; the message names file, field and remedy.
     """
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the plan {path}: {error.strerror}; name a file that `calibrate` wrote") from error
+    except UnicodeDecodeError as error:
         raise ValueError(f"cannot read the plan {path}: {error}; name a file that `calibrate` wrote") from error
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a complete JSON file ({error}): cut short, or no plan; {_REMEDY}") from error
+        raise ValueError(f"{path}: not a complete JSON file ({error}), or not a plan; {_REMEDY}") from error
     return _read_plan(Field(data, str(path), "", _REMEDY))
 
 
@@ -88,7 +90,7 @@ def _read_plan(whole: Field) -> Plan:
         layers[index], errors[index] = _read_layer(layer, methods, model.num_kv_heads)
     if not layers:
         given["layers"].refuse("it must name at least one layer")
-    # null where the plan did not pay
+    # null if the plan was not faster at the calibration length
     crossover = None if given["crossover"].value is None else given["crossover"].whole()
     return Plan(model, layers, errors, given["tolerance"].number(), crossover, _read_measured(given["measured"]))
 
@@ -97,7 +99,7 @@ def _read_layer(layer: Field, methods: list[AttentionMethod], num_kv_heads: int)
     given = layer.known("methods", "errors")
     chosen = [methods[each.whole(0, len(methods) - 1)] for each in given["methods"].items()]
     errors = tuple(each.number() for each in given["errors"].items())
-    # where a configuration does not give one number of heads, the two lists still have to agree
+    # if a configuration does not give one number of heads, the two lists must still have equal length
     wanted = num_kv_heads or max(1, len(chosen))
     for name, entries in (("methods", chosen), ("errors", errors)):
         if len(entries) != wanted:
@@ -109,10 +111,10 @@ def read_fingerprint(field: Field) -> Fingerprint:
     """Read the fingerprint of a model.
 
     Args:
-        field: where it stands.
+        field: the field with the fingerprint.
 
     Returns:
-        the fingerprint; missing, unknown and wrong fields are refused.
+        the fingerprint; missing, unknown and wrong fields raise an error.
     """
     given = field.known(*(each.name for each in fields(Fingerprint)))
     num_heads, num_kv_heads, head_dim = (given[name].whole() for name in ("num_heads", "num_kv_heads", "head_dim"))
@@ -140,7 +142,7 @@ def _read_measured(field: Field) -> Measured:
         exact_pairs_per_query=exact_pairs,
         seconds=seconds,
         exact_seconds=exact_seconds,
-        # a plan may happen to help on a short text
+        # the loss may decrease by chance on a short text
         added_nats=given["added_nats"].number(-sys.float_info.max),
         times=_read_times(given["times"]) if "times" in given else (),
     )
@@ -150,7 +152,7 @@ def _read_times(field: Field) -> tuple[Timed, ...]:
     found = []
     for entry in field.items():
         given = entry.known(*(each.name for each in fields(Timed)))
-        # a time of 0 could not be divided by
+        # times are divisors, so they must not be 0
         seconds = (given[name].number(sys.float_info.min) for name in ("plan", "exact", "lowest", "highest"))
         found.append(Timed(given["length"].whole(1), *seconds))
     if [each.length for each in found] != sorted({each.length for each in found}):

@@ -1,10 +1,10 @@
-"""Policies as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
+"""The policies that the file of a cache can hold."""
 
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.policy import Policy
 from hyperattention.cache.store import StoreFactory
 from hyperattention.files.fields import Field
-from hyperattention.files.method_table import part_from_json, part_to_json
+from hyperattention.files.part_table import PartTable
 from hyperattention.policies.balanced_halving import BalancedHalving
 from hyperattention.policies.cluster_centres import ClusterCentres
 from hyperattention.policies.cluster_means import ClusterMeans
@@ -35,11 +35,11 @@ _TYPES = (
     TwoLevels,
     UniformSample,
 )
-_TABLE = {each.__name__: each for each in _TYPES}
+POLICIES = PartTable(_TYPES)
 
 
 def policy_to_json(policy: Policy | StoreFactory) -> object:
-    """Write a policy as what JSON can hold.
+    """Convert a policy to JSON values.
 
     Args:
         policy: the policy.
@@ -55,24 +55,24 @@ def policy_to_json(policy: Policy | StoreFactory) -> object:
         {'type': 'Bounds', 'reach': 0.5}
     """
     try:
-        return part_to_json(policy, _TABLE)
+        return POLICIES.write(policy)
     except TypeError as error:
         raise ValueError(
-            f"the policy {policy!r} cannot be kept in a file: use one of {', '.join(_TABLE)}, or add its type to the table "
-            "of files/policy_table.py"
+            f"the policy {policy!r} cannot be kept in a file: use one of {', '.join(POLICIES.by_name)}, or add its "
+            "type to the table of files/policy_table.py"
         ) from error
 
 
 def policy_from_json(field: Field) -> Policy | StoreFactory:
-    """Build a policy from what `policy_to_json` wrote.
+    """Build a policy from the result of `policy_to_json`.
 
     Args:
-        field: where it stands.
+        field: the field with the policy.
 
     Returns:
-        the policy; anything else, an unknown type or a wrong argument is refused with a ValueError.
+        the policy; any other value, an unknown type or a wrong argument raises ValueError.
     """
-    policy = part_from_json(field, _TABLE)
+    policy = POLICIES.read(field)
     if not isinstance(policy, Policy | StoreFactory):
         field.refuse("it must be a policy, such as ClusterMeans or TopPages")
     return policy

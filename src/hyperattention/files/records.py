@@ -1,4 +1,4 @@
-"""Records: one JSON line a measurement, with all that is needed to take it again."""
+"""Records: one JSON line per measurement, with all data needed to repeat it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PACKAGES = ("hyperattention", "torch", "transformers", "numpy", "triton")
 
 
 def find_version(package: str) -> str | None:
-    """Give the version of an installed package, or None where it is not installed."""
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -27,10 +27,10 @@ def find_version(package: str) -> str | None:
 
 
 def find_commit() -> str | None:
-    """Name the commit of this very source, with "+changes" where tracked files differ from it.
+    """Return the commit of the running source, with "+changes" if tracked files differ from it.
 
     Returns:
-        the commit, or None where the package does not run from a git checkout.
+        the commit, or None if the package does not run from a git checkout.
     """
     here = Path(__file__).resolve()
 
@@ -43,7 +43,7 @@ def find_commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # an installed copy may lie inside a checkout of something else
+    # an installed copy may be inside the checkout of another project
     if git("ls-files", "--error-unmatch", here.name) is None:
         return None
     commit = git("rev-parse", "HEAD")
@@ -51,7 +51,7 @@ def find_commit() -> str | None:
 
 
 def find_processor() -> str:
-    """Name the processor, as far as the platform tells."""
+    """Return the name of the processor, if the platform reports it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -61,7 +61,7 @@ def find_processor() -> str:
 
 
 def environment() -> dict[str, object]:
-    """Describe where a measurement is taken: commit, versions, device and threads."""
+    """Return the environment of a measurement: commit, versions, device and threads."""
     return {
         "commit": find_commit(),
         "versions": {"python": platform.python_version()} | {name: find_version(name) for name in PACKAGES},
@@ -74,13 +74,13 @@ def environment() -> dict[str, object]:
 
 
 def plain(value: object) -> object:
-    """Turn dataclasses, tuples and tensors into what JSON can hold.
+    """Convert dataclasses, tuples and tensors to JSON values.
 
     Args:
-        value: anything found in a record.
+        value: any value of a record.
 
     Returns:
-        the same in dictionaries, lists and numbers.
+        the value as dictionaries, lists and numbers.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
@@ -94,12 +94,12 @@ def plain(value: object) -> object:
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, object]], *, kind: str) -> None:
-    """Write records to a file, one a line; each carries its kind and where it was taken.
+    """Write records to a file, one per line, each with its kind and the environment of the measurement.
 
     Args:
         path: the file, which is replaced.
-        records: what was measured.
-        kind: what the records are of.
+        records: the measurements.
+        kind: kind of the records.
     """
     where = environment()
     lines = [json.dumps({"kind": kind} | {key: plain(item) for key, item in record.items()} | where) for record in records]

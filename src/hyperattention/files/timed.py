@@ -1,18 +1,18 @@
-"""Times of a plan beside exact attention's at several lengths: from where it pays, and how sure that is."""
+"""Times of a plan and of exact attention at several lengths: the crossover, and its reliability."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Times at one length, of all the plan's layers together: plan and exact attention ran in turn, several rounds.
+    """Times at one length, of all the plan's layers together: plan and exact attention ran alternately, for several rounds.
 
     Args:
         length: tokens.
         plan: seconds of the plan, the median over the rounds in each layer.
-        exact: the same of exact attention.
-        lowest: how many times as fast as exact attention the plan was in the round where it did worst.
-        highest: the same of the round where it did best.
+        exact: the same for exact attention.
+        lowest: smallest speedup of the plan over exact attention in any round.
+        highest: largest speedup in any round.
     """
 
     length: int
@@ -23,38 +23,38 @@ class Timed:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as exact attention the plan is, by the medians: what decides."""
+        """Speedup of the plan over exact attention, by the medians; the crossover depends on it."""
         return self.exact / self.plan
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """From how many keys on a plan pays.
+    """The number of keys from which a plan is faster than exact attention.
 
     Args:
-        times: by ascending length; the last is that of the text.
+        times: times by ascending length; the last length is that of the text.
     """
 
     times: tuple[Timed, ...]
 
     @property
     def keys(self) -> int | None:
-        """The shortest length from which on the plan was always faster; None if it was not at the longest."""
+        """The shortest length from which the plan was always faster; None if it was slower at the longest length."""
         return self._first([each.ratio for each in self.times])
 
     @property
     def sure(self) -> bool:
-        """Whether the rounds agree: the worst of them at each length gives the same answer as the best."""
+        """Whether the rounds agree: the worst and the best round of each length give the same crossover."""
         return self.earliest == self.latest
 
     @property
     def earliest(self) -> int | None:
-        """The answer of the rounds where the plan did best."""
+        """The crossover by the plan's best rounds."""
         return self._first([max(each.highest, each.ratio) for each in self.times])
 
     @property
     def latest(self) -> int | None:
-        """The answer of the rounds where the plan did worst."""
+        """The crossover by the plan's worst rounds."""
         return self._first([min(each.lowest, each.ratio) for each in self.times])
 
     def _first(self, ratios: list[float]) -> int | None:
@@ -66,10 +66,10 @@ class Crossing:
         return pays
 
     def describe(self) -> list[str]:
-        """Say what was measured and what follows, and warn where the rounds disagree.
+        """Describe the times, with a warning if the rounds disagree.
 
         Returns:
-            a sentence or two; none where nothing was timed.
+            one or two sentences; none if no length was timed.
         """
         if not self.times:
             return []
@@ -83,8 +83,8 @@ class Crossing:
         best, worst = (_in_words(keys) for keys in (self.earliest, self.latest))
         return [
             f"{found}.",
-            f"WARNING: the rounds disagree on where the plan pays: {best} by its best rounds, {worst} by its worst. "
-            "Other work on this machine may have disturbed them: time the plan again with `hyperattention retime` when it "
+            f"WARNING: the rounds disagree on where the plan is faster: {best} by its best rounds, {worst} by its worst. "
+            "Other work on this machine may have affected them: time the plan again with `hyperattention retime` when it "
             "is idle.",
         ]
 

@@ -1,9 +1,9 @@
-"""A text that a user names: its bytes as they are for models of bytes, its words for all others, and nothing replaced."""
+"""A text file named by the user: unchanged bytes for byte-level models, decoded characters for all others."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-# how files of other encodings begin
+# first bytes of files in other encodings
 _MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -12,18 +12,18 @@ class Text:
     """A text.
 
     Args:
-        data: its bytes, as they are in the file; UTF-8 if the user named another encoding.
-        source: where it is from, for messages.
+        data: the bytes of the file; re-encoded as UTF-8 if the user named another encoding.
+        source: origin of the text, for messages.
     """
 
     data: bytes
     source: str
 
     def words(self) -> str:
-        """Decode the text; what is no UTF-8 is a ValueError that says where, and what to do.
+        """Decode the text; invalid UTF-8 raises a ValueError that names the position and the remedy.
 
         Returns:
-            its characters.
+            the characters.
         """
         return decoded(self.data, "utf-8", self.source)
 
@@ -33,13 +33,13 @@ def read_text(path: Path, encoding: str | None = None) -> Text:
 
     Args:
         path: the file.
-        encoding: what the user says that it is in; None for UTF-8, or bytes that a model of bytes takes as they are.
+        encoding: encoding given by the user; None for UTF-8, or for bytes that a byte-level model reads unchanged.
 
     Returns:
         the text.
 
     Raises:
-        ValueError: if it cannot be read, or not in that encoding.
+        ValueError: if the file cannot be read, or is not in that encoding.
     """
     try:
         data = path.read_bytes()
@@ -49,18 +49,18 @@ def read_text(path: Path, encoding: str | None = None) -> Text:
 
 
 def decoded(data: bytes, encoding: str, source: str) -> str:
-    """Decode bytes, every one of them.
+    """Decode bytes without replacement characters.
 
     Args:
         data: the bytes.
-        encoding: what they are in.
-        source: where they are from, for messages.
+        encoding: their encoding.
+        source: origin of the bytes, for messages.
 
     Returns:
         the characters.
 
     Raises:
-        ValueError: naming the first byte that is none, or an encoding that there is not.
+        ValueError: if a byte is invalid, or the encoding is unknown; the message names it.
     """
     try:
         return data.decode(encoding)
@@ -72,17 +72,17 @@ def decoded(data: bytes, encoding: str, source: str) -> str:
             f"character; {guess}"
         ) from error
     except LookupError as error:
-        raise ValueError(f"{error}: give one that Python knows, such as utf-8, latin-1 or utf-16") from error
+        raise ValueError(f"{error}: give an encoding that Python supports, such as utf-8, latin-1 or utf-16") from error
 
 
 def refuse_damaged(words: str, source: str) -> None:
-    """Refuse words of the command line that were no UTF-8 there, where a model cannot take them as bytes: a ValueError.
+    """Raise ValueError for command-line words that were not valid UTF-8, for a model that cannot read bytes.
 
     Args:
         words: the words.
-        source: what they are, for messages.
+        source: name of the argument, for messages.
     """
     decoded(words.encode("utf-8", "surrogateescape"), "utf-8", source)
 
 
-_REMEDY = "save it as UTF-8, or say what it is in with --encoding, such as latin-1"
+_REMEDY = "save it as UTF-8, or name its encoding with --encoding, such as latin-1"

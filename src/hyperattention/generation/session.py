@@ -146,9 +146,12 @@ def write_on(
         torch.manual_seed(sampling.seed)
         given = tokens.to(model.device)
         written = model.generate(  # pyright: ignore[reportCallIssue]: mixed into every causal language model
-            given, attention_mask=torch.ones_like(given), streamer=streamer, **{cache_argument(model): cache},
+            given,
+            attention_mask=torch.ones_like(given),
+            streamer=streamer,
+            **{cache_argument(model): cache},
             **_settings(model.generation_config, sampling),
-        )  # fmt: skip
+        )
     # the last token was generated but not read
     if cache.get_seq_length() != written.shape[1] - 1:
         raise ValueError(

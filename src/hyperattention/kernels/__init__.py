@@ -1,1 +1,1 @@
-"""Kernels: arithmetic only. No policy, no randomness, no defaults; what to compute is decided by the stages."""
+"""Kernels: arithmetic only. They have no policy, no randomness and no defaults; the stages decide what is computed."""

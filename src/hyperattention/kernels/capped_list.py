@@ -1,4 +1,4 @@
-"""Attention over listed keys with capped scores: what `list_torch` computes, which knows no cap, in plain PyTorch."""
+"""Attention over listed keys with a softcap, which the list kernels do not support, in plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from hyperattention.types import Selection
 def capped_list_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend from every tile of queries to the keys on its list, with capped scores.
+    """Compute attention of every tile of queries over the keys on its list, with capped scores.
 
     out_i = sum_s w_s exp(cap(scale q_i . k_s)) v_s / sum_s w_s exp(cap(scale q_i . k_s)),
     cap(x) = softcap tanh(x / softcap)
@@ -22,7 +22,7 @@ def capped_list_attention(
         v: values, ``[key_rows, keys, value_dim]``.
         selection: the lists.
         scale: factor of the scores.
-        softcap: bound of the scores; None for none, which leaves the work to `list_attention`.
+        softcap: bound of the scores; None for no bound, in which case `list_attention` runs.
 
     Returns:
         rows in the dtype of `q`, and their log-sum-exp, with the axes of `q`; a cap has no gradient.
@@ -44,7 +44,7 @@ def capped_list_attention(
             for slots, pairs in chunk.banned:
                 scores[:, :, slots].masked_fill_(pairs, -torch.inf)
             lse[chunk.tiles] = torch.logsumexp(scores, -1)
-            # softmax over nothing is NaN
+            # softmax over no key is NaN
             weights = torch.softmax(scores, -1).masked_fill_((lse[chunk.tiles] == -torch.inf)[..., None], 0.0)
             out[chunk.tiles] = (weights @ values[chunk.key_index].to(dtype)).to(out.dtype)
     shape = (*q.shape[:4], value_dim)

@@ -1,15 +1,15 @@
-"""Attention to every slot of a coreset, where it lies: what the list kernel computes for a list of all keys in order.
+"""Attention over every slot of a coreset, in place: the result of the list kernel for a list of all keys in order.
 
     out_i = sum_s w_s exp(q_i . k_s * scale) v_s / sum_s w_s exp(q_i . k_s * scale),    lse_i = log of the denominator
 
-Nothing is gathered and no list is built: for one query each would take longer than the arithmetic.
+No key is gathered and no list is built: for one query, each would take longer than the arithmetic.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# scores of one block of queries: small enough to stay in the last level of cache
+# scores of one block of queries: small enough for the last-level cache
 _SCORE_BYTES = 12 * 2**20
 
 
@@ -23,16 +23,16 @@ def forward(
     causal: bool = False,
     softcap: float | None = None,
 ) -> tuple[Float[Tensor, "lists group queries value_dim"], Float[Tensor, "lists group queries"]]:
-    """Attend from all queries to all slots.
+    """Compute attention of all queries over all slots.
 
     Args:
         q: queries; those of a group share keys.
         k: keys.
         v: values.
-        log_weight: of each slot; -inf where it is empty.
+        log_weight: log-weight of each slot; -inf for an empty slot.
         scale: factor of the scores.
-        causal: whether the last slots are the queries' own, of which each sees those up to itself.
-        softcap: bound of the scores, before log-weights are added: softcap * tanh(score / softcap); None for none.
+        causal: whether the last slots are the queries' own keys, of which each query sees those up to its own.
+        softcap: bound of the scores, before log-weights are added: softcap * tanh(score / softcap); None for no bound.
 
     Returns:
         out in the dtype of `q`, and lse, float32 or float64.
@@ -44,7 +44,7 @@ def forward(
     parts = []
     for start in range(0, queries, step):
         part = q[:, :, start : start + step].to(dtype)
-        # keys times queries: of few queries a CPU multiplies that way two to three times as fast as the other
+        # keys times queries: for few queries this order is two to three times as fast on a CPU as the other
         scores = torch.bmm(keys, part.flatten(1, 2).transpose(1, 2).mul(scale)).transpose(1, 2)  # [lists, rows, slots]
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
@@ -67,7 +67,7 @@ def _average(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return values.new_zeros(*scores.shape[:2], values.shape[2]), scores.new_full(scores.shape[:2], -torch.inf)
     top = scores.amax(-1)
     weights = torch.softmax(scores, -1, out=scores)
-    # a row's largest weight gives its normaliser; softmax over nothing is NaN
+    # the largest weight of a row gives its normaliser; softmax over no key is NaN
     lse, empty = top - weights.amax(-1).log_(), top == -torch.inf
     out = torch.bmm(weights, values)
     return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -torch.inf)

@@ -1,7 +1,7 @@
 """Exact attention and its lse by torch's fused kernel for CPUs, as an operator with a complete gradient.
 
-Torch's own operator gives the lse without a gradient, and knows no causal rows that stand at the end of longer keys. Here
-such rows are two calls, of all keys before them and of the square on the diagonal, merged by their lse.
+Torch's own operator returns the lse without a gradient, and does not support causal rows at the end of longer keys. Here
+such rows are two calls, one over all keys before them and one over the square on the diagonal, merged by their lse.
 """
 
 import torch
@@ -13,7 +13,7 @@ from hyperattention.merge import merge
 from hyperattention.transforms import refuse_batched_gradients, refuse_second_derivatives
 from hyperattention.types import Partial
 
-# up to so many rows of a group are folded into one matrix, which reads keys once for all; more would copy much for little
+# up to this many rows of a group are folded into one matrix, which reads keys once; for more rows the copy costs too much
 FOLDED_ROWS = 4096
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -27,10 +27,10 @@ def cpu_flash(
     *,
     causal: bool,
 ) -> Partial:
-    """Attend exactly: every row sees a key at least.
+    """Compute exact attention for rows that each see at least one key.
 
-    Source: torch's fused kernel. With the lse of all keys each part's weights are those of the whole, so that torch's own
-    backward kernel differentiates the parts one by one.
+    Source: torch's fused kernel. With the lse of all keys, the weights of each part equal those of the entire softmax, so
+    torch's own backward kernel differentiates the parts one by one.
     Cost: that of the pairs seen; memory linear in rows and keys, with gradients too.   Guarantee: exact.
 
     Args:
@@ -38,7 +38,7 @@ def cpu_flash(
         k: keys.
         v: values, as wide as the keys.
         scale: factor of the scores.
-        causal: whether the last row stands at the last key, and rows see no later key than their own.
+        causal: whether rows see no key after their own position, where the last row stands at the last key.
 
     Returns:
         rows in the dtype given, and lse in float32 (float64 for float64), both with gradients.
@@ -47,7 +47,7 @@ def cpu_flash(
 
 
 def _parts(rows: int, keys: int, causal: bool) -> tuple[tuple[int, int, bool], ...]:
-    """List the calls: first and end of their keys, and whether they lie on the diagonal."""
+    """Return the calls: first and end of their keys, and whether they lie on the diagonal."""
     if not causal:
         return ((0, keys, False),)
     before = keys - rows
@@ -55,7 +55,7 @@ def _parts(rows: int, keys: int, causal: bool) -> tuple[tuple[int, int, bool], .
 
 
 def _rows_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    # the kernel reads rows whose numbers do not lie side by side wrongly, and does not say so
+    # the kernel reads rows that are not contiguous incorrectly, without an error
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
@@ -100,8 +100,8 @@ def _cpu_flash_backward(
     q, k, v, grad_out = _rows_first(q, k, v, grad_out)
     width = v.shape[3]
     if grad_lse is not None:
-        # the kernel takes sum_c grad_out_ic out_ic from every score's gradient, and lse adds its own: one more column
-        # of out says so, and one of zeros in v keeps everything else
+        # the kernel subtracts sum_c grad_out_ic out_ic from every score's gradient. The gradient of lse enters as one more
+        # column of out; a column of zeros in v leaves everything else unchanged
         q, k, v = (pad(x, (0, 1)) for x in (q, k, v))
         out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], -1)
         grad_out = pad(grad_out, (0, 1), value=1.0)
@@ -109,7 +109,7 @@ def _cpu_flash_backward(
     grad_k, grad_v = [], []
     for first, end, square in _parts(q.shape[2], k.shape[2], causal):
         seen = slice(first, end)
-        # with the lse of all keys, the weights of each part are those of the whole
+        # with the lse of all keys, the weights of each part equal those of the entire softmax
         part_q, part_k, part_v = _backward(grad_out, q, k[:, :, seen], v[:, :, seen], out, lse, 0.0, square, scale=scale)
         grad_q += part_q
         grad_k.append(part_k[..., :width])

@@ -1,4 +1,4 @@
-"""What every Triton kernel of lists is launched with: keys where they lie, and the groups of a selection as tuples."""
+"""Launch arguments of the Triton list kernels: keys in rows or pages, and the groups of a selection as tuples."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class Launch:
     arguments: dict[str, Any]
 
     def run(self) -> None:
-        """Launch it on the device of its tensors, whichever device is the current one."""
+        """Launch the kernel on the device of its tensors, even if another device is current."""
         device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[self.grid](**self.arguments)
 
     def compile(self) -> Any:
-        """Compile it for the active target, running nothing.
+        """Compile the kernel for the active target without a launch.
 
         Returns:
             the compiled kernel.
@@ -42,16 +42,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Keys or values where they lie: rows of them one after another, or pages that a table names.
+    """Keys or values in memory: consecutive rows, or pages with a table.
 
     Args:
         data: the tensor, its last axis contiguous.
         strides: numbers from one row or page to the next, from head to head within a page, and from key to key.
-        keys: keys in a row.
-        heads: heads in a page.
-        page: keys in a page, 0 without pages.
-        pages: pages that a sequence may have.
-        table: pages of each sequence; without pages anything.
+        keys: number of keys in a row.
+        heads: number of heads in a page.
+        page: number of keys in a page, 0 without pages.
+        pages: largest number of pages of a sequence.
+        table: pages of each sequence; ignored without pages.
     """
 
     data: Tensor
@@ -89,11 +89,11 @@ def store_of(x: Tensor, table: Tensor | None) -> StoredRows:
 
 
 def groups_of(lists: Lists, block: int) -> dict[str, Any]:
-    """Hand over the groups of a selection: tensors and counts in tuples, what a kernel is compiled for as constants.
+    """Return the groups of a selection as kernel arguments: tensors and counts in tuples, compile-time values as constants.
 
     Args:
         lists: the selection.
-        block: slots taken at a time, fewer in groups that have not as many.
+        block: slots processed at once, fewer in groups with fewer slots.
 
     Returns:
         arguments by name.
@@ -107,7 +107,7 @@ def groups_of(lists: Lists, block: int) -> dict[str, Any]:
         "highs": tuple(x.contiguous() for x in lists.high),
         "holes": tuple(x.contiguous() for x in lists.hole),
         "slots": tuple(slots),
-        # a run alone may have any length: its kernel serves every length
+        # a single run may have any length: its kernel supports every length
         "RUNS": tuple(0 if count == 1 else size for count, size in zip(counts, lists.size, strict=True)),
         "BLOCKS": tuple(max(16, min(block, triton.next_power_of_2(max(1, count)))) for count in slots),
         "HOLED": tuple(hole.numel() > 0 for hole in lists.hole),
@@ -117,7 +117,7 @@ def groups_of(lists: Lists, block: int) -> dict[str, Any]:
 
 
 def row_tests_of(lists: Lists) -> dict[str, Any]:
-    """Hand over what pairs are tested against; where there is no such test the limit stands in, and is not read.
+    """Return the tensors for the tests of pairs; for a test that is absent the limit is passed, and not read.
 
     Args:
         lists: the selection.
@@ -143,20 +143,20 @@ def row_tests_of(lists: Lists) -> dict[str, Any]:
 
 
 def labels_in_a_row(lists: Lists) -> int:
-    """Count the labels of each row of keys; as many as keys, unless these lie in pages, whose last one may be ragged."""
+    """Count the labels of each row of keys: one per key, but for keys in pages the last page may be partly empty."""
     return 0 if lists.key_label is None else lists.key_label.shape[1]
 
 
 def precision_of(x: Tensor, precise: bool = False) -> str:
-    """Return how float32 operands are multiplied.
+    """Return the precision of products of float32 operands.
 
     Args:
         x: queries.
-        precise: whether float32 is wanted whatever torch was told.
+        precise: whether float32 precision is wanted even if torch's settings allow less.
 
     Returns:
-        three products in TF32, which together are float32 but for the last bit or two; one, of eleven bits, where torch was
-        told that this will do.
+        three TF32 products, whose sum has float32 precision except for the last one or two bits; or one TF32 product of
+        eleven bits, if torch's settings allow it.
     """
     if x.dtype != torch.float32 or torch.version.hip:
         return "ieee"
@@ -165,12 +165,12 @@ def precision_of(x: Tensor, precise: bool = False) -> str:
 
 
 def by_head(x: Tensor) -> Tensor:
-    """Lay rows of tiles out head after head: ``[lists, tiles, group, size, ...]`` to ``[lists, group, tiles, size, ...]``.
+    """Order rows of tiles by head: ``[lists, tiles, group, size, ...]`` to ``[lists, group, tiles, size, ...]``.
 
     Args:
         x: rows of tiles.
 
     Returns:
-        the rows, contiguous; not copied where a head's positions lie one after another, as in the layout of queries.
+        the rows, contiguous; not copied if a head's positions are consecutive in memory, as in the layout of queries.
     """
     return x.transpose(1, 2).contiguous()

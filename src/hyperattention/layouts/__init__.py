@@ -1,1 +1,1 @@
-"""Keys in other layouts than one row a token: pages, and sequences end to end."""
+"""Attention over other layouts of keys: pages, and packed sequences."""

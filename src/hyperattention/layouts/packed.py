@@ -1,4 +1,4 @@
-"""Packed sequences: attention within each, without a dense mask."""
+"""Packed sequences: attention within each sequence, without a dense mask."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,38 +35,39 @@ def varlen_attention(
     layer: int = 0,
     causal_align: str = "upper_left",
 ) -> Float[Tensor, "1 heads queries value_dim"]:
-    """Attend within each of several sequences packed one after another, without a dense mask.
+    """Compute attention within each of several packed sequences, without a dense mask.
 
-    On a GPU, without gradients, the sequences served exactly share one launch of the list kernel; each of the others has its
-    own. Edges on a device make the host wait for it.
+    On a GPU, without gradients, all sequences with exact attention share one launch of the list kernel; each other sequence
+    has its own launch. Reading `cu_seq_q` and `cu_seq_k` from a GPU makes the host wait.
 
     Args:
         query: queries of all sequences, end to end.
         key: keys of all sequences.
         value: values of all sequences.
         cu_seq_q: where each sequence's queries begin, and where the last ends: 0, n_1, n_1 + n_2, ...
-        cu_seq_k: the same for keys; as for queries if None.
+        cu_seq_k: the same for keys; equal to `cu_seq_q` if None.
         is_causal: whether a query sees only keys of its sequence at or before its position.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: whether several query heads may share a kv head.
-        method: what runs for each sequence; None decides by each sequence's own length.
-        tolerance: mean relative row error allowed each head of each sequence, in (0, 1).
+        method: the method for each sequence; None decides by the length of each sequence.
+        tolerance: mean relative row error allowed for each head of each sequence, in (0, 1).
         seed: seed of every draw.
         layer: layer of the model.
         causal_align: as for `attention`, within each sequence.
 
     Returns:
-        the outputs, end to end. Sequences that do not cover the queries or the keys are refused with a ValueError.
+        the outputs, end to end. Sequences that do not cover all queries and keys raise ValueError.
     """
     check_tolerance(tolerance, method)
     options = _Options(is_causal, scale, enable_gqa, method, tolerance, seed, layer, causal_align)
     packed = _checked(query, key, value, cu_seq_q, cu_seq_k, options)
     together = packed.exact_together()
     outs = [
-        attention(*packed.tensors(number), **options.shared(packed.runs[number])) if number not in together
+        attention(*packed.tensors(number), **options.shared(packed.runs[number]))
+        if number not in together
         else together[number][0]
         for number in range(packed.count)
-    ]  # fmt: skip
+    ]
     return torch.cat(outs, 2) if outs else packed.nothing()[0]
 
 
@@ -88,13 +89,13 @@ def measured_varlen_attention(
     standard_error: bool = False,
     audit: int | None = None,
 ) -> SequencesResult:
-    """Attend as `varlen_attention` does, and give the log-sum-exp and what else is asked for, a report for each sequence.
+    """Compute attention as `varlen_attention` does; return the log-sum-exp and the reports asked for, one per sequence.
 
-    Each sequence is measured by itself: rows of an audit are rows a sequence, and a tolerance holds for each head of each
-    sequence with its own 95% confidence. A sequence without queries or keys has no audit.
+    Each sequence is measured separately: the rows of an audit are rows per sequence, and a tolerance holds for each head of
+    each sequence with its own 95% confidence. A sequence without queries or keys has no audit.
 
     Args:
-        query: as for `varlen_attention`, and so are the next twelve.
+        query: queries. This and the next twelve arguments are as for `varlen_attention`.
         key: keys.
         value: values.
         cu_seq_q: edges of the queries.
@@ -102,8 +103,8 @@ def measured_varlen_attention(
         is_causal: whether a query sees only keys of its sequence at or before its position.
         scale: factor of the scores.
         enable_gqa: whether several query heads may share a kv head.
-        method: what runs.
-        tolerance: mean relative row error allowed each head of each sequence.
+        method: the method for each sequence.
+        tolerance: mean relative row error allowed for each head of each sequence.
         seed: seed of every draw.
         layer: layer of the model.
         causal_align: as for `attention`.
@@ -111,20 +112,23 @@ def measured_varlen_attention(
         audit: rows of each sequence to check against exact attention; None for no audit.
 
     Returns:
-        tensors laid out as the queries are, and one report a sequence.
+        tensors in the layout of the queries, and one report per sequence.
     """
     check_tolerance(tolerance, method, standard_error)
     options = _Options(is_causal, scale, enable_gqa, method, tolerance, seed, layer, causal_align)
     packed = _checked(query, key, value, cu_seq_q, cu_seq_k, options)
     together = packed.exact_together() if audit is None and not standard_error else {}
     results = [
-        AttentionResult(*together[number]) if number in together
+        AttentionResult(*together[number])
+        if number in together
         else measured_attention(
-            *packed.tensors(number), **options.shared(packed.runs[number]), standard_error=standard_error,
+            *packed.tensors(number),
+            **options.shared(packed.runs[number]),
+            standard_error=standard_error,
             audit=audit if packed.holds_pairs(number) else None,
         )
         for number in range(packed.count)
-    ]  # fmt: skip
+    ]
     if not results:
         return SequencesResult(*packed.nothing())
     errors = [each.standard_error for each in results if each.standard_error is not None]
@@ -139,7 +143,7 @@ def measured_varlen_attention(
 
 @dataclass(frozen=True)
 class _Options:
-    """What holds for every sequence of a call."""
+    """The options of a call, equal for every sequence."""
 
     is_causal: bool
     scale: float | None
@@ -151,7 +155,7 @@ class _Options:
     causal_align: str
 
     def shared(self, method: AttentionMethod | Ladder | None) -> dict:
-        """Arguments of `attention` for a sequence that a method serves."""
+        """Arguments of `attention` for a sequence with this method."""
         return {
             "is_causal": self.is_causal,
             "scale": self.scale,
@@ -166,7 +170,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Sequences:
-    """Packed queries, keys and values, checked, where each sequence begins, and what runs for it."""
+    """Checked packed queries, keys and values, with the edges and the method of each sequence."""
 
     query: Tensor
     key: Tensor
@@ -190,13 +194,13 @@ class _Sequences:
         return self.query[:, :, q0:q1], self.key[:, :, k0:k1], self.value[:, :, k0:k1]
 
     def nothing(self) -> tuple[Tensor, Tensor]:
-        """Output and lse of no sequence at all."""
+        """Output and lse of a call without sequences."""
         lse = self.query.new_empty(self.query.shape[:3], dtype=torch.promote_types(self.query.dtype, torch.float32))
         return self.query.new_empty(*self.query.shape[:3], self.value.shape[-1]), lse
 
     def exact_together(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Serve the exact sequences in one launch, where there are several on a GPU: out and lse of each."""
-        # with gradients torch's own kernel is the faster one for all but short sequences
+        """Compute exact sequences in one launch, if there are several on a GPU: out and lse of each."""
+        # with gradients torch's own kernel is faster for all but short sequences
         tensors = (self.query, self.key, self.value)
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         exact = [number for number, run in enumerate(self.runs) if isinstance(run, Exact)]
@@ -224,7 +228,7 @@ class _Sequences:
 def _checked(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, options: _Options
 ) -> _Sequences:
-    """Check a packed call, and decide by each sequence's own length what runs."""
+    """Check a packed call, and choose the method of each sequence by its length."""
     check_tensors(query=query, key=key, value=value)
     query, key, value = narrowed(query, key, value)
     check_inputs(query, key, value, enable_gqa=options.enable_gqa, dropout_p=0.0, seed=options.seed, check_finite=False)

@@ -1,4 +1,4 @@
-"""Attention over keys and values in pages, as serving engines keep them: requests of unequal lengths in one call."""
+"""Attention over keys and values in pages, as serving engines store them: requests of unequal lengths in one call."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,25 +38,25 @@ def paged_attention(
     seed: int = 0,
     layer: int = 0,
 ) -> Float[Tensor, "tokens heads value_dim"]:
-    """Attend causally within each of several requests, whose keys, those of this step included, are already in their pages.
+    """Compute causal attention for several requests whose keys, including those of this step, are already in their pages.
 
-    The queries of request s are its last ones: decoding has one, a chunk of a prompt several. Requests served exactly share
-    one launch, which reads the pages where they lie. For a request served by a method, the method chooses, and the same
-    kernel reads what it listed from the pages; keys are copied out of them only if the method's choice reads keys, and for a
+    The queries of request s are its last ones: decoding has one query, a chunk of a prompt several. Requests with exact
+    attention share one launch, which reads the pages directly. For other requests the method chooses keys, and the same
+    kernel reads them from the pages; keys are copied out of the pages only if the method's choice reads keys, or for a
     tolerance. Inference only: pages have no gradient. Arguments that do not fit raise ValueError or TypeError; the message
-    says what to do.
+    names the remedy.
 
     Args:
         query: queries of all requests, end to end.
         key_pages: the cache of keys, of any strides.
         value_pages: the cache of values.
-        block_table: the pages of each request, in order; entries past its last page may hold anything.
-        query_start_loc: where each request's queries begin, and where the last ends; on a device the host waits for it.
-        seq_lens: keys of each request, those of its queries included; on a device the host waits for it.
+        block_table: the pages of each request, in order; entries after its last page are ignored.
+        query_start_loc: where each request's queries begin, and where the last ends; if on a GPU, the host waits for it.
+        seq_lens: number of keys of each request, including those of its queries; if on a GPU, the host waits for it.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
-        method: what runs for each request; None decides by its own length. Methods that are neither exact nor a list of
-            stages are refused with a NotImplementedError.
-        tolerance: mean relative row error allowed each head of each request, in (0, 1).
+        method: the method for each request; None decides by the length of the request. Methods that are neither exact nor a
+            list of stages raise NotImplementedError.
+        tolerance: mean relative row error allowed for each head of each request, in (0, 1).
         seed: seed of every draw.
         layer: layer of the model.
 
@@ -84,27 +84,27 @@ def measured_paged_attention(
     standard_error: bool = False,
     audit: int | None = None,
 ) -> SequencesResult:
-    """Attend as `paged_attention` does, and give the log-sum-exp and what else is asked for, a report for each request.
+    """Compute attention as `paged_attention` does; return the log-sum-exp and the reports asked for, one per request.
 
-    Each request is measured by itself. An audit copies a request's keys and values out of their pages.
+    Each request is measured separately. An audit copies a request's keys and values out of their pages.
 
     Args:
-        query: as for `paged_attention`, and so are the next ten.
+        query: queries. This and the next ten arguments are as for `paged_attention`.
         key_pages: the cache of keys.
         value_pages: the cache of values.
         block_table: the pages of each request.
         query_start_loc: where each request's queries begin.
         seq_lens: keys of each request.
         scale: factor of the scores.
-        method: what runs.
-        tolerance: mean relative row error allowed each head of each request.
+        method: the method for each request.
+        tolerance: mean relative row error allowed for each head of each request.
         seed: seed of every draw.
         layer: layer of the model.
         standard_error: whether to estimate the standard error of every row.
         audit: rows of each request to check against exact attention; None for no audit.
 
     Returns:
-        out ``[tokens, heads, value_dim]``, lse and standard errors ``[tokens, heads]``, and one report a request.
+        out ``[tokens, heads, value_dim]``, lse and standard errors ``[tokens, heads]``, and one report per request.
     """
     check_tolerance(tolerance, method, standard_error)
     requests = _checked(query, key_pages, value_pages, block_table, query_start_loc, seq_lens, scale, seed, layer)
@@ -132,7 +132,7 @@ class _Requests:
         return self.query[self.starts[number] : self.starts[number + 1]]
 
     def problem(self, number: int, *, keys: bool, values: bool, in_pages: bool) -> Problem:
-        """Bring one request into normal form, with copies only of what is read outside its pages."""
+        """Bring one request into normal form; only tensors that are read outside the pages are copied."""
         length, query = self.lengths[number], self.queries(number)
 
         def rows(x: Tensor, read: bool) -> Tensor:
@@ -169,7 +169,7 @@ def _checked(
 def _attend(
     requests: _Requests, method: AttentionMethod | Ladder | None, tolerance: float | None, *, standard_error: bool
 ) -> tuple[SequencesResult, list[AttentionMethod]]:
-    """Serve every request: those that lists serve one by one, the exact ones together."""
+    """Compute every request: those with key lists one by one, the exact ones together."""
     query, starts = requests.query, requests.starts
     out = query.new_zeros((*query.shape[:2], requests.pages.value.shape[3]))
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -202,7 +202,7 @@ def _attend(
 
 
 def _method_of(requests: _Requests, number: int, method: AttentionMethod | Ladder | None) -> AttentionMethod:
-    """Decide what serves a request."""
+    """Return the method of a request."""
     if isinstance(method, Exact | Method):
         return method
     if method is None:
@@ -212,7 +212,7 @@ def _method_of(requests: _Requests, number: int, method: AttentionMethod | Ladde
 
 
 def _attend_exactly(requests: _Requests, exact: list[int], out: Tensor, lse: Tensor) -> None:
-    """Serve some requests in one launch, into their places."""
+    """Compute some requests in one launch, and write the results to their rows."""
     starts = requests.starts
     count, keys = [starts[s + 1] - starts[s] for s in exact], [requests.lengths[s] for s in exact]
     offset = [k - c for k, c in zip(keys, count, strict=True)]
@@ -228,7 +228,7 @@ def _attend_exactly(requests: _Requests, exact: list[int], out: Tensor, lse: Ten
 
 
 def _audit(requests: _Requests, number: int, out: Tensor, run: AttentionMethod, rows: int) -> ErrorReport | None:
-    """Judge the output of a request on exact rows; None where it has no queries."""
+    """Measure the error of a request's output on exact rows; None if it has no queries."""
     problem = requests.problem(number, keys=True, values=True, in_pages=False)
     if not problem.num_queries or not problem.num_keys:
         return None

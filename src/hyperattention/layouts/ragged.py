@@ -1,4 +1,4 @@
-"""Sequences of unequal lengths, packed end to end: their queries cut into tiles, so that one launch serves them all."""
+"""Packed sequences of unequal lengths: their queries are cut into tiles, so that one launch computes all sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from torch import Tensor
 from hyperattention.kernels.list.operator import list_attention
 from hyperattention.types import Runs, Selection
 
-# positions in a tile, fewer where every sequence has fewer
+# positions in a tile, fewer if every sequence is shorter
 TILE = 64
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Where sequences stand among packed queries, and what they may see.
+    """The edges of sequences among packed queries, and the keys that they may see.
 
     Args:
         first: row of each sequence's first query.
         count: queries of each sequence.
-        keys: keys of each sequence; its last query stands at the last of them where `causal`.
+        keys: number of keys of each sequence; its last query stands at the last key if `causal`.
         offset: position of each sequence's first query among its keys.
         causal: whether a query sees only keys at or before its own position.
     """
@@ -65,15 +65,15 @@ def ragged_attention(
     table: Int[Tensor, "sequences pages"] | None = None,
     kv_heads: int,
 ) -> tuple[Float[Tensor, "rows heads value_dim"], Float[Tensor, "rows heads"]]:
-    """Attend exactly within each sequence: to every key that a query sees, in one launch of the list kernel.
+    """Compute exact attention within each sequence, in one launch of the list kernel.
 
-    Every tile lists one run, its sequence's keys; no index is written for any of them.
+    Every tile lists one run, the keys of its sequence, without an index for each key.
 
     Args:
         query: packed queries.
         key: keys of all sequences end to end, ``[kv_heads, keys, head_dim]``, or pages, with a table.
-        value: values, laid out as the keys.
-        packed: where sequences stand.
+        value: values, in the layout of the keys.
+        packed: edges of the sequences.
         scale: factor of the scores.
         first_key: where each sequence's keys begin, without pages.
         table: pages of each sequence in order, with pages.
@@ -92,7 +92,7 @@ def ragged_attention(
     )
     head = torch.arange(kv_heads, dtype=torch.int64, device="cpu")
     key_row = head.expand(tiles, -1) if table is None else sequence[:, None] * kv_heads + head
-    # where each query's result stands among those of the tiles, known before anything runs
+    # the position of each query's result among the results of the tiles, known before anything runs
     place = torch.arange(tiles * size, dtype=torch.int64, device="cpu")[inside.flatten()].to(device)
     lists = [x.repeat_interleave(kv_heads, 0).to(device) for x in (begin, begin + limit.amax(1), begin[:, None] + limit)]
     first, high, row_limit = lists[0], lists[1], lists[2]

@@ -1,1 +1,1 @@
-"""What attends: the contract, lists of stages, exact attention, and what runs when no method is named."""
+"""Attention methods: the base class, lists of stages, exact attention, and the default method."""

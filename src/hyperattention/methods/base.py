@@ -1,4 +1,4 @@
-"""What anything that attends must offer, and what it will spend: the contract of a method."""
+"""The base class of every attention method, and the cost of a method."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from hyperattention.types import Partial
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method will spend on a sequence, before it runs.
+    """The cost of a method on a sequence, computed before the method runs.
 
     Args:
         pairs: slots listed per query, masked ones included.
-        selection_pairs: query-key products spent on choosing, per query, in units of one full-length product.
+        selection_pairs: query-key products spent on choosing keys, per query, in units of one full-length product.
         exact_pairs: keys that exact attention scores per query, on average.
-        memory_bytes: keys, values and queries read and rows written, for one head in float32.
+        memory_bytes: bytes of keys, values and queries read and of rows written, for one head in float32.
         complete: whether every key has an expected weight of one.
     """
 
@@ -31,12 +31,12 @@ class Cost:
 
     @property
     def share_of_exact(self) -> float:
-        """Pairs listed, relative to those exact attention scores."""
+        """Pairs listed, relative to the pairs that exact attention scores."""
         return self.pairs / self.exact_pairs if self.exact_pairs else 1.0
 
 
 class AttentionMethod(ABC):
-    """Anything that turns a problem into attention: a list of stages, exact attention, or a published algorithm."""
+    """An algorithm that computes attention for a problem: a list of stages, exact attention, or a published algorithm."""
 
     @property
     @abstractmethod
@@ -50,7 +50,7 @@ class AttentionMethod(ABC):
 
     @property
     def follows_masks(self) -> bool:
-        """Whether a mask of keys is read as it is, so that no key need be moved to the front."""
+        """Whether the method reads a key mask itself, so that no key needs to be moved to the front."""
         return False
 
     @abstractmethod
@@ -58,14 +58,14 @@ class AttentionMethod(ABC):
         """Compute attention."""
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Compute attention, and the standard error of every row; an approach that cannot tell it refuses, as this does."""
+        """Compute attention, and the standard error of every row; a method that cannot estimate it raises, as here."""
         raise NotImplementedError(
             f"{self!r} does not give the standard error of its rows: use a Method whose last stage is a Draw, or "
-            "audit=64, which judges any output by exact rows"
+            "audit=64, which compares any output with exact rows"
         )
 
     def output(self, problem: Problem) -> Tensor:
-        """Compute the output alone, which some methods have sooner than their lse."""
+        """Compute the output alone, which is cheaper than output and lse for some methods."""
         return self.attend(problem).out
 
     @abstractmethod
@@ -79,29 +79,29 @@ def exact_pairs(num_keys: int, is_causal: bool) -> float:
 
 
 def refuse_spans(method: AttentionMethod, problem: Problem) -> None:
-    """Refuse to thin the queries of a method whose choice depends on all of them.
+    """Refuse a subset of the queries for a method whose choice of keys depends on all of them.
 
     Args:
-        method: what is to run.
-        problem: on which queries.
+        method: the method that would run.
+        problem: the problem with the queries.
 
     Raises:
-        ValueError: if the queries are spans, and the method looks at the whole sequence.
+        ValueError: if the queries are spans, and the method depends on the entire sequence.
     """
     if problem.spans is not None and method.looks_ahead == LookAhead.SEQUENCE:
         raise ValueError(
-            f"{method!r} chooses by all queries of a sequence, and was given some of them: run it on all of them"
+            f"{method!r} chooses keys by all queries of a sequence, but was given some of them: run it on all queries"
         )
 
 
 def check_method(method: object) -> None:
-    """Check that `method` is one.
+    """Check that `method` is an attention method.
 
     Args:
-        method: what should run.
+        method: the argument to check.
 
     Raises:
-        TypeError: if it is anything else, such as a stage alone.
+        TypeError: if `method` is not an attention method, for example a single stage.
     """
     if not isinstance(method, AttentionMethod):
         raise TypeError(f"method={method!r}: it must be Exact(), a preset, or stages wrapped as Method(...)")

@@ -1,4 +1,4 @@
-"""A method for each head: sharp heads and diffuse ones need different keys, and different numbers of them."""
+"""A method for each head: heads with sharp and with diffuse attention need different keys and budgets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,21 @@ from hyperattention.types import Partial
 
 @dataclass(frozen=True)
 class ByHead(AttentionMethod):
-    """Serve every kv head, with the query heads that share it, by a method of its own.
+    """Run a separate method for every kv head, with the query heads that share it.
 
-    Heads of a group share lists of keys, hence one method a kv head. Heads of equal method run together, and draw what they
-    would have drawn had all heads run that method.
+    Query heads of a group share lists of keys, hence one method per kv head. Heads with equal methods run together; their
+    draws are the same as if all heads ran that method.
 
-    Source: head-wise budgets as in Feng et al., 2024 (arXiv:2407.11550), Ada-KV.   Differs: whole methods, not cache sizes.
-    Cost: the mean of its methods', and a copy of the output.   Guarantee: each method's, for its heads.
+    Source: head-wise budgets as in Feng et al., 2024 (arXiv:2407.11550), Ada-KV.   Differs: methods per head, not cache
+    sizes.
+    Cost: the mean cost of the methods, and a copy of the output.   Guarantee: that of each method, for its heads.
 
     Args:
         methods: one for each kv head.
 
     Raises:
-        TypeError: if one of them is not a method, or is itself by head.
-        ValueError: if there is none.
+        TypeError: if one of them is not a method, or is a ByHead.
+        ValueError: if `methods` is empty.
 
     Example:
         >>> ByHead((Exact(), Method(Sinks(4), Window(256), Draw(64))))
@@ -46,23 +47,23 @@ class ByHead(AttentionMethod):
 
     @property
     def complete(self) -> bool:
-        """Whether every head's method is."""
+        """Whether every head's method is complete."""
         return all(method.complete for method in self.methods)
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """As far as any head's method does."""
+        """The farthest look-ahead of any head's method."""
         return max(method.looks_ahead for method in self.methods)
 
     def groups(self) -> dict[AttentionMethod, list[int]]:
-        """List the kv heads that each method serves."""
+        """List the kv heads of each method."""
         served: dict[AttentionMethod, list[int]] = {}
         for head, method in enumerate(self.methods):
             served.setdefault(method, []).append(head)
         return served
 
     def attend(self, problem: Problem) -> Partial:
-        """Attend head by head, equal methods at once.
+        """Compute attention head by head; heads with equal methods run together.
 
         Args:
             problem: the problem.
@@ -74,7 +75,7 @@ class ByHead(AttentionMethod):
         return Partial(self._in_order([part.out for part in parts]), self._in_order([part.lse for part in parts]))
 
     def output(self, problem: Problem) -> Tensor:
-        """Compute the output alone: heads served exactly then run torch's own kernel.
+        """Compute the output alone: heads with exact attention then run torch's own kernel.
 
         Args:
             problem: the problem.
@@ -85,13 +86,13 @@ class ByHead(AttentionMethod):
         return self._in_order([method.output(part) for method, part in self._parts(problem)])
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Attend head by head, and estimate the standard error of every row, as far as each head's method does.
+        """Compute attention head by head, and the standard error of every row by each head's method.
 
         Args:
             problem: the problem.
 
         Returns:
-            the rows of all heads, in order, and their standard errors; raises what its methods raise.
+            the rows of all heads, in order, and their standard errors; errors of the methods are passed on.
         """
         parts = [method.attend_with_error(part) for method, part in self._parts(problem)]
         out, lse, error = (
@@ -100,10 +101,10 @@ class ByHead(AttentionMethod):
         return Partial(out, lse), error
 
     def _parts(self, problem: Problem) -> list[tuple[AttentionMethod, Problem]]:
-        """Share a problem out.
+        """Split a problem among the methods.
 
         Returns:
-            each method with the heads it serves.
+            each method with the problem of its heads.
 
         Raises:
             ValueError: if the problem has another number of kv heads.
@@ -119,7 +120,7 @@ class ByHead(AttentionMethod):
         return [(method, problem.of_heads(heads)) for method, heads in groups.items()]
 
     def _in_order(self, parts: list[Tensor]) -> Tensor:
-        """Bring the rows of all groups of heads back into the order of the heads."""
+        """Put the rows of all groups of heads back in head order."""
         if len(parts) == 1:
             return parts[0]
         heads = [head for served in self.groups().values() for head in served]
@@ -142,13 +143,13 @@ class ByHead(AttentionMethod):
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
-    """Average the costs of methods that share the heads, or the layers, of a model out among them.
+    """Average the costs of methods that each run on an equal share of a model's heads or layers.
 
     Args:
-        costs: of each, at one length.
+        costs: the cost of each method, at one length.
 
     Returns:
-        their mean; complete if all are.
+        their mean; complete if all of them are complete.
     """
     count = len(costs)
     return Cost(

@@ -1,4 +1,4 @@
-"""A method for each layer of a model: what a calibrated plan runs."""
+"""A method for each layer of a model, as a calibrated plan runs it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from hyperattention.types import Partial
 
 @dataclass(frozen=True)
 class ByLayer(AttentionMethod):
-    """Serve every layer of a model by a method of its own; layers not named are exact.
+    """Run a separate method in each layer of a model; layers not named run exact attention.
 
-    Cost: the mean of its methods'.   Guarantee: each method's, in its layer.
+    Cost: the mean cost of the methods.   Guarantee: that of each method, in its layer.
 
     Args:
-        methods: by index of the layer, as in ``attention(..., layer=)``.
+        methods: method of each layer, by the index of the layer as in ``attention(..., layer=)``.
 
     Raises:
-        TypeError: if one of them is not a method, or is itself by layer.
-        ValueError: if there is none, or an index is negative.
+        TypeError: if one of them is not a method, or is a ByLayer.
+        ValueError: if `methods` is empty, or an index is negative.
 
     Example:
         >>> ByLayer({0: Method(Sinks(4), Window(256)), 3: ByHead((Exact(), Method(Sinks(4), Window(256), Draw(64))))})
@@ -54,31 +54,31 @@ class ByLayer(AttentionMethod):
 
     @property
     def complete(self) -> bool:
-        """Whether every layer's method is."""
+        """Whether every layer's method is complete."""
         return all(method.complete for method in self.methods.values())
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """As far as any layer's method does."""
+        """The farthest look-ahead of any layer's method."""
         return max(method.looks_ahead for method in self.methods.values())
 
     def of(self, layer: int) -> AttentionMethod:
-        """Return what serves a layer.
+        """Return the method of a layer.
 
         Args:
-            layer: its index.
+            layer: index of the layer.
 
         Returns:
-            its method; exact attention if it is not named.
+            the method; exact attention if the layer is not named.
         """
         return self.methods.get(layer, Exact())
 
     def attend(self, problem: Problem) -> Partial:
-        """Attend by the method of the problem's layer."""
+        """Compute attention by the method of the problem's layer."""
         return self.of(problem.layer).attend(problem)
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Attend by the method of the problem's layer, and estimate each row's standard error; raises what it raises."""
+        """Compute attention and each row's standard error by the method of the problem's layer; errors are passed on."""
         return self.of(problem.layer).attend_with_error(problem)
 
     def output(self, problem: Problem) -> Tensor:
@@ -86,7 +86,7 @@ class ByLayer(AttentionMethod):
         return self.of(problem.layer).output(problem)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
-        """Return the cost, averaged over the layers named.
+        """Return the cost, averaged over the named layers.
 
         Args:
             num_keys: length of the sequence.

@@ -1,4 +1,4 @@
-"""What runs when no method is named: exact attention below the measured crossover, the default method above it."""
+"""The method that runs if none is named: exact attention below the measured crossover, the default method above it."""
 
 import torch
 
@@ -17,10 +17,10 @@ from hyperattention.select.score.representatives import Representatives
 CROSSOVER = 4096
 # the same for the thorough method: 1.2 times as fast as SDPA there (benchmarks/records/pareto.jsonl)
 THOROUGH_CROSSOVER = 8192
-# the same on a GPU: derived in docs/performance.md, to be measured (benchmarks/gpu.py --only crossover)
+# the same on a GPU: derived in docs/performance.md, to be measured (benchmarks/gpu/run.py --only crossover)
 GPU_CROSSOVER = 16_384
 FEW_QUERIES = 256
-# levels whose products grow from 65 to 100 a query between 131,072 and a million keys, and to 140 at eight million
+# levels that cost 65 to 100 products per query between 131,072 and a million keys, and 140 at eight million
 _FEW_LEVELS = (
     Level(65_536, 16, Representatives(2, 4)),
     Level(4096, 12, Representatives(1, 2)),
@@ -32,15 +32,15 @@ _FEW_LEVELS = (
 def default_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Return which method `method=None` runs.
+    """Return the method that `method=None` runs.
 
     Args:
         num_keys: keys of the call.
-        num_queries: queries of the call, as many as keys if None; few queries, as in decoding, are served exactly.
-        device: where the call's tensors are, on the CPU if None: exact attention is faster up to longer lengths on a GPU.
+        num_queries: queries of the call, as many as keys if None; few queries, as in decoding, run exact attention.
+        device: device of the call's tensors, the CPU if None; on a GPU exact attention is faster up to longer lengths.
 
     Returns:
-        exact attention below the crossover, the default list of stages from there on; it does not depend on the length.
+        exact attention below the crossover; from there on the default list of stages, which is the same at every length.
     """
     if _pays(num_keys, num_queries, device):
         return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
@@ -50,18 +50,18 @@ def default_method(
 def thorough_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Return which method to run where a lost key matters more than time: fewer pairs, chosen with more care.
+    """Return a method for calls where a missed key matters more than time: fewer pairs, chosen more carefully.
 
-    Every key is scored, by averages of two neighbouring queries, while a tile sees no more than 8,192 of them; beyond that
-    blocks are opened, by twice as many averaged queries as the default's.
+    While a tile sees no more than 8,192 keys, every key is scored by averages of two neighbouring queries. Beyond that,
+    blocks are opened by twice as many averaged queries as in the default method.
 
     Args:
         num_keys: keys of the call.
         num_queries: queries of the call, as many as keys if None.
-        device: where the call's tensors are, on the CPU if None.
+        device: device of the call's tensors, the CPU if None.
 
     Returns:
-        exact attention below its own crossover, which is later than the default's; the list of stages from there on.
+        exact attention below a crossover that is longer than the default method's; the list of stages from there on.
     """
     if _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
         return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=HierarchicalSearch(pooled=32))))
@@ -71,18 +71,18 @@ def thorough_method(
 def lean_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Return which method to run on hundreds of thousands of keys: choosing takes a tenth of what attending does.
+    """Return a method for hundreds of thousands of keys: choosing keys takes a tenth of the time of attention itself.
 
-    Blocks are opened as by the default, but fewer, with fewer representatives, and by four averaged queries a tile: what
-    single queries look for is lost more often.
+    Blocks are opened as in the default method, but fewer, with fewer representatives, and by four averaged queries per tile.
+    A key that only a single query needs is missed more often.
 
     Args:
         num_keys: keys of the call.
         num_queries: queries of the call, as many as keys if None.
-        device: where the call's tensors are, on the CPU if None.
+        device: device of the call's tensors, the CPU if None.
 
     Returns:
-        exact attention below the crossover of the default, the list of stages from there on.
+        exact attention below the crossover of the default method, the list of stages from there on.
     """
     if _pays(num_keys, num_queries, device):
         return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch(_FEW_LEVELS, pooled=4)))
@@ -90,7 +90,7 @@ def lean_method(
 
 
 def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None, crossover: int = CROSSOVER) -> bool:
-    """Return whether approximating takes less time than exact attention."""
+    """Return whether approximate attention takes less time than exact attention."""
     on_gpu = device is not None and torch.device(device).type == "cuda"
     enough = num_keys >= (GPU_CROSSOVER if on_gpu else crossover)
     return enough and (num_queries is None or num_queries >= FEW_QUERIES)

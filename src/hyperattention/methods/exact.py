@@ -1,4 +1,4 @@
-"""Exact attention as a method: what runs below the crossover, and what the others are measured against."""
+"""Exact attention as a method: it runs below the crossover, and other methods are measured against it."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from hyperattention.types import Partial
 
 @dataclass(frozen=True)
 class Exact(AttentionMethod):
-    """Run exact attention: torch's fused kernels wherever they can express the call, chunks of rows elsewhere."""
+    """Run exact attention: by torch's fused kernels if they support the call, otherwise in chunks of rows."""
 
     @property
     def complete(self) -> bool:
@@ -26,16 +26,16 @@ class Exact(AttentionMethod):
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """No row depends on what follows it."""
+        """No row depends on later queries or keys."""
         return LookAhead.NOTHING
 
     @property
     def follows_masks(self) -> bool:
-        """Keys stay where they are: a mask that leaves neighbours is a slice."""
+        """Keys stay in place: live keys that are contiguous are a slice."""
         return True
 
     def attend(self, problem: Problem) -> Partial:
-        """Compute exact attention and its lse: by a fused kernel where one tells it, else in chunks of rows."""
+        """Compute exact attention and its lse: by a fused kernel if one returns the lse, otherwise in chunks of rows."""
         parts = []
         for piece in live_rows(problem) or ():
             part = attend_rows(piece.call, piece.shift)
@@ -47,12 +47,12 @@ class Exact(AttentionMethod):
         return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Compute exact attention; nothing is drawn, so that every standard error is 0."""
+        """Compute exact attention; there are no draws, so every standard error is 0."""
         partial = self.attend(problem)
         return partial, torch.zeros_like(partial.lse, requires_grad=False)
 
     def output(self, problem: Problem) -> Tensor:
-        """Compute the output alone, by torch's fused kernels wherever they can express the problem."""
+        """Compute the output alone, by torch's fused kernels if they support the problem."""
         outs = []
         for piece in live_rows(problem) or ():
             out = output_rows(piece.call, piece.shift)
@@ -70,10 +70,10 @@ class Exact(AttentionMethod):
 
 
 def _in_chunks(problem: Problem) -> Partial:
-    """Run the path that expresses everything: the oracle's own."""
+    """Run exact attention in chunks of rows, which supports every problem."""
     position, k, v, mask = problem.position, problem.k, problem.v, problem.key_mask
     end = position + 1 if problem.causal else torch.full_like(position, problem.num_keys)
     if mask is not None:
-        # nothing may depend on padding: 0 times NaN is NaN
+        # the result must not depend on padding: 0 times NaN is NaN
         k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (k, v))
     return exact_attention(problem.q, k, v, scale=problem.scale, visible=problem.live_before(end), key_mask=mask)

@@ -1,6 +1,6 @@
-"""A method: an ordered, immutable tuple of stages that prints as the code that makes it."""
+"""A method: an ordered, immutable tuple of stages; its repr is the code that creates it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,26 +18,27 @@ from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Selection
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class Method(AttentionMethod):
-    """An ordered list of stages; earlier stages win.
+    """An ordered list of stages; a key belongs to the first stage that lists it.
 
     Args:
         *stages: the stages, in order.
-        tile: positions whose queries share one list.
+        tile: number of consecutive positions whose queries share one list of keys.
 
     Raises:
         TypeError: if an argument is not a stage.
-        ValueError: if there is no stage, a stage cannot follow those before it, or `tile` is not positive.
+        ValueError: if there is no stage, a stage cannot follow the stages before it, or `tile` is not positive.
 
     Example:
         >>> Method(Sinks(4), Window(256), Draw(64))
         Method(Sinks(num=4), Window(size=256), Draw(num=64, by=Uniform()))
     """
 
-    __slots__ = ("stages", "tile")
     stages: tuple[Stage, ...]
     tile: int
 
+    # a dataclass takes no arguments by place without number, nor prints them
     def __init__(self, *stages: Stage, tile: int = 64) -> None:
         for stage in stages:
             if not isinstance(stage, Stage):
@@ -50,21 +51,9 @@ class Method(AttentionMethod):
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "tile", tile)
 
-    def __reduce__(self):
-        return _method, (self.stages, self.tile)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Method is immutable: build another instead of setting {name}")
-
     def __repr__(self) -> str:
         tile = "" if self.tile == 64 else f", tile={self.tile}"
         return f"Method({', '.join(map(repr, self.stages))}{tile})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Method) and (self.stages, self.tile) == (other.stages, other.tile)
-
-    def __hash__(self) -> int:
-        return hash((self.stages, self.tile))
 
     @property
     def complete(self) -> bool:
@@ -73,21 +62,21 @@ class Method(AttentionMethod):
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """How far beyond a row its list may depend on queries or keys: as far as any stage's does."""
+        """How far beyond a row its list of keys may depend on queries or keys: the farthest of any stage."""
         return max(stage.looks_ahead for stage in self.stages)
 
     @property
     def reads_keys(self) -> bool:
-        """Whether choosing reads keys."""
+        """Whether the choice of keys reads key tensors."""
         return any(stage.reads_keys for stage in self.stages)
 
     @property
     def reads_values(self) -> bool:
-        """Whether choosing reads values."""
+        """Whether the choice of keys reads value tensors."""
         return any(stage.reads_values for stage in self.stages)
 
     def select(self, problem: Problem) -> tuple[Tiles, Selection]:
-        """Run the stages: which keys each tile of positions reads.
+        """Run the stages and list the keys that each tile of positions reads.
 
         Args:
             problem: the problem.
@@ -100,13 +89,13 @@ class Method(AttentionMethod):
         return tiles, selection
 
     def selections(self, problem: Problem) -> tuple[tuple[Tiling, Selection], ...]:
-        """Run the stages: which keys each tile reads, in every tiling.
+        """Run the stages and list the keys that each tile reads, in every tiling.
 
         Args:
             problem: the problem.
 
         Returns:
-            tiles and their lists: first the tiles of positions that most stages share, then those a stage brought along.
+            tiles and their lists: first the tiles of positions that most stages share, then tiles that a stage made itself.
         """
         refuse_spans(self, problem)
         refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
@@ -125,27 +114,27 @@ class Method(AttentionMethod):
         return (tiles, shared), *apart
 
     def attend(self, problem: Problem) -> Partial:
-        """Select, run, merge."""
+        """Select keys, compute attention over each selection, merge."""
         with torch.no_grad():
             selected = self.selections(problem)
         return _attend(problem, selected)
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
-        """Select, run, merge; then read the drawn keys again for the standard error of every row.
+        """Compute attention as `attend` does, then read the drawn keys again for the standard error of every row.
 
         Args:
             problem: the problem.
 
         Returns:
-            what `attend` returns, and what `standard_error` does.
+            the results of `attend` and of `standard_error`.
 
         Raises:
             ValueError: if the method drops keys.
         """
         if not self.complete:
             raise ValueError(
-                f"{self!r} drops keys, and no draw of its own tells how much that changes: end it with a stage such as "
-                "Draw(64), or judge it with audit=64"
+                f"{self!r} drops keys, and no draw estimates the error of that: end the method with a stage such as "
+                "Draw(64), or measure the error with audit=64"
             )
         if not all(stage.tells_error for stage in self.stages):
             return super().attend_with_error(problem)
@@ -173,7 +162,7 @@ class Method(AttentionMethod):
 
 
 def _attend(problem: Problem, selected: tuple[tuple[Tiling, Selection], ...]) -> Partial:
-    """Attend by every tiling's lists, and merge."""
+    """Compute attention over the lists of every tiling, and merge."""
     (k, v, table), partials = problem.storage(), []
     for tiling, selection in selected:
         if selection.runs or len(selected) == 1:
@@ -183,13 +172,8 @@ def _attend(problem: Problem, selected: tuple[tuple[Tiling, Selection], ...]) ->
 
 
 def _label_rows(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor | None, Tensor | None]:
-    """Bring the labels of a hash into the layout of the tiles: those of rows, and those of keys."""
+    """Arrange the labels of a hash in the layout of the tiles: row labels and key labels."""
     if covered.labels is None:
         return None, None
     row_label = tiles.arrange(covered.labels.query[..., None].double())[..., 0].long()
     return row_label, covered.labels.key.flatten(0, 1)
-
-
-def _method(stages: tuple[Stage, ...], tile: int) -> Method:
-    """Build a method again from what copying and pickling keep."""
-    return Method(*stages, tile=tile)

@@ -1,4 +1,4 @@
-"""The keys of largest weight, a query at a time: what a perfect choice of so many keys would give."""
+"""The keys of largest weight for each query: a perfect choice of keys at a given budget."""
 
 from dataclasses import dataclass
 
@@ -19,17 +19,17 @@ from hyperattention.types import Partial, Runs, Selection
 
 @dataclass(frozen=True)
 class TopKeys(AttentionMethod):
-    """Attend to the `num` keys with the largest scores of each query: an oracle, which scores all keys to find them.
+    """Compute attention over the `num` keys with the largest scores of each query: an oracle, which scores all keys.
 
     listed_i = the num keys j with the largest q_i . k_j;   all others are dropped
-    It marks what methods that drop keys strive for, and saves nothing: no method that has to find them is cheaper.
-    Source: the top-k baseline of Desai et al., 2025 (arXiv:2510.05688), and of others.   Differs: sinks and window are keys
-    like any other.
-    Cost: all products of queries and keys, `num` slots a query, a bounded number of scores at a time.   Guarantee: the
-    largest share of every row's weight that `num` keys can hold; exact where a row sees no more.
+    It is the upper limit for methods that drop keys. It saves no time, because it scores every key.
+    Source: the top-k baseline of Desai et al., 2025 (arXiv:2510.05688), and of others.   Differs: attention sinks and window
+    are not treated separately.
+    Cost: all products of queries and keys, `num` slots per query, a bounded number of scores at a time.   Guarantee: the
+    largest share of every row's weight that `num` keys can hold; exact if a row sees at most `num` keys.
 
     Args:
-        num: keys of each query.
+        num: number of keys of each query.
 
     Raises:
         ValueError: if `num` is not positive.
@@ -46,16 +46,16 @@ class TopKeys(AttentionMethod):
 
     @property
     def complete(self) -> bool:
-        """The rest is dropped."""
+        """False: all other keys are dropped."""
         return False
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """No row's keys depend on what follows it."""
+        """No row's list depends on later queries or keys."""
         return LookAhead.NOTHING
 
     def attend(self, problem: Problem) -> Partial:
-        """Score a chunk of rows against all keys, keep the best, attend to them."""
+        """Score a chunk of rows against all keys, keep the top `num`, compute attention over them."""
         if not problem.num_keys or not problem.q.numel():
             return Exact().attend(problem)
         refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
@@ -77,7 +77,7 @@ class TopKeys(AttentionMethod):
     def _select(self, problem: Problem, rows: slice) -> Selection:
         (batch, kv_heads), group = problem.k.shape[:2], problem.group
         limit = _limit(problem, rows)
-        # by position alone, where it is known without a look at the device: ranks are no larger
+        # by position, which is known without reading from the device: ranks are no larger
         alike = problem.causal and problem.spans is None
         seen = min(problem.num_keys, max(1, problem.offset + rows.stop)) if alike else problem.num_keys
         wide = torch.promote_types(problem.q.dtype, torch.float32)
@@ -87,7 +87,7 @@ class TopKeys(AttentionMethod):
         index = score.topk(min(self.num, seen), dim=-1)[1].flatten(0, 2)
         high = limit[:, None].expand(-1, kv_heads * group, -1).flatten(0, 1)
         lists = torch.arange(batch * kv_heads, dtype=torch.int64, device=q.device)
-        # where a row sees fewer keys, those listed beyond its limit are skipped
+        # if a row sees fewer keys, the kernel skips listed keys beyond its limit
         runs = Runs(
             index, 1, torch.zeros(index.shape, dtype=torch.float32, device=q.device), low=torch.zeros_like(high), high=high
         )
@@ -102,7 +102,7 @@ class TopKeys(AttentionMethod):
             head_dim: width of keys, and of values.
 
         Returns:
-            the cost, whose selection is exact attention's own.
+            the cost; selection scores as many pairs as exact attention.
         """
         exact = exact_pairs(num_keys, is_causal)
         memory_bytes = 8 * num_keys * head_dim * (self.num + 1)

@@ -1,4 +1,4 @@
-"""A paper in a few lines: published algorithms put together from stages."""
+"""Published algorithms, built from stages."""
 
 from dataclasses import dataclass, replace
 
@@ -28,31 +28,33 @@ LAYERS = 2**24
 class HyperAttention(AttentionMethod):
     """Run HyperAttention as published, with its own parameters: blocks of a hash order, and one sample of the other keys.
 
-    Without causality: exact attention within buckets of queries and keys that hash alike, merged with keys sampled from the
-    rest and weighted so that both sums are unbiased. With causality: halve the sequence; both halves by recursion, the later
-    queries to the earlier keys without causality; exact attention once a part is short.
+    Without a causal mask: exact attention within buckets of queries and keys with equal hashes, merged with keys that are
+    sampled from the rest and weighted so that both sums are unbiased. With a causal mask: the sequence is halved; each half
+    is computed by recursion, and the later queries attend to the earlier keys without a mask; short parts use exact
+    attention.
 
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 1 to 4, and the parameters of its published code.   Differs:
 
     - buckets follow the Gray order; the published code sorts by Gray(code), where the order is its inverse;
-    - queries and keys are centred before hashing, and every kv head has projections of its own;
+    - queries and keys are centred before hashing, and every kv head has its own projections;
     - a sampled key in the query's own bucket is skipped; one of the published paths counts it twice;
-    - keys are sampled by ||v||^2 mixed with a uniform share, stratified, and a sample serves both sums, where Alg. 2 and 3
-      draw apart and the published code draws uniformly alone; each 2048 queries share one, where the paper has one for all;
-      weights are those of the sample (no cap and no kappa, as in the published code; see `ApproxD` for Alg. 2);
-    - no padding takes part: buckets are equal to one key, lengths odd or unequal, dead keys out; published, padding of zeros
-      adds exp(0) to denominators;
-    - lse carries its gradient, so that backward is the gradient of forward; published, it is detached;
+    - keys are sampled by ||v||^2 mixed with a uniform share, stratified, and one sample serves both sums, where Alg. 2 and 3
+      draw separately and the published code draws only uniformly; each 2048 queries share one sample, where the paper has
+      one for all; weights are those of the sample (no cap and no kappa, as in the published code; see `ApproxD` for Alg. 2);
+    - padding has no effect: bucket sizes differ by at most one key, lengths may be odd or unequal, masked keys are left out;
+      in the published code, zero padding adds exp(0) to denominators;
+    - lse carries its gradient, so that backward is the gradient of forward; in the published code lse is detached;
     - queries and keys may differ in number, stand at any offset, and share kv heads.
 
-    Cost: about `block_size` + `sample_size` slots a query, times log2(n / min_seq_len) / 2 and exact halves when causal.
+    Cost: about `block_size` + `sample_size` slots per query; if causal, times log2(n / min_seq_len) / 2, plus the exact
+    parts.
     Guarantee: numerator and denominator unbiased; the paper's spectral bound under its assumptions on alpha and kappa.
 
     Args:
         block_size: most keys in a bucket.
         sample_size: keys sampled from the rest.
         bits: random hyperplanes of the hash.
-        min_seq_len: a causal part of no more positions, or a block of fewer queries, is attended to exactly.
+        min_seq_len: a causal part of at most this many positions, or a block of fewer queries, uses exact attention.
 
     Raises:
         ValueError: if a size is not positive, or there are too many bits.
@@ -75,21 +77,21 @@ class HyperAttention(AttentionMethod):
 
     @property
     def complete(self) -> bool:
-        """Every key is in the bucket or stood for by the sample."""
+        """True: every key is in the bucket or represented by the sample."""
         return True
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """Blocks are sorted as a whole, and where a sequence is halved depends on its length."""
+        """Entire blocks are sorted, and the positions of the halves depend on the length of the sequence."""
         return LookAhead.SEQUENCE
 
     def block_method(self, num_queries: int) -> Method:
-        """Give the stages that run where `num_queries` queries, `min_seq_len` or more, see all keys."""
+        """Return the stages that run if `num_queries` queries, `min_seq_len` or more, see all keys."""
         buckets, sample = HashBuckets(self.block_size, bits=self.bits), Draw(self.sample_size, by=ValueNorm(power=2))
         return Method(buckets, sample, tile=max(1, min(num_queries, SAMPLE_TILE)))
 
     def attend(self, problem: Problem) -> Partial:
-        """Run the recursion, or the one block that it is without causality."""
+        """Run the recursion, or a single block without a causal mask."""
         refuse_spans(self, problem)
         refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
         if not problem.causal:
@@ -104,13 +106,13 @@ class HyperAttention(AttentionMethod):
         return (Exact() if few else self.block_method(problem.num_queries)).attend(problem)
 
     def _causal(self, problem: Problem, live: Tensor | None, begin: int, end: int) -> Partial:
-        """Attend from the queries at positions `begin` to `end` to the keys there."""
+        """Compute attention between the queries and keys at positions `begin` to `end`."""
         if end - begin <= self.min_seq_len:
             return Exact().attend(_part(problem, live, (begin, end), (begin, end), causal=True))
         middle = begin + (end - begin + 1) // 2
         rows = self._causal(problem, live, middle, end)
         if rows.lse.shape[2]:
-            # no two blocks have the same middle, so it serves as the counter of their draws
+            # no two blocks have the same middle, so the middle is the counter of their draws
             block = _part(problem, live, (middle, end), (begin, middle), causal=False)
             rows = merge((rows, self._block(replace(block, layer=problem.layer + LAYERS * middle))))
         if middle <= problem.offset:
@@ -157,7 +159,7 @@ class HyperAttention(AttentionMethod):
 
 
 def _live_positions(problem: Problem) -> Tensor | None:
-    """Return which positions hold a live key, ``[batch, keys]``; None where all do."""
+    """Return which positions hold a live key, ``[batch, keys]``; None if all do."""
     if problem.rank is None:
         return None
     return problem.rank.diff(dim=1, prepend=torch.zeros_like(problem.rank[:, :1])) > 0
@@ -173,7 +175,8 @@ def _part(
     if problem.rank is None or live is None:
         k, v = k[:, :, begin:end], v[:, :, begin:end]
     else:
-        # keys stand in order of rank; bring those of the part back to their positions, so that each row drops its own dead
+        # keys are in order of rank; put those of the part back at their positions, so that each row drops its own masked
+        # keys
         index = (problem.rank[:, begin:end] - 1).clamp(min=0)[:, None, :, None]
         k, v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
         k, v, rank = compact(k, v, live[:, begin:end])
@@ -182,7 +185,7 @@ def _part(
 
 
 def _nothing(problem: Problem, count: int) -> Partial:
-    """Rows that see no key."""
+    """Return rows that see no key."""
     shape = (*problem.q.shape[:2], count)
     lse = problem.q.new_full(shape, -torch.inf, dtype=torch.promote_types(problem.q.dtype, torch.float32))
     return Partial(problem.q.new_zeros(*shape, problem.v.shape[3]), lse)

@@ -1,4 +1,4 @@
-"""What a cache keeps, or reads, of a long text: one policy a file."""
+"""Policies that choose which keys a cache keeps or reads: one policy per file."""
 
 from hyperattention.cache.page_rank import Bounds, Midpoint, TwoLevels
 from hyperattention.cache.policy import Policy

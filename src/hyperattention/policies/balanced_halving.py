@@ -1,4 +1,4 @@
-"""Halve the keys again and again, so that what is kept and what is dropped look alike to every query."""
+"""Halve the keys repeatedly, so that kept and dropped keys give every query nearly the same sums."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,27 +15,28 @@ from hyperattention.policies.choose import lottery
 
 @dataclass(frozen=True)
 class BalancedHalving(Policy):
-    """Drop one key of each pair and give its weight to the other, with coins that correct one another.
+    """Drop one key of each pair and give its weight to the other, with random signs that depend on earlier signs.
 
     P(a stays, not b) = 1/2 - <D, d> / (2 c)   for a pair of equal weights w,   d = w (phi(a) - phi(b)),   D = sum of the +-d
     so far,   <phi(x), phi(y)> = exp(scale (k_x - mean) . (k_y - mean)) (v_x . v_y + mean ||v||^2)
 
-    A pair of unequal weights is first given to its heavier key with the probability that is left when both have had the
-    lighter one's chance; only the other pairs enter the walk, whose signs are so as likely as their opposites.
+    In a pair of unequal weights, the heavier key is first kept with the probability that is left after both get the lighter
+    key's probability. Only the other pairs enter the walk, so that each sign is as likely as its opposite.
 
     Source: Han et al., 2025 (arXiv:2502.07861), BalanceKV; the self-balancing walk is that of Alweiss, Liu and Sawhney, 2021
     (arXiv:2006.14009).   Differs: a constant is added to the products of values, so that the normaliser is balanced too;
-    signs belong to pairs of neighbours in order of weight, then position, so that halves are equal; keys are scaled to one
-    size of phi in a walk's kernel, and scores by `breadth`; any weights and numbers of slots, the last round pairing the
-    lightest keys only.
-    Cost: (head_dim + value_dim) * `pairs` * 4 products a candidate and round, rounds halving; `pairs` small steps a round.
-    Guarantee: the expected weight of every key is the one that it had, so numerator and denominator are unbiased; the
-    total weight never changes.
+    signs belong to pairs of neighbours in order of weight, then position, so that halves are equal; the norms of phi are
+    made equal in a walk's kernel, and scores are scaled by `breadth`; any weights and numbers of slots are allowed, and the
+    last round pairs only the lightest keys.
+    Cost: (head_dim + value_dim) * `pairs` * 4 products per candidate and round, with half the candidates in each next round;
+    `pairs` small steps per round.
+    Guarantee: the expected weight of every key is its previous weight, so numerator and denominator are unbiased; the total
+    weight never changes.
 
     Args:
-        pairs: how many pairs share a walk.
-        strength: how strongly a walk corrects itself: 0 for fair coins.
-        breadth: factor of the scores in the walk's kernel: below 1, keys balance others that are further away.
+        pairs: number of pairs in a walk.
+        strength: strength of the correction in a walk; 0 for independent fair coins.
+        breadth: factor of the scores in the walk's kernel; below 1, keys also balance more distant keys.
 
     Raises:
         ValueError: if there is no pair in a walk, the strength is negative, or the breadth is not positive.
@@ -49,20 +50,20 @@ class BalancedHalving(Policy):
         positive("BalancedHalving", pairs=self.pairs)
         if not 0 <= self.strength < math.inf:
             raise ValueError(
-                f"BalancedHalving(strength={self.strength!r}): must be finite and not negative; 0 tosses fair coins"
+                f"BalancedHalving(strength={self.strength!r}): must be finite and not negative; 0 gives fair coins"
             )
         if not 0 < self.breadth < math.inf:
             raise ValueError(
-                f"BalancedHalving(breadth={self.breadth!r}): must be positive and finite; 1 takes scores as they are"
+                f"BalancedHalving(breadth={self.breadth!r}): must be positive and finite; 1 leaves scores unchanged"
             )
 
     @property
     def weighted(self) -> bool:
-        """What is kept stands for all."""
+        """True: the kept keys represent all keys."""
         return True
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Halve until it fits."""
+        """Halve until the keys fit the budget."""
         left, turn = full, 0
         while left.end - left.begin > full.num:
             held = self._halved(left, turn)
@@ -70,13 +71,13 @@ class BalancedHalving(Policy):
         return left.held
 
     def _halved(self, full: CompressionRequest, turn: int) -> CacheSlots:
-        """Drop one key of every pair, or of as many pairs as are needed."""
+        """Drop one key of every pair, or of as many pairs as necessary."""
         old = full.candidates
         pairs = min(old.num_slots // 2, old.num_slots - full.num)
         count = old.live.sum(-1, keepdim=True)
         needed = torch.minimum(count // 2, (count - full.num).clamp(min=0))
         real = torch.arange(pairs, dtype=torch.int64, device=count.device) < needed
-        # the lightest are dropped first, and meet their likes
+        # the lightest keys are dropped first, and paired with keys of similar weight
         order = old.log_weight.masked_fill(~old.live, torch.inf).argsort(dim=-1, stable=True)[..., : 2 * pairs]
         pair = order.unflatten(-1, (pairs, 2))
         weight = old.log_weight.gather(2, order).view(pair.shape)
@@ -89,7 +90,7 @@ class BalancedHalving(Policy):
         return old.take(index, new.gather(2, index))
 
     def _first_stays(self, full: CompressionRequest, turn: int, pair: Tensor, weight: Tensor) -> Tensor:
-        """Toss the coin of every pair: whether it is the first that stays."""
+        """Draw for every pair whether its first key stays."""
         order = pair.flatten(2)
         certain, coin = (
             lottery(full, 2 * turn + salt, anew=True).gather(2, order).view(pair.shape)[..., 0] for salt in (0, 1)
@@ -115,7 +116,7 @@ class BalancedHalving(Policy):
         near = 2 * k @ k.transpose(2, 3) - length[..., None] - length[..., None, :]
         product = (0.5 * self.breadth * full.scale * near).exp_() * (v @ v.transpose(2, 3) + constant.flatten(0, 1)[:, None])
         product = product * size * size.transpose(2, 3)
-        # a pair's two keys lie side by side
+        # the two keys of a pair are adjacent
         return product.unflatten(3, (-1, 2)).sum(-1).unflatten(2, (-1, 2)).sum(3)
 
     def _in_walks(self, x: Tensor, each: int) -> Tensor:
@@ -124,7 +125,7 @@ class BalancedHalving(Policy):
         return pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
 
     def _walk(self, product: Tensor, coin: Tensor) -> Tensor:
-        """Choose a sign for each pair after the other, ``[lists, pairs]``, against the sum of those before it."""
+        """Choose the signs of the pairs in sequence, ``[lists, pairs]``, each against the sum of the previous ones."""
         coin, num = self._in_walks(coin[..., None], 1)[..., 0], coin.shape[1]
         own = product.diagonal(dim1=2, dim2=3)
         limit = own.clamp(min=torch.finfo(own.dtype).tiny)

@@ -1,4 +1,4 @@
-"""From numbers to slots: the best of the candidates, or a sample of them."""
+"""Choose slots by scores: the best candidates, or a sample of them."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,40 +10,40 @@ from hyperattention.random import uniform
 
 
 def best(score: Float[Tensor, "batch kv_heads slots"], full: CompressionRequest) -> Int[Tensor, "batch kv_heads num"]:
-    """Take the candidates of the largest scores.
+    """Find the candidates with the largest scores.
 
     Args:
-        score: one a candidate.
+        score: one score per candidate.
         full: the cache.
 
     Returns:
-        which they are, in the order of their positions; empty slots only where no other is left.
+        their indices, in the order of their positions; empty slots only if no other is left.
     """
     score = score.masked_fill(~full.candidates.live, -torch.inf)
     return score.topk(full.num, -1).indices.sort(-1).values
 
 
 def keep_best(score: Float[Tensor, "batch kv_heads slots"], full: CompressionRequest) -> CacheSlots:
-    """Keep the candidates of the largest scores, with the weights that they had.
+    """Keep the candidates with the largest scores, with unchanged weights.
 
     Args:
-        score: one a candidate.
+        score: one score per candidate.
         full: the cache.
 
     Returns:
-        them, in the order of their positions.
+        the kept slots, in the order of their positions.
     """
     index = best(score, full)
     return full.candidates.take(index, full.candidates.log_weight.gather(2, index))
 
 
 def lottery(full: CompressionRequest, salt: int = 0, *, anew: bool = False) -> Float[Tensor, "batch kv_heads slots"]:
-    """Give every candidate a number in (0, 1], fixed by its position and head.
+    """Return a random number in (0, 1] for every candidate, determined by its position and head.
 
     Args:
         full: the cache.
-        salt: sets lotteries of one policy apart.
-        anew: whether the numbers are new ones in every compression.
+        salt: makes several lotteries of one policy independent.
+        anew: whether every compression draws new numbers.
 
     Returns:
         float64; rows of a batch share them.

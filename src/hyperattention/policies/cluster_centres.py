@@ -1,4 +1,4 @@
-"""Keep keys that are far from one another, each standing for those around it."""
+"""Keep keys that are far from one another; each represents the keys near it."""
 
 from dataclasses import dataclass
 
@@ -9,45 +9,46 @@ from torch import Tensor
 from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.cache.slots import CacheSlots
 
-# centres that are added between two looks at all keys, and how many of the farthest keys compete for each place
+# centres that are added per pass over all keys, and the number of farthest keys that are candidates for each centre
 _AT_ONCE, _RIVALS = 16, 4
-# distances of what is no choice: an empty slot is one if nothing else is left, a centre never again
+# distances that exclude a choice: an empty slot is chosen only if no key is left, a centre never again
 _EMPTY, _CENTRE = -1.0, -2.0
 
 
 @dataclass(frozen=True)
 class ClusterCentres(Policy):
-    """Keep keys that are far from one another, each with the weight of all keys that are nearest to it.
+    """Keep keys that are far from one another, each with the total weight of the keys nearest to it.
 
     w_c = sum_{j nearest to c} w_j,   v_c = sum_{j nearest to c} w_j v_j / w_c
 
-    This is SubGen *in practice*, self-normalised over the centres: not the estimator of the paper, with its own samples for
-    numerator and denominator, and without its guarantee.
+    This is the practical variant of SubGen, self-normalised over the centres. It is not the estimator of the paper, which
+    has separate samples for numerator and denominator, and it does not have the paper's guarantee.
 
     Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen, the greedy k-center of its experiments; the traversal is that of
-    Gonzalez, 1985.   Differs: weights and mean values; farthest keys are added several a look, each the farthest of the few
-    that were farthest at the look, which is greedy but for rare exchanges; the first centre is the key nearest to the mean.
-    Cost: `num` products a candidate, in num / 16 passes.
-    Guarantee: total weight kept exactly, and with `mean_values` the weighted sum of the values; a score changes by no more
-    than scale ||q|| times the distance to the centre.
+    Gonzalez, 1985.   Differs: weights and mean values; several farthest keys are added per pass, each the farthest of the
+    few keys that were farthest in that pass, which is greedy except for rare exchanges; the first centre is the key nearest
+    to the mean.
+    Cost: `num` products per candidate, in num / 16 passes.
+    Guarantee: the total weight is kept exactly, and with `mean_values` also the weighted sum of the values; a score changes
+    by at most scale ||q|| times the distance to the centre.
 
     Args:
-        mean_values: whether a centre gets the mean value of its cluster, in place of its own.
+        mean_values: whether a centre gets the mean value of its cluster in place of its own value.
     """
 
     mean_values: bool = True
 
     @property
     def weighted(self) -> bool:
-        """Centres stand for all."""
+        """True: the centres represent all keys."""
         return True
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Find centres, and count what is nearest to each."""
+        """Find centres, and sum the weights of the keys nearest to each."""
         old = full.candidates
         live, shape = old.live.flatten(0, 1), (*old.log_weight.shape[:2], full.num)
         points = old.k.flatten(0, 1).to(old.log_weight.dtype).masked_fill(~live[..., None], 0.0)
-        # distances survive rounding better around the mean, where the traversal begins
+        # distances have smaller rounding errors around the mean, where the traversal begins
         points = points - points.sum(1, keepdim=True) / live.sum(1).clamp(min=1)[:, None, None]
         index, nearest = _centres(points, live, full.num)
         weight = old.log_weight.flatten(0, 1).double().exp()
@@ -66,15 +67,15 @@ class ClusterCentres(Policy):
 def _centres(
     points: Float[Tensor, "lists keys width"], live: Bool[Tensor, "lists keys"], num: int
 ) -> tuple[Int[Tensor, "lists num"], Int[Tensor, "lists keys"]]:
-    """Walk to the farthest key again and again.
+    """Add the farthest key as a centre, repeatedly.
 
     Args:
-        points: keys around their mean.
-        live: which of them there are.
-        num: how many centres, fewer than keys.
+        points: keys minus their mean.
+        live: which slots hold a key.
+        num: number of centres, fewer than keys.
 
     Returns:
-        the centres, ascending, and which of them is nearest to each key.
+        the centres, ascending, and the index of the nearest centre of each key.
     """
     size = points.square().sum(2)
     nearest = torch.zeros_like(live, dtype=torch.int64)
@@ -89,7 +90,7 @@ def _centres(
         here, which = gap.min(2)
         closer = here < least
         nearest, least = torch.where(closer, which + count, nearest), torch.where(closer, here, least)
-        # a centre is its own, whatever rounding made of its distance
+        # a centre is nearest to itself, even if rounding makes its distance positive
         nearest.scatter_(
             1, new, torch.arange(count, count + new.shape[1], dtype=torch.int64, device=new.device).expand_as(new)
         )
@@ -103,7 +104,7 @@ def _centres(
 
 
 def _farthest(points: Tensor, least: Tensor, num: int) -> Tensor:
-    """Choose the next centres among the keys that are now farthest from all: ``[lists, num]``."""
+    """Choose the next centres among the keys that are now farthest from all centres: ``[lists, num]``."""
     least, pool = least.topk(min(least.shape[1], _RIVALS * num), 1)
     rivals = points.gather(1, pool[..., None].expand(-1, -1, points.shape[2]))
     size = rivals.square().sum(2)

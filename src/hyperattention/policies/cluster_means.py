@@ -1,4 +1,4 @@
-"""Let means of clusters stand for the keys in them: little is lost, and nothing is left to chance."""
+"""Replace the keys of each cluster by their mean: a small error, and no sampling noise."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.cache.slots import CacheSlots
 from hyperattention.check import positive
 
-# distances held at a time: 16 MiB in float32
+# distances held at once: 16 MiB in float32
 _DISTANCES_AT_A_TIME = 2**22
 
 
@@ -20,18 +20,19 @@ class ClusterMeans(Policy):
 
     k_c = mean_c k_j,   v_c = mean_c v_j,   log w_c = log n_c + correction / 2 mean_c (q . (k_j - k_c))^2
 
-    A sample of a few among thousands has weights in the tens, and a softmax over them is mostly noise; means have none. What
-    they lose is the spread inside a cluster, whose exponentials exceed that of the mean: by half the variance of the scores
-    if those were normal. `correction` is the share of it that is added, with queries taken from the latest.
-    Distances are those of scores, ||A (k_j - k_c)|| with A'A = E[q q'], by k-means that begins evenly over positions.
+    A sample of a few among thousands of keys has weights in the tens, and a softmax over it is mostly noise; means have no
+    noise. Means ignore the spread inside a cluster: the mean of the exponentials exceeds the exponential of the mean score,
+    by half the variance of the scores if these are normal. `correction` is the share of this term that is added, estimated
+    from the latest queries. Distances are those of scores, ||A (k_j - k_c)|| with A'A = E[q q'], by k-means whose first
+    centres are evenly spaced in position.
 
     Source: clusters as in Zandieh et al., 2024 (arXiv:2402.06082), SubGen.   Differs: means in place of samples, k-means in
     place of online balls, the metric of the queries and the correction are ours.
-    Cost: rounds * slots products a candidate.   Guarantee: none; total weight is kept but for the correction.
+    Cost: rounds * slots products per candidate.   Guarantee: none; total weight is kept except for the correction.
 
     Args:
-        rounds: of k-means.
-        latest: queries looked at.
+        rounds: rounds of k-means.
+        latest: number of latest queries to read.
         correction: share of half the variance that is added to log-weights.
 
     Raises:
@@ -45,16 +46,16 @@ class ClusterMeans(Policy):
     def __post_init__(self) -> None:
         positive("ClusterMeans", rounds=self.rounds, latest=self.latest)
         if not self.correction >= 0:
-            raise ValueError(f"ClusterMeans(correction={self.correction}): it must not be negative; 0 leaves it out")
+            raise ValueError(f"ClusterMeans(correction={self.correction}): correction must not be negative; 0 turns it off")
 
     @property
     def num_queries(self) -> int:
-        """As many as it is told to look at."""
+        """Number of latest queries to read."""
         return self.latest
 
     @property
     def weighted(self) -> bool:
-        """Clusters stand for all of their keys."""
+        """True: clusters represent all of their keys."""
         return True
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
@@ -73,10 +74,13 @@ class ClusterMeans(Policy):
         variance = _sums(off.square().sum(-1, keepdim=True) * share, cluster, num)[..., 0]
         log_weight = total.log() + self.correction / 2 * variance
         held = CacheSlots(
-            means[0].to(old.k.dtype), means[1].to(old.v.dtype), log_weight.to(old.log_weight.dtype),
-            means[2][..., 0].round().to(old.position.dtype), (means[3][..., 0] * total).to(old.score.dtype),
-        )  # fmt: skip
-        # empty clusters come last: they stand for no position
+            means[0].to(old.k.dtype),
+            means[1].to(old.v.dtype),
+            log_weight.to(old.log_weight.dtype),
+            means[2][..., 0].round().to(old.position.dtype),
+            (means[3][..., 0] * total).to(old.score.dtype),
+        )
+        # empty clusters come last: they have no position
         order = means[2][..., 0].masked_fill(total == 0, torch.inf).argsort(dim=-1, stable=True)
         return held.take(order, held.log_weight.gather(2, order))
 
@@ -89,7 +93,7 @@ def _metric(full: CompressionRequest) -> Tensor:
         return torch.eye(width, dtype=torch.float32, device=q.device).expand(*q.shape[:2], -1, -1)
     moment = q.transpose(2, 3) @ q / q.shape[2]
     value, vector = torch.linalg.eigh(moment)
-    # fewer queries than channels span no more directions than they are; values are in ascending order
+    # fewer queries than channels span at most as many directions as there are queries; eigenvalues are in ascending order
     span = slice(max(0, width - q.shape[2]), None)
     return (vector * value.clamp(min=0).sqrt()[:, :, None])[..., span]
 
@@ -109,7 +113,7 @@ def _clusters(x: Tensor, weight: Tensor, num: int, rounds: int) -> Tensor:
 
 
 def _nearest(x: Tensor, centre: Tensor) -> Tensor:
-    # one product gives |c|^2 - 2 x . c; the points' own squares change no comparison
+    # one product gives |c|^2 - 2 x . c; the squares of the points do not change comparisons
     factors = torch.cat([centre * -2, centre.square().sum(-1, keepdim=True)], -1)
     return (pad(x, (0, 1), value=1.0) @ factors.transpose(2, 3)).argmin(-1)
 

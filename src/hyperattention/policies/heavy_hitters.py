@@ -1,4 +1,4 @@
-"""Keep the keys that were attended to most: what queries looked for so far, others may look for again."""
+"""Keep the keys with the most attention so far: later queries may attend to the same keys."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from hyperattention.policies.choose import keep_best
 
 @dataclass(frozen=True)
 class HeavyHitters(Policy):
-    """Keep the keys with the most attention, summed over every query so far, with the weights that they have.
+    """Keep the keys with the most attention, summed over all queries so far, with unchanged weights.
 
     a_j = sum_i softmax_j(scale q_i . k_j)
 
-    Source: Zhang et al., 2023 (arXiv:2306.14048), H2O.   Differs: sinks are kept whatever they get; query heads that share
-    a kv head are summed.
-    Cost: watching costs the scores of every query over again: for a prompt as much as its attention, where nothing else
-    needs them, and for a decoded token the scores of its slots.
-    Guarantee: none; what is dropped is gone, and keys that came early had more queries to be seen by.
+    Source: Zhang et al., 2023 (arXiv:2306.14048), H2O.   Differs: attention sinks are always kept; query heads that share a
+    kv head are summed.
+    Cost: the scores of every query are computed a second time: for a prompt as many as its attention, for a decoded token
+    the scores of its slots.
+    Guarantee: none; dropped keys are lost, and early keys collect attention from more queries.
     """
 
     @property
@@ -27,9 +27,9 @@ class HeavyHitters(Policy):
 
     @property
     def weighted(self) -> bool:
-        """What is dropped is gone."""
+        """False: dropped keys are lost."""
         return False
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Keep what was attended to most."""
+        """Keep the keys with the most attention."""
         return keep_best(full.candidates.score, full)

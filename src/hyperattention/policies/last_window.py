@@ -1,4 +1,4 @@
-"""Keep the keys that the latest queries attend to, and their neighbours: the end of a prompt says what it is read for."""
+"""Keep the keys that the latest queries attend to, and their neighbours: the end of a prompt often holds the question."""
 
 from dataclasses import dataclass
 
@@ -14,24 +14,24 @@ from hyperattention.policies.choose import keep_best
 
 @dataclass(frozen=True)
 class LastWindow(Policy):
-    """Keep the keys with the most attention from the last queries, smoothed over neighbours, with the weights they have.
+    """Keep the keys with the most attention from the last queries, smoothed over neighbours, with unchanged weights.
 
     s_j = pool_{|i - j| <= kernel / 2} sum_{last queries} softmax_i(scale q . k_i)
 
-    Neighbours come along because an answer is more tokens than the one that was looked at.
+    Neighbours are kept because an answer has more tokens than the one that got attention.
 
     Source: Li et al., 2024 (arXiv:2404.14469), SnapKV.   Differs: decoded tokens are compressed as well as the prompt, each
-    time by the queries that are then the last; query heads that share a kv head are summed.
-    Cost: the scores of `num_queries` queries a compression.
-    Guarantee: none; what is dropped is gone, and a question that comes later was not asked.
+    time by the latest queries of that moment; query heads that share a kv head are summed.
+    Cost: the scores of `num_queries` queries per compression.
+    Guarantee: none; dropped keys are lost, also those that a later question needs.
 
     Args:
-        num_queries: how many of the last queries vote.
-        kernel: slots that are pooled, odd.
-        average: whether their mean is taken, in place of their maximum.
+        num_queries: number of last queries whose attention counts.
+        kernel: number of slots that are pooled, odd.
+        average: whether to pool by the mean in place of the maximum.
 
     Raises:
-        ValueError: if a number is not positive, or the kernel has no middle.
+        ValueError: if a number is not positive, or the kernel is even.
     """
 
     num_queries: int = 32
@@ -45,11 +45,11 @@ class LastWindow(Policy):
 
     @property
     def weighted(self) -> bool:
-        """What is dropped is gone."""
+        """False: dropped keys are lost."""
         return False
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Keep what the last queries look at."""
+        """Keep the keys that the last queries attend to."""
         score = attended(full.held, full.queries, full.scale, full.rule)[:, :, full.begin : full.end]
         return keep_best(self._pooled(score, full.candidates.live), full)
 
@@ -57,6 +57,6 @@ class LastWindow(Policy):
         half = self.kernel // 2
         if not self.average:
             return max_pool1d(score, self.kernel, 1, half)
-        # the mean over slots that hold a key: those at an edge have fewer neighbours, not emptier ones
+        # the mean over slots that hold a key: slots at an edge have fewer neighbours
         total, count = (avg_pool1d(x, self.kernel, 1, half) for x in (score, live.to(score.dtype)))
         return total / count.clamp(min=1.0 / self.kernel)

@@ -1,4 +1,4 @@
-"""Keep the latest keys and drop the rest: sinks and a window, the least that a cache can do."""
+"""Keep the latest keys and drop the rest: attention sinks and a window, the simplest policy."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from hyperattention.policies.choose import keep_best
 class Latest(Policy):
     """Keep the latest keys, with weight one; with sinks this is streaming attention.
 
-    Source: Xiao et al., 2023 (arXiv:2309.17453), StreamingLLM.   Differs: keys keep the positions they were read at.
-    Cost: none.   Guarantee: none; what is older than the budget is gone.
+    Source: Xiao et al., 2023 (arXiv:2309.17453), StreamingLLM.   Differs: keys keep their original positions.
+    Cost: none.   Guarantee: none; keys older than the budget are lost.
     """
 
     @property
     def weighted(self) -> bool:
-        """What is dropped is gone."""
+        """False: dropped keys are lost."""
         return False
 
     def compress(self, full: CompressionRequest) -> CacheSlots:

@@ -1,4 +1,4 @@
-"""Keep the keys that stand out from all others, whatever the queries will be."""
+"""Keep the keys that differ most from all others, without reading queries."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from hyperattention.select.locate.universal_set import leverage
 
 @dataclass(frozen=True)
 class Leverage(Policy):
-    """Keep the keys with the largest leverage scores, with the weights they have: no query is asked.
+    """Keep the keys with the largest leverage scores, with unchanged weights; queries are not read.
 
     tau_j = x_j' (X'X + lambda I)^-1 x_j,   x_j = k_j - mean,   lambda = ridge * trace(X'X) / head_dim
 
-    Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: keys centred and a ridge;
-    chosen again at every compression, among what is left; softmax in place of the paper's polynomial.
-    Cost: one and a half times head_dim products a candidate.
-    Guarantee: none for softmax, for which it is a heuristic; what is dropped is gone.
+    Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: centred keys and a ridge;
+    a new choice among the remaining keys at every compression; softmax in place of the paper's polynomial.
+    Cost: one and a half times head_dim products per candidate.
+    Guarantee: none for softmax, for which this is a heuristic; dropped keys are lost.
 
     Args:
         ridge: strength of the ridge, relative to the mean square of the centred keys.
@@ -30,17 +30,17 @@ class Leverage(Policy):
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
-            raise ValueError(f"Leverage(ridge={self.ridge!r}): a ridge must not be negative; 0 leaves it out")
+            raise ValueError(f"Leverage(ridge={self.ridge!r}): ridge must not be negative; 0 turns it off")
 
     @property
     def weighted(self) -> bool:
-        """What is dropped is gone."""
+        """False: dropped keys are lost."""
         return False
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Keep what stands out."""
+        """Keep the keys with the largest leverage scores."""
         old = full.candidates
-        # an empty slot is no key, and must not enter the covariance: live ones come first
+        # an empty slot must not enter the covariance: live slots come first
         order = old.live.byte().argsort(dim=-1, descending=True, stable=True)
         keys = old.k.gather(2, order[..., None].expand(-1, -1, -1, old.k.shape[3]))
         score = leverage(keys.flatten(0, 1), old.live.flatten(0, 1).sum(-1, keepdim=True), self.ridge)

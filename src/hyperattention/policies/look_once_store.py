@@ -1,4 +1,4 @@
-"""A store by pages that drops the keys of a prompt which its last queries attend to least."""
+"""A store with pages that drops the keys of a prompt which its last queries attend to least."""
 
 from collections.abc import Callable
 
@@ -15,30 +15,30 @@ from hyperattention.types import Partial
 
 
 class LookOnceStore(Store):
-    """Hold a share of the tokens of a prompt, and all that follow it.
+    """Hold a share of the tokens of a prompt, and all tokens after the prompt.
 
-    What is left lies in order in a store by pages, which answers every step; that its tokens are not consecutive means
-    nothing to it. A step that is too long to choose pages is a prompt, or a chunk of one: it reads all that is left, and
-    where that exceeds the budget some of it is dropped after the step. Sinks and window are never dropped.
+    The kept tokens are in order in a store with pages, which computes every step; it does not need consecutive tokens. A
+    step too long to choose pages is a prompt, or a chunk of one: it reads all kept keys, and if these exceed the budget,
+    some are dropped after the step. Sinks and window are never dropped.
 
     Args:
-        make: makes an empty store by pages.
-        keep: share of the tokens that stays, but never fewer than the budget.
-        latest: queries that vote.
+        make: makes an empty store with pages.
+        keep: share of the tokens to keep, but never fewer than the budget.
+        latest: number of last queries whose attention counts.
     """
 
     def __init__(self, make: Callable[[], SelectingStore], *, keep: float, latest: int) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.keep, self.latest = keep, latest
         self._make, self.pages = make, make()
         self._begin: Tensor | None = None
-        # keys and values of all slots, while a step lasts
+        # keys and values of all slots, during a step
         self._shown: tuple[Tensor, Tensor] | None = None
         self._gone = self._fixed = self._new = 0
 
     @property
     def seen(self) -> int:
-        """Tokens appended so far, padding and what was dropped included."""
+        """Tokens appended so far, including padding and dropped tokens."""
         return self.pages.seen + self._gone
 
     @property
@@ -48,22 +48,22 @@ class LookOnceStore(Store):
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys and values lie."""
+        """Device of keys and values."""
         return self.pages.device
 
     @property
     def num_slots(self) -> int:
-        """All keys that are left are shown."""
+        """Number of kept keys."""
         return self.pages.num_slots
 
     @property
     def num_read(self) -> int:
-        """Those of the store by pages."""
+        """Number of keys that the store with pages reads."""
         return self.pages.num_read
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing was dropped, and the step at hand reads every key."""
+        """Whether no key was dropped, and the current step reads every key."""
         return not self._gone and self.pages.is_whole
 
     @property
@@ -72,26 +72,26 @@ class LookOnceStore(Store):
         return self.pages.memory_bytes
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys behind the others."""
+        """Write new keys after the others."""
         if self._begin is None:
             self._begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
         self._new, self._shown = k.shape[2], self.pages.append(k, v)
         return self._shown
 
     def mask_padding(self, live: Tensor) -> None:
-        """Note where each row begins."""
+        """Record where each row begins."""
         self.pages.mask_padding(live)
         self._begin = self._start + (~live).sum(-1)
 
     @property
     def _start(self) -> Tensor:
         if self._begin is None:
-            raise ValueError("nothing is held yet: append keys and values first")
+            raise ValueError("the cache is empty: append keys and values first")
         return self._begin
 
     @property
     def _held(self) -> CacheSlots:
-        """Show all slots of the step at hand, those of padding empty."""
+        """Return all slots of the current step, with padding as empty slots."""
         if self._shown is None:
             raise ValueError("nothing was appended in this step: append keys and values first")
         k, v = self._shown
@@ -101,13 +101,13 @@ class LookOnceStore(Store):
         return CacheSlots(k, v, weight, place.expand(weight.shape), torch.zeros_like(weight))
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
-        """Attend to sinks, window and the best pages; a long step to all that is left."""
+        """Compute attention over sinks, window and the best pages; over all kept keys in a long step."""
         if self.pages.is_whole:
             return rule.drop_sinks(self._held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap))
         return self.pages.attend(q, scale, rule)
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
-        """Let the last queries of a prompt decide what stays, or sum up the pages that are full now."""
+        """Evict keys by the last queries of a prompt, or summarise the pages that are full now."""
         if self._new > self.pages.most_queries and self.pages.seen > self.pages.room.budget:
             self._look(q[:, :, -self.latest :], scale, rule)
         else:
@@ -115,18 +115,18 @@ class LookOnceStore(Store):
         self._shown = None
 
     def _look(self, queries: Tensor, scale: float, rule: ScoreRule) -> None:
-        """Keep what the queries attend to most, in order, and read by pages from there."""
+        """Keep the keys that the queries attend to most, in order, and read them by pages from now on."""
         held, room = self._held, self.pages.room
         num, place = held.num_slots, held.position
         count = min(num, max(room.budget, round(self.keep * self.seen)))
         score = attended(held, queries, scale, rule)
         sunk = place < self._start[:, None, None] + room.sinks
         score.masked_fill_(sunk | (place >= num - room.window), torch.inf)
-        # padding goes first; where there is too little else it stays, and it stands in front
+        # padding is dropped first; it is kept only if there are too few tokens, and then stays in front
         score.masked_fill_(~held.live, -1.0)
         index = score.topk(count, -1).indices.sort(-1).values
         left = held.take(index, held.log_weight.gather(2, index))
-        # rows keep equally many tokens of padding in all heads
+        # all heads of a row keep the same amount of padding
         live = left.live[:, 0]
         pages = self._make()
         pages.append(left.k, left.v)
@@ -136,12 +136,12 @@ class LookOnceStore(Store):
         self._gone, self._fixed = self._gone + num - count, count - room.window
 
     def take_rows(self, index: Tensor) -> None:
-        """Copy rows of everything."""
+        """Select batch rows of all tensors."""
         self.pages.take_rows(index)
         self._begin = None if self._begin is None else self._begin.index_select(0, index.to(self._begin.device))
 
     def crop(self, num: int) -> None:
-        """Forget tokens that came after the prompt, or were in the window when it ended."""
+        """Remove tokens after the prompt, or in the window at the end of the prompt."""
         if self._gone and num > self.pages.seen - self._fixed:
             raise ValueError(
                 f"cannot forget the latest {num} tokens: of all but the last {self.pages.seen - self._fixed} some were "
@@ -151,18 +151,18 @@ class LookOnceStore(Store):
         self._new, self._shown = 0, None
 
     def state(self) -> dict[str, Tensor]:
-        """Copy what is left, and the counters."""
+        """Copy the kept keys and values, and the counters."""
         return self.pages.state() | {"numbers": torch.tensor([self._gone, self._fixed], dtype=torch.int64, device="cpu")}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take keys, values and counters over."""
+        """Replace keys, values and counters."""
         others = {name: x for name, x in state.items() if name != "numbers"}
         fit_state({name: x for name, x in state.items() if name not in others}, {"numbers": ("2", torch.int64)})
         gone, fixed = (int(x) for x in state["numbers"])
-        # so that a state that is refused leaves this store as it was
+        # so that a refused state leaves this store unchanged
         pages = self._make()
         pages.restore(others)
-        insist(gone >= 0 <= fixed and (not gone or fixed <= pages.seen), f"of {pages.seen} slots {fixed} are what was left")
+        insist(gone >= 0 <= fixed and (not gone or fixed <= pages.seen), f"of {pages.seen} slots {fixed} were kept")
         self.pages, self._begin = pages, state["begin"]
         self._gone, self._fixed = gone, fixed
         self._new, self._shown = 0, None

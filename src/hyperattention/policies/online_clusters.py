@@ -1,4 +1,4 @@
-"""Keys clustered as they come, with uniform samples of every cluster: what SubGen's normaliser is estimated from."""
+"""Online clusters of keys, with uniform samples of every cluster, from which SubGen estimates its normaliser."""
 
 from dataclasses import dataclass
 
@@ -8,25 +8,25 @@ from torch import Tensor
 
 from hyperattention.random import uniform
 
-# sets these draws apart from the reservoir's
+# makes these draws independent of the reservoir's
 _PURPOSE = 1
-# tokens taken in at a time, and the distances to all centres that may be held for them: 16 MiB in float32
+# tokens absorbed at once, and the distances to all centres that may be held for them: 16 MiB in float32
 _TOKENS_AT_A_TIME = 512
 _DISTANCES_AT_A_TIME = 2**22
-# tokens that positions distinguish within one value of the hash
+# number of positions that break ties between equal hash values
 _TIES = 2**20
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """What is known of the clusters of each head; slots from `num` on hold none.
+    """The clusters of each head; slots from `num` on are empty.
 
     Args:
         centre: the key that opened each cluster.
         sample: keys of each cluster, drawn uniformly and independently of one another.
-        ticket: the number by which each of them was drawn, the smallest of its cluster; inf where none was.
-        count: keys that joined each cluster.
-        num: clusters of each head.
+        ticket: the random number by which each sample was drawn, the smallest of its cluster; inf if there is none.
+        count: number of keys in each cluster.
+        num: number of clusters of each head.
     """
 
     centre: Float[Tensor, "batch kv_heads clusters head_dim"]
@@ -37,15 +37,15 @@ class Clusters:
 
     @classmethod
     def none(cls, k: Float[Tensor, "batch kv_heads keys head_dim"], room: int, samples: int) -> "Clusters":
-        """Make room for clusters.
+        """Allocate empty clusters.
 
         Args:
-            k: keys, whose batch, heads, width and type the clusters will have.
-            room: clusters of each head.
-            samples: keys drawn from each.
+            k: keys with the batch, heads, width and dtype of the clusters.
+            room: number of cluster slots of each head.
+            samples: number of keys drawn from each cluster.
 
         Returns:
-            no clusters.
+            empty clusters.
         """
         shape = (k.shape[0], k.shape[1], room)
         ticket = torch.full((*shape, samples), torch.inf, dtype=torch.float64, device=k.device)
@@ -60,25 +60,25 @@ class Clusters:
 
 
 class OnlineClusters:
-    """Cluster keys one by one around the first of each, and keep uniform samples of every cluster, in room that is doubled.
+    """Cluster keys one by one around the first key of each cluster, and keep uniform samples of every cluster.
 
     A key joins the nearest centre if that is within `delta`, and opens a cluster otherwise. Each of the `samples` slots of
-    a cluster keeps the key with the smallest of its own uniform numbers: of n_c keys, the last has it with probability
-    1 / n_c, as if the slot were replaced by a coin. Two centres are further than `delta` apart, so keys that lie in m balls
-    of diameter `delta` open at most m clusters.
+    a cluster keeps the key with the smallest of its own uniform numbers: of n_c keys, the last has it with probability 1 /
+    n_c, as in reservoir sampling. Two centres are farther than `delta` apart, so keys in m balls of diameter `delta` open at
+    most m clusters. The number of slots is doubled when needed.
 
-    Keys are taken in many at a time, with the results, to the bit, of one after another.
+    Keys are absorbed many at a time; the results are bit-identical to absorbing one after another.
 
-    Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen.   Differs: coins are minima of hashes, so that a token's draws
-    depend on nothing but its position.
-    Cost: one distance a key and centre, O(samples) beside it; memory of `samples` + 1 keys a cluster.
+    Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen.   Differs: random replacement uses minima of hashes, so that a
+    token's draws depend only on its position.
+    Cost: one distance per key and centre, and O(samples) per key; memory of `samples` + 1 keys per cluster.
     Guarantee: each slot is uniform over its cluster, and independent of the others.
 
     Args:
         delta: largest distance of a key from its centre.
-        samples: keys drawn from each cluster.
-        most: most clusters of a head; None for any number.
-        counters: seed and layer, of which every draw is a function.
+        samples: number of keys drawn from each cluster.
+        most: largest number of clusters of a head; None for no limit.
+        counters: seed and layer, which determine every draw.
     """
 
     def __init__(self, delta: float, samples: int, *, most: int | None = None, counters: tuple[int, int] = (0, 0)) -> None:
@@ -92,12 +92,12 @@ class OnlineClusters:
         position: Int[Tensor, " new"],
         live: Bool[Tensor, "batch new"],
     ) -> None:
-        """Take keys in; a ValueError says that a head needs more than `most` clusters.
+        """Absorb keys; raise ValueError if a head needs more than `most` clusters.
 
         Args:
-            k: the keys, in the order in which they come.
-            position: of each in the text: what its draws are a function of.
-            live: False for padding, which joins nothing.
+            k: the keys, in the order of the text.
+            position: position of each key in the text, which determines its draws.
+            live: False for padding, which joins no cluster.
         """
         if self.clusters is None:
             self.clusters = Clusters.none(k, 1, self.samples)
@@ -112,12 +112,12 @@ class OnlineClusters:
             self._draw(keys, position[part], cluster, counted)
 
     def _assign(self, k: Tensor, live: Tensor) -> Tensor:
-        """Find the cluster of every key, and open those that are missing: ``[lists, new]``."""
+        """Find the cluster of every key, and open missing clusters: ``[lists, new]``."""
         near, cluster = self._nearest(k)
         num = self._held.num.flatten().clone()
         opens = (near > self.delta) & live
         while bool(opens.any()):
-            # in every list, the first key that is too far from all centres before it; those before it are settled
+            # in every list, find the first key that is too far from all earlier centres; the keys before it are assigned
             lists = opens.any(1).nonzero()[:, 0]
             token = opens[lists].to(torch.uint8).argmax(1)
             self._make_room(num, lists)
@@ -127,7 +127,7 @@ class OnlineClusters:
             distance = _distances(k[lists, at:], centre[:, None])[..., 0]
             place = torch.arange(at, k.shape[1], dtype=torch.int64, device=k.device)
             old = near[lists, at:]
-            # at equal distance the older centre has the key, as argmin has it
+            # at equal distance the older centre gets the key, as with argmin
             closer = (place > token[:, None]) & (distance < old) | (place == token[:, None])
             near[lists, at:] = distance.where(closer, old)
             cluster[lists, at:] = new[:, None].where(closer, cluster[lists, at:])
@@ -137,7 +137,7 @@ class OnlineClusters:
         return cluster
 
     def _nearest(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the centre nearest to each key, and its distance; inf where there is no centre."""
+        """Find the centre nearest to each key, and its distance; inf if there is no centre."""
         num = self._held.num.flatten()
         most = int(num.max()) if num.numel() else 0
         if most == 0:
@@ -148,13 +148,13 @@ class OnlineClusters:
         return distance.gather(2, cluster[..., None])[..., 0], cluster
 
     def _make_room(self, num: Tensor, lists: Tensor) -> None:
-        """Have room for one cluster more in some lists; double it where there is none, so that few keys pay for it."""
+        """Make space for one more cluster in some lists; full space is doubled, so that few keys cause a copy."""
         old, need = self._held, int(num[lists].max()) + 1
         if self.most is not None and need > self.most:
             head = int(lists[num[lists].argmax()]) % old.num.shape[1]
             raise ValueError(
                 f"head {head} of layer {self.counters[1]} needs more than {self.most} clusters of radius "
-                f"delta={self.delta}: its keys are not clusterable so finely; give a larger delta=, more "
+                f"delta={self.delta}: its keys are not clusterable at this radius; give a larger delta=, more "
                 "most_clusters=, or a larger budget"
             )
         room = old.count.shape[2]
@@ -167,13 +167,13 @@ class OnlineClusters:
         self.clusters.num.copy_(old.num)
 
     def _draw(self, k: Tensor, position: Tensor, cluster: Tensor, live: Tensor) -> None:
-        """Count the keys of each cluster, and let the smallest tickets have the slots."""
+        """Count the keys of each cluster, and keep the keys with the smallest tickets."""
         held = self._held
         held.count.view(-1, held.count.shape[2]).scatter_add_(1, cluster, live.long())
         heads, device = torch.arange(held.num.shape[1], dtype=torch.int64, device=k.device), k.device
         slots = torch.arange(self.samples, dtype=torch.int64, device=device)
         ticket = uniform((*self.counters, _PURPOSE, heads[:, None, None], slots, position.long()[:, None]), device)
-        # hashes may be equal: then the earlier key has the slot, whether the later one is seen with it or after it
+        # if hashes are equal the earlier key gets the slot, whether the later key is absorbed with it or after it
         ticket = ticket + (position.double() % _TIES)[:, None] / (_TIES * 2.0**32)  # [kv_heads, new, samples]
         ticket = ticket.expand(held.num.shape[0], -1, -1, -1).flatten(0, 1).masked_fill(~live[..., None], torch.inf)
         index = cluster[..., None].expand_as(ticket)
@@ -186,10 +186,10 @@ class OnlineClusters:
     @property
     def _held(self) -> Clusters:
         if self.clusters is None:
-            raise ValueError("no key was clustered yet: absorb some first")
+            raise ValueError("no key was clustered yet: absorb keys first")
         return self.clusters
 
 
 def _distances(k: Tensor, centre: Tensor) -> Tensor:
-    """Distance of every key to every centre; unlike in a product of matrices, a pair's does not depend on the others."""
+    """Return the distance of every key to every centre; without a matrix product, so each is independent of other pairs."""
     return torch.cdist(k, centre, compute_mode="donot_use_mm_for_euclid_dist")

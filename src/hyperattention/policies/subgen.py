@@ -1,4 +1,4 @@
-"""SubGen as published, as a way to keep keys: a cache whose size follows the clusters of its keys."""
+"""SubGen as published, as a cache: its size grows with the number of clusters of the keys."""
 
 from dataclasses import dataclass
 
@@ -10,26 +10,27 @@ from hyperattention.policies.subgen_store import SubGenStore
 
 @dataclass(frozen=True)
 class SubGen(StoreFactory):
-    """Sketch old keys by their clusters and their values by their norms, and keep the latest keys as they are.
+    """Replace old keys and values by a sketch (samples by cluster and by value norm), and keep the latest keys unchanged.
 
     out = z / tau,   z from draws by ||v||^2,   tau from uniform samples of clusters of radius delta
 
-    Texts up to the budget are exact. Beyond it this is the published estimator (`SubGenSketch`) for all keys older than the
-    window, merged with exact attention to those in it. `ClusterCentres` is the practical variant: one weighted set of keys
-    within a fixed budget, and no guarantee.
+    Texts up to the budget are exact. Longer texts use the published estimator (`SubGenSketch`) for all keys older than the
+    window, merged with exact attention over the window. `ClusterCentres` is the practical variant: one weighted set of keys
+    within a fixed budget, without a guarantee.
 
     Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen; later called ClusterGen.   Differs: a window is exact, because
-    the tokens of a step attend to one another before they are absorbed; no sinks, as published.
-    Cost: m + s products a token, and m t + s a query and head beside the window, for m clusters, however many keys.
-    Guarantee: numerator and normaliser unbiased; error within epsilon ||softmax||_2 ||V||_op of exact attention where keys
-    are clusterable (see `SubGenSketch`). Where they are not, clusters are nearly as many as keys, and this raises.
+    the tokens of a step attend to one another before they are absorbed; there are no attention sinks, as in the paper.
+    Cost: m + s products per token, and m t + s per query and head besides the window, for m clusters and any number of keys.
+    Guarantee: numerator and normaliser unbiased; error within epsilon ||softmax||_2 ||V||_op of exact attention if the keys
+    are clusterable (see `SubGenSketch`). If they are not, there are nearly as many clusters as keys, and a ValueError is
+    raised.
 
     Args:
-        delta: largest distance of a key from the centre of its cluster, keys as the model makes them, positions applied.
-        samples: keys drawn from each cluster for the normaliser, t.
-        value_samples: keys drawn with their values for the numerator, s.
-        most_clusters: most clusters of a head; None for as many as the bytes of the budget hold. More than that raises when
-            a text needs them, because they cannot be merged without losing the guarantee.
+        delta: largest distance of a key from the centre of its cluster; keys are those of the model after position encoding.
+        samples: number of keys drawn from each cluster for the normaliser, t.
+        value_samples: number of keys drawn with their values for the numerator, s.
+        most_clusters: largest number of clusters of a head; None for as many as fit in the bytes of the budget. A text that
+            needs more raises ValueError, because clusters cannot be merged without losing the guarantee.
 
     Raises:
         ValueError: if `delta` is negative or not finite, or a number is not positive.
@@ -52,5 +53,5 @@ class SubGen(StoreFactory):
         return SketchSizes(self.delta, self.samples, self.value_samples, self.most_clusters)
 
     def store(self, room: CacheBudget, layer: int, seed: int, previous: Store | None) -> SubGenStore:
-        """Make an empty store; neighbours share nothing."""
+        """Make an empty store; layers share nothing."""
         return SubGenStore(self._sizes, room, layer=layer, seed=seed)

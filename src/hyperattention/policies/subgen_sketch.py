@@ -1,4 +1,4 @@
-"""SubGen as published: attention to any number of keys from a sketch whose size follows their clusters, not their number."""
+"""SubGen as published: attention from a sketch whose size grows with the number of clusters, not the number of keys."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from hyperattention.types import Partial
 
 @dataclass(frozen=True)
 class SketchSizes:
-    """How large a sketch is.
+    """The sizes of a sketch.
 
     Args:
         delta: largest distance of a key from the centre of its cluster.
-        samples: keys drawn from each cluster, t.
-        value_samples: pairs drawn for the numerator, s.
-        most_clusters: most clusters of a head; None for any number.
+        samples: number of keys drawn from each cluster, t.
+        value_samples: number of pairs drawn for the numerator, s.
+        most_clusters: largest number of clusters of a head; None for no limit.
 
     Raises:
         ValueError: if `delta` is negative or not finite, or a number is not positive.
@@ -38,21 +38,21 @@ class SketchSizes:
         if min(self.samples, self.value_samples) < 1:
             raise ValueError(f"samples={self.samples}, value_samples={self.value_samples}: give at least 1 of each")
         if self.most_clusters is not None and self.most_clusters < 1:
-            raise ValueError(f"most_clusters={self.most_clusters} must be at least 1, or None for what the budget holds")
+            raise ValueError(f"most_clusters={self.most_clusters} must be at least 1, or None to fill the budget")
 
     def bounded(self, most: int) -> "SketchSizes":
-        """Allow no more clusters than this.
+        """Limit the number of clusters.
 
         Args:
-            most: clusters of a head.
+            most: largest number of clusters of a head.
 
         Returns:
-            the sizes with that bound.
+            the sizes with this limit.
         """
         return replace(self, most_clusters=most)
 
     def cluster_bytes(self, key_bytes: int) -> int:
-        """Give the bytes of a cluster: its centre and samples, and the tickets and the count, of eight each.
+        """Return the bytes of a cluster: its centre and samples, and eight bytes for each ticket and the count.
 
         Args:
             key_bytes: bytes of a key.
@@ -63,7 +63,7 @@ class SketchSizes:
         return (self.samples + 1) * (key_bytes + 8)
 
     def reservoir_bytes(self, slot_bytes: int) -> int:
-        """Give the bytes of a head's draws: keys and values, and a norm and a time of eight each.
+        """Return the bytes of a head's draws: keys and values, and eight bytes for each norm and time.
 
         Args:
             slot_bytes: bytes of a key and its value.
@@ -75,24 +75,24 @@ class SketchSizes:
 
 
 class SubGenSketch:
-    """Estimate attention to all keys seen: its numerator from a reservoir of pairs, its normaliser from clusters of keys.
+    """Estimate attention over all absorbed keys: the numerator from a reservoir of pairs, the normaliser from clusters.
 
     z = sum over draws of total / (s ||v||^2) exp(scale q . k) v,   tau = sum_c n_c / t sum over samples of c of
     exp(scale q . k),   out = z / tau,   lse = log tau
 
-    This is the published estimator; `ClusterCentres` is the practical variant, which weighs one set of keys.
+    This is the published estimator; `ClusterCentres` is the practical variant with one weighted set of keys.
 
-    Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen; later called ClusterGen.   Differs: nothing but how coins are
-    tossed (see `OnlineClusters` and `ValueReservoir`).
-    Cost: m + s products a new token, m t + s a query, for m clusters, t samples of each and s draws; nothing depends on the
+    Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen; later called ClusterGen.   Differs: only the source of random
+    numbers (see `OnlineClusters` and `ValueReservoir`).
+    Cost: m + s products per new token, m t + s per query, for m clusters, t samples of each and s draws, independent of the
     number of keys.
-    Guarantee: z and tau are unbiased. Where keys lie in m balls of diameter delta, ||out - exact|| is at most epsilon
+    Guarantee: z and tau are unbiased. If the keys lie in m balls of diameter delta, ||out - exact|| is at most epsilon
     ||softmax||_2 ||V||_op with high probability, for t of order exp(2 delta r) log(n) / epsilon^2, s of order head_dim /
     epsilon^2, and r a bound on scale ||q||. The weights of z need not sum to tau, so a row need not be an average of values.
 
     Args:
         sizes: delta, t and s.
-        counters: seed and layer, of which every draw is a function.
+        counters: seed and layer, which determine every draw.
     """
 
     def __init__(self, sizes: SketchSizes, *, counters: tuple[int, int] = (0, 0)) -> None:
@@ -108,29 +108,29 @@ class SubGenSketch:
         position: Int[Tensor, " new"],
         live: Bool[Tensor, "batch new"],
     ) -> None:
-        """Take keys and values in; however they are cut into calls, what is held is the same.
+        """Absorb keys and values; the result does not depend on how they are split into calls.
 
         Args:
             k: keys.
             v: their values.
-            position: of each in the text: what its draws are a function of.
-            live: False for padding, which is as if it had not come.
+            position: position of each key in the text, which determines its draws.
+            live: False for padding, which is ignored.
         """
         self._clusters.absorb(k, position, live)
         self._reservoir.absorb(k, v, position, live)
 
     @property
     def held(self) -> tuple[Clusters, Drawn]:
-        """Show what is held.
+        """Return the content of the sketch.
 
         Returns:
             the clusters, and the draws for the numerator.
 
         Raises:
-            ValueError: if nothing was absorbed yet.
+            ValueError: if no key was absorbed yet.
         """
         if self._clusters.clusters is None or self._reservoir.drawn is None:
-            raise ValueError("nothing is held yet: absorb keys and values first")
+            raise ValueError("the sketch is empty: absorb keys and values first")
         return self._clusters.clusters, self._reservoir.drawn
 
     @property
@@ -140,28 +140,28 @@ class SubGenSketch:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all tensors, room for more clusters included."""
+        """Bytes of all tensors, including space for more clusters."""
         return sum(x.numel() * x.element_size() for part in self.held for x in part.tensors)
 
     def take_rows(self, index: Int[Tensor, " rows"]) -> None:
-        """Copy rows of the batch.
+        """Select rows of the batch.
 
         Args:
-            index: which, repeats allowed.
+            index: the rows; repeats are allowed.
         """
         clusters, drawn = self.held
         self._clusters.clusters = Clusters(*(x.index_select(0, index.to(x.device)) for x in clusters.tensors))
         self._reservoir.drawn = Drawn(*(x.index_select(0, index.to(x.device)) for x in drawn.tensors))
 
     def restore(self, clusters: Clusters, drawn: Drawn) -> None:
-        """Go on from what another sketch held.
+        """Replace the content by that of another sketch.
 
         Args:
-            clusters: its clusters.
-            drawn: its draws.
+            clusters: clusters of the other sketch.
+            drawn: draws of the other sketch.
 
         Raises:
-            ValueError: if the shapes fit neither one another nor the sizes of this sketch.
+            ValueError: if the shapes do not fit one another, or not the sizes of this sketch.
         """
         (batch, heads, room), samples = clusters.count.shape, self.sizes.samples
         slots = (batch, heads, self.sizes.value_samples)
@@ -174,14 +174,14 @@ class SubGenSketch:
         )
         if not fits:
             shapes = [tuple(x.shape) for x in (*clusters.tensors, *drawn.tensors)]
-            raise ValueError(f"a sketch of {self.sizes} cannot go on from tensors of shapes {shapes}: its sizes were others")
+            raise ValueError(f"a sketch of {self.sizes} cannot load tensors of shapes {shapes}: use their original sizes")
         self._clusters.clusters, self._reservoir.drawn = clusters, drawn
 
     def normaliser(self) -> Coreset:
-        """Give the weighted keys whose sum is the normaliser: samples of every cluster, each standing for n_c / t keys.
+        """Return the weighted keys whose sum is the normaliser: samples of every cluster, each with weight n_c / t.
 
         Returns:
-            a coreset whose values say nothing.
+            a coreset; its values have no meaning.
         """
         clusters, _ = self.held
         most, samples = int(clusters.num.max()) if clusters.num.numel() else 0, clusters.ticket.shape[3]
@@ -196,18 +196,18 @@ class SubGenSketch:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> Partial:
-        """Attend to all that was absorbed.
+        """Compute attention over all absorbed keys.
 
         Args:
             q: queries; query head h reads kv head h // (heads // kv_heads).
             scale: factor of the scores; 1 / sqrt(head_dim) if None.
-            softcap: bound of the scores; None for none.
+            softcap: bound of the scores; None for no bound.
 
         Returns:
             z / tau and log tau, which merge with attention over other keys to (z + theirs) / (tau + theirs).
         """
         top = self.held[1].coreset.attend(q, scale=scale, softcap=softcap)
         lse = self.normaliser().attend(q, scale=scale, softcap=softcap).lse
-        # where nothing was absorbed there is nothing to divide
+        # a head that absorbed no key must not divide by 0
         ratio = (top.lse - lse).exp().masked_fill(lse == -torch.inf, 0.0)
         return Partial(top.out * ratio[..., None].to(top.out.dtype), lse)

@@ -1,4 +1,4 @@
-"""A store that sketches old tokens and keeps the latest: SubGen as a cache."""
+"""SubGen as a cache: a store that keeps a sketch of old tokens, and the latest tokens unchanged."""
 
 from dataclasses import fields
 
@@ -22,7 +22,7 @@ _CLUSTERS, _DRAWN = (
     tuple(f"{part}_{each.name}" for each in fields(kind)) for part, kind in (("cluster", Clusters), ("drawn", Drawn))
 )
 
-# what each tensor of a state is: its axes, and its type, or the name of the tensor whose type it has
+# for each tensor of a state: its axes, and its dtype or the name of the tensor whose dtype it shares
 _RECENT_KINDS = {
     "k": ("batch kv_heads tokens head_dim", "k"),
     "v": ("batch kv_heads tokens value_dim", "v"),
@@ -44,25 +44,27 @@ _KINDS = _RECENT_KINDS | {
 
 
 class SubGenStore(Store):
-    """Keep the latest tokens as they are, and let a sketch absorb those that are older, batch by batch.
+    """Keep the latest tokens unchanged, and let a sketch absorb older tokens, batch by batch.
 
-    Up to `Room.budget` tokens nothing is absorbed and attention is exact. From then on the window is exact, with up to
-    `Room.pending` tokens that wait to be absorbed; the sketch answers for all others, and the two are merged by their
-    log-sum-exp. `Room.sinks` has no meaning here: as published, the first keys are clustered as any other.
+    Up to `CacheBudget.budget` tokens no token is absorbed and attention is exact. Later, the window and up to
+    `CacheBudget.pending` tokens that wait to be absorbed are exact; the sketch estimates attention over all others, and both
+    are merged by their log-sum-exp. `CacheBudget.sinks` has no effect here: as in the paper, the first keys are clustered
+    like all others.
 
-    `append` hands out the exact tokens only, because the sketch holds no list of keys and values: `num_slots` counts those.
+    `append` returns the exact tokens only, because the sketch has no list of keys and values; `num_slots` counts the same
+    tokens.
 
-    Cost: one distance a token and centre; a query reads the exact tokens, `samples` keys of each cluster, and the draws.
+    Cost: one distance per token and centre; a query reads the exact tokens, `samples` keys of each cluster, and the draws.
 
     Args:
-        sizes: of the sketch.
-        room: how much is kept; where `sizes` names no most clusters, they are as many as the bytes of `budget` slots hold.
+        sizes: sizes of the sketch.
+        room: the budget; if `sizes` has no limit of clusters, the limit is what fits in the bytes of `budget` slots.
         layer: layer of the model, a counter of every draw.
         seed: seed of every draw.
     """
 
     def __init__(self, sizes: SketchSizes, room: CacheBudget, *, layer: int = 0, seed: int = 0) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.sizes, self.room, self.layer, self.seed = sizes, room, layer, seed
         self.sketch: SubGenSketch | None = None
         self._recent = Recent()
@@ -80,24 +82,24 @@ class SubGenStore(Store):
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys and values lie."""
+        """Device of keys and values."""
         return self._recent.device
 
     @property
     def num_slots(self) -> int:
-        """Tokens held as they are."""
+        """Number of exact tokens."""
         return self._recent.num
 
     @property
     def num_read(self) -> int:
-        """Tokens held as they are, samples of every cluster, and draws."""
+        """Number of exact tokens, samples of every cluster, and draws."""
         if self.sketch is None:
             return self._recent.num
         return self._recent.num + int(self.sketch.num_clusters.max()) * self.sizes.samples + self.sizes.value_samples
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing was absorbed yet."""
+        """Whether no token was absorbed yet."""
         return self.sketch is None
 
     @property
@@ -107,29 +109,29 @@ class SubGenStore(Store):
 
     @property
     def _limit(self) -> int:
-        """Tokens beyond which the oldest are absorbed."""
+        """Number of tokens above which the oldest are absorbed."""
         return self.room.budget if self.is_whole else self.room.window + self.room.pending
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new tokens behind the others."""
+        """Write new tokens after the others."""
         self._recent.append(k, v, self._limit + 1)
         self._new = k.shape[2]
         self._seen += self._new
         return self._recent.tensors[:2]
 
     def mask_padding(self, live: Tensor) -> None:
-        """Note the padding, which is never absorbed."""
+        """Record the padding, which is never absorbed."""
         self._recent.mask_padding(live)
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
-        """Attend to the exact tokens, the newest causally, and to the sketch."""
+        """Compute attention over the exact tokens (causal among the newest) and over the sketch."""
         exact = self._recent.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap)
         if self.sketch is None:
             return rule.drop_sinks(exact)
         return rule.drop_sinks(merge([exact, self.sketch.attend(q, scale=scale, softcap=rule.softcap)]))
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
-        """Absorb all but the window, if there are more tokens than there may be."""
+        """Absorb all tokens before the window, if there are more tokens than the limit."""
         if self._recent.num <= self._limit:
             return
         k, v, live = self._recent.tensors
@@ -141,14 +143,14 @@ class SubGenStore(Store):
         self._recent.drop(num, self._limit + 1)
 
     def _writable(self) -> SubGenSketch | None:
-        """Copy a sketch whose tensors were made in inference mode, if that is over."""
+        """Copy a sketch whose tensors were made in inference mode, if inference mode is off now."""
         if self.sketch is not None and not all(is_writable(x) for part in self.sketch.held for x in part.tensors):
             clusters, drawn = self.sketch.held
             self.sketch.restore(Clusters(*(x.clone() for x in clusters.tensors)), Drawn(*(x.clone() for x in drawn.tensors)))
         return self.sketch
 
     def _sizes(self, k: Tensor, v: Tensor) -> SketchSizes:
-        """Bound the clusters by what the budget leaves, if nobody said otherwise."""
+        """Limit the clusters to the remaining budget, if no other limit is given."""
         if self.sizes.most_clusters is not None:
             return self.sizes
         slots = self.room.budget - self.room.window - self.room.pending
@@ -157,20 +159,20 @@ class SubGenStore(Store):
         most = left // self.sizes.cluster_bytes(k.shape[3] * k.element_size())
         if most < 1:
             raise ValueError(
-                f"budget={self.room.budget} leaves no room for clusters of samples={self.sizes.samples} keys beside a "
+                f"budget={self.room.budget} leaves no space for clusters of samples={self.sizes.samples} keys besides a "
                 f"window of {self.room.window} and value_samples={self.sizes.value_samples}: give a larger budget, fewer "
                 "samples, or most_clusters="
             )
         return self.sizes.bounded(most)
 
     def take_rows(self, index: Tensor) -> None:
-        """Copy rows of everything."""
+        """Select batch rows of all tensors."""
         self._recent.take_rows(index)
         if self.sketch is not None:
             self.sketch.take_rows(index)
 
     def crop(self, num: int) -> None:
-        """Forget tokens that are still held as they are."""
+        """Remove latest tokens that are not absorbed yet."""
         if num > self._recent.num:
             raise ValueError(
                 f"cannot forget the latest {num} tokens: all but the last {self._recent.num} were absorbed into the sketch; "
@@ -189,7 +191,7 @@ class SubGenStore(Store):
         return copied | {"numbers": torch.tensor([self._seen], dtype=torch.int64, device="cpu")}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over tokens, sketch and counters."""
+        """Replace tokens, sketch and counters."""
         absorbed = any(name in state for name in (*_CLUSTERS, *_DRAWN))
         self._check(state, absorbed)
         k, v, live = (state[name] for name in _RECENT)
@@ -202,7 +204,7 @@ class SubGenStore(Store):
         self.sketch, self._seen, self._new = sketch, int(state["numbers"][0]), 0
 
     def _check(self, state: dict[str, Tensor], absorbed: bool) -> None:
-        """See that a store of this room can be in this state, but for the sizes of the sketch, which sees to them."""
+        """Check that a store of this budget can have this state; the sketch checks its own sizes."""
         held = _KINDS if absorbed else _RECENT_KINDS
         types = {name: floating_type(state, name) for name in ("k", "v")}
         kinds = {name: (axes, types[kind] if isinstance(kind, str) else kind) for name, (axes, kind) in held.items()}

@@ -1,4 +1,4 @@
-"""A uniform sample of all keys, each standing for as many: the control that every other policy has to beat."""
+"""A uniform sample of all keys with equal weights: the baseline for every other policy."""
 
 from dataclasses import dataclass
 
@@ -15,24 +15,25 @@ class UniformSample(Policy):
 
     w = keys / slots
 
-    Every key draws a number once; those with the smallest stay. So a sample of a sample is a sample of the whole.
+    Every key gets one random number, and the keys with the smallest numbers are kept. So a sample of a sample is a sample of
+    all keys.
 
     Source: reservoir sampling, as bottom-k (Cohen and Kaplan, 2007, "Summarizing data using bottom-k sketches"); as a
     control for caches Han et al., 2025 (arXiv:2502.07861).   Differs: nothing.
     Cost: a selection of the smallest of the candidates' numbers.
-    Guarantee: numerator and denominator unbiased for keys that no query chose.
+    Guarantee: numerator and denominator unbiased, because the choice does not depend on queries.
     """
 
     @property
     def weighted(self) -> bool:
-        """What is kept stands for all."""
+        """True: the kept keys represent all keys."""
         return True
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Keep the smallest numbers."""
+        """Keep the keys with the smallest numbers."""
         old = full.candidates
         index = best(-lottery(full), full)
-        # weights are sums of equal ones, so their total counts the keys
+        # the total weight is the number of keys
         keys = old.log_weight.double().exp().sum(-1, keepdim=True)
         live = old.live.gather(2, index)
         count = live.sum(-1, keepdim=True).clamp(min=1)
@@ -42,7 +43,7 @@ class UniformSample(Policy):
 
 @dataclass(frozen=True)
 class RandomKeys(Policy):
-    """Keep a uniform sample as if it were all there is, of weight one: what weights are good for, seen by their absence.
+    """Keep a uniform sample with weight one: a baseline that shows the effect of the weights.
 
     Source: a baseline.   Differs: nothing.
     Cost: that of `UniformSample`.   Guarantee: none.
@@ -50,9 +51,9 @@ class RandomKeys(Policy):
 
     @property
     def weighted(self) -> bool:
-        """What is dropped is gone."""
+        """False: dropped keys are lost."""
         return False
 
     def compress(self, full: CompressionRequest) -> CacheSlots:
-        """Keep the smallest numbers, and their weights."""
+        """Keep the keys with the smallest numbers, with unchanged weights."""
         return keep_best(-lottery(full), full)

@@ -1,4 +1,4 @@
-"""Keys and values drawn by the squared norms of the values, as they come: what SubGen's numerator is estimated from."""
+"""An online sample of keys and values by squared value norm, from which SubGen estimates its numerator."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,22 @@ from torch import Tensor
 from hyperattention.coreset import Coreset
 from hyperattention.random import uniform
 
-# sets these draws apart from the clusters'
+# makes these draws independent of the clusters'
 _PURPOSE = 2
-# times held at once: 8 MiB in float64, small enough to be written over in the cache
+# times held at once: 8 MiB in float64, which fits in the CPU cache
 _TIMES_AT_A_TIME = 2**20
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pairs drawn, and what their weights follow from.
+    """The drawn pairs, and the data for their weights.
 
     Args:
         k: key of each draw.
-        v: value of each.
-        norm: squared norm of each value; 0 for a slot that holds none.
-        time: when each arrived in the race of its slot; inf for a slot that holds none.
-        total: squared norms of all values that were seen.
+        v: value of each draw.
+        norm: squared norm of each value; 0 for an empty slot.
+        time: random arrival time of each pair in its slot; inf for an empty slot.
+        total: sum of the squared norms of all values so far.
     """
 
     k: Float[Tensor, "batch kv_heads slots head_dim"]
@@ -40,7 +40,7 @@ class Drawn:
 
     @property
     def coreset(self) -> Coreset:
-        """Weigh the draws so that sums over them estimate those over all keys.
+        """Weight the draws so that sums over them estimate sums over all keys.
 
         w = total / (slots ||v||^2)
 
@@ -53,27 +53,27 @@ class Drawn:
 
 
 class ValueReservoir:
-    """Keep `slots` pairs, each drawn independently among all that came, by the squared norm of its value.
+    """Keep `slots` pairs, each drawn independently from all pairs so far, by the squared norm of its value.
 
     P(slot holds (k, v)) = ||v||^2 / sum_j ||v_j||^2
 
-    In every slot the tokens race: each arrives at an exponential time of rate ||v||^2, and the first stays. The last of n
-    is the first to arrive with probability ||v_n||^2 / sum_j ||v_j||^2, as if the slot were replaced by a coin. A value of
-    norm zero adds nothing to any sum and never arrives.
+    In every slot each token gets an exponential arrival time of rate ||v||^2, and the token with the earliest time is kept.
+    The last of n tokens is the earliest with probability ||v_n||^2 / sum_j ||v_j||^2, as in reservoir sampling. A value of
+    norm zero adds nothing to any sum and is never drawn.
 
-    Pairs are taken in many at a time, with the results, to the bit on a CPU, of one after another.
+    Pairs are absorbed many at a time; on a CPU the results are bit-identical to absorbing one after another.
 
-    Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen.   Differs: coins are races of hashes, so that a token's draws
-    depend on nothing but its position.
-    Cost: O(slots) a token, and O(slots) pairs of memory.   Guarantee: weighted sums over the slots are unbiased.
+    Source: Zandieh et al., 2024 (arXiv:2402.06082), SubGen.   Differs: arrival times come from hashes, so that a token's
+    draws depend only on its position.
+    Cost: O(slots) per token, and O(slots) pairs of memory.   Guarantee: weighted sums over the slots are unbiased.
 
     Args:
-        slots: pairs kept for each head.
-        counters: seed and layer, of which every draw is a function.
+        slots: number of pairs kept for each head.
+        counters: seed and layer, which determine every draw.
     """
 
     def __init__(self, slots: int, *, counters: tuple[int, int] = (0, 0)) -> None:
-        """Hold nothing."""
+        """Start empty."""
         self.slots, self.counters = slots, counters
         self.drawn: Drawn | None = None
 
@@ -84,12 +84,12 @@ class ValueReservoir:
         position: Int[Tensor, " new"],
         live: Bool[Tensor, "batch new"],
     ) -> None:
-        """Take pairs in.
+        """Absorb pairs.
 
         Args:
             k: keys.
             v: their values.
-            position: of each in the text: what its draws are a function of.
+            position: position of each pair in the text, which determines its draws.
             live: False for padding, which is never drawn.
         """
         if self.drawn is None:
@@ -108,7 +108,7 @@ class ValueReservoir:
         chance = uniform((*self.counters, _PURPOSE, heads[:, None], slots, position.long()), k.device)
         time = torch.log1p(-chance).neg() / norm[:, :, None]  # [batch, kv_heads, slots, new]
         time = time.masked_fill(norm[:, :, None] == 0, torch.inf)
-        # the earlier token where two arrive at once, as one after another would have it
+        # if two times are equal the earlier token is kept, as when absorbing one after another
         first = time.argmin(-1)
         best = time.gather(3, first[..., None])[..., 0]
         where = (best < held.time).nonzero(as_tuple=True)
@@ -116,5 +116,5 @@ class ValueReservoir:
         for to, source in ((held.k, k), (held.v, v), (held.norm, norm)):
             to[where] = source[where[0], where[1], token]
         held.time[where] = best[where]
-        # one after another: the order of a sum is part of its result
+        # one after another, because the order of a sum changes its rounding
         held.total.copy_(torch.cat([held.total[..., None], norm], -1).cumsum(-1)[..., -1])

@@ -89,10 +89,19 @@ class CallRecorder:
             # layers draw their rows independently, so that their errors can be pooled
             self.reports.append(
                 audit(
-                    q, k, v, out.transpose(1, 2), rows=self.rows, is_causal=True, scale=scale, causal_align="lower_right",
-                    enable_gqa=q.shape[1] != k.shape[1], seed=self.seed * 1009 + layer, method=self.method,
+                    q,
+                    k,
+                    v,
+                    out.transpose(1, 2),
+                    rows=self.rows,
+                    is_causal=True,
+                    scale=scale,
+                    causal_align="lower_right",
+                    enable_gqa=q.shape[1] != k.shape[1],
+                    seed=self.seed * 1009 + layer,
+                    method=self.method,
                 )
-            )  # fmt: skip
+            )
         replaceable = self.counter.counts.exact.get(EXACT_METHOD, 0) > counts.exact.get(EXACT_METHOD, 0)
         if self.on_call is not None and mask is None and replaceable:
             self.on_call(CallInputs(layer, q, k, v, scale))

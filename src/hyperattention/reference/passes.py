@@ -1,7 +1,6 @@
 """One forward pass of a model over one sample, with a method in all its layers: loss, answers, times and audits."""
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,9 +58,14 @@ class Pass:
 
 
 def run_pass(
-    loaded: LoadedModel, sample: EvaluationSample, row: Row, *, seed: int = 0, audit_rows: int = 0,
+    loaded: LoadedModel,
+    sample: EvaluationSample,
+    row: Row,
+    *,
+    seed: int = 0,
+    audit_rows: int = 0,
     on_call: Callable[[CallInputs], None] | None = None,
-) -> Pass:  # fmt: skip
+) -> Pass:
     """Run a model over one sample with all layers replaced.
 
     Args:
@@ -76,25 +80,31 @@ def run_pass(
         the results of the pass.
     """
     ids = sample.tokens[None].to(loaded.model.device)
-    with warnings.catch_warnings():
-        # in the exact row no call is approximated on purpose, and every other row reports this in its label
-        warnings.filterwarnings("ignore", message="no attention call was approximated")
-        with use(loaded.model, row.method, seed=seed) as counter:
-            watch = CallRecorder(counter, row.method, rows=audit_rows, seed=seed, on_call=on_call)
-            with watched(loaded.model, watch):
-                began = time.perf_counter()
-                logits = loaded.model(ids, use_cache=False).logits[0]
-                seconds = time.perf_counter() - began - watch.audit_seconds
-                targets = ids[0, 1:]
-                nats = _sum_loss(logits[:-1], targets, sample.counted.to(ids.device))
-                planted_nats = _sum_loss(logits[:-1], targets, sample.planted.to(ids.device))
-                right = digits_right(logits[:-1], targets, sample)
+    # in the exact row no call is approximated on purpose, and every other row reports this in its label
+    with use(loaded.model, row.method, seed=seed, warn=False) as counter:
+        watch = CallRecorder(counter, row.method, rows=audit_rows, seed=seed, on_call=on_call)
+        with watched(loaded.model, watch):
+            began = time.perf_counter()
+            logits = loaded.model(ids, use_cache=False).logits[0]
+            seconds = time.perf_counter() - began - watch.audit_seconds
+            targets = ids[0, 1:]
+            nats = _sum_loss(logits[:-1], targets, sample.counted.to(ids.device))
+            planted_nats = _sum_loss(logits[:-1], targets, sample.planted.to(ids.device))
+            right = digits_right(logits[:-1], targets, sample)
     counts = counter.counts
     return Pass(
-        nats, sample.num_bytes, planted_nats, int(sample.planted.sum()), right,
-        sample.answer_distance, seconds, watch.attention_seconds,
-        tuple(watch.reports), counts.approximated, counts.total,
-    )  # fmt: skip
+        nats,
+        sample.num_bytes,
+        planted_nats,
+        int(sample.planted.sum()),
+        right,
+        sample.answer_distance,
+        seconds,
+        watch.attention_seconds,
+        tuple(watch.reports),
+        counts.approximated,
+        counts.total,
+    )
 
 
 def _sum_loss(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
@@ -129,12 +139,10 @@ def watch_exact(loaded: LoadedModel, sample: EvaluationSample, on_call: Callable
         sample: the sample to read.
         on_call: called with the inputs of each such call, in order.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no attention call was approximated")
-        with use(loaded.model, Exact()) as counter:
-            watch = CallRecorder(counter, Exact(), on_call=on_call)
-            with watched(loaded.model, watch):
-                loaded.model(sample.tokens[None].to(loaded.model.device), use_cache=False)
+    with use(loaded.model, Exact(), warn=False) as counter:
+        watch = CallRecorder(counter, Exact(), on_call=on_call)
+        with watched(loaded.model, watch):
+            loaded.model(sample.tokens[None].to(loaded.model.device), use_cache=False)
 
 
 def capture(loaded: LoadedModel, sample: EvaluationSample, exact: Row) -> tuple[CallInputs, ...]:
@@ -148,10 +156,8 @@ def capture(loaded: LoadedModel, sample: EvaluationSample, exact: Row) -> tuple[
     Returns:
         the inputs of each attention call.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no attention call was approximated")
-        with use(loaded.model, exact.method) as counter:
-            watch = CallRecorder(counter, exact.method, keep=True)
-            with watched(loaded.model, watch):
-                loaded.model(sample.tokens[None].to(loaded.model.device), use_cache=False)
+    with use(loaded.model, exact.method, warn=False) as counter:
+        watch = CallRecorder(counter, exact.method, keep=True)
+        with watched(loaded.model, watch):
+            loaded.model(sample.tokens[None].to(loaded.model.device), use_cache=False)
     return tuple(watch.inputs)

@@ -156,7 +156,7 @@ def run(prepared: PreparedDemo, console: Console, lines: Sequence[Row] | None = 
     with progress(console, "1/2 loss and retrieval", len(lines) * len(prepared.samples)) as on_step:
         judgements = evaluate(
             prepared.loaded, prepared.samples, lines, seed=options.seed, audit_rows=options.audit_rows, on_step=on_step
-        )  # fmt: skip
+        )
     with progress(console, "2/2 speed and error", steps_of(lines, options.speed)) as on_step:
         speeds = measure_speed(case, lines, options.speed, on_step)
     return DemoResults(judgements, speeds, case)

@@ -97,9 +97,14 @@ def prepare(options: EvaluationOptions) -> PreparedEvaluation:
     check_evaluation_folder(options.out, (options.model, options.reference), overwrite=options.overwrite)
     candidates = candidates_at(choose_families(options.policies), options.budgets)
     plan = EvaluationPlan(
-        tuple(TASKS) if options.tasks is None else options.tasks, options.lengths, candidates,
-        depths=options.depths, seeds=options.seeds, documents=options.documents, chunk=options.chunk,
-    )  # fmt: skip
+        tuple(TASKS) if options.tasks is None else options.tasks,
+        options.lengths,
+        candidates,
+        depths=options.depths,
+        seeds=options.seeds,
+        documents=options.documents,
+        chunk=options.chunk,
+    )
     own = options.text
     text = Text(held_out_text(), "held-out text") if own is None else read_text(own, options.encoding)
     if options.model is not None:

@@ -89,9 +89,12 @@ def continuation_record(each: Continuation) -> dict[str, object]:
 
 
 def write_files(
-    out: Path, loaded: LoadedModel, settings: Mapping[str, object], findings: Findings,
+    out: Path,
+    loaded: LoadedModel,
+    settings: Mapping[str, object],
+    findings: Findings,
     summary: tuple[Sequence[Cell], Sequence[Continuation]],
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Write the settings, every answer and the metrics; each file is written completely or not at all.
 
     Args:

@@ -59,9 +59,13 @@ def continuation_table(losses: Sequence[Continuation], title: str) -> Table:
         spread = "" if each.added.error is None else f" ± {each.added.error:.4f}"
         style = "dim" if each.candidate.family.policy is None else ""
         table.add_row(
-            _label(each.candidate.name, each.exact), f"{each.added.loss:.4f}", f"{each.added.nats:+.4f}{spread}",
-            str(each.added.texts), f"{each.memory_bytes / 2**20:.2f} MiB", style=style,
-        )  # fmt: skip
+            _label(each.candidate.name, each.exact),
+            f"{each.added.loss:.4f}",
+            f"{each.added.nats:+.4f}{spread}",
+            str(each.added.texts),
+            f"{each.memory_bytes / 2**20:.2f} MiB",
+            style=style,
+        )
     return table
 
 

@@ -64,11 +64,20 @@ def head_map(
     if style.logarithmic:
         bar |= _log_ticks([x for row in colour for x in row])
     drawn = Heatmap(
-        z=colour, x=_heads(numbers), y=[str(layer.layer) for layer in layers], text=text, colorscale=style.colours,
-        texttemplate="%{text}" if few else None, zmin=style.least, zmax=style.most, colorbar=bar, xgap=1, ygap=1,
+        z=colour,
+        x=_heads(numbers),
+        y=[str(layer.layer) for layer in layers],
+        text=text,
+        colorscale=style.colours,
+        texttemplate="%{text}" if few else None,
+        zmin=style.least,
+        zmax=style.most,
+        colorbar=bar,
+        xgap=1,
+        ygap=1,
         customdata=[[f"<br>{each}" for each in row] for row in details] if details else [[""] * len(row) for row in text],
         hovertemplate=f"layer %{{y}}, head %{{x}}<br>%{{text}} {style.unit}%{{customdata}}<extra></extra>",
-    )  # fmt: skip
+    )
     return _framed(Figure(drawn), len(layers))
 
 
@@ -99,10 +108,20 @@ def method_map(layers: Sequence[LayerFigures]) -> Figure:
     scale = [[edge, _COLOURS[place % len(_COLOURS)]] for place, edges in enumerate(steps) for edge in edges]
     few = max(map(len, served)) <= 8
     drawn = Heatmap(
-        z=codes, x=_heads(served), y=[str(layer.layer) for layer in layers], text=text, colorscale=scale, showscale=False,
-        zmin=-0.5, zmax=len(methods) - 0.5, texttemplate="%{text}" if few else None, textfont={"color": "white"}, xgap=1,
-        ygap=1, hovertemplate="layer %{y}, head %{x}<br>%{text}<extra></extra>",
-    )  # fmt: skip
+        z=codes,
+        x=_heads(served),
+        y=[str(layer.layer) for layer in layers],
+        text=text,
+        colorscale=scale,
+        showscale=False,
+        zmin=-0.5,
+        zmax=len(methods) - 0.5,
+        texttemplate="%{text}" if few else None,
+        textfont={"color": "white"},
+        xgap=1,
+        ygap=1,
+        hovertemplate="layer %{y}, head %{x}<br>%{text}<extra></extra>",
+    )
     return _framed(Figure(drawn), len(layers))
 
 
@@ -131,10 +150,15 @@ def error_against_time(layers: Sequence[LayerFigures], chosen: str) -> Figure:
     star = {"symbol": "star", "size": 16, "color": "#cf222e"}
     figure.add_trace(
         Scatter(
-            x=[time], y=[error], name=chosen, mode="markers", marker=star, text=[chosen],
+            x=[time],
+            y=[error],
+            name=chosen,
+            mode="markers",
+            marker=star,
+            text=[chosen],
             hovertemplate=_HOVER,
         )
-    )  # fmt: skip
+    )
     figure.update_xaxes(title="milliseconds of one layer's attention", type="log", dtick="D2", tickformat="~g")
     figure.update_yaxes(title="mean relative error", rangemode="tozero")
     figure.update_layout(height=440, margin={"l": 60, "r": 10, "t": 10, "b": 50}, font=_FONT, template="plotly_white")
@@ -159,7 +183,7 @@ def _add_points(
         Scatter(
             x=x, y=y, text=text, name=name, mode=mode, visible=visible, marker=marker, cliponaxis=False, hovertemplate=_HOVER
         )
-    )  # fmt: skip
+    )
 
 
 def _mean_point(layers: Sequence[LayerFigures], places: Sequence[int]) -> tuple[float, float]:

@@ -69,24 +69,6 @@ class ParetoResults:
     judgements: tuple[ModelJudgement, ...]
 
 
-def parse_budgets(text: str) -> tuple[int, ...]:
-    """Read budgets such as "512,1024".
-
-    Args:
-        text: numbers with commas between them.
-
-    Returns:
-        the numbers.
-
-    Raises:
-        ValueError: if one is no positive whole number.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise ValueError(f"budgets {text!r}: name keys a query, whole and positive, with commas between: 512,1024,2048")
-    return tuple(int(word) for word in words)
-
-
 def prepare(options: ParetoOptions) -> PreparedPareto:
     """List the methods, load the model and cut its text.
 

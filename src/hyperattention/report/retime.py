@@ -37,13 +37,14 @@ def ready(path: Path, texts: Texts) -> PreparedRetime:
     return PreparedRetime(plan, prepared)
 
 
-def run(found: PreparedRetime, out: Path, console: Console) -> Plan:
+def run(found: PreparedRetime, out: Path, console: Console, *, overwrite: bool) -> Plan:
     """Time the plan with a bar, and write it.
 
     Args:
         found: plan, model and text.
         out: the file to write.
         console: where progress goes.
+        overwrite: whether a file that is there may be replaced.
 
     Returns:
         the plan with its new times.
@@ -51,7 +52,7 @@ def run(found: PreparedRetime, out: Path, console: Console) -> Plan:
     loaded, sample = found.prepared.loaded, found.prepared.samples[0]
     with progress(console, "retime", len(found.plan.layers)) as on_step:
         plan = retime(found.plan, loaded, sample, on_step=on_step)
-    save_plan(plan, out)
+    save_plan(plan, out, overwrite=overwrite)
     return plan
 
 

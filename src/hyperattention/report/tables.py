@@ -64,10 +64,17 @@ def loss_table(judgements: Sequence[ModelJudgement], title: str) -> Table:
         retrieval = [f"{each.retrieval:.1%}"] if each.retrieval is not None else []
         error = [format_error(each.error)] if audited else []
         table.add_row(
-            each.label, f"{each.bits_per_byte:.3f}", format_added(each), *retrieval, _pairs(each.cost), *error,
-            f"{each.share_of_calls:.0%}", format_ratio(each.attention_ratio), format_ratio(each.model_ratio),
+            each.label,
+            f"{each.bits_per_byte:.3f}",
+            format_added(each),
+            *retrieval,
+            _pairs(each.cost),
+            *error,
+            f"{each.share_of_calls:.0%}",
+            format_ratio(each.attention_ratio),
+            format_ratio(each.model_ratio),
             style=_style(each.row),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -114,9 +121,15 @@ def speed_table(speeds: Sequence[Speed], case: Case, title: str) -> Table:
         table.add_column(name, justify="right")
     for each in speeds:
         table.add_row(
-            each.label, format_seconds(each.timing.median), format_ratio(each.ratio, spread=True), format_error(each.error),
-            _pairs(each.cost), f"{each.cost.selection_pairs:,.0f}", format_memory(each.memory_bytes), style=_style(each.row),
-        )  # fmt: skip
+            each.label,
+            format_seconds(each.timing.median),
+            format_ratio(each.ratio, spread=True),
+            format_error(each.error),
+            _pairs(each.cost),
+            f"{each.cost.selection_pairs:,.0f}",
+            format_memory(each.memory_bytes),
+            style=_style(each.row),
+        )
     return table
 
 
@@ -142,11 +155,16 @@ def frontier_table(points: Sequence[Point], title: str) -> Table:
             table.add_section()
         figures = (each.overall("percentile_95_bound"), each.overall("operator_error"), each.worst_head)
         table.add_row(
-            each.label, _pairs(each.cost), f"{each.cost.selection_pairs:,.0f}", format_seconds(each.timing.median),
-            f"{points[0].timing.median / each.timing.median:.2f}x", format_error(each.error),
-            *(f"{value:.3f}" for value in figures), "front" if each.front else "dominated",
+            each.label,
+            _pairs(each.cost),
+            f"{each.cost.selection_pairs:,.0f}",
+            format_seconds(each.timing.median),
+            f"{points[0].timing.median / each.timing.median:.2f}x",
+            format_error(each.error),
+            *(f"{value:.3f}" for value in figures),
+            "front" if each.front else "dominated",
             style=_style(each.candidate.family),
-        )  # fmt: skip
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""Methods of others, as stages and rankings of this library: what ours are measured against."""
+"""Published methods of other authors, implemented as stages of this library for comparison."""
 
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.rivals.anti_diagonal import AntiDiagonal

@@ -1,4 +1,4 @@
-"""Blocks of keys ranked by sums along anti-diagonals of their scores with a tile."""
+"""Rank blocks of keys by sums of their scores with a tile along anti-diagonals."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from hyperattention.types import Runs
 
 @dataclass(frozen=True)
 class _Groups:
-    """Runs of `stride` tokens laid end to end, so that one product sums an anti-diagonal."""
+    """Runs of `stride` tokens, concatenated so that one product sums an anti-diagonal."""
 
     query: Tensor  # [lists, tiles, groups, stride * head_dim], the queries of each in reverse
     key: Tensor  # [lists, groups, stride * head_dim]
@@ -25,24 +25,24 @@ class _Groups:
 
 @dataclass(frozen=True)
 class AntiDiagonal(Stage):
-    """Attend exactly to the `num` blocks whose scores, summed along anti-diagonals, hold the most weight for each tile.
+    """Take for each tile the `num` blocks with the most weight, by scores summed along anti-diagonals.
 
     a_gh = softmax_h(1 / S * sum_{t < S} q_{gS + S-1-t} . k_{hS + t}),   score_B = sum_{g in tile, h in B} a_gh
-    Every query and every key of a block enters one sum of each group, and a column or a diagonal of large scores crosses
-    anti-diagonals, which means of queries and keys would flatten.
-    Source: Xu et al., 2025 (arXiv:2503.16428), XAttention, S the stride.   Differs: a fixed number of blocks a tile, so that
-    budgets can be compared, where the paper keeps the fewest blocks that hold a given share of the weight; the query heads
-    of a group share their blocks; blocks lie on ranks of live keys.
-    Cost: `num` * `block_size` slots a query, 1 / `stride` of exact attention's products: it grows with the square of the
-    length.   Guarantee: exact on the pairs taken.
+    Every query and every key of a block enters one sum of each group. Anti-diagonals cross a column or a diagonal of large
+    scores, which averages of queries and keys would hide.
+    Source: Xu et al., 2025 (arXiv:2503.16428), XAttention, S the stride.   Differs: a fixed number of blocks per tile, so
+    that budgets can be compared, where the paper keeps the fewest blocks that hold a given share of the weight; the query
+    heads of a group share their blocks; blocks are cut by rank of live keys.
+    Cost: `num` * `block_size` slots per query, 1 / `stride` of exact attention's products: quadratic in the length.
+    Guarantee: exact on the pairs taken.
 
     Args:
-        num: blocks taken for each tile.
-        block_size: keys in a block.
-        stride: tokens in a sum.
+        num: number of blocks taken for each tile.
+        block_size: number of keys in a block.
+        stride: number of tokens in a sum.
 
     Raises:
-        ValueError: if a size is not positive, or a block is not a whole number of strides.
+        ValueError: if a size is not positive, or `block_size` is not a multiple of `stride`.
     """
 
     num: int
@@ -53,13 +53,13 @@ class AntiDiagonal(Stage):
         positive("AntiDiagonal", num=self.num, block_size=self.block_size, stride=self.stride)
         if self.block_size % self.stride:
             raise ValueError(
-                f"AntiDiagonal(block_size={self.block_size}, stride={self.stride}): a block must hold whole strides; "
-                "use a divisor of block_size"
+                f"AntiDiagonal(block_size={self.block_size}, stride={self.stride}): block_size must be a multiple of "
+                "stride; use a divisor of block_size"
             )
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """A tile's blocks are chosen for all of its queries together."""
+        """The blocks of a tile are chosen for all of its queries together."""
         return LookAhead.TILE
 
     def slots(self, tile: int) -> int:
@@ -71,7 +71,7 @@ class AntiDiagonal(Stage):
         return num_keys / (2 if causal else 1) / self.stride
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Sum, rank and take blocks."""
+        """Sum the scores, rank blocks and take the best."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), covered
@@ -91,13 +91,13 @@ class AntiDiagonal(Stage):
         return _Groups(query, key.unflatten(1, (-1, stride)).flatten(2, 3), tiles.by_list(limit).repeat(1, 1, problem.group))
 
     def _choose(self, tiles: Tiles, groups: _Groups, covered: CoveredKeys, left: tuple[Tensor, ...], part: slice) -> Tensor:
-        """Rank blocks for a chunk of tiles: numbers of the best, ascending; the number of blocks where too few are left."""
+        """Rank blocks for a chunk of tiles: indices of the best, ascending, padded with the number of blocks if too few."""
         problem, left = tiles.problem, tuple(x[:, part] for x in left)
         total = -(-problem.num_keys // self.block_size)
         query, key = groups.query[:, part], groups.key[:, : -(-seen_keys(tiles, part) // self.stride)]
         score = (query.flatten(1, 2) @ key.transpose(1, 2)).unflatten(1, query.shape[1:3])
         first = torch.arange(key.shape[1], dtype=torch.int64, device=key.device) * self.stride
-        # a sum that reaches past the tile would look ahead
+        # a sum that extends beyond the tile would look ahead
         hidden = (first >= groups.limit[:, part, :, None]) | (first + self.stride > left[3][:, :, None])
         weight = torch.softmax(score.masked_fill_(hidden, -torch.inf), -1)
         weight = torch.nan_to_num_(weight, nan=0.0).sum(2)

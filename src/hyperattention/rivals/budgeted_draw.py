@@ -1,4 +1,4 @@
-"""Uniform draws, as many as a wanted error of the denominator needs."""
+"""Uniform draws; their number is chosen for a wanted error of the denominator."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -15,30 +15,32 @@ from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
-# counters after the five of every draw, so that the pilot and the draws share no bits, with each other or with others
+# extra counters after the five of every draw, so that the pilot, the draws and other draws share no bits
 _PILOT, _STREAM = 4, 5
 
 
 @dataclass(frozen=True)
 class BudgetedDraw(Stage):
-    """Draw evenly from the keys that are left, as few for each tile as keep the error of every denominator below `epsilon`.
+    """Draw uniformly from the remaining keys, for each tile as few as keep the error of every denominator below `epsilon`.
 
     b = (z sigma N / (epsilon D))^2,   z = Phi^-1(1 - delta / 2),   sigma and D of exp(q_i . k_j) from a pilot of the N keys
     left, D with the exact part of earlier stages; the largest b of the tile's pooled queries, within `pilot` and `num`
     Source: Desai et al., 2025 (arXiv:2510.05688), vAttention, the budget of the denominator by the central limit theorem.
-    Differs: one budget a tile, by the worst of its pooled queries, where the paper has one a query; the pilot is drawn apart
-    and not listed, so that the draws are unbiased whatever number it leads to; draws are stratified, which only lowers their
-    variance; no more than `num`, so that budgets can be compared. The paper's exact part is Sinks, Window and TopBlocks.
-    Cost: `num` slots a query (unused ones are empty), and `pooled` products with the pilot and with all keys listed before.
-    Guarantee: E[sum of weights of a key] = 1 for every key left; the error only as far as the normal approximation, the
-    pooled queries and `num` go.
+    Differs: one budget per tile, by the worst of its pooled queries, where the paper has one per query; the pilot is drawn
+    separately and not listed, so that the draws are unbiased for every number of draws; draws are stratified, which only
+    lowers their variance; at most `num` draws, so that budgets can be compared. The paper's exact part is Sinks, Window and
+    TopBlocks.
+    Cost: `num` slots per query (unused ones are empty), and `pooled` products with the pilot and with all keys listed
+    before.
+    Guarantee: E[sum of weights of a key] = 1 for every remaining key; the error bound is approximate, because of the normal
+    approximation, the pooled queries and the limit `num`.
 
     Args:
-        num: most keys drawn for each tile.
-        pilot: keys that the estimate is made from, and the fewest drawn.
-        epsilon: relative error of the denominator.
-        delta: chance of a larger one.
-        pooled: averaged queries of each tile and head.
+        num: largest number of keys drawn for each tile.
+        pilot: number of keys of the pilot, and smallest number of keys drawn.
+        epsilon: wanted relative error of the denominator.
+        delta: probability of a larger error.
+        pooled: averaged queries per tile and head.
 
     Raises:
         ValueError: if a number is not positive, the pilot is a single key, or a share is not between 0 and 1.
@@ -53,24 +55,24 @@ class BudgetedDraw(Stage):
     def __post_init__(self) -> None:
         positive("BudgetedDraw", num=self.num, pilot=self.pilot, pooled=self.pooled)
         if self.pilot < 2:
-            raise ValueError(f"BudgetedDraw(pilot={self.pilot}): a spread needs at least 2 keys")
+            raise ValueError(f"BudgetedDraw(pilot={self.pilot}): a standard deviation needs at least 2 keys")
         for name, share in (("epsilon", self.epsilon), ("delta", self.delta)):
             if not 0.0 < share < 1.0:
                 raise ValueError(f"BudgetedDraw({name}={share!r}): {name} must lie between 0 and 1")
 
     @property
     def complete(self) -> bool:
-        """Every key that is left has an expected weight of one."""
+        """True: every remaining key has an expected weight of one."""
         return True
 
     @property
     def tells_error(self) -> bool:
-        """Slots are no strata, from whose neighbours an error could be estimated."""
+        """False: slots are not strata, from whose differences an error could be estimated."""
         return False
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """The number of a tile's draws depends on all of its queries."""
+        """The number of draws of a tile depends on all of its queries."""
         return LookAhead.TILE
 
     def slots(self, tile: int) -> int:
@@ -78,7 +80,7 @@ class BudgetedDraw(Stage):
         return self.num
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count products of pooled queries with the pilot, per query; those with earlier stages' keys are not known here."""
+        """Count products of pooled queries with the pilot, per query; those with keys of earlier stages are not counted."""
         return min(self.pooled, tile) / tile * self.pilot
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
@@ -95,7 +97,7 @@ class BudgetedDraw(Stage):
         numbers = (self.pilot + before.shape[2]) * (problem.k.shape[3] + 3 * query.shape[2])
         budget = []
         for part in chunks(tiles, numbers):
-            # draws on blocks taken before count as 0, in the pilot as afterwards
+            # draws in blocks taken by earlier stages count as 0, in the pilot as in the draws
             inside = _scores(query[:, part], problem.k, pilot[:, part], counted[:, part])
             outside = _scores(query[:, part], problem.k, before[:, part], exact[:, part])
             budget.append(self._budget(inside, outside, even.count[:, part]))
@@ -115,13 +117,13 @@ class BudgetedDraw(Stage):
         denominator = exact + count * sampled.mean(-1)
         spread = NormalDist().inv_cdf(1.0 - self.delta / 2) * sampled.std(-1) * count
         needed = (spread / (self.epsilon * denominator)).square().ceil()
-        # what is not finite gives no information: all draws
+        # a value that is not finite gives no information: use all draws
         needed = torch.nan_to_num(needed, nan=self.num, posinf=self.num).amax(-1, keepdim=True)
         return needed.clamp(min(self.pilot, self.num), self.num).long()
 
 
 def _counters(tiles: Tiles) -> tuple[int | Tensor, ...]:
-    """Name a tile's draws, all counters but the slot's: ``[kv_heads, tiles, 1]``."""
+    """Return all counters of a tile's draws except the slot: ``[kv_heads, tiles, 1]``."""
     problem = tiles.problem
     head = problem.head_index[:, None, None]
     return problem.seed, problem.layer, head, tiles.index[:, None]
@@ -135,14 +137,14 @@ def _points(tiles: Tiles, num: int, stream: int) -> Tensor:
 
 
 def _exact_part(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor]:
-    """List the keys that earlier stages took: ``[lists, tiles, keys]``, and which of those slots count."""
+    """Return the keys that earlier stages took: ``[lists, tiles, keys]``, and which of those slots count."""
     problem, end = tiles.problem, tiles.by_list(tiles.visible_end)[..., None]
     device, shape = problem.device, (*end.shape[:2], -1)
     prefix = torch.arange(covered.prefix, dtype=torch.int64, device=device).expand(shape)
     index, live = [prefix], [prefix < end]
     if covered.gap is not None:
         low, high = (tiles.by_list(x)[..., None] for x in covered.gap)
-        # of all keys taken by place no more than `placed` lie in the window
+        # at most `placed` of the keys taken by position lie in the window
         index.append(low + torch.arange(covered.placed, dtype=torch.int64, device=device))
         live.append((index[-1] >= covered.prefix) & (index[-1] < torch.minimum(high, end)))
     for block, size in covered.blocks:
@@ -154,7 +156,7 @@ def _exact_part(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor]:
 
 
 def _scores(query: Tensor, k: Tensor, index: Tensor, live: Tensor) -> Tensor:
-    """Score listed keys for pooled queries: ``[lists, chunk, pooled, keys]``; -inf where a slot does not count."""
+    """Score listed keys for pooled queries: ``[lists, chunk, pooled, keys]``; -inf if a slot does not count."""
     lists, num_keys = index.shape[0], k.shape[2]
     row = index + torch.arange(lists, dtype=torch.int64, device=k.device)[:, None, None] * num_keys
     keys = k.flatten(0, 2).index_select(0, row.flatten()).view(*index.shape, k.shape[3]).to(query.dtype)

@@ -1,4 +1,4 @@
-"""Draws by hash collisions: keys that hash like a tile's queries, weighted by how likely that was."""
+"""Draws by hash collisions: keys with the same hash as a tile's mean query, weighted by the collision probability."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
-# counters after the five of every draw, so that hyperplanes and the choice among candidates share no bits with others
+# extra counters after the five of every draw, so that hyperplanes and the choice among candidates share no bits with draws
 _PLANES, _STREAM = 6, 7
 # codes are int16
 _MOST_BITS = 15
@@ -22,7 +22,7 @@ _MOST_BITS = 15
 
 @dataclass(frozen=True)
 class _Hashed:
-    """What the tables hold, and the vectors that were hashed."""
+    """The hash tables, and the vectors that were hashed."""
 
     query: Tensor  # [lists, tiles, head_dim], the mean query of each tile
     key: Tensor  # [lists, keys, head_dim], centred
@@ -32,24 +32,26 @@ class _Hashed:
 
 @dataclass(frozen=True)
 class CollisionDraw(Stage):
-    """Draw the keys that collide with the tile's query in at least two hash tables, weighted by the chance of that.
+    """Draw the keys that collide with the tile's mean query in at least two hash tables, weighted by that probability.
 
     w_j = 1 - (1 - p_j^K)^L - L p_j^K (1 - p_j^K)^(L-1),   p_j = 1 - angle(q, k_j - mean) / pi,   K bits, L tables;
     weight_j = max(1, C / num) / w_j,   C the number of keys that collide
-    Keys that point towards the query are likely to collide, so that they are often listed, and with a small weight.
-    Source: Chen et al., 2024 (arXiv:2410.16179), MagicPIG.   Differs: hashed once a tile, with its mean query, where the
-    paper hashes every query of a decoder; at most `num` of the keys that collide are kept, evenly spaced from a random
-    start; keys are centred by the first ones, so that no tile looks ahead; nothing is added to w_j, which keeps it unbiased.
-    Cost: `num` slots a query, `bits` * `tables` products a key, and a comparison for every table, tile and key: it grows
-    with the square of the length.   Guarantee: E[weight of a key] = 1 for every key left, over the random hyperplanes.
+
+    Keys in the direction of the query collide with a high probability: they are listed often, with a small weight.
+    Source: Chen et al., 2024 (arXiv:2410.16179), MagicPIG.   Differs: one hash per tile, of its mean query, where the paper
+    hashes every query of a decoder; at most `num` of the colliding keys are kept, evenly spaced from a random start; keys
+    are centred by the mean of the first keys, so that no tile looks ahead; no constant is added to w_j, so that the weights
+    are unbiased.
+    Cost: `num` slots per query, `bits` * `tables` products per key, and a comparison for every table, tile and key:
+    quadratic in the length.   Guarantee: E[weight of a key] = 1 for every remaining key, over the random hyperplanes.
 
     Args:
-        num: most keys listed for each tile.
-        bits: random hyperplanes of a table, at most 15.
-        tables: hash tables, at least 2.
+        num: largest number of keys listed for each tile.
+        bits: number of random hyperplanes per table, at most 15.
+        tables: number of hash tables, at least 2.
 
     Raises:
-        ValueError: if a number is not positive, there are too many bits or a single table.
+        ValueError: if a number is not positive, `bits` is above 15, or `tables` is 1.
     """
 
     num: int
@@ -65,12 +67,12 @@ class CollisionDraw(Stage):
 
     @property
     def complete(self) -> bool:
-        """Every key that is left has an expected weight of one."""
+        """True: every remaining key has an expected weight of one."""
         return True
 
     @property
     def tells_error(self) -> bool:
-        """Slots are no strata, from whose neighbours an error could be estimated."""
+        """False: slots are not strata, from whose differences an error could be estimated."""
         return False
 
     @property
@@ -83,11 +85,11 @@ class CollisionDraw(Stage):
         return self.num
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count projections of a key and of a tile's query, and the angles of those listed; comparisons are no products."""
+        """Count projections of a key and of a tile's query, and the angles of listed keys; comparisons are not counted."""
         return self.bits * self.tables * (1.0 + 1.0 / tile) + self.num / tile
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Hash, compare, and list the keys that collide, or all where they are few."""
+        """Hash, compare, and list the keys that collide; list all remaining keys if they are few."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), covered
@@ -101,7 +103,7 @@ class CollisionDraw(Stage):
         problem, device = tiles.problem, tiles.problem.device
         query = pool_queries(tiles, 1, 1.0).mean(2)
         k = problem.k.to(query.dtype)
-        # a tile that sees no more lists all it sees: every other tile may look at these
+        # a tile that sees no more keys lists all of them: every other tile may read these keys
         centred = k - k[:, :, covered.prefix : covered.prefix + self.num].mean(2, keepdim=True)
         head = problem.head_index[:, None, None]
         axis, bit = (
@@ -145,25 +147,25 @@ class CollisionDraw(Stage):
 
 
 def twice(p: Tensor, bits: int, tables: int) -> Tensor:
-    """Return the chance of a collision in two tables or more, from the chance `p` that a bit agrees; float64.
+    """Return the probability of a collision in two or more tables, from the probability `p` that one bit agrees; float64.
 
-    1 - (1 - x)^L - L x (1 - x)^(L-1) = 1 - (1 - x)^(L-1) (1 + (L-1) x),   x = p^bits: without cancellation where x is small
+    1 - (1 - x)^L - L x (1 - x)^(L-1) = 1 - (1 - x)^(L-1) (1 + (L-1) x),   x = p^bits: without cancellation for small x
 
     Args:
-        p: chances of a bit.
+        p: probabilities that one bit agrees.
         bits: bits of a table.
-        tables: tables.
+        tables: number of tables.
 
     Returns:
-        chances above 0.
+        probabilities above 0.
     """
     x = p**bits
     log_miss = (tables - 1) * torch.log1p(-x) + torch.log1p((tables - 1) * x)
-    # x = 1 makes 0 of 0: an infinite log is a certain collision
+    # x = 1 gives a log of -inf, which means a certain collision
     return (-torch.expm1(log_miss)).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _code(projected: Tensor) -> Tensor:
-    """Read the signs of the last axis as a number."""
+    """Convert the signs of the last axis to an integer code."""
     weight = 2 ** torch.arange(projected.shape[-1], dtype=torch.int64, device=projected.device)
     return ((projected > 0) * weight).sum(-1).to(torch.int16)

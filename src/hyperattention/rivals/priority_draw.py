@@ -1,4 +1,4 @@
-"""Draws whose number is fixed and whose heavy keys are certain: priority sampling."""
+"""Priority sampling: a fixed number of draws that includes every heavy key."""
 
 from dataclasses import dataclass
 
@@ -20,20 +20,20 @@ _STREAM = 3
 
 @dataclass(frozen=True)
 class PriorityDraw(Stage):
-    """Score every key that is left, and keep the `num` of the highest priority, weight over a uniform number.
+    """Score every remaining key, and keep the `num` keys of the highest priority: weight divided by a uniform number.
 
     w_j = (1 - share) max_i softmax_j(q_i . k_j) / sum + share / N,   priority_j = w_j / u_j,   tau = the (num + 1)-th
     largest priority;   weight_j = max(1, tau / w_j),   i over the pooled queries of the tile
-    Source: Duffield, Lund and Thorup, 2007, priority sampling; for attention Zharkov et al., 2026.   Differs: one sample a
-    tile, by its pooled queries, where attention's would be one a query, found by a search of vectors; every key is scored
-    here; a uniform share bounds the weights.
-    Cost: `num` slots a query, `pooled` / tile of exact attention's products: it grows with the square of the length.
-    Guarantee: E[weight of a key] = 1 for every key left; keys heavier than tau count once, as exact.
+    Source: Duffield, Lund and Thorup, 2007, priority sampling; for attention Zharkov et al., 2026.   Differs: one sample per
+    tile, by its pooled queries, where the cited method has one per query, found by vector search; every key is scored here;
+    a uniform share bounds the weights.
+    Cost: `num` slots per query, `pooled` / tile of exact attention's products: quadratic in the length.
+    Guarantee: E[weight of a key] = 1 for every remaining key; keys heavier than tau are listed for certain, with weight 1.
 
     Args:
-        num: keys drawn for each tile.
-        pooled: averaged queries of each tile and head.
-        uniform_share: share of the weights that is spread evenly over the keys left.
+        num: number of keys drawn for each tile.
+        pooled: averaged queries per tile and head.
+        uniform_share: share of the weights that is spread uniformly over the remaining keys.
 
     Raises:
         ValueError: if a number is not positive, or the share is not between 0 and 1.
@@ -47,17 +47,17 @@ class PriorityDraw(Stage):
         positive("PriorityDraw", num=self.num, pooled=self.pooled)
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(
-                f"PriorityDraw(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+                f"PriorityDraw(uniform_share={self.uniform_share}): it must be between 0 and 1 to bound the weights"
             )
 
     @property
     def complete(self) -> bool:
-        """Every key that is left has an expected weight of one."""
+        """True: every remaining key has an expected weight of one."""
         return True
 
     @property
     def tells_error(self) -> bool:
-        """Slots are no strata, from whose neighbours an error could be estimated."""
+        """False: slots are not strata, from whose differences an error could be estimated."""
         return False
 
     @property
@@ -81,7 +81,7 @@ class PriorityDraw(Stage):
         query, left = pool_queries(tiles, self.pooled, problem.scale), edges(tiles, covered)
         k = problem.k.flatten(0, 1).to(query.dtype)
         drawn = []
-        # scores, and the integers of a hash a key
+        # scores, and the integers of one hash per key
         for part in chunks(tiles, problem.num_keys * (2 * query.shape[2] + 8)):
             free = keys_left(tiles, covered, left, part)
             weight = self._weights(query[:, part], k[:, : free.shape[2]], free)
@@ -90,10 +90,10 @@ class PriorityDraw(Stage):
         return (key_runs(tiles, covered, index, log_weight),), covered
 
     def _weights(self, query: Tensor, k: Tensor, free: Tensor) -> Tensor:
-        """Weigh the keys of a chunk, ``[lists, chunk, seen]``; 0 for those taken, and positive for all others."""
+        """Weight the keys of a chunk, ``[lists, chunk, seen]``; 0 for keys already taken, and positive for all others."""
         score = (query.flatten(1, 2) @ k.transpose(1, 2)).unflatten(1, query.shape[1:3])
         weight = torch.softmax(score.masked_fill_(~free[:, :, None], -torch.inf), -1)
-        # queries and keys that are not finite are left to the uniform share
+        # queries and keys that are not finite count only in the uniform share
         weight = torch.nan_to_num_(weight, nan=0.0).amax(2)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         even = self.uniform_share / free.sum(-1, keepdim=True).clamp(min=1).float()
@@ -104,7 +104,7 @@ class PriorityDraw(Stage):
         priority = weight.double() / noise
         best, index = priority.topk(min(self.num + 1, priority.shape[2]), dim=-1)
         spare = self.num + 1 - best.shape[2]
-        # where no more than `num` keys are left the threshold is 0, and all count as they are
+        # if at most `num` keys remain the threshold is 0, and all keys have weight 1
         best, index = pad(best, (0, spare)), pad(index, (0, spare))
         own = weight.gather(2, index[..., :-1]).double()
         log_weight = (best[..., -1:] / own).log().clamp(min=0.0)

@@ -1,4 +1,4 @@
-"""Columns and diagonals of the attention matrix, found from the last queries."""
+"""Columns and diagonals of the attention matrix, chosen by the last queries."""
 
 from dataclasses import dataclass
 
@@ -18,20 +18,20 @@ from hyperattention.types import Runs
 
 @dataclass(frozen=True)
 class VerticalSlash(Stage):
-    """Attend to the columns and the diagonals that hold the most weight of the last queries, for all tiles alike.
+    """Take the columns and diagonals with the most weight for the last queries; all tiles share this choice.
 
     a_ij = softmax_j(q_i . k_j) over the last queries i,   column_j = sum_i a_ij,
     slash_b = sum of a_ij with (first key of i's tile) // tile - j // tile = b;   the heaviest are taken
     Source: Jiang et al., 2024 (arXiv:2407.02490), MInference, vertical-slash pattern.   Differs: a slash is a run of one
-    tile's length at a multiple of it, where the paper's diagonals are a token wide and rounded to blocks afterwards; keys
-    that earlier stages took count for neither; the query heads of a group share their choice; numbers are arguments, where
-    the paper searches them for each head on a sample.
-    Cost: `verticals` + tile * `slashes` slots a query, `last` rows of exact scores.   Guarantee: exact on the pairs taken.
+    tile's length at a multiple of it, where the paper's diagonals are one token wide and rounded to blocks afterwards; keys
+    taken by earlier stages are not counted; the query heads of a group share their choice; the numbers of columns and
+    diagonals are arguments, where the paper searches them for each head on a sample.
+    Cost: `verticals` + tile * `slashes` slots per query, `last` rows of exact scores.   Guarantee: exact on the pairs taken.
 
     Args:
-        verticals: keys taken for every tile.
-        slashes: diagonals taken for every tile.
-        last: queries that the estimate is made from.
+        verticals: number of keys taken for every tile.
+        slashes: number of diagonals taken for every tile.
+        last: number of last queries used for the estimate.
 
     Raises:
         ValueError: if a number is not positive.
@@ -46,7 +46,7 @@ class VerticalSlash(Stage):
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """The last queries choose for all."""
+        """The last queries determine the keys of all rows."""
         return LookAhead.SEQUENCE
 
     def slots(self, tile: int) -> int:
@@ -58,7 +58,7 @@ class VerticalSlash(Stage):
         return float(min(self.last, num_keys))
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Estimate columns and diagonals, and take the best."""
+        """Estimate the weight of columns and diagonals, and take the best."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), covered
@@ -77,10 +77,11 @@ class VerticalSlash(Stage):
         return (slashes, verticals), covered.with_blocks(index, 1)
 
     def _estimate(self, tiles: Tiles, covered: CoveredKeys, left: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Weigh keys for the last queries.
+        """Weight keys by the last queries.
 
         Returns:
-            weights summed over a group's heads, ``[lists, last, keys]``, 0 for keys taken; block of each query's tile.
+            weights summed over a group's heads, ``[lists, last, keys]``, 0 for keys already taken; and the block of each
+            query's tile.
         """
         problem, count = tiles.problem, min(self.last, tiles.problem.num_queries)
         kv_heads, wide = problem.k.shape[1], torch.promote_types(problem.q.dtype, torch.float32)
@@ -104,7 +105,7 @@ class VerticalSlash(Stage):
         """Find the diagonals with the most weight: blocks between a tile and its run, ``[lists, slashes]``."""
         mass = pad(weight, (0, -weight.shape[2] % size)).unflatten(2, (-1, size)).sum(3)  # [lists, last, blocks]
         total = mass.shape[2]
-        # a tile whose first key is not at a multiple of its size reaches into one block more
+        # a tile whose first key is not at a multiple of the tile size extends into one more block
         distance = torch.arange(-1 if causal else -total, total + 1, dtype=torch.int64, device=mass.device)
         block = origin[..., None] - distance
         inside = (block >= 0) & (block < total)

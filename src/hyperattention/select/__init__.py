@@ -1,4 +1,4 @@
-"""Which keys each tile reads: stages, densities of draws and rankings of blocks, with the parts they are made of."""
+"""The choice of keys for each tile: stages, densities of draws, rankings of blocks, and their parts."""
 
 from hyperattention.select.density import Density, Distribution, Uniform
 from hyperattention.select.draw import Draw

@@ -1,4 +1,4 @@
-"""How draws are spread over the keys that are left: the contract of a density, and the even one."""
+"""Densities, the distributions of draws over the remaining keys: the base class, and the uniform density."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -32,11 +32,11 @@ class Distribution(ABC):
 
 
 class Density(ABC):
-    """How draws are spread over the keys that are left."""
+    """The distribution of draws over the remaining keys."""
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """How far beyond a row its draws may depend on queries or keys."""
+        """How far beyond a row the row's draws may depend on queries or keys."""
         return LookAhead.NOTHING
 
     @property
@@ -51,29 +51,29 @@ class Density(ABC):
 
     @property
     def components(self) -> tuple[tuple["Density", float], ...]:
-        """Densities and shares of the draws: itself alone, unless it must be mixed with another to reach every key."""
+        """Densities and their shares of the draws: this one alone, unless another must be mixed in to reach every key."""
         return ((self, 1.0),)
 
     @property
     def evenly(self) -> bool:
-        """Whether points are evenly spaced from one offset a tile, rather than drawn one by one in their strata."""
+        """Whether points are evenly spaced from one random offset per tile; if not, one point is drawn in each stratum."""
         return False
 
     @abstractmethod
     def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
-        """Do what is done once for all tiles.
+        """Compute once what all tiles share.
 
         Args:
             tiles: the tiled problem.
             covered: keys of earlier stages; only keys inside `taken.bounds` may be drawn.
-            num: draws that each tile will make.
+            num: number of draws of each tile.
 
         Returns:
             a function from a chunk of tiles to its distribution.
         """
 
     def seams(self, tiles: Tiles, num: int) -> list[int]:
-        """Number the tiles, in this call, from which on `num` draws work otherwise: no chunk has tiles of both sides."""
+        """Return the tile numbers, in this call, at which the way of drawing changes: no chunk has tiles of both sides."""
         return []
 
     def numbers(self, tiles: Tiles) -> int:
@@ -87,34 +87,34 @@ class Density(ABC):
 
 @dataclass(frozen=True)
 class Even(Distribution):
-    """The same probability for every key that is left; see `pooling.edges` for the edges."""
+    """The same probability for every remaining key; see `pooling.edges` for the edges."""
 
     left: tuple[Tensor, Tensor, Tensor, Tensor]
 
     @property
     def count(self) -> Tensor:
-        """Keys left: ``[lists, chunk, 1]``."""
+        """Number of remaining keys: ``[lists, chunk, 1]``."""
         begin, hole_begin, hole_end, end = self.left
         return hole_begin - begin + end - hole_end
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the key at a share `point` of the way through those that are left."""
+        """Return the key at the fraction `point` of the remaining keys, with its probability."""
         return self.at(point), self.share(point)
 
     def at(self, point: Tensor) -> Tensor:
-        """Find the key at a share `point` of the way through those that are left."""
+        """Return the key at the fraction `point` of the remaining keys."""
         begin, hole_begin, hole_end, _ = self.left
         place = torch.minimum((point * self.count).long(), (self.count - 1).clamp(min=0)) + begin
         return torch.where(place >= hole_begin, place + hole_end - hole_begin, place)
 
     def share(self, index: Tensor) -> Tensor:
-        """One in the number of keys left."""
+        """Return one divided by the number of remaining keys."""
         return (1.0 / self.count.clamp(min=1).float()).expand(index.shape)
 
 
 @dataclass(frozen=True)
 class Uniform(Density):
-    """Draw every key that is left with the same probability.
+    """Draw every remaining key with the same probability.
 
     p_j = 1 / N
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 2.   Differs: stratified rather than independent draws.
@@ -123,10 +123,10 @@ class Uniform(Density):
 
     @property
     def reads_keys(self) -> bool:
-        """Position alone decides."""
+        """False: the probabilities depend only on position."""
         return False
 
     def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
-        """Delimit what is left of every tile."""
+        """Find the edges of the remaining keys of every tile."""
         left = edges(tiles, covered)
         return lambda part: Even((left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))

@@ -1,4 +1,4 @@
-"""Draw a few of the keys that are left, and weight them so that they stand for all of them."""
+"""Draw a few of the remaining keys, with weights so that they represent all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,17 +17,18 @@ from hyperattention.types import DrawnSlots, Runs
 
 @dataclass(frozen=True)
 class Draw(Stage):
-    """Sample `num` of the keys that are left for each tile; the weights make numerator and denominator unbiased.
+    """Sample `num` of the remaining keys for each tile; the weights make numerator and denominator unbiased.
 
-    One point falls in each of equal strata of a density's distribution function, so that a key's expected number of
-    listings is num * p_j, and its log-weight is -log(num * p_j). Where no more than `num` keys are left, all are listed,
-    with weight 0. Draws that fall on a chosen block count as zero: the block is exact already.
+    One point is drawn in each of `num` equal strata of a density's distribution function. So a key's expected number of
+    listings is num * p_j, and its log-weight is -log(num * p_j). If at most `num` keys remain, all are listed, with
+    log-weight 0. Draws inside a block of an earlier stage count as zero, because that block is already exact.
 
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 2 and 3.   Differs: stratified, and one sample serves both sums.
-    Cost: `num` slots a query, and the density's products.   Guarantee: E[sum of weights of a key] = 1 for every key left.
+    Cost: `num` slots per query, and the density's products.
+    Guarantee: E[sum of weights of a key] = 1 for every remaining key.
 
     Args:
-        num: keys drawn for each tile.
+        num: number of keys drawn for each tile.
         by: the density.
 
     Raises:
@@ -42,12 +43,12 @@ class Draw(Stage):
 
     @property
     def complete(self) -> bool:
-        """Every key that is left has an expected weight of one."""
+        """True: every remaining key has an expected weight of one."""
         return True
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """As far as the density does."""
+        """The look-ahead of the density."""
         return self.by.looks_ahead
 
     @property
@@ -69,7 +70,7 @@ class Draw(Stage):
         return sum(density.selection_pairs(num_keys, tile, head_dim, causal, num) for density, num in self._shares())
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Draw keys, or list them all where they are few."""
+        """Draw keys, or list all of them if they are few."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), covered
@@ -100,10 +101,10 @@ class Draw(Stage):
     def _few(
         self, drawn: tuple[Tensor, Tensor, Tensor], left: tuple[Tensor, ...], tiles: Tiles, covered: CoveredKeys, part: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """List all keys, with weight one, for the tiles of a chunk that have no more than are drawn.
+        """List all keys, with weight one, for the tiles of a chunk that have at most `num` remaining keys.
 
         Returns:
-            keys, log-weights and listings, of which those drawn are overwritten in the first two.
+            keys, log-weights and listings; for all other tiles, drawn keys overwrite the first two.
         """
         index, weight, listings = drawn
         until = min(part.stop, tiles.within(self.num + covered.placed)) - part.start
@@ -118,7 +119,7 @@ class Draw(Stage):
         return index, weight, listings
 
     def _shares(self) -> list[tuple[Density, int]]:
-        """Share the draws out; the last component reaches every key, and takes what rounding leaves, at least one draw."""
+        """Split the draws among components; the last one reaches every key and gets the remainder, at least one draw."""
         shares, left = [], self.num
         *others, (last, _) = self.by.components
         for density, share in others:
@@ -132,7 +133,7 @@ class Draw(Stage):
         """Prepare the components.
 
         Returns:
-            for each its points of the unit interval, ``[lists, tiles, slots]``, and a law for each chunk.
+            for each component its points of the unit interval, ``[lists, tiles, slots]``, and a distribution for each chunk.
         """
         problem, device, parts, begun = tiles.problem, tiles.problem.device, [], 0
         head = problem.head_index[:, None, None]
@@ -147,7 +148,7 @@ class Draw(Stage):
 
 
 def _drawn(parts: list[tuple[Tensor, Callable[[slice], Distribution]]], part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw for a chunk of tiles: keys, log-weights, and how often its own law lists each, ``[lists, chunk, slots]``."""
+    """Draw for a chunk of tiles: keys, log-weights, and expected listings of each key, ``[lists, chunk, slots]``."""
     laws = [(points[:, part], law(part)) for points, law in parts]
     drawn = [(*law.draw(points), points.shape[2]) for points, law in laws]
     index, own = torch.cat([x for x, _, _ in drawn], 2), torch.cat([share * num for _, share, num in drawn], 2)
@@ -156,5 +157,5 @@ def _drawn(parts: list[tuple[Tensor, Callable[[slice], Distribution]]], part: sl
         listings = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
         for points, law in laws:
             listings += points.shape[2] * law.share(index)
-    # a law with nothing to draw from (no whole block, no finite score) drew keys to which it gives no chance: empty slots
+    # a distribution without any key (no complete block, no finite score) drew keys of probability 0: these slots are empty
     return index, (-listings.log()).masked_fill(own == 0, -torch.inf), own

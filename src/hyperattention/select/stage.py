@@ -1,4 +1,4 @@
-"""The contract of a stage, and what stages tell one another: the keys already taken."""
+"""The base class of every stage, and the keys taken by earlier stages, which one stage passes to the next."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from hyperattention.types import Labels, Runs, Selection
 
 
 class LookAhead(IntEnum):
-    """How far beyond a row the choice of its keys may look."""
+    """How far beyond a row the choice of its keys may depend on queries or keys."""
 
     NOTHING = 0
     TILE = 1
@@ -23,14 +23,14 @@ class LookAhead(IntEnum):
 
 @dataclass(frozen=True)
 class CoveredKeys:
-    """Keys that earlier stages took from each tile: later stages leave them alone, so that no key counts twice.
+    """Keys that earlier stages took for each tile: later stages skip them, so that no key counts twice.
 
     Args:
-        prefix: leading live keys taken from every tile.
-        placed: how many keys of a tile are taken by their place, at most.
+        prefix: number of leading live keys taken for every tile.
+        placed: largest number of keys of a tile that are taken by position.
         gap: first and end of the keys around each tile that a window took, or None.
-        near: keys directly before each tile that a window took.
-        blocks: chosen blocks of earlier stages: sorted numbers of the blocks, and their size.
+        near: number of keys directly before each tile that a window took.
+        blocks: blocks of earlier stages: sorted indices of the blocks, and their size.
         labels: pairs of equal label are taken.
     """
 
@@ -42,11 +42,11 @@ class CoveredKeys:
     labels: Labels | None = None
 
     def with_blocks(self, blocks: Int[Tensor, "lists tiles slots"], block_size: int) -> "CoveredKeys":
-        """Take chosen blocks as well."""
+        """Add chosen blocks to the taken keys."""
         return replace(self, blocks=(*self.blocks, (blocks, block_size)))
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Delimit what is left of each tile's keys, ``[batch, tiles]`` each: begin, hole begin, hole end, end."""
+        """Return the edges of each tile's remaining keys, ``[batch, tiles]`` each: begin, hole begin, hole end, end."""
         end = tiles.visible_end
         begin = torch.minimum(torch.full_like(end, self.prefix), end)
         if self.gap is None:
@@ -67,7 +67,7 @@ class CoveredKeys:
 
 @runtime_checkable
 class Tiling(Protocol):
-    """How queries are cut into tiles whose rows share a list of keys; a stage may bring one of its own."""
+    """A partition of queries into tiles whose rows share a list of keys; a stage may have its own tiling."""
 
     def arrange(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles rows width"]:
         """Cut rows into tiles."""
@@ -78,7 +78,7 @@ class Tiling(Protocol):
         ...
 
     def split(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles group size width"]:
-        """Cut rows into tiles, those of different heads apart, so that nothing need be copied."""
+        """Cut rows into tiles with separate heads, so that no copy is needed."""
         ...
 
     def join(self, x: Tensor) -> Tensor:
@@ -87,21 +87,21 @@ class Tiling(Protocol):
 
 
 class Stage(ABC):
-    """One step of a method: given what is taken, take more. Stages are ordered, and earlier stages win."""
+    """One step of a method: it takes keys that earlier stages did not take."""
 
     @property
     def complete(self) -> bool:
-        """Whether this stage gives every key that is left an expected weight of one."""
+        """Whether this stage gives every remaining key an expected weight of one."""
         return False
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """How far beyond a row its list may depend on queries or keys."""
+        """How far beyond a row the row's list may depend on queries or keys."""
         return LookAhead.NOTHING
 
     @property
     def reads_keys(self) -> bool:
-        """Whether the choice reads keys: if not, they are not brought together for it."""
+        """Whether the choice reads keys; if not, keys in pages are not copied for the choice."""
         return True
 
     @property
@@ -111,7 +111,7 @@ class Stage(ABC):
 
     @property
     def tells_error(self) -> bool:
-        """Whether a standard error can be told from its slots: it draws nothing, or `Runs.sample` says how it drew."""
+        """Whether a standard error can be estimated from the slots: no draws, or `Runs.sample` describes them."""
         return True
 
     @abstractmethod
@@ -123,50 +123,50 @@ class Stage(ABC):
             covered: keys of earlier stages.
 
         Returns:
-            the runs, and what is taken after them.
+            the runs, and the keys taken including them.
         """
 
     def select_apart(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[tuple[Tiling, Selection], ...], CoveredKeys]:
-        """Choose keys for tiles of its own: for a stage whose neighbours are not neighbours in position.
+        """Choose keys for separate tiles, in a stage whose tiles are not consecutive positions.
 
         Args:
             tiles: the problem tiled by position.
             covered: keys of earlier stages.
 
         Returns:
-            own tilings with their lists, none unless a stage says otherwise, and what is taken after them.
+            separate tilings with their lists (none by default), and the keys taken including them.
         """
         return (), covered
 
     @property
     def by_place(self) -> bool:
-        """Whether the keys taken are known by position alone, as those of sinks and of a window are."""
+        """Whether the keys taken depend only on position, as for sinks and a window."""
         return False
 
     def check_after(self, earlier: "tuple[Stage, ...]") -> None:
-        """Refuse to follow stages whose keys this one could not leave alone.
+        """Check that this stage can skip the keys of all earlier stages.
 
         Args:
             earlier: the stages before this one.
 
         Raises:
-            ValueError: if draws came before, which stand for every key left, or this stage goes by place and blocks came
-                before, or there are two of its kind by place.
+            ValueError: if an earlier stage draws, because draws represent every remaining key; if this stage takes keys by
+                position and blocks were taken before; or if two stages of this kind take keys by position.
         """
         for stage in earlier:
             name, before = type(self).__name__, type(stage).__name__
             if stage.complete:
                 raise ValueError(
-                    f"{name} after {before} would count keys twice: draws stand for all that is left, so put them last"
+                    f"{name} after {before} would count keys twice: draws represent all remaining keys, so put them last"
                 )
             if self.by_place and not stage.by_place and not stage.reorders:
                 raise ValueError(f"{name} after {before} would count keys twice: put {name} first")
             if self.by_place and type(self) is type(stage):
-                raise ValueError(f"two {name} stages would count keys twice: one larger {name} holds both")
+                raise ValueError(f"two {name} stages would count keys twice: use one larger {name}")
 
     @property
     def reorders(self) -> bool:
-        """Whether the stage has a tiling of its own, whose pairs later stages skip by label."""
+        """Whether the stage has a separate tiling, whose pairs later stages skip by label."""
         return False
 
     @abstractmethod

@@ -1,22 +1,23 @@
-"""Structured q, k, v with the statistics of real language models, beside the iid Gaussian inputs of the papers.
+"""Structured q, k, v with the statistics of real language models, and the iid Gaussian inputs of the papers.
 
-What is reported of real models, where, and what stands for it here:
+Reported statistics of real models, with sources, and how the inputs here model them:
 
 - *Norms* near 15, 15 and 3 for q, k and v (Llama-3.1-8B): BalanceKV (arXiv:2502.07861).
 - *Narrow cones*: queries share a mean direction, and so do keys (Spotlight Attention's abstract); MagicPIG
-  (arXiv:2410.16179) centres its keys before hashing. Here a constant vector each. That queries lean away from the keys'
-  mean and towards the sinks is our choice.
-- *Sinks*: the first tokens take much weight whatever they say (StreamingLLM, arXiv:2309.17453), with values smaller than
-  others' (arXiv:2410.13835); small keys get large weights (arXiv:2406.11430). Here four small keys against the cone.
-- *Local decay*, by rotary pairs: high frequencies serve position, low ones meaning (arXiv:2410.06205). Half the channels
+  (arXiv:2410.16179) centres its keys before hashing. Here queries and keys each have a constant vector. Our choice: queries
+  point away from the keys' mean and towards the sinks.
+- *Sinks*: the first tokens get much weight, independent of their content (StreamingLLM, arXiv:2309.17453), with smaller
+  values than other tokens (arXiv:2410.13835); small keys get large weights (arXiv:2406.11430). Here four small keys
+  opposite to the cone.
+- *Local decay*, by rotary pairs: high frequencies carry position, low ones meaning (arXiv:2410.06205). Half the channels
   are pairs rotated at geometric rates, whose cosines add up to a power law in the distance; the others are not rotated.
 - *Low-rank keys*: the spectrum of keys decays (Loki, arXiv:2406.02542). Here variances fall along a random basis.
-- *Far keys*: our model of text: topics that last, mix and return, words by Zipf's law. A query looks for a word, often
-  the one its neighbours look for, so that its heavy keys are scattered; a few look for one planted key far back, a needle.
-- *Heads from sharp to diffuse* (MagicPIG's abstract: attention is not always as sparse as expected): one number a head.
+- *Far keys*: our model of text: topics that last, mix and return, words by Zipf's law. A query looks for a word, often the
+  same as its neighbours, so that its heavy keys are scattered; a few queries look for one planted key far back, a needle.
+- *Heads from sharp to diffuse* (MagicPIG's abstract: attention is not always as sparse as expected): one number per head.
 
-The amplitudes are ours, set so that dropping, drawing and choosing keys cost what they cost in a trained model; what
-came out is measured in the docstring of `structured`.
+The amplitudes are ours, set so that dropping, drawing and choosing keys give the same errors as in a trained model; the
+docstring of `structured` lists the measured statistics.
 """
 
 from collections.abc import Sequence
@@ -43,14 +44,14 @@ from hyperattention.synthetic.parts import (
 
 @dataclass(frozen=True)
 class Inputs:
-    """Queries, keys and values with the needles planted in them: query `needle_query[t]` looks for key `needle_key[..., t]`.
+    """Queries, keys and values with planted needles: query `needle_query[t]` looks for key `needle_key[..., t]`.
 
     Args:
         q: queries.
         k: keys.
         v: values.
         needle_query: positions of the queries that look for a needle, the same in every row and head.
-        needle_key: position of the key that each of them looks for, more than 1,024 tokens earlier.
+        needle_key: position of the key that each of these queries looks for, more than 1,024 tokens earlier.
     """
 
     q: Float[Tensor, "batch heads queries head_dim"]
@@ -62,7 +63,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class _Shape:
-    """The sizes that both kinds of inputs take, checked once."""
+    """The checked sizes of both kinds of inputs."""
 
     num_tokens: int
     batch: int
@@ -87,7 +88,7 @@ class _Shape:
 
 
 def _or(size: int | None, default: int) -> int:
-    # a size of 0 is an error to report, not a default to fill in
+    # a size of 0 must raise an error, and not become the default
     return default if size is None else size
 
 
@@ -124,11 +125,11 @@ def structured(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Make q, k and v as language models have them: Gaussians alone flatter or slander every method.
+    """Make q, k and v like those of language models; on Gaussian inputs errors of methods are too small or too large.
 
     q = cones + position + word and topic looked for, k = cone + position + word and topic shown, v = mean + word + topic
     Source: the statistics and papers in this module's docstring.   Differs: amplitudes and the model of text are ours.
-    Cost: O(tokens * head_dim) time a head.   Guarantee: a shorter text is the beginning of a longer one, bit for bit.
+    Cost: O(tokens * head_dim) time per head.   Guarantee: a shorter text is the beginning of a longer one, bit for bit.
 
     Measured at 8,192 tokens, head_dim 64, seed 0, causal, rows of the second half, by sharpness (one head has 0.5):
 
@@ -152,26 +153,27 @@ def structured(
     At 32,768 tokens one head has 26% of its mass on sinks and 41% in the window, and effective keys go from 20 to 2,900 in
     eight heads; at 131,072 tokens one head has 20%, 33% and 670 effective keys.
 
-    Calibration: mean relative L2 error, sinks and a window of 512 exact, keys drawn or chosen once for 128 queries; over
-    one head, over eight heads, and (in brackets) over the four layers of a small trained model that it was set by:
-    rest dropped .23, .23 (.25); hash buckets of 256 .21, .22 (.23); 512 drawn uniformly .14, .13 (.14); 8 blocks of 64 by
-    mean key .16, .16 (.13); 4 such and 256 drawn .14, .13 (.12); 16 blocks of 16 and 256 drawn .14, .13 (.12), for 8 queries
-    .12, .11 (.09); a query's own top 256 and 256 drawn .03, .03 (.02).
+    Calibration: mean relative L2 error, sinks and a window of 512 exact, keys drawn or chosen once for 128 queries; over one
+    head, over eight heads, and (in brackets) over the four layers of a small trained model, used for calibration: rest
+    dropped .23, .23 (.25); hash buckets of 256 .21, .22 (.23); 512 drawn uniformly .14, .13 (.14); 8 blocks of 64 by mean
+    key .16, .16 (.13); 4 such and 256 drawn .14, .13 (.12); 16 blocks of 16 and 256 drawn .14, .13 (.12), for 8 queries .12,
+    .11 (.09); a query's own top 256 and 256 drawn .03, .03 (.02).
 
     Args:
         num_tokens: length; the first tokens do not depend on it.
-        batch: texts.
-        heads: query heads.
-        kv_heads: key and value heads; as many as `heads` if None.
-        head_dim: channels of queries and keys, at least 8; queries grow beyond 15 where it is above 64.
+        batch: number of texts.
+        heads: number of query heads.
+        kv_heads: number of kv heads; equal to `heads` if None.
+        head_dim: channels of queries and keys, at least 8; if it is above 64, norms of queries exceed 15.
         value_dim: channels of values; `head_dim` if None.
-        sharpness: one number in [0, 1] a query head, from diffuse to sharp; evenly from 0 to 1 if None (0.5 for one head).
+        sharpness: one number in [0, 1] per query head, from diffuse to sharp; evenly spaced from 0 to 1 if None (0.5 for one
+            head).
         seed: seed of every draw, in [0, 2**63).
-        device: where the tensors are made; the same on all devices up to rounding.
-        dtype: of q, k and v; they are made in float32.
+        device: device of the tensors; values are equal on all devices up to rounding.
+        dtype: dtype of q, k and v; they are computed in float32.
 
     Returns:
-        the inputs, for attention at scale 1 / sqrt(head_dim), and where the needles are.
+        the inputs, for attention at scale 1 / sqrt(head_dim), and the positions of the needles.
 
     Raises:
         ValueError: if a size, the seed or the sharpness is out of range.
@@ -212,21 +214,21 @@ def gaussian(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Make iid standard normal q, k and v, on which many methods are reported: nothing to find, every key counts alike.
+    """Make iid standard normal q, k and v, as in many papers: there are no heavy keys to find.
 
     Source: none needed. Differs from real models in everything that `structured` adds; no needles.
-    Cost: O(tokens * head_dim) time a head.
+    Cost: O(tokens * head_dim) time per head.
 
     Args:
         num_tokens: length; the first tokens do not depend on it.
-        batch: texts.
-        heads: query heads.
-        kv_heads: key and value heads; as many as `heads` if None.
+        batch: number of texts.
+        heads: number of query heads.
+        kv_heads: number of kv heads; equal to `heads` if None.
         head_dim: channels of queries and keys.
         value_dim: channels of values; `head_dim` if None.
         seed: seed of every draw, in [0, 2**63).
-        device: where the tensors are made.
-        dtype: of q, k and v.
+        device: device of the tensors.
+        dtype: dtype of q, k and v.
 
     Returns:
         the inputs, with empty lists of needles.
@@ -242,7 +244,7 @@ def gaussian(
         channels = torch.arange(x.shape[-1], dtype=torch.int64, device=device)
         for row in range(batch):
             for h in range(x.shape[1]):
-                # a stretch at a time: the integers of the hash stay in the cache
+                # one stretch at a time, so that the integers of the hash fit in the CPU cache
                 for part, at in zip(x[row, h].split(STRETCH), positions.split(STRETCH), strict=True):
                     part.copy_(normal([seed, GAUSSIAN, which, row, h, at, channels], x.device))
     none = torch.empty(batch, heads, 0, dtype=torch.int64, device=device)

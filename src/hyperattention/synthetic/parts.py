@@ -1,4 +1,4 @@
-"""The parts of structured inputs: a text that all heads read, and heads that make queries, keys and values of it.
+"""The parts of structured inputs: a text that all heads read, and heads that compute queries, keys and values from it.
 
 Everything is a function of (seed, row, head, position), so that a shorter text is the beginning of a longer one; sources and
 measured statistics are in `hyperattention.synthetic`.
@@ -15,19 +15,19 @@ from torch.nn.functional import normalize
 
 from hyperattention.random import hash_bits, normal, uniform
 
-# tokens are made in stretches of one size: every matrix product has one shape, so that bits do not depend on the length
+# tokens are computed in stretches of one size: all matrix products have one shape, so rounding is the same at every length
 STRETCH = 2048
 _NUM_SINKS, _NUM_WORDS, _NUM_TOPICS, _TOPIC_WORDS = 4, 2048, 48, 128
 _SEGMENT_SIZE, _BLOCK_SIZE, _DRIFT_SIZE, _SHARED_SIZE = 768, 48, 192, 8
 PERIOD_SIZE, RUN_SIZE, GAP = 256, 4, 5
 _ROTARY_BASE = 1e5
-# second counters (the first is the seed): they keep the streams of random numbers apart
+# second counters (the first is the seed), which separate the streams of random numbers
 _SEGMENT, _BLOCK, _WORD, _LOOK, _SPAN, _TARGET, _NEEDLE, _TABLE, _NOISE, _DRIFT, _LOCALITY, GAUSSIAN = range(12)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a vector: norms for keys and values; for queries logits of a match (of `position`, a power)."""
+    """The amplitudes of a vector's parts: norms for keys and values; for queries logits of a match (`position`: a power)."""
 
     position: float
     word: float
@@ -46,7 +46,7 @@ _SHARP = Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=
 
 
 def query_parts(sharpness: float) -> Parts:
-    """Mix the parts of the most diffuse head (0) and of the sharpest (1)."""
+    """Interpolate between the parts of the most diffuse head (0) and of the sharpest head (1)."""
     ends = zip(vars(_DIFFUSE).values(), vars(_SHARP).values(), strict=True)
     return Parts(*(low + (high - low) * sharpness for low, high in ends))
 
@@ -61,7 +61,7 @@ def _nibbles(counters: Sequence[int | Tensor], rows: Int[Tensor, " tokens"], wid
 
 
 def _zipf(u: Float[Tensor, " tokens"], num: int) -> Int[Tensor, " tokens"]:
-    # P(rank) ~ 1 / (rank + 4): the head of Zipf's law is flat in real texts
+    # P(rank) ~ 1 / (rank + 4): Zipf's law is flat for the most frequent words of real texts
     return (4 * torch.exp(u * math.log1p(num / 4)) - 4).long().clamp(max=num - 1)
 
 
@@ -79,21 +79,21 @@ def _words(counters: Sequence[int | Tensor], topic: Int[Tensor, " tokens"]) -> I
 
 
 def place_in_span(seed: int, positions: Int[Tensor, " tokens"], half: int) -> Int[Tensor, " tokens"]:
-    """Give the place in the period's span of needles (half 0) or run of their queries (half 1): inside if 0 to 3."""
+    """Return the place in the period's span of needles (half 0) or run of their queries (half 1): inside if 0 to 3."""
     room = PERIOD_SIZE // 2 - RUN_SIZE - _NUM_SINKS
     draw = uniform([seed, _SPAN, half, positions // PERIOD_SIZE], positions.device)
     return positions % PERIOD_SIZE - (half * PERIOD_SIZE // 2 + _NUM_SINKS + (draw * room).long())
 
 
 def target_period(seed: int, row: int, head: int, period: Int[Tensor, " needles"]) -> Int[Tensor, " needles"]:
-    """Draw the period whose needles are looked for; negative where the text is too young to have one far enough back."""
+    """Draw the period whose needles are looked for; negative if no earlier period is far enough back."""
     draw = uniform([seed, _TARGET, row, head, period], period.device)
     return torch.where(period >= GAP, (draw * (period - GAP + 1)).long(), -1)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of one text, which all heads read: where it is, what it speaks of, and its words."""
+    """A stretch of one text, which all heads read: its position, its topics and its words."""
 
     seed: int
     row: int
@@ -104,23 +104,23 @@ class Text:
 
     @staticmethod
     def at(seed: int, row: int, start: int, num_pairs: int, device: torch.device) -> "Text":
-        """Write the stretch that begins at a position."""
+        """Make the stretch that begins at a position."""
         positions = torch.arange(start, start + STRETCH, dtype=torch.int64, device=device)
         segment = uniform([seed, _SEGMENT, row, positions // _SEGMENT_SIZE], device)
         block = uniform([seed, _BLOCK, row, positions // _BLOCK_SIZE], device)
-        # six tenths of a segment's blocks keep to its topic, the others take their own; squares make some topics commoner
+        # 60% of a segment's blocks have the segment's topic, the others their own; squares make some topics more frequent
         topic = (_NUM_TOPICS * torch.where(block < 0.6, segment, (block - 0.6) / 0.4).square()).long()
         return Text(seed, row, positions, topic, _words([seed, _WORD, row, positions], topic), _rotary(positions, num_pairs))
 
     def looks(self, head: int) -> Int[Tensor, " tokens"]:
-        """Draw the word that each query looks for: its own, or (five in eight) that of its group of eight neighbours."""
+        """Draw the word that each query looks for: its own, or (probability 5/8) that of its group of eight neighbours."""
         counters = [self.seed, _LOOK, self.row, head]
         shared = (hash_bits([*counters, 0, self.positions], self.positions.device) & 7) < 5
         place = torch.where(shared, self.positions // _SHARED_SIZE, self.positions)
         return _words([*counters, 1 + shared.long(), place], self.topic)
 
     def run(self, half: int) -> tuple[Int[Tensor, " needles"], Int[Tensor, " needles"], Int[Tensor, " needles"]]:
-        """Give index, period and place of the needles (half 0) or of the queries that look for one (half 1)."""
+        """Return index, period and place of the needles (half 0) or of the queries that look for a needle (half 1)."""
         place = place_in_span(self.seed, self.positions, half)
         index = ((place >= 0) & (place < RUN_SIZE)).nonzero()[:, 0]
         return index, self.positions[index] // PERIOD_SIZE, place[index]
@@ -128,7 +128,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Head:
-    """The fixed vectors of a kv head, as a model's weights give them; columns 0 and 1 of the basis are the cones' axes."""
+    """The fixed vectors of a kv head, like weights of a model; columns 0 and 1 of the basis are the axes of the cones."""
 
     seed: int
     index: int
@@ -159,12 +159,12 @@ class Head:
 
     @property
     def gain(self) -> float:
-        """Growth of the parts: the fourth root of head_dim, so that logits, divided by its square root, stay as at 64."""
+        """Factor of the parts, the fourth root of head_dim / 64, so that logits divided by sqrt(head_dim) stay as at 64."""
         return (self.head_dim / 64) ** 0.25
 
     @property
     def cone(self) -> float:
-        """Size of the keys' common direction: what is left of their norm."""
+        """Size of the keys' common direction: the remaining part of their norm."""
         rest = sum(x**2 for x in (_KEY.position, _KEY.word, _KEY.topic, _KEY.drift, _KEY.noise))
         return math.sqrt(max(_NORM**2 - self.gain**2 * rest, _LEAST_CONE**2))
 
@@ -174,7 +174,7 @@ class Head:
         return _nibbles(counters, text.positions, width) / math.sqrt(width)
 
     def drift(self, text: Text) -> Float[Tensor, "tokens axes"]:
-        """Wander smoothly, never to return: a normal vector every 192 tokens, joined by arcs of constant variance."""
+        """Return a smooth random walk: a normal vector every 192 tokens, interpolated with constant variance."""
         first, num_axes = int(text.positions[0]) // _DRIFT_SIZE, self.words.shape[1]
         knots = first + torch.arange(STRETCH // _DRIFT_SIZE + 3, dtype=torch.int64, device=text.positions.device)
         axes = torch.arange(num_axes, dtype=torch.int64, device=knots.device)
@@ -186,13 +186,13 @@ class Head:
     def needle(
         self, row: int, period: Int[Tensor, " needles"], place: Int[Tensor, " needles"]
     ) -> Float[Tensor, "needles axes"]:
-        """Draw the unit vectors that needles show and their queries look for."""
+        """Draw the unit vectors of needles, which their queries look for."""
         axes = torch.arange(self.words.shape[1], dtype=torch.int64, device=period.device)
         x = normal([self.seed, _NEEDLE, row, self.index, period[:, None], place[:, None], axes], period.device)
         return normalize(x.float(), dim=-1)
 
     def keys(self, text: Text, drift: Float[Tensor, "tokens axes"]) -> Float[Tensor, "tokens head_dim"]:
-        """Show place, word, topic, drift and needles on top of the cone; the first tokens are sinks."""
+        """Return keys: the cone plus parts for position, word, topic, drift and needles; the first tokens are sinks."""
         content = _KEY.word * self.words[text.word] + _KEY.topic * self.topics[text.topic] + _KEY.drift * drift
         index, period, place = text.run(0)
         content[index] = _KEY.needle * self.needle(text.row, period, place)
@@ -201,13 +201,13 @@ class Head:
         x[:, 0] += self.cone + _POPULARITY * self.popularity[text.word]
         position = self.gain * _KEY.position * text.rotary
         if text.positions[0] == 0:
-            # against the cone, without position, each less attractive than the one before
+            # opposite to the cone, without position, each with a smaller score than the previous one
             x[:_NUM_SINKS], position[:_NUM_SINKS] = 0, 0
             x[:_NUM_SINKS, 0] = -_KEY.sink * (1 - torch.arange(_NUM_SINKS, dtype=torch.float32, device=x.device) / 8)
         return torch.cat([position, x @ self.basis.T], -1)
 
     def values(self, text: Text) -> Float[Tensor, "tokens value_dim"]:
-        """Say the word and the topic; sinks say little."""
+        """Return values with parts for the word and the topic; those of sinks are small."""
         v = _VALUE.word * self.value_words[text.word] + _VALUE.topic * self.value_topics[text.topic]
         v += _VALUE.position * self.value_mean + _VALUE.noise * self.noise(text, 1, v.shape[1])
         if text.positions[0] == 0:
@@ -217,7 +217,7 @@ class Head:
     def queries(
         self, text: Text, drift: Float[Tensor, "tokens axes"], head: int, want: Parts
     ) -> Float[Tensor, "tokens head_dim"]:
-        """Look for near places, a word, the topic and the sinks, each as strongly as wanted, and a few for a needle."""
+        """Return queries with parts for near positions, a word, the topic, the sinks and, in a few, a needle."""
         # a part of norm `unit * logit / key norm` meets the key's part with that logit
         unit = math.sqrt(self.head_dim) / self.gain
         content = (want.word / _KEY.word) * self.words[text.looks(head)]
@@ -234,7 +234,7 @@ class Head:
         local = unit * want.position * math.log(_ROTARY_BASE) / _KEY.position
         wobble = normal([self.seed, _LOCALITY, text.row, head, text.positions], x.device).float()[:, None]
         position = local * (1 + _WOBBLE * wobble).clamp(min=0.2) * text.rotary
-        # the second axis, where keys have only noise, brings the norm to 15
+        # the second axis, where keys have only noise, fills the norm up to 15
         rest = position.square().sum(-1) + x.square().sum(-1) - x[:, 1].square()
         x[:, 1] += (_NORM**2 - rest).clamp(min=_LEAST_CONE**2).sqrt()
         return torch.cat([position, x @ self.basis.T], -1)

@@ -1,1 +1,1 @@
-"""Error as an argument: the cheapest method whose error is certified on fresh exact rows."""
+"""Attention within a given error: the cheapest method whose error is certified on fresh exact rows."""

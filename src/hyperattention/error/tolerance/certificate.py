@@ -18,23 +18,23 @@ from hyperattention.problem import Problem
 _BLOCK_ROWS = 64
 # first counter of the rows, which no pilot, audit or draw shares
 _STREAM = 0xCE27
-# rows are chosen so that they cost what fewer would: a bound exceeds the mean by unseen / rows, and a rung that errs less by
-# that costs so much more. Pairs are bought at a power of the error of about 1.2; a little less, because rows can be added
+# The number of rows balances two costs: rows, and a rung with a smaller error, because a bound exceeds the mean by unseen /
+# rows. The pairs of a rung grow like error^-1.2; a smaller power is used here, because rows can be added later
 _PRICE = 0.8
-# rows are added in batches, in units of those: a head far below the tolerance needs few, one just below it more
+# rows are added in batches, in units of those: a head far below the tolerance needs few rows, a head just below it more
 _BATCHES = (0.5, 0.5, 1.0)
-# yet what rows not seen may hide takes no more than a third of the tolerance
+# the allowance for unsampled rows is at most a third of the tolerance
 _LEAST = 3
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the judged rows guarantee.
+    """The guarantee that the certifying rows give.
 
     Args:
-        errors: errors of the rows judged.
-        bounded: bound of the mean of min(e, 1), over rows that see anything.
-        excess: mean of max(e - 1, 0) as the rows showed it: an estimate, which knows nothing of rows not drawn.
+        errors: errors of the rows drawn.
+        bounded: bound of the mean of min(e, 1), over rows that see at least one key.
+        excess: mean of max(e - 1, 0) over the rows drawn: an estimate, which does not cover rows not drawn.
     """
 
     errors: Float[Tensor, "batch heads rows"]
@@ -43,19 +43,19 @@ class Certificate:
 
     @property
     def bound(self) -> Float[Tensor, "batch heads"]:
-        """Add both: what is compared with a tolerance."""
+        """The sum of both, which is compared with the tolerance."""
         return self.bounded + self.excess
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a certificate demands, so that others can foresee whether it will be given.
+    """The requirements of a certificate, so that the pilot can predict whether a rung will pass.
 
     Args:
         tolerance: the mean error allowed.
-        chance: of a bound below the truth, for each head.
-        num_queries: rows there are.
-        live: share of them that see anything, which the mean is over.
+        chance: probability of a bound below the true mean, for each head.
+        num_queries: number of all rows.
+        live: share of the rows that see at least one key; the mean is over these.
     """
 
     tolerance: float
@@ -66,13 +66,14 @@ class Aim:
     def rows(self, pairs: int | float) -> int:
         """Choose how many rows to certify.
 
-        With `unseen` rows' worth of wholly wrong ones that a sample without any cannot exclude, a rung that spends `pairs` a
-        query needs price * unseen / (tolerance rows) more of them, and a row costs a pair a query, half of the keys at twice
-        the time of a listed pair: together least at sqrt(price * unseen / tolerance * pairs). Rows are drawn for all batch
-        entries alike, so where few see anything there must be more of them, for the entry with the fewest.
+        A sample without wrong rows cannot exclude `unseen` / rows of completely wrong rows. To compensate, a rung that
+        spends `pairs` per query needs more of them, by a factor of 1 + price * unseen / (tolerance rows). A row costs one
+        pair per query (half of the keys, at twice the time of a listed pair). The total is smallest at sqrt(price * unseen /
+        tolerance * pairs) rows. All batch entries share the rows, so if few rows see a key, more are drawn, for the entry
+        with the fewest.
 
         Args:
-            pairs: spent by the rung, a query.
+            pairs: pairs that the rung spends per query.
 
         Returns:
             the number of rows, at most all.
@@ -81,24 +82,24 @@ class Aim:
         return min(self.num_queries, math.ceil(max(_LEAST * unseen, math.sqrt(_PRICE * unseen * pairs))))
 
     def foresee(self, errors: Float[Tensor, "batch heads some"], rows: int) -> Bool[Tensor, "batch heads"]:
-        """Return whether so many rows that err as these do would be certified."""
+        """Return whether `rows` rows with errors like these would be certified."""
         whole, excess = split_errors(errors)
         left = self.tolerance * self.live - excess
         return log_capital(whole, left, weight=rows / max(1, errors.shape[-1])) >= -math.log(self.chance)
 
     def certificate(self, errors: Float[Tensor, "batch heads rows"], before: Certificate | None = None) -> Certificate:
-        """Bound the mean error of all rows that see anything.
+        """Bound the mean error of all rows that see at least one key.
 
         Args:
-            errors: errors of the rows judged.
-            before: what the first of these rows guaranteed, if they were looked at before.
+            errors: errors of the rows drawn.
+            before: certificate of the first of these rows, if they were evaluated before.
 
         Returns:
-            the certificate, whose bounded part is the least of all looks.
+            the certificate; its bounded part is the smallest of all looks.
         """
         whole, excess = split_errors(errors)
         bounded = mean_bound(whole, self.chance) / self.live
-        # Ville's inequality covers all looks at once; an excess, once seen, stays seen
+        # Ville's inequality covers all looks at once; the excess includes every row drawn so far
         bounded = bounded if before is None else torch.minimum(bounded, before.bounded)
         return Certificate(errors, bounded, excess / self.live)
 
@@ -107,19 +108,19 @@ class Aim:
 def certify(
     problem: Problem, out: Float[Tensor, "batch heads queries value_dim"], aim: Aim, rows: int, attempt: int
 ) -> Certificate:
-    """Judge an output on fresh rows, batch by batch, while more of them may still certify a kv head.
+    """Certify an output on fresh rows, batch by batch, as long as more rows may still certify a kv head.
 
-    All heads share the batches, so a head that is certified is looked at again as long as another is not.
+    All heads share the batches, so a certified head is evaluated again as long as another head is not certified.
 
     Args:
         problem: the problem.
-        out: what is to be certified, as it will be returned.
-        aim: what is demanded.
-        rows: rows that are likely to be enough; half of them are tried first, twice as many at most.
-        attempt: number of the attempt, which has rows of its own.
+        out: the output to certify, as it will be returned.
+        aim: requirements of the certificate.
+        rows: number of rows that is likely to suffice; half of them are tried first, at most twice as many in total.
+        attempt: number of the attempt; each attempt has its own rows.
 
     Returns:
-        the certificate of all rows judged.
+        the certificate of all rows drawn.
     """
     most, seen, certificate = sum(math.ceil(part * rows) for part in _BATCHES), [], None
     for batch, part in enumerate(_BATCHES):
@@ -140,13 +141,13 @@ def of_group(certified: Bool[Tensor, "batch heads"], group: int) -> Bool[Tensor,
 
 
 def fresh_rows(problem: Problem, rows: int, attempt: int, batch: int = 0) -> Int[Tensor, " rows"]:
-    """Draw rows to certify, one from each of equal strata; every attempt and batch has its own.
+    """Draw rows to certify, one from each of equal strata; every attempt and batch has its own rows.
 
-    Nothing else enters but the problem's seed and layer: calls alike in both are judged on the same rows.
+    Besides that, only the problem's seed and layer matter: calls with equal seed and layer are certified on the same rows.
 
     Args:
-        problem: whose rows.
-        rows: strata.
+        problem: the problem.
+        rows: number of strata.
         attempt: number of the attempt.
         batch: number of the batch.
 
@@ -163,16 +164,17 @@ def visible_to(problem: Problem, index: Int[Tensor, " rows"]) -> Int[Tensor, "#b
 
 
 def exact_at(problem: Problem, index: Int[Tensor, " rows"]) -> Float[Tensor, "batch heads rows value_dim"]:
-    """Compute some rows exactly, in float32 at least; 0 where a row sees nothing.
+    """Compute some rows exactly, in float32 at least; 0 for a row that sees no key.
 
     Args:
-        problem: whose rows.
-        index: which, in order.
+        problem: the problem.
+        index: the rows, in order.
 
     Returns:
         the rows.
     """
-    # on a CPU a block of causal rows is scored against the keys that its last row sees: in small blocks that is little more
+    # on a CPU a block of causal rows is scored against the keys that its last row sees: in small blocks the extra cost is
+    # small
     size = max(1, _BLOCK_ROWS // problem.group) if problem.causal and problem.device.type == "cpu" else max(1, len(index))
     return torch.cat([_exact_block(problem, block) for block in index.split(size)], 2)
 
@@ -187,5 +189,5 @@ def _exact_block(problem: Problem, index: Tensor) -> Tensor:
 def row_errors(
     rows: Float[Tensor, "batch heads rows value_dim"], exact: Float[Tensor, "batch heads rows value_dim"]
 ) -> Float[Tensor, "batch heads rows"]:
-    """Relate each row's error to the exact row; 0 where both are 0, as in rows that see nothing."""
+    """Return each row's error relative to the exact row; 0 if both are 0, as in rows that see no key."""
     return relative_error(rows.to(exact.dtype) - exact, exact)

@@ -1,4 +1,4 @@
-"""A ladder of budgets: methods by increasing cost, whose step after the last is exact attention."""
+"""A ladder of budgets: methods by increasing cost; exact attention follows the last rung."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,28 +17,28 @@ from hyperattention.select.stage import LookAhead
 
 # any length beyond the crossover gives the same default
 _LONG = 10**9
-# rungs of the default ladder to a doubling of the draws: an error falls by about a quarter from one to the next
+# rungs of the default ladder per doubling of the draws: the error falls by about a quarter from one rung to the next
 _TO_A_DOUBLING = 2
-# draws of the first rung, relative to the default method's: below, sinks and window cost more than the draws
+# draws of the first rung, relative to the default method: with fewer draws, sinks and window would cost more than the draws
 _FIRST = 1 / 4
 _MULTIPLE = 16
-# averaged queries of a tile that scan its keys
+# averaged queries per tile that scan its keys
 _POOLED = 8
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Methods by increasing cost, to be climbed until the error is small enough; after the last comes exact attention.
+    """Methods by increasing cost, tried until the error is within a tolerance; exact attention follows the last one.
 
     Args:
         rungs: lists of stages, each listing more pairs than the one before, in tiles of equal size.
-        worth: pairs spent, relative to exact attention's, up to which a rung is worth running: 1 to save pairs, less where
-            time is to be saved, because a listed pair costs more time than one of a full product.
+        worth: largest cost in pairs, relative to exact attention's, at which a rung may run: 1 to save pairs; a smaller
+            value to save time, because a listed pair costs more time than a pair of a full product.
 
     Raises:
         TypeError: if a rung is not a list of stages.
-        ValueError: if there is no rung, they do not rise, their tiles differ, one chooses by all queries of a sequence, or
-            `worth` is not in (0, 1].
+        ValueError: if there is no rung, the costs do not increase, the tile sizes differ, a rung chooses keys by all queries
+            of a sequence, or `worth` is not in (0, 1].
 
     Example:
         >>> Ladder((Method(Sinks(4), Draw(64)), Method(Sinks(4), Draw(256))))
@@ -56,14 +56,14 @@ class Ladder:
                 raise TypeError(f"Ladder takes lists of stages such as Method(...), not {rung!r}")
             if rung.looks_ahead == LookAhead.SEQUENCE:
                 raise ValueError(
-                    f"{rung!r} chooses by all queries of a sequence, so no few of them can tell its error: "
-                    "use stages that look no further than their tile"
+                    f"{rung!r} chooses keys by all queries of a sequence, so a few queries cannot show its error: "
+                    "use stages that depend on no query outside their tile"
                 )
         if len({rung.tile for rung in self.rungs}) > 1:
             raise ValueError(f"Ladder of tiles {[rung.tile for rung in self.rungs]}: all rungs must share one tile size")
         pairs = [rung.cost(_LONG).pairs for rung in self.rungs]
         if any(above <= below for below, above in pairwise(pairs)):
-            raise ValueError(f"Ladder of {pairs} pairs a query: order the rungs by increasing cost")
+            raise ValueError(f"Ladder of {pairs} pairs per query: order the rungs by increasing cost")
         if not 0 < self.worth <= 1:
             raise ValueError(f"Ladder(worth={self.worth}): it must lie in (0, 1], relative to exact attention's pairs")
 
@@ -74,28 +74,29 @@ class Ladder:
 
 
 def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -> Ladder:
-    """Give the ladder that `tolerance` climbs if none is named: the default method with fewer draws, and with more.
+    """Return the ladder that `tolerance` uses if none is given: the default method with fewer and with more draws.
 
-    Where a tile sees few keys they are scanned by eight averaged queries, since an error is what is asked for here, and lost
-    keys show in it: a mean error of 0.040 beside 0.056 by the default's descent on the reference model, up to 40% less on
-    structured inputs. The time is about the descent's only where the CPU multiplies 8-bit integers fast, elsewhere more.
+    If a tile sees few keys, eight averaged queries scan all of them, because missed keys increase the error: on the
+    reference model the mean error is 0.040, and 0.056 with the hierarchical search of the default method; on structured
+    inputs it is up to 40% smaller. The scan takes about the time of that search on CPUs with fast 8-bit integer products,
+    and more time elsewhere.
 
-    A rung is worth running while it spends no larger a share of exact attention's pairs than the default method does at its
-    measured crossover, where both take equal time.
+    A rung may run if its share of exact attention's pairs is at most that of the default method at the measured crossover,
+    where both take equal time.
 
     Args:
         num_keys: keys of the call; no rung draws more.
-        device: where the call's tensors are.
+        device: device of the call's tensors.
 
     Returns:
-        rungs whose draws double every second one.
+        rungs whose draws double every second rung.
 
     Raises:
         TypeError: if the default method does not end in draws.
     """
     method = default_method(_LONG)
     if not isinstance(method, Method) or not isinstance(method.stages[-1], Draw):
-        raise TypeError(f"the default method is {method!r}: a ladder can only be made of one that ends in draws")
+        raise TypeError(f"the default method is {method!r}: a ladder needs a method that ends in a Draw")
     crossover = GPU_CROSSOVER if device is not None and torch.device(device).type == "cuda" else CROSSOVER
     cost = method.cost(crossover)
     worth = min(1.0, (cost.pairs + cost.selection_pairs) / cost.exact_pairs)
@@ -110,21 +111,21 @@ def _scanning(by: Density) -> Density:
 
 
 def check_tolerance(tolerance: object, method: object, standard_error: bool = False) -> None:
-    """Check that `method` is one, or a ladder of them where a tolerance is given.
+    """Check that `method` is a method, or a ladder if a tolerance is given.
 
     Args:
-        tolerance: mean relative row error allowed, if it was given.
-        method: what should run, if it was named.
+        tolerance: mean relative row error allowed, if given.
+        method: the method to run, if given.
         standard_error: whether standard errors are asked for as well.
 
     Raises:
-        TypeError: if the method is anything else, such as a stage alone, or the tolerance is no number.
-        ValueError: if the tolerance is not in (0, 1), or a method or standard errors are asked for beside it.
+        TypeError: if `method` is neither, for example a single stage, or the tolerance is not a number.
+        ValueError: if the tolerance is not in (0, 1), or a method or standard errors are asked for together with it.
     """
     ladder = isinstance(method, Ladder)
     if tolerance is None:
         if ladder:
-            raise ValueError("method is a Ladder, which is climbed until a tolerance is met: give tolerance=0.02 as well")
+            raise ValueError("method is a Ladder, which needs a tolerance to choose a rung: give tolerance=0.02 as well")
         if method is not None:
             check_method(method)
         return
@@ -135,7 +136,7 @@ def check_tolerance(tolerance: object, method: object, standard_error: bool = Fa
             f"tolerance={tolerance!r}: it is a mean relative error and must lie in (0, 1); for none use method=Exact()"
         )
     if standard_error:
-        raise ValueError("standard_error beside tolerance: its report bounds every head's error; leave one of them out")
+        raise ValueError("standard_error with tolerance, whose report bounds every head's error: leave one of them out")
     if method is not None and not ladder:
         raise ValueError(
             f"tolerance={tolerance} chooses the method by itself, and method={method!r} was given: leave one of them out, "

@@ -1,4 +1,4 @@
-"""The pilot: a few tiles of the call tell which rung of a ladder each head needs, before any rung runs as a whole."""
+"""The pilot: a few tiles of the call predict which rung of a ladder each head needs, before any rung runs on all queries."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ from hyperattention.random import uniform
 
 # tiles of a pilot, and rows of each that are computed exactly
 _TILES, _ROWS_IN_TILE = 16, 8
-# fewer whole tiles than this tell nothing of a call that would be worth an approximation
+# a call with fewer complete tiles than this is too short for an approximation to save time
 _FEWEST_TILES = 4
 _PROBES = 2
-# error ~ pairs^-power between two rungs: what is usual, the steepest that is worth a look, and the limits of what is fitted
+# error ~ pairs^-power between two rungs: the usual power, the steepest power considered, and the limits of a fitted power
 _POWER, _STEEP, _POWERS = 0.8, 1.3, (0.4, 1.6)
-# a choice counts on a few more rows than planned, since a certificate may add some; on all of them, too many rungs failed
+# a choice assumes a few more rows than planned, since a certificate may add some; assuming all of them, too many rungs
+# failed
 _ROOM = 1.2
 # first counter of the choice of tiles and rows, which no certificate shares
 _STREAM = 0x9170
@@ -28,14 +29,14 @@ _STREAM = 0x9170
 
 @dataclass(frozen=True)
 class Pilot:
-    """Tiles spread evenly over a call from a random one on, and exact rows in them that all rungs are judged by.
+    """Evenly spaced tiles of a call, from a random first one on, and exact rows in them, with which all rungs are compared.
 
     Args:
-        problem: the queries of those tiles, thinned so that each lists the keys that it lists among all.
-        index: rows judged, counted in it, equally many in each tile.
-        exact: those rows, exactly.
-        tiles: how many tiles there are.
-        share: of the queries of the call, those in the tiles.
+        problem: the queries of those tiles; each tile lists the same keys as in the entire call.
+        index: sampled rows, as indices in `problem`, equally many in each tile.
+        exact: exact attention of those rows.
+        tiles: number of tiles.
+        share: share of the call's queries that are in the tiles.
     """
 
     problem: Problem
@@ -45,7 +46,7 @@ class Pilot:
     share: float
 
     def errors(self, rung: Method, kv_heads: Sequence[int]) -> Float[Tensor, "batch kv_heads group rows"]:
-        """Run a rung on the tiles, for some kv heads, and judge it."""
+        """Run a rung on the tiles, for some kv heads, and return the errors of the sampled rows."""
         group = self.problem.group
         out = rung.attend(self.problem.of_heads(kv_heads)).out.index_select(2, self.index).to(self.problem.q.dtype)
         exact = self.exact.unflatten(1, (-1, group))[:, list(kv_heads)]
@@ -53,11 +54,11 @@ class Pilot:
 
 
 def pilot_spends(spends: float, exact_pairs: float, num_queries: int, tile: int) -> float:
-    """Return what a pilot will spend at most, before it runs: its exact rows, and probes of rungs like one.
+    """Return the most that a pilot can spend: its exact rows, and probes of rungs that each cost `spends`.
 
     Args:
-        spends: pairs that the rung spends a query.
-        exact_pairs: pairs of a row that is computed exactly.
+        spends: pairs that the rung spends per query.
+        exact_pairs: pairs of a row of exact attention.
         num_queries: queries of the call.
         tile: positions in a tile.
 
@@ -77,7 +78,7 @@ def take_pilot(problem: Problem, tile: int) -> Pilot | None:
         tile: positions in a tile.
 
     Returns:
-        the pilot, or None where the call has too few whole tiles for one.
+        the pilot, or None if the call has too few complete tiles.
     """
     edge = -problem.offset % tile
     count = (problem.num_queries - edge) // tile
@@ -97,12 +98,12 @@ def take_pilot(problem: Problem, tile: int) -> Pilot | None:
 
 @dataclass(frozen=True)
 class _Search:
-    """How far one kv head is on its way to a rung.
+    """The state of the search for the rung of one kv head.
 
     Args:
-        probed: errors by rung tried, in order.
-        rung: the one decided on, or None where exact attention is to run.
-        upcoming: the one to try next, or None where it is decided.
+        probed: errors of the rungs tried, in order.
+        rung: the chosen rung, or None for exact attention.
+        upcoming: the rung to try next, or None if the choice is made.
     """
 
     probed: dict[int, Tensor]
@@ -112,12 +113,12 @@ class _Search:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a pilot chose for each kv head.
+    """The choice of a pilot for each kv head.
 
     Args:
-        rungs: number of the rung, or None where exact attention is to run.
-        probed: numbers of the rungs that were tried on its tiles.
-        spends: pairs that the choice took, for each query of the call; empty until they are counted.
+        rungs: number of the rung, or None for exact attention.
+        probed: numbers of the rungs that were tried on the pilot's tiles.
+        spends: pairs that the choice cost, per query of the call; empty until they are counted.
     """
 
     rungs: tuple[int | None, ...]
@@ -126,16 +127,16 @@ class Choice:
 
 
 def choose(pilot: Pilot, rungs: Sequence[Method], pairs: Sequence[float], aim: Aim) -> Choice:
-    """Find the cheapest rung for each kv head that its certificate is likely to pass.
+    """Find for each kv head the cheapest rung that is likely to be certified.
 
-    One probe of the middle rung, one more where its extrapolation leads far away: a search by bisection that is told by the
-    errors themselves how far to jump. The mean error of each head is raised by its standard error over tiles.
+    The middle rung is probed first. Its errors are extrapolated to the other rungs; if the chosen rung is far away, it is
+    probed as well. The mean error of each head is raised by its standard error over tiles.
 
     Args:
         pilot: the tiles.
-        rungs: by increasing cost.
-        pairs: pairs that each lists a query.
-        aim: what the certificate will demand.
+        rungs: methods by increasing cost.
+        pairs: pairs that each rung lists per query.
+        aim: requirements of the certificate.
 
     Returns:
         the choice.
@@ -161,18 +162,18 @@ def cheapest(
     power: float = _POWER,
     first: int = 0,
 ) -> int | None:
-    """Find the cheapest rung whose certificate is foreseen, from the errors of another one.
+    """Find the cheapest rung that is predicted to be certified, from the errors of another rung.
 
     Args:
         errors: row errors of one kv head's query heads.
-        at: rung that they were measured at.
+        at: number of the rung that had these errors.
         pairs: pairs of each rung.
-        aim: what the certificate will demand.
-        power: of the pairs, by which errors fall.
-        first: first rung that comes into question.
+        aim: requirements of the certificate.
+        power: errors fall like pairs^-power.
+        first: first rung to consider.
 
     Returns:
-        its number, or None if there is none.
+        the number of the rung, or None if there is none.
     """
     for place in range(first, len(pairs)):
         if bool(aim.foresee(errors * (pairs[at] / pairs[place]) ** power, round(_ROOM * aim.rows(pairs[place]))).all()):
@@ -181,22 +182,22 @@ def cheapest(
 
 
 def _raised(errors: Tensor, tiles: int) -> Tensor:
-    """Raise row errors so that their mean stands a standard error higher, found from neighbouring tiles' differences."""
+    """Raise row errors so that their mean is one standard error higher, estimated from differences of neighbouring tiles."""
     by_tile = errors.unflatten(-1, (tiles, -1)).mean(-1)
     mean = by_tile.mean(-1, keepdim=True)
-    # errors rise with position: the spread over all tiles would count that as chance
+    # errors rise with position: the spread over all tiles would count this trend as noise
     deviation = by_tile.diff(dim=-1).square().mean(-1, keepdim=True).div(2).sqrt()
     return errors * (1 + deviation / math.sqrt(tiles) / mean.clamp(min=torch.finfo(mean.dtype).tiny))
 
 
 def _decide(probed: dict[int, Tensor], pairs: Sequence[float], aim: Aim, *, last: bool) -> _Search:
-    """Decide on a rung, or on one to probe next, by the last one probed."""
+    """Choose a rung, or the rung to probe next, from the last one probed."""
     *before, at = probed
     rung = cheapest(probed[at], at, pairs, aim, _fitted(probed, pairs) if before else _POWER)
     if last:
         return _Search(probed, rung, None)
     if rung is None:
-        # the dearest is worth a look unless even the steepest fall would not do
+        # the most expensive rung is probed unless even the steepest power would not suffice
         dearest = len(pairs) - 1
         hopeless = at == dearest or cheapest(probed[at], at, pairs, aim, _STEEP) is None
         return _Search(probed, None, None if hopeless else dearest)

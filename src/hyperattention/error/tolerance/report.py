@@ -1,4 +1,4 @@
-"""What a call with a tolerance spent, and what it guarantees."""
+"""The report of a call with a tolerance: its cost and its guarantee."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ from hyperattention.methods.exact import Exact
 
 @dataclass(frozen=True)
 class ToleranceReport:
-    """What ran for each head of one call, and the bounds of its mean relative row errors.
+    """The method that ran for each head of one call, and the bound of the head's mean relative row error.
 
-    What the bounds do not cover:
+    Limits of the bounds:
 
-    - They hold for the rows of this output, all heads together. They say nothing of the outputs of other seeds.
-    - Each row counts with min(error, 1), where 1 is wholly wrong. The part of an error above 1 is estimated from the rows
-      drawn (`excess`) and not bounded: a few rows with very large errors may not be among the rows drawn.
+    - They hold for the rows of this output, all heads together. They do not hold for outputs of other seeds.
+    - Each row counts with min(error, 1), where 1 means a completely wrong row. The part of an error above 1 is estimated
+      from the rows drawn (`excess`) and not bounded: a few rows with very large errors may not be among the rows drawn.
     - Which rows are drawn depends only on layer, seed, attempt and batch entry. Over many calls vary `seed`: with one seed
       the calls draw the same rows, and their failures are not independent.
-    - A mean over rows says nothing of a single row. A query that looks for one key can lose it within any mean.
+    - A mean over rows does not bound a single row. A query that needs one key can miss it although the mean is small.
 
     Args:
-        tolerance: the mean relative row error allowed each query head.
-        confidence: that no head's error, each row's counted as at most 1, exceeds its bound.
-        methods: what ran for each kv head: a rung for all batch entries and query heads that share it, or `Exact()`.
-        bound: upper bound of the mean over rows of ||out_i - exact_i|| / ||exact_i||, at most `tolerance`; 0 where exact
+        tolerance: the mean relative row error allowed for each query head.
+        confidence: probability that no head's mean of min(error, 1) exceeds its bound.
+        methods: the method of each kv head: a rung for all batch entries and query heads that share it, or `Exact()`.
+        bound: upper bound of the mean over rows of ||out_i - exact_i|| / ||exact_i||, at most `tolerance`; 0 if exact
             attention ran.
-        excess: of that, the mean of max(error - 1, 0) over the rows drawn, which is estimated and not bounded.
-        share_of_pairs: pairs scored relative to exact attention's, over all heads: rungs, those given up included, the
-            choice of keys, pilot tiles and exact rows.
-        num_rows: rows of each kv head's last certificate; 0 where there was none.
-        note: why exact attention ran for all heads without a trial; empty if it did not.
+        excess: the part of `bound` that is the mean of max(error - 1, 0) over the rows drawn; it is estimated, not bounded.
+        share_of_pairs: pairs scored relative to exact attention's, over all heads: rungs (failed ones included), the choice
+            of keys, pilot tiles and exact rows.
+        num_rows: rows of each kv head's last certificate; 0 if there was none.
+        note: why exact attention ran for all heads and no rung was tried; empty if a rung was tried.
     """
 
     tolerance: float
@@ -46,11 +46,11 @@ class ToleranceReport:
 
     @property
     def exact_heads(self) -> tuple[int, ...]:
-        """List the kv heads that exact attention served."""
+        """Return the kv heads for which exact attention ran."""
         return tuple(head for head, method in enumerate(self.methods) if isinstance(method, Exact))
 
     def __str__(self) -> str:
-        """Say what is guaranteed and what was spent, in a line or two."""
+        """Print the guarantee and the cost, in a few lines."""
         exact, count = self.exact_heads, len(self.methods)
         spent = f"{self.share_of_pairs:.3g} of exact's pairs"
         if len(exact) == count:

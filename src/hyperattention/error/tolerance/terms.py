@@ -1,4 +1,4 @@
-"""The terms of a call with a tolerance: what its certificates demand, and which rungs are worth running."""
+"""The terms of a call with a tolerance: the requirements of its certificates, and the rungs that may run."""
 
 from dataclasses import dataclass
 
@@ -12,17 +12,17 @@ from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 
 CONFIDENCE = 0.95
-# how the chance of a wrong bound is divided: most for the rungs chosen, the rest for those that heads move up to
+# how the probability of a wrong bound is divided: most for the rungs chosen first, the rest for rungs that heads move up to
 ATTEMPTS = (0.8, 0.2)
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A method of a ladder, and what it costs in this call.
+    """A method of a ladder, and its cost in this call.
 
     Args:
-        method: what would run.
-        cost: of it, before running.
+        method: the method.
+        cost: cost of the method, before it runs.
     """
 
     method: Method
@@ -36,13 +36,13 @@ class Rung:
 
 @dataclass(frozen=True)
 class Terms:
-    """What is fixed for a call.
+    """The fixed data of a call with a tolerance.
 
     Args:
         problem: the problem.
         tolerance: mean relative row error allowed.
-        aims: what certificates demand, in each attempt.
-        exact_pairs: keys that exact attention scores for a query, on average.
+        aims: requirements of the certificates, for each attempt.
+        exact_pairs: keys that exact attention scores per query, on average.
         lse: whether the log-sum-exp is wanted.
     """
 
@@ -53,16 +53,16 @@ class Terms:
     lse: bool
 
     def rows_spend(self, rows: int) -> float:
-        """Pairs of rows computed exactly, for each query of the call."""
+        """Pairs of `rows` rows of exact attention, per query of the call."""
         return rows / max(1, self.problem.num_queries) * self.exact_pairs
 
     def total(self, rung: Rung) -> float:
-        """Pairs of a rung and of the rows that certify it, for each query."""
+        """Pairs of a rung and of the rows that certify it, per query."""
         return rung.spends + self.rows_spend(self.aims[0].rows(rung.cost.pairs))
 
 
 def terms_of(problem: Problem, tolerance: float, lse: bool) -> Terms:
-    """Count what exact attention spends, and divide the chance of a wrong bound over heads and attempts.
+    """Count the pairs of exact attention, and divide the probability of a wrong bound over heads and attempts.
 
     Args:
         problem: the problem.
@@ -74,7 +74,7 @@ def terms_of(problem: Problem, tolerance: float, lse: bool) -> Terms:
     """
     seen = visible_to(problem, torch.arange(problem.num_queries, dtype=torch.int64, device=problem.device))
     live = (seen > 0).double().mean(1, keepdim=True)
-    # a batch entry that sees nothing has no error to bound
+    # a batch entry that sees no key has no error to bound
     live = live.masked_fill(live == 0, 1.0)
     count = max(1, problem.q.shape[0] * problem.q.shape[1])
     aims = tuple(Aim(tolerance, (1 - CONFIDENCE) * part / count, problem.num_queries, live) for part in ATTEMPTS)
@@ -82,14 +82,14 @@ def terms_of(problem: Problem, tolerance: float, lse: bool) -> Terms:
 
 
 def affordable(terms: Terms, ladder: Ladder) -> tuple[Rung, ...]:
-    """Keep the rungs that, with the rows that certify them, are worth running: counted, before anything runs.
+    """Return the rungs that are cheap enough to run together with the rows that certify them, counted before anything runs.
 
     Args:
-        terms: of the call.
-        ladder: methods of rising cost.
+        terms: terms of the call.
+        ladder: methods of increasing cost.
 
     Returns:
-        the rungs; none where even the cheapest, with the pilot, would save nothing.
+        the rungs; none if even the cheapest rung and the pilot together would save nothing.
     """
     problem, worth = terms.problem, ladder.worth * terms.exact_pairs
     rungs = [
@@ -99,6 +99,6 @@ def affordable(terms: Terms, ladder: Ladder) -> tuple[Rung, ...]:
     found = tuple(rung for rung in rungs if terms.total(rung) <= worth)
     if not found:
         return ()
-    # the pilot is paid whatever it finds: not where even the cheapest rung would then save nothing
+    # the pilot costs the same for every result: no pilot if it and the cheapest rung together would save nothing
     pilot = pilot_spends(found[0].spends, terms.exact_pairs, problem.num_queries, ladder.tile)
     return found if terms.total(found[0]) + pilot <= worth else ()

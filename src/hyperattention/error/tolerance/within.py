@@ -1,4 +1,4 @@
-"""Error as an argument: spend for each head what a tolerance needs, and let no head pass whose error is not bounded."""
+"""Attention within a tolerance: each head gets the budget it needs, and no head is returned without an error bound."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ from hyperattention.problem import Problem
 
 @dataclass(frozen=True)
 class _Group:
-    """Some kv heads served together by one method: what came of it.
+    """The result of one method for some kv heads that ran together.
 
-    `rung` is its number, None for exact attention, which needs no certificate; `spends` are pairs a query and head.
+    `rung` is its number, None for exact attention, which needs no certificate; `spends` are pairs per query and head.
     """
 
     heads: tuple[int, ...]
@@ -32,7 +32,7 @@ class _Group:
     spends: float
 
     def failed(self, tolerance: float, group: int) -> list[tuple[int, Tensor]]:
-        """List the heads that are not certified, with the errors that their rows showed."""
+        """List the heads that are not certified, with the errors of their rows."""
         if self.certificate is None:
             return []
         passed = of_group(self.certificate.bound <= tolerance, group).tolist()
@@ -43,22 +43,25 @@ class _Group:
 def attend_within(
     problem: Problem, tolerance: float, named: Ladder | None = None, *, lse: bool
 ) -> tuple[Tensor, Tensor | None, ToleranceReport]:
-    """Attend so that the mean relative row error of every query head of this output is, by its bound, within a tolerance.
+    """Compute attention so that the bound of every query head's mean relative row error is within a tolerance.
 
-    1. A pilot (`pilot.py`): whole tiles at evenly spaced positions, exact rows in them, and at most two rungs tried on them
-       choose for each kv head the cheapest rung that is likely enough to pass. 2. Heads of one rung run together. 3. A
-       certificate (`certificate.py`) on fresh rows bounds every query head's error; a kv head passes with the worst of its
-       query heads, over the batch. 4. One that fails moves up, once, to the rung its certificate suggests, with fresh rows
-       again; then to exact attention. The chance of a wrong bound, 5%, is divided over query heads and attempts.
+    1. A pilot (`pilot.py`) computes exact rows in complete tiles at evenly spaced positions, tries at most two rungs on
+       them, and chooses for each kv head the cheapest rung that is likely to pass.
+    2. Heads with the same rung run together.
+    3. A certificate (`certificate.py`) on fresh rows bounds every query head's error; a kv head passes if the worst of its
+       query heads passes, over the batch.
+    4. A head that fails moves up once, to the rung that its certificate suggests, with fresh rows; if it fails again, exact
+       attention runs.
 
-    Rungs come into question while they and their certificate spend fewer pairs than the ladder says are worth it, and all
-    of it only if the cheapest does so with the pilot. Without a ladder named, calls that `method=None` would serve exactly
-    are served exactly.
-    Differs from a method chosen beforehand: the output's own error decides.
-    Cost: the rungs that run; beside them the pilot, and the exact rows of `Aim.rows`, a few times log(heads) / tolerance.
-    Guarantee: with 95% confidence every head's mean of min(e, 1) is within its bound, as `mean_bound` states it; what that
-    does not cover is listed in `ToleranceReport`. A rung is the cheapest that was likely enough (two probes and an
-    extrapolation), not surely the cheapest that would do. Exact heads are as torch rounds them.
+    The probability of a wrong bound, 5%, is divided over query heads and attempts.
+
+    A rung may run if it and its certificate spend fewer pairs than the ladder's `worth` allows; no rung runs if the cheapest
+    one and the pilot exceed this limit. Without a ladder, exact attention runs wherever `method=None` would run it.
+    Differs from a method chosen beforehand: the measured error of the output decides.
+    Cost: the rungs that run, the pilot, and the exact rows of `Aim.rows`, a few times log(heads) / tolerance.
+    Guarantee: with 95% confidence every head's mean of min(e, 1) is within its bound, as `mean_bound` states it;
+    `ToleranceReport` lists the limits of this. The chosen rung is predicted from two probes and an extrapolation; a cheaper
+    one might also pass. Exact heads have torch's rounding errors.
 
     Args:
         problem: the problem.
@@ -67,7 +70,7 @@ def attend_within(
         lse: whether the log-sum-exp is wanted.
 
     Returns:
-        out in the dtype of the query; its lse, None if it is not wanted; and the report.
+        out in the dtype of the query; its lse, None if not wanted; and the report.
     """
     terms = terms_of(problem, tolerance, lse)
     ladder, note = _ladder_of(problem, named)
@@ -97,7 +100,7 @@ def exact_report(query: Tensor, key: Tensor, tolerance: float) -> ToleranceRepor
 
 
 def _ladder_of(problem: Problem, named: Ladder | None) -> tuple[Ladder | None, str]:
-    """Find the ladder to climb, or say why there is none."""
+    """Return the ladder to use, or the reason why there is none."""
     if not problem.q.shape[0] * problem.num_queries * problem.num_keys:
         return None, "there is nothing to attend to"
     if named is not None:
@@ -108,14 +111,14 @@ def _ladder_of(problem: Problem, named: Ladder | None) -> tuple[Ladder | None, s
 
 
 def _choose(terms: Terms, ladder: Ladder, rungs: tuple[Rung, ...]) -> tuple[Choice | None, str]:
-    """Let a pilot choose a rung for every head, or say why no rung comes into question."""
+    """Let a pilot choose a rung for every head, or return the reason why no rung can run."""
     count = terms.problem.num_queries
     if not rungs:
-        return None, f"no rung is worth running with the rows that choose and certify it, among {count} queries"
+        return None, f"no rung is worth running together with the rows that choose and certify it, for {count} queries"
     with torch.no_grad():
         pilot = take_pilot(terms.problem, ladder.tile)
         if pilot is None:
-            return None, f"{count} queries are too few whole tiles for a pilot"
+            return None, f"{count} queries have too few complete tiles for a pilot"
         choice = choose(pilot, [rung.method for rung in rungs], [rung.cost.pairs for rung in rungs], terms.aims[0])
     spent = tuple(
         terms.rows_spend(len(pilot.index)) + sum(rungs[place].spends for place in probed) * pilot.share
@@ -132,7 +135,7 @@ def _by_rung(climbing: dict[int, int]) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def _serve(terms: Terms, rung: Rung, place: int, heads: tuple[int, ...], attempt: int) -> _Group:
-    """Run a rung for some heads, and judge it on fresh rows."""
+    """Run a rung for some heads, and certify it on fresh rows."""
     aim = terms.aims[attempt]
     ran = _run(terms, rung.method, place, heads, rung.spends)
     certificate = certify(_of_heads(terms.problem, heads), ran.out, aim, aim.rows(rung.cost.pairs), attempt)
@@ -143,7 +146,7 @@ def _serve(terms: Terms, rung: Rung, place: int, heads: tuple[int, ...], attempt
 def _move_up(
     terms: Terms, rungs: tuple[Rung, ...], served: list[_Group], attempt: int
 ) -> tuple[dict[int, int], dict[int, None]]:
-    """Find the rung that each head which failed should move up to, by what its certificate saw; and those that have none."""
+    """Find for each failed head the rung to move up to, from its certificate; and the heads that have no such rung."""
     climbing: dict[int, int] = {}
     given_up: dict[int, None] = {}
     pairs, last = [rung.cost.pairs for rung in rungs], attempt + 1 == len(terms.aims)
@@ -169,14 +172,14 @@ def _run(terms: Terms, method: AttentionMethod, place: int | None, heads: tuple[
     else:
         partial = method.attend(few)
         out, lse = partial.out, partial.lse if terms.lse else None
-    # what is judged is what is returned, rounded as it is
+    # the certified output is the returned one, rounding included
     return _Group(heads, place, out.to(terms.problem.q.dtype), lse, None, spends)
 
 
 def _joined(
     terms: Terms, groups: list[_Group], rungs: tuple[Rung, ...], choice: Choice | None, note: str
 ) -> tuple[Tensor, Tensor | None, ToleranceReport]:
-    """Put the heads in order, each as it was served last, and report what was spent on all of them."""
+    """Put the last result of each head in head order, and report the cost of all of them."""
     problem, heads = terms.problem, range(terms.problem.k.shape[1])
     last = {head: number for number, group in enumerate(groups) for head in group.heads}
     bound, excess = torch.zeros(2, *problem.q.shape[:2], dtype=torch.float64, device=problem.device)
@@ -204,18 +207,18 @@ def _joined(
 
 
 def _rows_of(kv_head: int, group: int) -> slice:
-    """Place the query heads of a kv head."""
+    """Return the slice of the query heads of a kv head."""
     return slice(kv_head * group, (kv_head + 1) * group)
 
 
 def _rows_judged(groups: list[_Group], head: int) -> int:
-    """Count the rows of a head's last certificate; 0 where there was none."""
+    """Return the number of rows of a head's last certificate; 0 if there was none."""
     certificates = [group.certificate for group in groups if head in group.heads and group.certificate is not None]
     return certificates[-1].errors.shape[-1] if certificates else 0
 
 
 def _in_order(parts: Sequence[Tensor], groups: list[_Group], last: dict[int, int], group: int) -> Tensor:
-    """Join what was served, by head; nothing is copied where one method served all."""
+    """Join the results in head order; without a copy if one method ran for all heads."""
     if len(set(last.values())) == 1:
         return parts[last[0]]
     places = [(last[head], groups[last[head]].heads.index(head)) for head in range(len(last))]

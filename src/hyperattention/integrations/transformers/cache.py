@@ -15,12 +15,12 @@ from hyperattention.cache.policy import Policy
 from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.check import positive
-from hyperattention.integrations.attention_name import AttentionName
-from hyperattention.integrations.served import check_served, count_readers, cross_attention_layers
+from hyperattention.integrations.transformers.attention_name import AttentionName
 from hyperattention.integrations.transformers.cache_handle import READS_HELD
 from hyperattention.integrations.transformers.cache_layer import HyperCacheLayer
+from hyperattention.integrations.transformers.served import check_served, count_readers, cross_attention_layers
 from hyperattention.integrations.transformers.trained_length import trained_length
-from hyperattention.integrations.windowed_layer import move_window, restore_window, window_of, window_state
+from hyperattention.integrations.transformers.windowed_layer import move_window, restore_window, window_of, window_state
 from hyperattention.policies.cluster_means import ClusterMeans
 from hyperattention.random import SEED_LIMIT
 
@@ -110,7 +110,7 @@ class HyperCache(Cache):
         allow_longer: bool = False,
     ) -> None:
         """Make an empty cache."""
-        self.policy = ClusterMeans() if policy is None else policy
+        self.policy: Policy | StoreFactory = ClusterMeans() if policy is None else policy
         if audit is not None:
             positive("HyperCache", audit=audit)
         if not isinstance(self.policy, Policy | StoreFactory):
@@ -123,7 +123,7 @@ class HyperCache(Cache):
                 raise ValueError(f"{name}={number!r} is not an integer: give an integer number{what}")
         if not 0 <= seed < SEED_LIMIT:
             raise ValueError(f"seed={seed} is out of range: give an integer from 0 to {SEED_LIMIT - 1}")
-        self.room = room_for(self.policy, budget, sinks, window)
+        self.room: CacheBudget = room_for(self.policy, budget, sinks, window)
         self.seed = seed
         text_config = config.get_text_config(decoder=True)
         check_served(text_config)

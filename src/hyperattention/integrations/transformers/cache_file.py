@@ -24,7 +24,7 @@ from hyperattention.files.plan_file import read_fingerprint
 from hyperattention.files.policy_table import policy_from_json, policy_to_json
 from hyperattention.integrations.transformers.cache import HyperCache
 from hyperattention.integrations.transformers.cache_keys import check_keys
-from hyperattention.integrations.windowed_layer import rows_of
+from hyperattention.integrations.transformers.windowed_layer import rows_of
 from hyperattention.random import SEED_LIMIT
 
 __all__ = ["check_savable", "find_maker", "load_cache", "save_cache"]

@@ -93,9 +93,13 @@ def use(
 
 
 def _settings(
-    root: PreTrainedModel, method: AttentionMethod | Plan | None, layers: frozenset[int] | None, min_length: int, seed: int,
+    root: PreTrainedModel,
+    method: AttentionMethod | Plan | None,
+    layers: frozenset[int] | None,
+    min_length: int,
+    seed: int,
     counter: CallCounter,
-) -> ForwardSettings:  # fmt: skip
+) -> ForwardSettings:
     if not isinstance(method, Plan):
         return ForwardSettings(method, layers, min_length, seed, counter)
     method.check(root)

@@ -1,1 +1,1 @@
-"""The fused parts of a choice of keys: the operators and their Triton kernels."""
+"""Fused parts of the choice of keys: operators and their Triton kernels."""

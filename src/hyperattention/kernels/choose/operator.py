@@ -1,11 +1,11 @@
-"""Choosing as operators of torch, for GPUs: compilers see one node each. On a CPU `Walk` and `Leaves` work in batches."""
+"""The choice of keys as torch operators for GPUs: compilers see one node each. On a CPU `Walk` and `Leaves` run instead."""
 
 import torch
 from torch import Tensor
 
 from hyperattention.transforms import refuse_vmap
 
-# pooled queries of a tile that a program holds: with more of them PyTorch chooses
+# largest number of pooled queries of a tile that a program holds; with more of them PyTorch runs
 MOST_ROWS = 256
 
 

@@ -1,9 +1,9 @@
-"""Masses of blocks in Triton: one launch scores the blocks of a level for every tile, and no score leaves the chip.
+"""Masses of blocks in Triton: one launch scores the blocks of a level for every tile; scores are not written to memory.
 
-What `select.score.walk` computes in batches on a CPU: first each query's log-sum-exp, as if the scores of a block were
-normal; then each block's mass, the largest weight that any query of the tile gives its representatives.
+The kernels compute the same as `select.score.walk` in batches on a CPU: first each query's log-sum-exp, as if the scores of
+a block were normal; then each block's mass, the largest weight that any query of the tile gives its representatives.
 """
-# what a kernel may write is Triton's language, which its own stubs do not describe
+# kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 from math import log
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperattention.kernels.launch import Launch
 
-# blocks scored at a time
+# blocks scored at once
 BLOCK = 64
 
 
@@ -27,7 +27,7 @@ def _edges(edges_ptr, tile):
 
 @triton.jit
 def _known(first, size, begin, hole_begin, hole_end, end, until):
-    """Return which blocks a tile may know of: those before it, and those that are left to it whole."""
+    """Return which blocks a tile may use: those before it, and those without keys of earlier stages."""
     last = first + size
     left = ((first >= begin) & (last <= hole_begin)) | ((first >= hole_end) & (last <= end))
     return left | (last <= until)
@@ -104,10 +104,10 @@ def _mass_kernel(
             score = tl.where(known[None, :], tl.dot(query, tl.trans(key)), -float("inf"))
             top = tl.maximum(top, tl.max(score, 1))
 
-    # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
+    # a sum of n exponentials is between the largest and n times the largest, so the estimate is clamped to this range
     lse = tl.load(lse_ptr + tile * rows + row, mask=row < rows, other=0.0)
     bar = tl.minimum(tl.maximum(lse, top), top + tl.log(tl.maximum(end, 1).to(tl.float32)))
-    # a row that is none, or knows of nothing, gives no weight
+    # a padding row, or a row without usable blocks, gives no weight
     bar = tl.where((row < rows) & (top > -float("inf")), bar, float("inf"))
     for at in tl.range(0, count, BLOCK):
         place = at + tl.arange(0, BLOCK)
@@ -121,20 +121,20 @@ def _mass_kernel(
             at_key = ((first // size) * REPRESENTATIVES + r)[:, None] * width
             key = tl.load(source + at_key, mask=known[:, None] & (column < width), other=0.0)
             weight = tl.exp(tl.max(tl.dot(query, tl.trans(key)) - bar[:, None], 0))
-            # means stand for all but the far keys, which stand for themselves
+            # means represent all keys except the far keys, which represent themselves
             mass += weight * tl.where(r < MEANS, (size - FAR) / MEANS, 1.0)
         tl.store(mass_ptr + tile * number + place, tl.where(known, mass, 0.0), mask=place < count)
 
 
 def block_lse(query: Tensor, moments: Tensor, edges: Tensor, number: int, size: int) -> Tensor:
-    """Estimate the log-sum-exp of every query over the blocks that its tile knows: see `Walk`.
+    """Estimate the log-sum-exp of every query over the blocks that its tile may use: see `Walk`.
 
     Args:
         query: ``[lists, tiles, rows, width]``.
-        moments: means beside variances, ``[lists, blocks, 2 * width]``.
-        edges: begin, hole begin, hole end, end, and end of what lies before each tile, ``[lists, tiles, 5]``.
-        number: leading blocks looked at.
-        size: keys in a block.
+        moments: means, then variances, ``[lists, blocks, 2 * width]``.
+        edges: begin, hole begin, hole end, end, and end of the keys before each tile, ``[lists, tiles, 5]``.
+        number: number of leading blocks read.
+        size: number of keys in a block.
 
     Returns:
         ``[lists, tiles, rows]``, float32.
@@ -158,24 +158,31 @@ def launch_lse(query: Tensor, moments: Tensor, edges: Tensor, lse: Tensor, numbe
 
 
 def block_mass(
-    query: Tensor, summary: Tensor, first: Tensor | None, edges: Tensor, lse: Tensor,
-    number: int, size: int, cut: int, representatives: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    summary: Tensor,
+    first: Tensor | None,
+    edges: Tensor,
+    lse: Tensor,
+    number: int,
+    size: int,
+    cut: int,
+    representatives: tuple[int, int],
+) -> Tensor:
     """Estimate the mass of every block for every tile: see `Walk`.
 
     Args:
         query: ``[lists, tiles, rows, width]``.
         summary: representatives, ``[lists, blocks, representatives, width]``.
-        first: first key of each block looked at, ``[lists, tiles, number]``; None for the leading `number` blocks.
+        first: first key of each scored block, ``[lists, tiles, number]``; None for the leading `number` blocks.
         edges: as for `block_lse`.
         lse: log-sum-exp of each query.
-        number: blocks looked at.
-        size: keys in a block.
-        cut: leading blocks that may be unknown to a tile.
-        representatives: how many are means, and how many far keys.
+        number: number of scored blocks.
+        size: number of keys in a block.
+        cut: number of leading blocks that a tile may be forbidden to use.
+        representatives: number of means, and number of far keys.
 
     Returns:
-        ``[lists, tiles, number]``, float32; 0 for blocks that a tile does not know.
+        ``[lists, tiles, number]``, float32; 0 for blocks that a tile may not use.
     """
     mass = query.new_zeros((*query.shape[:2], number), dtype=torch.float32)
     if mass.numel():
@@ -184,12 +191,19 @@ def block_mass(
 
 
 def launch_mass(
-    query: Tensor, summary: Tensor, first: Tensor | None, edges: Tensor, lse: Tensor, mass: Tensor,
-    size: int, cut: int, representatives: tuple[int, int],
-) -> Launch:  # fmt: skip
+    query: Tensor,
+    summary: Tensor,
+    first: Tensor | None,
+    edges: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    size: int,
+    cut: int,
+    representatives: tuple[int, int],
+) -> Launch:
     """Prepare the launch of `block_mass`, which writes into `mass`."""
     means, far = representatives
-    # without a list of blocks the edges stand in, and are not read
+    # without a list of blocks the edges are passed in its place, and not read
     named = edges if first is None else first.contiguous()
     return Launch(
         _mass_kernel,

@@ -1,8 +1,8 @@
-"""From masses of leaves to drawn keys in Triton: clip, add the even share, sum, and invert, in one launch for all tiles.
+"""Draw keys from masses of leaves in Triton: clip, add the uniform share, sum, and invert, in one launch for all tiles.
 
-What `select.score.leaves` computes in thirty passes over tiles x leaves; a program holds the leaves of one tile.
+`select.score.leaves` computes the same in thirty passes over tiles x leaves; here a program holds the leaves of one tile.
 """
-# what a kernel may write is Triton's language, which its own stubs do not describe
+# kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 import torch
@@ -25,14 +25,14 @@ def _kernel(
     alive = tl.load(alive_ptr + tile * leaves + leaf, mask=there, other=0).to(tl.float32)
     size = tl.load(size_ptr + leaf, mask=there, other=1).to(tl.float32)
     certain = tl.sum(tl.where(is_opened, alive, 0.0), 0)
-    # keys in closed blocks; where there are none, opened keys share all draws
+    # keys in closed blocks; if there are none, opened keys share all draws
     count = tl.load(count_ptr + tile).to(tl.float32) - certain
     whole = num / tl.maximum(certain, 1.0)
     each = tl.where(count > 0, tl.minimum(0.5 * whole, 1.0), whole)
     rest = num - each * certain
     is_closed = there & (leaf >= opened)
     mass = tl.load(mass_ptr + tile * (leaves - opened) + leaf - opened, mask=is_closed, other=0.0)
-    # neither dead leaves nor what is not finite weighs anything
+    # dead leaves and masses that are not finite have weight 0
     mass = tl.where((alive > 0) & (mass < float("inf")) & (mass > 0), mass, 0.0)
     even, weighted = uniform_share * rest / tl.maximum(count, 1.0), (1 - uniform_share) * rest
     for _ in tl.static_range(CLIP_ROUNDS):
@@ -41,20 +41,20 @@ def _kernel(
     mass = mass * (rest / tl.maximum(tl.sum(mass, 0), least))
     listings = tl.where(is_opened, alive * each, mass)
 
-    # in fixed point, whose sums never fall: sums of floating-point numbers in a tree may, by a bit
+    # in fixed point, whose running sums never decrease; floating-point sums in a tree may, by one rounding step
     total = tl.sum(listings, 0)
     unit = tl.where(total > 0, 1073741824.0 / total, 0.0)
     running = tl.cumsum((listings * unit).to(tl.int32), 0).to(tl.float32)
     running = tl.where(total > 0, running / unit, 0.0)
     total = tl.max(running, 0)
     offset = tl.load(offset_ptr + tile).to(tl.float32)
-    # points below the end of each leaf; all of them below that of the last one that has any mass
+    # points below the end of each leaf; all points are below the end of the last leaf with positive mass
     passed = tl.ceil(running / total * num - offset * num)
     passed = tl.where(passed > 0, tl.minimum(passed, num), 0.0)
     passed = tl.where((running >= total) | (leaf >= leaves - 1), num, passed)
     slot = tl.arange(0, SLOTS)
     at = tl.zeros([SLOTS], tl.int32)
-    # leaves passed by each point, by bisection: STEPS halvings of LEAVES
+    # number of leaves before each point, by bisection: STEPS halvings of LEAVES
     for step in tl.static_range(STEPS):
         at += tl.where(tl.gather(passed, at + (LEAVES >> (step + 1)) - 1, 0) <= slot, LEAVES >> (step + 1), 0)
     own = tl.gather(listings, at, 0)
@@ -69,22 +69,30 @@ def _kernel(
 
 
 def draw_leaves(
-    first: Tensor, size: Tensor, mass: Tensor, alive: Tensor, count: Tensor, offset: Tensor,
-    num: int, uniform_share: float, clip_rounds: int, least: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    first: Tensor,
+    size: Tensor,
+    mass: Tensor,
+    alive: Tensor,
+    count: Tensor,
+    offset: Tensor,
+    num: int,
+    uniform_share: float,
+    clip_rounds: int,
+    least: float,
+) -> tuple[Tensor, Tensor]:
     """Draw keys from leaves: see `select.score.leaves`.
 
     Args:
         first: first key of each leaf, opened keys before closed blocks, ``[lists, tiles, leaves]``.
-        size: keys in each leaf, ``[leaves]``.
+        size: number of keys in each leaf, ``[leaves]``.
         mass: estimated weight of each closed block, ``[lists, tiles, closed]``.
-        alive: which leaves there are, ``[lists, tiles, leaves]``.
-        count: keys that are left to each tile, ``[lists, tiles]``.
+        alive: which leaves exist, ``[lists, tiles, leaves]``.
+        count: number of remaining keys of each tile, ``[lists, tiles]``.
         offset: the first of evenly spaced points, in [0, 1 / num), ``[lists, tiles]``.
-        num: draws.
-        uniform_share: share of the draws on closed blocks that is spread evenly.
+        num: number of draws.
+        uniform_share: share of the draws on closed blocks that is spread uniformly.
         clip_rounds: rounds of clipping.
-        least: sums below it count as none.
+        least: sums below this count as 0.
 
     Returns:
         keys, and their probabilities in a single draw, ``[lists, tiles, num]``.
@@ -97,9 +105,17 @@ def draw_leaves(
 
 
 def launch_draw(
-    first: Tensor, size: Tensor, mass: Tensor, alive: Tensor, count: Tensor, offset: Tensor,
-    results: tuple[Tensor, Tensor], uniform_share: float, clip_rounds: int, least: float,
-) -> Launch:  # fmt: skip
+    first: Tensor,
+    size: Tensor,
+    mass: Tensor,
+    alive: Tensor,
+    count: Tensor,
+    offset: Tensor,
+    results: tuple[Tensor, Tensor],
+    uniform_share: float,
+    clip_rounds: int,
+    least: float,
+) -> Launch:
     """Prepare the launch of `draw_leaves`, which writes keys and probabilities into `results`."""
     leaves, num = first.shape[2], results[0].shape[2]
     padded = max(16, triton.next_power_of_2(leaves))

@@ -1,5 +1,5 @@
-"""What a descent prepares, in Triton: keys centred, projected and made finite in one pass, queries pooled in another."""
-# what a kernel may write is Triton's language, which its own stubs do not describe
+"""Inputs of a hierarchical search in Triton: one pass centres and projects keys, another pools queries."""
+# kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 import torch
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from hyperattention.kernels.launch import Launch
 
-# keys of a program, and numbers of a vector taken at a time
+# keys of a program, and numbers of a vector processed at once
 _KEYS, _PART = 64, 32
 
 
 @triton.jit
 def _finite(x):
-    """Overwrite what is not finite by 0: it gives no information."""
+    """Replace numbers that are not finite by 0, because they give no information."""
     return tl.where((x == x) & (tl.abs(x) < float("inf")), x, 0.0)
 
 
 @triton.jit
 def _basis(basis_ptr, row, column, to, dim, width):
-    """Fetch some rows of a basis."""
+    """Load some rows of a basis."""
     at = basis_ptr + row * dim * width + column[:, None] * width + to[None, :]
     return tl.load(at, mask=(column[:, None] < dim) & (to[None, :] < width), other=0.0)
 
@@ -91,13 +91,13 @@ def _queries_kernel(
 
 
 def prepare_keys(k: Tensor, middle: Tensor, basis: Tensor | None, room: int) -> Tensor:
-    """Centre keys, project them, and overwrite what is not finite.
+    """Centre and project keys, and replace numbers that are not finite.
 
     Args:
         k: keys, ``[lists, keys, head_dim]``.
-        middle: what is subtracted from each, ``[lists, 1, head_dim]``, float32.
-        basis: directions to project on, ``[lists, head_dim, width]``, float32; None for none.
-        room: keys of the result; those beyond `keys` are zeros.
+        middle: vector subtracted from each key, ``[lists, 1, head_dim]``, float32.
+        basis: directions to project on, ``[lists, head_dim, width]``, float32; None for no projection.
+        room: number of keys of the result; those beyond `keys` are zeros.
 
     Returns:
         ``[lists, room, width]``, float32.
@@ -123,22 +123,30 @@ def launch_keys(k: Tensor, middle: Tensor, basis: Tensor | None, keys: Tensor) -
 
 
 def prepare_queries(
-    q: Tensor, basis: Tensor | None, dtype: torch.dtype, tiles: int, first_tile: int, size: int, pooled: int, offset: int,
-    kv_heads: int, scale: float,
-) -> Tensor:  # fmt: skip
-    """Average neighbouring queries, scale and project the averages, and overwrite what is not finite.
+    q: Tensor,
+    basis: Tensor | None,
+    dtype: torch.dtype,
+    tiles: int,
+    first_tile: int,
+    size: int,
+    pooled: int,
+    offset: int,
+    kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """Average neighbouring queries, scale and project the averages, and replace numbers that are not finite.
 
     Args:
         q: queries, ``[batch, heads, queries, head_dim]``.
-        basis: directions to project on, ``[batch * kv_heads, head_dim, width]``, float32; None for none.
-        dtype: of the result.
-        tiles: tiles.
-        first_tile: number of the first, counted from position 0.
+        basis: directions to project on, ``[batch * kv_heads, head_dim, width]``, float32; None for no projection.
+        dtype: dtype of the result.
+        tiles: number of tiles.
+        first_tile: number of the first tile, counted from position 0.
         size: positions in a tile.
-        pooled: averages of each tile and head.
+        pooled: number of averages per tile and head.
         offset: position of the first query.
-        kv_heads: heads of the keys.
-        scale: a factor.
+        kv_heads: number of kv heads.
+        scale: factor of the averages.
 
     Returns:
         ``[batch * kv_heads, tiles, group * averages, width]``, at most `pooled` averages of each head, over equal runs.
@@ -153,9 +161,16 @@ def prepare_queries(
 
 
 def launch_queries(
-    q: Tensor, basis: Tensor | None, pools: Tensor, first_tile: int, size: int, each: int, offset: int,
-    kv_heads: int, scale: float,
-) -> Launch:  # fmt: skip
+    q: Tensor,
+    basis: Tensor | None,
+    pools: Tensor,
+    first_tile: int,
+    size: int,
+    each: int,
+    offset: int,
+    kv_heads: int,
+    scale: float,
+) -> Launch:
     """Prepare the launch of `prepare_queries`, which writes into `pools`."""
     q = q if q.stride(3) == 1 else q.contiguous()
     group, rows = q.shape[1] // kv_heads, pools.shape[2]

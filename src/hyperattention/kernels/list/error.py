@@ -1,4 +1,4 @@
-"""The variance of a list's output, told from its drawn slots: a second pass over them, in PyTorch on any device."""
+"""The variance of a list's output, estimated from its drawn slots: a second pass over them, in PyTorch on any device."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from hyperattention.kernels.list.operator import fields
 from hyperattention.kernels.list.reference import Lists, Workspace, as_rows, chunks, gather, masked_scores, tiles_at_once
 from hyperattention.types import Runs, Selection
 
-# least share that the other slots of a row are taken to have: below, rounding is larger than what is measured
+# smallest share that the other slots of a row are assumed to have: below it, rounding errors are larger than the estimate
 _LEAST_REST = 0.01
 
 
@@ -23,28 +23,28 @@ def error_variance(
     scale: float,
     table: Int[Tensor, "sequences pages"] | None = None,
 ) -> Float[Tensor, "lists tiles rows"]:
-    """Estimate E ||out_i - E out_i||^2 over the draws, by successive differences of what neighbouring slots contribute.
+    """Estimate E ||out_i - E out_i||^2 over the draws, by differences between the contributions of neighbouring slots.
 
-    What slot s contributes is what the output would lose without it: with p_is its share of the row's sum,
+    The contribution of slot s is the change of the output without this slot: with p_is its share of the row's sum,
 
         t_is = out_i - out_i without s = p_is / (1 - p_is) (v_s - out_i),   p_is = w_s exp(q_i . k_s * scale - lse_i)
 
-    out and lse being those over the keys of every stage. Slots of a sample stand in the order of its strata, one draw in
-    each, so that neighbours differ as two draws of one stratum would. For m draws with the same f
+    where out and lse are over the keys of every stage. Slots of a sample are in the order of its strata, one draw in each,
+    so that neighbours differ like two draws of one stratum. For m draws with the same f
 
         variance_i ~ m / (m - 1) * f / 2 * sum_s ||t_is - t_i,s+1||^2,   and the variances of several samples add up
 
-    f is the variance left because strata hold few keys: 1 where they hold many, 0 for a key that is listed whatever the
-    points (see `_randomness`). Where it differs, a pair counts with the smaller of its two, so that a certain key is never
-    compared with a drawn one, and m / (m - 1) becomes sum of f over sum of f of pairs. A draw that has no pair counts with
-    f ||t||^2, which is too large.
+    f is the share of the variance that remains if strata hold few keys: 1 for many keys, 0 for a key that is listed for all
+    points (see `_randomness`). If f differs within a pair, the pair counts with the smaller f, so that a certain key is
+    never compared with a drawn one, and m / (m - 1) becomes the sum of f over the sum of f of pairs. A draw without a pair
+    counts with f ||t||^2, which is too large.
 
     Source: Wolter, 2007, Introduction to Variance Estimation, estimator v2 of systematic samples; the jackknife, Tukey,
-    1958, for the t of a ratio.   Differs: f for each slot, in place of one for the population. The delta method, without
-    1 - p, stated a fifth to two thirds too little variance where single draws carry much of a row.
+    1958, for the t of a ratio.   Differs: f for each slot, in place of one for the population. The delta method, without 1 -
+    p, underestimates the variance by a fifth to two thirds if single draws hold much of a row's weight.
     Cost: the forward pass's two products over the drawn slots, whose keys and values are gathered again.
-    Guarantee: right on average to first order, for keys in no order. Strata whose means differ make it too large, keys with
-    the period of evenly spaced points too small. A heavy key that was not drawn is not in it.
+    Guarantee: unbiased to first order for keys in random order. The estimate is too large if the means of strata differ, and
+    too small if keys repeat with the period of evenly spaced points. It does not include heavy keys that were not drawn.
 
     Args:
         rows: queries by tile, ``[lists, tiles, rows, head_dim]``, their final outputs, merged over all tilings,
@@ -56,7 +56,7 @@ def error_variance(
         table: pages of each sequence, if keys lie in pages.
 
     Returns:
-        variances, in the dtype of lse; 0 where no slot was drawn.
+        variances, in the dtype of lse; 0 if no slot was drawn.
     """
     runs = tuple(run for run in selection.runs if run.sample is not None)
     q, out, lse = (x.flatten(0, 1) for x in rows)
@@ -84,16 +84,16 @@ def error_variance(
 def _odds(scores: Tensor, lse: Tensor, spare: Tensor) -> Tensor:
     """Turn scores ``[chunk, rows, slots]`` into odds p / (1 - p), in place; lse is ``[chunk, rows, 1]``."""
     top = scores.amax(-1, keepdim=True)
-    # softmax, and then the share that these slots have of the row: a quarter of the time of exponentials
+    # softmax, then the share of these slots in the row: a quarter of the time of exp
     share = torch.softmax(scores, -1, out=scores)
     share.mul_((top - share.amax(-1, keepdim=True).log() - lse).exp_())
     odds, empty = share.div_(torch.sub(1.0, share, out=spare).clamp_(min=_LEAST_REST)), top == -torch.inf
-    # looking first saves time where it costs no wait for a device
+    # checking first saves time on a CPU, where the check needs no synchronisation
     return odds.masked_fill_(empty, 0.0) if odds.device.type != "cpu" or empty.any() else odds
 
 
 def _coefficients(runs: tuple[Runs, ...], part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return how much every slot, and every slot with its successor, counts: ``[chunk, 1, slots]`` each."""
+    """Return the coefficients of every slot, and of every slot with its successor: ``[chunk, 1, slots]`` each."""
     own, pairs = [], []
     for run in runs:
         assert run.sample is not None
@@ -113,30 +113,31 @@ def _coefficients(runs: tuple[Runs, ...], part: slice, dtype: torch.dtype) -> tu
 
 
 def _randomness(listings: Tensor, evenly: bool) -> Tensor:
-    """Return how much of the variance of neighbours a draw has, by the expected listings e of its key.
+    """Return the share of the neighbours' variance that a draw has, by the expected listings e of its key.
 
-    A key takes up e strata's length. Evenly spaced points list it once or not at all, e of the time: 1 - e is left, as in
-    every sample without replacement. Points drawn one by one in their strata may list a key that lies in two strata twice:
-    of keys in random order (1 - e + e^2 / 3) is left in a stratum, and neighbours differ with probability 1 - e^2 / 6.
+    A key covers a length of e strata. Evenly spaced points list it once with probability e, otherwise not at all: the share
+    1 - e remains, as in every sample without replacement. Points drawn one by one in their strata may list a key that lies
+    in two strata twice: for keys in random order the share (1 - e + e^2 / 3) remains in a stratum, and neighbours differ
+    with probability 1 - e^2 / 6.
 
     Args:
-        listings: how often each slot's key is expected to be listed; infinite for an empty slot.
+        listings: expected number of listings of each slot's key; infinite for an empty slot.
         evenly: whether points are evenly spaced.
 
     Returns:
         numbers from 0 to 1.
     """
-    # an empty slot: nothing is known of its key, which counts as one of many
+    # an empty slot: its key is unknown and counts as one of many
     e = listings.masked_fill(listings == torch.inf, 0.0)
     if evenly:
-        # a key listed once or twice: twice e - 1 of the time
+        # a key listed once or twice: twice with probability e - 1
         return torch.where(e < 1, 1 - e, (e - 1).clamp(max=0.25))
     e = e.clamp(max=1.0)
     return (1 - e + e.square() / 3) / (1 - e.square() / 6)
 
 
 def _quadratic_form(odds: Tensor, values: Tensor, mean: Tensor, own: Tensor, pair: Tensor, spare: Tensor) -> Tensor:
-    """Compute sum_s own_s ||t_s||^2 - 2 pair_s t_s . t_{s+1} for t_s = o_s (v_s - mean), without making any t.
+    """Compute sum_s own_s ||t_s||^2 - 2 pair_s t_s . t_{s+1} for t_s = o_s (v_s - mean), without computing t.
 
     With M the matrix that has `own` on its diagonal and -`pair` beside it, and h_s = o_s (M o)_s, the sum is
 
@@ -153,7 +154,7 @@ def _quadratic_form(odds: Tensor, values: Tensor, mean: Tensor, own: Tensor, pai
     Returns:
         ``[chunk, rows]``.
     """
-    # taken from values and rows, so that what they have in common is not squared and then cancelled
+    # subtracted from values and rows, so that no large common part is squared and then cancelled
     centre = torch.nan_to_num(values.mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
     values, mean = values.sub_(centre), mean - centre
     square = values.square().sum(-1)[:, None]
@@ -167,5 +168,5 @@ def _quadratic_form(odds: Tensor, values: Tensor, mean: Tensor, own: Tensor, pai
     h[..., 1:].addcmul_(ahead, pair, value=-1)
     h.mul_(odds)
     total.add_((mean * torch.bmm(h, values)).sum(-1), alpha=-2).add_(mean.square().sum(-1) * h.sum(-1))
-    # a sum of squares, but for rounding
+    # a sum of squares, up to rounding
     return total.clamp_(min=0.0)

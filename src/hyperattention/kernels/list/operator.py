@@ -1,6 +1,6 @@
-"""The list kernel as an operator of torch, with its shapes and its gradient: compilers see one node.
+"""The list kernel as a torch operator, with its shapes and its gradient: compilers see one node.
 
-On a GPU it is the Triton kernel, where Triton is installed and reads such tensors, elsewhere the PyTorch one.
+On a GPU it runs the Triton kernel if Triton is installed and supports the tensors, otherwise the PyTorch kernel.
 """
 
 import torch
@@ -60,7 +60,7 @@ def _list_attention(
 
 
 def _head_by_head(x: Tensor, q: Tensor) -> Tensor:
-    """Split the rows of tiles, and let each head's lie one after another, as those of `q` may."""
+    """Split the rows of tiles by head, with the rows of each head consecutive, as those of `q` may be."""
     return x.unflatten(2, q.shape[2:4]).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -138,15 +138,32 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse):
     if ctx.paged:
-        raise NotImplementedError("keys that lie in pages have no gradient: call under torch.no_grad(), or without pages")
+        raise NotImplementedError("keys in pages have no gradient: call under torch.no_grad(), or without pages")
     refuse_batched_gradients("attention to lists", grad_out, grad_lse)
     q, k, v, out, lse, key_row, row_limit, *rest = ctx.saved_tensors
     n = len(ctx.size)
     first, log_weight, low, high, hole = (list(rest[i * n : (i + 1) * n]) for i in range(5))
     grads = _list_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_row, row_limit, first, ctx.size, log_weight, low, high, hole,
-        ctx.causal, ctx.labelled, *rest[5 * n :], ctx.scale,
-    )  # fmt: skip
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        key_row,
+        row_limit,
+        first,
+        ctx.size,
+        log_weight,
+        low,
+        high,
+        hole,
+        ctx.causal,
+        ctx.labelled,
+        *rest[5 * n :],
+        ctx.scale,
+    )
     lists = [None] * n
     return *grads, None, None, lists, None, lists, lists, lists, lists, *[None] * 8
 
@@ -157,7 +174,7 @@ refuse_second_derivatives(_list_attention_backward, "attention to lists")
 
 
 def _no_keys(selection: Selection) -> Runs:
-    """One empty slot a tile: an operator's gradients need a list to stand for none."""
+    """Return one empty slot per tile, because the gradients of an operator need a list even if there are no keys."""
     empty = selection.row_limit[:, :, :1] * 0
     return Runs(
         empty, 1, torch.full(empty.shape, -torch.inf, dtype=torch.float32, device=empty.device), empty[..., 0], empty[..., 0]
@@ -172,14 +189,14 @@ def list_attention(
     scale: float,
     table: Int[Tensor, "sequences pages"] | None = None,
 ) -> tuple[Float[Tensor, "lists tiles *rows value_dim"], Float[Tensor, "lists tiles *rows"]]:
-    """Attend from every tile of queries to the keys on its list.
+    """Compute attention of every tile of queries over the keys on its list.
 
     Args:
         q: queries by tile, ``[lists, tiles, rows, head_dim]``, or with rows as heads of a group times positions,
-            ``[lists, tiles, group, size, head_dim]``: such rows need not be copied together.
+            ``[lists, tiles, group, size, head_dim]``: such rows need no copy.
         k: keys, ``[key_rows, keys, head_dim]``; list l reads row ``selection.key_row[l]``. Or pages of them,
             ``[pages, kv_heads, page_size, head_dim]``; row ``s * kv_heads + h`` is head h of sequence s then.
-        v: values, laid out as the keys.
+        v: values, in the layout of the keys.
         selection: the lists.
         scale: factor of the scores.
         table: pages of each sequence in order, if keys lie in pages.
@@ -195,7 +212,7 @@ def list_attention(
 
 
 def fields(selection: Selection) -> tuple:
-    """Flatten a selection to what an operator's schema can hold: the fields of `list_torch.Lists`, in their order."""
+    """Flatten a selection to types of an operator's schema: the fields of `reference.Lists`, in their order."""
     runs = selection.runs or (_no_keys(selection),)
     return (
         selection.key_row,

@@ -1,10 +1,10 @@
-"""The list kernel in PyTorch: the specification that every other list kernel is compared with.
+"""The list kernel in PyTorch: the reference for every other list kernel.
 
-For each tile of queries: gather the keys its runs name, score them, add log-weights, softmax, gather and average values.
+For each tile of queries: gather the keys of its runs, score them, add log-weights, softmax, gather and average values.
 
     out_i = sum_s w_s exp(q_i . k_s * scale) v_s / sum_s w_s exp(q_i . k_s * scale),    lse_i = log of the denominator
 
-Tiles are taken in chunks, so that what is gathered at any time is bounded whatever the length. The backward pass recomputes
+Tiles are processed in chunks, so that gathered memory is bounded at every length. The backward pass recomputes
 the probabilities chunk by chunk; it is the exact gradient with the lists and their weights held fixed.
 """
 
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# gathered keys, values and scores of one chunk of tiles: small enough to stay in the last level of cache
+# gathered keys, values and scores of one chunk of tiles: small enough for the last-level cache
 CHUNK_BYTES = 12 * 2**20
-# indices and weights of one batch of chunks: large enough that expanding them costs few calls
+# indices and weights of one batch of chunks: large enough that expanding them needs few calls
 EXPANDED_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class Lists:
-    """The tensors of a `Selection`, flattened as an operator's schema needs them; `types.Selection` tells their meaning."""
+    """The tensors of a `Selection`, flattened for an operator's schema; `types.Selection` documents their meaning."""
 
     key_row: Tensor
     row_limit: Tensor
@@ -56,8 +56,8 @@ class Chunk:
 
     def split(self, step: int) -> "Iterator[Chunk]":
         """Cut into chunks of `step` tiles."""
-        # most tiles lie far from the diagonal of a run such as the sinks, and need no test at all; looking would make the
-        # host wait for any other device
+        # most tiles are far from the diagonal of a run such as the sinks, and need no test; checking this on another device
+        # than a CPU would make the host wait
         on_cpu = self.key_index.device.type == "cpu"
         needed = [pairs.flatten(1).any(1).tolist() if on_cpu else [True] * len(pairs) for _, pairs in self.banned]
         for at in range(0, len(self.key_index), step):
@@ -71,7 +71,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Buffers reused by every chunk: fresh ones would cost more in page faults than the arithmetic in them."""
+    """Buffers reused by every chunk: page faults of new buffers would cost more time than the arithmetic."""
 
     keys: Tensor
     values: Tensor
@@ -79,7 +79,7 @@ class Workspace:
 
     @classmethod
     def make(cls, step: int, rows: int, slots: int, widths: tuple[int, int], like: Tensor) -> "Workspace":
-        """Make room for `step` tiles; widths are those of keys and of values."""
+        """Allocate buffers for `step` tiles; widths are those of keys and of values."""
         shapes = ((step, slots, widths[0]), (step, slots, widths[1]), (step, rows, slots))
         return cls(*(like.new_empty(shape) for shape in shapes))
 
@@ -113,7 +113,7 @@ def chunks(lists: Lists, num_keys: int, step: int, dtype: torch.dtype) -> Iterat
 
 
 def _expand(lists: Lists, run: int, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Key numbers and log-weights of every slot of a run, ``[chunk, slots]``; -inf where a key does not count."""
+    """Return key indices and log-weights of every slot of a run, ``[chunk, slots]``; -inf if a key does not count."""
     size = lists.size[run]
     first, weight = _flat(lists.first[run])[part], _flat(lists.log_weight[run])[part].to(dtype)
     index = first
@@ -124,13 +124,13 @@ def _expand(lists: Lists, run: int, part: slice, dtype: torch.dtype) -> tuple[Te
     if lists.hole[run].numel():
         begin, end = lists.hole[run].flatten(1, 2)[:, part, None]
         live &= (index < begin) | (index >= end)
-    # a slot that does not count still names a key: the first, which every row that sees any key sees, so that what is not
-    # finite elsewhere stays there
+    # a slot that does not count still has a key index: the first key, which every row with a visible key sees, so that
+    # values that are not finite do not reach other rows
     return index.masked_fill(~live, 0), weight.masked_fill(~live, -torch.inf)
 
 
 def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor | None:
-    """Pairs of a run that its rows may not use: later keys, and pairs that an earlier stage took."""
+    """Return the pairs of a run that its rows may not use: later keys, and pairs that an earlier stage took."""
     tests = []
     key = index[:, None]  # [chunk, 1, slots]
     if lists.causal[run]:
@@ -147,7 +147,7 @@ def _banned_pairs(lists: Lists, run: int, part: slice, index: Tensor) -> Tensor 
 
 
 def as_rows(x: Tensor, table: Tensor | None) -> Tensor:
-    """Flatten keys or values to rows, unless they lie in pages."""
+    """Flatten keys or values to rows, unless they are in pages."""
     return x.reshape(-1, x.shape[-1]) if table is None else x
 
 
@@ -157,7 +157,7 @@ def gather(source: Tensor, index: Tensor, buffer: Tensor, table: Tensor | None =
     if table is not None:
         _, heads, size, _ = source.shape
         row, key = index // (table.shape[1] * size), index % (table.shape[1] * size)
-        # a sequence without keys may have no page: its dead slots name key 0 of whatever its table holds
+        # a sequence without keys may have no page: its empty slots read key 0 of an arbitrary page in its table
         page = table[row // heads, key // size].clamp(0, source.shape[0] - 1)
         target.copy_(source[page, row % heads, key % size])
     elif source.dtype == buffer.dtype:
@@ -168,7 +168,7 @@ def gather(source: Tensor, index: Tensor, buffer: Tensor, table: Tensor | None =
 
 
 def masked_scores(q: Tensor, keys: Tensor, chunk: Chunk, buffer: Tensor) -> Tensor:
-    """Score gathered keys with their log-weights, into the buffer; -inf where a pair does not count."""
+    """Score gathered keys with their log-weights, into the buffer; -inf if a pair does not count."""
     scores = torch.bmm(q, keys.transpose(1, 2), out=buffer[: len(q)])  # [chunk, rows, slots]
     scores.add_(chunk.bias)
     for slots, pairs in chunk.banned:
@@ -179,7 +179,7 @@ def masked_scores(q: Tensor, keys: Tensor, chunk: Chunk, buffer: Tensor) -> Tens
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, table: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attend from every tile to the keys on its list.
+    """Compute attention of every tile over the keys on its list.
 
     Args:
         q: queries by tile, ``[lists, tiles, rows, head_dim]``.
@@ -207,13 +207,13 @@ def forward(
             keys = gather(k_rows, chunk.key_index, work.keys, table)
             scores = masked_scores(q_flat[chunk.tiles].to(lse.dtype) * scale, keys, chunk, work.scores)
             top = scores.amax(-1)
-            # in place: a second buffer would push the first out of the cache
+            # in place: a second buffer would evict the first from the CPU cache
             weights = torch.softmax(scores, -1, out=scores)
-            # a row's largest weight gives its normaliser; softmax over nothing is NaN
+            # the largest weight of a row gives its normaliser; softmax over no key is NaN
             torch.sub(top, weights.amax(-1).log_(), out=lse[chunk.tiles])
             mean = _mean(weights, gather(v_rows, chunk.key_index, work.values, table), out[chunk.tiles])
             empty = top == -torch.inf
-            # looking first saves time where it costs no wait for a device
+            # checking first saves time on a CPU, where the check needs no synchronisation
             if q.device.type != "cpu" or empty.any():
                 mean.masked_fill_(empty[..., None], 0.0)
                 lse[chunk.tiles].masked_fill_(empty, -torch.inf)
@@ -228,15 +228,15 @@ def _mean(weights: Tensor, values: Tensor, target: Tensor) -> Tensor:
 
 
 def tiles_at_once(slots: int, rows: int, width: int, tiles: int) -> int:
-    """Return how many tiles a chunk has, so that what is gathered for them stays in the cache."""
-    # scores count twice: they are passed over again and again
+    """Return the number of tiles of a chunk, so that gathered keys and values fit in the CPU cache."""
+    # scores count twice, because several passes read them
     return min(tiles, max(1, CHUNK_BYTES // (4 * slots * (width + 2 * rows))))
 
 
 def backward(
     grads: tuple[Tensor, Tensor], saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], lists: Lists, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of `forward` with respect to q, k and v, the lists held fixed.
+    """Compute the gradient of `forward` with respect to q, k and v, with fixed lists.
 
     Args:
         grads: gradients of out and of lse.
@@ -263,7 +263,7 @@ def backward(
             queries = _flat(q)[chunk.tiles].to(dtype) * scale
             scores = masked_scores(queries, keys, chunk, work.scores)
             empty = _flat(lse)[chunk.tiles].unsqueeze(-1) == -torch.inf
-            # a quarter of the time of exponentials
+            # a quarter of the time of exp
             prob = torch.softmax(scores, -1, out=scores)
             if q.device.type != "cpu" or empty.any():
                 prob.masked_fill_(empty, 0.0)

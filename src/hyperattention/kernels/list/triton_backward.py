@@ -1,14 +1,14 @@
-"""The list kernel in Triton, backward: one launch for the queries, one a group for the keys and values.
+"""The list kernel in Triton, backward: one launch for the queries, one per group for the keys and values.
 
 With P the weights of a row, and D = dout . out - dlse:
 
     dv += P^T dout,   dS = P (dout v^T - D),   dq = dS k,   dk += dS^T q
 
 (Dao et al., 2022, arXiv:2205.14135, alg. 4, and the gradient of lse). Weights are computed again from lse. Many tiles list
-the same key, so that dk and dv are sums by atomic additions in float32, whose order, and last bits, vary from run to run;
-where torch is told to be deterministic, `list_torch.backward` runs instead.
+the same key, so dk and dv are summed by atomic additions in float32, whose order and last bits vary from run to run. If
+torch is set to deterministic algorithms, `reference.backward` runs instead.
 """
-# what a kernel may write is Triton's language, which its own stubs do not describe
+# kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 from typing import Any
@@ -25,7 +25,7 @@ from hyperattention.kernels.list.triton_slots import allowed, blocks_of, labels_
 
 
 def queries_shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shape:
-    """Choose how a program of the gradient of the queries is cut, which holds dout beside what the forward pass holds.
+    """Choose the shape of a program for the gradient of the queries, which holds dout in addition to the forward's data.
 
     Args:
         rows: rows of a tile.
@@ -45,7 +45,7 @@ def queries_shape_of(rows: int, width: int, itemsize: int, capability: int) -> S
 
 
 def keys_shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shape:
-    """Choose how a program of the gradient of keys and values is cut; it holds a block of both, and of their gradients.
+    """Choose the shape of a program for the gradient of keys and values, which holds a block of both and their gradients.
 
     Args:
         rows: rows of a tile.
@@ -91,7 +91,7 @@ def _queries_kernel(
     centre = tl.sum(out * grad_out.to(tl.float32), 1) - tl.load(grad_lse_ptr + stored, mask=inside, other=0.0)
     tl.store(centre_ptr + stored, centre, mask=inside)
     lse = tl.load(lse_ptr + stored, mask=inside, other=-float("inf"))
-    # a row that sees nothing has weights of zero whatever its lse
+    # a row that sees no key has weights of zero for any lse
     lse = tl.where(lse == -float("inf"), 0.0, lse)
     limit = tl.load(limit_ptr + at, mask=inside, other=0)
     row_label, gap_low, gap_high = limit, limit, limit
@@ -157,7 +157,7 @@ def _keys_kernel(
 
     dk = tl.zeros([BLOCK, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK, VALUE_WIDTH], tl.float32)
-    # a block of keys of which none counts has nothing to add
+    # a block in which no key counts adds nothing
     slabs = tl.where(tl.max(live.to(tl.int32), 0) > 0, tl.cdiv(rows, ROWS), 0)
     for slab in tl.range(0, slabs):
         row = slab * ROWS + tl.arange(0, ROWS)
@@ -168,7 +168,7 @@ def _keys_kernel(
         of_values = stored[:, None] * value_dim + value_columns[None, :]
         grad_out = tl.load(grad_out_ptr + of_values, mask=inside[:, None] & in_value, other=0.0)
         centre = tl.load(centre_ptr + stored, mask=inside, other=0.0)
-        # rows that see nothing, and rows that are none: weights of zero whatever the score
+        # rows that see no key, and padding rows: weights of zero for any score
         lse = tl.load(lse_ptr + stored, mask=inside, other=-float("inf"))
         lse = tl.where(lse == -float("inf"), float("inf"), lse)
         limit = tl.load(limit_ptr + at, mask=inside, other=0)
@@ -178,7 +178,7 @@ def _keys_kernel(
         if GAP:
             gap_low = tl.load(gap_low_ptr + at, mask=inside, other=0)
             gap_high = tl.load(gap_high_ptr + at, mask=inside, other=0)
-        # keys stand first here: what is summed over rows is then a plain product
+        # keys are the first axis here, so that sums over rows are plain products
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None]
         score = allowed(
             score, index[:, None], limit[None, :], row_label[None, :], label[:, None], gap_low[None, :], gap_high[None, :],
@@ -195,7 +195,7 @@ def _keys_kernel(
 
 
 def cuts_of(q: Tensor, v: Tensor, capability: int) -> tuple[Shape, Shape]:
-    """Choose how programs are cut: those for queries, and those for keys."""
+    """Choose the shapes of programs: those for queries, and those for keys."""
     for_cut = q.shape[2] * q.shape[3], widest(q, v), q.element_size(), capability
     return queries_shape_of(*for_cut), keys_shape_of(*for_cut)
 
@@ -207,14 +207,14 @@ def backward(
     scale: float,
     cuts: tuple[Shape, Shape] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of `forward` with respect to q, k and v, the lists held fixed: `list_torch.backward` on a GPU.
+    """Compute the gradient of `forward` with respect to q, k and v, with fixed lists: `reference.backward` on a GPU.
 
     Args:
         grads: gradients of out and of lse.
         saved: q, k, v, out and lse of the forward pass.
         lists: the selection.
         scale: factor of the scores.
-        cuts: how programs are cut; None lets `cuts_of` decide.
+        cuts: shapes of programs; None uses `cuts_of`.
 
     Returns:
         gradients of q, k and v, in their dtypes.
@@ -237,7 +237,7 @@ def launches_backward(
     scale: float,
     cuts: tuple[Shape, Shape],
 ) -> list[Launch]:
-    """Prepare the launches, so that they can be run in this order, or compiled for another machine.
+    """Prepare the launches, to run them in this order or to compile them for another machine.
 
     Args:
         grads: gradients of out and of lse.
@@ -245,7 +245,7 @@ def launches_backward(
         results: dq, ``[lists, group, tiles, size, head_dim]``, written; dk and dv in float32, added to.
         lists: the selection.
         scale: factor of the scores.
-        cuts: how programs for queries and for keys are cut.
+        cuts: shapes of programs for queries and for keys.
 
     Returns:
         the launch for the queries, then those for the keys.

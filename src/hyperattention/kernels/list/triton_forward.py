@@ -1,10 +1,10 @@
-"""The list kernel in Triton, forward: one launch for a whole selection, long lists split where tiles are few.
+"""The list kernel in Triton, forward: one launch for an entire selection; long lists are split if there are few tiles.
 
-A program takes some rows of a tile and walks the tile's list block by block: name the keys, fetch them, score them, add
-log-weights, and keep a running softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867). `list_torch` is the specification;
+A program processes some rows of a tile and the tile's list block by block: compute key indices, load keys, score them, add
+log-weights, and update a running softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867). `reference` is the specification;
 operands of products stay in the dtype of the input, sums are float32.
 """
-# what a kernel may write is Triton's language, which its own stubs do not describe
+# kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ from hyperattention.kernels.list.triton_slots import allowed, blocks_of, labels_
 from hyperattention.merge import merge
 from hyperattention.types import Partial
 
-# programs for each multiprocessor below which lists are split
+# lists are split if there are fewer programs than this per multiprocessor
 _WAVES = 2
 _MOST_SPLITS = 128
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a program is cut.
+    """The shape of a program.
 
     Args:
-        rows: rows of a tile that it takes.
-        block: slots that it takes at a time.
-        warps: warps that work on it.
-        stages: blocks in flight.
+        rows: rows of a tile per program.
+        block: slots processed at once.
+        warps: warps per program.
+        stages: stages of software pipelining.
     """
 
     rows: int
@@ -52,7 +52,7 @@ class Shape:
 
 
 def shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shape:
-    """Choose how to cut a program, so that what it holds fits registers and shared memory (tests compile every one).
+    """Choose the shape of a program, so that its data fits registers and shared memory (tests compile every shape).
 
     Args:
         rows: rows of a tile.
@@ -139,7 +139,7 @@ def _forward_kernel(
                 gap_low[:, None], gap_high[:, None], CAUSAL[g], LABELLED[g] and LABELS, GAP,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(score, 1))
-            # any finite number serves where nothing was seen: -inf minus -inf would be NaN
+            # rows that saw no key take any finite number here: -inf minus -inf would be NaN
             centre = tl.where(new_top == -float("inf"), 0.0, new_top)
             weight = tl.exp(score - centre[:, None])
             shrink = tl.exp(top - centre)
@@ -148,12 +148,12 @@ def _forward_kernel(
             rough = weight.to(v.dtype)
             mean = tl.dot(rough, v, mean * shrink[:, None], input_precision=PRECISION)
             if PRECISE:
-                # what rounding weights to a narrow dtype lost
+                # the rounding error of weights in a narrow dtype
                 mean = tl.dot((weight - rough.to(tl.float32)).to(v.dtype), v, mean, input_precision=PRECISION)
             total = total * shrink + tl.sum(weight, 1)
             top = new_top
 
-    # a total that is not a number stays so
+    # a NaN total stays NaN
     empty = total == 0
     mean = mean / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, -float("inf"), top + tl.log(tl.where(empty, 1.0, total)))
@@ -175,22 +175,22 @@ def forward(
     cut: Shape | None = None,
     precise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attend from every tile to the keys on its list: `list_torch.forward` on a GPU.
+    """Compute attention of every tile over the keys on its list: `reference.forward` on a GPU.
 
     Args:
         q: queries by tile, ``[lists, tiles, group, size, head_dim]``.
         k: keys, ``[key_rows, keys, head_dim]``, or pages of them, ``[pages, kv_heads, page_size, head_dim]``.
-        v: values, laid out as the keys.
+        v: values, in the layout of the keys.
         lists: the selection.
         scale: factor of the scores.
         table: pages of each sequence, ``[sequences, pages]``, if keys lie in pages.
-        splits: programs that share a list; None lets the device's size decide.
-        cut: how a program is cut; None lets `shape_of` decide.
-        precise: whether rows are as exact as float32 allows, and returned in it, whatever the dtype of the input.
+        splits: number of programs that share a list; None uses the size of the device.
+        cut: shape of a program; None uses `shape_of`.
+        precise: whether rows are computed and returned in full float32 precision for every input dtype.
 
     Returns:
         out ``[lists, tiles, group, size, value_dim]`` in the dtype of `q`, or float32, and lse, without its last axis, in
-        float32; both lie head after head.
+        float32; both are ordered by head.
     """
     (num_lists, tiles, group, size), value_dim = q.shape[:4], v.shape[-1]
     cut = cut or shape_of(group * size, widest(q, v), q.element_size(), capability_of(q))
@@ -205,7 +205,7 @@ def forward(
         launch_forward(q, store_of(k, table), store_of(v, table), (out, lse), lists, scale, cut, precise=precise).run()
     if splits == 1:
         return out[0].transpose(1, 2), lse[0].transpose(1, 2)
-    # merging looks at no axis but the last, wherever heads and queries stand
+    # merging uses only the last axis, for any order of heads and queries
     parts = [Partial(o.flatten(0, 1), m.flatten(0, 1)) for o, m in zip(out, lse, strict=True)]
     merged = merge(parts)
     out, lse = (x.unflatten(0, shape[1:3]).transpose(1, 2) for x in (merged.out, merged.lse))
@@ -223,7 +223,7 @@ def launch_forward(
     *,
     precise: bool = False,
 ) -> Launch:
-    """Prepare the launch, so that it can be run, or compiled for another machine.
+    """Prepare the launch, to run it or to compile it for another machine.
 
     Args:
         q: queries by tile.
@@ -232,8 +232,8 @@ def launch_forward(
         results: out ``[splits, lists, group, tiles, size, value_dim]`` and lse without its last axis, to be written.
         lists: the selection.
         scale: factor of the scores.
-        cut: how a program is cut.
-        precise: whether what rounding weights to a narrow dtype loses is added again.
+        cut: shape of a program.
+        precise: whether the rounding error of weights in a narrow dtype is added again.
 
     Returns:
         the launch.
@@ -262,17 +262,17 @@ def launch_forward(
 
 
 def widest(*tensors: Tensor) -> int:
-    """Count the numbers of the widest last axis, rounded up to a power of two."""
+    """Return the width of the widest last axis, rounded up to a power of two."""
     return max(16, *(triton.next_power_of_2(x.shape[-1]) for x in tensors))
 
 
 def capability_of(x: Tensor) -> int:
-    """Return the major number of a device's capability, which decides how programs are cut."""
+    """Return the major compute capability of a device, which determines the shapes of programs."""
     return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 9
 
 
 def _splits(q: Tensor, lists: Lists, cut: Shape) -> int:
-    """Split lists where there are too few tiles to fill the device."""
+    """Return the number of splits of lists, above one if there are too few tiles to fill the device."""
     if q.device.type != "cuda":
         return 1
     programs = max(1, q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2] * q.shape[3], cut.rows))

@@ -1,9 +1,10 @@
-"""What the Triton list kernels share: which key a slot names, where that key lies in memory, and the scores of some slots.
+"""Shared parts of the Triton list kernels: the key index of a slot, the address of that key, and masks of scores.
 
-A *group* is one `Runs`; the groups of a selection are handed over as tuples, so that a kernel is compiled for their number
-and kind, and one launch serves them all. Indices of runs are computed, never written out: a window is one first key.
+A *group* is one `Runs`; the groups of a selection are passed as tuples, so that a kernel is compiled for their number and
+kind, and one launch processes all of them. Key indices of runs are computed in the kernel and not stored: a window is one
+first key.
 """
-# what a kernel may write is Triton's language, which its own stubs do not describe
+# kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def stored_at(tile, row, tiles, rows, size):
-    """Number a row of a tile where queries and results lie: head after head of a group, each one's positions in order."""
+    """Return the memory row of a tile's row in queries and results: ordered by head of a group, then by position."""
     return (tile // tiles) * tiles * rows + (row // size) * (tiles * size) + (tile % tiles) * size + row % size
 
 
@@ -20,8 +21,8 @@ def stored_at(tile, row, tiles, rows, size):
 def slots_of(
     first, weight, low, high, hole, tile, num_tiles, at, slots, RUN: tl.constexpr, HOLED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Name the keys of `BLOCK` slots from `at` on, with their log-weights; -inf, and key 0, where a slot does not count."""
-    # RUN is the length of every run, or 0 for a single run of any length, whose compilation then serves every length
+    """Return key indices and log-weights of `BLOCK` slots from `at` on; key 0 and -inf if a slot does not count."""
+    # RUN is the length of every run, or 0 for a single run of any length: then one compilation supports every length
     slot = at + tl.arange(0, BLOCK)
     there = slot < slots
     if RUN == 0:
@@ -40,7 +41,7 @@ def slots_of(
 
 @triton.jit
 def blocks_of(first, low, high, tile, slots, begin, end, RUN: tl.constexpr, BLOCK: tl.constexpr):
-    """Narrow a range of blocks of slots to those of a single run that hold a key which counts."""
+    """Reduce a range of blocks of slots of a single run to the blocks with a key that counts."""
     if RUN == 0:
         start = tl.load(first + tile)
         begin = tl.maximum(begin, ((tl.load(low + tile) - start) // BLOCK).to(tl.int32))
@@ -50,10 +51,10 @@ def blocks_of(first, low, high, tile, slots, begin, end, RUN: tl.constexpr, BLOC
 
 @triton.jit
 def places_of(index, row, table, pages, heads, s_page, s_head, s_slot, PAGE: tl.constexpr):
-    """Return where keys begin in memory: in row `row` of the keys, or, where `PAGE` > 0, in the pages that a table names."""
+    """Return the address offsets of keys: in row `row` of the keys, or, if `PAGE` > 0, in the pages of a table."""
     if PAGE == 0:
         return row * s_page + index.to(tl.int64) * s_slot
-    # slots that do not count name key 0, whose entry there is; Triton 3.6 fails to compile a mask here
+    # slots that do not count have key 0, which exists in the table; Triton 3.6 fails to compile a mask here
     page = tl.load(table + (row // heads) * pages + index // PAGE).to(tl.int64)
     return page * s_page + (row % heads) * s_head + (index % PAGE).to(tl.int64) * s_slot
 
@@ -63,7 +64,7 @@ def allowed(
     score, index, limit, row_label, key_label, gap_low, gap_high,
     CAUSAL: tl.constexpr, LABELLED: tl.constexpr, GAP: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite scores of pairs that may not meet with -inf; what belongs to keys and to rows comes shaped to broadcast."""
+    """Overwrite scores of pairs that are not allowed with -inf; tensors of keys and of rows must broadcast."""
     if CAUSAL:
         score = tl.where(index < limit, score, -float("inf"))
     if GAP:
@@ -75,7 +76,7 @@ def allowed(
 
 @triton.jit
 def labels_of(key_label, index, live, LABELLED: tl.constexpr):
-    """Fetch the labels of keys, where there are any."""
+    """Load the labels of keys, if there are labels."""
     if LABELLED:
         return tl.load(key_label + index, mask=live, other=0)
     return index.to(tl.int64)

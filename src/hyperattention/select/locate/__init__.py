@@ -1,1 +1,1 @@
-"""Stages that locate keys: picks that are certain, with log-weight 0."""
+"""Stages that choose keys with certainty, with log-weight 0."""

@@ -1,4 +1,4 @@
-"""Buckets of queries and keys that point the same way: sorted by a hash of their direction, then cut into equal blocks."""
+"""Buckets of queries and keys with similar direction: sorted by a hash of the direction, then cut into equal blocks."""
 
 from dataclasses import dataclass, replace
 
@@ -15,12 +15,12 @@ from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
 from hyperattention.types import Labels, Runs, Selection
 
-# codes are int64, and one value beyond all of them marks dead keys
+# codes are int64, and one value above all codes marks masked keys
 MOST_BITS = 62
 
 
 def gray_rank(code: Int[Tensor, "*any"], bits: int) -> Int[Tensor, "*any"]:
-    """Find the place of each code in the reflected Gray order, in which neighbours differ in a single bit.
+    """Return the rank of each code in the reflected Gray order, in which neighbours differ in a single bit.
 
     rank = code ^ (code >> 1) ^ (code >> 2) ^ ...,   the inverse of Gray(rank) = rank ^ (rank >> 1)
 
@@ -43,8 +43,8 @@ class SortedTiles:
     """Tiles of queries that are neighbours in some order, one set of tiles for each query head.
 
     Args:
-        source: number of the query in each row of each tile; padding rows repeat one.
-        place: row at which each query stands, counted over all tiles.
+        source: index of the query in each row of each tile; padding rows repeat one query.
+        place: row of each query, counted over all tiles.
         live: which rows are not padding.
     """
 
@@ -64,7 +64,7 @@ class SortedTiles:
         return x.gather(2, index)
 
     def split(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles 1 rows width"]:
-        """Sort rows into tiles: each of one head, whose rows no group shares."""
+        """Sort rows into tiles, each with rows of one query head only."""
         return self.arrange(x)[:, :, None]
 
     def join(self, x: Tensor) -> Tensor:
@@ -72,33 +72,33 @@ class SortedTiles:
         return self.restore(x[:, :, 0])
 
     def take(self, x: Int[Tensor, "#batch #heads queries"]) -> Int[Tensor, "lists tiles rows"]:
-        """Read a number for every row; 0 for padding."""
+        """Read the number of each row's query; 0 for padding."""
         x = x.expand(*self.place.shape).gather(2, self.source.flatten(2)).view_as(self.source)
         return x.masked_fill(~self.live, 0).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class HashBuckets(Stage):
-    """Attend exactly to the keys whose direction hashes close to the query's: large scores are likely there.
+    """Take the keys whose direction has a hash close to the query's: their scores are likely to be large.
 
     code(x) = sign bits of (x - mean) G,   G ~ N(0, 1)^(head_dim x bits);   keys and queries are sorted by the Gray rank of
-    their codes and both orders cut into the same number of equal blocks; equal block means attended to.
+    their codes, and both orders are cut into the same number of equal blocks; a query attends to the keys of its block.
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 1, sortLSH.   Differs: the true Gray order (the published code sorts by
-    Gray(code) where the order is its inverse), queries and keys centred, projections for each kv head, dead keys sorted last
-    and left out, and buckets equal to one key whatever the length.
-    Cost: `bucket_size` slots a query, 2 * bits products, a sort.   Guarantee: exact on the pairs taken; which they are is a
-    matter of luck and angle, so follow it with Draw.
+    Gray(code) where the order is its inverse), centred queries and keys, separate projections for each kv head, masked keys
+    sorted last and left out, and bucket sizes that differ by at most one key at every length.
+    Cost: `bucket_size` slots per query, 2 * bits products, a sort.   Guarantee: exact on the pairs taken; which pairs are
+    taken depends on random hyperplanes, so a Draw should follow.
 
-    The sort and the means run over the whole sequence, so the lists of early queries depend on later tokens: `looks_ahead`.
-    Only stages that take ranges of positions (Sinks, Window) can come before it: whether a pair of sorted tiles was taken by
-    them is one comparison.
+    The sort and the means use the entire sequence, so the lists of early queries depend on later tokens: `looks_ahead`. Only
+    stages that take ranges of positions (Sinks, Window) can come before it, because only for these one comparison shows
+    whether a pair was taken.
 
     Args:
-        bucket_size: most keys in a bucket.
-        bits: random hyperplanes, at most 62.
+        bucket_size: largest number of keys in a bucket.
+        bits: number of random hyperplanes, at most 62.
 
     Raises:
-        ValueError: if a size is not positive, or there are too many bits.
+        ValueError: if a size is not positive, or `bits` is above 62.
     """
 
     bucket_size: int
@@ -112,28 +112,28 @@ class HashBuckets(Stage):
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """Sorting and centring read the whole sequence."""
+        """Sorting and centring read the entire sequence."""
         return LookAhead.SEQUENCE
 
     @property
     def reorders(self) -> bool:
-        """Sorted tiles are a tiling of their own."""
+        """True: sorted tiles are a separate tiling."""
         return True
 
     def check_after(self, earlier: tuple[Stage, ...]) -> None:
-        """Refuse to follow anything but Sinks and Window.
+        """Check that all earlier stages are Sinks or Window.
 
         Args:
             earlier: the stages before this one.
 
         Raises:
-            ValueError: if one of them takes keys that sorted tiles cannot test for.
+            ValueError: if an earlier stage takes keys for which sorted tiles have no test.
         """
         for stage in earlier:
             if not isinstance(stage, Sinks | Window):
                 raise ValueError(
-                    f"{self!r} cannot follow {stage!r}: its tiles are sorted by hash, and within them only ranges of "
-                    "positions (Sinks, Window) can be told to be taken already, so keys would count twice; put a single "
+                    f"{self!r} cannot follow {stage!r}: its tiles are sorted by hash, and can skip only ranges of "
+                    "positions (Sinks, Window) of earlier stages, so keys would count twice; put a single "
                     "HashBuckets right after Sinks and Window, before TopBlocks and Draw"
                 )
 
@@ -142,11 +142,11 @@ class HashBuckets(Stage):
         return self.bucket_size
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Projections of a query and of a key."""
+        """Count the projections of a query and of a key."""
         return 2.0 * self.bits
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Take nothing in tiles of positions."""
+        """Take no keys in tiles of positions."""
         return (), covered
 
     def select_apart(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[tuple[Tiling, Selection], ...], CoveredKeys]:
@@ -157,7 +157,7 @@ class HashBuckets(Stage):
             covered: ranges of positions of earlier stages.
 
         Returns:
-            the sorted tiles with their lists, and the labels by which later stages know the pairs.
+            the sorted tiles with their lists, and the labels by which later stages recognise the pairs.
         """
         problem = tiles.problem
         if not problem.num_keys or not problem.num_queries:
@@ -181,10 +181,10 @@ class HashBuckets(Stage):
         return ((sorted_tiles, selection),), replace(covered, labels=Labels(query_label, key_label))
 
     def _ranks(self, problem: Problem, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Gray ranks of queries ``[batch, heads, queries]`` and keys ``[batch, kv_heads, keys]``; dead keys beyond all."""
+        """Return Gray ranks: queries ``[batch, heads, queries]``, keys ``[batch, kv_heads, keys]`` with masked keys last."""
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (problem.q, problem.k))
         device, (kv_heads, num_keys, head_dim) = problem.device, k.shape[1:]
-        # the trailing counter keeps projections apart from draws, whose counters are five
+        # the sixth counter makes projections independent of draws, which have five counters
         head = problem.head_index[:, None, None]
         axis, bit = (
             torch.arange(head_dim, dtype=torch.int64, device=device)[:, None],
@@ -204,7 +204,7 @@ class HashBuckets(Stage):
 
 
 def _edges(count: Int[Tensor, "batch 1"], num: int) -> Int[Tensor, "batch 1 edges"]:
-    """Cut `count` ranks into `num` blocks whose sizes differ by one at most: their first ranks, and the end."""
+    """Cut `count` ranks into `num` blocks whose sizes differ by at most one: return their first ranks, and the end."""
     part = torch.arange(num + 1, dtype=torch.int64, device=count.device)
     return -((-count[..., None] * part) // num)
 
@@ -212,7 +212,7 @@ def _edges(count: Int[Tensor, "batch 1"], num: int) -> Int[Tensor, "batch 1 edge
 def _sorted_tiles(
     order: Int[Tensor, "batch heads queries"], edge: Int[Tensor, " edges"], rows: int
 ) -> tuple[SortedTiles, Int[Tensor, "batch heads queries"]]:
-    """Make one tile of each block of sorted queries, and label every query with its block."""
+    """Make one tile from each block of sorted queries, and label every query with its block."""
     rank = edge[:-1, None] + torch.arange(rows, dtype=torch.int64, device=order.device)  # [tiles, rows]
     live = rank < edge[1:, None]
     source = order[:, :, rank.clamp(max=order.shape[2] - 1)]
@@ -225,7 +225,7 @@ def _sorted_tiles(
 
 
 def _bucket_lists(tiles: Tiles, covered: CoveredKeys, by_hash: SortedTiles, first: Tensor, empty: Tensor) -> Selection:
-    """List each bucket's keys, one run of one key each, but for what sinks and window took."""
+    """List the keys of each bucket, in runs of one key, without the keys that sinks and window took."""
     problem = tiles.problem
     (batch, kv_heads, num, _), group = first.shape, problem.group
     device = first.device

@@ -1,4 +1,4 @@
-"""The first keys of every sequence, which most heads of most models use as a rest position."""
+"""Attention sinks: the first keys of every sequence, which get much attention in most heads of most models."""
 
 from dataclasses import dataclass, replace
 
@@ -12,13 +12,13 @@ from hyperattention.types import Runs
 
 @dataclass(frozen=True)
 class Sinks(Stage):
-    """Attend to the first `num` live keys exactly: attention sinks carry weight in every row, and no sample may miss them.
+    """Take the first `num` live keys: attention sinks have a large weight in every row, and a sample must not miss them.
 
     Source: Xiao et al., 2023 (arXiv:2309.17453).   Differs: nothing.
-    Cost: `num` slots a query.   Guarantee: exact on the pairs taken.
+    Cost: `num` slots per query.   Guarantee: exact on the pairs taken.
 
     Args:
-        num: keys taken.
+        num: number of keys taken.
 
     Raises:
         ValueError: if `num` is not positive.
@@ -31,12 +31,12 @@ class Sinks(Stage):
 
     @property
     def by_place(self) -> bool:
-        """Position alone decides."""
+        """True: the keys depend only on position."""
         return True
 
     @property
     def reads_keys(self) -> bool:
-        """Position alone decides."""
+        """False: the choice depends only on position."""
         return False
 
     def slots(self, tile: int) -> int:
@@ -44,7 +44,7 @@ class Sinks(Stage):
         return self.num
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Take the first keys, unless an earlier stage has."""
+        """Take the first keys, unless an earlier stage took them."""
         begin, hole_begin, hole_end, end = covered.bounds(tiles)
         first = torch.zeros_like(begin)[..., None]
         runs = Runs(

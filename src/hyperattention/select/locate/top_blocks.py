@@ -1,4 +1,4 @@
-"""The blocks of keys that matter most to a tile, found by a cheap score."""
+"""The top blocks of keys for each tile, by a cheap score."""
 
 from dataclasses import dataclass, field
 
@@ -16,33 +16,33 @@ from hyperattention.types import Runs
 
 @dataclass(frozen=True)
 class _Ranking:
-    """What ranking needs, made once for all tiles."""
+    """The data for ranking, computed once for all tiles."""
 
     pooled: Tensor  # [lists, tiles, pooled, width]
     summary: tuple[Tensor, ...]  # [lists, panels, ...]
     bounds: tuple[Tensor, ...]  # [lists, panels, 1, width]
-    left: tuple[Tensor, Tensor, Tensor, Tensor]  # [lists, tiles, 1], what earlier stages left
+    left: tuple[Tensor, Tensor, Tensor, Tensor]  # [lists, tiles, 1], edges of the remaining keys
 
 
 @dataclass(frozen=True)
 class TopBlocks(Stage):
-    """Attend exactly to the `num` blocks of keys with the highest scores for each tile.
+    """Take the `num` blocks of keys with the highest scores for each tile.
 
-    Queries of a tile are averaged in `pooled` groups of neighbours a head, and a block counts with the best of its scores:
-    what one query looks for is not averaged away by what the others do.
+    Queries of a tile are averaged in `pooled` groups of neighbours per head, and the score of a block is the maximum over
+    these groups: a block that only one group needs is not averaged out by the other groups.
 
-    Source: the block selections cited by the scores.   Differs: several pooled queries a tile, combined by their maximum.
-    Cost: `num` * `block_size` slots a query, and the score's products.   Guarantee: exact on the pairs taken.
+    Source: the block selections cited by the scores.   Differs: several pooled queries per tile, combined by their maximum.
+    Cost: `num` * `block_size` slots per query, and the products of the score.   Guarantee: exact on the pairs taken.
 
     Args:
-        num: blocks taken for each tile.
-        block_size: keys in a block.
-        by: how blocks are ranked.
-        pooled: averaged queries of each tile and head.
-        coarse: a coarser choice made first, so that ranking costs less than all blocks; None ranks every block.
+        num: number of blocks taken for each tile.
+        block_size: number of keys in a block.
+        by: ranking of the blocks.
+        pooled: averaged queries per tile and head.
+        coarse: a coarser choice made first, so that fewer blocks are ranked; None ranks every block.
 
     Raises:
-        ValueError: if a count is not positive, or panels are not whole blocks.
+        ValueError: if a count is not positive, or the panel size is not a multiple of the block size.
     """
 
     num: int
@@ -57,7 +57,7 @@ class TopBlocks(Stage):
             return
         if self.coarse.panel_size % self.block_size:
             raise ValueError(
-                f"panels of {self.coarse.panel_size} keys are not whole blocks of {self.block_size}: use a multiple"
+                f"panels of {self.coarse.panel_size} keys are not a multiple of block_size={self.block_size}: use a multiple"
             )
         if self.coarse.keys < self.num * self.block_size:
             raise ValueError(
@@ -66,7 +66,7 @@ class TopBlocks(Stage):
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """A tile's blocks are chosen for all of its queries together."""
+        """The blocks of a tile are chosen for all of its queries together."""
         return LookAhead.TILE
 
     @property
@@ -87,7 +87,7 @@ class TopBlocks(Stage):
         return self.pooled / tile * products * self.by.width(head_dim) / head_dim
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Score, rank and take blocks."""
+        """Score and rank blocks, and take the best."""
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), covered
@@ -101,7 +101,7 @@ class TopBlocks(Stage):
 
     def _prepare(self, tiles: Tiles, left: tuple[Tensor, Tensor, Tensor, Tensor]) -> _Ranking:
         k, q = tiles.problem.k.flatten(0, 1), pool_queries(tiles, self.pooled)
-        # until the budget binds every block is taken whatever its score: those keys may serve as a sample of the rest
+        # tiles within the budget take every block at any score, so the first keys may serve as a sample of all keys
         basis = self.by.basis(k[:, : self.num * self.block_size])
         if basis is not None:
             k, q = k @ basis, q @ basis[:, None]
@@ -109,7 +109,7 @@ class TopBlocks(Stage):
         return _Ranking(q, self.by.summarise(k, self.block_size, self._per_panel), bounds, left)
 
     def _choose(self, tiles: Tiles, ranking: _Ranking, covered: CoveredKeys, part: slice) -> Tensor:
-        """Rank blocks for a chunk of tiles: numbers of the best, ascending; the number of blocks where too few are left."""
+        """Rank blocks for a chunk of tiles: indices of the best, ascending, padded with the number of blocks if too few."""
         problem = tiles.problem
         query = ranking.pooled[:, part]
         left = tuple(x[:, part] for x in ranking.left)
@@ -126,7 +126,7 @@ class TopBlocks(Stage):
                 + torch.arange(len(panel), dtype=torch.int64, device=device)[:, None, None] * ranking.summary[0].shape[1]
             )
             some = tuple(
-                # whole panels as single rows: one copy each
+                # each panel is one row: one copy per panel
                 x.flatten(0, 1).flatten(1).index_select(0, row.flatten()).view(-1, panel.shape[2], *x.shape[2:])
                 for x in ranking.summary
             )
@@ -157,7 +157,7 @@ def block_runs(tiles: Tiles, covered: CoveredKeys, block: Tensor, size: int) -> 
     Args:
         tiles: the tiled problem.
         covered: keys of earlier stages.
-        block: numbers of the blocks, ascending, ``[lists, tiles, slots]``; the number of all blocks marks an empty slot.
+        block: indices of the blocks, ascending, ``[lists, tiles, slots]``; the number of all blocks marks an empty slot.
         size: keys in a block.
 
     Returns:
@@ -178,17 +178,17 @@ def block_runs(tiles: Tiles, covered: CoveredKeys, block: Tensor, size: int) -> 
 
 
 def free_blocks(block: Tensor, size: int, left: tuple[Tensor, ...], covered: CoveredKeys, part: slice) -> Tensor:
-    """Return which blocks hold a key that earlier stages left, and touch no block that one of them chose.
+    """Return which blocks hold a remaining key, and overlap no block of an earlier stage.
 
     Args:
-        block: numbers of blocks, ``[lists, chunk, blocks]``.
+        block: indices of blocks, ``[lists, chunk, blocks]``.
         size: keys in a block.
-        left: what earlier stages left of the chunk's tiles, from `edges`.
+        left: edges of the remaining keys of the chunk's tiles, from `edges`.
         covered: keys of earlier stages.
         part: the chunk of tiles.
 
     Returns:
-        whether each may be taken.
+        whether each block may be taken.
     """
     allowed = any_left(block * size, size, left)
     for earlier, earlier_size in covered.blocks:
@@ -197,7 +197,7 @@ def free_blocks(block: Tensor, size: int, left: tuple[Tensor, ...], covered: Cov
 
 
 def _overlap(block: Tensor, size: int, earlier: Tensor, earlier_size: int) -> Tensor:
-    """Return which blocks touch a block that an earlier stage chose; `earlier` ascends."""
+    """Return which blocks overlap a block of an earlier stage; `earlier` is ascending."""
     low = torch.searchsorted(earlier.contiguous(), block * size // earlier_size)
     high = torch.searchsorted(earlier.contiguous(), ((block + 1) * size - 1) // earlier_size, right=True)
     return high > low

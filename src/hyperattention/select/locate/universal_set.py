@@ -1,4 +1,4 @@
-"""One set of keys for all queries: those that stand out from all others."""
+"""One set of keys for all queries: the keys with the largest leverage scores."""
 
 from dataclasses import dataclass
 
@@ -15,17 +15,17 @@ from hyperattention.types import Runs
 
 @dataclass(frozen=True)
 class UniversalSet(Stage):
-    """Attend to the `num` keys with the largest leverage scores: those that some query, whatever it is, could prefer most.
+    """Take the `num` keys with the largest leverage scores: the keys that can get the most weight from an arbitrary query.
 
     tau_j = x_j' (X'X + lambda I)^-1 x_j,   x_j = k_j - mean,   lambda = ridge * trace(X'X) / head_dim
-    Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: keys centred and a ridge;
-    softmax in place of the paper's polynomial, for which it is a heuristic; causal queries see those of the set that are
-    visible; the leading keys that sinks took are not taken again.
-    Cost: `num` slots a query, head_dim products a key.   Guarantee: exact on the pairs taken; for softmax nothing says that
-    they are heavy, so follow it with Draw.
+    Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: centred keys and a ridge;
+    softmax in place of the paper's polynomial, for which the scores are a heuristic; causal queries see the visible keys of
+    the set; leading keys that sinks took are not taken again.
+    Cost: `num` slots per query, head_dim products per key.   Guarantee: exact on the pairs taken; for softmax these keys
+    need not have large weights, so a Draw should follow.
 
     Args:
-        num: keys taken, the same for every tile.
+        num: number of keys taken, the same for every tile.
         ridge: strength of the ridge, relative to the mean square of the centred keys.
 
     Raises:
@@ -38,11 +38,11 @@ class UniversalSet(Stage):
     def __post_init__(self) -> None:
         positive("UniversalSet", num=self.num)
         if not self.ridge >= 0:
-            raise ValueError(f"UniversalSet(ridge={self.ridge!r}): a ridge must not be negative; 0 leaves it out")
+            raise ValueError(f"UniversalSet(ridge={self.ridge!r}): ridge must not be negative; 0 turns it off")
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """All keys decide together."""
+        """The choice depends on all keys."""
         return LookAhead.SEQUENCE
 
     def slots(self, tile: int) -> int:
@@ -71,15 +71,15 @@ class UniversalSet(Stage):
 
 
 def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
-    """Return how far each key stands out from all others, in the metric of their covariance.
+    """Return the leverage score of each key: its squared norm in the inverse covariance of all keys.
 
     Args:
-        k: keys, ``[lists, keys, head_dim]``, live ones first.
-        total: live keys, ``[lists, 1]``.
+        k: keys, ``[lists, keys, head_dim]``, live keys first.
+        total: number of live keys, ``[lists, 1]``.
         ridge: relative ridge.
 
     Returns:
-        ``[lists, keys]``; 0 where it is not finite.
+        ``[lists, keys]``; 0 for scores that are not finite.
     """
     k = k.to(torch.promote_types(k.dtype, torch.float32))
     dead = (torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= total)[..., None]
@@ -87,9 +87,9 @@ def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
     x = (k - mean).masked_fill(dead, 0.0)
     gram = (x.transpose(1, 2) @ x).double()
     size = gram.diagonal(dim1=1, dim2=2)
-    # a share of the size that keeps the factor finite where keys are fewer than channels, or all alike
+    # a small share of the trace keeps the factor finite if there are fewer keys than channels, or all keys are equal
     least = ridge * size.mean(-1, keepdim=True) + 1e-12 * size.amax(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    # the checked factorisation would make the host wait, and fail for keys that are not finite
+    # a factorisation with error checks would make the host wait, and raise for keys that are not finite
     factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(least.expand_as(size)))[0]
     solved = torch.linalg.solve_triangular(factor.to(x.dtype), x.transpose(1, 2), upper=False)
     return torch.nan_to_num(solved.square().sum(1), nan=0.0, posinf=0.0)

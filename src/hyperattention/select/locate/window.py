@@ -1,4 +1,4 @@
-"""The keys around each tile: locality, which no sampler should have to find."""
+"""The sliding window: the keys around each tile."""
 
 from dataclasses import dataclass, replace
 
@@ -12,16 +12,17 @@ from hyperattention.types import Runs
 
 @dataclass(frozen=True)
 class Window(Stage):
-    """Attend to the nearest keys exactly: every query sees at least the `size` keys before it, up to its tile's edge.
+    """Take the nearest keys: every query sees at least the `size` keys before it.
 
-    The window of a tile begins `size` live keys before the tile, so that all rows of a tile share one run and the first row
-    sees exactly `size` earlier keys, the last row a tile more. Without causality it reaches `size` / 2 to either side.
+    The window of a tile begins `size` live keys before the tile, so all rows of a tile share one run: the first row sees
+    exactly `size` earlier keys, the last row up to one tile more. Without a causal mask the window extends `size` / 2 keys
+    to either side.
 
     Source: Beltagy et al., 2020 (arXiv:2004.05150), sliding window.   Differs: aligned to tiles.
-    Cost: `size` + tile slots a query.   Guarantee: exact on the pairs taken.
+    Cost: `size` + tile slots per query.   Guarantee: exact on the pairs taken.
 
     Args:
-        size: keys before the tile (or on both sides of it together).
+        size: number of keys before the tile (or on both sides together).
 
     Raises:
         ValueError: if `size` is not positive.
@@ -34,12 +35,12 @@ class Window(Stage):
 
     @property
     def by_place(self) -> bool:
-        """Position alone decides."""
+        """True: the keys depend only on position."""
         return True
 
     @property
     def reads_keys(self) -> bool:
-        """Position alone decides."""
+        """False: the choice depends only on position."""
         return False
 
     def slots(self, tile: int) -> int:
@@ -47,7 +48,7 @@ class Window(Stage):
         return self.size + tile
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
-        """Take the keys around each tile, but for those an earlier stage has."""
+        """Take the keys around each tile, except those of an earlier stage."""
         causal = tiles.problem.causal
         before = self.size if causal else self.size // 2
         first = tiles.start - before

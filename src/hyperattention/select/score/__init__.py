@@ -1,1 +1,1 @@
-"""Scores: a number for each key or block of keys, by which blocks are ranked or draws are weighted."""
+"""Scores of keys or blocks of keys, used to rank blocks or to weight draws."""

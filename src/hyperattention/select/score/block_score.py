@@ -1,4 +1,4 @@
-"""Draw keys by the scores of the blocks they stand in."""
+"""Draw keys by the scores of their blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from hyperattention.tiling import Tiles
 
 @dataclass(frozen=True)
 class _InBlocks(Distribution):
-    """Probabilities of blocks, spread evenly over the keys of each."""
+    """Probabilities of blocks, spread uniformly over the keys of each block."""
 
     mass: Tensor  # [lists, chunk, blocks], summing to one
     block_size: int
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the block, then the key at the same share of the way through it."""
+        """Find the block, then the key at the same fraction of the block."""
         block, inside = inverse(self.mass, point)
         return block * self.block_size + (inside * self.block_size).long(), self.mass.gather(2, block) / self.block_size
 
     def share(self, index: Tensor) -> Tensor:
-        """The block's probability over its keys."""
+        """Return the probability of the block divided by its number of keys."""
         block = index // self.block_size
         last = self.mass.shape[2] - 1
         return (self.mass.gather(2, block.clamp(max=last)) / self.block_size).masked_fill(block > last, 0.0)
@@ -36,15 +36,16 @@ class _InBlocks(Distribution):
 
 @dataclass(frozen=True)
 class BlockScore(Density):
-    """Draw keys in proportion to the estimated weight of their block: coarse, but it reaches over the whole sequence.
+    """Draw keys in proportion to the estimated weight of their block: a coarse density over the entire sequence.
 
     a_iB = softmax_B(q_i . mean_{j in B} k_j),   p_j ~ (sum_i a_iB^2)^(1/2) / |B|
-    Source: importance sampling; block means as in Jiang et al., 2024 (arXiv:2407.02490).   Differs: they sample nothing.
-    Cost: `pooled` products a block and tile.   Guarantee: numerator and denominator unbiased, whatever the estimate.
+    Source: importance sampling; block means as in Jiang et al., 2024 (arXiv:2407.02490).   Differs: that work does not
+    sample.
+    Cost: `pooled` products per block and tile.   Guarantee: numerator and denominator unbiased, for any estimate.
 
     Args:
-        block_size: keys in a block.
-        pooled: averaged queries of each tile and head.
+        block_size: number of keys in a block.
+        pooled: averaged queries per tile and head.
         uniform_share: share of the draws that is uniform.
 
     Raises:
@@ -59,7 +60,7 @@ class BlockScore(Density):
         positive("BlockScore", block_size=self.block_size, pooled=self.pooled)
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(
-                f"BlockScore(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+                f"BlockScore(uniform_share={self.uniform_share}): it must be between 0 and 1 to bound the weights"
             )
 
     @property
@@ -96,7 +97,7 @@ class BlockScore(Density):
 
         def over(part: slice) -> Distribution:
             begin, hole_begin, hole_end, end = (x[:, part] for x in left)
-            # only blocks that are left whole: uniform draws reach the others
+            # only blocks without keys of earlier stages: uniform draws reach the other blocks
             blocks = max(1, seen_keys(tiles, part) // self.block_size)
             first = torch.arange(blocks, dtype=torch.int64, device=k.device) * self.block_size
             until = first + self.block_size

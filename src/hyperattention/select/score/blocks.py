@@ -1,7 +1,7 @@
-"""Scores of blocks of keys: cheap stand-ins for the largest score that any key of a block has with a query.
+"""Scores of blocks of keys: cheap estimates of the largest score of any key of a block with a query.
 
-A score has two halves: a summary of the keys, made once, and its product with pooled queries, made for every tile. Blocks
-are kept in *panels* of several neighbours, the unit in which a coarse choice passes them on to a fine one.
+A score has two parts: a summary of the keys, computed once, and its product with pooled queries, computed for every tile.
+Blocks are grouped in *panels* of several neighbours; a coarse choice selects panels, a fine choice blocks inside them.
 """
 
 from abc import ABC, abstractmethod
@@ -16,12 +16,12 @@ from hyperattention.select.score.principal import principal_directions
 
 
 def in_panels(x: Tensor, block_size: int, per_panel: int) -> Tensor:
-    """Cut keys into panels of blocks, a ragged end filled up with the last key.
+    """Cut keys into panels of blocks; the last panel is padded with the last key.
 
     Args:
         x: ``[lists, keys, width]``, at least one key.
-        block_size: keys in a block.
-        per_panel: blocks in a panel.
+        block_size: number of keys in a block.
+        per_panel: number of blocks in a panel.
 
     Returns:
         ``[lists, panels, per_panel, block_size, width]``.
@@ -32,16 +32,16 @@ def in_panels(x: Tensor, block_size: int, per_panel: int) -> Tensor:
 
 
 class BlockRank(ABC):
-    """How blocks are ranked for a tile."""
+    """The ranking of blocks for a tile."""
 
     def basis(self, k: Float[Tensor, "lists keys head_dim"]) -> Tensor | None:
-        """Choose directions to project keys and queries on.
+        """Return directions on which keys and queries are projected.
 
         Args:
-            k: the leading keys, which every tile that has a choice may look at.
+            k: the leading keys, which every tile with a choice of blocks may read.
 
         Returns:
-            ``[lists, head_dim, width]``, or None to keep keys whole.
+            ``[lists, head_dim, width]``, or None to use keys without projection.
         """
         return None
 
@@ -68,15 +68,15 @@ class MeanKey(BlockRank):
 
     score_B = q . mean_{j in B} k_j
     Source: Jiang et al., 2024 (arXiv:2407.02490), block pattern.   Differs: nothing.
-    Cost: one product a block.   Guarantee: none; one heavy key among others hides in the mean.
+    Cost: one product per block.   Guarantee: none; the mean can hide a single heavy key.
     """
 
     def summarise(self, k: Tensor, block_size: int, per_panel: int) -> tuple[Tensor, ...]:
-        """Average every block."""
+        """Return the mean key of every block."""
         return (in_panels(k, block_size, per_panel).mean(3),)
 
     def score(self, query: Tensor, summary: tuple[Tensor, ...]) -> Tensor:
-        """Multiply queries and mean keys."""
+        """Return products of queries and mean keys."""
         return query @ summary[0].flatten(1, 2).transpose(1, 2)
 
     def width(self, head_dim: int) -> int:
@@ -84,26 +84,26 @@ class MeanKey(BlockRank):
         return head_dim
 
     def products(self, block_size: int) -> int:
-        """One product a block."""
+        """Count one product per block."""
         return 1
 
 
 @dataclass(frozen=True)
 class KeyBounds(BlockRank):
-    """Rank blocks by an upper bound on their scores, from the least and greatest coordinates of their keys.
+    """Rank blocks by an upper bound on their scores, from the minimum and maximum of each key coordinate.
 
     score_B = sum_c max(q_c min_{j in B} k_jc, q_c max_{j in B} k_jc)  >=  max_{j in B} q . k_j
     Source: Tang et al., 2024 (arXiv:2406.10774), Quest.   Differs: nothing.
-    Cost: two products a block.   Guarantee: an upper bound, loose for long blocks.
+    Cost: two products per block.   Guarantee: an upper bound, loose for long blocks.
     """
 
     def summarise(self, k: Tensor, block_size: int, per_panel: int) -> tuple[Tensor, ...]:
-        """Take the least and the greatest of every coordinate."""
+        """Return the minimum and the maximum of every coordinate."""
         panels = in_panels(k, block_size, per_panel)
         return panels.amin(3), panels.amax(3)
 
     def score(self, query: Tensor, summary: tuple[Tensor, ...]) -> Tensor:
-        """Bound the scores of every block from above."""
+        """Return an upper bound of the scores of every block."""
         least, greatest = (x.flatten(1, 2).transpose(1, 2) for x in summary)
         return query.clamp(min=0) @ greatest + query.clamp(max=0) @ least
 
@@ -112,21 +112,21 @@ class KeyBounds(BlockRank):
         return head_dim
 
     def products(self, block_size: int) -> int:
-        """Two products a block."""
+        """Count two products per block."""
         return 2
 
 
 @dataclass(frozen=True)
 class KeySketch(BlockRank):
-    """Rank blocks by the largest score of any of their keys, in the few dimensions where keys differ most.
+    """Rank blocks by the largest score of any of their keys, in a few principal directions of the keys.
 
     score_B = max_{j in B} (U q) . (U k_j),   U = leading principal directions of the first keys
     Source: Singhania et al., 2024 (arXiv:2406.02542), Loki, keys in their principal directions.   Differs: block maxima, and
-    directions taken from the sequence's first keys alone, so that no tile looks ahead.
-    Cost: block_size short products a block.   Guarantee: none.
+    directions computed from the first keys of the sequence only, so that no tile looks ahead.
+    Cost: block_size short products per block.   Guarantee: none.
 
     Args:
-        dim: numbers kept of each key.
+        dim: number of directions.
 
     Raises:
         ValueError: if `dim` is not positive.
@@ -138,7 +138,7 @@ class KeySketch(BlockRank):
         positive("KeySketch", dim=self.dim)
 
     def basis(self, k: Tensor) -> Tensor:
-        """Take the principal directions of some keys."""
+        """Return the principal directions of some keys."""
         return principal_directions(k, self.width(k.shape[-1]))
 
     def summarise(self, k: Tensor, block_size: int, per_panel: int) -> tuple[Tensor, ...]:
@@ -146,7 +146,7 @@ class KeySketch(BlockRank):
         return (in_panels(k, block_size, per_panel).transpose(2, 3).contiguous(),)
 
     def score(self, query: Tensor, summary: tuple[Tensor, ...]) -> Tensor:
-        """Score every key, and take the largest of each block."""
+        """Score every key, and return the maximum of each block."""
         panels, block_size, per_panel = summary[0].shape[1:4]
         best = (query @ summary[0].flatten(1, 3).transpose(1, 2)).unflatten(2, (panels, block_size, per_panel))
         while best.shape[3] > 1:  # pairwise maxima of contiguous halves: a reduction over a short axis is slow
@@ -157,9 +157,9 @@ class KeySketch(BlockRank):
         return best.flatten(2)
 
     def width(self, head_dim: int) -> int:
-        """As many numbers as asked for, at most the whole key."""
+        """Return `dim`, or the width of a key if that is smaller."""
         return min(self.dim, head_dim)
 
     def products(self, block_size: int) -> int:
-        """A short product for every key."""
+        """Count one short product for every key."""
         return block_size

@@ -1,4 +1,4 @@
-"""List heavy keys, found by opening ever smaller blocks where weight is, and draw the others by estimated weight."""
+"""List heavy keys, found by opening smaller and smaller blocks of large weight, and draw the others by estimated weight."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from hyperattention.select.score.walk import BATCH_NUMBERS, Walk
 from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
-# blocks whose keys are squared at a time
+# number of blocks whose keys are squared at once
 _BLOCKS = 32
 
 
@@ -32,33 +32,34 @@ class HierarchicalSearch(Density):
     p_B ~ sum_r n_r max_i exp(U q_i . U k_r - z_i) over the representatives r of block B, of n_r keys each; the blocks with
     the largest p_B are opened, level by level; U = principal directions of the first keys.
 
-    Every query is normalised by z_i before queries are combined, so that a sharp one is heard beside a diffuse one: its
-    log-sum-exp as if the scores of each of the coarsest blocks were normal, but at least its largest score of the level,
-    and at most that and the log of the keys it sees. Keys of the blocks opened last are listed for certain; blocks that
-    stayed closed are drawn from by their estimated weight. A share of those draws is spread evenly over their keys, so that
-    no weight exceeds keys / (share * draws) however wrong the estimate. Points are evenly spaced from one random offset a
-    tile.
+    Every query is normalised by z_i before queries are combined, so that queries with sharp and with diffuse attention both
+    count. z_i estimates the query's log-sum-exp as if the scores in each of the coarsest blocks were normal; it is at least
+    the largest score of the level, and at most that plus the log of the number of visible keys. Keys of the blocks opened
+    last are listed for certain; from closed blocks, keys are drawn by the estimated weight. A share of those draws is spread
+    uniformly over the keys of closed blocks, so that no weight exceeds keys / (share * draws), even if the estimate is
+    wrong. Points are evenly spaced from one random offset per tile.
 
-    The blocks opened last take at most half of the draws: fewer are opened where draws are few, but never fewer than four,
-    so that those cut by an edge of the window or the sequence are; where four are too many, their keys are drawn, not
-    certain. Let the last level's blocks be small beside the draws.
+    The blocks opened last take at most half of the draws. If there are few draws, fewer blocks are opened, but at least
+    four, so that blocks cut by an edge of the window or the sequence are always opened; if four blocks are too many, their
+    keys are drawn and not certain. The blocks of the last level should be small compared with the number of draws.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Singhania et al., 2024 (arXiv:2406.02542), keys in their principal directions.
-    Differs: a tree in place of hashing, one law over its leaves.
-    Cost: pooled queries times representatives scored, in short products; grows with the length only by the first level's.
-    Guarantee: numerator and denominator unbiased, whatever the estimate.
+    Differs: a tree in place of hashing, and one distribution over its leaves.
+    Cost: pooled queries times scored representatives, in short products; only the first level's number grows with the
+    length.
+    Guarantee: numerator and denominator unbiased, for any estimate.
 
     Args:
-        levels: from coarse to fine; each block size divides the one before. With a last level of blocks of one key, keys are
-            scored one by one, and the best are certain.
-        dim: numbers kept of each key; of `head_dim` or more, keys stay whole.
-        pooled: averaged queries of each tile and head.
-        uniform_share: share of the draws on closed blocks that is spread evenly.
+        levels: levels from coarse to fine; each block size divides the previous one. If the blocks of the last level have
+            one key, keys are scored one by one, and the best are listed for certain.
+        dim: number of principal directions; with `head_dim` or more, keys are not projected.
+        pooled: averaged queries per tile and head.
+        uniform_share: share of the draws on closed blocks that is spread uniformly.
 
     Raises:
-        ValueError: if a count is not positive, there is no level, block sizes do not divide one another, or the share is not
-            between 0 and 1.
+        ValueError: if a count is not positive, there is no level, a block size does not divide the previous one, or the
+            share is not between 0 and 1.
     """
 
     levels: tuple[Level, ...] = field(
@@ -79,11 +80,11 @@ class HierarchicalSearch(Density):
         for above, below in pairwise(self.levels):
             if above.block_size % below.block_size or above.block_size == below.block_size:
                 raise ValueError(
-                    f"blocks of {above.block_size} keys do not fall into several of {below.block_size}: use a divisor"
+                    f"blocks of {above.block_size} keys cannot be cut into several of {below.block_size}: use a divisor"
                 )
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(
-                f"HierarchicalSearch(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+                f"HierarchicalSearch(uniform_share={self.uniform_share}): it must be between 0 and 1 to bound the weights"
             )
 
     @property
@@ -97,7 +98,7 @@ class HierarchicalSearch(Density):
         return True
 
     def seams(self, tiles: Tiles, num: int) -> list[int]:
-        """Number the first tiles that see more blocks of a level than are opened: from there on these are scored."""
+        """Return for each level the first tile that sees more blocks than are opened: from there on blocks are scored."""
         if not tiles.problem.causal:
             return []
         begins = zip(self.levels[: max(1, len(self.levels) - 1)], opened_at(self.levels, num), strict=False)
@@ -105,7 +106,7 @@ class HierarchicalSearch(Density):
         return [tiles.before(first) for first in free]
 
     def numbers(self, tiles: Tiles) -> int:
-        """Count the leaves, each with its first key, its weight and what is made of them on the way."""
+        """Count the numbers held for the leaves: first keys, weights and temporary values."""
         levels = self.levels[first_level(self.levels, tiles.problem.num_keys, tiles.problem.num_keys) :]
         sizes = [level.block_size for level in levels[1:]] + [1]
         opened = sum(level.keep * level.block_size // size for level, size in zip(levels, sizes, strict=True))
@@ -117,7 +118,7 @@ class HierarchicalSearch(Density):
         return self.pooled / tile * sum(self._columns(visible, num)) * min(self.dim, head_dim) / head_dim
 
     def _columns(self, visible: int | float, num: int) -> list[float]:
-        """Count the vectors that a pooled query is multiplied with for each tile: moments, then level by level."""
+        """Count the vectors that are multiplied with a pooled query for each tile: moments, then each level."""
         begin = first_level(self.levels, num, visible)
         levels, keep = self.levels[begin:], opened_at(self.levels, num)[begin:]
         columns = [2 * visible / levels[0].block_size]
@@ -129,14 +130,14 @@ class HierarchicalSearch(Density):
         return columns
 
     def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
-        """Project keys and pooled queries, and choose what stands for every block."""
+        """Project keys and pooled queries, and choose the representatives of every block."""
         k = tiles.problem.k.flatten(0, 1)
         levels = self.levels[first_level(self.levels, num, k.shape[1]) :]
-        # the ragged end filled up, and one block more, which stands in where fewer are left than may be opened
+        # pad the last block, and add one block, which fills places if fewer blocks remain than may be opened
         room = (-(-k.shape[1] // levels[0].block_size) + 1) * levels[0].block_size
-        # while no more keys than draws are left all are listed: those keys may serve as a sample of the rest
+        # tiles with at most `num` remaining keys list all of them, so the first keys may serve as a sample of all keys
         head = k[:, :num].to(torch.promote_types(k.dtype, torch.float32))
-        # scores of centred keys differ by a constant a query, and are rounded less
+        # scores of centred keys differ by a constant per query, and have smaller rounding errors
         middle, basis = head.mean(1, keepdim=True), None
         if self.dim < k.shape[2]:
             basis = KeySketch(self.dim).basis(head)
@@ -163,7 +164,7 @@ def _prepare(tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room
         keys[:, : k.shape[1]] = torch.baddbmm(middle @ basis, k.to(keys.dtype), basis, beta=-1)
         query = (query.flatten(1, 2) @ basis).unflatten(1, query.shape[1:3])
     keys[:, k.shape[1] :] = 0.0
-    # a key or query that is not finite gives no information: it is left to the even share
+    # a key or query that is not finite gives no information: only the uniform share covers it
     keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
     return keys, query
 
@@ -171,18 +172,26 @@ def _prepare(tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room
 def _prepare_on_a_gpu(
     tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room: int, pooled: int
 ) -> tuple[Tensor, Tensor]:
-    """Do the same in a pass over the keys, and one over the queries."""
+    """Compute the result of `_prepare` in one pass over the keys and one over the queries."""
     problem = tiles.problem
     dtype = for_estimates(middle[:0]).dtype
     query = prepare_queries(
-        problem.q, basis, dtype, len(tiles.index), 0, tiles.size, pooled, tiles.front,
-        problem.k.shape[1], problem.scale,
-    )  # fmt: skip
+        problem.q,
+        basis,
+        dtype,
+        len(tiles.index),
+        0,
+        tiles.size,
+        pooled,
+        tiles.front,
+        problem.k.shape[1],
+        problem.scale,
+    )
     return prepare_keys(k, middle, basis, room), query
 
 
 def _moments(keys: Tensor, levels: tuple[Level, ...], summaries: list[Tensor]) -> list[Tensor]:
-    """Average keys and squares of each level to begin with, ``[lists, blocks, 2 * width]``: means beside variances."""
+    """Average keys and squares for each possible first level, ``[lists, blocks, 2 * width]``: means, then variances."""
     begins = levels[: max(1, len(levels) - 1)]
     mean = summaries[len(begins) - 1][:, :, : begins[-1].by.means].mean(2)
     few = _BLOCKS if keys.device.type == "cpu" else keys.shape[1]
@@ -197,7 +206,7 @@ def _moments(keys: Tensor, levels: tuple[Level, ...], summaries: list[Tensor]) -
 
 
 def _summaries(keys: Tensor, levels: tuple[Level, ...]) -> list[Tensor]:
-    """Choose what stands for the blocks of each level; far keys of a coarse block are found among those of its parts."""
+    """Choose the representatives of each level's blocks; far keys of a coarse block come from those of its parts."""
     summaries, below = [], None
     for level in reversed(levels):
         among = None

@@ -1,4 +1,4 @@
-"""Draw single keys by the largest weight that a query of the tile gives them, every key being scored."""
+"""Score every key, and draw keys by the largest weight that a query of the tile gives them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,17 +17,17 @@ from hyperattention.select.score.scan import Scan
 from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
-# rounds in which a key's listings are cut to one and the rest is given to the others
+# rounds in which listings above one are cut to one and the excess goes to the other keys
 _CLIP_ROUNDS = 4
-# numbers held for each key while drawing
+# numbers held per key while drawing
 _NUMBERS = 12
-# sums below count as none: draws over one of them would overflow
+# sums below this count as 0: division by them would overflow
 _LEAST = 1e-30
 
 
 @dataclass(frozen=True)
 class _Listings(Distribution):
-    """How often every key is expected to be listed; rows sum to `num`."""
+    """The expected number of listings of every key; rows sum to `num`."""
 
     expected: Float[Tensor, "lists chunk keys"]
     num: int
@@ -38,35 +38,36 @@ class _Listings(Distribution):
         return key, self.expected.gather(2, key) / self.num
 
     def share(self, index: Tensor) -> Tensor:
-        """Look keys up; those beyond what the chunk sees are never drawn."""
+        """Return the probabilities of keys; keys that the chunk does not see are never drawn."""
         last = self.expected.shape[2] - 1
         return (self.expected.gather(2, index.clamp(max=last)) / self.num).masked_fill(index > last, 0.0)
 
 
 @dataclass(frozen=True)
 class KeyScan(Density):
-    """Draw keys by the largest share that a query of the tile gives them, every key scored while they are not too many.
+    """Draw keys by the largest attention share that a query of the tile gives them; every key is scored if they are few.
 
-    p_j ~ min(1 / num, max_i exp(q_i . k_j - z_i));   a share of the draws is spread evenly, so that no weight exceeds
-    keys / (share * draws) however wrong the estimate.
+    p_j ~ min(1 / num, max_i exp(q_i . k_j - z_i));   a share of the draws is spread uniformly, so that no weight exceeds
+    keys / (share * draws), even if the estimate is wrong.
 
-    Heavy keys lie scattered: what stands for sixteen of them at once misses half of their weight, and so does the average of
-    four queries (docs/log.md). A product of small integers costs a CPU a quarter of one in float32, so that here keys are
-    scored one by one, by averages of few neighbouring queries or by none but the query itself. Each query is normalised
-    before queries are combined, as in `HierarchicalSearch`. Where a tile sees more than `most` keys `beyond` takes over, so
+    Heavy keys are scattered: one representative for sixteen keys misses half of their weight, and so does the average of
+    four queries (docs/log.md). A product of 8-bit integers costs a quarter of a float32 product on a CPU, so keys are scored
+    one by one here, by averages of a few neighbouring queries or by single queries. Each query is normalised before queries
+    are combined, as in `HierarchicalSearch`. If a tile sees more than `most` keys, the density `beyond` draws for it, so
     that the cost stays near-linear.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
-    1949, evenly spaced points; Xiao et al., 2023 (arXiv:2211.10438), keys scaled channel by channel before they are rounded.
-    Differs: estimates only decide what is drawn.
-    Cost: pooled / tile * keys seen products a query, in 8-bit integers on a CPU that multiplies those, up to `most` keys.
-    Guarantee: numerator and denominator unbiased, whatever the estimate.
+    1949, evenly spaced points; Xiao et al., 2023 (arXiv:2211.10438), keys scaled channel by channel before rounding.
+    Differs: estimates only determine the draws.
+    Cost: pooled / tile * visible keys products per query, up to `most` keys, in 8-bit integers on a CPU with such
+    instructions.
+    Guarantee: numerator and denominator unbiased, for any estimate.
 
     Args:
-        pooled: averaged queries of each tile and head; as many as the tile has for no average at all.
-        most: keys that a tile may see to be scanned; keep it at some thousands.
-        beyond: density of the tiles that see more.
-        uniform_share: share of the draws that is spread evenly.
+        pooled: averaged queries per tile and head; equal to the tile size for no averaging.
+        most: largest number of visible keys at which a tile scans them; a few thousand.
+        beyond: density for tiles that see more keys.
+        uniform_share: share of the draws that is spread uniformly.
 
     Raises:
         ValueError: if a count is not positive, or the share is not between 0 and 1.
@@ -80,9 +81,7 @@ class KeyScan(Density):
     def __post_init__(self) -> None:
         positive("KeyScan", pooled=self.pooled, most=self.most)
         if not 0.0 < self.uniform_share < 1.0:
-            raise ValueError(
-                f"KeyScan(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
-            )
+            raise ValueError(f"KeyScan(uniform_share={self.uniform_share}): it must be between 0 and 1 to bound the weights")
 
     @property
     def looks_ahead(self) -> LookAhead:
@@ -95,7 +94,7 @@ class KeyScan(Density):
         return True
 
     def seams(self, tiles: Tiles, num: int) -> list[int]:
-        """Number the first tile that sees too many keys to scan, and the seams of what draws for it."""
+        """Return the first tile that sees too many keys to scan, and the seams of the density that draws for it."""
         return [self._scanned(tiles), *self.beyond.seams(tiles, num)]
 
     def _scanned(self, tiles: Tiles) -> int:
@@ -105,9 +104,9 @@ class KeyScan(Density):
         return min(len(tiles.index), tiles.before(self.most // tiles.size))
 
     def numbers(self, tiles: Tiles) -> int:
-        """Count a few numbers for every key scanned, or what the other density holds."""
+        """Count a few numbers for every scanned key, or the numbers of the other density."""
         rows = tiles.problem.group * min(self.pooled, tiles.size)
-        # on a GPU the scores of a chunk are made at once; those of blocks always are
+        # on a GPU the scores of a chunk are computed at once; scores of blocks always are
         scores = rows / Scan.BLOCK if tiles.problem.device.type == "cpu" else rows
         scanned = ceil((_NUMBERS + scores) * min(self.most, tiles.problem.num_keys))
         return scanned if tiles.problem.num_keys <= self.most else max(scanned, self.beyond.numbers(tiles))
@@ -121,19 +120,19 @@ class KeyScan(Density):
         beyond = self.beyond.selection_pairs(num_keys, tile, head_dim, causal, num)
         if not causal:
             return beyond
-        # the average of the first tiles' is taken off the other density's, whose products grow with what is seen
+        # subtract the other density's products for the first tiles; they grow with the number of visible keys
         before = self.beyond.selection_pairs(few, tile, head_dim, causal, num)
         return (beyond * num_keys - before * few + scanned * few) / num_keys
 
     def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
-        """Round keys and pooled queries, and prepare the other density where some tile needs it."""
+        """Round keys and pooled queries, and prepare the other density if a tile needs it."""
         problem, left = tiles.problem, edges(tiles, covered)
         scanned = self._scanned(tiles)
         beyond = self.beyond.prepare(tiles, covered, num) if scanned < len(tiles.index) else None
         if beyond is not None and not scanned:
             return beyond
         few = tiles.leading(scanned)
-        # while no more keys than draws are left all are listed: those keys may tell of the others
+        # tiles with at most `num` remaining keys list all of them, so the first keys may serve as a sample of all keys
         scan = Scan.of(few, problem.k.flatten(0, 1)[:, : self.most], pool_queries(few, self.pooled, problem.scale), num)
 
         def law(part: slice) -> Distribution:
@@ -147,7 +146,7 @@ class KeyScan(Density):
         return law
 
     def _law(self, share: Tensor, left: tuple[Tensor, ...], num: int, to_the_end: bool) -> _Listings:
-        """Turn the largest shares of keys, overwritten, into expected listings; nothing may be left beyond the hole."""
+        """Convert the largest shares of keys, in place, to expected listings; no remaining key may lie after the hole."""
         begin, hole_begin, hole_end, end = left
         key = torch.arange(share.shape[2], dtype=torch.int64, device=share.device)
         gone = (key < begin) | (key >= hole_begin)
@@ -160,14 +159,14 @@ class KeyScan(Density):
         for _ in range(_CLIP_ROUNDS):
             torch.minimum(mass, _sum(mass) / weighted, out=mass)
         total = _sum(mass)
-        # where nothing was scored all draws are even
+        # if no key was scored all draws are uniform
         even = torch.ones_like(total).masked_fill_(total > 0, self.uniform_share) * (num / count.to(total.dtype))
         mass.mul_(weighted / total.clamp(min=_LEAST)).add_(even).masked_fill_(gone, 0.0)
-        # what an even draw adds to keys listed for certain is worth more to others
+        # uniform draws are better spent on keys that are not listed for certain
         mass.clamp_(max=1.0)
         return _Listings(mass.mul_(num / _sum(mass).clamp(min=_LEAST)), num)
 
 
 def _sum(mass: Tensor) -> Tensor:
-    """Add up in float64: in float32 the bits would depend on how many keys a chunk sees."""
+    """Sum in float64: in float32 the rounding would depend on the number of keys that a chunk sees."""
     return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)

@@ -1,4 +1,4 @@
-"""Keys one by one: which of them earlier stages left, and how those chosen are listed."""
+"""Single keys: which of them earlier stages left, and runs that list chosen keys."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,11 +16,11 @@ def keys_left(tiles: Tiles, covered: CoveredKeys, left: tuple[Tensor, ...], part
     Args:
         tiles: the tiled problem.
         covered: keys of earlier stages; pairs taken by a hash are left to the kernel, which skips them.
-        left: what earlier stages left by place, from `edges`, for all tiles.
+        left: edges of the remaining keys by position, from `edges`, for all tiles.
         part: the chunk.
 
     Returns:
-        one truth value a key, over the first `seen_keys` keys.
+        one boolean per key, for the first `seen_keys` keys.
     """
     seen = seen_keys(tiles, part)
     begin, hole_begin, hole_end, end = (x[:, part] for x in left)
@@ -28,7 +28,7 @@ def keys_left(tiles: Tiles, covered: CoveredKeys, left: tuple[Tensor, ...], part
     free = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
     for blocks, size in covered.blocks:
         number = -(-seen // size)
-        # one more block than there are takes the marks of empty slots, and of blocks beyond what is seen
+        # one extra block takes the marks of empty slots, and of blocks that the chunk does not see
         chosen = torch.zeros((*free.shape[:2], number + 1), dtype=torch.bool, device=free.device)
         chosen.scatter_(2, blocks[:, part].clamp(max=number), True)
         free &= ~chosen[..., :number].repeat_interleave(size, 2)[..., :seen]
@@ -46,7 +46,7 @@ def key_runs(
     Args:
         tiles: the tiled problem.
         covered: keys of earlier stages.
-        index: keys, also outside what is left, and beyond all keys.
+        index: keys; they may be taken already, or lie beyond all keys.
         log_weight: their log-weights, -inf for an empty slot.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The law of a descent's leaves: keys of the blocks that were opened last, and blocks that stayed closed."""
+"""The distribution over the leaves of a hierarchical search: keys of the blocks opened last, and closed blocks."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from hyperattention.kernels.choose.operator import draw_leaves
 from hyperattention.select.density import Distribution
 from hyperattention.select.score.mass import inverse
 
-# rounds in which a block's share is cut towards one draw a key and the rest is given to the others
+# rounds in which a block's share is cut to one draw per key and the excess goes to the other blocks
 _CLIP_ROUNDS = 2
-# sums below count as none: draws over one of them would overflow
+# sums below this count as 0: division by them would overflow
 _LEAST = 1e-30
 
 
@@ -21,8 +21,8 @@ class Opened:
     """Keys of the blocks that were opened last.
 
     Args:
-        first: number of each key.
-        alive: whether earlier stages left it.
+        first: index of each key.
+        alive: whether earlier stages left the key.
     """
 
     first: Int[Tensor, "lists chunk keys"]
@@ -31,13 +31,13 @@ class Opened:
 
 @dataclass(frozen=True)
 class Closed:
-    """Blocks of one size, of which some were opened, with their estimated weights.
+    """Blocks of one size, with their estimated weights; some of them were opened.
 
     Args:
-        first: first key of each.
-        size: keys in each.
-        mass: estimated weight of each; anything where it is not alive.
-        alive: whether it is a leaf: left whole by earlier stages, and not opened.
+        first: first key of each block.
+        size: number of keys in each block.
+        mass: estimated weight of each block; undefined for blocks that are not alive.
+        alive: whether the block is a leaf: without keys of earlier stages, and not opened.
     """
 
     first: Int[Tensor, "lists chunk blocks"]
@@ -48,13 +48,13 @@ class Closed:
 
 @dataclass(frozen=True)
 class Leaves(Distribution):
-    """How often leaves are expected to be listed, each of the keys in a leaf equally often.
+    """The expected number of listings of leaves; all keys of a leaf are listed equally often.
 
     Args:
         first: first key of each leaf.
-        size: keys in each leaf.
-        listings: expected listings of each leaf, summing to `num`; 0 where there is none.
-        num: draws.
+        size: number of keys in each leaf.
+        listings: expected listings of each leaf, summing to `num`; 0 for empty places.
+        num: number of draws.
     """
 
     first: Int[Tensor, "lists chunk leaves"]
@@ -63,13 +63,13 @@ class Leaves(Distribution):
     num: int
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the leaf, then the key at the same share of the way through it."""
+        """Find the leaf, then the key at the same fraction of the leaf."""
         leaf, inside = inverse(self.listings, point)
         size = self.size.expand(self.first.shape).gather(2, leaf)
         return self.first.gather(2, leaf) + (inside * size).long(), self.listings.gather(2, leaf) / (size * self.num)
 
     def share(self, index: Tensor) -> Tensor:
-        """Look up the leaf that holds each key: the last of those alive that begins at or before it."""
+        """Find the leaf that holds each key: the last live leaf that begins at or before the key."""
         beyond = torch.iinfo(torch.int64).max
         first, order = self.first.masked_fill(self.listings == 0, beyond).sort(-1)
         at = (torch.searchsorted(first, index.contiguous(), right=True) - 1).clamp(min=0)
@@ -80,22 +80,22 @@ class Leaves(Distribution):
 
 
 def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], num: int, uniform_share: float) -> Leaves:
-    """Return how often each leaf is to be listed: opened keys once, closed blocks by weight with what draws are left.
+    """Return the expected listings of each leaf: opened keys once, closed blocks by weight with the remaining draws.
 
     Args:
-        opened: keys listed for certain, or, where they are more than half of the draws, by half of them.
-        closed: blocks from fine to coarse; with the opened keys those alive hold every key that is left exactly once. The
-            coarsest, whose number depends on how much is seen, come last, where dead ones change no sum by a bit.
-        left: what earlier stages left, from `edges`.
-        num: draws.
-        uniform_share: share of the draws on closed blocks that is spread evenly over their keys.
+        opened: keys listed for certain; if they are more than half of the draws, half of the draws are spread over them.
+        closed: blocks from fine to coarse; live blocks and opened keys together hold every remaining key exactly once. The
+            coarsest blocks, whose number depends on the visible keys, come last, where dead blocks do not change rounding.
+        left: edges of the remaining keys, from `edges`.
+        num: number of draws.
+        uniform_share: share of the draws on closed blocks that is spread uniformly over their keys.
 
     Returns:
-        the law.
+        the distribution.
     """
     begin, hole_begin, hole_end, end = left
     certain = opened.alive.sum(-1, keepdim=True, dtype=torch.float32)
-    # keys in closed blocks; where there are none, opened keys share all draws
+    # keys in closed blocks; if there are none, opened keys share all draws
     count = hole_begin - begin + end - hole_end - certain
     share = num / certain.clamp(min=1)
     each = torch.where(count > 0, (0.5 * share).clamp(max=1.0), share)
@@ -118,13 +118,13 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
 
 
 def _sum(mass: Tensor) -> Tensor:
-    """Add up in float64: in float32 the bits would depend on how many dead leaves there are, and so on the chunk."""
+    """Sum in float64: in float32 the rounding would depend on the number of dead leaves, and so on the chunk."""
     return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)
 
 
 @dataclass(frozen=True)
 class Fused(Distribution):
-    """The same law for a GPU, where one kernel goes from masses to keys; arguments as for `leaves_of`."""
+    """The same distribution on a GPU, where one kernel computes keys from masses; arguments as for `leaves_of`."""
 
     opened: Opened
     closed: list[Closed]
@@ -133,18 +133,26 @@ class Fused(Distribution):
     uniform_share: float
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Find leaf and key of evenly spaced points, of which only the first is looked at."""
+        """Find leaf and key of evenly spaced points, of which only the first is read."""
         begin, hole_begin, hole_end, end = (x[..., 0] for x in self.left)
         sizes = [(self.opened.first, 1), *((x.first, x.size) for x in self.closed)]
         size = torch.cat([first.new_full(first.shape[2:], each) for first, each in sizes])
         first = torch.cat([first for first, _ in sizes], 2)
         alive = torch.cat([self.opened.alive, *(x.alive for x in self.closed)], 2)
-        # a tensor of float32 without numbers stands for no closed block
+        # an empty float32 tensor stands for no closed block
         mass = torch.cat([point.new_empty(*first.shape[:2], 0, dtype=torch.float32), *(x.mass for x in self.closed)], 2)
         return draw_leaves(
-            first, size, mass, alive, hole_begin - begin + end - hole_end, point[..., 0], self.num, self.uniform_share,
-            _CLIP_ROUNDS, _LEAST,
-        )  # fmt: skip
+            first,
+            size,
+            mass,
+            alive,
+            hole_begin - begin + end - hole_end,
+            point[..., 0],
+            self.num,
+            self.uniform_share,
+            _CLIP_ROUNDS,
+            _LEAST,
+        )
 
     def share(self, index: Tensor) -> Tensor:
         """Look up the leaf that holds each key."""

@@ -1,23 +1,23 @@
-"""The levels of a descent, and how many blocks are opened at each."""
+"""The levels of a hierarchical search, and the number of blocks opened at each."""
 
 from dataclasses import dataclass
 
 from hyperattention.check import positive
 from hyperattention.select.score.representatives import Representatives
 
-# blocks that an edge of what is left can cut: begin, hole begin, hole end, end
+# blocks that an edge of the remaining keys can cut: begin, hole begin, hole end, end
 EDGES = 4
 _MEAN = Representatives()
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a descent.
+    """One level of a hierarchical search.
 
     Args:
-        block_size: keys in a block.
-        keep: blocks opened for each tile, at most; at least four, so that blocks cut by an edge always are.
-        by: what stands for the keys of a block.
+        block_size: number of keys in a block.
+        keep: largest number of blocks opened for each tile; at least four, so that blocks cut by an edge are always opened.
+        by: representatives of the keys of a block.
 
     Raises:
         ValueError: if a number is not positive, `keep` is below four, or the representatives do not fit the block.
@@ -35,21 +35,21 @@ class Level:
 
 
 def opened_at(levels: tuple[Level, ...], num: int) -> list[int]:
-    """Count the blocks opened at each level: those of the last hold at most half as many keys as are drawn, or are four."""
+    """Count the blocks opened at each level; those of the last level hold at most half of the draws, or are four blocks."""
     *above, last = levels
     return [*(level.keep for level in above), max(EDGES, min(last.keep, num // (2 * last.block_size)))]
 
 
 def first_level(levels: tuple[Level, ...], num: int, visible: int | float) -> int:
-    """Number the level to begin with: coarser ones, all of whose blocks would be opened, tell nothing.
+    """Return the level to begin with: at coarser levels all blocks would be opened, so they are skipped.
 
     Args:
-        levels: from coarse to fine; the last two are always there, so that short sequences have coarse blocks too.
-        num: draws of a tile.
-        visible: keys that it sees.
+        levels: levels from coarse to fine; the last two are never skipped, so that short sequences have coarse blocks too.
+        num: number of draws of a tile.
+        visible: number of keys that the tile sees.
 
     Returns:
-        the level.
+        the index of the level.
     """
     keep, depth = opened_at(levels, num), 0
     while depth + 2 < len(levels) and visible <= keep[depth] * levels[depth].block_size:

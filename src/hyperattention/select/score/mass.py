@@ -1,9 +1,9 @@
-"""From scores to probabilities, and from probabilities to draws."""
+"""Convert scores to probabilities, and probabilities to draws."""
 
 import torch
 from torch import Tensor
 
-# rounds in which probabilities above one draw's share are cut to it and the rest is given to the others
+# rounds in which probabilities above one draw's share are cut to that share and the excess goes to the others
 _CLIP_ROUNDS = 2
 
 
@@ -19,12 +19,12 @@ def root_mean_square(score: Tensor, allowed: Tensor) -> Tensor:
     """
     weight = torch.softmax(score.masked_fill_(~allowed[:, :, None], -torch.inf), -1)
     combined = weight[:, :, 0] if weight.shape[2] == 1 else weight.square_().sum(2).sqrt_()
-    # rows of nothing but -inf, and scores that are not finite, give NaN: such candidates are left to other draws
+    # rows of only -inf, and scores that are not finite, give NaN: other draws cover such candidates
     return torch.nan_to_num_(combined, nan=0.0)
 
 
 def clipped(mass: Tensor, num: int) -> Tensor:
-    """Normalise masses to probabilities, none much above 1 / num: more would list a key twice and gain nothing."""
+    """Normalise masses to probabilities, none much above 1 / num, because listing a key twice is useless."""
     total = mass.sum(-1, keepdim=True)
     for _ in range(_CLIP_ROUNDS):
         mass = torch.minimum(mass, total / num)
@@ -33,12 +33,12 @@ def clipped(mass: Tensor, num: int) -> Tensor:
 
 
 def running_sum(mass: Tensor, *, fixed: bool | None = None) -> Tensor:
-    """Sum non-negative masses along the last axis, in every run to the same bits.
+    """Compute running sums of non-negative masses along the last axis, bit-identical in every run.
 
     Args:
         mass: ``[..., candidates]``.
-        fixed: whether to sum in fixed point, whose order changes nothing; None does so on all devices but a CPU, where torch
-            promises no order for running sums of floating-point numbers.
+        fixed: whether to sum in fixed point, where the order of the sum does not matter; None does so on all devices except
+            a CPU, because torch guarantees no order of floating-point running sums there.
 
     Returns:
         the sums, ascending, of the shape and dtype of `mass`.
@@ -57,16 +57,17 @@ def inverse(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
         point: ``[lists, chunk, slots]``, the first in the first of equal strata, the others a stratum's length apart.
 
     Returns:
-        the candidates, and how far into each of them the point falls, in [0, 1).
+        the candidates, and the fraction of each candidate at which the point falls, in [0, 1).
     """
     slots = point.shape[-1]
     point = point.to(mass.dtype)
     running = running_sum(mass)
-    # scaled by the last sum, so that rounding leaves no point beyond it
+    # scaled by the last sum, so that rounding puts no point beyond it
     scale = running[..., -1:]
-    # points below the end of each candidate; what they grow by is how often it is hit. A search takes four times as long
+    # points below the end of each candidate; the increase is how often the candidate is hit. A search takes four times as
+    # long
     passed = (running / scale * slots - point[..., :1] * slots).ceil_().nan_to_num_(nan=0.0).clamp_(0, slots)
-    # rounding must not carry a point past the last candidate that has any mass
+    # rounding must not move a point past the last candidate with positive mass
     passed.masked_fill_(running >= scale, slots)[..., -1] = slots
     hits = torch.diff(passed, dim=-1, prepend=torch.zeros_like(passed[..., :1])).long()
     row = (

@@ -1,14 +1,17 @@
-"""Several densities at once: what one of them misses, another may find."""
+"""A mixture of densities: one density may find heavy keys that another misses."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class Mix(Density):
-    """Share the draws among several densities; a key's weight counts its chances in all of them.
+    """Split the draws among several densities; the weight of a key counts its expected listings in all of them.
 
     expected listings_j = sum_i num_i p_ij
     Source: Veach and Guibas, 1995, the balance heuristic.   Differs: nothing.
@@ -18,38 +21,26 @@ class Mix(Density):
         *parts: densities and their shares; shares are relative.
 
     Raises:
-        ValueError: if there is no part, or a share is not positive.
+        ValueError: if there is no part, or a share is not positive and finite.
 
     Example:
         >>> Mix((HierarchicalSearch(), 0.7), (BlockScore(4), 0.3))
     """
 
-    __slots__ = ("parts",)
     parts: tuple[tuple[Density, float], ...]
 
+    # as in `Method`: the parts are arguments by place
     def __init__(self, *parts: tuple[Density, float]) -> None:
-        if not parts or any(not share > 0 for _, share in parts):
-            raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0")
+        if not parts or any(not 0 < share < math.inf for _, share in parts):
+            raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0 and finite")
         object.__setattr__(self, "parts", parts)
-
-    def __reduce__(self):
-        return Mix, self.parts
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Mix is immutable: build another instead of setting {name}")
 
     def __repr__(self) -> str:
         return f"Mix({', '.join(map(repr, self.parts))})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mix) and self.parts == other.parts
-
-    def __hash__(self) -> int:
-        return hash(self.parts)
-
     @property
     def looks_ahead(self) -> LookAhead:
-        """As far as any part does."""
+        """The farthest look-ahead of any part."""
         return max(density.looks_ahead for density, _ in self.parts)
 
     @property
@@ -59,5 +50,5 @@ class Mix(Density):
         return tuple((inner, a * b / total) for density, a in self.parts for inner, b in density.components)
 
     def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
-        """Refuse: a mixture is drawn by its components."""
+        """Raise NotImplementedError: the components of a mixture draw separately."""
         raise NotImplementedError("a Mix has no distribution of its own: prepare each of its components")

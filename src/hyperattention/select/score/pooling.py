@@ -1,4 +1,4 @@
-"""What every score of a tile needs: its pooled queries, what earlier stages left, and panels worth a closer look."""
+"""Inputs of every tile score: pooled queries, edges of the remaining keys, and a coarse choice of panels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from hyperattention.check import positive
 from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import Tiles
 
-# scores and gathered summaries of one chunk of tiles: small enough to stay in the last level of cache
+# scores and gathered summaries of one chunk of tiles: small enough for the last-level cache
 SCORE_BYTES = 24 * 2**20
-# on any other device fewer, larger operations pay; this bounds what selection holds there at a time
+# on any other device fewer, larger operations are faster; this bounds the memory of selection there
 DEVICE_SCORE_BYTES = 512 * 2**20
 
 
@@ -25,8 +25,8 @@ class Coarse:
     Panels are ranked by `KeyBounds`, in the projection of the finer score.
 
     Args:
-        num: panels passed on for each tile.
-        panel_size: keys in a panel.
+        num: number of panels chosen for each tile.
+        panel_size: number of keys in a panel.
 
     Raises:
         ValueError: if a number is not positive.
@@ -40,7 +40,7 @@ class Coarse:
 
     @property
     def keys(self) -> int:
-        """Keys passed on for each tile."""
+        """Number of keys in the panels chosen for each tile."""
         return self.num * self.panel_size
 
     def products(self, visible: float) -> float:
@@ -48,11 +48,11 @@ class Coarse:
         return 2 * visible / self.panel_size
 
     def choose(self, score: Tensor, left: tuple[Tensor, ...]) -> Tensor:
-        """Choose the best panels that hold a key which is left, ascending.
+        """Choose the best panels that hold a remaining key, ascending.
 
         Args:
             score: ``[lists, tiles, panels]``.
-            left: what earlier stages left, from `edges`.
+            left: edges of the remaining keys, from `edges`.
 
         Returns:
             ``[lists, tiles, min(num, panels)]``.
@@ -65,12 +65,12 @@ class Coarse:
 
 
 def pool_queries(tiles: Tiles, pooled: int, scale: float | None = None) -> Tensor:
-    """Average neighbouring queries of each head in `pooled` groups a tile: ``[lists, tiles, group * pooled, head_dim]``.
+    """Average neighbouring queries of each head in `pooled` groups per tile: ``[lists, tiles, group * pooled, head_dim]``.
 
     Args:
         tiles: the tiled problem.
-        pooled: groups.
-        scale: a factor; with it the averages are float32 or wider, without it of the dtype of the queries.
+        pooled: number of groups.
+        scale: factor of the averages, which are then float32 or wider; None for no factor, in the dtype of the queries.
 
     Returns:
         the averages.
@@ -99,13 +99,13 @@ def pool_queries(tiles: Tiles, pooled: int, scale: float | None = None) -> Tenso
 
 
 def edges(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Delimit what earlier stages left, ``[lists, tiles, 1]`` each: begin, hole begin, hole end, end."""
+    """Return the edges of the remaining keys, ``[lists, tiles, 1]`` each: begin, hole begin, hole end, end."""
     begin, hole_begin, hole_end, end = (tiles.by_list(x)[..., None] for x in covered.bounds(tiles))
     return begin, hole_begin, hole_end, end
 
 
 def any_left(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
-    """Return which runs of `size` keys hold a key that earlier stages left."""
+    """Return which runs of `size` keys hold a remaining key."""
     begin, hole_begin, hole_end, end = left
     until = first + size
     return (torch.minimum(until, hole_begin) > torch.maximum(first, begin)) | (
@@ -114,12 +114,12 @@ def any_left(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
 
 
 def beyond(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:
-    """Return which runs of `size` keys reach past those of the tile: they are chosen unseen, or a tile would look ahead."""
+    """Return which runs of `size` keys extend beyond the tile: they are chosen without a score, to avoid look-ahead."""
     return first + size > left[3]
 
 
 def seen_keys(tiles: Tiles, part: slice) -> int:
-    """Bound the keys that a chunk of tiles can see by position alone, which needs no look at the device."""
+    """Bound the number of keys that a chunk of tiles can see, by position, without reading from the device."""
     problem = tiles.problem
     if not problem.causal:
         return problem.num_keys
@@ -127,7 +127,7 @@ def seen_keys(tiles: Tiles, part: slice) -> int:
 
 
 def chunks(tiles: Tiles, numbers: int, seams: Sequence[int] = ()) -> list[slice]:
-    """Cut the tiles at `seams`, and so that `numbers` float32 numbers a list and tile stay within a bound of the device."""
+    """Cut the tiles at `seams`, and so that `numbers` float32 numbers per list and tile fit the device's bound."""
     lists = tiles.problem.k.shape[0] * tiles.problem.k.shape[1]
     most = SCORE_BYTES if tiles.problem.device.type == "cpu" else DEVICE_SCORE_BYTES
     step = max(1, most // max(1, 4 * lists * numbers))

@@ -1,4 +1,4 @@
-"""Principal directions of keys, found without asking a device anything: an eigenvalue solver would make the host wait."""
+"""Principal directions of keys, without a device synchronisation, which an eigenvalue solver would need."""
 
 import torch
 from jaxtyping import Float
@@ -7,7 +7,7 @@ from torch import Tensor
 from hyperattention.random import normal
 
 _ROUNDS = 2
-# a share of the trace added to a Gram matrix: where fewer directions than wanted carry anything, its factor still exists
+# a share of the trace is added to a Gram matrix, so that its factor exists even if keys span too few directions
 _RIDGE = 1e-12
 
 
@@ -20,8 +20,8 @@ def principal_directions(keys: Float[Tensor, "lists keys head_dim"], width: int)
     Cost: O(keys * head_dim^2) once.   Guarantee: none needed; the directions serve an estimate.
 
     Args:
-        keys: some keys; what is not finite counts as 0.
-        width: directions wanted, at most ``head_dim``.
+        keys: some keys; numbers that are not finite count as 0.
+        width: number of directions, at most ``head_dim``.
 
     Returns:
         the directions, as columns.
@@ -40,7 +40,7 @@ def principal_directions(keys: Float[Tensor, "lists keys head_dim"], width: int)
 def _orthonormal(columns: Tensor) -> Tensor:
     gram = columns.transpose(1, 2) @ columns
     ridge = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None] * _RIDGE
-    # the least normal number keeps a factor of nothing at all finite
+    # the smallest normal number keeps the factor of a zero matrix finite
     gram = gram + torch.diag_embed((ridge + torch.finfo(gram.dtype).tiny).expand(-1, gram.shape[1]))
     factor, _ = torch.linalg.cholesky_ex(gram)
     return torch.linalg.solve_triangular(factor.transpose(1, 2), columns, upper=True, left=False)

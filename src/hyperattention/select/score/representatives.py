@@ -1,4 +1,4 @@
-"""Representatives: a few vectors that stand for all keys of a block when blocks are scored."""
+"""Representatives: a few vectors that replace all keys of a block when blocks are scored."""
 
 from dataclasses import dataclass
 
@@ -6,27 +6,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# products among the candidates of a batch of blocks: small enough to stay in the cache
+# products among the candidates of a batch of blocks: small enough for the CPU cache
 _PRODUCT_BYTES = 4 * 2**20
-# the same on any other device, where few large operations pay
+# the same on any other device, where few large operations are faster
 _DEVICE_PRODUCT_BYTES = 512 * 2**20
-# candidates beyond which they are not all multiplied with one another
+# number of candidates above which not all pairs are multiplied
 _MANY = 64
 
 
 @dataclass(frozen=True)
 class Representatives:
-    """Stand for the keys of a block by the means of its parts, and by the keys farthest from every other representative.
+    """Represent the keys of a block by the means of its parts, and by the keys farthest from every other representative.
 
-    Means follow broad weight; the key that one query looks for is unlike its neighbours, hides in a mean, and so stands for
-    itself (docs/log.md).
+    Means represent weight that many keys share. A key that only one query needs differs from its neighbours and is lost in a
+    mean, so it is its own representative (docs/log.md).
     Source: block means, Jiang et al., 2024 (arXiv:2407.02490); farthest-first traversal, Gonzalez, 1985.
-    Differs: several means a block; the traversal begins at the means.
+    Differs: several means per block; the traversal begins at the means.
     Cost: a product for each representative and pooled query; once, O(keys * min(candidates, far)) products of keys.
 
     Args:
-        means: equal runs of neighbours, each averaged.
-        far: keys taken as they are.
+        means: number of equal runs of neighbouring keys, each averaged.
+        far: number of single keys.
 
     Raises:
         ValueError: if there is no mean, or `far` is negative.
@@ -45,17 +45,17 @@ class Representatives:
         return self.means + self.far
 
     def check(self, block_size: int) -> None:
-        """Refuse blocks that the representatives cannot stand for.
+        """Check that blocks can have these representatives.
 
         Args:
-            block_size: keys in a block.
+            block_size: number of keys in a block.
 
         Raises:
-            ValueError: if the block does not fall into equal parts, or has fewer keys than representatives.
+            ValueError: if the block cannot be cut into equal parts, or has fewer keys than representatives.
         """
         if block_size % self.means or self.num > block_size:
             raise ValueError(
-                f"{self!r} cannot stand for blocks of {block_size} keys: use a multiple of {self.means}, at least {self.num}"
+                f"{self!r} cannot represent blocks of {block_size} keys: use a multiple of {self.means}, at least {self.num}"
             )
 
     def choose(
@@ -63,11 +63,11 @@ class Representatives:
         keys: Float[Tensor, "lists blocks block_size width"],
         among: Float[Tensor, "lists blocks candidates width"] | None = None,
     ) -> Float[Tensor, "lists blocks num width"]:
-        """Average the parts, then walk to the farthest candidate again and again.
+        """Average the parts, then add the farthest candidate repeatedly.
 
         Args:
             keys: the keys of every block.
-            among: keys of the block that may stand for themselves; all of them if None.
+            among: keys of the block that may become representatives; all of them if None.
 
         Returns:
             means, then far keys.
@@ -78,14 +78,14 @@ class Representatives:
         among = keys if among is None else among
         if among.shape[2] > _MANY:
             return torch.cat([means, self._farthest_of_many(means, among)], 2)
-        # all products among candidates at once, for as many blocks as stay in the cache
+        # all products among candidates at once, for as many blocks as fit in the CPU cache
         most = _PRODUCT_BYTES if keys.device.type == "cpu" else _DEVICE_PRODUCT_BYTES
         step = max(1, most // (4 * keys.shape[0] * among.shape[2] ** 2))
         far = [self._farthest(*some) for some in zip(means.split(step, 1), among.split(step, 1), strict=True)]
         return torch.cat([means, torch.cat(far, 1)], 2)
 
     def _farthest_of_many(self, means: Tensor, among: Tensor) -> Tensor:
-        """Multiply candidates with what was chosen last only: of many candidates few are ever chosen."""
+        """Multiply candidates only with the last chosen one, because few of many candidates are chosen."""
         size, chosen = among.square().sum(3), list(means.unbind(2))
         least = torch.full_like(size, torch.inf)
         for place in range(self.means + self.far - 1):
@@ -99,7 +99,7 @@ class Representatives:
     def _farthest(self, means: Tensor, among: Tensor) -> Tensor:
         product = among @ among.transpose(2, 3)  # [lists, blocks, candidates, candidates]
         size = product.diagonal(dim1=2, dim2=3)
-        # squared distance but for a constant a candidate: ||k - c||^2 - ||k||^2
+        # squared distance up to a constant per candidate: ||k - c||^2 - ||k||^2
         least = (means.square().sum(3)[:, :, None] - 2 * among @ means.transpose(2, 3)).amin(3)
         chosen = []
         for _ in range(self.far):
@@ -109,6 +109,6 @@ class Representatives:
         return among.gather(2, torch.cat(chosen, 2)[..., None].expand(-1, -1, -1, among.shape[3]))
 
     def total(self, weight: Float[Tensor, "lists chunk blocks num"], block_size: int) -> Float[Tensor, "lists chunk blocks"]:
-        """Add up the weights of a block's keys, given its representatives': far keys count once, means for the rest."""
+        """Sum the weights of a block's keys from those of its representatives: far keys count once, means for the rest."""
         by_mean = weight[..., : self.means].sum(-1) * ((block_size - self.far) / self.means)
         return by_mean + weight[..., self.means :].sum(-1) if self.far else by_mean

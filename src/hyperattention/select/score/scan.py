@@ -1,4 +1,4 @@
-"""Score every key for pooled queries, in small integers where the processor multiplies those fast."""
+"""Score every key for pooled queries, in 8-bit integers if the processor multiplies them fast."""
 
 from dataclasses import dataclass
 from math import log
@@ -13,25 +13,25 @@ from hyperattention.select.score.precision import for_estimates, integers_are_fa
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
-# scores in one product: few enough to stay in the cache
+# scores in one product: few enough for the CPU cache
 _SCORES = 2**21
-# the largest 8-bit integer, and the room above the first keys' largest numbers that later keys may need
+# the largest 8-bit integer, and the margin for later keys above the largest numbers of the first keys
 _LARGEST, _ROOM = 127.0, 8.0
-# below any score, and far enough from the end of 32-bit integers to be subtracted from
+# below any score, and large enough that subtraction does not overflow 32-bit integers
 _HIDDEN = -(2**29)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Keys and pooled queries, rounded, and what every query is normalised by.
+    """Rounded keys and pooled queries, and the data that normalises every query.
 
     Args:
         tiles: the tiled problem.
-        query: pooled queries; heads are apart, because each has a unit of its own.
+        query: pooled queries, with a separate axis for heads, because each head has its own unit.
         keys: centred keys, in the dtype of `query`.
-        unit: what a score of one stands for, for each tile and head.
-        pooled: the queries before they were rounded.
-        moments: means of blocks of keys beside their variances.
+        unit: score that one integer step represents, for each tile and head.
+        pooled: the queries before rounding.
+        moments: means of blocks of keys, then their variances.
         scores: memory for scores.
     """
 
@@ -53,19 +53,19 @@ class Scan:
             tiles: the tiled problem.
             k: the keys that any tile scans, ``[lists, keys, head_dim]``.
             query: pooled queries, scaled, ``[lists, tiles, rows, head_dim]``.
-            num: leading keys by which the others are centred and scaled, so that no tile looks ahead.
+            num: number of leading keys that determine centre and scale, so that no tile looks ahead.
 
         Returns:
-            what scores are made of.
+            the rounded keys and queries.
         """
         k = k.to(query.dtype)
         head = k[:, :num]
-        # a key or query that is not finite gives no information: it is left to the even share
+        # a key or query that is not finite gives no information: only the uniform share covers it
         keys = torch.nan_to_num(k - head.mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
         query = torch.nan_to_num(query, nan=0.0, posinf=0.0, neginf=0.0)
         moments, rounded = _moments(keys), query.unflatten(2, (tiles.problem.group, -1))
         if integers_are_fast(query):
-            # channel by channel, the scale of the keys moves over to the queries
+            # channel by channel, the scale of the keys is moved to the queries
             step = keys[:, :num].abs().amax(1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny) * (_ROOM / _LARGEST)
             keys = (keys / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
             rounded = rounded * step[:, :, None, None]
@@ -94,14 +94,14 @@ class Scan:
         return best.exp_()
 
     def _log_sums(self, part: slice, num: int) -> Float[Tensor, "lists chunk rows"]:
-        """Estimate each query's log-sum-exp over whole blocks before its tile, scores inside a block taken for normal."""
+        """Estimate each query's log-sum-exp over complete blocks before its tile, as if scores in a block were normal."""
         query, moments = self.pooled[:, part], self.moments[:, : num // self.BLOCK]
         score = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2) @ moments.transpose(1, 2)
         score = score.view(*query.shape[:3], -1)
         end = (torch.arange(moments.shape[1], dtype=torch.int64, device=query.device) + 1) * self.BLOCK
         known = self.tiles.by_list(self.tiles.start if self.tiles.problem.causal else self.tiles.visible_end)[:, part]
         score.masked_fill_((end > known[..., None])[:, :, None], -torch.inf)
-        # in float64, where hidden blocks change no bit that is kept: a chunk may see more or fewer
+        # in float64, so that hidden blocks do not change the rounded result: a chunk may see more or fewer blocks
         total = score.double().logsumexp(-1).to(score.dtype)
         least = torch.finfo(score.dtype).min
         return torch.nan_to_num_(total, nan=least, neginf=least).add_(log(self.BLOCK))
@@ -110,26 +110,26 @@ class Scan:
         """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, count]``."""
         query, unit = self.query[one, some], self.unit[one, some]
         score = self.scores.take(query.shape[:3].numel(), count)
-        # the operator behind torch._int_mm, which torch has no other name for
+        # the operator behind torch._int_mm, which has no other name in torch
         multiply = torch.ops.aten.mm.out if score.dtype.is_floating_point else torch.ops.aten._int_mm.out
         multiply(query.flatten(0, 2), self.keys[one, :count].T, out=score)
         score = score.view(*query.shape[:3], count)
         self._hide(score, one, some)
         top = score.amax(-1)
-        # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
+        # a sum of n exponentials is between the largest and n times the largest, so the estimate is clamped to this range
         seen, spread = ((x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (seen, self._spread(one, some)))
         bar = torch.minimum(torch.maximum(seen, top), top + spread)
         share = score.sub_(bar[..., None]).amax(2)  # [tiles, group, count]
         return (share.to(unit.dtype) * unit).amax(1)
 
     def _hide(self, score: Tensor, one: int, some: slice) -> None:
-        """Overwrite the scores of keys that lie in a tile or after it, of which its queries may not know."""
+        """Overwrite the scores of keys in or after a tile, which the choice must not depend on."""
         if not self.tiles.problem.causal:
             total = self.tiles.by_list(self.tiles.total)[one]
             if self.tiles.problem.rank is not None:
                 score.masked_fill_(torch.arange(score.shape[-1], dtype=torch.int64, device=score.device) >= total, _HIDDEN)
             return
-        # dead keys move others forward, so that nothing is known by position alone
+        # masked keys shift the others, so that the position alone is not enough
         first = 0 if self.tiles.problem.rank is not None else max(0, self.tiles.number(some.start) * self.tiles.size)
         if first < score.shape[-1]:
             key = torch.arange(first, score.shape[-1], dtype=torch.int64, device=score.device)
@@ -137,12 +137,12 @@ class Scan:
             score[..., first:].masked_fill_(ahead[:, None, None], _HIDDEN)
 
     def _spread(self, one: int, some: slice) -> Tensor:
-        """Give the logarithm of the number of keys that a tile sees, ``[tiles, 1, 1]``."""
+        """Return the logarithm of the number of keys that a tile sees, ``[tiles, 1, 1]``."""
         return self.tiles.by_list(self.tiles.visible_end)[one, some, None, None].clamp(min=1).to(self.unit.dtype).log()
 
 
 def _moments(keys: Tensor) -> Float[Tensor, "lists blocks moments"]:
-    """Average keys and their squares over whole blocks: means beside variances."""
+    """Average keys and their squares over complete blocks: means, then variances."""
     blocks = keys[:, : keys.shape[1] // Scan.BLOCK * Scan.BLOCK].unflatten(1, (-1, Scan.BLOCK))
     mean = blocks.mean(2)
     return torch.cat([mean, (blocks.square().mean(2) - mean.square()).clamp_(min=0)], 2)

@@ -1,4 +1,4 @@
-"""Memory that is lent again and again: on a CPU fresh memory costs more in page faults than the arithmetic done in it."""
+"""Reusable memory: on a CPU, page faults of new memory cost more time than the arithmetic done in it."""
 
 from math import prod
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class Scratch:
-    """One buffer, lent whole or in part; what it held before is lost with each call.
+    """One reusable buffer; each call overwrites the previous content.
 
     Args:
         like: a tensor of the dtype and device wanted.
-        room: numbers it holds at first; it grows to the largest request, which costs fresh memory each time.
+        room: initial number of elements; the buffer grows to the largest request, with new memory each time.
     """
 
     def __init__(self, like: Tensor, room: int) -> None:
@@ -18,7 +18,7 @@ class Scratch:
         self._buffer = like.new_empty(room)
 
     def take(self, *shape: int) -> Tensor:
-        """Lend a tensor of this shape, with anything in it."""
+        """Return a tensor of this shape in the buffer, with undefined content."""
         size = prod(shape)
         if size > self._buffer.numel():
             self._buffer = self._buffer.new_empty(size)

@@ -1,4 +1,4 @@
-"""Draws in proportion to the size of the values: a key whose value is large matters more to the output."""
+"""Draws in proportion to the norm of the values: keys with large values affect the output more."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from hyperattention.tiling import Tiles
 
 @dataclass(frozen=True)
 class _ByMass(Distribution):
-    """Probabilities in proportion to a mass a key, over the keys that are left; even where they have none."""
+    """Probabilities in proportion to a mass per key, over the remaining keys; uniform if every mass is 0."""
 
     mass: Tensor  # [lists, keys]
     below: Tensor  # [lists, keys + 1], running sums from 0
@@ -31,7 +31,7 @@ class _ByMass(Distribution):
         return tuple(self.below.gather(1, edge[..., 0])[..., None] for edge in self.left)
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Walk along the running sums, over the hole."""
+        """Find keys by the running sums, without the hole."""
         begin, hole_begin, hole_end, end = self.left
         at = self._sums()
         first, total = at[1] - at[0], at[1] - at[0] + at[3] - at[2]
@@ -39,14 +39,14 @@ class _ByMass(Distribution):
         before_hole = target < first
         target = torch.where(before_hole, at[0] + target, at[2] + target - first)
         found = torch.searchsorted(self.below[:, 1:].contiguous(), target.flatten(1), right=True).view_as(target)
-        # rounding may carry a draw over an edge
+        # rounding may move a draw over an edge
         low, high = torch.where(before_hole, begin, hole_end), torch.where(before_hole, hole_begin, end)
         found = torch.minimum(torch.maximum(found, low), high - 1)
         index = torch.where(total > 0, found, self._even.at(point))
         return index, self.share(index)
 
     def share(self, index: Tensor) -> Tensor:
-        """A key's mass over the sum of those left; the same for all where every mass is 0."""
+        """Return the mass of a key divided by the sum over the remaining keys; uniform if every mass is 0."""
         at = self._sums()
         total = at[1] - at[0] + at[3] - at[2]
         drawn = self.mass.gather(1, index.clamp(0, self.mass.shape[1] - 1).flatten(1)).view(index.shape)
@@ -56,12 +56,12 @@ class _ByMass(Distribution):
 
 @dataclass(frozen=True)
 class ValueNorm(Density):
-    """Draw keys by the norm of their value rows, mixed with a uniform share: less variance where values differ in size.
+    """Draw keys by the norm of their values, mixed with a uniform share: less variance if values differ in norm.
 
-    p_j = mix / N + (1 - mix) ||v_j||^power / sum_l ||v_l||^power,   over the N keys left to the tile
+    p_j = mix / N + (1 - mix) ||v_j||^power / sum_l ||v_l||^power,   over the N remaining keys of the tile
     Source: Han et al., 2023 (arXiv:2310.05869), Alg. 3, power 2.   Differs: one sample serves the values and the normaliser,
     so a uniform share is mixed in: a key with a small value still counts in the denominator.
-    Cost: one product a key, O(keys) memory, and a binary search a draw.   Guarantee: numerator and denominator unbiased.
+    Cost: one product per key, O(keys) memory, and a binary search per draw.   Guarantee: numerator and denominator unbiased.
 
     Args:
         power: exponent of the norm: 1 minimises the variance of the numerator for equal attention weights, 2 is the paper's.
@@ -80,17 +80,17 @@ class ValueNorm(Density):
         if not 0 < self.mix <= 1:
             raise ValueError(
                 f"ValueNorm(mix={self.mix!r}): mix must be above 0 and at most 1; without a uniform share a key whose "
-                "value is 0 would never be drawn, though it counts in every denominator"
+                "value is 0 would never be drawn, although it counts in every denominator"
             )
 
     @property
     def looks_ahead(self) -> LookAhead:
-        """Without a window before it, a tile's own values shift its draws."""
+        """Without an earlier Window stage, the values of a tile change its draws."""
         return LookAhead.TILE
 
     @property
     def reads_keys(self) -> bool:
-        """Values alone decide."""
+        """False: only values matter."""
         return False
 
     @property
@@ -99,7 +99,7 @@ class ValueNorm(Density):
         return True
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool, num: int) -> float:
-        """One product of `head_dim` numbers a key."""
+        """Count one product of `head_dim` numbers per key."""
         return 1.0
 
     @property
@@ -114,8 +114,8 @@ class ValueNorm(Density):
         return lambda part: _ByMass(mass, below, (left[0][:, part], left[1][:, part], left[2][:, part], left[3][:, part]))
 
     def _mass(self, tiles: Tiles) -> Tensor:
-        """||v_j||^power of every key, ``[lists, keys]``; in float64, so that sums over long prefixes keep small terms."""
+        """Return ||v_j||^power of every key, ``[lists, keys]``, in float64, because sums over long prefixes are large."""
         v = tiles.problem.v.flatten(0, 1)
         norm = torch.linalg.vector_norm(v, dim=-1, dtype=torch.promote_types(v.dtype, torch.float32))
-        # values that are not finite are left to the uniform share: sums over them would tell later keys nothing
+        # values that are not finite are covered by the uniform share only: they would make the sums of later keys useless
         return torch.nan_to_num(norm.double() ** self.power, nan=0.0, posinf=0.0)

@@ -1,4 +1,4 @@
-"""How a descent goes: score the blocks of a level, open the best, score those inside, down to the last level."""
+"""The hierarchical search: score the blocks of a level, open the best, score the blocks inside, down to the last level."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,21 +14,21 @@ from hyperattention.select.score.pooling import any_left, seen_keys
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
-# of the edges of what is left, those that can cut a block causally: nothing is left beyond the hole
+# number of edges of the remaining keys that can cut a block under a causal mask: no key remains after the hole
 _CAUSAL_EDGES = 2
-# scores and numbers of gathered representatives in one batch of tiles: few enough to stay in the cache
+# scores and gathered representatives in one batch of tiles: few enough for the CPU cache
 BATCH_NUMBERS = 3 * 2**19
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks of one level that are looked at, for a chunk of tiles.
+    """The blocks of one level that are scored, for a chunk of tiles.
 
     Args:
         first: first key of each block, ``[lists, chunk, blocks]``.
-        size: keys in a block.
+        size: number of keys in a block.
         every: whether these are all blocks from the first on, the same for every tile.
-        cut: how many of the leading ones may reach into the tile, or past it; all, where `every`.
+        cut: number of leading blocks that may extend into the tile or beyond it; all blocks if `every`.
     """
 
     first: Tensor
@@ -37,7 +37,7 @@ class _Blocks:
     cut: int
 
     def whole(self, left: tuple[Tensor, ...]) -> Tensor:
-        """Return which blocks earlier stages left whole, ``[lists, chunk, blocks]``."""
+        """Return which blocks contain no key of an earlier stage, ``[lists, chunk, blocks]``."""
         begin, hole_begin, hole_end, end = left
         until = self.first + self.size
         return ((self.first >= begin) & (until <= hole_begin)) | ((self.first >= hole_end) & (until <= end))
@@ -45,24 +45,24 @@ class _Blocks:
 
 @dataclass(frozen=True)
 class Walk:
-    """Everything a descent needs, made once for all tiles.
+    """The data of a hierarchical search, computed once for all tiles.
 
     Args:
-        levels: from coarse to fine.
+        levels: levels from coarse to fine.
         tiles: the tiled problem.
-        left: what earlier stages left, from `edges`.
-        near: keys directly before each tile that earlier stages took.
+        left: edges of the remaining keys, from `edges`.
+        near: number of keys directly before each tile that earlier stages took.
         query: pooled queries, scaled, ``[lists, tiles, rows, width]``, in the precision of `summaries`.
         summaries: representatives of each level's blocks, ``[lists, blocks, representatives, width]``; the last of the
-            coarsest blocks, and all that is in it, is zeros.
-        moments: means of blocks beside their variances, for each level that can be begun with,
+            coarsest blocks is all zeros.
+        moments: means of blocks, then their variances, for each possible first level,
             ``[lists, blocks, 2 * width]``.
-        num: draws of each tile.
-        uniform_share: share of the draws on closed blocks that is spread evenly.
+        num: number of draws of each tile.
+        uniform_share: share of the draws on closed blocks that is spread uniformly.
         gathered: memory for representatives of opened blocks.
         rough: memory for scores in the precision of `summaries`.
         scores: memory for scores.
-        fused: whether a GPU's kernels go from queries to keys.
+        fused: whether GPU kernels compute keys from queries.
     """
 
     levels: tuple[Level, ...]
@@ -80,13 +80,13 @@ class Walk:
     fused: bool = False
 
     def law(self, part: slice) -> Leaves | Fused:
-        """Descend for a chunk of tiles.
+        """Search for a chunk of tiles.
 
         Args:
             part: the chunk; no seam lies inside it.
 
         Returns:
-            the law of the leaves.
+            the distribution of the leaves.
         """
         left, closed, keep = tuple(x[:, part] for x in self.left), [], opened_at(self.levels, self.num)
         visible = seen_keys(self.tiles, part)
@@ -95,7 +95,8 @@ class Walk:
         seen = self._seen(begin, blocks, part)
         for depth in range(begin, len(self.levels)):
             opened = blocks
-            # below the first level, whose seam no chunk crosses, what is skipped would depend on how far the chunk sees
+            # only the first level skips blocks: no chunk crosses its seam, but at later levels the result would depend on
+            # the chunk
             if depth > begin or blocks.first.shape[2] > keep[depth]:
                 found, opened = self._open(depth, keep[depth], blocks, part, left, seen)
                 closed.append(found)
@@ -112,45 +113,45 @@ class Walk:
     def _open(
         self, depth: int, keep: int, blocks: _Blocks, part: slice, left: tuple[Tensor, ...], seen: Tensor
     ) -> tuple[Closed, _Blocks]:
-        """Choose the blocks with the largest mass, and those that an edge cuts, whatever is in them.
+        """Choose the blocks with the largest mass, and all blocks that an edge cuts.
 
         Returns:
-            all blocks, of which those not opened are leaves, and the opened ones: those cut by an edge that may reach into
-            the tile first, the others ascending, as memory is read fastest.
+            all blocks, of which those not opened are leaves; and the opened blocks: first those cut by an edge that may
+            extend into the tile, then the others ascending, which is the fastest order to read memory.
         """
         mass, whole = self._mass(depth, blocks, part, seen), blocks.whole(left)
         rank = torch.nan_to_num(mass, nan=0.0).masked_fill_(~whole, -1.0)
         rank = rank.masked_fill_(~whole & any_left(blocks.first, blocks.size, left), torch.inf)
         best, chosen = rank.topk(min(keep, rank.shape[2]), -1)
-        # where fewer are left than may be opened, the block of zeros stands in: what is not left may lie ahead
+        # if fewer blocks remain than may be opened, the zero block fills the places: other blocks may lie ahead of the tile
         nothing = (self.summaries[0].shape[1] - 1) * self.levels[0].block_size
         first = blocks.first.gather(2, chosen).masked_fill_(best < 0, nothing)
         found = Closed(blocks.first, blocks.size, mass, whole.scatter(2, chosen, False))
         cut = self._cut(blocks.size, first.shape[2])
-        # both ascending: among blocks of equal rank the order of topk depends on how many there are, and so on the chunk
+        # both ascending: for equal values the order of topk depends on the number of blocks, and so on the chunk
         first = torch.cat([part.sort()[0] for part in first.split([cut, first.shape[2] - cut], 2)], 2)
         return found, _Blocks(first, blocks.size, False, cut)
 
     def _cut(self, size: int, most: int) -> int:
-        """Count the opened blocks that may hold keys of the tile, or of those after it, beside keys that are left."""
+        """Count the opened blocks that may hold keys of this tile or later tiles in addition to remaining keys."""
         if not self.tiles.problem.causal:
             return min(EDGES, most)
-        # the last key left stands near + 1 before the tile, so that its block ends at most size - near - 1 keys into it
+        # the last remaining key is near + 1 before the tile, so its block ends at most size - near - 1 keys into the tile
         return 0 if size <= self.near + 1 else min(_CAUSAL_EDGES, most)
 
     def _inside(self, opened: _Blocks, size: int) -> _Blocks:
-        """Take what is inside opened blocks, in blocks of `size` keys."""
+        """Return the parts of opened blocks, in blocks of `size` keys."""
         step = torch.arange(0, opened.size, size, dtype=torch.int64, device=opened.first.device)
         return replace(opened, first=(opened.first[..., None] + step).flatten(2), size=size, cut=opened.cut * len(step))
 
     def _seen(self, begin: int, blocks: _Blocks, part: slice) -> Tensor:
-        """Estimate each query's log-sum-exp over all that it sees, ``[lists, chunk, rows]``.
+        """Estimate each query's log-sum-exp over all visible keys, ``[lists, chunk, rows]``.
 
-        The scores of a block are taken for normal: log sum_j exp(q . k_j) ~ q . mean + 1/2 q^2 . variance + log size. Means
-        alone would be too small for diffuse queries, which would then drown sharp ones.
+        The scores of a block are treated as normal: log sum_j exp(q . k_j) ~ q . mean + 1/2 q^2 . variance + log size. Means
+        alone would be too small for queries with diffuse attention, which would then dominate queries with sharp attention.
 
         Returns:
-            a finite estimate, the least number there is where nothing is seen.
+            a finite estimate; the smallest finite number if no key is visible.
         """
         if self.fused:
             number = blocks.first.shape[2]
@@ -163,7 +164,7 @@ class Walk:
             score = self._product(query, self.moments[begin][:, :number], self.scores.take(lists, chunk * rows, number))
             score = score.view(lists, chunk, rows, number)
             _hide(score, known[:, some], hidden, number, 1)
-            # by the largest softmax weight, which takes a third of the time of exponentials
+            # by the largest softmax weight, which takes a third of the time of exp
             top = score.amax(-1)
             seen[:, some] = top - torch.softmax(score, -1, out=score).amax(-1).log_()
         return torch.nan_to_num_(seen, nan=torch.finfo(seen.dtype).min).add_(log(blocks.size))
@@ -184,7 +185,8 @@ class Walk:
             score = self._score(depth, blocks, self.query[:, part][:, some], some, number)
             _hide(score, known[:, some], begin, min(number, blocks.cut), by.num)
             top = score.amax(-1)
-            # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
+            # a sum of n exponentials is between the largest and n times the largest, so the estimate is clamped to this
+            # range
             bar = torch.minimum(torch.maximum(seen[:, some], top), top + spread[:, some])
             best[:, some, :number] = score.sub_(bar[..., None]).amax(2).unflatten(-1, (number, by.num))
             if number < best.shape[2]:
@@ -198,7 +200,7 @@ class Walk:
             shared = summary[:, :number].flatten(1, 2)
             score = self.scores.take(lists, chunk * rows, shared.shape[1])
             return self._product(query.flatten(1, 2), shared, score).view(lists, chunk, rows, -1)
-        # what is inside an opened block stands together: one copy each
+        # the parts of an opened block are contiguous: one copy per block
         parent = self.levels[depth - 1].block_size
         children = parent // blocks.size
         source = summary.view(-1, children * summary.shape[2] * width)
@@ -218,13 +220,13 @@ class Walk:
         return score.copy_(torch.bmm(query, key.transpose(1, 2), out=rough))
 
     def _edges(self, part: slice) -> Tensor:
-        """Gather what says which blocks a query may know of: `left`, and the end of what lies before its tile."""
+        """Return the edges that determine which blocks a query may use: `left`, and the end of the keys before its tile."""
         left = [x[:, part] for x in self.left]
         until = self.tiles.by_list(self.tiles.start)[:, part, None] if self.tiles.problem.causal else left[3]
         return torch.cat([*left, until], 2)
 
     def _known(self, blocks: _Blocks, part: slice) -> Tensor:
-        """Return which blocks a query may know of: those before its tile, and those that are left to it."""
+        """Return which blocks a query may use: those before its tile that hold remaining keys."""
         some = blocks if blocks.every else replace(blocks, first=blocks.first[..., : blocks.cut])
         left = tuple(x[:, part] for x in self.left)
         until = self.tiles.by_list(self.tiles.start)[:, part, None] if self.tiles.problem.causal else left[3]
@@ -234,7 +236,7 @@ class Walk:
         """Cut a chunk into batches of few tiles.
 
         Yields:
-            the tiles of the chunk, how many blocks they look at, and the first of them that some may not know.
+            the tiles of the chunk, the number of blocks they score, and the first block that some tiles may not use.
         """
         problem, (lists, _, rows, width) = self.tiles.problem, self.query.shape
         count, total = blocks.first.shape[1:]
@@ -243,7 +245,7 @@ class Walk:
         for at in range(0, count, step):
             some, number, begin = slice(at, min(at + step, count)), total, 0
             if blocks.every:
-                # by position alone, which needs no look at the device
+                # by position, without reading from the device
                 whole = slice(part.start + some.start, part.start + some.stop)
                 number = min(total, -(-seen_keys(self.tiles, whole) // blocks.size))
                 before = self.tiles.number(whole.start) * self.tiles.size
@@ -253,8 +255,8 @@ class Walk:
 
 
 def _hide(score: Tensor, known: Tensor, begin: int, until: int, num: int) -> None:
-    """Overwrite the scores ``[lists, batch, rows, blocks * num]`` of blocks that are not known, between two places."""
+    """Overwrite the scores ``[lists, batch, rows, blocks * num]`` of blocks that must not be used, between two indices."""
     if until > begin:
-        # one flag a score: a mask that is broadcast over the last axis takes several times as long
+        # one flag per score: a mask that is broadcast over the last axis takes several times as long
         hidden = (~known[:, :, None, begin:until]).repeat_interleave(num, 3)
         score[..., begin * num : until * num].masked_fill_(hidden, -torch.inf)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpu_bars import Records, bars, error_text
+from gpu.bars import Records, bars, error_text
 
 
 def plain_table(records: Records) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from gpu_candidates import Candidate, Entry, Failure
-from gpu_session import Session, reason_of
-from gpu_tasks import Task
 from torch import Tensor
 
+from gpu.candidates import Candidate, Entry, Failure
+from gpu.session import Session, reason_of
+from gpu.tasks import Task
 from hyperattention.methods.presets import HyperAttention
 
 # where checkouts keep the class: the published repository's layout first

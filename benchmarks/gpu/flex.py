@@ -1,10 +1,11 @@
 """FlexAttention with sinks and a window: torch's own sparse kernel, at the slots of the method judged."""
 
 import torch
-from gpu_candidates import Candidate, Entry, Failure, bind, sinks_and_slots
-from gpu_session import Session, reason_of
-from gpu_tasks import Task
 from torch import Tensor
+
+from gpu.candidates import Candidate, Entry, Failure, bind, sinks_and_slots
+from gpu.session import Session, reason_of
+from gpu.tasks import Task
 
 _BLOCK = 128
 

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from gpu_candidates import Attend, Candidate, Entry, exact_candidates, our_candidates, time_exact
-from gpu_compare import Scene, compare, relative
-from gpu_session import Record, Session
-from gpu_tasks import Task, Tensors
-from gpu_timing import Outputs, Stopwatch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from gpu.candidates import Attend, Candidate, Entry, exact_candidates, our_candidates, time_exact
+from gpu.compare import Scene, compare, relative
+from gpu.session import Record, Session
+from gpu.tasks import Task, Tensors
+from gpu.timing import Outputs, Stopwatch
 from hyperattention.bench.error import Error, pool
 from hyperattention.error.audit import audit
 

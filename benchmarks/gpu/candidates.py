@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from gpu_session import Session, reason_of
-from gpu_tasks import Task, Tensors, make_tensors
-from gpu_timing import Call, seconds_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from gpu.session import Session, reason_of
+from gpu.tasks import Task, Tensors, make_tensors
+from gpu.timing import Call, seconds_of
 from hyperattention import Exact, Sinks, attention, default_method
 from hyperattention.bench.rows import Row, control_of
 from hyperattention.methods.base import AttentionMethod
@@ -111,9 +111,17 @@ def _exact(name: str, task: Task, costly: bool) -> Entry:
         tensors, repeat, note = Tensors(tensors.kind, "", tensors.q, k, v), False, "kv heads repeated before the call"
     causal = task.causal and task.queries == task.keys
     return Candidate(
-        name, label, bind(sdpa(backend, causal, repeat), tensors), f"scaled_dot_product_attention, {backend.name}",
-        task.exact_pairs, 1.0, sdpa(backend, causal, must), exact=True, costly=costly, note=note,
-    )  # fmt: skip
+        name,
+        label,
+        bind(sdpa(backend, causal, repeat), tensors),
+        f"scaled_dot_product_attention, {backend.name}",
+        task.exact_pairs,
+        1.0,
+        sdpa(backend, causal, must),
+        exact=True,
+        costly=costly,
+        note=note,
+    )
 
 
 def exact_candidates(task: Task, names: Sequence[str] = tuple(BACKENDS), *, costly: bool = False) -> list[Entry]:
@@ -145,9 +153,15 @@ def candidate_of(session: Session, task: Task, name: str, label: str, method: At
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attention(
-            q, k, v, is_causal=task.causal, enable_gqa=q.shape[1] != k.shape[1], method=method, seed=session.plan.seed,
+            q,
+            k,
+            v,
+            is_causal=task.causal,
+            enable_gqa=q.shape[1] != k.shape[1],
+            method=method,
+            seed=session.plan.seed,
             causal_align=task.causal_align,
-        )  # fmt: skip
+        )
         if not isinstance(out, Tensor):
             raise TypeError("attention was asked for its output alone and returned more")
         return out

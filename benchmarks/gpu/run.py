@@ -1,13 +1,13 @@
 """Measure attention on a GPU beside torch's exact kernels, and write each measurement down as a JSON line at once.
 
-    python benchmarks/gpu.py                                   # all parts, within ten minutes
-    python benchmarks/gpu.py --only forward --only backward    # some parts
-    python benchmarks/gpu.py --peer DIR                        # published HyperAttention's own code from a checkout
-    python benchmarks/gpu.py --toy --out /tmp/toy.jsonl        # tiny, on a CPU, to see that the script runs; says nothing
+    python benchmarks/gpu/run.py                                   # all parts, within ten minutes
+    python benchmarks/gpu/run.py --only forward --only backward    # some parts
+    python benchmarks/gpu/run.py --peer DIR                        # published HyperAttention's own code from a checkout
+    python benchmarks/gpu/run.py --toy --out /tmp/toy.jsonl        # tiny, on a CPU, to see that it runs; says nothing
 
 Every comparison is of one run: times in turn, the error of every candidate against exact rows beside them, on structured
 and Gaussian inputs. The records are committed, and benchmarks/report.py writes tables and plots from them. Needs torch and
-the package alone; the package is found beside this script where it is not installed.
+the package alone; the package is found in this checkout where it is not installed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 STARTED = time.monotonic()
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _stand_in_for_jaxtyping() -> None:
@@ -43,19 +43,21 @@ def _stand_in_for_jaxtyping() -> None:
     sys.modules["jaxtyping"] = module
 
 
+# a script finds what lies beside it, and this one is a part of the folder
+sys.path.insert(0, str(ROOT / "benchmarks"))
 if find_spec("hyperattention") is None:
     sys.path.insert(0, str(ROOT / "src"))
 if find_spec("jaxtyping") is None:
     _stand_in_for_jaxtyping()
 
-import gpu_parts as parts  # noqa: E402 - the package must be found first
-import torch  # noqa: E402
-from gpu_roofline import measure_ceilings  # noqa: E402
-from gpu_session import TOY, Clock, Journal, OutOfTime, Plan, Session, describe_run, forget, limit, reason_of  # noqa: E402
-from gpu_stack import stack  # noqa: E402
-from gpu_table import plain_table  # noqa: E402
+import torch  # noqa: E402 - the package must be found first
 
 import hyperattention  # noqa: E402
+from gpu import parts  # noqa: E402
+from gpu.roofline import measure_ceilings  # noqa: E402
+from gpu.session import TOY, Clock, Journal, OutOfTime, Plan, Session, describe_run, forget, limit, reason_of  # noqa: E402
+from gpu.stack import stack  # noqa: E402
+from gpu.table import plain_table  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def run_part(part: Part, session: Session) -> None:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [part.name for part in PARTS]
-    default = Path(__file__).parent / "records" / "gpu.jsonl"
+    default = ROOT / "benchmarks" / "records" / "gpu.jsonl"
     parser.add_argument("--only", action="append", choices=names, help="measure this part; may be given again")
     parser.add_argument("--peer", type=Path, help="checkout of published HyperAttention (insuhan/hyper-attn) to measure")
     parser.add_argument("--out", type=Path, default=default, help="file of the records, replaced unless --append")

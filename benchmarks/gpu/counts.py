@@ -1,7 +1,7 @@
 """Count what choosing keys costs a GPU, without one: launches and bytes of its operators, on the meta device.
 
-python benchmarks/gpu_counts.py                    # the default method at 8k, 131k and 1M tokens
-python benchmarks/gpu_counts.py 65536 --largest 20 # one length, and the operators that move most
+python benchmarks/gpu/counts.py                    # the default method at 8k, 131k and 1M tokens
+python benchmarks/gpu/counts.py 65536 --largest 20 # one length, and the operators that move most
 """
 
 import argparse

@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 import torch
-from gpu_candidates import Candidate, Entry, candidate_of, exact_candidates, our_candidates, time_exact
-from gpu_compare import compare, scene_of
-from gpu_flex import flex_candidate
-from gpu_peer import peer_candidates
-from gpu_session import Record, Session
-from gpu_tasks import KINDS, Task, make_decode_tensors, make_long_tensors, make_tensors
-from gpu_timing import Call, Outputs
 
+from gpu.candidates import Candidate, Entry, candidate_of, exact_candidates, our_candidates, time_exact
+from gpu.compare import compare, scene_of
+from gpu.flex import flex_candidate
+from gpu.peer import peer_candidates
+from gpu.session import Record, Session
+from gpu.tasks import KINDS, Task, make_decode_tensors, make_long_tensors, make_tensors
+from gpu.timing import Call, Outputs
 from hyperattention.bench.rows import control_of
 from hyperattention.error.audit import audit as judge
 from hyperattention.problem import Problem

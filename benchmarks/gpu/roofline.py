@@ -3,9 +3,10 @@
 import statistics
 
 import torch
-from gpu_session import Ceilings, Plan, Record, Session
-from gpu_timing import seconds_of
 from torch import Tensor
+
+from gpu.session import Ceilings, Plan, Record, Session
+from gpu.timing import seconds_of
 
 _ROUNDS = 9
 

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from gpu_candidates import Candidate, Entry, Failure
-from gpu_roofline import floor_seconds
-from gpu_session import Record, Session, forget, reason_of
-from gpu_tasks import Task
-from gpu_timing import Outputs, Trial, calls_in_sample, interleave, ratio_of, try_out
 from torch import Tensor
 
+from gpu.candidates import Candidate, Entry, Failure
+from gpu.roofline import floor_seconds
+from gpu.session import Record, Session, forget, reason_of
+from gpu.tasks import Task
+from gpu.timing import Outputs, Trial, calls_in_sample, interleave, ratio_of, try_out
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.timing import Timing
 from hyperattention.error.audit import audit
@@ -59,9 +59,16 @@ def scene_of(session: Session, task: Task) -> Scene:
         if not outputs:
             return None
         report = audit(
-            q, k, v, outputs[0], rows=session.plan.audit_rows, is_causal=task.causal, enable_gqa=q.shape[1] != k.shape[1],
-            causal_align=task.causal_align, seed=session.plan.seed,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            outputs[0],
+            rows=session.plan.audit_rows,
+            is_causal=task.causal,
+            enable_gqa=q.shape[1] != k.shape[1],
+            causal_align=task.causal_align,
+            seed=session.plan.seed,
+        )
         return pool([report])
 
     def floor(pairs: float) -> float | None:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from gpu_session import Plan
 from torch import Tensor
 
+from gpu.session import Plan
 from hyperattention.methods.base import exact_pairs
 from hyperattention.synthetic import gaussian, structured
 
