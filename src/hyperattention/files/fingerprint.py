@@ -54,9 +54,9 @@ class Fingerprint:
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Compute the fingerprint of a transformers model.
 
-    Values are rounded to bfloat16 before they are hashed, so that the fingerprint does not depend on the precision in
-    which the model is loaded. The weights of a model that accelerate has offloaded are fetched one module at a time. A weight without values, as on the meta
-    device, is refused with a ValueError.
+    Values are rounded to bfloat16 before they are hashed, so that the fingerprint does not depend on the precision in which
+    the model is loaded. The weights of a model that accelerate has offloaded are fetched one module at a time. A weight
+    without values, as on the meta device, is refused with a ValueError.
 
     Args:
         model: the model, without wrappers.
