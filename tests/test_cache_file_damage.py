@@ -200,7 +200,7 @@ HEADERS = {
     "no policy at all": (edit("cache", policy={"type": "Bounds", "reach": 0.3}), "must be a policy"),
     "a policy of wrong arguments": (edit("cache", policy={"type": "BalancedHalving", "breadth": -1.0}), "breadth=-1.0"),
     "an unknown field": (edit("cache", more=1), "no such field"),
-    "room for nothing": (edit("cache", room={"budget": 18, "sinks": 2, "window": 16}), "leaves nothing"),
+    "room for nothing": (edit("cache", room={"budget": 18, "sinks": 2, "window": 16}), "leaves no slot besides"),
     "a smaller budget": (edit("cache", room={"budget": 20, "sinks": 2, "window": 16}), "38 slots of 60 tokens, budget=20"),
     "a negative seed": (edit("cache", seed=-1), "whole number"),
     "no JSON": (lambda header: header.update(cache="{"), "not JSON"),

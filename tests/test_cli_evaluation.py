@@ -110,7 +110,7 @@ def test_a_users_own_model_is_asked_in_sentences(own_model: Path, tmp_path: Path
         (("--lengths", 4096), "reads at most 1,024 tokens"),
         (("--lengths", "long"), "--lengths 'long': give whole, positive numbers"),
         (("--lengths", 100), "give more than 128"),
-        (("--budget", 20), "budget=20 leaves no slots beside 16 sinks"),
+        (("--budget", 20), "budget=20 leaves no slot besides 16 sinks"),
         (("--budget", "0"), "--budget '0'"),
         (("--text", "nowhere.txt"), "cannot read nowhere.txt"),
         (("--text", "short.txt"), "the text has 5 tokens, but 512 are needed"),

@@ -40,9 +40,9 @@ def test_layers_that_no_file_holds_are_refused_before_the_text_is_read(
         (("generate", "reference", "empty.txt"), "empty.txt has 0 tokens: give a text of at least two"),
         (
             ("generate", "reference", "document.txt", "--budget", 20),
-            "budget=20 leaves no slots beside 16 sinks and a window of 10: give at least 33",
+            "budget=20 leaves no slot besides 16 sinks and 10 window keys: give at least 33",
         ),
-        (("generate", "reference", "document.txt", "--budget", 96, "--window", 90), "leaves nothing beside 16 sinks and 90"),
+        (("generate", "reference", "document.txt", "--budget", 96, "--window", 90), "leaves no slot besides 16 sinks"),
         (
             ("generate", "reference", "document.txt", "--policy", "magic"),
             "unknown policy 'magic': choose from exact, streaming",
@@ -53,7 +53,7 @@ def test_layers_that_no_file_holds_are_refused_before_the_text_is_read(
         (("generate", "reference", "document.txt", "--seed", 2**63), "--seed"),
         (("generate", "no/model", "document.txt"), "no directory no/model"),
         (("cache", "reference", "nowhere.txt"), "cannot read nowhere.txt"),
-        (("cache", "reference", "document.txt", "--budget", 20), "budget=20 leaves no slots"),
+        (("cache", "reference", "document.txt", "--budget", 20), "budget=20 leaves no slot"),
         (("cache", "reference", "document.txt", "--out", "no/where"), "cannot write no/where"),
         (
             ("cache", "reference", "document.txt", "--out", "./document.txt"),

@@ -148,5 +148,5 @@ def test_baselines_always_take_part_and_unknown_names_do_not() -> None:
     assert [each.name for each in choose_families(None)][:4] == names
     with pytest.raises(ValueError, match="unknown policies nonsense: choose from exact, streaming"):
         choose_families(("uniform", "nonsense"))
-    with pytest.raises(ValueError, match="budget=20 leaves no slots"):
+    with pytest.raises(ValueError, match="budget=20 leaves no slot"):
         candidates_at(choose_families(()), (20,))

@@ -338,9 +338,9 @@ def test_room_that_is_none_is_refused(model: nn.Module, room: dict[str, int], me
     ("given", "message"),
     [
         ({"budget": 33}, None),
-        ({"budget": 32}, "beside 16 sinks and a window of 16: give at least 33"),
+        ({"budget": 32}, "besides 16 sinks and 16 window keys: give at least 33"),
         ({"budget": 0}, "give at least 33"),
-        ({"budget": 21, "policy": policies.TopPages()}, "beside 16 sinks and a window of 5: give at least 22"),
+        ({"budget": 21, "policy": policies.TopPages()}, "besides 16 sinks and 5 window keys: give at least 22"),
         ({"budget": 64, "policy": "pages"}, "policy='pages' is not a policy"),
         ({"budget": 64, "policy": policies.TopPages}, "is not a policy: give a policy object of this package"),
         ({"budget": "64"}, "budget='64' is not an integer: give an integer number"),

@@ -108,7 +108,7 @@ class CacheCandidate:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        # refuses a budget that leaves no slots beside sinks and window; a cache that drops no keys does not use them
+        # refuses a budget that leaves no slot besides sinks and window; a cache that drops no keys does not use them
         if self.family.policy is not None:
             room_for(self.family.policy, self.budget, self.sinks, self.window)
 

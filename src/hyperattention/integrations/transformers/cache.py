@@ -52,7 +52,7 @@ def room_for(policy: Policy | StoreFactory, budget: int, sinks: int, window: int
     if 0 <= sinks >= budget - usual(budget):
         least = next(more for more in count(max(budget, 1) + 1) if more > sinks + usual(more))
         raise ValueError(
-            f"budget={budget} leaves no slots beside {sinks} sinks and a window of {usual(budget)}: give at least {least}, "
+            f"budget={budget} leaves no slot besides {sinks} sinks and {usual(budget)} window keys: give at least {least}, "
             "or fewer sinks"
         )
     return CacheBudget(budget, sinks, usual(budget))
@@ -87,7 +87,7 @@ class HyperCache(Cache):
             exceed that length raises an error, because the model's output there is unreliable.
 
     Raises:
-        ValueError: if the budget leaves no slots beside sinks and window, no layer has full attention, the model's attention
+        ValueError: if the budget leaves no slot besides sinks and window, no layer has full attention, the model's attention
             reads other keys than those that its cache returns, a number is not an integer, `seed` is out of range, or
             `audit` is not positive.
 
