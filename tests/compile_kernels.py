@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from hyperattention.kernels.choose import triton_block_mass, triton_draw_leaves, triton_prepare
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
+from hyperattention.kernels.list import triton_flat, triton_flatten
 from hyperattention.kernels.list import triton_forward as list_triton
+from hyperattention.kernels.list.flat_form import flat_form_of
 from hyperattention.kernels.list.reference import Lists
 
 TILES, KEYS = 4, 2048
@@ -90,6 +93,18 @@ def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) 
         yield f"backward, keys of group {group}", keys[group]
 
 
+def launches_of_flat_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) -> Iterator[tuple[str, Launch]]:
+    size = min(rows, 64)
+    q, k = torch.empty(1, TILES, rows // size, size, dim, dtype=dtype), torch.empty(1, KEYS, dim, dtype=dtype)
+    results = torch.empty(1, rows // size, TILES, size, dim, dtype=dtype), torch.empty(1, rows // size, TILES, size)
+    form = flat_form_of(lists_of(rows), KEYS, paged=False)
+    flat, store = triton_flatten.empty_flat(form), store_of(k, None)
+    cut = triton_flat.flat_shape_of(rows, dim, q.element_size(), capability // 10)
+    yield "flatten", triton_flatten.launch_flatten(form, flat)
+    carry = triton_flat.carries(cut)
+    yield "flat forward", triton_flat.launch_flat(q, store, store, results, form, flat, 0.1, cut, carry=carry)
+
+
 def launches_of_masses(dtype: torch.dtype, dim: int, rows: int) -> Iterator[tuple[str, Launch]]:
     query, edges, lse = torch.empty(1, TILES, rows, dim, dtype=dtype), indices(1, TILES, 5), torch.empty(1, TILES, rows)
     yield "block lse", triton_block_mass.launch_lse(query, torch.empty(1, 9, 2 * dim, dtype=dtype), edges, lse, 9, 256)
@@ -126,14 +141,43 @@ def launches_of_draws() -> Iterator[tuple[str, Launch]]:
         yield f"draws from {leaves} leaves", launch
 
 
-def resources_of(compiled) -> dict[str, int]:
-    """Registers, and bytes of stack: what did not fit registers is spilled there."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        listing = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+def resources_of(compiled, capability: int) -> dict:
+    """Registers, bytes of stack (what did not fit registers is spilled there), serialised products, and how loops gather."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        listing = subprocess.run([TOOL, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+        # Triton throws away what the assembler says: it is asked again
+        name = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [get_ptxas(capability).path, f"--gpu-name={name}", ptx, "-o", Path(folder) / "again.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
     found = dict(re.findall(r"(REG|STACK):(\d+)", listing.stdout))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]), "shared": compiled.metadata.shared}
+    return {
+        "registers": int(found["REG"]), "spilled": int(found["STACK"]), "shared": compiled.metadata.shared,
+        # C7510 to C7515: products that wait for one another
+        "serialised": sorted(set(re.findall(r"\((C751\d)\)", said.stdout + said.stderr))),
+        **gathers_of(compiled.asm["ttgir"]),
+    }  # fmt: skip
+
+
+def gathers_of(ttgir: str) -> dict[str, int]:
+    """Count blocks of keys or values that loops fetch: in the background, or with everything waiting."""
+    counts, loops = {"asynchronous": 0, "synchronous": 0}, []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if loops and line.lstrip().startswith("}") and indent <= loops[-1]:
+            loops.pop()
+        if not loops and "scf.for" not in line:
+            continue
+        if "scf.for" in line:
+            loops.append(indent)
+        # tensors of two axes: numbers of keys, and weights, have one
+        if re.search(r"ttg\.async_copy_global_to_local .* tensor<\d+x\d+x!tt\.ptr", line):
+            counts["asynchronous"] += 1
+        if re.search(r"tt\.load .* tensor<\d+x\d+x!tt\.ptr", line):
+            counts["synchronous"] += 1
+    return counts
 
 
 def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
@@ -141,6 +185,9 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
     default = dtype == torch.bfloat16
     for rows in (64, 256) if default else (256,):
         for name, launch in launches_of_lists(dtype, dim, rows, capability):
+            yield f"{name}, {rows} rows", launch
+    for rows in (16, 64, 128, 256) if default else (256,):
+        for name, launch in launches_of_flat_lists(dtype, dim, rows, capability):
             yield f"{name}, {rows} rows", launch
     if default:
         yield from launches_of_preparation(dtype, dim)
@@ -155,7 +202,7 @@ def main(capability: int, dtype: torch.dtype, dims: list[int]) -> None:
     driver.set_active(Driver(capability))
     for dim in dims:
         for name, launch in launches(capability, dtype, dim):
-            print(json.dumps({"kernel": name, "dim": dim, **resources_of(launch.compile())}), flush=True)
+            print(json.dumps({"kernel": name, "dim": dim, **resources_of(launch.compile(), capability)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,20 @@ pytest.importorskip("triton", reason="the test extra installs Triton, which CPU 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
 # 8.6 and 8.9 run what 8.0 does, with less shared memory
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
+# bytes that the fast list kernel may spill: accumulators of 128 rows and 128 numbers take half of a thread's registers, and
+# what spills is touched once a program or a few times a block. Compiled: 112 under Triton 3.6.0, 80 under 3.9.0
+FAST_SPILLS = {("flat forward, 128 rows", 90, 128): 128, ("flat forward, 256 rows", 90, 128): 128}
+# older kernels whose loops wait for whole blocks, and how many of them each loop waits for: not yet rewritten
+SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
+
+
+def refuse_what_makes_gathers_slow(kernel: dict, capability: int) -> None:
+    """The fast list kernel: everything gathered in the background, no products that wait for one another, no spills."""
+    assert kernel["synchronous"] == 0, kernel
+    # keys and values in each of four loops
+    assert kernel["asynchronous"] == 8, kernel
+    assert kernel["serialised"] == [], kernel
+    assert kernel["spilled"] <= FAST_SPILLS.get((kernel["kernel"], capability, kernel["dim"]), 0), kernel
 
 
 def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:
@@ -29,13 +43,19 @@ def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:
 @pytest.mark.parametrize("dim", [64, 128])
 def test_default_sizes_fit_and_spill_nothing(capability, dim):
     kernels = compiled(capability, "bfloat16", dim)
-    assert len(kernels) == 2 * 8 + 4 + (3 * 3 + 3 if dim == 64 else 0)
+    assert len(kernels) == 2 * 8 + 4 * 2 + 4 + (3 * 3 + 3 if dim == 64 else 0)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
         # what tests labels as well, and groups of sixteen heads, may spill a little
         large = kernel["kernel"].startswith("block") and "256 rows" in kernel["kernel"]
         most = 64 if large or "hashed" in kernel["kernel"] else 0
-        assert kernel["spilled"] <= most, kernel
+        if kernel["kernel"].startswith("flat forward"):
+            refuse_what_makes_gathers_slow(kernel, capability)
+        else:
+            assert kernel["spilled"] <= most, kernel
+        if kernel["kernel"].startswith(("forward", "backward", "keys", "queries")):
+            allowed = next((count for name, count in SYNCHRONOUS.items() if kernel["kernel"].startswith(name)), 0)
+            assert kernel["synchronous"] <= allowed, kernel
 
 
 @pytest.mark.heavy

@@ -77,6 +77,31 @@ def test_methods_as_on_the_cpu(method, head_dim, group, causal):
         assert_exact(ours[1], wide[1])
 
 
+@pytest.mark.parametrize("num_tokens", [2048, 8192])
+@pytest.mark.parametrize(("tile", "group", "width", "dtype"), [
+    (64, 4, 128, torch.bfloat16), (16, 4, 128, torch.bfloat16), (32, 4, 128, torch.float16), (64, 1, 64, torch.bfloat16),
+    (64, 2, 256, torch.bfloat16), (64, 4, 96, torch.bfloat16), (64, 4, 128, torch.float32),
+], ids=str)  # fmt: skip
+def test_the_fast_list_kernel(tile, group, width, dtype, num_tokens):
+    """At real shapes: every shape of a program, keys that end within a tile, rows beside float64 and the general kernel."""
+    from hyperattention.kernels.list import triton_choice, triton_forward
+    from hyperattention.kernels.list.operator import fields
+    from hyperattention.kernels.list.reference import Lists
+    from hyperattention.problem import Problem
+
+    method = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(688), tile=tile)
+    x = tensors(num_tokens - 5, batch=2, heads=8 * group, kv_heads=8, head_dim=width, dtype=dtype)
+    problem = Problem(*on_gpu(x), width**-0.5, causal=True)
+    tiles, selection = method.select(problem)
+    lists, q, (k, v) = Lists(*fields(selection)), tiles.split(problem.q), (x.flatten(0, 1) for x in (problem.k, problem.v))
+    assert triton_choice.flat_form_for(q, k, v, lists) is not None
+    ours = triton_choice.forward(q, k, v, lists, problem.scale)
+    plain = triton_forward.forward(q, k, v, lists, problem.scale)
+    wide = list_attention(*(t.double() for t in (q, k, v)), selection, problem.scale)
+    for a, b, c in zip(ours, wide, plain, strict=True):
+        assert_same_math(a, b, c)
+
+
 def _to(x, device: str):
     if isinstance(x, Tensor):
         return x.to(device)

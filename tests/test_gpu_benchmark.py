@@ -304,3 +304,30 @@ def test_report_fills_the_block_of_the_performance_page(tmp_path, measured):
     # GPU records leave the README's own table as it was
     assert before.split("<!-- measured: begin")[0] == readme.read_text().split("<!-- measured: begin")[0]
     assert "gpu" not in readme.read_text().split("<!-- measured: begin")[1].split("measured: end")[0]
+
+
+@pytest.mark.slow
+def test_the_list_kernels_are_compared_and_a_wrong_one_leaves_no_record(tmp_path):
+    pytest.importorskip("triton", reason="the test extra installs Triton, which CPU builds of torch do not bring")
+    path = tmp_path / "list.jsonl"
+    done = run_script("gpu_list.py", "--toy", "--out", path, "--commit", "abc")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["part"] for record in records] == ["list"] * 3 + ["profile", "sweep"]
+    assert all(record["commit"] == "abc" and "triton" in record["versions"] for record in records)
+    for record in records[:3]:
+        assert set(record["ms"]) == {"old", "new", "flatten", "new, flattened"}
+        assert record["errors"]["new"] < ROUNDING
+    # the script with a kernel that leaves out a factor
+    script = tmp_path / "wrong.py"
+    spoiled = "triton_flat.flat_forward = lambda q, *x, f=triton_flat.flat_forward: f(1.01 * q, *x)\n"
+    source = (
+        (BENCHMARKS / "gpu_list.py")
+        .read_text()
+        .replace('if __name__ == "__main__":', spoiled + 'if __name__ == "__main__":')
+    )
+    script.write_text(f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n" + source)
+    done = run_script(str(script), "--toy", "--out", tmp_path / "none.jsonl")
+    assert done.returncode != 0
+    assert "is wrong" in done.stderr
+    assert not (tmp_path / "none.jsonl").exists()

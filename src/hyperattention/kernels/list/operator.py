@@ -52,7 +52,7 @@ def _list_attention(
         gap_high,
     )
     if triton_reads(q, k, v):
-        from hyperattention.kernels.list import triton_forward as list_triton
+        from hyperattention.kernels.list import triton_choice as list_triton
 
         return list_triton.forward(q, k, v, lists, scale, table)
     out, lse = list_torch.forward(q.flatten(2, 3), k, v, lists, scale, table)

@@ -194,7 +194,7 @@ def forward(
     """
     (num_lists, tiles, group, size), value_dim = q.shape[:4], v.shape[-1]
     cut = cut or shape_of(group * size, widest(q, v), q.element_size(), capability_of(q))
-    splits = _splits(q, lists, cut) if splits is None else splits
+    splits = splits_of(q, lists, cut) if splits is None else splits
     shape = (splits, num_lists, group, tiles, size)
     lse = q.new_empty(shape, dtype=torch.float32)
     out = q.new_empty((*shape, value_dim), dtype=torch.float32 if splits > 1 or precise else q.dtype)
@@ -271,7 +271,7 @@ def capability_of(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 9
 
 
-def _splits(q: Tensor, lists: Lists, cut: Shape) -> int:
+def splits_of(q: Tensor, lists: Lists, cut: Shape) -> int:
     """Return the number of splits of lists, above one if there are too few tiles to fill the device."""
     if q.device.type != "cuda":
         return 1
