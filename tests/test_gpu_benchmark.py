@@ -306,11 +306,11 @@ def test_report_fills_the_block_of_the_performance_page(tmp_path, measured):
     assert "gpu" not in readme.read_text().split("<!-- measured: begin")[1].split("measured: end")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_list_kernels_are_compared_and_a_wrong_one_leaves_no_record(tmp_path):
     pytest.importorskip("triton", reason="the test extra installs Triton, which CPU builds of torch do not bring")
     path = tmp_path / "list.jsonl"
-    done = run_script("gpu_list.py", "--toy", "--out", path, "--commit", "abc")
+    done = run_script("gpu/list_kernel.py", "--toy", "--out", path, "--commit", "abc")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["part"] for record in records] == ["list"] * 3 + ["profile", "sweep"]
@@ -322,7 +322,7 @@ def test_the_list_kernels_are_compared_and_a_wrong_one_leaves_no_record(tmp_path
     script = tmp_path / "wrong.py"
     spoiled = "triton_flat.flat_forward = lambda q, *x, f=triton_flat.flat_forward: f(1.01 * q, *x)\n"
     source = (
-        (BENCHMARKS / "gpu_list.py")
+        (BENCHMARKS / "gpu" / "list_kernel.py")
         .read_text()
         .replace('if __name__ == "__main__":', spoiled + 'if __name__ == "__main__":')
     )

@@ -1,7 +1,7 @@
 """Compare the two forms of the list kernel on a GPU: right first, then fast; one JSON line a case.
 
-    python benchmarks/gpu_list.py                              # within two minutes on an H100
-    python benchmarks/gpu_list.py --toy --out /tmp/toy.jsonl   # tiny, in Triton's interpreter, to see that the script runs
+    python benchmarks/gpu/list_kernel.py                              # within two minutes on an H100
+    python benchmarks/gpu/list_kernel.py --toy --out /tmp/toy.jsonl   # tiny, in Triton's interpreter, to see that the script runs
 
 On the default method's lists, and on drawn ones of known length. Rows of both forms are compared with float64 before
 anything is timed: where a kernel is wrong, nothing is written down. Times are taken in turn. One whole call is profiled.
@@ -20,15 +20,16 @@ if "--toy" in sys.argv:
     # kernels read this when they are defined
     os.environ["TRITON_INTERPRET"] = "1"
 
-# `gpu` finds the package, and stands in for jaxtyping where it is missing
-import gpu  # noqa: E402, F401
+# the folder is a package; `gpu.run` finds ours, and stands in for jaxtyping where it is missing
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
-from gpu_session import TOY, Clock, Journal, Plan, describe_run, reason_of  # noqa: E402
-from gpu_tasks import make_tensors  # noqa: E402
-from gpu_timing import calls_in_sample, interleave, seconds_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import hyperattention as ha  # noqa: E402
+from gpu import run  # noqa: E402, F401
+from gpu.session import TOY, Clock, Journal, Plan, describe_run, reason_of  # noqa: E402
+from gpu.tasks import make_tensors  # noqa: E402
+from gpu.timing import calls_in_sample, interleave, seconds_of  # noqa: E402
 from hyperattention.kernels.launch import store_of  # noqa: E402
 from hyperattention.kernels.list import reference, triton_flat, triton_flatten, triton_forward  # noqa: E402
 from hyperattention.kernels.list.flat_form import FlatForm, flat_form_of  # noqa: E402
@@ -256,7 +257,9 @@ def profile(plan: Plan, journal: Journal) -> None:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "gpu_list.jsonl", help="records")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[1] / "records" / "gpu_list.jsonl", help="records"
+    )
     parser.add_argument("--seconds", type=float, default=115, help="time for all; shapes that do not fit are left out")
     parser.add_argument("--commit", help="commit to record, where there is no git checkout to ask")
     parser.add_argument("--toy", action="store_true", help="tiny inputs in the interpreter, on a CPU")
