@@ -16,6 +16,7 @@ from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.compressing import CompressingStore
 from hyperattention.cache.score_rule import ScoreRule
 from hyperattention.cache.slots import CacheSlots
+from hyperattention.files.fingerprint import fingerprint
 from hyperattention.integrations.transformers.cache_handle import Handle, attach, handle_of
 from hyperattention.policies.latest import Latest
 from hyperattention.random import SEED_LIMIT
@@ -278,7 +279,7 @@ def test_what_a_file_could_not_hold_is_refused_when_a_cache_is_made(given: dict[
     assert message in str(raised.value)
 
 
-def test_a_cache_is_loaded_for_a_model_whose_parameters_are_nowhere(tmp_path: Path) -> None:
+def test_a_cache_is_loaded_for_a_model_whose_parameters_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # as accelerate leaves a model that it offloads: parameters on no device, until its hooks put them where they compute
     model = build("Llama", {})
     cache = integration.HyperCache(model.config, budget=40, sinks=2, window=16)
@@ -286,6 +287,9 @@ def test_a_cache_is_loaded_for_a_model_whose_parameters_are_nowhere(tmp_path: Pa
         model(tokens(2, PROMPT), past_key_values=cache)
     away = build("Llama", {}).to("meta")
     assert away.device.type == "meta"
+    # accelerate would fetch its weights
+    own = fingerprint(model)
+    monkeypatch.setattr(file, "fingerprint", lambda _: own)
     file.save_cache(cache, away, tmp_path / "doc.safetensors", tokens=tokens(2, PROMPT))
     loaded, text = file.load_cache(tmp_path / "doc.safetensors", away)
     assert torch.equal(text, tokens(2, PROMPT))
