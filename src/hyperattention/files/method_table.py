@@ -15,6 +15,7 @@ from hyperattention.rivals.priority_draw import PriorityDraw
 from hyperattention.rivals.vertical_slash import VerticalSlash
 from hyperattention.select.density import Uniform
 from hyperattention.select.draw import Draw
+from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
@@ -39,6 +40,7 @@ _TYPES = (
     CollisionDraw,
     HierarchicalSearch,
     Draw,
+    DrawAlike,
     Exact,
     HashBuckets,
     HyperAttention,

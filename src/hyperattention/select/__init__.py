@@ -2,6 +2,7 @@
 
 from hyperattention.select.density import Density, Distribution, Uniform
 from hyperattention.select.draw import Draw
+from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.hash_buckets import HashBuckets
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.top_blocks import TopBlocks
@@ -25,6 +26,7 @@ __all__ = [
     "Density",
     "Distribution",
     "Draw",
+    "DrawAlike",
     "HashBuckets",
     "HierarchicalSearch",
     "KeyBounds",

@@ -1,0 +1,207 @@
+"""Draw for queries that look for similar keys, wherever in a tile they stand: each such list serves few and alike rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperattention.check import positive
+from hyperattention.random import uniform
+from hyperattention.select.alike import AlikeTiles, sort_alike
+from hyperattention.select.density import Even
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.window import Window
+from hyperattention.select.score.alike_scan import AlikeScan, Blocks, blocks_of
+from hyperattention.select.score.pooling import chunks, edges, seen_keys
+from hyperattention.select.score.stretches import Stretches, stretches_of
+from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
+from hyperattention.tiling import Tiles
+from hyperattention.types import DrawnSlots, Runs, Selection
+
+# numbers held for each key and list while drawing
+_NUMBERS = 8
+
+
+@dataclass(frozen=True)
+class DrawAlike(Stage):
+    """Sample `num` of the keys that are left for each list of a tile, which queries that look for similar keys share.
+
+    p_j ~ min(1 / num, max_g exp(q_g . k_j - z_g + s_j)),   s_j^2 = sum_c var_c k_jc^2:   q_g averages a group of alike
+    queries, and s_j is the deviation, over a tile, of a score from its group's average.
+
+    Rows of all heads of a group, out of one tile of positions, are sorted along the direction in which they differ most, cut
+    into equal parts, and so on, down to lists. Inside a list they are grouped around those that are farthest from one
+    another, so that a query unlike all others is not averaged. A share of the draws is spread evenly, so that no weight
+    exceeds keys / (share * draws) however wrong the estimate. Keys are scored one by one while a tile sees no more than
+    `most` of them; beyond that blocks of 2, 4, 8, ... are, by their means and variances, so that products stay bounded.
+
+    Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
+    1949, evenly spaced points; Friedman et al., 1977, cuts at medians; Roy et al., 2020 (arXiv:2003.05997), queries that
+    share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
+    Cost: `num` slots a query, and pooled / (size * heads of a group) * min(keys seen, `most`) products.
+    Guarantee: numerator and denominator unbiased, whatever the estimate.
+
+    Args:
+        num: keys drawn for each list.
+        size: positions' worth of rows that share a list; the fewer the better they are served, and the more is gathered.
+            About 64 rows, with those of all heads of a group, fill the units of a GPU.
+        pooled: averaged groups of each list.
+        most: keys that a tile may see to be scored one by one.
+        uniform_share: share of the draws that is spread evenly.
+
+    Raises:
+        ValueError: if a number is not positive, or the share is not between 0 and 1.
+    """
+
+    num: int
+    size: int = 16
+    pooled: int = 8
+    most: int = 32_768
+    uniform_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        positive("DrawAlike", num=self.num, size=self.size, pooled=self.pooled, most=self.most)
+        if not 0.0 < self.uniform_share < 1.0:
+            raise ValueError(
+                f"DrawAlike(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
+            )
+
+    @property
+    def complete(self) -> bool:
+        """Every key that is left has an expected weight of one."""
+        return True
+
+    @property
+    def looks_ahead(self) -> LookAhead:
+        """Draws of a tile depend on all of its queries."""
+        return LookAhead.TILE
+
+    def check_after(self, earlier: tuple[Stage, ...]) -> None:
+        """Refuse to follow anything but Sinks and Window.
+
+        Args:
+            earlier: the stages before this one.
+
+        Raises:
+            ValueError: if one of them takes other keys than ranges of positions.
+        """
+        for stage in earlier:
+            if not isinstance(stage, Sinks | Window):
+                raise ValueError(
+                    f"{self!r} cannot follow {stage!r}: rows of its lists come from a whole tile, and only ranges of "
+                    "positions are known to be taken from all of them; put it right after Sinks and Window"
+                )
+
+    def slots(self, tile: int) -> int:
+        """Count the keys listed for each row."""
+        return self.num
+
+    def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
+        """Count products of averages with blocks, their deviations and their means, for heads that share no keys."""
+        visible, products, many = num_keys / (2 if causal else 1), 0.0, -(-tile // self.size)
+        # the mean over tiles, by the share of them that sees each size of block
+        edge, size = 0, 1
+        while edge < num_keys:
+            until = min(num_keys, self.most * size)
+            if causal:
+                products += (until - edge) / num_keys * (edge + until) / 2 / size
+            elif until == num_keys:
+                products = visible / size
+            edge, size = until, size * 2
+        return products * (self.pooled * many * (1 + 2 / 64) + 2) / tile
+
+    def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
+        """Take nothing in tiles of positions."""
+        return (), covered
+
+    def select_apart(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[tuple[Tiling, Selection], ...], CoveredKeys]:
+        """Sort queries, score keys, and draw for each list, or list all keys where they are few."""
+        problem = tiles.problem
+        if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
+            return (), covered
+        many = -(-tiles.size // self.size)
+        alike, query, few = sort_alike(tiles, many)
+        scan, left = AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3])), edges(tiles, covered)
+        width = tiles.problem.group * tiles.size
+        parts = chunks(tiles, _NUMBERS * many * min(self.most, problem.num_keys) + width, self._seams(tiles))
+        blocks = self._blocks(problem.k.flatten(0, 1).to(query.dtype))
+        drawn = [self._draw(scan, blocks, left, tiles, covered, part) for part in parts]
+        index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
+        return ((alike, self._lists(tiles, covered, alike, left, index, weight)),), covered
+
+    def _block_size(self, seen: int) -> int:
+        """Return how many keys a block has where a tile sees so many."""
+        size = 1
+        while -(-seen // size) > self.most:
+            size *= 2
+        return size
+
+    def _seams(self, tiles: Tiles) -> list[int]:
+        """Number the first tiles that see too many keys for each size of block."""
+        if not tiles.problem.causal:
+            return []
+        seams, size = [], self.most
+        while size < tiles.problem.num_keys + tiles.size:
+            seams.append(tiles.before(size // tiles.size))
+            size *= 2
+        return seams
+
+    def _blocks(self, k: Tensor) -> Callable[[int], Blocks]:
+        """Centre keys, and average them over blocks of each size that is asked for, once each."""
+        # while no more keys than draws are left all are listed: those keys may tell of the others
+        keys = torch.nan_to_num(k - k[:, : self.num].mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
+        made: dict[int, Blocks] = {}
+
+        def blocks(size: int) -> Blocks:
+            if size not in made:
+                made[size] = blocks_of(keys, size, self.num)
+            return made[size]
+
+        return blocks
+
+    def _draw(
+        self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], tiles: Tiles, covered: CoveredKeys,
+        part: slice,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Draw for a chunk of tiles: keys and log-weights, ``[lists, chunk * many, num]``."""
+        problem, many = tiles.problem, scan.query.shape[2]
+        seen = seen_keys(tiles, part)
+        size = self._block_size(seen)
+        some = tuple(x[:, part] for x in left)
+        share = scan.shares(part, blocks(size), -(-seen // size))
+        law: Stretches = stretches_of(
+            share, size, some, self.num, self.uniform_share, not (problem.causal and covered.gap is not None)
+        )
+        slot = torch.arange(self.num, dtype=torch.int64, device=problem.device)
+        number = (tiles.index[part, None] * many + torch.arange(many, dtype=torch.int64, device=problem.device)).flatten()
+        noise = uniform((problem.seed, problem.layer, problem.head_index[:, None, None], number[:, None], 0), problem.device)
+        index, chance = law.draw(((slot + noise) / self.num).repeat(problem.k.shape[0], 1, 1))
+        # a law with nothing to draw from drew keys to which it gives no chance: empty slots
+        weight = (-(chance * self.num).log()).masked_fill(chance == 0, -torch.inf)
+        begin, hole_begin, hole_end, end = (x.repeat_interleave(many, 1) for x in some)
+        even = Even((begin, hole_begin, hole_end, end))
+        few = even.count <= self.num
+        all_of_them = even.at((slot.double() + 0.5) / even.count.clamp(min=1))
+        listed = torch.zeros_like(weight).masked_fill_(slot >= even.count, -torch.inf)
+        return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
+
+    def _lists(
+        self, tiles: Tiles, covered: CoveredKeys, alike: AlikeTiles, left: tuple[Tensor, ...], index: Tensor, weight: Tensor
+    ) -> Selection:
+        """Make the selection of the sorted tiles."""
+        problem, many = tiles.problem, alike.source.shape[1] // len(tiles.index)
+        limit = tiles.by_list(tiles.limit).repeat_interleave(problem.group, 2)
+        limit = limit.gather(2, alike.inside.unflatten(1, (-1, many)).flatten(2)).view_as(alike.inside)
+        low, high = (left[at][..., 0].repeat_interleave(many, 1) for at in (0, 3))
+        runs = Runs(
+            first=index,
+            size=1,
+            log_weight=weight,
+            low=low,
+            high=high,
+            causal=problem.causal and covered.gap is None,
+            sample=DrawnSlots((self.num,), (True,)),
+        )
+        lists = torch.arange(len(index), dtype=torch.int64, device=problem.device)
+        return Selection((runs,), row_limit=limit.masked_fill(~alike.live, 0), key_row=lists)

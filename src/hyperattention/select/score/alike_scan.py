@@ -1,0 +1,222 @@
+"""Score blocks of keys by averages of alike queries, and allow for what averages hide."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from hyperattention.select.score.precision import for_estimates, integers_are_fast
+from hyperattention.select.score.scratch import Scratch
+from hyperattention.tiling import Tiles
+
+# scores in one product on a CPU: few enough to stay in the cache
+_SCORES = 2**21
+# the largest 8-bit integer, and the room above the first keys' largest numbers that later keys may need
+_LARGEST, _ROOM = 127.0, 8.0
+# blocks over which the scores of a query are taken for normal when it is normalised
+_NORMAL = 64
+# times that groups are formed anew around their means
+_MEAN_STEPS = 2
+# below any score, and far enough from the end of 32-bit integers to be subtracted from
+_HIDDEN = -(2**29)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of equally many keys.
+
+    Args:
+        size: keys in a block.
+        keys: the mean of each, centred; rounded to 8 bits channel by channel where integers are fast.
+        squares: squares of the means before they were rounded, beside the variances inside the blocks.
+        moments: means beside half the variances of whole stretches of blocks.
+        log_size: logarithm of the keys in such a stretch.
+        step: what one stands for in each channel of `keys`.
+    """
+
+    size: int
+    keys: Shaped[Tensor, "lists blocks width"]
+    squares: Float[Tensor, "lists blocks moments"]
+    moments: Float[Tensor, "lists stretches moments"]
+    log_size: float
+    step: Float[Tensor, "lists 1 width"]
+
+
+def blocks_of(keys: Float[Tensor, "lists keys width"], size: int, num: int) -> Blocks:
+    """Average keys over blocks.
+
+    Args:
+        keys: the keys, centred, all finite.
+        size: keys in a block.
+        num: leading keys by which the others are scaled, so that no tile looks ahead.
+
+    Returns:
+        the blocks; the last may reach beyond the keys, as if zeros followed.
+    """
+    step = keys[:, :num].abs().amax(1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny) * (_ROOM / _LARGEST)
+    mean, variance = _moments(keys, size)
+    stretches, spread = _moments(keys[:, : keys.shape[1] // (_NORMAL * size) * _NORMAL * size], _NORMAL * size)
+    squares = torch.cat([mean.square(), variance], 2)
+    if integers_are_fast(mean):
+        mean = (mean / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    else:
+        mean, step = for_estimates(mean), torch.ones_like(step)
+    log_size = torch.tensor(_NORMAL * size, dtype=torch.float64, device="cpu").log().item()
+    return Blocks(size, mean, squares, torch.cat([stretches, spread * 0.5], 2), log_size, step)
+
+
+def _moments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Average keys over blocks, and tell their variances."""
+    if size == 1:
+        return keys, torch.zeros_like(keys)
+    blocks = torch.nn.functional.pad(keys, (0, 0, 0, -keys.shape[1] % size)).unflatten(1, (-1, size))
+    mean = blocks.mean(2)
+    return mean, (blocks.square().mean(2) - mean.square()).clamp_(min=0)
+
+
+def grouped(x: Float[Tensor, "sets rows width"], groups: int) -> Float[Tensor, "sets rows groups"]:
+    """Group the rows of every set: around those that are farthest from one another, then around the means.
+
+    A row unlike all others, as a query is that looks for a single key, has a group of its own.
+
+    Args:
+        x: the rows.
+        groups: groups of each set; some stay empty where rows are equal.
+
+    Returns:
+        1 where a row belongs to a group, else 0.
+    """
+    off = x - x.mean(1, keepdim=True)
+    farthest, distance, centres = off.square().sum(-1), torch.full_like(x[..., 0], torch.inf), []
+    for _ in range(groups):
+        centres.append(x.gather(1, farthest.argmax(1)[:, None, None].expand(-1, 1, x.shape[2])))
+        farthest = distance = torch.minimum(distance, (x - centres[-1]).square().sum(-1))
+    centre = torch.cat(centres, 1)
+    for step in range(_MEAN_STEPS + 1):
+        nearest = (centre.square().sum(-1)[:, None] - 2 * x @ centre.transpose(1, 2)).argmin(-1)
+        one_of = torch.nn.functional.one_hot(nearest, groups).to(x.dtype)
+        if step < _MEAN_STEPS:
+            count = one_of.sum(1)[..., None]
+            centre = torch.where(count > 0, one_of.transpose(1, 2) @ x / count.clamp(min=1), centre)
+    return one_of
+
+
+@dataclass(frozen=True)
+class AlikeScan:
+    """Averages of alike queries, and what they are compared with.
+
+    Args:
+        tiles: the problem tiled by position.
+        query: averages of each group, ``[lists, tiles, many, groups, width]``.
+        spread: squares of what the queries of a group differ by, averaged over a tile, beside half of the squares of the
+            averages: what they leave out of their scores' variance, and how much that inside blocks counts.
+        scores: memory for scores.
+    """
+
+    tiles: Tiles
+    query: Float[Tensor, "lists tiles many groups width"]
+    spread: Float[Tensor, "lists tiles moments"]
+    scores: Scratch
+
+    @classmethod
+    def of(
+        cls, tiles: Tiles, query: Float[Tensor, "lists tiles many rows width"],
+        few: Float[Tensor, "lists tiles many rows directions"], groups: int,
+    ) -> "AlikeScan":  # fmt: skip
+        """Group the queries of each list, and average those of every group.
+
+        Args:
+            tiles: the problem tiled by position.
+            query: queries of each list, scaled.
+            few: the same in the directions by which they are grouped.
+            groups: groups of each list.
+
+        Returns:
+            what scores are made of.
+        """
+        one_of = grouped(few.flatten(0, 2), groups)  # [sets, rows, groups]
+        share = one_of / one_of.sum(1, keepdim=True).clamp(min=1)
+        mean = share.transpose(1, 2) @ query.flatten(0, 2)
+        apart = (query.flatten(0, 2) - one_of @ mean).square().mean(1).unflatten(0, query.shape[:3]).mean(2)
+        mean = mean.unflatten(0, query.shape[:3])
+        spread = torch.cat([apart, mean.square().mean((2, 3)) * 0.5], 2)
+        fast = integers_are_fast(mean)
+        scores = Scratch(mean.new_empty(0, dtype=torch.int32) if fast else for_estimates(mean[:0]), _SCORES)
+        return cls(tiles, mean, spread, scores)
+
+    def shares(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
+        """Estimate the largest share that a query of each list gives a key of each of the first `num` blocks."""
+        lists, _, many, groups, _ = self.query.shape
+        best = self.query.new_zeros(lists, part.stop - part.start, many, num)
+        known = self._known(part, blocks.size)
+        seen = self._log_sums(part, blocks, known // _NORMAL)
+        extra = self._allowance(part, blocks, num)
+        on_cpu = self.query.device.type == "cpu"
+        step = max(1, _SCORES // (many * groups * max(1, num))) if on_cpu else part.stop - part.start
+        for one in range(lists):
+            for at in range(0, part.stop - part.start, step):
+                some = slice(at, min(at + step, part.stop - part.start))
+                query = self.query[one, part][some]
+                count = self._most_known(part, some, blocks.size, num)
+                if count:
+                    found = self._best(query, blocks, one, known[one, some], seen[one, some], count)
+                    best[one, some, :, :count] = found.add_(extra[one, some, None, :count]).clamp_(max=0.0).exp_()
+        return best
+
+    def _known(self, part: slice, size: int) -> Int[Tensor, "lists chunk"]:
+        """Count the whole blocks that every query of a tile sees."""
+        tiles = self.tiles
+        return tiles.by_list(tiles.start if tiles.problem.causal else tiles.visible_end)[:, part] // size
+
+    def _most_known(self, part: slice, some: slice, size: int, num: int) -> int:
+        """Bound the same for a few tiles, by position alone, which needs no look at the device."""
+        if not self.tiles.problem.causal:
+            return min(num, self.tiles.problem.num_keys // size)
+        last = self.tiles.number(part.start + some.stop - 1) * self.tiles.size
+        return max(0, min(num, min(last, self.tiles.problem.num_keys) // size))
+
+    def _allowance(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk num"]:
+        """Tell by how much some query may exceed its average: one deviation, and half the variance inside a block."""
+        width = self.query.shape[4]
+        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, part]
+        extra = (spread[..., :width] @ moments[:, :width]).sqrt_()
+        return extra if blocks.size == 1 else extra.add_(spread[..., width:] @ moments[:, width:])
+
+    def _log_sums(self, part: slice, blocks: Blocks, known: Tensor) -> Float[Tensor, "lists chunk many groups"]:
+        """Estimate each query's log-sum-exp over whole stretches before its tile, scores inside one taken for normal."""
+        query = self.query[:, part]
+        score = torch.cat([query, query.square()], 4).flatten(1, 3) @ blocks.moments.transpose(1, 2)
+        score = score.view(*query.shape[:4], -1)
+        hidden = torch.arange(score.shape[4], dtype=torch.int64, device=score.device) >= known[..., None]
+        score.masked_fill_(hidden[:, :, None, None], -torch.inf)
+        # in float64, where hidden stretches change no bit that is kept: a chunk may see more or fewer
+        total = score.double().logsumexp(-1).to(score.dtype)
+        least = torch.finfo(score.dtype).min
+        return torch.nan_to_num_(total, nan=least, neginf=least).add_(blocks.log_size)
+
+    def _best(self, query: Tensor, blocks: Blocks, one: int, known: Tensor, seen: Tensor, count: int) -> Tensor:
+        """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, many, count]``."""
+        tiles, many, groups, _ = query.shape
+        keys = blocks.keys[one, :count]
+        scaled, unit = query * blocks.step[one], query.new_ones(tiles, many, 1)
+        score = self.scores.take(tiles * many * groups, count)
+        if score.dtype.is_floating_point:
+            torch.mm(scaled.flatten(0, 2).to(keys.dtype), keys.T, out=score)
+        else:
+            unit = scaled.abs().amax((2, 3))[..., None].clamp_(min=torch.finfo(query.dtype).tiny) / _LARGEST
+            rounded = (scaled / unit[..., None]).round_().to(torch.int8)
+            # the operator behind torch._int_mm, which torch has no other name for
+            torch.ops.aten._int_mm.out(rounded.flatten(0, 2), keys.T, out=score)
+        score = score.view(tiles, many, groups, count)
+        hidden = torch.arange(count, dtype=torch.int64, device=query.device) >= known[:, None]
+        some_hidden = query.device.type != "cpu" or bool(hidden.any())
+        if some_hidden:
+            score.masked_fill_(hidden[:, None, None], _HIDDEN)
+        top = score.amax(-1)
+        # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
+        spread = (known * blocks.size).clamp(min=1).to(unit.dtype).log()[:, None, None]
+        seen, spread = ((x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (seen, spread))
+        bar = torch.minimum(torch.maximum(seen, top), top + spread)
+        best = score.sub_(bar[..., None]).amax(2).to(unit.dtype) * unit
+        return best.masked_fill_(hidden[:, None], -torch.inf) if some_hidden else best

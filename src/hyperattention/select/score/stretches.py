@@ -1,0 +1,103 @@
+"""The law of draws from short stretches of neighbouring keys, each with an estimated share."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hyperattention.select.density import Distribution
+from hyperattention.select.score.mass import inverse
+
+# rounds in which a stretch's listings are cut to one a key and the rest is given to the others
+_CLIP_ROUNDS = 6
+# sums below count as none: draws over one of them would overflow
+_LEAST = 1e-30
+
+
+@dataclass(frozen=True)
+class Stretches(Distribution):
+    """How often stretches are expected to be listed, each of a stretch's keys equally often.
+
+    Args:
+        first: first key of each, for all lists of a tile.
+        size: keys in each; 0 where nothing is left of it.
+        listings: expected listings of each, up to a factor.
+    """
+
+    first: Int[Tensor, "lists tiles stretches"]
+    size: Int[Tensor, "lists tiles stretches"]
+    listings: Float[Tensor, "lists tiles many stretches"]
+
+    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the stretch at each evenly spaced point, then the key at the same share of the way through it.
+
+        Args:
+            point: ``[lists, tiles * many, slots]``.
+
+        Returns:
+            keys and their probabilities in a single draw, of the same shape.
+        """
+        at, inside = inverse(self.listings, point.unflatten(1, self.listings.shape[1:3]))
+        first, size = self._of(at)
+        key = first + (inside * size).long().clamp(max=size - 1)
+        return key.flatten(1, 2), self._chance(at, size).flatten(1, 2)
+
+    def share(self, index: Tensor) -> Tensor:
+        """Look up the stretch that holds each key; stretches that nothing is left of hold none."""
+        index = index.unflatten(1, self.listings.shape[1:3])
+        ends = (self.first + self.size).masked_fill(self.size == 0, 0).cummax(-1)[0]
+        at = torch.searchsorted(ends, index.flatten(2), right=True).clamp(max=ends.shape[2] - 1).view_as(index)
+        first, size = self._of(at)
+        chance = self._chance(at, size).masked_fill((index < first) | (index >= first + size), 0.0)
+        return chance.flatten(1, 2)
+
+    def _of(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the first keys of stretches, and how many each has."""
+        flat = at.flatten(2)
+        return self.first.gather(2, flat).view_as(at), self.size.gather(2, flat).view_as(at)
+
+    def _chance(self, at: Tensor, size: Tensor) -> Tensor:
+        return self.listings.gather(3, at) / (size.clamp(min=1) * _sum(self.listings).clamp(min=_LEAST))
+
+
+def stretches_of(
+    share: Float[Tensor, "lists tiles many blocks"], block_size: int, left: tuple[Tensor, ...], num: int, even: float,
+    to_the_end: bool,
+) -> Stretches:  # fmt: skip
+    """Return how often what is left of each block is to be listed.
+
+    Args:
+        share: the largest share that a query of each of `many` lists gives a key of each block; overwritten.
+        block_size: keys in a block.
+        left: what earlier stages left, from `edges`, for each tile.
+        num: draws of each list.
+        even: share of the draws that is spread evenly over the keys.
+        to_the_end: whether something may be left beyond the hole.
+
+    Returns:
+        the law, of ``tiles * many`` lists.
+    """
+    begin, hole_begin, hole_end, end = left
+    edge = torch.arange(share.shape[3] + 1, dtype=torch.int64, device=share.device) * block_size
+    sides = [(begin, hole_begin), (hole_end, end)] if to_the_end else [(begin, hole_begin)]
+    edges = [torch.minimum(torch.maximum(edge, low), high) for low, high in sides]
+    first, size = (torch.cat(x, 2) for x in zip(*((at[..., :-1], at.diff(dim=-1)) for at in edges), strict=True))
+    mass = (torch.cat([share, share], 3) if to_the_end else share).mul_(size[:, :, None])
+    count = (hole_begin - begin + end - hole_end).clamp(min=1)[:, :, None].to(mass.dtype)
+    room, weighted = size[:, :, None].to(mass.dtype), (1 - even) * num
+    for _ in range(_CLIP_ROUNDS):
+        most = _sum(mass) / weighted
+        torch.minimum(mass, most if block_size == 1 else room * most, out=mass)
+    total = _sum(mass)
+    # where nothing was scored all draws are even
+    evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
+    mass.mul_(weighted / total.clamp(min=_LEAST)).addcmul_(room, evenly)
+    # what an even draw adds to keys listed for certain is worth more to others
+    torch.minimum(mass, room, out=mass)
+    return Stretches(first, size, mass)
+
+
+def _sum(mass: Tensor) -> Tensor:
+    """Add up in float64: in float32 the bits would depend on how many keys a chunk sees."""
+    return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)
