@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hyperattention.select.score.principal import principal_directions
 from hyperattention.tiling import Tiles
 
 # steps from the row farthest from the mean towards the direction in which rows differ most
@@ -121,8 +122,7 @@ def _compared(x: Float[Tensor, "sets rows head_dim"]) -> Float[Tensor, "sets row
     """Project the rows of every set onto the few directions in which they differ most."""
     if x.shape[2] <= _DIRECTIONS:
         return x
-    off = x - x.mean(1, keepdim=True)
-    return off @ torch.linalg.eigh(off.transpose(1, 2) @ off)[1][:, :, -_DIRECTIONS:]
+    return (x - x.mean(1, keepdim=True)) @ principal_directions(x, _DIRECTIONS)
 
 
 def _take(x: Float[Tensor, "sets rows width"], order: Int[Tensor, "sets rows"]) -> Float[Tensor, "sets rows width"]:

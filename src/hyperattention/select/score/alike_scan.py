@@ -1,6 +1,7 @@
 """Score blocks of keys by averages of alike queries, and allow for what averages hide."""
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -62,8 +63,7 @@ def blocks_of(keys: Float[Tensor, "lists keys width"], size: int, num: int) -> B
         mean = (mean / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
     else:
         mean, step = for_estimates(mean), torch.ones_like(step)
-    log_size = torch.tensor(_NORMAL * size, dtype=torch.float64, device="cpu").log().item()
-    return Blocks(size, mean, squares, torch.cat([stretches, spread * 0.5], 2), log_size, step)
+    return Blocks(size, mean, squares, torch.cat([stretches, spread * 0.5], 2), log(_NORMAL * size), step)
 
 
 def _moments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
