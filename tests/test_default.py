@@ -7,7 +7,7 @@ import hyperattention as ha
 from hyperattention.methods.default import lean_method, thorough_method
 
 # the least keys of a CPU and of a GPU; docs/log.md and docs/performance.md say by what measurements
-LEAST = {ha.default_method: (4096, 16_384), lean_method: (4096, 16_384), thorough_method: (8192, 16_384)}
+LEAST = {ha.default_method: (4096, 65_536), lean_method: (4096, 65_536), thorough_method: (8192, 65_536)}
 
 
 @pytest.mark.parametrize("choose", LEAST, ids=lambda choose: choose.__name__)

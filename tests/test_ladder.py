@@ -92,7 +92,7 @@ def test_the_default_ladder_stands_around_the_default_method():
     assert default_ladder(1).rungs
 
 
-@pytest.mark.parametrize(("device", "crossover"), [(None, 4096), ("cpu", 4096), ("cuda", 16_384)])
+@pytest.mark.parametrize(("device", "crossover"), [(None, 4096), ("cpu", 4096), ("cuda", 65_536)])
 def test_a_rung_is_worth_the_share_of_pairs_that_the_default_spends_where_it_begins_to_pay(device, crossover):
     cost = ha.default_method(10**9).cost(crossover)
     # the choice of keys is part of the price
