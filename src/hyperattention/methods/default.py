@@ -17,7 +17,7 @@ from hyperattention.select.score.representatives import Representatives
 CROSSOVER = 4096
 # the same for the thorough method: 1.2 times as fast as SDPA there (benchmarks/records/pareto.jsonl)
 THOROUGH_CROSSOVER = 8192
-# the same on a GPU: on an H100 0.80 times as fast as cuDNN at 32,768 keys, 2.2 times at 65,536 (benchmarks/records/gpu.jsonl)
+# the same on a GPU: on an H100 0.80 times as fast as cuDNN at 32,768 keys, 2.2 times at 65,536 (records/gpu.jsonl)
 GPU_CROSSOVER = 65_536
 FEW_QUERIES = 256
 # levels that cost 65 to 100 products per query between 131,072 and a million keys, and 140 at eight million
