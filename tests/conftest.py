@@ -42,21 +42,12 @@ LONGEST = 10.0
 SLOW_FILES = frozenset(
     f"test_{name}.py"
     for name in (
-        *("audited_generation", "cache_file", "cache_goes_on", "cache_masks", "cache_served", "calibrate", "cli_evaluation"),
-        *("cli_generation", "compress", "compressing_store", "cover"),
-        *(
-            "error_calibration",
-            "evaluation",
-            "families",
-            "feature_kernel",
-            "gpu_benchmark",
-            "hyper_cache",
-            "paged",
-            "pareto",
-        ),
-        *("subgen", "subgen_store", "tolerance", "transformers", "transforms", "triton", "triton_selection"),
+        "audited_generation", "cache_file", "cache_goes_on", "cache_masks", "cache_served", "calibrate",
+        "cli_evaluation", "cli_generation", "compress", "compressing_store", "cover", "error_calibration",
+        "evaluation", "families", "feature_kernel", "gpu_benchmark", "hyper_cache", "paged", "pareto", "subgen",
+        "subgen_store", "tolerance", "transformers", "transforms", "triton", "triton_selection",
     )
-)
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
