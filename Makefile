@@ -38,7 +38,8 @@ test-heavy: $(READY) ## the heavy tests, which `make test` leaves out: compilers
 	$(PYTEST) -m heavy $(PYTEST_ARGS)
 
 demo: $(READY) ## near-linear attention on a real model: loss, retrieval, speed and measured error
-	$(BIN)/hyperattention demo $(ARGS)
+	# threads that wait by spinning lose to any other program on the same cores
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/hyperattention demo $(ARGS)
 
 bench: $(READY) ## latency, memory and error against length, beside exact attention
 	$(BIN)/hyperattention bench $(ARGS)

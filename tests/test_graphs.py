@@ -17,7 +17,7 @@ def remember(graph, inputs):
 
 def attend(q, k, v):
     # made while the graph is traced, as a model would
-    method = ha.Method(ha.Sinks(2), ha.Window(8), ha.Draw(4, by=ha.Descent()), tile=8)
+    method = ha.Method(ha.Sinks(2), ha.Window(8), ha.Draw(4, by=ha.HierarchicalSearch()), tile=8)
     result = ha.measured_attention(q, k, v, is_causal=True, enable_gqa=True, method=method)
     return result.out, result.lse
 
@@ -64,7 +64,7 @@ def export(model, least, most, *, strict):
     length = torch.export.Dim("length", min=least, max=most)
     return torch.export.export(model, make(5000), dynamic_shapes=[{2: length}] * 3, strict=strict)
 
-lists = ha.Method(ha.Sinks(2), ha.Window(8), ha.Draw(4, by=ha.Descent()), tile=8)
+lists = ha.Method(ha.Sinks(2), ha.Window(8), ha.Draw(4, by=ha.HierarchicalSearch()), tile=8)
 for strict in (False, True):
     for least, options in ((4096, {}), (2, {"method": ha.Exact()}), (2, {"method": lists})):
         model = Attention(**options)

@@ -1,4 +1,4 @@
-"""Descent: what stands for blocks, what is opened, and the law of the leaves."""
+"""The hierarchical search: what stands for blocks, what is opened, and the law of the leaves."""
 
 import pytest
 import torch
