@@ -42,10 +42,11 @@ LONGEST = 10.0
 SLOW_FILES = frozenset(
     f"test_{name}.py"
     for name in (
-        "audited_generation", "cache_file", "cache_goes_on", "cache_masks", "cache_served", "calibrate",
+        "audited_generation", "cache_file", "cache_goes_on", "cache_masks", "cache_served", "calibrate", "cli",
         "cli_evaluation", "cli_generation", "compress", "compressing_store", "cover", "error_calibration",
-        "evaluation", "families", "feature_kernel", "gpu_benchmark", "hyper_cache", "paged", "pareto", "subgen",
-        "subgen_store", "tolerance", "transformers", "transforms", "triton", "triton_selection",
+        "evaluation", "families", "feature_kernel", "fused", "global_defaults", "gpu_benchmark", "hyper_cache",
+        "import", "paged", "pareto", "standard_error", "subgen", "subgen_store", "tolerance", "transformers",
+        "transformers_use", "transforms", "triton", "triton_flat", "triton_selection",
     )
 )  # fmt: skip
 
