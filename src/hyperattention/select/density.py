@@ -65,7 +65,7 @@ class Density(ABC):
 
         Args:
             tiles: the tiled problem.
-            covered: keys of earlier stages; only keys inside `taken.bounds` may be drawn.
+            covered: keys of earlier stages; only keys inside `covered.bounds` may be drawn.
             num: number of draws of each tile.
 
         Returns:
