@@ -4,17 +4,16 @@ from dataclasses import dataclass
 from math import log
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from hyperattention.select.score.eight_bits import EightBitKeys, rounded_queries
 from hyperattention.select.score.precision import for_estimates, integers_are_fast
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
 # scores in one product on a CPU: few enough to stay in the cache
 _SCORES = 2**21
-# the largest 8-bit integer, and the room above the first keys' largest numbers that later keys may need
-_LARGEST, _ROOM = 127.0, 8.0
 # blocks over which the scores of a query are taken for normal when it is normalised
 _NORMAL = 64
 # times that groups are formed anew around their means
@@ -29,19 +28,19 @@ class Blocks:
 
     Args:
         size: keys in a block.
-        keys: the mean of each, centred; rounded to 8 bits channel by channel where integers are fast.
+        keys: the mean of each, centred.
+        integers: the same in 8 bits, where integers are fast.
         squares: squares of the means before they were rounded, beside the variances inside the blocks.
         moments: means beside half the variances of whole stretches of blocks.
         log_size: logarithm of the keys in such a stretch.
-        step: what one stands for in each channel of `keys`.
     """
 
     size: int
-    keys: Shaped[Tensor, "lists blocks width"]
+    keys: Float[Tensor, "lists blocks width"]
+    integers: EightBitKeys | None
     squares: Float[Tensor, "lists blocks moments"]
     moments: Float[Tensor, "lists stretches moments"]
     log_size: float
-    step: Float[Tensor, "lists 1 width"]
 
 
 def blocks_of(keys: Float[Tensor, "lists keys width"], size: int, num: int) -> Blocks:
@@ -55,15 +54,12 @@ def blocks_of(keys: Float[Tensor, "lists keys width"], size: int, num: int) -> B
     Returns:
         the blocks; the last may reach beyond the keys, as if zeros followed.
     """
-    step = keys[:, :num].abs().amax(1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny) * (_ROOM / _LARGEST)
     mean, variance = _moments(keys, size)
     stretches, spread = _moments(keys[:, : keys.shape[1] // (_NORMAL * size) * _NORMAL * size], _NORMAL * size)
     squares = torch.cat([mean.square(), variance], 2)
-    if integers_are_fast(mean):
-        mean = (mean / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-    else:
-        mean, step = for_estimates(mean), torch.ones_like(step)
-    return Blocks(size, mean, squares, torch.cat([stretches, spread * 0.5], 2), log(_NORMAL * size), step)
+    integers = EightBitKeys.of(mean, keys[:, :num]) if integers_are_fast(mean) else None
+    moments = torch.cat([stretches, spread * 0.5], 2)
+    return Blocks(size, for_estimates(mean), integers, squares, moments, log(_NORMAL * size))
 
 
 def _moments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -112,12 +108,14 @@ class AlikeScan:
         spread: squares of what the queries of a group differ by, averaged over a tile, beside half of the squares of the
             averages: what they leave out of their scores' variance, and how much that inside blocks counts.
         scores: memory for scores.
+        integers: memory for scores in 8-bit integers.
     """
 
     tiles: Tiles
     query: Float[Tensor, "lists tiles many groups width"]
     spread: Float[Tensor, "lists tiles moments"]
     scores: Scratch
+    integers: Scratch
 
     @classmethod
     def of(
@@ -141,9 +139,8 @@ class AlikeScan:
         apart = (query.flatten(0, 2) - one_of @ mean).square().mean(1).unflatten(0, query.shape[:3]).mean(2)
         mean = mean.unflatten(0, query.shape[:3])
         spread = torch.cat([apart, mean.square().mean((2, 3)) * 0.5], 2)
-        fast = integers_are_fast(mean)
-        scores = Scratch(mean.new_empty(0, dtype=torch.int32) if fast else for_estimates(mean[:0]), _SCORES)
-        return cls(tiles, mean, spread, scores)
+        scores = Scratch(for_estimates(mean[:0]), _SCORES)
+        return cls(tiles, mean, spread, scores, Scratch(mean.new_empty(0, dtype=torch.int32), 0))
 
     def shares(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
         """Estimate the largest share that a query of each list gives a key of each of the first `num` blocks."""
@@ -197,26 +194,52 @@ class AlikeScan:
 
     def _best(self, query: Tensor, blocks: Blocks, one: int, known: Tensor, seen: Tensor, count: int) -> Tensor:
         """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, many, count]``."""
-        tiles, many, groups, _ = query.shape
-        keys = blocks.keys[one, :count]
-        scaled, unit = query * blocks.step[one], query.new_ones(tiles, many, 1)
-        score = self.scores.take(tiles * many * groups, count)
-        if score.dtype.is_floating_point:
-            torch.mm(scaled.flatten(0, 2).to(keys.dtype), keys.T, out=score)
-        else:
-            unit = scaled.abs().amax((2, 3))[..., None].clamp_(min=torch.finfo(query.dtype).tiny) / _LARGEST
-            rounded = (scaled / unit[..., None]).round_().to(torch.int8)
-            # the operator behind torch._int_mm, which torch has no other name for
-            torch.ops.aten._int_mm.out(rounded.flatten(0, 2), keys.T, out=score)
-        score = score.view(tiles, many, groups, count)
-        hidden = torch.arange(count, dtype=torch.int64, device=query.device) >= known[:, None]
-        some_hidden = query.device.type != "cpu" or bool(hidden.any())
-        if some_hidden:
-            score.masked_fill_(hidden[:, None, None], _HIDDEN)
-        top = score.amax(-1)
-        # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
-        spread = (known * blocks.size).clamp(min=1).to(unit.dtype).log()[:, None, None]
-        seen, spread = ((x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (seen, spread))
-        bar = torch.minimum(torch.maximum(seen, top), top + spread)
-        best = score.sub_(bar[..., None]).amax(2).to(unit.dtype) * unit
-        return best.masked_fill_(hidden[:, None], -torch.inf) if some_hidden else best
+        keys, sees = blocks.keys[one, :count], known * blocks.size
+        if blocks.integers is None:
+            return self._in_floats(query, keys, known, sees, seen)
+        scaled = query * blocks.integers.step[one]
+        precise = blocks.integers.precise(one, scaled, known)
+        if not precise.any():
+            return self._in_floats(query, keys, known, sees, seen)
+        rounded, unit = rounded_queries(scaled)
+        score = self.integers.take(query.shape[:3].numel(), count)
+        # the operator behind torch._int_mm, which torch has no other name for
+        torch.ops.aten._int_mm.out(rounded.flatten(0, 2), blocks.integers.keys[one, :count].T, out=score)
+        best = _log_shares(score.view(*query.shape[:3], count), unit, known, sees, seen)
+        if precise.all():
+            return best
+        # all tiles in both ways, so that no product's size depends on values
+        return torch.where(precise[:, None, None], best, self._in_floats(query, keys, known, sees, seen))
+
+    def _in_floats(self, query: Tensor, keys: Tensor, known: Tensor, sees: Tensor, seen: Tensor) -> Tensor:
+        """Find the same by a product of floats."""
+        score = self.scores.take(query.shape[:3].numel(), len(keys))
+        torch.mm(query.flatten(0, 2).to(keys.dtype), keys.T, out=score)
+        unit = query.new_ones(*query.shape[:2], 1)
+        return _log_shares(score.view(*query.shape[:3], len(keys)), unit, known, sees, seen)
+
+
+def _log_shares(score: Tensor, unit: Tensor, known: Tensor, sees: Tensor, seen: Tensor) -> Tensor:
+    """Normalise scores, in place, and find the largest of each list.
+
+    Args:
+        score: ``[tiles, many, groups, blocks]``, in units.
+        unit: the score that one stands for, ``[tiles, many, 1]``.
+        known: leading blocks that each tile may score.
+        sees: keys in them.
+        seen: an estimate of each query's log-sum-exp, ``[tiles, many, groups]``.
+
+    Returns:
+        logarithms of shares, ``[tiles, many, blocks]``.
+    """
+    hidden = torch.arange(score.shape[3], dtype=torch.int64, device=score.device) >= known[:, None]
+    some_hidden = score.device.type != "cpu" or bool(hidden.any())
+    if some_hidden:
+        score.masked_fill_(hidden[:, None, None], _HIDDEN)
+    top = score.amax(-1)
+    # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
+    spread = sees.clamp(min=1).to(unit.dtype).log()[:, None, None]
+    seen, spread = ((x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (seen, spread))
+    bar = torch.minimum(torch.maximum(seen, top), top + spread)
+    best = score.sub_(bar[..., None]).amax(2).to(unit.dtype) * unit
+    return best.masked_fill_(hidden[:, None], -torch.inf) if some_hidden else best

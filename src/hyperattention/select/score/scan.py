@@ -1,13 +1,14 @@
 """Score every key for pooled queries, in 8-bit integers if the processor multiplies them fast."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from hyperattention.select.score.eight_bits import EightBitKeys, rounded_queries
 from hyperattention.select.score.pooling import seen_keys
 from hyperattention.select.score.precision import for_estimates, integers_are_fast
 from hyperattention.select.score.scratch import Scratch
@@ -15,8 +16,6 @@ from hyperattention.tiling import Tiles
 
 # scores in one product: few enough for the CPU cache
 _SCORES = 2**21
-# the largest 8-bit integer, and the margin for later keys above the largest numbers of the first keys
-_LARGEST, _ROOM = 127.0, 8.0
 # below any score, and large enough that subtraction does not overflow 32-bit integers
 _HIDDEN = -(2**29)
 
@@ -33,6 +32,8 @@ class Scan:
         pooled: the queries before rounding.
         moments: means of blocks of keys, then their variances.
         scores: memory for scores.
+        precise: tiles for which integers are precise enough.
+        floats: the same in floats, for all other tiles; None if this one is in floats.
     """
 
     BLOCK: ClassVar[int] = 64
@@ -44,6 +45,8 @@ class Scan:
     pooled: Float[Tensor, "lists tiles rows width"]
     moments: Float[Tensor, "lists blocks moments"]
     scores: Scratch
+    precise: Bool[Tensor, "lists tiles"] | None = None
+    floats: "Scan | None" = None
 
     @classmethod
     def of(cls, tiles: Tiles, k: Tensor, query: Tensor, num: int) -> "Scan":
@@ -63,20 +66,22 @@ class Scan:
         # a key or query that is not finite gives no information: only the uniform share covers it
         keys = torch.nan_to_num(k - head.mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
         query = torch.nan_to_num(query, nan=0.0, posinf=0.0, neginf=0.0)
-        moments, rounded = _moments(keys), query.unflatten(2, (tiles.problem.group, -1))
-        if integers_are_fast(query):
-            # channel by channel, the scale of the keys is moved to the queries
-            step = keys[:, :num].abs().amax(1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny) * (_ROOM / _LARGEST)
-            keys = (keys / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-            rounded = rounded * step[:, :, None, None]
-            unit = rounded.abs().amax((3, 4)).clamp(min=torch.finfo(query.dtype).tiny) / _LARGEST
-            rounded = (rounded / unit[..., None, None]).round_().to(torch.int8)
-            scores = Scratch(unit.new_empty(0, dtype=torch.int32), _SCORES)
-        else:
-            keys, rounded = for_estimates(keys), for_estimates(rounded)
-            unit = torch.ones(rounded.shape[:3], dtype=query.dtype, device=query.device)
-            scores = Scratch(keys, _SCORES)
-        return cls(tiles, rounded, keys, unit[..., None], query, moments, scores)
+        grouped = query.unflatten(2, (tiles.problem.group, -1))
+        unit = torch.ones((*grouped.shape[:3], 1), dtype=query.dtype, device=query.device)
+        estimated = for_estimates(keys)
+        floats = cls(tiles, for_estimates(grouped), estimated, unit, query, _moments(keys), Scratch(estimated, _SCORES))
+        return floats._in_integers(keys, keys[:, :num]) if integers_are_fast(query) else floats
+
+    def _in_integers(self, keys: Tensor, first: Tensor) -> "Scan":
+        """Round to 8 bits, and keep this scan for the tiles for which that is too coarse."""
+        rounded = EightBitKeys.of(keys, first)
+        # channel by channel, the scale of the keys is moved to the queries
+        scaled = self.pooled.unflatten(2, self.query.shape[2:4]) * rounded.step[:, :, None, None]
+        known = self.tiles.by_list(self.tiles.start if self.tiles.problem.causal else self.tiles.visible_end)
+        precise = torch.stack([rounded.precise(one, *each) for one, each in enumerate(zip(scaled, known, strict=True))])
+        query, unit = rounded_queries(scaled)
+        scores = Scratch(keys.new_empty(0, dtype=torch.int32), _SCORES)
+        return replace(self, query=query, keys=rounded.keys, unit=unit, scores=scores, precise=precise, floats=self)
 
     def shares(self, part: slice, num: int) -> Float[Tensor, "lists chunk num"]:
         """Estimate the largest share that any query of a tile gives each of the first `num` keys, for a chunk of tiles."""
@@ -108,6 +113,14 @@ class Scan:
 
     def _best(self, one: int, some: slice, count: int, seen: Tensor) -> Tensor:
         """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, count]``."""
+        if self.precise is None or self.floats is None or self.precise[one, some].all():
+            return self._log_shares(one, some, count, seen)
+        floats, precise = self.floats._log_shares(one, some, count, seen), self.precise[one, some]
+        # all tiles of the chunk in both ways, so that no size depends on values
+        return torch.where(precise[:, None], self._log_shares(one, some, count, seen), floats) if precise.any() else floats
+
+    def _log_shares(self, one: int, some: slice, count: int, seen: Tensor) -> Tensor:
+        """Find the same with one kind of numbers."""
         query, unit = self.query[one, some], self.unit[one, some]
         score = self.scores.take(query.shape[:3].numel(), count)
         # the operator behind torch._int_mm, which has no other name in torch
