@@ -11,7 +11,7 @@ _LARGEST, _ROOM = 127.0, 8.0
 # standard deviation of the rounding error of a key's number, in steps
 _ROUNDING = 12**-0.5
 # largest standard deviation of the rounding error of a score, in nats: its exponential is then wrong by about as much
-_NOISE = 0.5
+_NOISE = 0.6
 
 
 @dataclass(frozen=True)
