@@ -1,5 +1,6 @@
 """Queries grouped by what they look for: rows of a tile, sorted so that those of like direction stand together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,14 @@ class AlikeTiles:
     inside: Int[Tensor, "lists tiles rows"]
     shape: tuple[int, int, int]
 
+    @classmethod
+    def joined(cls, parts: Sequence["AlikeTiles"]) -> "AlikeTiles":
+        """Put the tiles of several parts behind one another."""
+        source, live, inside = (
+            torch.cat(x, 1) for x in zip(*((each.source, each.live, each.inside) for each in parts), strict=True)
+        )
+        return cls(source, live, inside, parts[0].shape)
+
     def arrange(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles rows width"]:
         """Sort rows into tiles."""
         flat = x.reshape(len(self.source), -1, x.shape[-1])
@@ -61,7 +70,7 @@ class AlikeTiles:
 
 
 def sort_alike(
-    tiles: Tiles, many: int
+    tiles: Tiles, many: int, part: slice = slice(None)
 ) -> tuple[AlikeTiles, Float[Tensor, "lists tiles many rows head_dim"], Float[Tensor, "lists tiles many rows width"]]:
     """Cut every tile of positions into `many` tiles of alike queries.
 
@@ -71,12 +80,13 @@ def sort_alike(
     Args:
         tiles: the problem tiled by position.
         many: tiles of alike queries for each tile of positions.
+        part: which tiles of positions; all by default.
 
     Returns:
         the tiles; their queries, scaled, in float32 or wider; and these in the few directions in which they were compared.
     """
     problem = tiles.problem
-    source, real = _rows(tiles)
+    source, real = (x[part] for x in _rows(tiles))
     rows = source.shape[1]
     each = -(-rows // many)
     q = problem.q.reshape(-1, problem.group * problem.num_queries, problem.q.shape[3])

@@ -12,15 +12,17 @@ from hyperattention.select.alike import AlikeTiles, sort_alike
 from hyperattention.select.density import Even
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.alike_scan import AlikeScan, Blocks, blocks_of
+from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.pooling import chunks, edges, seen_keys
 from hyperattention.select.score.stretches import Stretches, stretches_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
 from hyperattention.types import DrawnSlots, Runs, Selection
 
-# numbers held for each key and list while drawing
-_NUMBERS = 8
+# float32 numbers held for each key and list of queries, and for each slot, while drawing
+_NUMBERS, _SLOT_NUMBERS = 11, 12
+# the same for each number of a query while sorting, partly in float64
+_SORT_NUMBERS = 8
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class DrawAlike(Stage):
             elif until == num_keys:
                 products = visible / size
             edge, size = until, size * 2
-        return products * (self.pooled * many * (1 + 2 / 64) + 2) / tile
+        return products * (self.pooled * many * (1 + 2 / NORMAL) + 2) / tile
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Take nothing in tiles of positions."""
@@ -120,15 +122,38 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        many = -(-tiles.size // self.size)
-        alike, query, few = sort_alike(tiles, many)
-        scan, left = AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3])), edges(tiles, covered)
-        width = tiles.problem.group * tiles.size
-        parts = chunks(tiles, _NUMBERS * many * min(self.most, problem.num_keys) + width, self._seams(tiles))
-        blocks = self._blocks(problem.k.flatten(0, 1).to(query.dtype))
-        drawn = [self._draw(scan, blocks, left, tiles, covered, part) for part in parts]
-        index, weight = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
-        return ((alike, self._lists(tiles, covered, alike, left, index, weight)),), covered
+        many, left, alike = -(-tiles.size // self.size), edges(tiles, covered), []
+        blocks, shape = self._blocks(tiles), (len(left[0]), len(tiles.index) * many, self.num)
+        index = torch.empty(shape, dtype=torch.int64, device=problem.device)
+        weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
+        # what is sorted at once is scored at once or in parts
+        sorts = chunks(tiles, _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3])
+        parts = chunks(tiles, self._numbers(tiles, many), [*self._seams(tiles), *(at.start for at in sorts)])
+        for at in sorts:
+            ordered, scan = self._sort(tiles, many, at)
+            alike.append(ordered)
+            for part in (part for part in parts if at.start <= part.start < at.stop):
+                rows = slice(part.start * many, part.stop * many)
+                index[:, rows], weight[:, rows] = self._draw(scan, blocks, left, tiles, covered, part)
+            # before the next ones are sorted
+            del scan
+        joined = AlikeTiles.joined(alike)
+        return ((joined, self._lists(tiles, covered, joined, left, index, weight)),), covered
+
+    def _sort(self, tiles: Tiles, many: int, part: slice) -> tuple[AlikeTiles, AlikeScan]:
+        """Sort the queries of a chunk, and average those of each list in groups."""
+        alike, query, few = sort_alike(tiles, many, part)
+        return alike, AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), part.start)
+
+    def _numbers(self, tiles: Tiles, many: int) -> int:
+        """Count the numbers held for each tile of positions while drawing, in each list of keys."""
+        problem = tiles.problem
+        blocks, lists = min(self.most, problem.num_keys), problem.k.shape[0] * problem.k.shape[1]
+        # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
+        scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
+        held = many * (_NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
+        # averages of the sorted queries, no more of them than queries, are held as well
+        return held + held // (_SORT_NUMBERS - 1)
 
     def _block_size(self, seen: int) -> int:
         """Return how many keys a block has where a tile sees so many."""
@@ -147,15 +172,17 @@ class DrawAlike(Stage):
             size *= 2
         return seams
 
-    def _blocks(self, k: Tensor) -> Callable[[int], Blocks]:
-        """Centre keys, and average them over blocks of each size that is asked for, once each."""
-        # while no more keys than draws are left all are listed: those keys may tell of the others
-        keys = torch.nan_to_num(k - k[:, : self.num].mean(1, keepdim=True), nan=0.0, posinf=0.0, neginf=0.0)
+    def _blocks(self, tiles: Tiles) -> Callable[[int], Blocks]:
+        """Average keys over blocks of each size that is asked for; only the last ones are kept, as tiles come in order."""
+        k = tiles.problem.k.flatten(0, 1)
         made: dict[int, Blocks] = {}
 
         def blocks(size: int) -> Blocks:
             if size not in made:
-                made[size] = blocks_of(keys, size, self.num)
+                made.clear()
+                # no tile with blocks of this size sees more; while no more keys than draws are left all are listed, so that
+                # those keys may tell of the others
+                made[size] = blocks_of(k[:, : self.most * size], size, self.num)
             return made[size]
 
         return blocks

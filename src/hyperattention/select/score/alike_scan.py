@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.select.score.eight_bits import EightBitKeys, rounded_queries
+from hyperattention.select.score.pooling import score_bytes
 from hyperattention.select.score.precision import for_estimates, integers_are_fast
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
@@ -15,7 +16,9 @@ from hyperattention.tiling import Tiles
 # scores in one product on a CPU: few enough to stay in the cache
 _SCORES = 2**21
 # blocks over which the scores of a query are taken for normal when it is normalised
-_NORMAL = 64
+NORMAL = 64
+# float32 numbers held for each number of a key while keys are averaged
+_KEY_NUMBERS = 6
 # times that groups are formed anew around their means
 _MEAN_STEPS = 2
 # below any score, and far enough from the end of 32-bit integers to be subtracted from
@@ -30,7 +33,7 @@ class Blocks:
         size: keys in a block.
         keys: the mean of each, centred.
         integers: the same in 8 bits, where integers are fast.
-        squares: squares of the means before they were rounded, beside the variances inside the blocks.
+        squares: squares of the means before they were rounded, beside the variances inside blocks of more than one key.
         moments: means beside half the variances of whole stretches of blocks.
         log_size: logarithm of the keys in such a stretch.
     """
@@ -38,28 +41,46 @@ class Blocks:
     size: int
     keys: Float[Tensor, "lists blocks width"]
     integers: EightBitKeys | None
-    squares: Float[Tensor, "lists blocks moments"]
+    squares: Float[Tensor, "lists blocks squares"]
     moments: Float[Tensor, "lists stretches moments"]
     log_size: float
 
 
-def blocks_of(keys: Float[Tensor, "lists keys width"], size: int, num: int) -> Blocks:
-    """Average keys over blocks.
+def blocks_of(k: Float[Tensor, "lists keys width"], size: int, num: int) -> Blocks:
+    """Centre keys, and average them over blocks.
 
     Args:
-        keys: the keys, centred, all finite.
+        k: the keys.
         size: keys in a block.
-        num: leading keys by which the others are scaled, so that no tile looks ahead.
+        num: leading keys by which the others are centred and scaled, so that no tile looks ahead.
 
     Returns:
-        the blocks; the last may reach beyond the keys, as if zeros followed.
+        the blocks, in float32 or wider; the last may reach beyond the keys, as if zeros followed.
     """
+    wide = torch.promote_types(k.dtype, torch.float32)
+    first = k[:, :num].to(wide)
+    centre, stretch = first.mean(1, keepdim=True), NORMAL * size
+    # whole stretches at a time, so that little more than the averages is held
+    step = stretch * max(1, score_bytes(k.device) // (4 * _KEY_NUMBERS * k.shape[0] * k.shape[2] * stretch))
+    averages = [
+        _averages(_centred(k[:, at : at + step].to(wide), centre), size) for at in range(0, max(1, k.shape[1]), step)
+    ]
+    mean, squares, moments = (torch.cat(x, 1) for x in zip(*averages, strict=True))
+    integers = EightBitKeys.of(mean, _centred(first, centre)) if integers_are_fast(mean) else None
+    return Blocks(size, for_estimates(mean), integers, squares, moments, log(stretch))
+
+
+def _centred(k: Tensor, centre: Tensor) -> Tensor:
+    """Centre keys; one that is not finite tells nothing."""
+    return torch.nan_to_num_(k - centre, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _averages(keys: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Average over blocks, give what varies between and inside them, and the moments of whole stretches."""
     mean, variance = _moments(keys, size)
-    stretches, spread = _moments(keys[:, : keys.shape[1] // (_NORMAL * size) * _NORMAL * size], _NORMAL * size)
-    squares = torch.cat([mean.square(), variance], 2)
-    integers = EightBitKeys.of(mean, keys[:, :num]) if integers_are_fast(mean) else None
-    moments = torch.cat([stretches, spread * 0.5], 2)
-    return Blocks(size, for_estimates(mean), integers, squares, moments, log(_NORMAL * size))
+    stretches, spread = _moments(keys[:, : keys.shape[1] // (NORMAL * size) * NORMAL * size], NORMAL * size)
+    squares = mean.square() if size == 1 else torch.cat([mean.square(), variance], 2)
+    return mean, squares, torch.cat([stretches, spread * 0.5], 2)
 
 
 def _moments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +130,7 @@ class AlikeScan:
             averages: what they leave out of their scores' variance, and how much that inside blocks counts.
         scores: memory for scores.
         integers: memory for scores in 8-bit integers.
+        begin: place of the first tile in `query`.
     """
 
     tiles: Tiles
@@ -116,11 +138,12 @@ class AlikeScan:
     spread: Float[Tensor, "lists tiles moments"]
     scores: Scratch
     integers: Scratch
+    begin: int
 
     @classmethod
     def of(
         cls, tiles: Tiles, query: Float[Tensor, "lists tiles many rows width"],
-        few: Float[Tensor, "lists tiles many rows directions"], groups: int,
+        few: Float[Tensor, "lists tiles many rows directions"], groups: int, begin: int = 0,
     ) -> "AlikeScan":  # fmt: skip
         """Group the queries of each list, and average those of every group.
 
@@ -129,6 +152,7 @@ class AlikeScan:
             query: queries of each list, scaled.
             few: the same in the directions by which they are grouped.
             groups: groups of each list.
+            begin: place of the first tile in `query`; the others follow it.
 
         Returns:
             what scores are made of.
@@ -140,21 +164,26 @@ class AlikeScan:
         mean = mean.unflatten(0, query.shape[:3])
         spread = torch.cat([apart, mean.square().mean((2, 3)) * 0.5], 2)
         scores = Scratch(for_estimates(mean[:0]), _SCORES)
-        return cls(tiles, mean, spread, scores, Scratch(mean.new_empty(0, dtype=torch.int32), 0))
+        integers = Scratch(mean.new_empty(0, dtype=torch.int32), _SCORES if integers_are_fast(mean) else 0)
+        return cls(tiles, mean, spread, scores, integers, begin)
+
+    def _own(self, part: slice) -> slice:
+        """Tell where tiles stand in `query`."""
+        return slice(part.start - self.begin, part.stop - self.begin)
 
     def shares(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
         """Estimate the largest share that a query of each list gives a key of each of the first `num` blocks."""
         lists, _, many, groups, _ = self.query.shape
         best = self.query.new_zeros(lists, part.stop - part.start, many, num)
         known = self._known(part, blocks.size)
-        seen = self._log_sums(part, blocks, known // _NORMAL)
+        seen = self._log_sums(part, blocks, known // NORMAL)
         extra = self._allowance(part, blocks, num)
         on_cpu = self.query.device.type == "cpu"
         step = max(1, _SCORES // (many * groups * max(1, num))) if on_cpu else part.stop - part.start
         for one in range(lists):
             for at in range(0, part.stop - part.start, step):
                 some = slice(at, min(at + step, part.stop - part.start))
-                query = self.query[one, part][some]
+                query = self.query[one, self._own(part)][some]
                 count = self._most_known(part, some, blocks.size, num)
                 if count:
                     found = self._best(query, blocks, one, known[one, some], seen[one, some], count)
@@ -176,13 +205,13 @@ class AlikeScan:
     def _allowance(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk num"]:
         """Tell by how much some query may exceed its average: one deviation, and half the variance inside a block."""
         width = self.query.shape[4]
-        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, part]
+        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, self._own(part)]
         extra = (spread[..., :width] @ moments[:, :width]).sqrt_()
         return extra if blocks.size == 1 else extra.add_(spread[..., width:] @ moments[:, width:])
 
     def _log_sums(self, part: slice, blocks: Blocks, known: Tensor) -> Float[Tensor, "lists chunk many groups"]:
         """Estimate each query's log-sum-exp over whole stretches before its tile, scores inside one taken for normal."""
-        query = self.query[:, part]
+        query = self.query[:, self._own(part)]
         score = torch.cat([query, query.square()], 4).flatten(1, 3) @ blocks.moments.transpose(1, 2)
         score = score.view(*query.shape[:4], -1)
         hidden = torch.arange(score.shape[4], dtype=torch.int64, device=score.device) >= known[..., None]

@@ -126,11 +126,15 @@ def seen_keys(tiles: Tiles, part: slice) -> int:
     return min(problem.num_keys, max(1, (tiles.number(part.stop - 1) + 1) * tiles.size))
 
 
+def score_bytes(device: torch.device) -> int:
+    """Return how much memory a chunk's numbers may take."""
+    return SCORE_BYTES if device.type == "cpu" else DEVICE_SCORE_BYTES
+
+
 def chunks(tiles: Tiles, numbers: int, seams: Sequence[int] = ()) -> list[slice]:
     """Cut the tiles at `seams`, and so that `numbers` float32 numbers per list and tile fit the device's bound."""
     lists = tiles.problem.k.shape[0] * tiles.problem.k.shape[1]
-    most = SCORE_BYTES if tiles.problem.device.type == "cpu" else DEVICE_SCORE_BYTES
-    step = max(1, most // max(1, 4 * lists * numbers))
+    step = max(1, score_bytes(tiles.problem.device) // max(1, 4 * lists * numbers))
     total = len(tiles.index)
     sides = pairwise(sorted({0, total, *(seam for seam in seams if seam < total)}))
     return [slice(at, min(at + step, end)) for begin, end in sides for at in range(begin, end, step)]

@@ -21,5 +21,7 @@ class Scratch:
         """Return a tensor of this shape in the buffer, with undefined content."""
         size = prod(shape)
         if size > self._buffer.numel():
-            self._buffer = self._buffer.new_empty(size)
+            # the smaller one goes first, so that both are never held
+            self._buffer = self.like
+            self._buffer = self.like.new_empty(size)
         return self._buffer[:size].view(shape)

@@ -1,0 +1,80 @@
+"""Memory that a choice of keys takes besides its result, on the meta device: a bound holds at any length."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import hyperattention as ha
+from hyperattention.problem import Problem
+from hyperattention.select import DrawAlike
+from hyperattention.select.score import alike_scan, pooling
+
+BOUND = 4 * 2**20
+
+
+class Peak(TorchDispatchMode):
+    """Count the bytes of all storages that are made and still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.views, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        outside = {x.untyped_storage()._cdata for x in given} - self.views.keys()
+        for x in tree_leaves(result):
+            if not isinstance(x, torch.Tensor) or any(x is y for y in given):
+                continue
+            storage = x.untyped_storage()
+            if storage._cdata in outside:
+                continue
+            if storage._cdata not in self.views:
+                self.views[storage._cdata] = 0
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+            self.views[storage._cdata] += 1
+            weakref.finalize(x, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, storage: int, size: int) -> None:
+        self.views[storage] -= 1
+        if not self.views[storage]:
+            del self.views[storage]
+            self.now -= size
+
+
+def beside_the_result(method: ha.Method, num_tokens: int, kv_heads: int, causal: bool) -> int:
+    shapes = ((1, heads, num_tokens, 64) for heads in (4, kv_heads, kv_heads))
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+    with torch.no_grad(), Peak() as peak:
+        kept = method.selections(Problem(q, k, v, 0.125, causal=causal))
+        peak.most -= peak.now
+    assert kept
+    return peak.most
+
+
+@pytest.mark.parametrize("num_tokens", [1024, 4096])
+@pytest.mark.parametrize(("stage", "kv_heads", "causal"), [
+    (DrawAlike(64, size=16, pooled=8, most=256), 2, True), (DrawAlike(64, size=16, pooled=8, most=256), 2, False),
+    (DrawAlike(64, size=8, pooled=32, most=512), 1, True), (DrawAlike(256, size=16, pooled=2, most=256), 4, True),
+], ids=["causal", "full", "many averages", "many slots"])  # fmt: skip
+def test_alike_queries_are_sorted_and_scored_in_chunks(monkeypatch, stage, kv_heads, causal, num_tokens):
+    monkeypatch.setattr(pooling, "DEVICE_SCORE_BYTES", BOUND)
+    # not the memory for scores that is reserved at once
+    monkeypatch.setattr(alike_scan, "_SCORES", 0)
+    method = ha.Method(ha.Sinks(4), ha.Window(16), stage, tile=128)
+    assert beside_the_result(method, num_tokens, kv_heads, causal) <= BOUND
+
+
+def test_the_peak_is_that_of_what_lives_together():
+    with Peak() as peak:
+        x = torch.empty(1000, dtype=torch.uint8, device="meta")
+        y = x[10:] + 1
+        del x
+        y = y * 2
+    assert (peak.now, peak.most) == (990, 1990)
+    assert len(y) == 990
