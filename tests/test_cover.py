@@ -64,15 +64,15 @@ def test_weights_are_a_partition_of_unity_or_the_method_says_not(case, causal):
 @both_masks
 def test_indices_are_in_range_and_blocks_ascend(case, causal):
     method = lists_of(case)
-    tiles, selection = method.select(problem(case.num_tokens, causal=causal))
+    (tiles, shared), *apart = method.selections(problem(case.num_tokens, causal=causal))
     assert len(tiles.index) == -(-case.num_tokens // tiles.size)
-    for _, selection in method.selections(problem(case.num_tokens, causal=causal)):
+    for selection in (shared, *(lists for _, lists in apart)):
         assert selection.row_limit.max() <= case.num_tokens
         assert torch.equal(selection.key_row, torch.arange(2))
         for slots in selection.runs:
             index, live = dense.listed(slots)
             assert not (live & ((index < 0) | (index >= case.num_tokens))).any()
-    for slots in method.select(problem(case.num_tokens, causal=causal))[1].runs:
+    for slots in shared.runs:
         if slots.size == 1:  # draws of several densities stand one after another
             continue
         first = slots.first.masked_fill(slots.log_weight == -torch.inf, -case.num_tokens)

@@ -166,3 +166,11 @@ def test_bad_arguments_are_refused():
         ha.Method(ha.TopBlocks(2, 8), DrawAlike(16))
     with pytest.raises(ValueError, match="put them last"):
         ha.Method(DrawAlike(16), ha.Draw(16))
+
+
+@pytest.mark.parametrize("stage", [ha.HashBuckets(16), DrawAlike(16)], ids=repr)
+def test_lists_of_a_stage_with_tiles_of_its_own_are_never_left_out(stage):
+    method, given = ha.Method(ha.Window(16), stage, tile=16), problem(100)
+    with pytest.raises(ValueError, match="would leave out the keys .* use selections"):
+        method.select(given)
+    assert len(method.selections(given)) == 2

@@ -76,15 +76,23 @@ class Method(AttentionMethod):
         return any(stage.reads_values for stage in self.stages)
 
     def select(self, problem: Problem) -> tuple[Tiles, Selection]:
-        """Run the stages and list the keys that each tile of positions reads.
+        """Run the stages and list the keys that each tile reads, for stages that share tiles of positions.
 
         Args:
             problem: the problem.
 
         Returns:
-            the tiles and their lists; for stages with tiles of their own see `selections`.
+            the tiles and their lists.
+
+        Raises:
+            ValueError: if a stage listed keys for tiles of its own, which `selections` returns as well.
         """
-        (tiles, selection), *_ = self.selections(problem)
+        (tiles, selection), *apart = self.selections(problem)
+        if apart:
+            raise ValueError(
+                f"select of {self!r} would leave out the keys that a stage lists for tiles of its own: use selections, which "
+                "returns every tiling with its lists"
+            )
         assert isinstance(tiles, Tiles)
         return tiles, selection
 
