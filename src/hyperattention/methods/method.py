@@ -90,8 +90,8 @@ class Method(AttentionMethod):
         (tiles, selection), *apart = self.selections(problem)
         if apart:
             raise ValueError(
-                f"select of {self!r} would leave out the keys that a stage lists for tiles of its own: use selections, which "
-                "returns every tiling with its lists"
+                f"select of {self!r} would leave out the keys that a stage lists for tiles of its own: use selections, "
+                "which returns every tiling with its lists"
             )
         assert isinstance(tiles, Tiles)
         return tiles, selection
