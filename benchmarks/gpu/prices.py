@@ -3,21 +3,41 @@
     python benchmarks/gpu/prices.py                       # a few settings at 8k to a million tokens
     python benchmarks/gpu/prices.py 1216:16:8 --tokens 32768
 
-32 query heads on 8 kv heads, width 128, bfloat16, causal. Prices are those of prototypes on one H100: a list kernel of 64
-rows takes 7.3 ms for 1,024 slots at 131,072 tokens, of 256 rows 5.9 ms; scores run at 375 TFLOP/s where each key read serves
-128 rows or more; 1.2 ms a pass over 2 GB. Masses are written and read once, two bytes each; sorting reads queries twice.
+32 query heads on 8 kv heads, width 128, bfloat16, causal. The price of a slot is that of the list kernel on one H100,
+derived from `benchmarks/records/gpu_list.jsonl`, lists already flattened. The prices of scores and of passes over memory
+are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Masses are written and read
+once, two bytes each; sorting reads queries twice.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 from hyperattention import Method, Sinks, Window
 from hyperattention.select import DrawAlike
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 GROUP = HEADS // KV_HEADS
-# seconds for a slot and token of all heads, in lists of 64 rows and of 256
-FEW_ROWS, MANY_ROWS = 7.3e-3 / (1024 * 131_072), 5.9e-3 / (1024 * 131_072)
-FLOPS, BYTES = 375e12, 2e9 / 1.2e-3
+RECORDS = Path(__file__).resolve().parents[1] / "records" / "gpu_list.jsonl"
+# products of a score and of an output, a multiplication and an addition for each number of a key and of a value
+FLOP_OF_A_PAIR = 2 * 2 * HEAD_DIM
+# FLOP/s of scores where each key read serves 128 rows or more: measured on an H100 with a prototype that is not in this
+# repository, nor is its run among the records; about half of what `torch.mm` reaches (`ceilings` in records/gpu.jsonl)
+FLOPS = 375e12
+# bytes/s of a pass over memory, 1.2 ms for 2 GB: measured in the same way, and as little backed by a record; about half of
+# what a copy reaches (`ceilings` in records/gpu.jsonl)
+BYTES = 2e9 / 1.2e-3
+
+
+def seconds_of_a_slot(tile: int) -> float:
+    """What a slot and token of all heads took in the list kernel, for lists of so many positions, at 131,072 tokens.
+
+    The record's rate is of the pairs listed, whatever their number was.
+    """
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    case = f"drawn, tiles of {tile}"
+    (record,) = (each for each in records if each.get("case") == case and each["keys"] == 131_072 and "ms" in each)
+    return HEADS * FLOP_OF_A_PAIR / (1e12 * record["tflop_per_s"]["new, flattened"])
 
 
 def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
@@ -30,7 +50,7 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
     masses = KV_HEADS * tokens / stage.size * blocks
     queries = HEADS * tokens * HEAD_DIM
     seconds = {
-        "lists": tokens * slots * (MANY_ROWS if stage.size * GROUP >= 256 else FEW_ROWS),
+        "lists": tokens * slots * seconds_of_a_slot(64 if stage.size * GROUP >= 256 else 16),
         "scores": HEADS * tokens * products * 2 * HEAD_DIM / FLOPS,
         "masses": masses * 2 * 2 / BYTES,
         "sorting": queries * 2 * 2 / BYTES,
@@ -40,9 +60,8 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "stage", nargs="*", default=["1680:16:16", "1216:16:16", "1216:16:8", "1216:16:8:8192", "688:16:8:8192"]
-    )
+    settings = ["1680:16:16", "1216:16:16", "1216:16:16:16384", "1216:16:8", "1216:16:8:8192", "688:16:8:8192"]
+    parser.add_argument("stage", nargs="*", default=settings)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16_384, 32_768, 131_072, 1_048_576])
     options = parser.parse_args()
     for text in options.stage:
