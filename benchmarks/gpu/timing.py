@@ -96,8 +96,8 @@ def interleave(
 
 
 def ratio_of(base: Timing, other: Timing) -> Ratio:
-    """Ratio of the medians; its quartiles round by round where both were timed in the same rounds, else of all pairs."""
+    """Median and quartiles of the ratios: of single rounds where both were timed in the same ones, else of all pairs."""
     if len(base.seconds) == len(other.seconds):
         return speedup(base, other)
     pairs = Timing(tuple(a / b for a in base.seconds for b in other.seconds))
-    return Ratio(base.median / other.median, *pairs.quartiles)
+    return Ratio(pairs.median, *pairs.quartiles)

@@ -46,7 +46,7 @@ class Ratio:
     """The ratio of the speeds of two calls.
 
     Args:
-        value: ratio of the medians.
+        value: median of the ratios within a round, so that it lies between the quartiles.
         low: lower quartile of the ratios within a round.
         high: upper quartile of the ratios within a round.
     """
@@ -64,10 +64,10 @@ def speedup(base: Timing, other: Timing) -> Ratio:
         other: times of the evaluated call.
 
     Returns:
-        the ratio of the medians, with the quartiles of the ratios of single rounds.
+        the median and the quartiles of the ratios of single rounds.
     """
     ratios = tuple(a / b for a, b in zip(base.seconds, other.seconds, strict=True))
-    return Ratio(base.median / other.median, *quartiles(ratios))
+    return Ratio(statistics.median(ratios), *quartiles(ratios))
 
 
 def interleave(calls: Mapping[str, Call], repeats: int, on_call: Callable[[str], None] = ignore) -> dict[str, Timing]:
