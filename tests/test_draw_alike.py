@@ -12,7 +12,8 @@ from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike
 from hyperattention.select.alike import sort_alike
 from hyperattention.select.score import alike_scan
-from hyperattention.select.score.alike_scan import AlikeScan, blocks_of, grouped
+from hyperattention.select.score.alike_scan import AlikeScan, blocks_of
+from hyperattention.select.score.groups import grouped
 from hyperattention.select.score.stretches import stretches_of
 from hyperattention.tiling import cut
 from problems import problem

@@ -233,6 +233,25 @@ def bar_of(gpu_bars, records: list[dict], start: str):
     return next(bar for bar in gpu_bars.bars(records) if bar.figure.startswith(start))
 
 
+def test_a_ratio_of_different_rounds_is_the_median_of_all_pairs(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu.timing import ratio_of
+
+    from hyperattention.bench.timing import Timing
+
+    # 1/4, 1/2, 1, 9/4, 9/2 and 9; the ratio of the medians is 5/2
+    assert ratio_of(Timing((1.0, 9.0)), Timing((1.0, 2.0, 4.0))).value == 1.625
+
+
+def test_prices_of_slots_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu import prices
+
+    # 6.99 ms for 974 slots in lists of 64 rows, 6.48 ms for 1,022 in lists of 256
+    assert prices.seconds_of_a_slot(16) == pytest.approx(6.989e-3 / (974.3 * 131_072), rel=1e-3)
+    assert prices.seconds_of_a_slot(64) == pytest.approx(6.479e-3 / (1022 * 131_072), rel=1e-3)
+
+
 @pytest.mark.parametrize(("ours_s", "met"), [(1 / 26, True), (1 / 24, False)])
 def test_a_bar_is_met_or_missed_by_the_ratio_of_one_record(gpu_bars, ours_s, met):
     bar = bar_of(gpu_bars, [comparison("forward", 131072, ours_s)], "causal forward, 131,072")

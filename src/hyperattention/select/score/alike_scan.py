@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.select.score.eight_bits import EightBitKeys, rounded_queries
+from hyperattention.select.score.groups import grouped
 from hyperattention.select.score.pooling import score_bytes
 from hyperattention.select.score.precision import for_estimates, integers_are_fast
 from hyperattention.select.score.scratch import Scratch
@@ -19,8 +20,6 @@ _SCORES = 2**21
 NORMAL = 64
 # float32 numbers held for each number of a key while keys are averaged
 _KEY_NUMBERS = 6
-# times that groups are formed anew around their means
-_MEAN_STEPS = 2
 # below any score, and far enough from the end of 32-bit integers to be subtracted from
 _HIDDEN = -(2**29)
 
@@ -90,33 +89,6 @@ def _moments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(keys, (0, 0, 0, -keys.shape[1] % size)).unflatten(1, (-1, size))
     mean = blocks.mean(2)
     return mean, (blocks.square().mean(2) - mean.square()).clamp_(min=0)
-
-
-def grouped(x: Float[Tensor, "sets rows width"], groups: int) -> Float[Tensor, "sets rows groups"]:
-    """Group the rows of every set: around those that are farthest from one another, then around the means.
-
-    A row unlike all others, as a query is that looks for a single key, has a group of its own.
-
-    Args:
-        x: the rows.
-        groups: groups of each set; some stay empty where rows are equal.
-
-    Returns:
-        1 where a row belongs to a group, else 0.
-    """
-    off = x - x.mean(1, keepdim=True)
-    farthest, distance, centres = off.square().sum(-1), torch.full_like(x[..., 0], torch.inf), []
-    for _ in range(groups):
-        centres.append(x.gather(1, farthest.argmax(1)[:, None, None].expand(-1, 1, x.shape[2])))
-        farthest = distance = torch.minimum(distance, (x - centres[-1]).square().sum(-1))
-    centre = torch.cat(centres, 1)
-    for step in range(_MEAN_STEPS + 1):
-        nearest = (centre.square().sum(-1)[:, None] - 2 * x @ centre.transpose(1, 2)).argmin(-1)
-        one_of = torch.nn.functional.one_hot(nearest, groups).to(x.dtype)
-        if step < _MEAN_STEPS:
-            count = one_of.sum(1)[..., None]
-            centre = torch.where(count > 0, one_of.transpose(1, 2) @ x / count.clamp(min=1), centre)
-    return one_of
 
 
 @dataclass(frozen=True)
