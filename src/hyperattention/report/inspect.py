@@ -22,8 +22,7 @@ from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.reference.call_recorder import CallInputs
 from hyperattention.reference.passes import watch_exact
-from hyperattention.report.demo import DemoOptions as Texts
-from hyperattention.report.demo import PreparedDemo, prepare
+from hyperattention.report.demo import DemoOptions, PreparedDemo, prepare
 from hyperattention.report.maps import MapStyle, error_against_time, head_map, method_map
 from hyperattention.report.page import Section, write_page
 from hyperattention.report.progress import progress
@@ -41,7 +40,7 @@ class InspectOptions:
     """
 
     plan: Path | None = None
-    texts: Texts = field(default_factory=lambda: Texts(documents=1))
+    texts: DemoOptions = field(default_factory=lambda: DemoOptions(documents=1))
     rows: int = 256
     ladder: tuple[AttentionMethod, ...] | None = None
 
