@@ -20,7 +20,7 @@ def retime(
     encoding: Encoding = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Time a plan again on this machine: its methods and errors stay, the length from which it is faster is measured again."""
+    """Time a plan again on this machine. Its methods and errors stay; the length from which it is faster may change."""
     console = make_console()
     written = plan if out is None else out
     with explained():
