@@ -20,7 +20,8 @@ from rich.console import Console
 from hyperattention.cache.policy import Policy
 from hyperattention.evaluation.ask import AskSettings, ask
 from hyperattention.evaluation.continuation import Texts, continuation_loss
-from hyperattention.evaluation.policies import candidates_at, choose_families
+from hyperattention.evaluation.families import choose_families
+from hyperattention.evaluation.policies import candidates_at
 from hyperattention.evaluation.run import dialect_of, haystack_of
 from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
 from hyperattention.evaluation.tasks import TASKS

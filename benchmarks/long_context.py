@@ -53,9 +53,9 @@ def scan(num: int, tile: int, pooled: int) -> Method:
     return Method(Sinks(16), Window(256), Draw(num, by=KeyScan(pooled, most=LONG)), tile=tile)
 
 
-def _list(approach: AttentionMethod) -> Method:
-    assert isinstance(approach, Method)
-    return approach
+def _list(method: AttentionMethod) -> Method:
+    assert isinstance(method, Method)
+    return method
 
 
 METHODS: dict[str, AttentionMethod] = {

@@ -95,11 +95,11 @@ def claim(plan: Plan, ours: ModelJudgement, curve: Sequence[ModelJudgement], exa
     cautious = pairs_at(curve, ours.added_nats + (ours.added_error or 0.0))[0] / ours.cost.pairs
     methods = {layer: [short_name(each) for each in served.methods] for layer, served in plan.layers.items()}
     kept = "" if ours.retrieval is None else f", retrieval {ours.retrieval:.1%} (exact {exact.retrieval:.1%})"
-    pays = "did not pay" if plan.crossover is None else f"pays from {plan.crossover:,} keys on"
+    faster = "not faster than exact attention" if plan.crossover is None else f"faster from {plan.crossover:,} keys on"
     beside = (
         f"{ours.cost.pairs:.0f} pairs a query ({1 / ours.cost.share_of_exact:.1f}x fewer than exact), added "
         f"{format_added(ours)} nats a byte{kept}; {cautious:.2f}x at one standard error more; attention "
-        f"{ours.attention_ratio.value:.1f}x as fast as exact; {pays}"
+        f"{ours.attention_ratio.value:.1f}x as fast as exact; {faster}"
     )
     name = f"pairs of one method everywhere over a plan's at the same added loss, tolerance {plan.tolerance:g}"
     shown = f"{'at least ' if bounded else ''}{ratio:.2f}x"

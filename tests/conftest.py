@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 
 import pytest
 from jaxtyping import install_import_hook
@@ -35,7 +36,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-# seconds that a test without the mark `slow` may compute: thrice what the mark stands for, as machines differ
+# seconds that a test without the mark `slow`, with the fixtures that are its own, may compute: thrice what the mark says, as
+# machines differ
 LONGEST = 10.0
 
 # files of many small models, interpreted kernels or statistics: no case is slow by itself, and all of a file are together
@@ -60,17 +62,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
-def computing_seconds() -> float:
-    """What this thread and ended child processes have computed: waiting for a busy machine does not count."""
-    spent = os.times()
-    return time.thread_time() + spent.children_user + spent.children_system
+# seconds that a test has computed, with the fixtures that are its own; and all fixtures that several tests share
+OWN, SHARED = pytest.StashKey[float](), pytest.StashKey[float]()
+
+
+def clocks() -> tuple[float, float]:
+    """Read the time, and the processor time of all threads of this process and of its ended child processes."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def computed_since(begun: tuple[float, float]) -> float:
+    """Seconds of computing: waiting for a busy machine does not count, nor do threads beside one another count twice."""
+    return min(now - then for now, then in zip(clocks(), begun, strict=True))
+
+
+@contextmanager
+def counted(item: pytest.Item) -> Iterator[None]:
+    """Add to a test what is computed meanwhile, but for fixtures that it shares with other tests."""
+    shared, begun = item.config.stash.get(SHARED, 0.0), clocks()
+    yield
+    shared = item.config.stash.get(SHARED, 0.0) - shared
+    item.stash[OWN] = item.stash.get(OWN, 0.0) + computed_since(begun) - shared
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> Generator[None, object, object]:
+    shared, begun = request.config.stash.get(SHARED, 0.0), clocks()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope != "function":
+            # with the shared fixtures that it has asked for meanwhile
+            request.config.stash[SHARED] = shared + computed_since(begun)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[OWN] = 0.0
+    with counted(item):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    begun = computing_seconds()
-    result = yield
-    spent = computing_seconds() - begun
+    with counted(item):
+        result = yield
+    spent = item.stash[OWN]
     if spent > LONGEST and not item.get_closest_marker("slow"):
         pytest.fail(f"it computed for {spent:.0f} s and is not marked `slow`: make it smaller, or mark it", pytrace=False)
     return result

@@ -1,4 +1,4 @@
-"""The weight that every pair of a query and a key gets from a method, read off its output; works for any approach."""
+"""The weight that every pair of a query and a key gets from a method, read off its output; for any method."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def pair_weights(method: AttentionMethod, q: Tensor, k: Tensor, size: Tensor | N
     Values are the rows of a diagonal matrix, so that each output coordinate tells the weight of one key.
 
     Args:
-        method: the approach.
+        method: the method.
         q: queries, float64.
         k: keys.
         size: norm of each value, ones if None.

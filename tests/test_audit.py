@@ -274,6 +274,18 @@ def test_report_prints_one_line():
     assert "\n" not in str(report)
 
 
+def test_too_few_rows_are_reported_without_an_interval():
+    q, k, v = problem()
+    out = corrupted(exact(q, k, v))
+    few, enough = (audit(q, k, v, out, rows=rows, is_causal=True, enable_gqa=True) for rows in (15, 16))
+    assert few.interval[0].isfinite().all()
+    mean = f"{few.relative_error.double().mean().item():.2g}"
+    assert str(few).startswith(f"relative error {mean}, 15 rows a head (too few for an interval: at least 16); worst: head ")
+    assert "95% CI" not in str(few)
+    assert str(enough).count("95% CI") == 2
+    assert "too few" not in str(enough)
+
+
 def test_audit_needs_no_gradient_and_leaves_none():
     q, k, v = (x.requires_grad_() for x in problem())
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -66,6 +66,17 @@ def test_the_report_is_the_error_there_was() -> None:
     assert "25 of 100 approximated tokens audited; worst: layer 3" in str(report)
 
 
+def test_too_few_audited_tokens_are_reported_without_an_interval() -> None:
+    store = AuditedStore(CompressingStore(UniformSample(), ROOM), 10, 0)
+    run(store, *inputs(140))
+    report = report_on({0: store}, 10**6)
+    mean = f"relative error {report.relative_error:.2g}"
+    assert str(report).startswith(
+        f"{mean}, 10 of 100 approximated tokens audited (too few for an interval: at least 16); worst: layer 0, "
+    )
+    assert "95% CI" not in str(report)
+
+
 def test_where_every_token_is_audited_nothing_is_left_to_chance() -> None:
     store = AuditedStore(CompressingStore(Latest(), ROOM), 1, 0)
     run(store, *inputs(90))

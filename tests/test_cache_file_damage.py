@@ -18,6 +18,7 @@ from tiny_models import build, tokens
 pytest.importorskip("transformers")
 integration = import_module("hyperattention.integrations.transformers")
 file = import_module("hyperattention.integrations.transformers.cache_file")
+file_content = import_module("hyperattention.integrations.transformers.cache_file_content")
 safetensors = import_module("safetensors.torch")
 
 PROMPT, FLIPS = 60, 100
@@ -90,7 +91,7 @@ def forge(data: bytes, path: Path, tensors: Change = dict, metadata: Callable[[d
     tensors(content)
     metadata(header)
     content = {name: x.contiguous() for name, x in content.items()}
-    path.write_bytes(safetensors.save(content, header | {"sha256": file._digest(content, header)}))
+    path.write_bytes(file_content.to_bytes(content, header))
 
 
 def put(name: str, change: Callable[[Tensor], Tensor]) -> Change:

@@ -135,7 +135,7 @@ def test_a_calibrated_plan_keeps_its_promises(
     strict = calibrate(loaded, samples, CalibrationSettings(1e-9, ladder=LADDER[:3], repeats=1), tmp_path / "strict")
     assert set(strict.layers.values()) == {ha.ByHead((ha.Exact(), ha.Exact()))}
     assert strict.measured.added_nats == 0
-    # what is exact everywhere is not timed against itself, and does not pay
+    # what is exact everywhere is not timed against itself, and is not faster
     assert {each.ratio for each in strict.measured.times} == {1.0}
     assert strict.crossover is None
 

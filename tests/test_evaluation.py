@@ -12,8 +12,9 @@ from hyperattention.cache.slots import CacheSlots
 from hyperattention.evaluation.ask import AskSettings, Reply, ask
 from hyperattention.evaluation.continuation import Texts, continuation_loss, pieces
 from hyperattention.evaluation.dialect import Lines
+from hyperattention.evaluation.families import EXACT, CacheFamily, choose_families
 from hyperattention.evaluation.haystack import Haystack
-from hyperattention.evaluation.policies import EXACT, CacheCandidate, CacheFamily, candidates_at, choose_families
+from hyperattention.evaluation.policies import CacheCandidate, candidates_at
 from hyperattention.evaluation.prompt import Prompt
 from hyperattention.evaluation.reading import converse, read, reading
 from hyperattention.evaluation.recording import fill, rows_of, start

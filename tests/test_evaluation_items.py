@@ -7,9 +7,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hyperattention.evaluation.continuation import Loss, Texts, added, pieces
 from hyperattention.evaluation.dialect import Lines
+from hyperattention.evaluation.families import EXACT, choose_families
 from hyperattention.evaluation.haystack import Haystack, hide
 from hyperattention.evaluation.item import Item, Turn
-from hyperattention.evaluation.policies import EXACT, CacheCandidate, candidates_at, choose_families
+from hyperattention.evaluation.policies import CacheCandidate, candidates_at
 from hyperattention.evaluation.score import Share, marks
 from hyperattention.evaluation.sentences import Sentences
 from hyperattention.evaluation.tasks import TASKS

@@ -33,9 +33,10 @@ def layer(module: str) -> int:
 
 
 def imported(code: str, modules: dict[str, str]) -> list[str]:
-    """List the modules of the package that a source imports, wherever in it."""
+    """List the modules of the package that a source imports, wherever in it, by a statement or by a name in a string."""
     names = []
     for node in ast.walk(ast.parse(code)):
+        names += named(node, modules)
         if isinstance(node, ast.Import):
             names += [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -43,6 +44,25 @@ def imported(code: str, modules: dict[str, str]) -> list[str]:
             whole = [f"{node.module}.{name.name}" for name in node.names]
             names += [name if name in modules else str(node.module) for name in whole]
     return [name for name in names if name.split(".")[0] == PACKAGE.name]
+
+
+def named(node: ast.AST, modules: dict[str, str]) -> list[str]:
+    """List the module that a string names in full, and the one that a call such as `import_module` is given."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if node.value in modules and node.value != PACKAGE.name else []
+    if not isinstance(node, ast.Call) or not node.args:
+        return []
+    function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if function not in ("import_module", "__import__"):
+        return []
+    given = node.args[0]
+    parts = given.values if isinstance(given, ast.JoinedStr) else [given]
+    start = str(parts[0].value) if isinstance(parts[0], ast.Constant) else ""
+    whole = isinstance(given, ast.Constant) and not start.startswith(".")
+    assert whole or not start.startswith((".", PACKAGE.name)), (
+        f"line {node.lineno}: write imports in full, from {PACKAGE.name} on"
+    )
+    return [start] if start == PACKAGE.name else []
 
 
 def upward(modules: dict[str, str]) -> list[str]:
@@ -66,8 +86,25 @@ def test_an_import_upward_is_found_even_in_a_function():
     ]
 
 
+def test_an_import_by_a_string_is_found():
+    modules = sources()
+    modules["hyperattention.select.draw"] += "\ndef late():\n    importlib.import_module('hyperattention.methods.method')\n"
+    modules["hyperattention.merge"] += "\n__import__('hyperattention')\n"
+    modules["hyperattention.tiling"] += "\nLATER = {'Window': 'hyperattention.select.locate.window'}\n"
+    assert upward(modules) == [
+        "hyperattention.merge imports hyperattention",
+        "hyperattention.select.draw imports hyperattention.methods.method",
+        "hyperattention.tiling imports hyperattention.select.locate.window",
+    ]
+    for hidden in ("f'hyperattention.methods.{name}'", "'.methods', 'hyperattention'", "f'.{name}', 'hyperattention'"):
+        with pytest.raises(AssertionError, match="write imports in full"):
+            imported(f"import_module({hidden})", modules)
+    # of another package, whatever its name
+    assert imported("import_module('accelerate.utils'), import_module(name), import_module(f'{name}.utils')", modules) == []
+
+
 def order(modules: dict[str, str]) -> list[str]:
-    return [*TopologicalSorter({name: imported(code, modules) for name, code in modules.items()}).static_order()]
+    return [*TopologicalSorter({name: {*imported(code, modules)} - {name} for name, code in modules.items()}).static_order()]
 
 
 def test_within_a_layer_no_imports_go_in_a_circle():

@@ -1,10 +1,11 @@
 """A plan survives its file, is refused where the file or the model is wrong, and runs what it says in every head."""
 
 import copy
+import inspect
 import json
 import pickle
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from hyperattention.files.fields import Field
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import METHODS, method_from_json, method_to_json
 from hyperattention.files.plan import Measured
+from hyperattention.files.policy_table import POLICIES, policy_to_json
+from hyperattention.policies.cluster_means import ClusterMeans
+from policies import POLICIES as POLICY_CASES
 from tiny_models import LENGTH, NUM_LAYERS, build, tokens
 
 pytest.importorskip("transformers")
@@ -66,6 +70,42 @@ def test_a_method_is_written_in_the_form_that_files_keep() -> None:
     method = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(64, mix), tile=32)
     assert method_from_json(Field(json.loads(WRITTEN), "file", "methods", "again")) == method
     assert method_to_json(method) == json.loads(WRITTEN)
+
+
+def parts_of(value: object) -> Iterator[dict[str, object]]:
+    """List the objects of a file, the outermost first."""
+    if isinstance(value, list):
+        for each in value:
+            yield from parts_of(each)
+    elif isinstance(value, dict):
+        yield value
+        yield from parts_of([*value.values()])
+
+
+def default_of(kind: type, name: str) -> object:
+    (each,) = (each for each in fields(kind) if each.name == name)
+    return inspect.signature(kind).parameters[name].default if each.default_factory is MISSING else each.default_factory()
+
+
+def test_what_a_file_leaves_out_is_the_default_of_the_constructor() -> None:
+    written = [(METHODS, method_to_json(case.method)) for case in CASES]
+    written += [(POLICIES, policy_to_json(case.policy)) for case in POLICY_CASES]
+    optional, required = set(), set()
+    for table, part in [(table, part) for table, whole in written for part in parts_of(whole)]:
+        kind = table.by_name[str(part["type"])]
+        has_default = {each.name: each.default is not each.empty for each in inspect.signature(kind).parameters.values()}
+        shortest = {name: value for name, value in part.items() if not has_default.get(name)}
+        read = table.read(Field(shortest, "file", "part", "again"))
+        for name in has_default:
+            if has_default[name]:
+                optional.add((kind, name))
+                assert getattr(read, name) == default_of(kind, name)
+            else:
+                required.add((kind, name))
+                with pytest.raises(ValueError, match=rf"part\.{name} is missing"):
+                    table.read(Field({key: shortest[key] for key in shortest if key != name}, "file", "part", "again"))
+    assert {(ha.Method, "tile"), (ha.Draw, "by"), (ClusterMeans, "latest")} <= optional
+    assert {(ha.Method, "stages"), (select.Mix, "parts"), (ha.Draw, "num")} <= required
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -256,14 +296,14 @@ def test_use_runs_a_plan_and_counts_by_reason(model: nn.Module) -> None:
     assert calls.counts.exact == {"exact method": 1, "layer not listed": 1}
 
 
-def test_use_stays_exact_under_a_plan_that_did_not_pay(model: nn.Module) -> None:
+def test_use_stays_exact_under_a_plan_that_was_not_faster(model: nn.Module) -> None:
     plan = make(model, {1: ha.ByHead((DRAWN, NARROW))}, crossover=None)
     assert not plan.pays(10**9)
     reference = logits(model)
     with pytest.warns(UserWarning, match="no attention call was approximated"), use(model, plan) as calls:
         unchanged = logits(model)
     assert torch.equal(unchanged, reference)
-    assert calls.counts.exact == {"layer not listed": 1, "the plan did not pay": 1}
+    assert calls.counts.exact == {"layer not listed": 1, "the plan was not faster than exact attention": 1}
     # asked for by method, it runs all the same
     with use(model, plan.method, layers=[1]) as calls:
         assert (logits(model) - reference).abs().max() > 1e-2

@@ -176,7 +176,7 @@ def test_clusters_stay_within_the_bytes_of_the_budget() -> None:
     read(store, (inputs(2000, batch=1)[0], k, k), [300, 300, 1400])
     assert store.sketch is not None
     assert store.sketch.num_clusters.tolist() == [[40, 40]]
-    # 2 heads, keys and values of 8 floats; one token more than the budget may come before it is settled
+    # 2 heads, keys and values of 8 floats; one more token is held until its step ends and compresses it
     assert store.memory_bytes <= 201 * 2 * 2 * 8 * 4
     # keys that are not clusterable need more than that
     with pytest.raises(ValueError, match="more than [0-9]+ clusters of radius delta=0.5"):

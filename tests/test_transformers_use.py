@@ -49,7 +49,7 @@ def test_counts_by_reason(model: nn.Module) -> None:
     assert before.approximated == 1
     assert before.exact == {"layer not listed": 3, "dense mask": 1, "below min_length": 1, "single query": 2}
     assert before.share_approximated == pytest.approx(1 / 8)
-    assert str(before).startswith("1 of 8 attention calls approximated (12%); exact: layer not listed 3, ")
+    assert str(before).startswith("1 of 8 attention calls approximated (12%); exact: layer not listed (3 calls), ")
     assert torch.equal(logits(model), reference)
 
 

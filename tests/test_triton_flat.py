@@ -52,9 +52,11 @@ def in_pytorch(monkeypatch):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ranges", [0, 1, 2])
-def test_forward_is_that_of_the_pytorch_kernel(dtype, causal, ranges, launched, in_pytorch):
+@pytest.mark.parametrize(("ranges", "group"), [(0, 1), (1, 1), (2, 1), (2, 3)])
+def test_forward_is_that_of_the_pytorch_kernel(dtype, causal, ranges, group, launched, in_pytorch):
     x, selection = make_tensors(dtype, 1, KEYS, 6, (20, 5)), make_flat_selection(rows=6, causal=causal, ranges=ranges)
+    # rows are heads of a group times positions
+    x = x[0].unflatten(2, (group, -1)), *x[1:]
     ours = list_attention(*x, selection, SCALE)
     assert launched == ["_flatten_kernel", "_flat_kernel"]
     # numbers of float64 are left to the PyTorch kernel
@@ -62,6 +64,42 @@ def test_forward_is_that_of_the_pytorch_kernel(dtype, causal, ranges, launched, 
     plain = in_pytorch(lambda: list_attention(*x, selection, SCALE))
     for a, b, c in zip(ours, truth, plain, strict=True):
         assert_same_math(a, b, c)
+
+
+def tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """``[tokens, heads, width]`` in memory, seen by head."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def beside_others(x: torch.Tensor) -> torch.Tensor:
+    """Some tokens, and some numbers of each, of a larger tensor that is not a number elsewhere."""
+    wide = torch.full((x.shape[0], x.shape[1] + 7, x.shape[2] + 3), torch.nan)
+    wide[:, 4:-3, 2:-1] = x
+    return wide[:, 4:-3, 2:-1]
+
+
+def every_other_number(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def in_every_list(x: torch.Tensor) -> torch.Tensor:
+    """Both rows of keys are one in memory."""
+    return x[:1].expand(2, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "apart"),
+    [(tokens_first, "k"), (tokens_first, "v"), (beside_others, "qkv"), (every_other_number, "qkv"), (in_every_list, "kv")],
+)
+def test_inputs_that_are_not_contiguous(layout, apart, launched, in_pytorch):
+    x, selection = make_tensors(torch.float32, 1, KEYS, 5, (20, 5)), make_flat_selection(rows=5)
+    x = tuple(layout(t.flatten(1, -2)).view_as(t) if name in apart else t for name, t in zip("qkv", x, strict=True))
+    assert [t.is_contiguous() for t in x] == [name not in apart for name in "qkv"]
+    ours = list_attention(*x, selection, SCALE)
+    assert launched == ["_flatten_kernel", "_flat_kernel"]
+    plain = in_pytorch(lambda: list_attention(*(t.contiguous() for t in x), selection, SCALE))
+    for a, b in zip(ours, plain, strict=True):
+        assert_exact(a, b)
 
 
 @pytest.mark.slow

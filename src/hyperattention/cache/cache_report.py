@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.cache.audited import AuditedStore
-from hyperattention.error.interval import mean_interval
+from hyperattention.error.interval import format_lack, format_mean, mean_interval
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class CacheReport:
         worst = int(self.by_layer.argmax())
         low, high = (float(end[worst]) for end in self.interval_by_layer)
         return (
-            f"relative error {_span(self.relative_error, *self.interval)}, {self.num_audited:,} of "
-            f"{self.num_approximated:,} approximated tokens audited; worst: layer {self.layers[worst]}, "
-            f"{_span(float(self.by_layer[worst]), low, high)}; {self._kept()}; {_mebibytes(self.shadow_bytes)} held for the "
-            "audit alone"
+            f"relative error {format_mean(self.relative_error, *self.interval, self.num_audited)}, {self.num_audited:,} of "
+            f"{self.num_approximated:,} approximated tokens audited{format_lack(*self.interval, self.num_audited)}; "
+            f"worst: layer {self.layers[worst]}, {format_mean(float(self.by_layer[worst]), low, high, self.num_audited)}; "
+            f"{self._kept()}; {_mebibytes(self.shadow_bytes)} held for the audit alone"
         )
 
     def _kept(self) -> str:
@@ -72,10 +72,6 @@ class CacheReport:
 
 def _mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.3g} MiB"
-
-
-def _span(middle: float, low: float, high: float) -> str:
-    return f"{middle:.2g} (95% CI {low:.2g}-{high:.2g})"
 
 
 def report_on(stores: Mapping[int, AuditedStore], whole_bytes: int) -> CacheReport:

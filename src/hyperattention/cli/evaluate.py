@@ -1,5 +1,6 @@
 """The command `eval`: how good a compressed cache is on a model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,7 @@ def evaluate(
         check_inputs(model=model, reference=reference, text=text, encoding=encoding)
         given_lengths = None if lengths is None else numbers("--lengths", lengths)
         given_budgets = None if budget is None else numbers("--budget", budget)
+        _check_caches(names(policies), given_budgets or ())
         from hyperattention.report import evaluation as report
 
         hide_bars()
@@ -69,3 +71,13 @@ def evaluate(
         written = report.save(prepared, results)
     for path in written:
         typer.echo(f"wrote {path}")
+
+
+def _check_caches(policies: Sequence[str] | None, budgets: Sequence[int]) -> None:
+    """Refuse an unknown policy, or a budget that is too small for one, before any slow package is imported."""
+    from hyperattention.evaluation.families import choose_families
+
+    families = choose_families(policies)
+    for budget in budgets:
+        for family in families:
+            family.check(budget)

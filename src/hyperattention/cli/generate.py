@@ -55,6 +55,7 @@ def generate(
     """Go on from a text, through a cache of bounded size: the text on standard output, what it cost on standard error."""
     console = make_console(stderr=True)
     with explained():
+        _check_cache(policy, budget, sinks, window)
         check_inputs(model=model, text=prompt, encoding=encoding)
         from hyperattention.report import generation as report
 
@@ -87,6 +88,7 @@ def cache(
     console = make_console(stderr=True)
     with explained():
         Outputs((out,), overwrite, (document, find_folder(model))).check()
+        _check_cache(policy, budget, sinks, window)
         check_inputs(model=model, text=document, encoding=encoding)
         from hyperattention.integrations.transformers.cache_file import check_savable
         from hyperattention.report import generation as report
@@ -141,6 +143,13 @@ def ask(
             reading = report.read(prepared, console, leave=1)
             writing = report.write(prepared, sampling)
             report.show(prepared, console, reading=reading, writing=writing)
+
+
+def _check_cache(policy: str, budget: int, sinks: int, window: int | None) -> None:
+    """Refuse an unknown policy, or a budget that is too small for it, before any slow package is imported."""
+    from hyperattention.evaluation.families import find_family
+
+    find_family(policy).check(budget, sinks, window)
 
 
 def _quoted(question: str) -> str:

@@ -45,6 +45,9 @@ def pareto(
         check_picture(plot)
         check_inputs(model=model, reference=reference, text=text, encoding=encoding)
         given_budgets = numbers("--budgets", budgets or ("512,768" if quick else "512,1024,2048"))
+        from hyperattention.bench.candidates import candidates
+
+        candidates(given_budgets, names(methods))  # refuses unknown methods, and budgets that are too small
         from hyperattention.bench.frontier import MeasureSettings
         from hyperattention.report import demo
         from hyperattention.report import pareto as report

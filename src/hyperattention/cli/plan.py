@@ -32,10 +32,10 @@ def calibrate_model(
         Outputs((out,), overwrite, (text, find_folder(model))).check()
         check_inputs(model=model, text=text, encoding=encoding)
         from hyperattention.report import calibrate as report
-        from hyperattention.report.demo import DemoOptions as Texts
+        from hyperattention.report.demo import DemoOptions
 
         hide_bars()
-        texts = Texts(length, text, find_folder(model), documents=documents, seed=seed, encoding=encoding)
+        texts = DemoOptions(length, text, find_folder(model), documents=documents, seed=seed, encoding=encoding)
         options = report.CalibrateOptions(out, texts, report.CalibrationSettings(tolerance, seed), overwrite)
         prepared = report.ready(options)
         plan = report.run(prepared, options, console)
@@ -60,10 +60,10 @@ def inspect_model(
         outputs.check()
         check_inputs(model=model, text=text, encoding=encoding, plan=plan)
         from hyperattention.report import inspect as report
-        from hyperattention.report.demo import DemoOptions as Texts
+        from hyperattention.report.demo import DemoOptions
 
         hide_bars()
-        texts = Texts(length, text, find_folder(model), documents=1, seed=seed, encoding=encoding)
+        texts = DemoOptions(length, text, find_folder(model), documents=1, seed=seed, encoding=encoding)
         prepared = report.ready(report.InspectOptions(plan, texts))
         layers = report.run(prepared, console)
         outputs.check()

@@ -20,17 +20,17 @@ def retime(
     encoding: Encoding = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Time a plan again on this machine: its methods and errors stay, and from where it pays is measured anew."""
+    """Time a plan again on this machine. Its methods and errors stay; the length from which it is faster may change."""
     console = make_console()
     written = plan if out is None else out
     with explained():
         Outputs((written,), overwrite, (text, find_folder(model))).check()
         check_inputs(model=model, text=text, encoding=encoding, plan=plan)
         from hyperattention.report import retime as report
-        from hyperattention.report.demo import DemoOptions as Texts
+        from hyperattention.report.demo import DemoOptions
 
         hide_bars()
-        found = report.ready(plan, Texts(text=text, model=find_folder(model), seed=seed, encoding=encoding))
+        found = report.ready(plan, DemoOptions(text=text, model=find_folder(model), seed=seed, encoding=encoding))
         timed = report.run(found, written, console, overwrite=overwrite)
     report.show(found.plan, timed, console)
     console.print(f"wrote {written}")

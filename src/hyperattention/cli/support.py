@@ -1,4 +1,4 @@
-"""What all commands share: one line for what a user can put right, and a console of a width that tables fit."""
+"""What all commands share: one line for an error that the user can correct, and a console wide enough for tables."""
 
 import os
 import sys
@@ -18,27 +18,27 @@ from hyperattention.files.plan_file import load_plan
 from hyperattention.files.user_text import read_text
 
 _EXTRAS = frozenset({"matplotlib", "numpy", "plotly", "rich", "safetensors", "transformers", "typer"})
-# what shells give for a program that an interruption ended
+# the exit status that shells give for a program that was interrupted
 INTERRUPTED = 130
-# and for one whose output nobody reads any more
+# the exit status for a program whose output pipe was closed
 _PIPE_CLOSED = 141
-# without an ending it is a PNG
+# a name without an ending gives a PNG
 _PICTURES = frozenset({"", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp"})
 # a file or a pipe has no width, unless COLUMNS says one; tables need this much
 _PLAIN_WIDTH = 150
 
 
 def version(wanted: bool) -> bool:
-    """Print the version and end, if that was asked for.
+    """Print the version and end the program, if the user asked for it.
 
     Args:
-        wanted: whether it was.
+        wanted: whether the user asked for it.
 
     Returns:
-        the same.
+        the argument.
 
     Raises:
-        Exit: once it is printed.
+        Exit: after the version is printed.
     """
     if wanted:
         try:
@@ -64,7 +64,7 @@ def refuse(message: object) -> Never:
 
 @contextmanager
 def quiet_end() -> Iterator[None]:
-    """Let an interruption, and a reader of the output that has gone, end a command without a traceback."""
+    """End a command without a traceback if it is interrupted, or if the pipe that it writes to was closed."""
     try:
         yield
         sys.stdout.flush()
@@ -78,13 +78,13 @@ def quiet_end() -> Iterator[None]:
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a whole command end so.
+    """Wrap a command so that an interruption or a closed pipe ends it without a traceback.
 
     Args:
         command: the function of the command.
 
     Returns:
-        the same with that.
+        the wrapped function.
     """
 
     @wraps(command)
@@ -97,7 +97,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what a user can put right into one line; anything else keeps its traceback."""
+    """Turn an error that the user can correct into one line; any other error keeps its traceback."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -111,10 +111,10 @@ def explained() -> Iterator[None]:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Give the console to print on; brackets and colons in names of files are what they are.
+    """Make the console to print on. It prints brackets and colons unchanged, as names of files may contain them.
 
     Args:
-        stderr: whether it is that of errors, where standard output is for what a model writes.
+        stderr: whether it prints to standard error, for commands whose standard output is the text of a model.
 
     Returns:
         the console.
@@ -133,13 +133,13 @@ def check_inputs(
     encoding: str | None = None,
     plan: Path | None = None,
 ) -> None:
-    """Refuse what is not there, before what is slow is even imported.
+    """Refuse inputs that are missing or damaged, before any slow package is imported.
 
     Args:
         model: a folder, or the word for the embedded model; None for none.
         reference: folder of a reference model; None for none.
-        text: a text; None for none.
-        encoding: what the user says that it is in; None for nothing.
+        text: the file of a text; None for none.
+        encoding: the encoding of the text, if the user gave one.
         plan: the file of a plan; None for none.
 
     Raises:
@@ -161,20 +161,20 @@ def check_inputs(
 
 
 def check_picture(path: Path | None) -> None:
-    """Refuse a picture of a kind that cannot be drawn.
+    """Refuse a picture file whose format cannot be written.
 
     Args:
-        path: the picture; None for none.
+        path: the file; None for none.
 
     Raises:
-        ValueError: naming it.
+        ValueError: if the ending of its name is not one of the known formats.
     """
     if path is not None and path.suffix.lower() not in _PICTURES:
         raise ValueError(f"cannot draw {path}: end its name in {', '.join(sorted(_PICTURES - {''}))}")
 
 
 def tell(outputs: Outputs) -> None:
-    """Say which files were written, a line each.
+    """Print which files were written, one line each.
 
     Args:
         outputs: the files.
@@ -184,7 +184,7 @@ def tell(outputs: Outputs) -> None:
 
 
 def hide_bars() -> None:
-    """Let transformers load a model without bars of its own."""
+    """Turn off the progress bars that transformers shows while it loads a model."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -206,14 +206,14 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     """Read numbers such as "512,1024".
 
     Args:
-        option: what they are of, as the user knows it.
+        option: the name of the option, for the error message.
         text: numbers with commas between them.
 
     Returns:
-        the numbers, each once.
+        the numbers, without repeats.
 
     Raises:
-        ValueError: if one is no positive whole number.
+        ValueError: if one of them is not a positive whole number.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) for word in words):

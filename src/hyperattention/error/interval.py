@@ -11,6 +11,8 @@ from hyperattention.random import uniform
 # the relative error of a completely wrong row: an output of zero, or of small unrelated values
 WRONG_ROW = 1.0
 _LEVEL = 0.95
+# the allowance for rows outside the sample is some 3.7 / rows: with fewer rows than this an interval would say little
+_LEAST_ROWS = 16
 # number of resamples: the level of each 2.5% tail is then accurate to about 0.35%; each uniform gives two resamples, u and 1
 # - u
 _RESAMPLES = 2048
@@ -55,6 +57,35 @@ def mean_interval(
     none = ~live.any(-1, keepdim=True)
     low, high = (end.masked_fill(none, torch.nan).to(errors.dtype) for end in (low, high))
     return low, high
+
+
+def format_mean(mean: float, low: float, high: float, rows: int) -> str:
+    """Print a mean error with its interval, or without one if it would say little.
+
+    Args:
+        mean: the mean.
+        low: low end of the interval; equal to the high end if no row is outside the sample.
+        high: high end.
+        rows: number of sampled rows.
+
+    Returns:
+        the numbers.
+    """
+    return f"{mean:.2g}" if rows < _LEAST_ROWS and low < high else f"{mean:.2g} (95% CI {low:.2g}-{high:.2g})"
+
+
+def format_lack(low: float, high: float, rows: int) -> str:
+    """Say why a mean is printed without an interval.
+
+    Args:
+        low: low end of the interval.
+        high: high end.
+        rows: number of sampled rows.
+
+    Returns:
+        the reason, to be put behind the number of rows; empty if `format_mean` prints the interval.
+    """
+    return f" (too few for an interval: at least {_LEAST_ROWS})" if rows < _LEAST_ROWS and low < high else ""
 
 
 def _exponentials(count: int, device: torch.device) -> Float[Tensor, "resamples count"]:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hyperattention.error.interval import format_lack, format_mean
+
 
 @dataclass(frozen=True)
 class ErrorReport:
@@ -38,19 +40,18 @@ class ErrorReport:
 
     def __str__(self) -> str:
         """Print in one line the measured error, on average and for the worst head."""
-        low, high = self.interval
-        text = f"relative error {_span(self.relative_error, low, high, None)}, {self.num_rows} rows a head"
+        rows = self.num_rows - max(self.num_empty.tolist(), default=0)
+        # over heads: the means of the low and high ends contain the mean of the errors
+        mean, low, high = (float(each.double().mean()) for each in (self.relative_error, *self.interval))
+        text = (
+            f"relative error {format_mean(mean, low, high, rows)}, {self.num_rows} rows a head{format_lack(low, high, rows)}"
+        )
         if self.share_of_pairs is not None:
             text += f", {self.share_of_pairs:.3g} of exact's pairs"
         if self.relative_error.numel() > 1:
             # NaN counts as the worst: it must not hide
             worst = int(self.relative_error.nan_to_num(nan=torch.inf).argmax())
             batch, head = divmod(worst, self.relative_error.shape[1])
-            text += f"; worst: head {head} of batch {batch}, {_span(self.relative_error, low, high, worst)}"
+            mean, low, high = (float(each.flatten()[worst]) for each in (self.relative_error, *self.interval))
+            text += f"; worst: head {head} of batch {batch}, {format_mean(mean, low, high, rows)}"
         return text
-
-
-def _span(middle: Tensor, low: Tensor, high: Tensor, index: int | None) -> str:
-    """Print one head, or the mean over heads: the means of the low and high ends contain the mean of the errors."""
-    shown = [float(x.double().mean() if index is None else x.flatten()[index]) for x in (middle, low, high)]
-    return f"{shown[0]:.2g} (95% CI {shown[1]:.2g}-{shown[2]:.2g})"

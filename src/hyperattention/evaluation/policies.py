@@ -1,94 +1,12 @@
-"""The compared caches, by the names that users type. Add one line to `ENTRANTS` to compare a new policy."""
+"""The compared caches: kinds of caches at budgets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from hyperattention.cache.page_rank import Bounds, TwoLevels
-from hyperattention.cache.policy import Policy
-from hyperattention.cache.store import StoreFactory
-from hyperattention.integrations.transformers.cache import HyperCache, room_for
-from hyperattention.policies.balanced_halving import BalancedHalving
-from hyperattention.policies.cluster_centres import ClusterCentres
-from hyperattention.policies.cluster_means import ClusterMeans
-from hyperattention.policies.heavy_hitters import HeavyHitters
-from hyperattention.policies.last_window import LastWindow
-from hyperattention.policies.latest import Latest
-from hyperattention.policies.leverage import Leverage
-from hyperattention.policies.look_once import LookOnce
-from hyperattention.policies.top_pages import TopPages
-from hyperattention.policies.uniform_sample import RandomKeys, UniformSample
-
-
-@dataclass(frozen=True)
-class CacheFamily:
-    """One kind of cache.
-
-    Args:
-        name: the name in commands, tables and records.
-        policy: the policy or store factory of the cache; None for a full cache at any budget.
-        baseline: whether the cache is always part of the comparison.
-    """
-
-    name: str
-    policy: Policy | StoreFactory | None
-    baseline: bool = False
-
-
-EXACT = CacheFamily("exact", None, baseline=True)
-ENTRANTS = (
-    EXACT,
-    CacheFamily("streaming", Latest(), baseline=True),
-    CacheFamily("uniform", UniformSample(), baseline=True),
-    CacheFamily("random", RandomKeys(), baseline=True),
-    CacheFamily("cluster_means", ClusterMeans()),
-    CacheFamily("cluster_centres", ClusterCentres()),
-    CacheFamily("last_window", LastWindow()),
-    CacheFamily("heavy_hitters", HeavyHitters()),
-    CacheFamily("leverage", Leverage()),
-    CacheFamily("halving", BalancedHalving()),
-    CacheFamily("pages", TopPages()),
-    CacheFamily("quest", TopPages(by=Bounds(), page=16)),
-    CacheFamily("two_levels", TopPages(by=TwoLevels(), page=16)),
-    CacheFamily("look_once", LookOnce()),
-)
-
-
-def choose_families(names: Sequence[str] | None = None) -> tuple[CacheFamily, ...]:
-    """Find families by name. The baselines are always included; exact attention comes first.
-
-    Args:
-        names: the names of families beside the baselines; None for all.
-
-    Returns:
-        the families, in the order of the table.
-
-    Raises:
-        ValueError: if a name is unknown.
-    """
-    known = [each.name for each in ENTRANTS]
-    if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"unknown policies {', '.join(unknown)}: choose from {', '.join(known)}")
-    return tuple(each for each in ENTRANTS if each.baseline or names is None or each.name in names)
-
-
-def find_family(name: str) -> CacheFamily:
-    """Find one family by name.
-
-    Args:
-        name: a name in `ENTRANTS`.
-
-    Returns:
-        the family.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
-    for each in ENTRANTS:
-        if each.name == name:
-            return each
-    raise ValueError(f"unknown policy {name!r}: choose from {', '.join(each.name for each in ENTRANTS)}")
+from hyperattention.evaluation.families import CacheFamily
+from hyperattention.integrations.transformers.cache import HyperCache
 
 
 @dataclass(frozen=True)
@@ -108,9 +26,7 @@ class CacheCandidate:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        # refuses a budget that leaves no slot besides sinks and window; a cache that drops no keys does not use them
-        if self.family.policy is not None:
-            room_for(self.family.policy, self.budget, self.sinks, self.window)
+        self.family.check(self.budget, self.sinks, self.window)
 
     @property
     def name(self) -> str:

@@ -189,13 +189,13 @@ def fill(cache: HyperCache, recorded: HyperCache) -> None:
         if isinstance(own, HyperCacheLayer) and isinstance(read, HyperCacheLayer) and isinstance(read.store, RecordingStore):
             own.lazy_initialization(read.store.k, read.store.v)
             own.store.append(read.store.k, read.store.v)
-            _settle(own.store, read.store)
+            _end_step(own.store, read.store)
         else:
             # layers with sliding windows keep transformers' own cache, the same for every policy
             cache.layers[number] = copy.deepcopy(read)
 
 
-def _settle(store: Store, read: RecordingStore) -> None:
+def _end_step(store: Store, read: RecordingStore) -> None:
     if not isinstance(store, CompressingStore):
         store.end_step(read.q, read.scale, read.rule)
         return

@@ -1,7 +1,8 @@
 """Methods and policies as JSON and back: nested objects that name a type of a fixed table; nothing is ever evaluated."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from inspect import Parameter, signature
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -95,12 +96,13 @@ class PartTable:
 
 def _given(found: Field, cls: type) -> dict[str, Field]:
     """List the arguments that a file gives; unknown ones, and missing ones without a default, are refused."""
-    known = {each.name: each for each in fields(cls)}
+    # a dataclass may have a constructor of its own, whose defaults its fields do not know
+    known = signature(cls).parameters
     given = {name: part for name, part in found.parts().items() if name != "type"}
     for name in given.keys() - known.keys():
         given[name].refuse(f"{cls.__name__} has no such argument")
     for name, each in known.items():
-        if name not in given and each.default is MISSING and each.default_factory is MISSING:
+        if name not in given and each.default is Parameter.empty:
             found.part(name)
     return given
 

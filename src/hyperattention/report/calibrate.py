@@ -10,8 +10,7 @@ from rich.table import Table
 from hyperattention.calibration.calibrate import CalibrationSettings, calibrate, steps_of
 from hyperattention.files.plan import Plan
 from hyperattention.files.plan_file import save_plan
-from hyperattention.report.demo import DemoOptions as Texts
-from hyperattention.report.demo import PreparedDemo, prepare
+from hyperattention.report.demo import DemoOptions, PreparedDemo, prepare
 from hyperattention.report.method_names import short_name
 from hyperattention.report.narrow import print_table
 from hyperattention.report.progress import progress
@@ -29,7 +28,7 @@ class CalibrateOptions:
     """
 
     out: Path
-    texts: Texts = field(default_factory=lambda: Texts(documents=2))
+    texts: DemoOptions = field(default_factory=lambda: DemoOptions(documents=2))
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
     overwrite: bool = False
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hyperattention.evaluation.families import choose_families
 from hyperattention.evaluation.haystack import Haystack
-from hyperattention.evaluation.policies import candidates_at, choose_families
+from hyperattention.evaluation.policies import candidates_at
 from hyperattention.evaluation.run import EvaluationPlan, Findings, check, evaluate, haystack_of
 from hyperattention.evaluation.summary import Cell, Continuation, cells, continuations
 from hyperattention.evaluation.tasks import TASKS

@@ -11,7 +11,8 @@ from rich.table import Table
 from torch import Tensor
 
 from hyperattention.cache.store import Store
-from hyperattention.evaluation.policies import CacheCandidate, find_family
+from hyperattention.evaluation.families import find_family
+from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.files.model_folder import REFERENCE, find_folder
 from hyperattention.files.user_text import read_text
 from hyperattention.generation.codec import codec_of

@@ -8,8 +8,7 @@ from rich.console import Console
 from hyperattention.calibration.retime import retime
 from hyperattention.files.plan import Plan
 from hyperattention.files.plan_file import load_plan, save_plan
-from hyperattention.report.demo import DemoOptions as Texts
-from hyperattention.report.demo import PreparedDemo, prepare
+from hyperattention.report.demo import DemoOptions, PreparedDemo, prepare
 from hyperattention.report.progress import progress
 
 
@@ -21,7 +20,7 @@ class PreparedRetime:
     prepared: PreparedDemo
 
 
-def ready(path: Path, texts: Texts) -> PreparedRetime:
+def ready(path: Path, texts: DemoOptions) -> PreparedRetime:
     """Load plan, model and text; a plan of another model, or a text that is too short, is refused.
 
     Args:

@@ -1,7 +1,6 @@
 """A compressed cache for `generate`: a transformers `Cache` whose layers are stores."""
 
 from collections.abc import Mapping
-from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from hyperattention.cache.audited import AuditedStore
 from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.cache_report import CacheReport, report_on
 from hyperattention.cache.policy import Policy
+from hyperattention.cache.room import room_for
 from hyperattention.cache.store import Store, StoreFactory
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.check import positive
@@ -24,38 +24,7 @@ from hyperattention.integrations.transformers.windowed_layer import move_window,
 from hyperattention.policies.cluster_means import ClusterMeans
 from hyperattention.random import SEED_LIMIT
 
-__all__ = ["HyperCache", "room_for"]
-
-
-def room_for(policy: Policy | StoreFactory, budget: int, sinks: int, window: int | None) -> CacheBudget:
-    """Divide a budget into sinks, window and compressed slots.
-
-    Args:
-        policy: the rule for the kept keys, or the factory of stores.
-        budget: slots of each head.
-        sinks: number of first tokens that are always kept.
-        window: number of latest tokens that are always kept. None means half of the budget; for a policy that keeps every
-            key, a quarter of the budget and at most 64.
-
-    Returns:
-        the divided budget.
-
-    Raises:
-        ValueError: if sinks and window leave no slots.
-    """
-    if window is not None:
-        return CacheBudget(budget, sinks, window)
-
-    def usual(budget: int) -> int:
-        return max(1, budget // 2 if isinstance(policy, Policy) else min(64, budget // 4))
-
-    if 0 <= sinks >= budget - usual(budget):
-        least = next(more for more in count(max(budget, 1) + 1) if more > sinks + usual(more))
-        raise ValueError(
-            f"budget={budget} leaves no slot besides {sinks} sinks and {usual(budget)} window keys: give at least {least}, "
-            "or fewer sinks"
-        )
-    return CacheBudget(budget, sinks, usual(budget))
+__all__ = ["HyperCache"]
 
 
 class HyperCache(Cache):

@@ -1,6 +1,5 @@
 """The file of a compressed cache: read a document once, save its cache, and ask about the document later."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,15 +21,21 @@ from hyperattention.files.outputs import refuse_existing
 from hyperattention.files.plan_file import read_fingerprint
 from hyperattention.files.policy_table import policy_from_json, policy_to_json
 from hyperattention.integrations.transformers.cache import HyperCache
+from hyperattention.integrations.transformers.cache_file_content import (
+    FORMAT,
+    REMEDY,
+    VERSION,
+    parsed,
+    read_content,
+    to_bytes,
+)
 from hyperattention.integrations.transformers.cache_keys import check_keys
 from hyperattention.integrations.transformers.windowed_layer import rows_of
 from hyperattention.random import SEED_LIMIT
 
 __all__ = ["check_savable", "find_maker", "load_cache", "save_cache"]
 
-FORMAT, VERSION = "hyperattention cache", 1
-_REMEDY = "write it again with save_cache, or `hyperattention cache`"
-_DIGEST, _TOKENS, _MADE_BY = "sha256", "tokens", "made by"
+_TOKENS, _MADE_BY = "tokens", "made by"
 
 
 def save_cache(
@@ -90,7 +94,7 @@ def save_cache(
     }
     if made_by is not None:
         metadata[_MADE_BY] = made_by
-    atomic_write_bytes(Path(path), save(tensors, metadata | {_DIGEST: _digest(tensors, metadata)}))
+    atomic_write_bytes(Path(path), to_bytes(tensors, metadata))
 
 
 def check_savable(cache: HyperCache, model: PreTrainedModel) -> None:
@@ -128,18 +132,18 @@ def load_cache(
         ValueError: if the file is not a complete cache of this version, or belongs to another model; the message gives the
             file and the remedy.
     """
-    metadata, tensors = _read(path)
+    metadata, tensors = read_content(path)
     _check_made_by(path, metadata, model)
-    made = _read_made(Field(_parsed(path, metadata["cache"]), str(path), "", _REMEDY))
+    made = _read_made(Field(parsed(path, metadata["cache"]), str(path), "", REMEDY))
     tokens = tensors.pop(_TOKENS, None)
     try:
         cache = HyperCache(model.config, policy=made.policy, seed=made.seed, allow_longer=allow_longer, **asdict(made.room))
         _fill(cache, tensors, model)
     except (ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}; {_REMEDY}") from error
+        raise ValueError(f"{path}: {error}; {REMEDY}") from error
     first = next(iter(cache.stores.values()))
     if tokens is not None and not (tokens.dtype == torch.int32 and _are_tokens_of(tokens, first.batch, first.seen)):
-        raise ValueError(f"{path}: the tokens of shape {tuple(tokens.shape)} do not match the cache; {_REMEDY}")
+        raise ValueError(f"{path}: the tokens of shape {tuple(tokens.shape)} do not match the cache; {REMEDY}")
     # parameters of an offloaded model are on the meta device, and its hooks accept inputs from any device
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     return cache, None if tokens is None else tokens.to(device, torch.int64)
@@ -161,7 +165,7 @@ def find_maker(path: str | Path) -> str | None:
         with safe_open(str(path), "pt") as opened:
             return (opened.metadata() or {}).get(_MADE_BY)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path} as a cache: {error}; {_REMEDY}") from error
+        raise ValueError(f"cannot read {path} as a cache: {error}; {REMEDY}") from error
 
 
 @dataclass(frozen=True)
@@ -178,49 +182,8 @@ def _are_tokens_of(tokens: Tensor, batch: int, seen: int) -> bool:
     return tokens.ndim == 2 and tokens.shape[0] == batch and tokens.shape[1] >= seen
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    names = sorted(tensors)
-    kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
-    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), kinds]).encode())
-    for name in names:
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read metadata and tensors, and check them against the checksum."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; name a file that save_cache wrote") from error
-    try:
-        # `load` refuses headers that are not JSON and wrong sizes, so the header can be read below
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}): truncated, or no cache; {_REMEDY}") from error
-    metadata: dict[str, str] = header.get("__metadata__") or {}
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: the format is {metadata.get('format')!r}, not {FORMAT!r}: this is not a cache; {_REMEDY}")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(
-            f"{path}: the version is {metadata.get('version')!r}, but this release reads {str(VERSION)!r}; {_REMEDY}"
-        )
-    written = metadata.pop(_DIGEST, None)
-    if written != _digest(tensors, metadata) or not {"model", "cache"} <= metadata.keys():
-        raise ValueError(f"{path}: the content does not match its checksum: the file is damaged; {_REMEDY}")
-    return metadata, tensors
-
-
-def _parsed(path: str | Path, text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the metadata is not JSON ({error}); {_REMEDY}") from error
-
-
 def _check_made_by(path: str | Path, metadata: Mapping[str, str], model: PreTrainedModel) -> None:
-    there = read_fingerprint(Field(_parsed(path, metadata["model"]), str(path), "model", _REMEDY))
+    there = read_fingerprint(Field(parsed(path, metadata["model"]), str(path), "model", REMEDY))
     if differences := there.differences(fingerprint(model)):
         raise ValueError(
             f"{path} was written by another model: {', '.join(differences)}; load the model that wrote the file, or read "

@@ -16,7 +16,7 @@ class CallCounts:
 
     Example:
         >>> print(CallCounts(approximated=3, exact={"single query": 1}))
-        3 of 4 attention calls approximated (75%); exact: single query 1
+        3 of 4 attention calls approximated (75%); exact: single query (1 call)
     """
 
     approximated: int
@@ -43,7 +43,8 @@ class CallCounts:
     def __str__(self) -> str:
         """Format the counts in one line, the most frequent reason first."""
         counted = f"{self.approximated} of {self.total} attention calls approximated ({self.share_approximated:.0%})"
-        reasons = ", ".join(f"{reason} {num}" for reason, num in sorted(self.exact.items(), key=lambda item: -item[1]))
+        ordered = sorted(self.exact.items(), key=lambda item: -item[1])
+        reasons = ", ".join(f"{reason} ({num} {'call' if num == 1 else 'calls'})" for reason, num in ordered)
         return f"{counted}; exact: {reasons}" if reasons else counted
 
 

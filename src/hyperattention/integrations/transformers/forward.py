@@ -241,7 +241,7 @@ def _why_exact(call: ModelCall, settings: ForwardSettings, window: int | None) -
         default = default_method(num_keys, num_queries=num_queries, device=call.key.device)
         return "below the crossover" if isinstance(default, Exact) else None
     if settings.crossover is None:
-        return "the plan did not pay"
+        return "the plan was not faster than exact attention"
     if num_keys < settings.crossover:
         return "below the plan's crossover"
     return EXACT_METHOD if settings.runs_exactly(layer or 0) else None
