@@ -7,9 +7,9 @@ r"""Train the reference model: a byte-level Llama that really retrieves, on sour
 The first command makes a model like the one in the package, the second one like the former model of 8,192 bytes. Ordinary
 text and set/get documents (hyperattention.reference.documents) are mixed from the first step, so that induction forms early;
 the length then grows in stages, up to the length that the model is judged at. In earlier stages, 40 % of the sequences get
-random jumps in their positions, so that rotations of every distance are seen early (positional skip-wise training: Zhu et al.,
-2023, arXiv:2309.10400). Matrices are trained with Muon, the rest with Adam. On a GPU the products are in bfloat16, and weights
-and optimisers in float32. Files are held out by the hash of their names, in every folder.
+random jumps in their positions, so that rotations of every distance are seen early (positional skip-wise training: Zhu et
+al., 2023, arXiv:2309.10400). Matrices are trained with Muon, the rest with Adam. On a GPU the products are in bfloat16, and
+weights and optimisers in float32. Files are held out by the hash of their names, in every folder.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from batches import Batch, Batches, long_enough, read_batches
 from byte_llama import Model, Shape, export
 from muon import Muon
 from sources import Source, corpus
-from stages import SHIPPED, Budget, Stage, rate_at, read_stage, stage_at
+from stages import SHIPPED, Budget, rate_at, read_stage, stage_at
 from torch import Tensor
 from torch.nn import functional as F
 
