@@ -221,3 +221,16 @@ def test_no_packaged_text_is_a_training_text(monkeypatch: pytest.MonkeyPatch, sm
     assert not set(texts) & set(library.train)
     # by name, whatever the version of Python
     assert {Path(name).name for name, _ in library.kept} & {Path(name).name for name in HELD_OUT}
+
+
+def test_the_committed_gate_is_met_at_the_length_the_model_reads() -> None:
+    lines = [json.loads(line) for line in (ROOT / "benchmarks/records/reference_gate.jsonl").read_text().splitlines()]
+    claims, (exact, dropped) = lines[:2], lines[2:]
+    assert [claim["met"] for claim in claims] == [True, True]
+    assert exact["length"] == dropped["length"] == load_reference().max_length == 32768
+    # the claims are those of the measurements beside them
+    assert dropped["bits_per_byte"] - exact["bits_per_byte"] >= 0.05
+    assert len(exact["depths"]) == 8
+    assert min(depth["share"] for depth in exact["depths"]) >= 0.9
+    assert sum(depth["answers"] for depth in exact["depths"]) == exact["answers"] >= 400
+    assert not any("+changes" in line["commit"] for line in lines)

@@ -184,7 +184,7 @@ def show(prepared: PreparedDemo, results: DemoResults, console: Console) -> None
     if results.judgements[0].depths:
         print_table(console, depth_table(results.judgements))
     print_table(console, speed_table(results.speeds, results.case, "2. structured inputs"))
-    for line in conclude(results.judgements, results.speeds, results.case, length, prepared.loaded):
+    for line in conclude(results.judgements, results.speeds, results.case, length, prepared.loaded.max_length):
         console.print(line)
 
 

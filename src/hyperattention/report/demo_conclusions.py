@@ -7,7 +7,6 @@ import torch
 from hyperattention.bench.case import Case
 from hyperattention.bench.speed import Speed
 from hyperattention.reference.evaluate import ModelJudgement
-from hyperattention.reference.model import LoadedModel
 from hyperattention.report.tables import format_added, format_error, format_ratio, format_seconds
 
 # shorter documents show that the library works, but exact attention costs little on them
@@ -15,7 +14,7 @@ _LONG = 32768
 
 
 def conclude(
-    judgements: Sequence[ModelJudgement], speeds: Sequence[Speed], case: Case, length: int, loaded: LoadedModel
+    judgements: Sequence[ModelJudgement], speeds: Sequence[Speed], case: Case, length: int, longest: int
 ) -> list[str]:
     """Describe the tables in words.
 
@@ -24,13 +23,13 @@ def conclude(
         speeds: the results on structured inputs.
         case: the structured inputs.
         length: tokens of each document.
-        loaded: the model.
+        longest: tokens that the model reads.
 
     Returns:
         one sentence for each part, and one more if the documents were short.
     """
-    found = [_model_in_words(judgements, length), _speed_in_words(speeds, case)]
-    return found if length >= _LONG else [*found, _short_in_words(length, loaded)]
+    found = (_model_in_words(judgements, length), _speed_in_words(speeds, case), short_in_words(length, longest))
+    return [sentence for sentence in found if sentence]
 
 
 def _model_in_words(judgements: Sequence[ModelJudgement], length: int) -> str:
@@ -55,10 +54,19 @@ def _speed_in_words(speeds: Sequence[Speed], case: Case) -> str:
     )
 
 
-def _short_in_words(length: int, loaded: LoadedModel) -> str:
-    remedy = (
-        "" if loaded.max_length < _LONG else f"; for that, set --length {_LONG} without --quick, on a text of that length"
-    )
+def short_in_words(length: int, longest: int) -> str:
+    """Say where an approximation counts, if documents are shorter.
+
+    Args:
+        length: tokens of each document.
+        longest: tokens that the model reads.
+
+    Returns:
+        a sentence; empty if the documents are long enough.
+    """
+    if length >= _LONG:
+        return ""
+    remedy = "" if longest < _LONG else f": leave out --quick, and set --length {_LONG}"
     return (
         f"{length:,} tokens are short: exact attention is still cheap there. It is at {_LONG:,} tokens and more that an "
         f"approximation counts{remedy}."
