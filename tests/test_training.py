@@ -188,11 +188,17 @@ def test_batches_weigh_answers_and_jump_below_the_longest_length() -> None:
         (("--seconds", 3, "--steps", 2), "not allowed with"),
         ((), "one of the arguments"),
         (("--steps", 2, "--heads", 3, "--kv-heads", 2), "--heads 3, --kv-heads 2"),
+        (("--steps", 2, "--device", "cuda:7"), "--device cuda:7: torch sees no such device"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple, message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple,
+    message: str,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = [str(word) for word in ("--out", tmp_path, *arguments)]
     with pytest.raises(SystemExit, match="2"):
         import_module("train_reference").main(words)

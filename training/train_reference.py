@@ -1,6 +1,7 @@
 r"""Train the reference model: a byte-level Llama that really retrieves, on source code, on a GPU or a CPU.
 
-    python training/train_reference.py --out build/reference --device cuda --workers 12 --seconds 235 --source FOLDER ...
+    python training/train_reference.py --out build/reference --device cuda --workers 12 --seconds 235 \
+        --source FOLDER --source FOLDER        # as many folders of source code as there are
     python training/train_reference.py --out build/small --steps 1100 --width 256 --heads 4 --hidden 704 --rope-theta 1e5 \
         --stages 512x12x800 2048x3x120 4096x2x60 8192x1x120        # about 80 minutes on two cores
 
@@ -27,7 +28,7 @@ from byte_llama import Model, Shape, export
 from muon import Muon
 from sources import Source, corpus
 from stages import SHIPPED, Budget, rate_at, read_stage, stage_at
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperattention.reference.documents import make_document
@@ -50,10 +51,10 @@ class Training:
         self.muon = Muon([p for name, p in named if p.ndim == 2 and name.startswith("blocks")])
         self.adam = torch.optim.AdamW(self.others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Read tokens; on a GPU in bfloat16."""
+    def logits(self, model: nn.Module, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Read tokens with the model, compiled or not; on a GPU in bfloat16."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.run(tokens, positions).float()
+            return model(tokens, positions).float()
 
     def advance(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
         """Take one step, and return the loss and the weight of every target."""
@@ -61,7 +62,7 @@ class Training:
         for optimiser, peak in ((self.muon, MATRIX_RATE), (self.adam, OTHER_RATE)):
             for group in optimiser.param_groups:
                 group["lr"] = peak * rate
-        logits, flat = self.logits(tokens[:, :-1], positions), weight.flatten()
+        logits, flat = self.logits(self.run, tokens[:, :-1], positions), weight.flatten()
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         (losses * flat).sum().div(flat.sum()).backward()
         torch.nn.utils.clip_grad_norm_(self.others, 1.0)
@@ -98,7 +99,8 @@ def quick_check(training: Training, texts: Sequence[tuple[str, bytes]], length: 
     for text in [text for _, text in texts if len(text) > length][:2]:
         document = make_document(text, length, max(1, length // 340), rng)
         tokens = torch.frombuffer(bytearray(document.data), dtype=torch.uint8).long()[None].to(training.device)
-        logits = training.logits(tokens[:, :-1], torch.arange(length - 1, device=training.device)[None])[0]
+        positions = torch.arange(length - 1, device=training.device)[None]
+        logits = training.logits(training.model, tokens[:, :-1], positions)[0]
         bits.append(F.cross_entropy(logits, tokens[0, 1:]).item() / math.log(2))
         for at in document.answer_index:
             window = slice(at - 1, at - 1 + document.answer_size)
@@ -171,6 +173,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                      "multiple of the kv heads, and the width of a head even")  # fmt: skip
     if any(limit is not None and not limit > 0 for limit in (args.steps, args.seconds)):
         parser.error(f"--steps {args.steps}, --seconds {args.seconds}: give a positive number")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no such device; use another one, or a build of torch for it")
     return args
 
 
