@@ -1,6 +1,6 @@
 """Measure every figure the project promises, each beside its bar, and write it down as JSON lines.
 
-    python benchmarks/figures.py                          # all of them: about half an hour on two cores
+    python benchmarks/figures.py                          # all of them: about two hours on two cores
     python benchmarks/figures.py --only reference_loss    # one; give --only again for more
     python benchmarks/figures.py --toy --out /tmp/toy     # short inputs, to see that the script runs; says nothing
 
@@ -24,7 +24,7 @@ from attention_figures import (
     structured_error,
 )
 from claims import TOY, Plan
-from model_figures import reference_error, reference_loss
+from model_figures import reference_error, reference_gate, reference_loss
 
 from hyperattention.files.records import write_records
 from hyperattention.reference.model import WEIGHTS
@@ -36,6 +36,7 @@ FIGURES = (
     reference_error,
     non_causal_speed_long,
     backward_speed,
+    reference_gate,
     reference_loss,
     growth,
     selection_at_length,

@@ -1,6 +1,6 @@
 """A calibrated plan against one method everywhere: query-key pairs at the same added loss, on the reference model.
 
-    python benchmarks/plan.py                    # some 8 minutes on two cores
+    python benchmarks/plan.py                    # documents of 8,192 bytes: some 15 minutes on two cores
     python benchmarks/plan.py --judged 2 --draws 256 688 1800 --tolerances 0.06 --out /tmp/plan.jsonl    # a look, 2 minutes
 
 The plan is calibrated on the first part of the held-out text and judged on documents of the rest, so that it is not judged
@@ -46,19 +46,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "plan.jsonl")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--length", type=int, default=None, help="by default what the model was made for")
+    parser.add_argument("--length", type=int, default=8192, help="bytes of a document")
     parser.add_argument("--calibrated", type=int, default=2, help="documents that the plans are chosen by")
     parser.add_argument("--judged", type=int, default=8, help="documents that plans and methods are judged on")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--draws", type=int, nargs="+", default=[128, 256, 448, 688, 1200])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    loaded, text = load_reference(), held_out_text()
-    length = args.length or loaded.max_length
+    loaded, text, length = load_reference(), held_out_text(), args.length
     # whole documents of the first third of the text; what follows them is never seen by the calibration
     split = len(text) // 3 // length * length
     chosen_by = samples_of_documents(documents_from(text[:split], length, args.calibrated, 1))
-    judged_on = samples_of_documents(documents_from(text[split:], length, args.loaded, 0))
+    judged_on = samples_of_documents(documents_from(text[split:], length, args.judged, 0))
     plans: dict[float, Plan] = {}
     with tempfile.TemporaryDirectory() as folder:
         for tolerance in args.tolerances:

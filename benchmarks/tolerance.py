@@ -74,11 +74,11 @@ def structured_cases(count: int, length: int) -> Iterator[Inputs]:
         yield Inputs("structured", Case(length, HEADS, KV_HEADS, seed=seed).structured_inputs(), {"seed": seed})
 
 
-def captured_cases(documents: int, length: int | None) -> Iterator[Inputs]:
+def captured_cases(documents: int, length: int) -> Iterator[Inputs]:
     if not documents:
         return
     loaded = load_reference()
-    samples = samples_of_documents(held_out_documents(length or loaded.max_length, documents))
+    samples = samples_of_documents(held_out_documents(length, documents))
     exact = next(row for row in rows() if row.name == "exact")
     for number, sample in enumerate(samples):
         for call in capture(loaded, sample, exact):
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--structured", type=int, default=120, help="structured inputs, one a seed")
     parser.add_argument("--documents", type=int, default=20, help="documents of the reference model, four calls each")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the structured inputs")
-    parser.add_argument("--document-length", type=int, help="bytes of a document; as many as the model reads if not given")
+    parser.add_argument("--document-length", type=int, default=8192, help="bytes of a document of the reference model")
     parser.add_argument("--oracle-length", type=int, default=32768, help="tokens of the comparison with an oracle; 0: none")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -17,6 +17,7 @@ from hyperattention.cli.main import app
 from hyperattention.methods.default import CROSSOVER
 from hyperattention.methods.exact import Exact
 from hyperattention.report.bench import BenchOptions, list_cases
+from hyperattention.report.demo_conclusions import short_in_words
 
 ROWS = ["exact", "sinks_window", "control", "published", "default"]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away"]
@@ -86,6 +87,8 @@ def test_demo_shows_both_parts_and_writes_them_down(reference: Path, tmp_path: P
     )
     assert "no fewer pairs" in output
     assert "so it saves nothing" in output
+    assert "256 tokens are short" in output
+    assert "It is at 32,768 tokens and more that an approximation counts." in " ".join(output.split())
     lines = read_lines(records)
     assert [line["row"] for line in lines if line["part"] == "loss and retrieval"] == ROWS
     assert [line["row"] for line in lines if line["part"] == "speed and error"] == ROWS
@@ -96,6 +99,34 @@ def test_demo_shows_both_parts_and_writes_them_down(reference: Path, tmp_path: P
     first, second = lines[0], lines[5]
     assert {"model_median_s", "attention_quartiles_s", "retrieval", "depths", "bits_per_byte", "seed"} <= first.keys()
     assert {"median_s", "quartiles_s", "speedup", "peak_memory_bytes", "pairs_per_query", "case"} <= second.keys()
+
+
+def test_demo_reads_32768_bytes_once_and_quickly_8192(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperattention.report import demo as report
+
+    prepared: list[report.PreparedDemo] = []
+
+    def stop(given: report.PreparedDemo, console: object) -> report.DemoResults:
+        prepared.append(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "run", stop)
+    for arguments in ((), ("--quick",), ("--length", 4096)):
+        assert invoke("demo", *arguments)[0] == 130
+    assert [[len(sample.tokens) for sample in each.samples] for each in prepared] == [[32768], [8192], [4096] * 4]
+    # other commands run many methods, or one many times
+    usual = report.prepare(report.DemoOptions())
+    assert [len(sample.tokens) for sample in usual.samples] == [8192] * 4
+
+
+@pytest.mark.parametrize(
+    ("length", "longest", "said"), [(32768, 32768, ""), (8192, 32768, "--length 32768"), (99, 4096, "")]
+)
+def test_short_documents_are_called_short(length: int, longest: int, said: str) -> None:
+    found = short_in_words(length, longest)
+    assert bool(found) == (length < 32768)
+    assert said in found
+    assert ("--length" in found) == bool(said)
 
 
 def test_demo_reads_a_users_own_text_and_model(own_model: Path, own_text: Path, tmp_path: Path) -> None:

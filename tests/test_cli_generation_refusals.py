@@ -89,7 +89,7 @@ def test_a_damaged_file_is_refused_before_anything_is_answered(document: Path) -
         result = run("ask", path, QUESTIONS[0], code=2)
         assert (message in result.stderr, "hyperattention cache" in result.stderr, result.stdout) == (True, True, "")
     path.write_bytes(whole)
-    for questions, message in (((QUESTIONS[0], ""), "the question is empty"), (("x" * 9000,), "was made for")):
+    for questions, message in (((QUESTIONS[0], ""), "the question is empty"), (("x" * 33_000,), "was made for")):
         result = run("ask", path, *questions, code=2)
         assert (message in result.stderr, result.stdout) == (True, "")
     cache, _ = load_cache(path, model := load_reference().model)

@@ -1,6 +1,6 @@
 """Write the held-out text that the reference model is judged on: the same files that training leaves out, whole.
 
-python training/write_held_out.py        # with the Python the model was trained under
+python training/write_held_out.py        # with Python 3.11, whose files they are
 
 Files are parted by a form feed. Their names and sizes go to a list beside them, and Python's licence comes along.
 """
@@ -11,13 +11,13 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from train_reference import corpus
+from sources import standard_library
 
 FOLDER = Path(__file__).parents[1] / "src" / "hyperattention" / "reference"
 
 
 def main() -> None:
-    _, kept = corpus()
+    kept = standard_library().kept
     if any(b"\f" in data for _, data in kept):
         raise SystemExit("a held-out file contains a form feed, which parts the files: replace it before joining them")
     (FOLDER / "held_out.txt").write_bytes(b"\f".join(data for _, data in kept))

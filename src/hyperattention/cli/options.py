@@ -12,7 +12,9 @@ Plot = Annotated[Path, typer.Option(help="Picture to write; an earlier one under
 Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON lines.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A little of everything, once, on short inputs: to see that it works.")]
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved timing.")]
-Length = Annotated[int | None, typer.Option(min=64, help="Tokens of each document; by default what the model was made for.")]
+Length = Annotated[
+    int | None, typer.Option(min=64, help="Tokens of each document; by default what the model reads, up to 8192 (demo: 32768).")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and draws.")]
 Encoding = Annotated[
     str | None,

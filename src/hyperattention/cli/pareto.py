@@ -60,7 +60,7 @@ def pareto(
             text,
             model,
             reference or usual.reference,
-            documents=1 if quick else usual.documents,
+            documents=1 if quick else None,
             seed=seed,
             encoding=encoding,
         )

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from hyperattention.bench.case import Case
@@ -18,13 +17,16 @@ from hyperattention.reference.evaluate import ModelJudgement, evaluate
 from hyperattention.reference.model import WEIGHTS, LoadedModel, load_model, load_reference
 from hyperattention.reference.samples import EvaluationSample, samples_of_documents, samples_of_text, tokens_of_text
 from hyperattention.reference.text import documents_from, held_out_text
+from hyperattention.report.demo_conclusions import conclude
 from hyperattention.report.narrow import print_table
 from hyperattention.report.plots import plot_demo
 from hyperattention.report.progress import progress
-from hyperattention.report.tables import depth_table, format_added, format_error, loss_table, speed_table
+from hyperattention.report.tables import depth_table, loss_table, speed_table
 
-# default length limit for a user's model, because exact attention has to run as well
-_USER_LENGTH = 8192
+# default length limit, because exact attention has to run as well
+_USUAL_LENGTH = 8192
+# tokens in all documents together, where their number is not given, and the largest number of documents
+_TOKENS, _DOCUMENTS = 32768, 4
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,17 @@ class DemoOptions:
     """The options of the command.
 
     Args:
-        length: tokens of each document; None for the model's trained length.
+        length: tokens of each document; None for the model's trained length, but not more than `most`.
         text: a file to read in place of the held-out text.
         model: folder of a model to evaluate in place of the reference model.
         reference: folder of the reference model.
         speed_length: tokens of the structured inputs.
-        documents: number of documents.
+        documents: number of documents; None for up to four, of about 32,768 tokens together.
         audit_rows: rows of every output that are compared with exact attention.
         speed: settings of the time measurement.
         seed: seed of documents, inputs and draws.
         encoding: encoding of the user's text; None for UTF-8, or for unchanged bytes with the reference model.
+        most: largest length that is chosen if none is given.
     """
 
     length: int | None = None
@@ -49,11 +52,16 @@ class DemoOptions:
     model: Path | None = None
     reference: Path = WEIGHTS
     speed_length: int = 32768
-    documents: int = 4
+    documents: int | None = None
     audit_rows: int = 128
     speed: SpeedSettings = field(default_factory=SpeedSettings)
     seed: int = 0
     encoding: str | None = None
+    most: int = _USUAL_LENGTH
+
+    def documents_of(self, length: int) -> int:
+        """Return the number of documents of a length."""
+        return self.documents or max(1, min(_DOCUMENTS, _TOKENS // length))
 
 
 @dataclass(frozen=True)
@@ -112,16 +120,16 @@ def prepare(options: DemoOptions) -> PreparedDemo:
         )
     source = "held-out text" if options.text is None else options.text.name
     if loaded.tokenizer is None:
-        length = options.length or min(loaded.max_length, len(text.data))
-        samples = samples_of_documents(documents_from(text.data, length, options.documents, options.seed))
+        length = options.length or min(options.most, loaded.max_length, len(text.data))
+        samples = samples_of_documents(documents_from(text.data, length, options.documents_of(length), options.seed))
         return PreparedDemo(options, loaded, samples, source)
-    length = options.length or _usable_length(loaded, words)
-    return PreparedDemo(options, loaded, samples_of_text(words, loaded, length, options.documents), source)
+    length = options.length or _usable_length(loaded, words, options.most)
+    return PreparedDemo(options, loaded, samples_of_text(words, loaded, length, options.documents_of(length)), source)
 
 
-def _usable_length(loaded: LoadedModel, text: str) -> int:
+def _usable_length(loaded: LoadedModel, text: str, most: int) -> int:
     # the longest length that model and text allow; below the crossover nothing would be approximated
-    longest = min(_USER_LENGTH, loaded.max_length)
+    longest = min(most, loaded.max_length)
     length = min(longest, len(tokens_of_text(text, loaded)))
     if length < CROSSOVER:
         raise ValueError(
@@ -176,39 +184,8 @@ def show(prepared: PreparedDemo, results: DemoResults, console: Console) -> None
     if results.judgements[0].depths:
         print_table(console, depth_table(results.judgements))
     print_table(console, speed_table(results.speeds, results.case, "2. structured inputs"))
-    for line in conclude(prepared, results):
+    for line in conclude(results.judgements, results.speeds, results.case, length, prepared.loaded.max_length):
         console.print(line)
-
-
-def conclude(prepared: PreparedDemo, results: DemoResults) -> list[str]:
-    """Describe the tables in words.
-
-    Args:
-        prepared: model and samples.
-        results: the measured results.
-
-    Returns:
-        one sentence for each part.
-    """
-    ours = next(each for each in results.judgements if each.row == "default")
-    exact = results.judgements[0]
-    length, threads = len(prepared.samples[0].tokens), torch.get_num_threads()
-    if ours.approximated:
-        asked = "" if ours.retrieval is None else f", retrieved {ours.retrieval:.1%} of digits (exact {exact.retrieval:.1%})"
-        first = (
-            f"Reading {length:,} tokens, the default scored {1 / ours.cost.share_of_exact:.1f}x fewer pairs than exact "
-            f"attention, added {format_added(ours)} nats a byte{asked}."
-        )
-    else:
-        first = f"At {length:,} tokens the default lists as many pairs as exact attention, so it saves nothing."
-    speed = next(each for each in results.speeds if each.row == "default")
-    control = next(each for each in results.speeds if each.row == "control")
-    second = (
-        f"At {results.case.length:,} tokens the default ran {speed.ratio.value:.1f}x as fast as SDPA (threads: {threads}), "
-        f"with an error of {format_error(speed.error)}; error of the control, at the same pairs: "
-        f"{format_error(control.error)}."
-    )
-    return [first, second]
 
 
 def save(prepared: PreparedDemo, results: DemoResults, *, plot: Path | None, records: Path | None) -> None:
