@@ -64,7 +64,7 @@ def test_listings_are_those_of_the_formula():
         there = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
         for one in range(3):
             mass = share[0, tile, one].repeat_interleave(3) * there
-            for _ in range(6):
+            for _ in range(4):
                 mass = mass.clamp(max=mass.sum().item() / ((1 - even) * num))
             weighted = mass / mass.sum().clamp(min=1e-30) * (1 - even) * num
             mass = (weighted + there * (even if mass.any() else 1) * num / there.sum()).clamp(max=1)
@@ -76,8 +76,8 @@ def test_drawn_keys_have_the_chance_that_is_told(causal):
     given = problem(140, causal=causal)
     tiles = cut(given, 20)
     _, query, few = sort_alike(tiles, 2)
-    part, keys = slice(0, len(tiles.index)), given.k.flatten(0, 1)
-    share = AlikeScan.of(tiles, query, few, 5).shares(part, blocks_of(keys, 4, 16), 35)
+    part, keys, values = slice(0, len(tiles.index)), given.k.flatten(0, 1), given.v.flatten(0, 1)
+    share = AlikeScan.of(tiles, query, few, 5).shares(part, blocks_of(keys, values, 4, 16), 35)
     end = tiles.by_list(tiles.visible_end)[..., None]
     law = stretches_of(share, 4, (end * 0, end, end, end), 16, 0.2, False)
     points = ((torch.arange(16) + 0.5) / 16).expand(2, 2 * len(tiles.index), -1)
@@ -95,7 +95,7 @@ def test_rounding_hardly_moves_the_shares(monkeypatch, size):
         monkeypatch.setattr(alike_scan, "for_estimates", lambda x: x)
         tiles = cut(given, TILE)
         _, query, few = sort_alike(tiles, 4)
-        blocks = blocks_of(given.k.flatten(0, 1), size, 24)
+        blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
         found[fast] = AlikeScan.of(tiles, query, few, 4).shares(slice(0, len(tiles.index)), blocks, -(-200 // size))
     assert (found[True] - found[False]).abs().mean() < 0.05 * found[False].std()
 
@@ -105,7 +105,7 @@ def test_no_query_knows_of_keys_in_its_tile_or_after():
     tiles = cut(given, TILE)
     _, query, few = sort_alike(tiles, 4)
     for size in (1, 8):
-        blocks = blocks_of(given.k.flatten(0, 1), size, 24)
+        blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
         share = AlikeScan.of(tiles, query, few, 4).shares(slice(0, 7), blocks, -(-200 // size))
         first = torch.arange(share.shape[3]) * size
         ahead = first + size > (torch.arange(7) * TILE)[:, None]

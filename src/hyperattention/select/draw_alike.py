@@ -29,8 +29,9 @@ _SORT_NUMBERS = 8
 class DrawAlike(Stage):
     """Sample `num` of the keys that are left for each list of a tile, which queries that look for similar keys share.
 
-    p_j ~ min(1 / num, max_g exp(q_g . k_j - z_g + s_j)),   s_j^2 = sum_c var_c k_jc^2:   q_g averages a group of alike
-    queries, and s_j is the deviation, over a tile, of a score from its group's average.
+    p_j ~ min(1 / num, |v_j - v| max_g n_g^(1/2) exp(q_g . k_j - z_g + 2 s_j)),   s_j^2 = sum_c var_c k_jc^2:   q_g is the
+    average of n_g alike queries, s_j the deviation, over a list, of a score from its group's average, and v the mean of the
+    first values.
 
     Rows of all heads of a group, out of one tile of positions, are sorted along the direction in which they differ most, cut
     into equal parts, and so on, down to lists. Inside a list they are grouped around those that are farthest from one
@@ -60,7 +61,7 @@ class DrawAlike(Stage):
     size: int = 16
     pooled: int = 8
     most: int = 32_768
-    uniform_share: float = 0.2
+    uniform_share: float = 0.1
 
     def __post_init__(self) -> None:
         positive("DrawAlike", num=self.num, size=self.size, pooled=self.pooled, most=self.most)
@@ -72,6 +73,11 @@ class DrawAlike(Stage):
     @property
     def complete(self) -> bool:
         """Every key that is left has an expected weight of one."""
+        return True
+
+    @property
+    def reads_values(self) -> bool:
+        """A key counts by how far its value lies from the others."""
         return True
 
     @property
@@ -111,7 +117,7 @@ class DrawAlike(Stage):
             elif until == num_keys:
                 products = visible / size
             edge, size = until, size * 2
-        return products * (self.pooled * many * (1 + 2 / NORMAL) + 2) / tile
+        return products * (self.pooled * many * (1 + 2 / NORMAL) + 2 * many) / tile
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Take nothing in tiles of positions."""
@@ -174,7 +180,7 @@ class DrawAlike(Stage):
 
     def _blocks(self, tiles: Tiles) -> Callable[[int], Blocks]:
         """Average keys over blocks of each size that is asked for; only the last ones are kept, as tiles come in order."""
-        k = tiles.problem.k.flatten(0, 1)
+        k, v = tiles.problem.k.flatten(0, 1), tiles.problem.v.flatten(0, 1)
         made: dict[int, Blocks] = {}
 
         def blocks(size: int) -> Blocks:
@@ -182,7 +188,7 @@ class DrawAlike(Stage):
                 made.clear()
                 # no tile with blocks of this size sees more; while no more keys than draws are left all are listed, so that
                 # those keys may tell of the others
-                made[size] = blocks_of(k[:, : self.most * size], size, self.num)
+                made[size] = blocks_of(k[:, : self.most * size], v[:, : self.most * size], size, self.num)
             return made[size]
 
         return blocks

@@ -20,6 +20,10 @@ _SCORES = 2**21
 NORMAL = 64
 # float32 numbers held for each number of a key while keys are averaged
 _KEY_NUMBERS = 6
+# bound of the logarithm of relative distances of values: estimates only, which must not starve a key
+_MOST_LOG_VALUE = 2.0
+# deviations by which a query may exceed the average of its group
+_DEVIATIONS = 2.0
 # below any score, and far enough from the end of 32-bit integers to be subtracted from
 _HIDDEN = -(2**29)
 
@@ -35,6 +39,7 @@ class Blocks:
         squares: squares of the means before they were rounded, beside the variances inside blocks of more than one key.
         moments: means beside half the variances of whole stretches of blocks.
         log_size: logarithm of the keys in such a stretch.
+        log_value: logarithm of how far values lie from the mean of the first ones, relative to these, averaged over blocks.
     """
 
     size: int
@@ -43,13 +48,15 @@ class Blocks:
     squares: Float[Tensor, "lists blocks squares"]
     moments: Float[Tensor, "lists stretches moments"]
     log_size: float
+    log_value: Float[Tensor, "lists blocks"]
 
 
-def blocks_of(k: Float[Tensor, "lists keys width"], size: int, num: int) -> Blocks:
+def blocks_of(k: Float[Tensor, "lists keys width"], v: Float[Tensor, "lists keys value_dim"], size: int, num: int) -> Blocks:
     """Centre keys, and average them over blocks.
 
     Args:
         k: the keys.
+        v: their values.
         size: keys in a block.
         num: leading keys by which the others are centred and scaled, so that no tile looks ahead.
 
@@ -66,7 +73,20 @@ def blocks_of(k: Float[Tensor, "lists keys width"], size: int, num: int) -> Bloc
     ]
     mean, squares, moments = (torch.cat(x, 1) for x in zip(*averages, strict=True))
     integers = EightBitKeys.of(mean, _centred(first, centre)) if integers_are_fast(mean) else None
-    return Blocks(size, for_estimates(mean), integers, squares, moments, log(stretch))
+    log_value = _log_values(v, size, num).to(mean.dtype)
+    return Blocks(size, for_estimates(mean), integers, squares, moments, log(stretch), log_value)
+
+
+def _log_values(v: Tensor, size: int, num: int) -> Float[Tensor, "lists blocks"]:
+    """Tell how much a draw of each block moves an output, which lies near the mean of the values: within a bound."""
+    first = v[:, :num].to(torch.promote_types(v.dtype, torch.float32))
+    centre = torch.nan_to_num(first, nan=0.0, posinf=0.0, neginf=0.0).mean(1, keepdim=True)
+    step = max(1, score_bytes(v.device) // (8 * v.shape[0] * max(1, v.shape[2])))
+    far = [_centred(part.to(centre.dtype), centre).norm(dim=2) for part in v.split(step, 1)]
+    distance = torch.cat(far, 1)
+    log = (distance / distance[:, :num].mean(1, keepdim=True)).log_().nan_to_num_(nan=0.0)
+    log.clamp_(-_MOST_LOG_VALUE, _MOST_LOG_VALUE)
+    return torch.nn.functional.pad(log, (0, -log.shape[1] % size)).unflatten(1, (-1, size)).mean(2)
 
 
 def _centred(k: Tensor, centre: Tensor) -> Tensor:
@@ -98,8 +118,10 @@ class AlikeScan:
     Args:
         tiles: the problem tiled by position.
         query: averages of each group, ``[lists, tiles, many, groups, width]``.
-        spread: squares of what the queries of a group differ by, averaged over a tile, beside half of the squares of the
-            averages: what they leave out of their scores' variance, and how much that inside blocks counts.
+        spread: squares of what the queries of a list differ by from the averages of their groups, beside half of the squares
+            of the averages: what they leave out of their scores' variance, and how much that inside blocks counts.
+        log_rows: half the logarithm of the queries in each group, relative to their mean number: the variance of a draw adds
+            up over queries.
         scores: memory for scores.
         integers: memory for scores in 8-bit integers.
         begin: place of the first tile in `query`.
@@ -107,7 +129,8 @@ class AlikeScan:
 
     tiles: Tiles
     query: Float[Tensor, "lists tiles many groups width"]
-    spread: Float[Tensor, "lists tiles moments"]
+    spread: Float[Tensor, "lists tiles many moments"]
+    log_rows: Float[Tensor, "lists tiles many groups"]
     scores: Scratch
     integers: Scratch
     begin: int
@@ -130,14 +153,16 @@ class AlikeScan:
             what scores are made of.
         """
         one_of = grouped(few.flatten(0, 2), groups)  # [sets, rows, groups]
-        share = one_of / one_of.sum(1, keepdim=True).clamp(min=1)
+        rows = one_of.sum(1)
+        share = one_of / rows[:, None].clamp(min=1)
         mean = share.transpose(1, 2) @ query.flatten(0, 2)
-        apart = (query.flatten(0, 2) - one_of @ mean).square().mean(1).unflatten(0, query.shape[:3]).mean(2)
-        mean = mean.unflatten(0, query.shape[:3])
-        spread = torch.cat([apart, mean.square().mean((2, 3)) * 0.5], 2)
+        apart = (query.flatten(0, 2) - one_of @ mean).square().mean(1)
+        spread = torch.cat([apart, mean.square().mean(1) * 0.5], 1).unflatten(0, query.shape[:3])
+        mean, rows = mean.unflatten(0, query.shape[:3]), rows.unflatten(0, query.shape[:3])
+        log_rows = (rows / rows.mean(3, keepdim=True)).clamp(min=torch.finfo(rows.dtype).tiny).log() * 0.5
         scores = Scratch(for_estimates(mean[:0]), _SCORES)
         integers = Scratch(mean.new_empty(0, dtype=torch.int32), _SCORES if integers_are_fast(mean) else 0)
-        return cls(tiles, mean, spread, scores, integers, begin)
+        return cls(tiles, mean, spread, log_rows, scores, integers, begin)
 
     def _own(self, part: slice) -> slice:
         """Tell where tiles stand in `query`."""
@@ -148,7 +173,7 @@ class AlikeScan:
         lists, _, many, groups, _ = self.query.shape
         best = self.query.new_zeros(lists, part.stop - part.start, many, num)
         known = self._known(part, blocks.size)
-        seen = self._log_sums(part, blocks, known // NORMAL)
+        seen = self._log_sums(part, blocks, known // NORMAL) - self.log_rows[:, self._own(part)]
         extra = self._allowance(part, blocks, num)
         on_cpu = self.query.device.type == "cpu"
         step = max(1, _SCORES // (many * groups * max(1, num))) if on_cpu else part.stop - part.start
@@ -159,7 +184,7 @@ class AlikeScan:
                 count = self._most_known(part, some, blocks.size, num)
                 if count:
                     found = self._best(query, blocks, one, known[one, some], seen[one, some], count)
-                    best[one, some, :, :count] = found.add_(extra[one, some, None, :count]).clamp_(max=0.0).exp_()
+                    best[one, some, :, :count] = found.add_(extra[one, some, :, :count]).clamp_(max=0.0).exp_()
         return best
 
     def _known(self, part: slice, size: int) -> Int[Tensor, "lists chunk"]:
@@ -174,18 +199,26 @@ class AlikeScan:
         last = self.tiles.number(part.start + some.stop - 1) * self.tiles.size
         return max(0, min(num, min(last, self.tiles.problem.num_keys) // size))
 
-    def _allowance(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk num"]:
-        """Tell by how much some query may exceed its average: one deviation, and half the variance inside a block."""
+    def _allowance(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
+        """Tell by how much a draw may count for more than an average does: by deviations, and by how far its value lies."""
         width = self.query.shape[4]
-        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, self._own(part)]
-        extra = (spread[..., :width] @ moments[:, :width]).sqrt_()
-        return extra if blocks.size == 1 else extra.add_(spread[..., width:] @ moments[:, width:])
+        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, self._own(part)].flatten(1, 2)
+        extra = (spread[..., :width] @ moments[:, :width]).sqrt_().mul_(_DEVIATIONS)
+        if blocks.size > 1:
+            extra.baddbmm_(spread[..., width:], moments[:, width:])
+        return extra.add_(blocks.log_value[:, None, :num]).unflatten(1, (-1, self.query.shape[2]))
 
     def _log_sums(self, part: slice, blocks: Blocks, known: Tensor) -> Float[Tensor, "lists chunk many groups"]:
         """Estimate each query's log-sum-exp over whole stretches before its tile, scores inside one taken for normal."""
-        query = self.query[:, self._own(part)]
-        score = torch.cat([query, query.square()], 4).flatten(1, 3) @ blocks.moments.transpose(1, 2)
-        score = score.view(*query.shape[:4], -1)
+        query, width = self.query[:, self._own(part)], self.query.shape[4]
+        score, half = (
+            (x.flatten(1, 3) @ y.transpose(1, 2)).view(*query.shape[:4], -1)
+            for x, y in zip((query, query.square()), blocks.moments.split(width, 2), strict=True)
+        )
+        # n normal scores of deviation s sum up to n exp(s^2 / 2) while s < sqrt(2 log n); beyond, the largest few make the
+        # sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); a sharp query would overshoot without bound
+        most = (2 * blocks.log_size) ** 0.5
+        score += torch.where(half <= blocks.log_size, half, (2 * half).sqrt_() * most - blocks.log_size)
         hidden = torch.arange(score.shape[4], dtype=torch.int64, device=score.device) >= known[..., None]
         score.masked_fill_(hidden[:, :, None, None], -torch.inf)
         # in float64, where hidden stretches change no bit that is kept: a chunk may see more or fewer
@@ -195,52 +228,47 @@ class AlikeScan:
 
     def _best(self, query: Tensor, blocks: Blocks, one: int, known: Tensor, seen: Tensor, count: int) -> Tensor:
         """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, many, count]``."""
-        keys, sees = blocks.keys[one, :count], known * blocks.size
+        keys = blocks.keys[one, :count]
         if blocks.integers is None:
-            return self._in_floats(query, keys, known, sees, seen)
+            return self._in_floats(query, keys, known, seen)
         scaled = query * blocks.integers.step[one]
         precise = blocks.integers.precise(one, scaled, known)
         if not precise.any():
-            return self._in_floats(query, keys, known, sees, seen)
+            return self._in_floats(query, keys, known, seen)
         rounded, unit = rounded_queries(scaled)
         score = self.integers.take(query.shape[:3].numel(), count)
         # the operator behind torch._int_mm, which torch has no other name for
         torch.ops.aten._int_mm.out(rounded.flatten(0, 2), blocks.integers.keys[one, :count].T, out=score)
-        best = _log_shares(score.view(*query.shape[:3], count), unit, known, sees, seen)
+        best = _log_shares(score.view(*query.shape[:3], count), unit, known, seen)
         if precise.all():
             return best
         # all tiles in both ways, so that no product's size depends on values
-        return torch.where(precise[:, None, None], best, self._in_floats(query, keys, known, sees, seen))
+        return torch.where(precise[:, None, None], best, self._in_floats(query, keys, known, seen))
 
-    def _in_floats(self, query: Tensor, keys: Tensor, known: Tensor, sees: Tensor, seen: Tensor) -> Tensor:
+    def _in_floats(self, query: Tensor, keys: Tensor, known: Tensor, seen: Tensor) -> Tensor:
         """Find the same by a product of floats."""
         score = self.scores.take(query.shape[:3].numel(), len(keys))
         torch.mm(query.flatten(0, 2).to(keys.dtype), keys.T, out=score)
         unit = query.new_ones(*query.shape[:2], 1)
-        return _log_shares(score.view(*query.shape[:3], len(keys)), unit, known, sees, seen)
+        return _log_shares(score.view(*query.shape[:3], len(keys)), unit, known, seen)
 
 
-def _log_shares(score: Tensor, unit: Tensor, known: Tensor, sees: Tensor, seen: Tensor) -> Tensor:
+def _log_shares(score: Tensor, unit: Tensor, known: Tensor, seen: Tensor) -> Tensor:
     """Normalise scores, in place, and find the largest of each list.
 
     Args:
         score: ``[tiles, many, groups, blocks]``, in units.
         unit: the score that one stands for, ``[tiles, many, 1]``.
         known: leading blocks that each tile may score.
-        sees: keys in them.
         seen: an estimate of each query's log-sum-exp, ``[tiles, many, groups]``.
 
     Returns:
         logarithms of shares, ``[tiles, many, blocks]``.
     """
-    hidden = torch.arange(score.shape[3], dtype=torch.int64, device=score.device) >= known[:, None]
-    some_hidden = score.device.type != "cpu" or bool(hidden.any())
-    if some_hidden:
-        score.masked_fill_(hidden[:, None, None], _HIDDEN)
-    top = score.amax(-1)
-    # a sum of so many exponentials lies between the largest and so many times it, whatever was estimated
-    spread = sees.clamp(min=1).to(unit.dtype).log()[:, None, None]
-    seen, spread = ((x / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype) for x in (seen, spread))
-    bar = torch.minimum(torch.maximum(seen, top), top + spread)
+    bar = (seen / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype)
     best = score.sub_(bar[..., None]).amax(2).to(unit.dtype) * unit
-    return best.masked_fill_(hidden[:, None], -torch.inf) if some_hidden else best
+    # on a CPU most blocks are known to all tiles
+    first = int(known.min()) if score.device.type == "cpu" else 0
+    hidden = torch.arange(first, score.shape[3], dtype=torch.int64, device=score.device) >= known[:, None]
+    best[..., first:].masked_fill_(hidden[:, None], -torch.inf)
+    return best

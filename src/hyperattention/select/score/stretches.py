@@ -10,7 +10,7 @@ from hyperattention.select.density import Distribution
 from hyperattention.select.score.mass import inverse
 
 # rounds in which a stretch's listings are cut to one a key and the rest is given to the others
-_CLIP_ROUNDS = 6
+_CLIP_ROUNDS = 4
 # sums below count as none: draws over one of them would overflow
 _LEAST = 1e-30
 
