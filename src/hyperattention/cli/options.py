@@ -13,7 +13,8 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the measurement
 Quick = Annotated[bool, typer.Option("--quick", help="A little of everything, once, on short inputs: to see that it works.")]
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved timing.")]
 Length = Annotated[
-    int | None, typer.Option(min=64, help="Tokens of each document; by default what the model reads, up to 8192 (demo: 32768).")
+    int | None,
+    typer.Option(min=64, help="Tokens of each document; by default what the model reads, up to 8192 (demo: 32768)."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of documents, inputs and draws.")]
 Encoding = Annotated[
