@@ -1,12 +1,12 @@
 """Judge methods on a model that retrieves at 32,768 tokens: added loss, retrieval by depth, error, pairs and time.
 
-    python benchmarks/long_context.py --model PATH --methods exact default --documents 1
-    python benchmarks/long_context.py --model PATH --documents 4 --seeds 3                  # all methods; resumes
-    python benchmarks/long_context.py --model PATH --device cuda --dtype bfloat16
-    python benchmarks/long_context.py --show                                                # the table of what is recorded
+    python benchmarks/long_context.py --methods exact default --documents 1
+    python benchmarks/long_context.py --documents 4 --seeds 3                  # all methods; resumes
+    python benchmarks/long_context.py --device cuda --dtype bfloat16
+    python benchmarks/long_context.py --show                                   # the table of what is recorded
 
-The model reads bytes, as the embedded one does. A method is one of the names below, or `alike:NUM:SIZE:POOLED:MOST` (what is
-left out keeps its default). Every pass adds a line to the file of records at once; passes that are there are not run again.
+The model is the embedded one, or another that reads bytes. A method is one of the names below, or
+`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default). Every pass adds a line to the file of records at once; passes that are there are not run again.
 """
 
 import argparse
@@ -64,7 +64,7 @@ METHODS: dict[str, AttentionMethod] = {
     "control": control_of(_list(default_method(LONG))),
     "default": default_method(LONG),
     "thorough": thorough_method(LONG),
-    "lean": lean_method(LONG),
+    "lean": lean_method(32_768),
     "scan_64_16": scan(688, 64, 16),
     "scan_16_8": scan(736, 16, 8),
     "scan_16_16": scan(736, 16, 16),
@@ -78,7 +78,7 @@ def find_method(name: str) -> AttentionMethod:
         # as many pairs as those drawn, sinks and the default's window
         return Method(Sinks(16), Window(256), Draw(int(name.split(":")[1])))
     if name not in METHODS:
-        raise SystemExit(f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:SIZE:POOLED:MOST or control:NUM")
+        raise SystemExit(f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST or control:NUM")
     return METHODS[name]
 
 
@@ -125,8 +125,9 @@ def _key(record: Mapping[str, object]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    judged = load_reference(options.model)
+    judged = load_reference(options.model) if options.model else load_reference()
     judged.model.to(options.device, getattr(torch, options.dtype))  # pyright: ignore[reportCallIssue]
+    name_of_model = options.model.name if options.model else "reference"
     length = options.length or judged.max_length
     samples = samples_of_documents(held_out_documents(length, ALL))
     done = {_key(record) for record in read(options.out)}
@@ -138,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
                 if isinstance(method, Exact) and seed:
                     continue
                 record = {
-                    "kind": "long_context", "model": options.model.name, "length": length, "document": document,
+                    "kind": "long_context", "model": name_of_model, "length": length, "document": document,
                     "seed": seed, "name": name, "method": method_to_json(method), "run_on": options.device,
                     "dtype": options.dtype,
                 }  # fmt: skip
@@ -199,8 +200,8 @@ def _line(name: str, pairs: list[tuple[dict, dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a model of bytes: config.json and model.safetensors")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:SIZE:POOLED:MOST")
+    parser.add_argument("--model", type=Path, help="folder of another model of bytes: config.json and model.safetensors")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:ROWS:POOLED:MOST")
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first document")
     parser.add_argument("--seeds", type=int, default=1)
@@ -212,8 +213,6 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the table of what is recorded, and measure nothing")
     options = parser.parse_args()
     if not options.show:
-        if options.model is None:
-            parser.error("--model is needed to measure: the folder of a model that was trained at the length to be judged")
         run(options)
     show(read(options.out))
 

@@ -55,8 +55,8 @@ MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 # fmt: off
 OURS = (
     Case("exact", ha.Exact(), exact_up_to=150),
-    Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=688),
-    Case("thorough", ha.thorough_method(10**6), num_tokens=1000, exact_up_to=611),
+    Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=880),
+    Case("thorough", ha.thorough_method(10**6), num_tokens=2100, exact_up_to=1680),
     Case("lean", ha.lean_method(10**6), num_tokens=1250, exact_up_to=688),
     Case("control", CONTROL, exact_up_to=31),
     Case("sinks and window", ha.Method(ha.Sinks(4), ha.Window(16), tile=16)),
@@ -85,10 +85,10 @@ OURS = (
     Case("draws by scanned keys", _drawn(ha.KeyScan(8)), exact_up_to=31),
     Case("draws by scanned keys up to a length", _drawn(ha.KeyScan(5, most=70, beyond=DESCENT)), exact_up_to=31),
     Case("scan without a window", ha.Method(ha.Draw(24, by=ha.KeyScan(16, uniform_share=0.5)), tile=16), exact_up_to=24),
-    Case("draws for alike queries", _after_window(select.DrawAlike(24, size=4, pooled=2)), exact_up_to=31),
-    Case("alike queries, no window", ha.Method(select.DrawAlike(32, size=8, pooled=4), tile=24), exact_up_to=32),
-    Case("alike queries, blocks of keys", _after_window(select.DrawAlike(24, 8, 2, most=40)), exact_up_to=31),
-    Case("alike queries, odd parts", ha.Method(ha.Window(7), select.DrawAlike(24, 5, 5, 50), tile=15), exact_up_to=30),
+    Case("draws for alike queries", _after_window(select.DrawAlike(24, rows=8, pooled=2)), exact_up_to=31),
+    Case("alike queries, no window", ha.Method(select.DrawAlike(32, rows=16, pooled=4), tile=24), exact_up_to=32),
+    Case("alike queries, blocks of keys", _after_window(select.DrawAlike(24, 16, 2, most=40)), exact_up_to=31),
+    Case("alike queries, odd parts", ha.Method(ha.Window(7), select.DrawAlike(24, 10, 5, 50), tile=15), exact_up_to=30),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, select.KeySketch(4), coarse=select.Coarse(2, 16))), exact_up_to=31),
 )

@@ -17,8 +17,8 @@ from hyperattention.select.stage import Stage
 FIRST, LENGTH = 64, 512
 STAGES = {
     "scan": ha.Draw(FIRST, by=ha.KeyScan(16)),
-    "alike": DrawAlike(FIRST, size=8, pooled=8),
-    "alike, blocks": DrawAlike(FIRST, size=8, pooled=8, most=200),
+    "alike": DrawAlike(FIRST, rows=16, pooled=8),
+    "alike, blocks": DrawAlike(FIRST, rows=16, pooled=8, most=200),
 }
 SIZES = {
     "later keys larger": (0.01, 1.0),

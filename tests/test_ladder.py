@@ -76,9 +76,9 @@ def test_estimates_are_raised_by_their_standard_error():
 # ladders
 
 
-def test_the_default_ladder_stands_around_the_default_method():
+def test_the_default_ladder_stands_around_the_lean_method():
     ladder = default_ladder(32768)
-    usual = ha.default_method(32768)
+    usual = ha.lean_method(32768)
     same = [rung for rung in ladder.rungs if rung.stages[-1].num == usual.stages[-1].num]
     assert [rung.stages[:-1] for rung in same] == [usual.stages[:-1]]
     assert same[0].stages[-1].by == ha.KeyScan(8, beyond=usual.stages[-1].by)
@@ -93,8 +93,8 @@ def test_the_default_ladder_stands_around_the_default_method():
 
 
 @pytest.mark.parametrize(("device", "crossover"), [(None, 4096), ("cpu", 4096), ("cuda", 65_536)])
-def test_a_rung_is_worth_the_share_of_pairs_that_the_default_spends_where_it_begins_to_pay(device, crossover):
-    cost = ha.default_method(10**9).cost(crossover)
+def test_a_rung_is_worth_the_share_of_pairs_that_the_lean_method_spends_where_it_begins_to_pay(device, crossover):
+    cost = ha.lean_method(65_536).cost(crossover)
     # the choice of keys is part of the price
     assert cost.selection_pairs > 0
     share = (cost.pairs + cost.selection_pairs) / cost.exact_pairs

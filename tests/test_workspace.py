@@ -58,8 +58,8 @@ def beside_the_result(method: ha.Method, num_tokens: int, kv_heads: int, causal:
 
 
 @pytest.mark.parametrize(("stage", "kv_heads", "causal"), [
-    (DrawAlike(64, size=16, pooled=8, most=256), 2, True), (DrawAlike(64, size=16, pooled=8, most=256), 2, False),
-    (DrawAlike(64, size=8, pooled=32, most=512), 1, True), (DrawAlike(256, size=16, pooled=2, most=256), 4, True),
+    (DrawAlike(64, rows=64, pooled=8, most=256), 2, True), (DrawAlike(64, rows=64, pooled=8, most=256), 2, False),
+    (DrawAlike(64, rows=64, pooled=32, most=512), 1, True), (DrawAlike(256, rows=32, pooled=2, most=256), 4, True),
 ], ids=["causal", "full", "many averages", "many slots"])  # fmt: skip
 def test_alike_queries_are_sorted_and_scored_in_chunks(monkeypatch, stage, kv_heads, causal):
     monkeypatch.setattr(pooling, "DEVICE_SCORE_BYTES", BOUND)

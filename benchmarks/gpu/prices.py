@@ -16,8 +16,7 @@ from pathlib import Path
 from hyperattention import Method, Sinks, Window
 from hyperattention.select import DrawAlike
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-GROUP = HEADS // KV_HEADS
+HEADS, HEAD_DIM = 32, 128
 RECORDS = Path(__file__).resolve().parents[1] / "records" / "gpu_list.jsonl"
 # products of a score and of an output, a multiplication and an addition for each number of a key and of a value
 FLOP_OF_A_PAIR = 2 * 2 * HEAD_DIM
@@ -44,13 +43,12 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
     """Estimate milliseconds of each part."""
     method = Method(Sinks(16), Window(192), stage, tile=128)
     slots = method.cost(tokens).pairs
-    # counted for heads that share no keys; a list serves all heads of a group
-    products = stage.selection_pairs(tokens, method.tile, HEAD_DIM, True) / GROUP
-    blocks = products * stage.size * GROUP / stage.pooled
-    masses = KV_HEADS * tokens / stage.size * blocks
+    products = stage.selection_pairs(tokens, method.tile, HEAD_DIM, True)
+    blocks = products * stage.rows / stage.pooled
+    masses = HEADS * tokens / stage.rows * blocks
     queries = HEADS * tokens * HEAD_DIM
     seconds = {
-        "lists": tokens * slots * seconds_of_a_slot(64 if stage.size * GROUP >= 256 else 16),
+        "lists": tokens * slots * seconds_of_a_slot(64 if stage.rows >= 256 else 16),
         "scores": HEADS * tokens * products * 2 * HEAD_DIM / FLOPS,
         "masses": masses * 2 * 2 / BYTES,
         "sorting": queries * 2 * 2 / BYTES,
@@ -60,7 +58,7 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    settings = ["1680:16:16", "1216:16:16", "1216:16:16:16384", "1216:16:8", "1216:16:8:8192", "688:16:8:8192"]
+    settings = ["880:64:8", "1680:64:8", "880:64:8:16384", "1216:64:16:16384"]
     parser.add_argument("stage", nargs="*", default=settings)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16_384, 32_768, 131_072, 1_048_576])
     options = parser.parse_args()

@@ -11,11 +11,15 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.presets import HyperAttention
 from hyperattention.select.draw import Draw
+from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
+from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 
 EXACT, CONTROL, OURS = "exact", "control", "default"
+# a length at which the lean method searches as it does on most texts
+_SEARCHED = 65_536
 # names and titles of this project's own methods
 OWN = {
     "thorough": "hyperattention, thorough",
@@ -82,18 +86,14 @@ def candidates(budgets: Sequence[int], families: Sequence[str] | None = None) ->
 
 def own_methods() -> dict[str, Method]:
     """Return this project's methods at their usual budgets, by name."""
-    usual, careful, lean = find_default(), thorough_method(LONG), lean_method(LONG)
+    usual, careful, lean = find_default(), thorough_method(LONG), lean_method(_SEARCHED)
     if not isinstance(careful, Method) or not isinstance(lean, Method):
         raise TypeError(f"{careful!r} and {lean!r}: a budget can be set only for a Method")
-    scans = {f"scan_{num}": _scanning(careful, num) for num in (64, 16)}
+    scans = {
+        f"scan_{num}": Method(Sinks(16), Window(128), Draw(611, by=KeyScan(num, beyond=HierarchicalSearch(pooled=32))))
+        for num in (64, 16)
+    }
     return {"thorough": careful} | scans | {OURS: usual, "lean": lean}
-
-
-def _scanning(careful: Method, pooled: int) -> Method:
-    *others, draw = careful.stages
-    if not isinstance(draw, Draw) or not isinstance(draw.by, KeyScan):
-        raise TypeError(f"the thorough method is {careful!r}: its last stage must be a Draw by KeyScan")
-    return Method(*others, replace(draw, by=replace(draw.by, pooled=pooled)), tile=careful.tile)
 
 
 def at_budget(method: Method, slots: int) -> Method:
@@ -111,7 +111,7 @@ def at_budget(method: Method, slots: int) -> Method:
         TypeError: if the method is not sinks and a window followed by draws.
     """
     *others, draw = method.stages
-    if not isinstance(draw, Draw) or not all(isinstance(stage, (Sinks, Window)) for stage in others):
+    if not isinstance(draw, Draw | DrawAlike) or not all(isinstance(stage, (Sinks, Window)) for stage in others):
         raise TypeError(f"the method is {method!r}: a budget can be set only for sinks, a window and draws")
     # a window also lists the keys of its tile
     fixed = sum(stage.slots(method.tile) - (stage.size if isinstance(stage, Window) else 0) for stage in others)

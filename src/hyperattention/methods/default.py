@@ -6,6 +6,7 @@ from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.select.draw import Draw
+from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
@@ -14,12 +15,15 @@ from hyperattention.select.score.level import Level
 from hyperattention.select.score.representatives import Representatives
 
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
-CROSSOVER = 4096
-# the same for the thorough method: 1.2 times as fast as SDPA there (benchmarks/records/pareto.jsonl)
-THOROUGH_CROSSOVER = 8192
+CROSSOVER = 24_576
+# the same for the thorough method, and for the lean one
+THOROUGH_CROSSOVER = 32_768
+LEAN_CROSSOVER = 4096
 # the same on a GPU: on an H100 0.80 times as fast as cuDNN at 32,768 keys, 2.2 times at 65,536 (records/gpu.jsonl)
 GPU_CROSSOVER = 65_536
 FEW_QUERIES = 256
+# keys from which the lean method searches with fewer products
+_LEAN_LEVELS_FROM = 131_072
 # levels that cost 65 to 100 products per query between 131,072 and a million keys, and 140 at eight million
 _FEW_LEVELS = (
     Level(65_536, 16, Representatives(2, 4)),
@@ -29,10 +33,18 @@ _FEW_LEVELS = (
 )
 
 
+# the lists that have kernels on a GPU; draws for alike queries have none yet, and would be slower than exact attention there
+_SEARCH = Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
+_SCAN = Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=HierarchicalSearch(pooled=32))))
+
+
 def default_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
     """Return the method that `method=None` runs.
+
+    On a CPU queries that look for similar keys share draws (`DrawAlike`). On a GPU these draws have no kernel yet: there the
+    list of the lean method runs, which loses more of what a model knows (docs/performance.md).
 
     Args:
         num_keys: keys of the call.
@@ -42,18 +54,18 @@ def default_method(
     Returns:
         exact attention below the crossover; from there on the default list of stages, which is the same at every length.
     """
-    if _pays(num_keys, num_queries, device):
-        return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
-    return Exact()
+    if not _pays(num_keys, num_queries, device, CROSSOVER):
+        return Exact()
+    return _SEARCH if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(880), tile=128)
 
 
 def thorough_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Return a method for calls where a missed key matters more than time: fewer pairs, chosen more carefully.
+    """Return a method for calls where a missed key matters more than time: twice as many draws as the default.
 
-    While a tile sees no more than 8,192 keys, every key is scored by averages of two neighbouring queries. Beyond that,
-    blocks are opened by twice as many averaged queries as in the default method.
+    On a GPU, where draws for alike queries have no kernel yet, keys are scored by averages of two neighbouring queries while
+    a tile sees no more than 8,192; beyond that, blocks are opened by twice as many averaged queries as in the lean method.
 
     Args:
         num_keys: keys of the call.
@@ -63,18 +75,19 @@ def thorough_method(
     Returns:
         exact attention below a crossover that is longer than the default method's; the list of stages from there on.
     """
-    if _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
-        return Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=HierarchicalSearch(pooled=32))))
-    return Exact()
+    if not _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
+        return Exact()
+    return _SCAN if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(1680), tile=128)
 
 
 def lean_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Return a method for hundreds of thousands of keys: choosing keys takes a tenth of the time of attention itself.
+    """Return a method for speed: blocks of keys are searched, by averages of four queries, and few keys are scored.
 
-    Blocks are opened as in the default method, but fewer, with fewer representatives, and by four averaged queries per tile.
-    A key that only a single query needs is missed more often.
+    It takes a quarter of the default's time on a CPU at 32,768 tokens, and loses more: a key that only a single query needs
+    is missed more often. From 131,072 keys on fewer blocks are opened, with fewer representatives, by four averaged queries
+    per tile: choosing keys then takes a tenth of the time of attention itself.
 
     Args:
         num_keys: keys of the call.
@@ -82,15 +95,20 @@ def lean_method(
         device: device of the call's tensors, the CPU if None.
 
     Returns:
-        exact attention below the crossover of the default method, the list of stages from there on.
+        exact attention below its crossover, the list of stages from there on.
     """
-    if _pays(num_keys, num_queries, device):
-        return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch(_FEW_LEVELS, pooled=4)))
-    return Exact()
+    if not _pays(num_keys, num_queries, device, LEAN_CROSSOVER):
+        return Exact()
+    if num_keys < _LEAN_LEVELS_FROM:
+        return _SEARCH
+    return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch(_FEW_LEVELS, pooled=4)))
 
 
-def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None, crossover: int = CROSSOVER) -> bool:
+def _on_gpu(device: torch.device | str | None) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None, crossover: int) -> bool:
     """Return whether approximate attention takes less time than exact attention."""
-    on_gpu = device is not None and torch.device(device).type == "cuda"
-    enough = num_keys >= (GPU_CROSSOVER if on_gpu else crossover)
+    enough = num_keys >= (GPU_CROSSOVER if _on_gpu(device) else crossover)
     return enough and (num_queries is None or num_queries >= FEW_QUERIES)

@@ -42,13 +42,13 @@ class DrawAlike(Stage):
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Friedman et al., 1977, cuts at medians; Roy et al., 2020 (arXiv:2003.05997), queries that
     share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
-    Cost: `num` slots a query, and pooled / (size * heads of a group) * min(keys seen, `most`) products.
+    Cost: `num` slots a query, and pooled / rows * min(keys seen, `most`) products.
     Guarantee: numerator and denominator unbiased, whatever the estimate.
 
     Args:
         num: keys drawn for each list.
-        size: positions' worth of rows that share a list; the fewer the better they are served, and the more is gathered.
-            About 64 rows, with those of all heads of a group, fill the units of a GPU.
+        rows: queries, of all heads of a group, that share a list; the fewer the better they are served, and the more is
+            gathered. 64 fill the units of a GPU.
         pooled: averaged groups of each list.
         most: keys that a tile may see to be scored one by one.
         uniform_share: share of the draws that is spread evenly.
@@ -58,13 +58,13 @@ class DrawAlike(Stage):
     """
 
     num: int
-    size: int = 16
+    rows: int = 64
     pooled: int = 8
     most: int = 32_768
     uniform_share: float = 0.1
 
     def __post_init__(self) -> None:
-        positive("DrawAlike", num=self.num, size=self.size, pooled=self.pooled, most=self.most)
+        positive("DrawAlike", num=self.num, rows=self.rows, pooled=self.pooled, most=self.most)
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(
                 f"DrawAlike(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
@@ -106,8 +106,8 @@ class DrawAlike(Stage):
         return self.num
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count products of averages with blocks, their deviations and their means, for heads that share no keys."""
-        visible, products, many = num_keys / (2 if causal else 1), 0.0, -(-tile // self.size)
+        """Count products of averages with blocks, their deviations and their means."""
+        visible, products, many = num_keys / (2 if causal else 1), 0.0, -(-tile // self.rows)
         # the mean over tiles, by the share of them that sees each size of block
         edge, size = 0, 1
         while edge < num_keys:
@@ -128,7 +128,8 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        many, left, alike = -(-tiles.size // self.size), edges(tiles, covered), []
+        left, alike = edges(tiles, covered), []
+        many = -(-tiles.size * problem.group // self.rows)
         blocks, shape = self._blocks(tiles), (len(left[0]), len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from hyperattention.methods.base import check_method
-from hyperattention.methods.default import CROSSOVER, GPU_CROSSOVER, default_method
+from hyperattention.methods.default import GPU_CROSSOVER, LEAN_CROSSOVER, lean_method
 from hyperattention.methods.method import Method
 from hyperattention.select.density import Density
 from hyperattention.select.draw import Draw
@@ -15,11 +15,11 @@ from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.stage import LookAhead
 
-# any length beyond the crossover gives the same default
+# a length at which costs are compared
 _LONG = 10**9
 # rungs of the default ladder per doubling of the draws: the error falls by about a quarter from one rung to the next
 _TO_A_DOUBLING = 2
-# draws of the first rung, relative to the default method: with fewer draws, sinks and window would cost more than the draws
+# draws of the first rung, relative to the lean method: with fewer draws, sinks and window would cost more than the draws
 _FIRST = 1 / 4
 _MULTIPLE = 16
 # averaged queries per tile that scan its keys
@@ -74,14 +74,14 @@ class Ladder:
 
 
 def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -> Ladder:
-    """Return the ladder that `tolerance` uses if none is given: the default method with fewer and with more draws.
+    """Return the ladder that `tolerance` uses if none is given: the lean method with fewer and with more draws.
 
     If a tile sees few keys, eight averaged queries scan all of them, because missed keys increase the error: on the
-    reference model the mean error is 0.040, and 0.056 with the hierarchical search of the default method; on structured
+    reference model the mean error is 0.040, and 0.056 with the hierarchical search of the lean method; on structured
     inputs it is up to 40% smaller. The scan takes about the time of that search on CPUs with fast 8-bit integer products,
     and more time elsewhere.
 
-    A rung may run if its share of exact attention's pairs is at most that of the default method at the measured crossover,
+    A rung may run if its share of exact attention's pairs is at most that of the lean method at the measured crossover,
     where both take equal time.
 
     Args:
@@ -92,12 +92,12 @@ def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -
         rungs whose draws double every second rung.
 
     Raises:
-        TypeError: if the default method does not end in draws.
+        TypeError: if the lean method does not end in draws.
     """
-    method = default_method(_LONG)
+    crossover = GPU_CROSSOVER if device is not None and torch.device(device).type == "cuda" else LEAN_CROSSOVER
+    method = lean_method(crossover, device=device)
     if not isinstance(method, Method) or not isinstance(method.stages[-1], Draw):
-        raise TypeError(f"the default method is {method!r}: a ladder needs a method that ends in a Draw")
-    crossover = GPU_CROSSOVER if device is not None and torch.device(device).type == "cuda" else CROSSOVER
+        raise TypeError(f"the lean method is {method!r}: a ladder needs a method that ends in a Draw")
     cost = method.cost(crossover)
     worth = min(1.0, (cost.pairs + cost.selection_pairs) / cost.exact_pairs)
     first = method.stages[-1].num * _FIRST

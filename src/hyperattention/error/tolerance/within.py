@@ -12,7 +12,7 @@ from hyperattention.error.tolerance.pilot import Choice, cheapest, choose, take_
 from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.error.tolerance.terms import ATTEMPTS, CONFIDENCE, Rung, Terms, affordable, terms_of
 from hyperattention.methods.base import AttentionMethod
-from hyperattention.methods.default import default_method
+from hyperattention.methods.default import lean_method
 from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
 
@@ -105,7 +105,7 @@ def _ladder_of(problem: Problem, named: Ladder | None) -> tuple[Ladder | None, s
         return None, "there is nothing to attend to"
     if named is not None:
         return named, ""
-    if isinstance(default_method(problem.num_keys, num_queries=problem.num_queries, device=problem.device), Exact):
+    if isinstance(lean_method(problem.num_keys, num_queries=problem.num_queries, device=problem.device), Exact):
         return None, f"{problem.num_queries} queries and {problem.num_keys} keys are below the crossover"
     return default_ladder(problem.num_keys, device=problem.device), ""
 

@@ -81,7 +81,7 @@ def _log_values(v: Tensor, size: int, num: int) -> Float[Tensor, "lists blocks"]
     """Tell how much a draw of each block moves an output, which lies near the mean of the values: within a bound."""
     first = v[:, :num].to(torch.promote_types(v.dtype, torch.float32))
     centre = torch.nan_to_num(first, nan=0.0, posinf=0.0, neginf=0.0).mean(1, keepdim=True)
-    step = max(1, score_bytes(v.device) // (8 * v.shape[0] * max(1, v.shape[2])))
+    step = max(1, score_bytes(v.device) // (4 * _KEY_NUMBERS * v.shape[0] * max(1, v.shape[2])))
     far = [_centred(part.to(centre.dtype), centre).norm(dim=2) for part in v.split(step, 1)]
     distance = torch.cat(far, 1)
     log = (distance / distance[:, :num].mean(1, keepdim=True)).log_().nan_to_num_(nan=0.0)
