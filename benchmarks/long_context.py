@@ -6,7 +6,8 @@
     python benchmarks/long_context.py --show                                   # the table of what is recorded
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
-`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default). Every pass adds a line to the file of records at once; passes that are there are not run again.
+`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default). Every pass adds a line to the
+file of records at once; passes that are there are not run again.
 """
 
 import argparse
