@@ -159,20 +159,31 @@ def on(device: str) -> dict[str, object]:
 
 
 def show(records: Iterable[dict]) -> None:
-    """Print a table: each method against exact attention on the same documents."""
-    groups: dict[tuple, dict[str, list[dict]]] = {}
+    """Print a table for each model, length and device."""
+    groups: dict[tuple, list[dict]] = {}
     for record in records:
         where = (record["model"], record["length"], record["run_on"], record["dtype"])
-        groups.setdefault(where, {}).setdefault(record["name"], []).append(record)
-    for where, by_name in groups.items():
-        exact = {record["document"]: record for record in by_name.get("exact", [])}
-        print("\n" + ", ".join(map(str, where)))
-        print("| method | documents x seeds | added nats | retrieval | points lost | worst depth | error | pairs | speed |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for name, found in by_name.items():
-            pairs = [(record, exact[record["document"]]) for record in found if record["document"] in exact]
-            if pairs:
-                print(_line(name, pairs))
+        groups.setdefault(where, []).append(record)
+    for where, found in groups.items():
+        print("\n" + ", ".join(map(str, where)) + "\n" + table(found))
+
+
+def table(records: Iterable[dict]) -> str:
+    """Write a table: each method against exact attention on the same documents."""
+    by_name: dict[str, list[dict]] = {}
+    for record in records:
+        by_name.setdefault(record["name"], []).append(record)
+    exact = {record["document"]: record for record in by_name.get("exact", [])}
+    lines = [
+        "| method | documents x seeds | added nats a byte | answers right | points lost | worst of 8 depths | error | "
+        "pairs a query | fewer than exact | attention, vs exact |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in by_name.items():
+        pairs = [(record, exact[record["document"]]) for record in found if record["document"] in exact]
+        if pairs:
+            lines.append(_line(name, pairs))
+    return "\n".join(lines)
 
 
 def _line(name: str, pairs: list[tuple[dict, dict]]) -> str:
@@ -188,14 +199,16 @@ def _line(name: str, pairs: list[tuple[dict, dict]]) -> str:
     depths = [[sum(pair[at]["depths"][i][j] for pair in pairs) for j in (0, 1)] for i in range(NUM_DEPTHS) for at in (0, 1)]
     shares = [right / asked if asked else float("nan") for right, asked in depths]
     worst = max(theirs - ours for ours, theirs in zip(shares[::2], shares[1::2], strict=True) if ours == ours)
-    errors = [ours["error"]["mean"] for ours, _ in pairs if ours["error"]]
-    error = f"{statistics.fmean(errors):.3f}" if errors else "0"
     times = [(ours["attention_seconds"], theirs["attention_seconds"]) for ours, theirs in pairs if ours["attention_seconds"]]
     ratio = f"{statistics.median(theirs / ours for ours, theirs in times):.1f}x" if times else ""
+    errors = [ours["error"]["mean"] for ours, _ in pairs if ours["error"]]
+    where = f"| {name} | {len(documents)} x {len(pairs) // len(documents)} |"
+    if not errors:
+        return f"{where} 0 | {100 * retrieval:.1f} % | 0 | 0 | exact | {pairs[0][0]['pairs']:,.0f} | 1x | 1x |"
     return (
-        f"| {name} | {len(documents)} x {len(pairs) // len(documents)} | {statistics.fmean(added):+.4f}{spread} | "
-        f"{retrieval:.4f} | {100 * (before - retrieval):.1f} | {100 * worst:.1f} | {error} | {pairs[0][0]['pairs']:.0f} | "
-        f"{ratio} |"
+        f"{where} {statistics.fmean(added):+.4f}{spread} | {100 * retrieval:.1f} % | {100 * (before - retrieval):.1f} | "
+        f"{100 * worst:.1f} | {statistics.fmean(errors):.3f} | {pairs[0][0]['pairs']:,.0f} | "
+        f"{1 / pairs[0][0]['share_of_exact']:.1f}x | {ratio} |"
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the measured tables of the README and of docs/performance.md from the committed records: no number there is typed.
+"""Write the measured tables of the README, docs/measured.md and docs/performance.md from the records: no number is typed.
 
 python benchmarks/report.py            # rewrite the parts between the markers, and plot the GPU records
 python benchmarks/report.py --check    # only tell, by the exit status, whether the tables are up to date
@@ -9,10 +9,12 @@ import json
 import sys
 from pathlib import Path
 
+import long_context
 from gpu.table import gpu_table, plot_gpu
 
 ROOT = Path(__file__).parents[1]
 MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
+LONG_CONTEXT = "<!-- long context: begin (benchmarks/report.py) -->", "<!-- long context: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 # records of benchmarks/gpu/run.py, which have a table of their own
 GPU_RECORDS, GPU_PLOT = "gpu.jsonl", "gpu.png"
@@ -33,6 +35,17 @@ def read_records(folder: Path) -> dict[str, list[dict]]:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_long_context(records: list[dict]) -> str:
+    """Write the table of loss and retrieval on the packaged model, on a CPU, at its full length."""
+    found = [record for record in records if record["model"] == "reference" and record["run_on"] == "cpu"]
+    longest = max((record["length"] for record in found), default=0)
+    found = [record for record in found if record["length"] == longest and record["name"] in long_context.METHODS]
+    if not found:
+        return "Nothing is recorded yet: run `python benchmarks/long_context.py`."
+    commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in found))
+    return f"{long_context.table(found)}\n\nMeasured at {longest:,} tokens, on a CPU, float32; commits {commits}."
 
 
 def write_gpu_table(records: list[dict]) -> str:
@@ -79,11 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=ROOT / "benchmarks" / "records")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--measured", type=Path, default=ROOT / "docs" / "measured.md", help="page of all figures")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md", help="left out where missing")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     gpu = read_lines(args.records / GPU_RECORDS)
-    texts = {args.readme: replaced(args.readme, write_table(read_records(args.records)), MEASURED)}
+    lengths = read_lines(args.records / long_context.RECORDS.name)
+    texts = {
+        args.readme: replaced(args.readme, write_long_context(lengths), LONG_CONTEXT),
+        args.measured: replaced(args.measured, write_table(read_records(args.records)), MEASURED),
+    }
     if args.performance.exists():
         texts[args.performance] = replaced(args.performance, write_gpu_table(gpu), GPU_FIGURES)
     if args.check:

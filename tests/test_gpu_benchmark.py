@@ -307,9 +307,9 @@ def test_report_fills_the_block_of_the_performance_page(tmp_path, measured):
     if measured:
         found = [comparison("forward", 131072, 0.01), comparison("forward", 131072, 0.02, inputs="gaussian")]
         (records / "gpu.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
-    readme = shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    before = readme.read_text()
-    words = ("--records", records, "--readme", readme, "--performance", page)
+    readme, figures = (shutil.copy(ROOT / name, tmp_path / Path(name).name) for name in ("README.md", "docs/measured.md"))
+    before = figures.read_text()
+    words = ("--records", records, "--readme", readme, "--measured", figures, "--performance", page)
     assert run_script("report.py", *words).returncode == 0
     page.write_text("# Speed\n\n<!-- gpu figures: begin -->\n<!-- gpu figures: end -->\n\nThe end.\n")
     assert run_script("report.py", *words, "--check").returncode != 0
@@ -320,9 +320,9 @@ def test_report_fills_the_block_of_the_performance_page(tmp_path, measured):
     assert ("100x" in text) is measured
     assert text.endswith("The end.\n")
     assert (tmp_path / "gpu.png").exists() is (measured and "gpu.png" in text)
-    # GPU records leave the README's own table as it was
-    assert before.split("<!-- measured: begin")[0] == readme.read_text().split("<!-- measured: begin")[0]
-    assert "gpu" not in readme.read_text().split("<!-- measured: begin")[1].split("measured: end")[0]
+    # GPU records leave the other table as it was
+    assert before.split("<!-- measured: begin")[0] == figures.read_text().split("<!-- measured: begin")[0]
+    assert "gpu" not in figures.read_text().split("<!-- measured: begin")[1].split("measured: end")[0]
 
 
 @pytest.mark.heavy
