@@ -53,7 +53,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def count(tokens: int) -> Count:
     q, k = (torch.empty(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS))
-    method = default_method(tokens)
+    method = default_method(max(tokens, 65_536), device="cuda")
     with as_on_a_gpu(), torch.no_grad(), Count() as counted:
         method.selections(Problem(q, k, k, HEAD_DIM**-0.5, causal=True))
     return counted

@@ -276,7 +276,7 @@ def main() -> None:
     plan = (
         replace(TOY, long=128, heads=2, kv_heads=1, head_dim=16)
         if args.toy
-        else replace(Plan(), method=ha.default_method(10**6))
+        else replace(Plan(), method=ha.default_method(10**6, device="cuda"))
     )
     lengths = (128,) if args.toy else (8192, plan.long, 32768)
     args.out.parent.mkdir(parents=True, exist_ok=True)

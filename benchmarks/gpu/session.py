@@ -23,7 +23,7 @@ Record = dict[str, object]
 class Plan:
     """The sizes of one run: those of the issue by default."""
 
-    method: Method = field(default_factory=find_default)
+    method: Method = field(default_factory=lambda: find_default("cuda"))
     toy: bool = False
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16

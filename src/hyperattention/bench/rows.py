@@ -54,8 +54,11 @@ class Row:
         return approximated > 0 and self.cost(length, is_causal).share_of_exact < 1
 
 
-def find_default() -> Method:
+def find_default(device: str | None = None) -> Method:
     """Return the method that ``method=None`` runs above the crossover.
+
+    Args:
+        device: the device of the calls; None for a CPU.
 
     Returns:
         the default list of stages.
@@ -63,7 +66,7 @@ def find_default() -> Method:
     Raises:
         TypeError: if the default is not a list of stages.
     """
-    method = default_method(LONG)
+    method = default_method(LONG, device=device)
     if not isinstance(method, Method):
         raise TypeError(f"the default method is {method!r}: rows at the same slots can be made only for a Method")
     return method
