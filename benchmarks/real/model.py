@@ -27,7 +27,7 @@ def find_weights() -> Path:
         raise SystemExit(f"{PACKAGE} is not installed: run `make real`, which installs it") from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
-        raise SystemExit(f"{PACKAGE} {metadata.version(PACKAGE)} has {len(found)} GGUF files, but one is expected: install 0.1.2")
+        raise SystemExit(f"{PACKAGE} {metadata.version(PACKAGE)} has {len(found)} GGUF files, not one: install 0.1.2")
     return found[0]
 
 

@@ -45,7 +45,7 @@ def judged_documents(loaded: LoadedModel, kind: str, length: int) -> tuple[Evalu
     """All documents of a kind but for the last."""
     documents = samples_of_text(TEXTS[kind](), loaded, length, _ALL)
     if len(documents) < 2:
-        raise SystemExit(f"--length {length}: {kind} has one document of this length, kept for calibration: give a shorter one")
+        raise SystemExit(f"--length {length}: {kind} has one document so long, kept for calibration: give a shorter one")
     return documents[:-1]
 
 

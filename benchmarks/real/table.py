@@ -1,0 +1,105 @@
+"""The table of what was measured on SmolLM2: all numbers of docs/models.md about it come from the records."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "benchmarks" / "records" / "real_model.jsonl"
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- real model: written by benchmarks/real/judge.py -->\n", "<!-- real model end -->\n"
+LABELS = {
+    "exact": "exact", "default": "`default_method`", "control": "control: sinks, window and uniform draws, same slots",
+    "sinks_window": "sinks and window alone", "thorough": "`thorough_method`", "lean": "`lean_method`",
+    "published": "`HyperAttention()`, as published", "alike_640": "`DrawAlike(640)`", "alike_1216": "`DrawAlike(1216)`",
+    "alike_1680": "`DrawAlike(1680)`",
+}  # fmt: skip
+
+
+def read(path: Path = RECORDS) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def label_of(name: str) -> str:
+    return LABELS.get(name, f"plan, tolerance {name.removeprefix('plan_')}")
+
+
+def table(records: Sequence[dict]) -> str:
+    """One table for each model and length, each method against exact attention on the same documents."""
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["model"], record["length"]), []).append(record)
+    return "\n".join(_one_table(model, length, found) for (model, length), found in groups.items())
+
+
+def _one_table(model: str, length: int, records: Sequence[dict]) -> str:
+    exact = {record["sample"]: record for record in records if record["name"] == "exact"}
+    texts = sorted({record["text"] for record in records}, reverse=True)
+    heads = ["method", *(f"{text}: added nats a token (documents)" for text in texts), "error", "pairs a query", "speed"]
+    lines = [f"{model}, {length:,} tokens. {_exact_loss(exact, texts)}", ""]
+    lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name in dict.fromkeys(record["name"] for record in records if record["name"] != "exact"):
+        pairs = [(each, exact[each["sample"]]) for each in records if each["name"] == name and each["sample"] in exact]
+        if pairs:
+            cells = [_added([pair for pair in pairs if pair[0]["text"] == text]) for text in texts]
+            lines.append(f"| {' | '.join([label_of(name), *cells, *_rest(pairs)])} |")
+    return "\n".join([*lines, "", *_where(records)]) + "\n"
+
+
+def _exact_loss(exact: dict[str, dict], texts: Sequence[str]) -> str:
+    losses = {text: [each["nats_per_token"] for each in exact.values() if each["text"] == text] for text in texts}
+    return "Exact attention: " + ", ".join(
+        f"{statistics.fmean(found):.4f} nats a token of {text} ({len(found)})" for text, found in losses.items() if found
+    )
+
+
+def added_of(pairs: Sequence[tuple[dict, dict]]) -> tuple[float, float]:
+    """The added nats a token, and the larger of two standard errors: over documents, and over pieces of documents."""
+    documents = [ours["nats_per_token"] - theirs["nats_per_token"] for ours, theirs in pairs]
+    each = [ours["tokens"] / len(ours["nats"]) for ours, _ in pairs]
+    pieces = [
+        (more - less) / size
+        for (ours, theirs), size in zip(pairs, each, strict=True)
+        for more, less in zip(ours["nats"], theirs["nats"], strict=True)
+    ]
+    errors = [statistics.stdev(found) / len(found) ** 0.5 for found in (documents, pieces) if len(found) > 1]
+    return statistics.fmean(documents), max(errors, default=float("nan"))
+
+
+def _added(pairs: Sequence[tuple[dict, dict]]) -> str:
+    if not pairs:
+        return "not measured"
+    added, error = added_of(pairs)
+    return f"{added:+.4f} ± {error:.4f} ({len(pairs)})"
+
+
+def _rest(pairs: Sequence[tuple[dict, dict]]) -> list[str]:
+    errors = [ours["error"]["mean"] for ours, _ in pairs if ours["error"]]
+    ratios = [theirs["attention_seconds"] / ours["attention_seconds"] for ours, theirs in pairs]
+    return [
+        f"{statistics.fmean(errors):.3f}" if errors else "not audited",
+        f"{pairs[0][0]['pairs']:,.0f}",
+        f"{statistics.median(ratios):.2f}x",
+    ]
+
+
+def _where(records: Sequence[dict]) -> list[str]:
+    places: dict[str, list[str]] = {}
+    for record in records:
+        versions = record["versions"]
+        place = (
+            f"{record['device']}, threads: {record['threads']}, torch {versions['torch']}, "
+            f"transformers {versions['transformers']}, Python {versions['python']}"
+        )
+        commit, _, changed = (record["commit"] or "none").partition("+")
+        places.setdefault(place, []).append(f"{commit[:10]}{' with changes' if changed else ''}")
+    return [f"Measured on {place}; commits {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
+
+
+def write_page(records: Sequence[dict], page: Path = PAGE) -> None:
+    text = page.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{page} must contain these two lines once, in this order:\n{BEGIN}{END}")
+    before, _, rest = text.partition(BEGIN)
+    page.write_text(before + BEGIN + table(records) + END + rest.partition(END)[2])
