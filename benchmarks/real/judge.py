@@ -4,7 +4,7 @@
     python benchmarks/real/judge.py --methods exact default --documents 1    # resumes: what is recorded is not run again
     python benchmarks/real/judge.py --documents 4 --plan PLAN                # in full: some 25 minutes a document and kind
     python benchmarks/real/judge.py --show                                   # the table of what is recorded
-    python benchmarks/real/judge.py --write                                  # the same, into docs/models.md
+    python benchmarks/real/judge.py --write     # the same, into docs/models.md; and the figures for README, for report.py
 
 The loss is that of the second half of a document, with exact attention and the method run by the same call of `use` in all
 layers. `model.py` says where the model comes from, `texts.py` what it reads. Every pass adds a line to the file of records.
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model import FOLDER, PACKAGE, prepare
-from table import RECORDS, read, table, write_page
+from table import RECORDS, read, table, write_figures, write_page
 from texts import TEXTS, judged_documents, name_of
 from torch.nn.functional import cross_entropy
 
@@ -61,6 +61,8 @@ METHODS: dict[str, AttentionMethod] = {
     "alike_1216": alike(1216),
     "alike_1680": alike(1680),
 }
+
+QUICK = ("exact", "default", "control", "thorough", "lean")
 
 
 def methods_of(options: argparse.Namespace) -> dict[str, tuple[AttentionMethod, object]]:
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER, help="the folder; written first if it is not there")
     parser.add_argument("--methods", nargs="*", default=[*METHODS])
     parser.add_argument("--plan", type=Path, nargs="*", default=[], help="plans that `hyperattention calibrate` wrote")
+    parser.add_argument("--quick", action="store_true", help="one document of prose, and the methods that one has to know")
     parser.add_argument("--texts", nargs="+", default=[*TEXTS], choices=[*TEXTS])
     parser.add_argument("--documents", type=int, default=1, help="documents of each kind of text")
     parser.add_argument("--first", type=int, default=0, help="number of the first document")
@@ -147,13 +150,20 @@ def main() -> None:
     parser.add_argument("--audit-rows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("--show", action="store_true", help="print the table of what is recorded, and measure nothing")
-    parser.add_argument("--write", action="store_true", help="write that table into docs/models.md, and measure nothing")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write that table into docs/models.md and the figures beside the records, and measure nothing",
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.texts, options.methods, options.documents = ["prose"], [*QUICK], 1
     if not (options.show or options.write):
         run(options)
     print(table(read(options.out)))
     if options.write:
         write_page(read(options.out))
+        write_figures(read(options.out))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "benchmarks" / "records" / "real_model.jsonl"
+FIGURES = RECORDS.with_name("real_figures.jsonl")
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- real model: written by benchmarks/real/judge.py -->\n", "<!-- real model end -->\n"
 LABELS = {
@@ -103,3 +104,38 @@ def write_page(records: Sequence[dict], page: Path = PAGE) -> None:
         raise SystemExit(f"{page} must contain these two lines once, in this order:\n{BEGIN}{END}")
     before, _, rest = text.partition(BEGIN)
     page.write_text(before + BEGIN + table(records) + END + rest.partition(END)[2])
+
+
+def figures(records: Sequence[dict]) -> list[dict]:
+    """One line for README's table a method, from the longest documents alone: no bar was set, so none is claimed."""
+    length = max(record["length"] for record in records)
+    records = [record for record in records if record["length"] == length]
+    exact = {record["sample"]: record for record in records if record["name"] == "exact"}
+    names = dict.fromkeys(record["name"] for record in records if record["name"] != "exact")
+    found = {}
+    for name in names:
+        pairs = [(each, exact[each["sample"]]) for each in records if each["name"] == name and each["sample"] in exact]
+        if pairs:
+            found[name] = pairs
+    return [_figure(name, length, pairs) for name, pairs in found.items()]
+
+
+def _figure(name: str, length: int, pairs: Sequence[tuple[dict, dict]]) -> dict:
+    texts = sorted({ours["text"] for ours, _ in pairs}, reverse=True)
+    by_text = {text: [pair for pair in pairs if pair[0]["text"] == text] for text in texts}
+    added = {text: added_of(found) for text, found in by_text.items()}
+    shown = ", ".join(f"{text} {value:+.4f} ± {spread:.4f}" for text, (value, spread) in added.items())
+    documents = ", ".join(f"{len(found)} of {text}" for text, found in by_text.items())
+    error, listed, ratio = _rest(pairs)
+    last = pairs[-1][0]
+    fewer = f"{listed} pairs a query ({1 / last['share_of_exact']:.1f}x fewer than exact)"
+    claim = f"added loss on SmolLM2-135M-Instruct, all layers replaced, {length:,} tokens, {label_of(name)}"
+    beside = f"error {error}; {fewer}; attention at {ratio} exact's speed; documents: {documents}"
+    value = statistics.fmean(value for value, _ in added.values())
+    told = {"claim": claim, "bar": "none", "met": True, "value": value, "shown": f"{shown} nats a token", "beside": beside}
+    where = {key: last[key] for key in ("commit", "versions", "platform", "device", "cores", "threads")}
+    return {"kind": "real_figures", "part": "figure"} | told | where
+
+
+def write_figures(records: Sequence[dict], path: Path = FIGURES) -> None:
+    path.write_text("".join(json.dumps(each) + "\n" for each in figures(records)))
