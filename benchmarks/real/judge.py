@@ -1,4 +1,4 @@
-"""Judge every preset and a calibrated plan on SmolLM2-135M-Instruct: added nats a token, error, pairs and time.
+"""Judge every preset and a calibrated plan on SmolLM2-135M-Instruct: added nats a token, error and pairs.
 
     make real                                                                # sets up, tries the commands, one document
     python benchmarks/real/judge.py --methods exact default --documents 1    # resumes: what is recorded is not run again
@@ -8,77 +8,33 @@
 
 The loss is that of the second half of a document, with exact attention and the method run by the same call of `use` in all
 layers. `model.py` says where the model comes from, `texts.py` what it reads. Every pass adds a line to the file of records.
+The seconds of a pass are those of the clock, and count what other programs took; `times.py` compares times.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from methods import METHODS, QUICK, methods_of
 from model import FOLDER, PACKAGE, prepare
-from table import RECORDS, read, table, write_figures, write_page
+from table import RECORDS, TIMES, read, table, write_figures, write_page
 from texts import TEXTS, judged_documents, name_of
 from torch.nn.functional import cross_entropy
 
-from hyperattention import default_method, lean_method, load_plan, thorough_method
 from hyperattention.bench.error import pool
-from hyperattention.bench.rows import control_of, find_default, window_of
-from hyperattention.files.method_table import method_to_json
 from hyperattention.files.records import environment, find_version, plain
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
-from hyperattention.methods.method import Method
-from hyperattention.methods.presets import HyperAttention
 from hyperattention.reference.call_recorder import CallRecorder, watched
 from hyperattention.reference.model import LoadedModel, load_model
 from hyperattention.reference.samples import EvaluationSample
-from hyperattention.select.draw_alike import DrawAlike
-from hyperattention.select.locate.sinks import Sinks
-from hyperattention.select.locate.window import Window
 
-LONG = 10**9
 # tokens whose loss is one number of a record: the standard error is taken over these pieces
 PIECE = 512
-
-
-def alike(num: int) -> Method:
-    return Method(Sinks(16), Window(192), DrawAlike(num, 16, 16, most=16_384), tile=128)
-
-
-METHODS: dict[str, AttentionMethod] = {
-    "exact": Exact(),
-    "default": default_method(LONG),
-    "control": control_of(find_default()),
-    "sinks_window": window_of(find_default()),
-    "thorough": thorough_method(LONG),
-    "lean": lean_method(LONG),
-    "published": HyperAttention(),
-    "alike_640": alike(640),
-    "alike_1216": alike(1216),
-    "alike_1680": alike(1680),
-}
-
-QUICK = ("exact", "default", "control", "thorough", "lean")
-
-
-def methods_of(options: argparse.Namespace) -> dict[str, tuple[AttentionMethod, object]]:
-    """The methods asked for and what a record says of them; a plan is long, so a record has the hash of its file."""
-    unknown = [name for name in options.methods if name not in METHODS]
-    if unknown:
-        raise SystemExit(f"--methods {' '.join(unknown)}: choose from {', '.join(METHODS)}; a plan is given by --plan")
-    found: dict[str, tuple[AttentionMethod, object]] = {
-        name: (METHODS[name], method_to_json(METHODS[name])) for name in options.methods
-    }
-    for path in options.plan:
-        plan = load_plan(path)
-        about = {"type": "Plan", "tolerance": plan.tolerance, "crossover": plan.crossover,
-                 "file": hashlib.sha256(path.read_bytes()).hexdigest()}  # fmt: skip
-        found[f"plan_{plan.tolerance:g}"] = plan.method, about
-    return found
 
 
 def measure(loaded: LoadedModel, sample: EvaluationSample, method: AttentionMethod, seed: int, rows: int) -> dict:
@@ -111,7 +67,7 @@ def key_of(record: Mapping[str, object]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     loaded = load_model(prepare(options.model))
-    length, methods = options.length or loaded.max_length, methods_of(options)
+    length, methods = options.length or loaded.max_length, methods_of(options.methods, options.plan)
     documents = {kind: judged_documents(loaded, kind, length) for kind in options.texts}
     done = {key_of(record) for record in read(options.out)}
     for number in range(options.first, options.first + options.documents):
@@ -160,10 +116,11 @@ def main() -> None:
         options.texts, options.methods, options.documents = ["prose"], [*QUICK], 1
     if not (options.show or options.write):
         run(options)
-    print(table(read(options.out)))
+    records, times = read(options.out), read(TIMES)
+    print(table(records, times))
     if options.write:
-        write_page(read(options.out))
-        write_figures(read(options.out))
+        write_page(records, times)
+        write_figures(records, times)
 
 
 if __name__ == "__main__":

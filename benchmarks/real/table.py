@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "benchmarks" / "records" / "real_model.jsonl"
+TIMES = RECORDS.with_name("real_times.jsonl")
 FIGURES = RECORDS.with_name("real_figures.jsonl")
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- real model: written by benchmarks/real/judge.py -->\n", "<!-- real model end -->\n"
@@ -26,15 +27,31 @@ def label_of(name: str) -> str:
     return LABELS.get(name, f"plan, tolerance {name.removeprefix('plan_')}")
 
 
-def table(records: Sequence[dict]) -> str:
+def speeds_of(times: Sequence[dict], length: int) -> dict[str, float]:
+    """How many times less processor time a method's attention takes than exact attention's, over the timed layers."""
+    layers = [record["seconds"] for record in times if record["length"] == length]
+    names = {name for seconds in layers for name in seconds}
+    taken = {
+        name: [(seconds["exact"], seconds[name]) for seconds in layers if name in seconds and "exact" in seconds]
+        for name in names
+    }
+    return {
+        name: sum(statistics.median(exact["processor"]) for exact, _ in pairs)
+        / sum(statistics.median(ours["processor"]) for _, ours in pairs)
+        for name, pairs in taken.items()
+        if pairs
+    }
+
+
+def table(records: Sequence[dict], times: Sequence[dict] = ()) -> str:
     """One table for each model and length, each method against exact attention on the same documents."""
     groups: dict[tuple[str, int], list[dict]] = {}
     for record in records:
         groups.setdefault((record["model"], record["length"]), []).append(record)
-    return "\n".join(_one_table(model, length, found) for (model, length), found in groups.items())
+    return "\n".join(_one_table(model, length, found, speeds_of(times, length)) for (model, length), found in groups.items())
 
 
-def _one_table(model: str, length: int, records: Sequence[dict]) -> str:
+def _one_table(model: str, length: int, records: Sequence[dict], speeds: dict[str, float]) -> str:
     exact = {record["sample"]: record for record in records if record["name"] == "exact"}
     texts = sorted({record["text"] for record in records}, reverse=True)
     heads = ["method", *(f"{text}: added nats a token (documents)" for text in texts), "error", "pairs a query", "speed"]
@@ -44,7 +61,7 @@ def _one_table(model: str, length: int, records: Sequence[dict]) -> str:
         pairs = [(each, exact[each["sample"]]) for each in records if each["name"] == name and each["sample"] in exact]
         if pairs:
             cells = [_added([pair for pair in pairs if pair[0]["text"] == text]) for text in texts]
-            lines.append(f"| {' | '.join([label_of(name), *cells, *_rest(pairs)])} |")
+            lines.append(f"| {' | '.join([label_of(name), *cells, *_rest(pairs, speeds.get(name))])} |")
     return "\n".join([*lines, "", *_where(records)]) + "\n"
 
 
@@ -75,13 +92,12 @@ def _added(pairs: Sequence[tuple[dict, dict]]) -> str:
     return f"{added:+.4f} ± {error:.4f} ({len(pairs)})"
 
 
-def _rest(pairs: Sequence[tuple[dict, dict]]) -> list[str]:
+def _rest(pairs: Sequence[tuple[dict, dict]], speed: float | None) -> list[str]:
     errors = [ours["error"]["mean"] for ours, _ in pairs if ours["error"]]
-    ratios = [theirs["attention_seconds"] / ours["attention_seconds"] for ours, theirs in pairs]
     return [
         f"{statistics.fmean(errors):.3f}" if errors else "not audited",
         f"{pairs[0][0]['pairs']:,.0f}",
-        f"{statistics.median(ratios):.2f}x",
+        "not timed" if speed is None else f"{speed:.2f}x",
     ]
 
 
@@ -98,15 +114,15 @@ def _where(records: Sequence[dict]) -> list[str]:
     return [f"Measured on {place}; commits {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
 
 
-def write_page(records: Sequence[dict], page: Path = PAGE) -> None:
+def write_page(records: Sequence[dict], times: Sequence[dict], page: Path = PAGE) -> None:
     text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"{page} must contain these two lines once, in this order:\n{BEGIN}{END}")
     before, _, rest = text.partition(BEGIN)
-    page.write_text(before + BEGIN + table(records) + END + rest.partition(END)[2])
+    page.write_text(before + BEGIN + table(records, times) + END + rest.partition(END)[2])
 
 
-def figures(records: Sequence[dict]) -> list[dict]:
+def figures(records: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
     """One line for README's table a method, from the longest documents alone: no bar was set, so none is claimed."""
     length = max(record["length"] for record in records)
     records = [record for record in records if record["length"] == length]
@@ -117,25 +133,26 @@ def figures(records: Sequence[dict]) -> list[dict]:
         pairs = [(each, exact[each["sample"]]) for each in records if each["name"] == name and each["sample"] in exact]
         if pairs:
             found[name] = pairs
-    return [_figure(name, length, pairs) for name, pairs in found.items()]
+    speeds = speeds_of(times, length)
+    return [_figure(name, length, pairs, speeds.get(name)) for name, pairs in found.items()]
 
 
-def _figure(name: str, length: int, pairs: Sequence[tuple[dict, dict]]) -> dict:
+def _figure(name: str, length: int, pairs: Sequence[tuple[dict, dict]], speed: float | None) -> dict:
     texts = sorted({ours["text"] for ours, _ in pairs}, reverse=True)
     by_text = {text: [pair for pair in pairs if pair[0]["text"] == text] for text in texts}
     added = {text: added_of(found) for text, found in by_text.items()}
     shown = ", ".join(f"{text} {value:+.4f} ± {spread:.4f}" for text, (value, spread) in added.items())
     documents = ", ".join(f"{len(found)} of {text}" for text, found in by_text.items())
-    error, listed, ratio = _rest(pairs)
+    error, listed, ratio = _rest(pairs, speed)
     last = pairs[-1][0]
     fewer = f"{listed} pairs a query ({1 / last['share_of_exact']:.1f}x fewer than exact)"
     claim = f"added loss on SmolLM2-135M-Instruct, all layers replaced, {length:,} tokens, {label_of(name)}"
-    beside = f"error {error}; {fewer}; attention at {ratio} exact's speed; documents: {documents}"
+    beside = f"error {error}; {fewer}; attention {ratio} as fast as exact; documents: {documents}"
     value = statistics.fmean(value for value, _ in added.values())
     told = {"claim": claim, "bar": "none", "met": True, "value": value, "shown": f"{shown} nats a token", "beside": beside}
     where = {key: last[key] for key in ("commit", "versions", "platform", "device", "cores", "threads")}
     return {"kind": "real_figures", "part": "figure"} | told | where
 
 
-def write_figures(records: Sequence[dict], path: Path = FIGURES) -> None:
-    path.write_text("".join(json.dumps(each) + "\n" for each in figures(records)))
+def write_figures(records: Sequence[dict], times: Sequence[dict], path: Path = FIGURES) -> None:
+    path.write_text("".join(json.dumps(each) + "\n" for each in figures(records, times)))
