@@ -58,7 +58,7 @@ def main() -> None:
     # whole documents of the first third of the text; what follows them is never seen by the calibration
     split = len(text) // 3 // length * length
     chosen_by = samples_of_documents(documents_from(text[:split], length, args.calibrated, 1))
-    judged_on = samples_of_documents(documents_from(text[split:], length, args.loaded, 0))
+    judged_on = samples_of_documents(documents_from(text[split:], length, args.judged, 0))
     plans: dict[float, Plan] = {}
     with tempfile.TemporaryDirectory() as folder:
         for tolerance in args.tolerances:

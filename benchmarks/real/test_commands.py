@@ -111,21 +111,34 @@ def test_cache_and_ask(folder: Path, work: Path) -> None:
     assert (work / "text.safetensors").read_bytes() == before
 
 
-def test_calibrate_and_inspect(folder: Path, work: Path) -> None:
-    shared = ("text.txt", "--length", str(LENGTH))
-    command(work, "calibrate", folder, *shared, "--documents", "1", "--tolerance", "0.2", "--out", "plan.json")
-    plan = load_plan(work / "plan.json")
+@pytest.fixture(scope="module")
+def plan_file(folder: Path, work: Path) -> Path:
+    words = ("--length", str(LENGTH), "--documents", "1", "--tolerance", "0.2", "--out", "plan.json")
+    command(work, "calibrate", folder, "text.txt", *words)
+    return work / "plan.json"
+
+
+def test_calibrate_makes_a_plan_that_use_takes(folder: Path, work: Path, plan_file: Path) -> None:
+    plan = load_plan(plan_file)
     assert sorted(plan.layers) == list(range(30))
+    assert max(max(errors) for errors in plan.errors.values()) <= 0.2
     model, tokens = load(folder, work / "short.txt")
+    # so short a plan may not pay, and then `use` says so and runs exact attention
     with torch.inference_mode(), use(model, plan) as calls:
         model(tokens, use_cache=False, logits_to_keep=1)
     assert calls.counts.total == 30
-    command(work, "inspect", folder, *shared, "--plan", "plan.json", "--out", "report.html")
+    with torch.inference_mode(), use(model, plan.method) as calls:
+        model(tokens, use_cache=False, logits_to_keep=1)
+    assert calls.counts.approximated > 0
+
+
+def test_inspect_draws_every_head_under_the_plan(folder: Path, work: Path, plan_file: Path) -> None:
+    command(work, "inspect", folder, "text.txt", "--length", str(LENGTH), "--plan", plan_file, "--out", "report.html")
     assert "<html" in (work / "report.html").read_text()
 
 
-def test_a_plan_of_another_model_is_refused(folder: Path, work: Path) -> None:
-    plan = json.loads((work / "plan.json").read_text())
+def test_a_plan_of_another_model_is_refused(folder: Path, work: Path, plan_file: Path) -> None:
+    plan = json.loads(plan_file.read_text())
     assert plan["model"]["num_layers"] == 30
     plan["model"]["num_layers"] = 31
     (work / "other.json").write_text(json.dumps(plan))
