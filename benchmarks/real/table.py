@@ -54,7 +54,14 @@ def table(records: Sequence[dict], times: Sequence[dict] = ()) -> str:
 def _one_table(model: str, length: int, records: Sequence[dict], speeds: dict[str, float]) -> str:
     exact = {record["sample"]: record for record in records if record["name"] == "exact"}
     texts = sorted({record["text"] for record in records}, reverse=True)
-    heads = ["method", *(f"{text}: added nats a token (documents)" for text in texts), "error", "pairs a query", "speed"]
+    heads = [
+        "method",
+        *(f"{text}: added nats a token (documents)" for text in texts),
+        "error",
+        "pairs a query",
+        "products to choose them",
+        "speed",
+    ]
     lines = [f"{model}, {length:,} tokens. {_exact_loss(exact, texts)}", ""]
     lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name in dict.fromkeys(record["name"] for record in records if record["name"] != "exact"):
@@ -97,6 +104,7 @@ def _rest(pairs: Sequence[tuple[dict, dict]], speed: float | None) -> list[str]:
     return [
         f"{statistics.fmean(errors):.3f}" if errors else "not audited",
         f"{pairs[0][0]['pairs']:,.0f}",
+        f"{pairs[0][0]['selection_pairs']:,.0f}",
         "not timed" if speed is None else f"{speed:.2f}x",
     ]
 
@@ -143,9 +151,9 @@ def _figure(name: str, length: int, pairs: Sequence[tuple[dict, dict]], speed: f
     added = {text: added_of(found) for text, found in by_text.items()}
     shown = ", ".join(f"{text} {value:+.4f} ± {spread:.4f}" for text, (value, spread) in added.items())
     documents = ", ".join(f"{len(found)} of {text}" for text, found in by_text.items())
-    error, listed, ratio = _rest(pairs, speed)
+    error, listed, chosen, ratio = _rest(pairs, speed)
     last = pairs[-1][0]
-    fewer = f"{listed} pairs a query ({1 / last['share_of_exact']:.1f}x fewer than exact)"
+    fewer = f"{listed} pairs a query ({1 / last['share_of_exact']:.1f}x fewer than exact), {chosen} products to choose them"
     claim = f"added loss on SmolLM2-135M-Instruct, all layers replaced, {length:,} tokens, {label_of(name)}"
     beside = f"error {error}; {fewer}; attention {ratio} as fast as exact; documents: {documents}"
     value = statistics.fmean(value for value, _ in added.values())
