@@ -53,6 +53,11 @@ def test_added_loss_and_the_larger_standard_error(table):
     assert table.added_of([(ours[1], exact[0])])[1] == pytest.approx(0.1)
 
 
+def test_a_document_that_one_method_has_not_read_is_left_out(table):
+    records = [{"sample": sample, "name": name} for sample, name in [("a", "exact"), ("a", "fast"), ("b", "exact")]]
+    assert table.read_by_all(records) == records[:2]
+
+
 def test_speed_is_the_ratio_of_summed_medians(table):
     def seconds(*rounds: float) -> dict[str, list[float]]:
         return {"processor": [*rounds], "clock": [9.0, 9.0, 9.0]}

@@ -48,7 +48,18 @@ def table(records: Sequence[dict], times: Sequence[dict] = ()) -> str:
     groups: dict[tuple[str, int], list[dict]] = {}
     for record in records:
         groups.setdefault((record["model"], record["length"]), []).append(record)
-    return "\n".join(_one_table(model, length, found, speeds_of(times, length)) for (model, length), found in groups.items())
+    return "\n".join(
+        _one_table(model, length, read_by_all(found), speeds_of(times, length)) for (model, length), found in groups.items()
+    )
+
+
+def read_by_all(records: Sequence[dict]) -> list[dict]:
+    """Records of the documents that every method has read: documents differ by more than methods do."""
+    names = {record["name"] for record in records}
+    by_sample: dict[str, set[str]] = {}
+    for record in records:
+        by_sample.setdefault(record["sample"], set()).add(record["name"])
+    return [record for record in records if by_sample[record["sample"]] == names]
 
 
 def _one_table(model: str, length: int, records: Sequence[dict], speeds: dict[str, float]) -> str:
@@ -133,7 +144,7 @@ def write_page(records: Sequence[dict], times: Sequence[dict], page: Path = PAGE
 def figures(records: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
     """One line for README's table a method, from the longest documents alone: no bar was set, so none is claimed."""
     length = max(record["length"] for record in records)
-    records = [record for record in records if record["length"] == length]
+    records = read_by_all([record for record in records if record["length"] == length])
     exact = {record["sample"]: record for record in records if record["name"] == "exact"}
     names = dict.fromkeys(record["name"] for record in records if record["name"] != "exact")
     found = {}
