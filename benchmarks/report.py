@@ -20,7 +20,7 @@ GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 GPU_RECORDS, GPU_PLOT = "gpu.jsonl", "gpu.png"
 ORDER = (
     "causal_speed", "causal_speed_long", "non_causal_speed_long", "backward_speed", "structured_error", "reference_error",
-    "reference_gate", "reference_loss", "pareto", "plan", "tolerance", "growth",
+    "reference_gate", "reference_loss", "real_figures", "pareto", "plan", "tolerance", "growth",
     "selection_at_length", "audit_cost", "cache_decode", "cache_quality", "subgen",
 )  # fmt: skip
 
