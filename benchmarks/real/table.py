@@ -12,11 +12,17 @@ FIGURES = RECORDS.with_name("real_figures.jsonl")
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- real model: written by benchmarks/real/judge.py -->\n", "<!-- real model end -->\n"
 LABELS = {
-    "exact": "exact", "default": "`default_method`", "default_640": "the same with 640 draws", "thorough": "`thorough_method`",
-    "lean": "`lean_method`, below 131,072 keys", "lean_long": "`lean_method`, longer", "scan": "every key, by averages of two",
-    "control": "control: sinks, window and uniform draws, slots of lean", "sinks_window": "sinks and window alone",
+    "exact": "exact",
+    "default": "`default_method`",
+    "default_640": "the same with 640 draws",
+    "thorough": "`thorough_method`",
+    "lean": "`lean_method`, below 131,072 keys",
+    "lean_long": "`lean_method`, longer",
+    "scan": "every key, by averages of two",
+    "control": "control: sinks, window and uniform draws, slots of lean",
+    "sinks_window": "sinks and window alone",
     "published": "`HyperAttention()`, as published",
-}  # fmt: skip
+}
 
 
 def read(path: Path = RECORDS) -> list[dict]:
