@@ -40,7 +40,8 @@ class DrawAlike(Stage):
     `most` of them; beyond that blocks of 2, 4, 8, ... are, by their means and variances, so that products stay bounded.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
-    1949, evenly spaced points; Friedman et al., 1977, cuts at medians; Roy et al., 2020 (arXiv:2003.05997), queries that
+    1949, evenly spaced points; Derrida, 1981, sums of few large scores; Friedman et al., 1977, cuts at medians; Gonzalez,
+    1985, centres far from one another; Roy et al., 2020 (arXiv:2003.05997), queries that
     share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
     Cost: `num` slots a query, and pooled / rows * min(keys seen, `most`) products.
     Guarantee: numerator and denominator unbiased, whatever the estimate.
