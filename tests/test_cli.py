@@ -14,7 +14,7 @@ from hyperattention.bench.case import Case
 from hyperattention.bench.peak_memory import measure
 from hyperattention.bench.timing import Timing, interleave, speedup
 from hyperattention.cli.main import app
-from hyperattention.methods.default import CROSSOVER
+from hyperattention.methods.default import LEAN_CROSSOVER
 from hyperattention.methods.exact import Exact
 from hyperattention.report.bench import BenchOptions, list_cases
 from hyperattention.report.demo_conclusions import short_in_words
@@ -60,7 +60,7 @@ def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own_text(tmp_path: Path) -> Path:
     path = tmp_path / "own.txt"
-    path.write_text(" ".join(WORDS * (CROSSOVER // 40)))
+    path.write_text(" ".join(WORDS * (LEAN_CROSSOVER // 40)))
     return path
 
 
@@ -144,7 +144,7 @@ def test_demo_reads_a_users_own_text_and_model(own_model: Path, own_text: Path, 
 def test_demo_refuses_a_text_it_cannot_use(reference: Path, tmp_path: Path) -> None:
     empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
     empty.write_text(" \n")
-    short.write_text("x" * (CROSSOVER - 1))
+    short.write_text("x" * (LEAN_CROSSOVER - 1))
     for path, message in (
         (empty, "is empty"),
         (short, "attention is exact"),

@@ -160,9 +160,9 @@ def test_the_default_at_its_own_budget_is_the_default() -> None:
     usual = find_default()
     assert at_budget(usual, round(usual.cost(8192).pairs)) == usual
     assert at_budget(usual, 2048).cost(8192).pairs == 2048
-    with pytest.raises(ValueError, match="give at least 82"):
-        at_budget(usual, 81)
-    assert at_budget(usual, 82).cost(8192).pairs == 82
+    with pytest.raises(ValueError, match="give at least 146"):
+        at_budget(usual, 145)
+    assert at_budget(usual, 146).cost(8192).pairs == 146
 
 
 @pytest.mark.parametrize(

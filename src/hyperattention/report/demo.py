@@ -12,7 +12,7 @@ from hyperattention.bench.speed import Speed, SpeedSettings, measure_speed, step
 from hyperattention.files.records import write_records
 from hyperattention.files.user_text import Text, read_text
 from hyperattention.integrations.transformers import use
-from hyperattention.methods.default import CROSSOVER
+from hyperattention.methods.default import LEAN_CROSSOVER
 from hyperattention.reference.evaluate import ModelJudgement, evaluate
 from hyperattention.reference.model import WEIGHTS, LoadedModel, load_model, load_reference
 from hyperattention.reference.samples import EvaluationSample, samples_of_documents, samples_of_text, tokens_of_text
@@ -85,13 +85,15 @@ def read_long_text(path: Path, encoding: str | None) -> Text:
         the text.
 
     Raises:
-        ValueError: if the file cannot be read, is empty, or is shorter than the crossover.
+        ValueError: if the file cannot be read, is empty, or is shorter than the least crossover.
     """
     text = read_text(path, encoding)
     if not text.data.strip():
-        raise ValueError(f"{path} is empty: give a text of at least {CROSSOVER:,} bytes")
-    if len(text.data) < CROSSOVER:
-        raise ValueError(f"{path} has {len(text.data):,} bytes: below {CROSSOVER:,} attention is exact; give a longer text")
+        raise ValueError(f"{path} is empty: give a text of at least {LEAN_CROSSOVER:,} bytes")
+    if len(text.data) < LEAN_CROSSOVER:
+        raise ValueError(
+            f"{path} has {len(text.data):,} bytes: below {LEAN_CROSSOVER:,} attention is exact; give a longer text"
+        )
     return text
 
 
@@ -131,10 +133,10 @@ def _usable_length(loaded: LoadedModel, text: str, most: int) -> int:
     # the longest length that model and text allow; below the crossover nothing would be approximated
     longest = min(most, loaded.max_length)
     length = min(longest, len(tokens_of_text(text, loaded)))
-    if length < CROSSOVER:
+    if length < LEAN_CROSSOVER:
         raise ValueError(
-            f"only {length:,} tokens ({loaded.name} reads {loaded.max_length:,}): below {CROSSOVER:,} attention is exact, "
-            "so there is nothing to compare; give a longer text or a model with a longer context, or set --length"
+            f"only {length:,} tokens ({loaded.name} reads {loaded.max_length:,}): below {LEAN_CROSSOVER:,} attention is "
+            "exact, so there is nothing to compare; give a longer text or a model with a longer context, or set --length"
         )
     return length
 
