@@ -50,13 +50,15 @@ THREE = ha.HierarchicalSearch(
     (select.Level(32, 4, select.Representatives(2, 2)), select.Level(16, 4), select.Level(4, 4)), dim=6, pooled=4
 )
 KEYS = ha.HierarchicalSearch((select.Level(8, 6), select.Level(1, 4)), pooled=4)
+SCAN = ha.KeyScan(32, beyond=ha.HierarchicalSearch(pooled=32))
 MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 
 # fmt: off
 OURS = (
     Case("exact", ha.Exact(), exact_up_to=150),
     Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=880),
-    Case("thorough", ha.thorough_method(10**6), num_tokens=2100, exact_up_to=1680),
+    # the thorough method is the default's list with more draws
+    Case("scan of keys", ha.Method(ha.Sinks(16), ha.Window(128), ha.Draw(611, by=SCAN)), num_tokens=1000, exact_up_to=611),
     Case("lean", ha.lean_method(10**6), num_tokens=1250, exact_up_to=688),
     Case("control", CONTROL, exact_up_to=31),
     Case("sinks and window", ha.Method(ha.Sinks(4), ha.Window(16), tile=16)),
