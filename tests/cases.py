@@ -1,6 +1,6 @@
 """Every method that the laws are tested on: a new method is one more line here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hyperattention as ha
 from hyperattention import rivals, select
@@ -18,15 +18,19 @@ class Case:
         method: the method.
         num_tokens: a length at which it leaves most keys out, several tiles long and no multiple of the tile.
         exact_up_to: a length up to which its budget holds every key.
+        for_three: the method that does for groups of three equal heads what `method` does for one head, if it is another:
+            lists of a number of rows, of whatever heads, need three times as many.
     """
 
     name: str
     method: AttentionMethod
     num_tokens: int = 150
     exact_up_to: int = 16
+    for_three: AttentionMethod | None = None
 
 
-CONTROL = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=ha.Uniform()), tile=16)
+NEAR = ha.Sinks(4), ha.Window(16)
+CONTROL = ha.Method(*NEAR, ha.Draw(16, by=ha.Uniform()), tile=16)
 
 
 def _ranked(*blocks: ha.TopBlocks) -> ha.Method:
@@ -35,6 +39,11 @@ def _ranked(*blocks: ha.TopBlocks) -> ha.Method:
 
 def _after_window(*stages: Stage) -> ha.Method:
     return ha.Method(ha.Sinks(4), ha.Window(16), *stages, tile=16)
+
+
+def _alike(name: str, *before: Stage, tile: int, exact_up_to: int, stage: select.DrawAlike, num_tokens: int = 150) -> Case:
+    one, three = (ha.Method(*before, each, tile=tile) for each in (stage, replace(stage, rows=3 * stage.rows)))
+    return Case(name, one, num_tokens=num_tokens, exact_up_to=exact_up_to, for_three=three)
 
 
 def _drawn(density: Density) -> ha.Method:
@@ -56,7 +65,7 @@ MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 # fmt: off
 OURS = (
     Case("exact", ha.Exact(), exact_up_to=150),
-    Case("default", ha.default_method(10**6), num_tokens=1250, exact_up_to=880),
+    _alike("default", ha.Sinks(16), ha.Window(192), stage=select.DrawAlike(880), tile=128, num_tokens=1250, exact_up_to=880),
     # the thorough method is the default's list with more draws
     Case("scan of keys", ha.Method(ha.Sinks(16), ha.Window(128), ha.Draw(611, by=SCAN)), num_tokens=1000, exact_up_to=611),
     Case("lean", ha.lean_method(10**6), num_tokens=1250, exact_up_to=688),
@@ -87,10 +96,10 @@ OURS = (
     Case("draws by scanned keys", _drawn(ha.KeyScan(8)), exact_up_to=31),
     Case("draws by scanned keys up to a length", _drawn(ha.KeyScan(5, most=70, beyond=DESCENT)), exact_up_to=31),
     Case("scan without a window", ha.Method(ha.Draw(24, by=ha.KeyScan(16, uniform_share=0.5)), tile=16), exact_up_to=24),
-    Case("draws for alike queries", _after_window(select.DrawAlike(24, rows=8, pooled=2)), exact_up_to=31),
-    Case("alike queries, no window", ha.Method(select.DrawAlike(32, rows=16, pooled=4), tile=24), exact_up_to=32),
-    Case("alike queries, blocks of keys", _after_window(select.DrawAlike(24, 16, 2, most=40)), exact_up_to=31),
-    Case("alike queries, odd parts", ha.Method(ha.Window(7), select.DrawAlike(24, 10, 5, 50), tile=15), exact_up_to=30),
+    _alike("draws for alike queries", *NEAR, stage=select.DrawAlike(24, rows=8, pooled=2), tile=16, exact_up_to=31),
+    _alike("alike queries, no window", stage=select.DrawAlike(32, 8, 4, uniform_share=0.2), tile=24, exact_up_to=32),
+    _alike("alike queries, blocks of keys", *NEAR, stage=select.DrawAlike(24, 16, 2, 40), tile=16, exact_up_to=31),
+    _alike("alike queries, odd parts", ha.Window(7), stage=select.DrawAlike(24, 5, 5, 50), tile=15, exact_up_to=30),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, select.KeySketch(4), coarse=select.Coarse(2, 16))), exact_up_to=31),
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hyperattention as ha
+from cases import CASES
 from hyperattention import select
 from hyperattention.methods.default import lean_method, thorough_method
 
@@ -33,3 +34,7 @@ def test_what_runs_by_default_is_what_was_measured() -> None:
     search = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(688, by=ha.HierarchicalSearch()))
     assert ha.default_method(65_536, device="cuda") == ha.default_method(10**9, device="cuda") == search
     assert lean_method(4096) == lean_method(131_071) == search != lean_method(131_072) == lean_method(10**9)
+
+
+def test_the_laws_are_tested_on_what_runs_by_default() -> None:
+    assert next(case for case in CASES if case.name == "default").method == ha.default_method(10**6)
