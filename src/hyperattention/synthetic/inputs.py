@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.random import SEED_LIMIT, normal
+from hyperattention.synthetic.kinds import SCATTERED, HeadKind
 from hyperattention.synthetic.parts import (
     GAP,
     GAUSSIAN,
@@ -37,7 +38,6 @@ from hyperattention.synthetic.parts import (
     Head,
     Text,
     place_in_span,
-    query_parts,
     target_period,
 )
 
@@ -121,6 +121,7 @@ def structured(
     head_dim: int = 64,
     value_dim: int | None = None,
     sharpness: Sequence[float] | None = None,
+    kind: HeadKind = SCATTERED,
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -185,12 +186,12 @@ def structured(
     shape = _Shape(num_tokens, batch, heads, _or(kv_heads, heads), head_dim, _or(value_dim, head_dim), seed)
     if head_dim < 8:
         raise ValueError(f"head_dim={head_dim} must be >= 8: rotary pairs, two cones and content each need channels")
-    wanted = [query_parts(s) for s in _sharpness(sharpness, heads)]
+    wanted = [kind.query_parts(s) for s in _sharpness(sharpness, heads)]
     q, k, v = shape.empty(device, dtype)
-    models = [Head.of(seed, h, head_dim, shape.value_dim, q.device) for h in range(shape.kv_heads)]
+    models = [Head.of(seed, h, head_dim, shape.value_dim, kind, q.device) for h in range(shape.kv_heads)]
     for row in range(batch):
         for start in range(0, num_tokens, STRETCH):
-            text, stop = Text.at(seed, row, start, head_dim // 4, q.device), min(start + STRETCH, num_tokens)
+            text, stop = Text.at(seed, row, start, head_dim // 4, kind, q.device), min(start + STRETCH, num_tokens)
             drifts = [model.drift(text) for model in models]
             for h, model in enumerate(models):
                 k[row, h, start:stop] = model.keys(text, drifts[h])[: stop - start]

@@ -1,0 +1,80 @@
+"""Kinds of heads: how much of a key is position, word and topic, over how many directions, and what neighbours share."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The amplitudes of a vector's parts: norms for keys and values; for queries logits of a match (`position`: a power)."""
+
+    position: float
+    word: float
+    topic: float
+    drift: float
+    needle: float
+    sink: float
+    noise: float
+
+
+VALUE = Parts(position=1.0, word=2.1, topic=1.4, drift=0.0, needle=0.0, sink=0.3, noise=1.2)
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """A kind of heads.
+
+    Args:
+        directions: number of directions of words, topics, drift and needles; at most what `head_dim` leaves for them.
+        fall: amplitudes of words and topics fall as j ** -fall over these directions.
+        pairs: number of rotary pairs with most of the position, at most all of them.
+        weak: amplitude of the other pairs, relative to those.
+        shared: share in [0, 1) of a key's word that comes from the words just before it, so that neighbours are alike.
+        key: amplitudes of keys.
+        diffuse: amplitudes of the queries of the most diffuse head.
+        sharp: amplitudes of the queries of the sharpest head.
+    """
+
+    directions: int
+    fall: float
+    pairs: int
+    weak: float
+    shared: float
+    key: Parts
+    diffuse: Parts
+    sharp: Parts
+
+    def query_parts(self, sharpness: float) -> Parts:
+        """Interpolate between the parts of the most diffuse head (0) and of the sharpest head (1)."""
+        ends = zip(vars(self.diffuse).values(), vars(self.sharp).values(), strict=True)
+        return Parts(*(low + (high - low) * sharpness for low, high in ends))
+
+    def pair_sizes(self, num_pairs: int) -> list[float]:
+        """Return the amplitudes of rotary pairs, relative to equal ones."""
+        strong = {i * num_pairs // self.pairs for i in range(self.pairs)}
+        sizes = [1.0 if pair in strong else self.weak for pair in range(num_pairs)]
+        norm = math.sqrt(sum(x * x for x in sizes) / num_pairs)
+        return [x / norm for x in sizes]
+
+
+ALL = 2**20
+SCATTERED = HeadKind(
+    directions=ALL,
+    fall=0.25,
+    pairs=ALL,
+    weak=1.0,
+    shared=0.0,
+    key=Parts(position=8.5, word=6.5, topic=3.5, drift=2.5, needle=8.0, sink=6.0, noise=2.0),
+    diffuse=Parts(position=0.5, word=1.5, topic=1.3, drift=0.5, needle=4.0, sink=9.2, noise=1.5),
+    sharp=Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=15.9, noise=1.5),
+)
+LOW_RANK = HeadKind(
+    directions=16,
+    fall=0.4,
+    pairs=6,
+    weak=0.25,
+    shared=0.5,
+    key=Parts(position=7.0, word=6.0, topic=5.0, drift=4.0, needle=9.0, sink=6.0, noise=3.5),
+    diffuse=Parts(position=0.5, word=1.5, topic=1.3, drift=0.5, needle=4.0, sink=9.2, noise=1.5),
+    sharp=Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=15.9, noise=1.5),
+)
