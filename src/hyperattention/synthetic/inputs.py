@@ -169,6 +169,7 @@ def structured(
         value_dim: channels of values; `head_dim` if None.
         sharpness: one number in [0, 1] per query head, from diffuse to sharp; evenly spaced from 0 to 1 if None (0.5 for one
             head).
+        kind: what the keys are made of: `SCATTERED`, or `LOW_RANK` for keys of lower rank that are alike among neighbours.
         seed: seed of every draw, in [0, 2**63).
         device: device of the tensors; values are equal on all devices up to rounding.
         dtype: dtype of q, k and v; they are computed in float32.

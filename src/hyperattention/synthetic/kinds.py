@@ -44,6 +44,13 @@ class HeadKind:
     diffuse: Parts
     sharp: Parts
 
+    def __post_init__(self) -> None:
+        if self.directions < 1 or self.pairs < 1:
+            raise ValueError(f"directions={self.directions} and pairs={self.pairs} must be >= 1: keys need both")
+        if not (0 <= self.shared < 1 and 0 <= self.weak <= 1 and self.fall >= 0):
+            rule = "shared must be in [0, 1), weak in [0, 1] and fall >= 0"
+            raise ValueError(f"shared={self.shared}, weak={self.weak}, fall={self.fall}: {rule}")
+
     def query_parts(self, sharpness: float) -> Parts:
         """Interpolate between the parts of the most diffuse head (0) and of the sharpest head (1)."""
         ends = zip(vars(self.diffuse).values(), vars(self.sharp).values(), strict=True)
@@ -51,17 +58,20 @@ class HeadKind:
 
     def pair_sizes(self, num_pairs: int) -> list[float]:
         """Return the amplitudes of rotary pairs, relative to equal ones."""
-        strong = {i * num_pairs // self.pairs for i in range(self.pairs)}
+        count = min(self.pairs, num_pairs)
+        strong = {i * num_pairs // count for i in range(count)}
         sizes = [1.0 if pair in strong else self.weak for pair in range(num_pairs)]
         norm = math.sqrt(sum(x * x for x in sizes) / num_pairs)
         return [x / norm for x in sizes]
 
 
-ALL = 2**20
+# more than any head has
+_ALL = 2**20
+# the kind that every record before this one was measured on, and that all others are measured on unless they say otherwise
 SCATTERED = HeadKind(
-    directions=ALL,
+    directions=_ALL,
     fall=0.25,
-    pairs=ALL,
+    pairs=_ALL,
     weak=1.0,
     shared=0.0,
     key=Parts(position=8.5, word=6.5, topic=3.5, drift=2.5, needle=8.0, sink=6.0, noise=2.0),
@@ -69,12 +79,12 @@ SCATTERED = HeadKind(
     sharp=Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=15.9, noise=1.5),
 )
 LOW_RANK = HeadKind(
-    directions=16,
-    fall=0.4,
+    directions=24,
+    fall=0.6,
     pairs=6,
-    weak=0.25,
-    shared=0.5,
-    key=Parts(position=7.0, word=6.0, topic=5.0, drift=4.0, needle=9.0, sink=6.0, noise=3.5),
-    diffuse=Parts(position=0.5, word=1.5, topic=1.3, drift=0.5, needle=4.0, sink=9.2, noise=1.5),
-    sharp=Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=15.9, noise=1.5),
+    weak=0.5,
+    shared=0.55,
+    key=Parts(position=6.5, word=5.5, topic=5.0, drift=4.5, needle=9.0, sink=6.0, noise=5.2),
+    diffuse=Parts(position=0.5, word=1.5, topic=1.7, drift=0.9, needle=4.0, sink=10.5, noise=1.5),
+    sharp=Parts(position=0.85, word=7.0, topic=3.3, drift=1.8, needle=23.0, sink=18.0, noise=1.5),
 )

@@ -184,14 +184,15 @@ class Head:
         return normalize(x.float(), dim=-1)
 
     def shown(self, text: Text) -> Float[Tensor, "tokens axes"]:
-        """Return the word that each key shows: its own, mixed with those at two knots before it if neighbours share words."""
+        """Return the word that each key shows: its own, and where neighbours share words those just before it."""
         own = self.words[text.word]
         if not self.kind.shared:
             return own
         last = text.positions // PHRASE_SIZE
+        knots = last[0] - 1 + torch.arange(STRETCH // PHRASE_SIZE + 3, dtype=torch.int64, device=last.device)
+        words, left = self.words[text.word_at((knots * PHRASE_SIZE).clamp(min=0))], last - last[0]
         angle = (text.positions % PHRASE_SIZE)[:, None].float() * (math.pi / 2 / PHRASE_SIZE)
-        left, right = (self.words[text.word_at((knot * PHRASE_SIZE).clamp(min=0))] for knot in (last - 1, last))
-        context = left * angle.cos() + right * angle.sin()
+        context = words[left] * angle.cos() + words[left + 1] * angle.sin()
         return math.sqrt(1 - self.kind.shared) * own + math.sqrt(self.kind.shared) * context
 
     def keys(self, text: Text, drift: Float[Tensor, "tokens axes"]) -> Float[Tensor, "tokens head_dim"]:

@@ -1,0 +1,152 @@
+"""Judge the presets against the control at the same slots on both kinds of structured heads, and compare keys with models'.
+
+    python benchmarks/head_kinds.py                  # a quarter of an hour on two cores
+    python benchmarks/head_kinds.py --model DIR --text FILE --tokens 4096     # keys of a pretrained model as well
+    python benchmarks/head_kinds.py --toy --out /tmp/kinds.jsonl
+
+What wins on one kind of heads can lose on the other; `docs/log.md` shows both. Every record names its kind.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from claims import announce
+
+from hyperattention.attention import attention
+from hyperattention.bench.error import pool
+from hyperattention.bench.rows import LONG, control_of
+from hyperattention.error.audit import audit
+from hyperattention.files.records import write_records
+from hyperattention.methods.default import default_method, lean_method, thorough_method
+from hyperattention.methods.method import Method
+from hyperattention.reference.call_recorder import CallInputs
+from hyperattention.reference.model import LoadedModel, load_model, load_reference
+from hyperattention.reference.passes import watch_exact
+from hyperattention.reference.samples import EvaluationSample, samples_of_documents, samples_of_text
+from hyperattention.reference.text import held_out_documents
+from hyperattention.synthetic import LOW_RANK, SCATTERED, structured
+from hyperattention.synthetic.statistics import DIRECTIONS, LAGS, KeyStatistics, key_statistics
+
+ROOT = Path(__file__).parents[1]
+KINDS = {"scattered": SCATTERED, "low rank": LOW_RANK}
+COUNT = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """Inputs of one length, and how many of them."""
+
+    length: int
+    seeds: int
+    rows: int
+
+
+SIZES, TOY = (Size(32768, 3, 512), Size(131072, 1, 256)), (Size(2048, 1, 64),)
+
+
+def presets(length: int) -> dict[str, Method]:
+    """What a CPU runs above the crossovers; on a GPU the default is the lean method's list below 131,072 keys."""
+    found = {"default": default_method(LONG), "thorough": thorough_method(LONG), "lean": lean_method(max(length, 32768))}
+    return {name: method for name, method in found.items() if isinstance(method, Method)}
+
+
+def errors(size: Size, kind: str, head_dim: int) -> Iterator[dict[str, object]]:
+    """The error of every preset and of its control, over the same inputs and rows."""
+    reports: dict[tuple[str, str], list] = {}
+    for seed in range(size.seeds):
+        made = structured(size.length, heads=COUNT, head_dim=head_dim, kind=KINDS[kind], seed=seed)
+        for name, method in presets(size.length).items():
+            for role, each in (("preset", method), ("control", control_of(method))):
+                out = attention(made.q, made.k, made.v, is_causal=True, method=each, seed=seed)
+                report = audit(
+                    made.q, made.k, made.v, out, rows=size.rows, is_causal=True, seed=seed, method=each, hardness=False
+                )
+                reports.setdefault((name, role), []).append(report)
+    for name, method in presets(size.length).items():
+        ours, control = (pool(reports[name, role]) for role in ("preset", "control"))
+        by_head = {role: torch.stack([x.relative_error for x in reports[name, role]]).mean((0, 1)) for role in
+                   ("preset", "control")}  # fmt: skip
+        yield {
+            "part": "error", "heads": kind, "kind_of_heads": KINDS[kind], "length": size.length, "head_dim": head_dim,
+            "num_heads": COUNT, "seeds": size.seeds, "row": name, "method": repr(method),
+            "control": repr(control_of(method)), "error": ours, "control_error": control,
+            "ratio": ours.mean / control.mean if ours and control else None,
+            "ratio_by_head": by_head["preset"] / by_head["control"], "slots": method.cost(LONG).pairs,
+        }  # fmt: skip
+
+
+def summary(name: str, found: list[KeyStatistics], **beside: object) -> dict[str, object]:
+    """Quartiles over heads of every statistic."""
+    values = {f"share in {count}": [x.shares[i] for x in found] for i, count in enumerate(DIRECTIONS)}
+    values |= {"rank at 90%": [x.rank for x in found]}
+    values |= {f"cosine at {lag}": [x.likeness[i] for x in found] for i, lag in enumerate(LAGS)}
+    quartiles = {each: statistics.quantiles(numbers, n=4, method="inclusive") for each, numbers in values.items()}
+    return {"part": "keys", "of": name, "num_heads": len(found), "quartiles": quartiles, **beside}
+
+
+def synthetic_keys(length: int) -> Iterator[dict[str, object]]:
+    for name, kind in KINDS.items():
+        for head_dim in (64, 128):
+            made = structured(length, heads=COUNT, head_dim=head_dim, kind=kind)
+            yield summary(f"structured, {name}", key_statistics(made.k), head_dim=head_dim, length=length)
+
+
+def model_keys(loaded: LoadedModel, sample: EvaluationSample) -> dict[str, object]:
+    found, widths = [], set()
+
+    def note(call: CallInputs) -> None:
+        found.extend(key_statistics(call.k))
+        widths.add(call.k.shape[3])
+
+    watch_exact(loaded, sample, note)
+    return summary(loaded.name, found, head_dim=max(widths), length=len(sample.tokens))
+
+
+def table(records: list[dict]) -> str:
+    """The table of docs/log.md."""
+    lines = ["| heads | width | tokens | method | error | control, same slots | ratio |", "|---|---|---|---|---|---|---|"]
+    for each in (x for x in records if x["part"] == "error"):
+        loses = " (**loses**)" if each["ratio"] >= 1 else ""
+        lines.append(
+            f"| {each['heads']} | {each['head_dim']} | {each['length']:,} | {each['row']} | {each['error']['mean']:.3f} "
+            f"| {each['control_error']['mean']:.3f} | {each['ratio']:.2f}{loses} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "records" / "head_kinds.jsonl")
+    parser.add_argument("--model", type=Path, help="folder of a pretrained model, whose keys are measured as well")
+    parser.add_argument("--text", type=Path, help="the text that it reads")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--toy", action="store_true", help="short inputs, to see that the script runs")
+    args = parser.parse_args()
+    if args.toy and args.out == parser.get_default("out"):
+        parser.error("--toy measures nothing worth committing: name another file with --out")
+    torch.set_num_threads(args.threads)
+    sizes = TOY if args.toy else SIZES
+    records = list(synthetic_keys(2048 if args.toy else 8192))
+    loaded = load_reference()
+    document = held_out_documents(2048 if args.toy else loaded.max_length, 1)
+    records.append(model_keys(loaded, samples_of_documents(document)[0]))
+    if args.model:
+        loaded = load_model(args.model)
+        records.append(model_keys(loaded, samples_of_text(args.text.read_text(errors="replace"), loaded, args.tokens, 1)[0]))
+    for size in sizes:
+        for kind in KINDS:
+            for head_dim in (64, 128):
+                announce(f"{kind}, width {head_dim}, {size.length:,} tokens")
+                records += errors(size, kind, head_dim)
+                write_records(args.out, records, kind="head_kinds")
+    print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+    main()
