@@ -4,7 +4,7 @@
     python benchmarks/head_kinds.py --model DIR --text FILE --tokens 4096     # keys of a pretrained model as well
     python benchmarks/head_kinds.py --toy --out /tmp/kinds.jsonl
 
-What wins on one kind of heads can lose on the other; `docs/log.md` shows both. Every record names its kind.
+What wins on one kind of heads can lose on the other; `docs/measured.md` shows both. Every record names its kind.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from hyperattention.synthetic import LOW_RANK, SCATTERED, structured
 from hyperattention.synthetic.statistics import DIRECTIONS, LAGS, KeyStatistics, key_statistics
 
 ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "records" / "head_kinds.jsonl"
 KINDS = {"scattered": SCATTERED, "low rank": LOW_RANK}
 COUNT = 4
 
@@ -108,7 +109,7 @@ def model_keys(loaded: LoadedModel, sample: EvaluationSample) -> dict[str, objec
 
 
 def table(records: list[dict]) -> str:
-    """The table of docs/log.md."""
+    """The table of errors in docs/measured.md."""
     lines = ["| heads | width | tokens | method | error | control, same slots | ratio |", "|---|---|---|---|---|---|---|"]
     for each in (x for x in records if x["part"] == "error"):
         loses = " (**loses**)" if each["ratio"] >= 1 else ""
@@ -119,9 +120,27 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def keys_table(records: list[dict]) -> str:
+    """The table of keys in docs/measured.md."""
+    found = [each for each in records if each["part"] == "keys"]
+    names = list(found[0]["quartiles"])
+    lines = [f"| keys of | width | tokens | heads | {' | '.join(names)} |", "|" + "---|" * (4 + len(names))]
+    for each in found:
+        cells = (quartile_text(each["quartiles"][name]) for name in names)
+        lines.append(
+            f"| {each['of']} | {each['head_dim']} | {each['length']:,} | {each['num_heads']} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def quartile_text(quartiles: list[float]) -> str:
+    low, middle, high = (f"{x:.0f}" if x > 1 else f"{x:.2f}" for x in quartiles)
+    return f"{middle} ({low} to {high})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "records" / "head_kinds.jsonl")
+    parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("--model", type=Path, help="folder of a pretrained model, whose keys are measured as well")
     parser.add_argument("--text", type=Path, help="the text that it reads")
     parser.add_argument("--tokens", type=int, default=4096)

@@ -2,22 +2,38 @@
 
 What sources report of keys, beside what `synthetic/inputs.py` lists:
 
-- *Low rank*: about 80 principal directions of 128 hold 90% of the variance of keys, over layers and heads of many models (Loki,
-  arXiv:2406.02542, Figure 1). Logits are of lower rank still: 90% of their variance lies in 2 to 11 components in all 5,888 kv
-  heads of five models of width 64 and 128 (arXiv:2604.04384, abstract).
+- *Low rank*: about 80 principal directions of 128 hold 90% of the variance of keys, averaged over layers and heads, in many
+  models (Loki, arXiv:2406.02542, Figure 1). Logits are of lower rank: 90% of their variance lies in 2 to 11 components in all
+  5,888 kv heads of five models of widths 64 and 128, as their author counts it (arXiv:2604.04384, abstract).
 - *Alike among neighbours*: "key states exhibit high similarity at the token level within a single sequence" (KVMerger,
-  arXiv:2407.08454, abstract), and adjacent keys receive similar weights, while adjacent values differ (AsymKV, arXiv:2506.05410,
-  abstract). They give no numbers there, so that numbers are measured, with `synthetic/statistics.py`.
+  arXiv:2407.08454, abstract); adjacent keys receive similar weights, and adjacent values differ (AsymKV, arXiv:2506.05410,
+  abstract). The abstracts give no numbers, so these are measured.
 
-Keys with positions applied, about their mean, without the first 16; medians and quartiles over the kv heads of
-SmolLM2-135M-Instruct, 4,096 tokens of program text, and of the package's reference model, 32,768 bytes; one text of 8,192 tokens of each kind
-(benchmarks/records/head_kinds.jsonl). *Logits*: components with 90% of the variance of q . (k - mean of k), queries of the second
-half and keys of the first, and the correlation of the logits of two neighbouring keys (development measurements):
+Measured: keys with positions applied, about their mean key, without the first 16; medians over kv heads. The models are
+SmolLM2-135M-Instruct (90 heads of width 64, 4,096 tokens of program text) and the package's reference model (8 heads of
+width 64, one held-out document of 32,768 bytes); of each kind one text of 8,192 tokens, widths 64 and 128. Quartiles of the
+keys are in docs/measured.md, from `benchmarks/head_kinds.py`. The last two rows are development measurements: queries of the
+second half against keys of the first, the rank at 90% of q . (k - mean key), and the correlation of the logits of two
+neighbouring keys, of the median head.
 
-TABLE
+==========================  =======  =========  ============  =============  ===========  ============
+statistic                   SmolLM2  reference  SCATTERED 64  SCATTERED 128  LOW_RANK 64  LOW_RANK 128
+==========================  =======  =========  ============  =============  ===========  ============
+share in 8 directions          0.46       0.35          0.30           0.24         0.45          0.43
+share in 16 directions         0.65       0.54          0.48           0.37         0.64          0.59
+share in 32 directions         0.85       0.80          0.77           0.54         0.88          0.77
+directions for 90%               40         42            42             78           35            68
+cosine of neighbours           0.71       0.77          0.57           0.58         0.66          0.66
+cosine of keys 8 apart         0.50       0.49          0.40           0.43         0.49          0.52
+cosine of keys 64 apart        0.29       0.34          0.27           0.25         0.25          0.26
+rank of logits at 90%            14         29            31             46           14            13
+correlation of logits          0.61       0.76          0.43           0.36         0.60          0.57
+==========================  =======  =========  ============  =============  ===========  ============
 
-So `SCATTERED` has the neighbours of models and, at width 128, Loki's rank, but spreads what queries look for over too many
-directions; `LOW_RANK` is nearer to both models there. Its amplitudes were set by this table alone, before any method ran on it.
+So `LOW_RANK` is near to SmolLM2; the reference model lies between the kinds in rank, and its neighbours are most alike.
+`SCATTERED` has the rank of keys that Loki reports, but spreads logits over more directions than either model does. The
+amplitudes of `LOW_RANK` were set by this table alone, before any method ran on it: nothing says that errors of methods on it
+are those on a model.
 """
 
 import math
