@@ -3,8 +3,9 @@
 What sources report of keys, beside what `synthetic/inputs.py` lists:
 
 - *Low rank*: about 80 principal directions of 128 hold 90% of the variance of keys, averaged over layers and heads, in many
-  models (Loki, arXiv:2406.02542, Figure 1). Logits are of lower rank: 90% of their variance lies in 2 to 11 components in all
-  5,888 kv heads of five models of widths 64 and 128, as their author counts it (arXiv:2604.04384, abstract).
+  models (Loki, arXiv:2406.02542: its abstract, and its Figure 1 in the words of a public summary; the figure was not seen).
+  Logits are of lower rank: 90% of their variance lies in 2 to 11 components in all 5,888 kv heads of five models of widths
+  64 and 128, as their author counts it (arXiv:2604.04384, abstract).
 - *Alike among neighbours*: "key states exhibit high similarity at the token level within a single sequence" (KVMerger,
   arXiv:2407.08454, abstract); adjacent keys receive similar weights, and adjacent values differ (AsymKV, arXiv:2506.05410,
   abstract). The abstracts give no numbers, so these are measured.
