@@ -2,6 +2,7 @@
 
     python benchmarks/head_kinds.py                  # a quarter of an hour on two cores
     python benchmarks/head_kinds.py --model DIR --text FILE --tokens 4096     # keys of a pretrained model as well
+    python benchmarks/head_kinds.py --long           # 131,072 tokens, width 128, two heads; no keys
     python benchmarks/head_kinds.py --toy --out /tmp/kinds.jsonl
 
 What wins on one kind of heads can lose on the other; `docs/measured.md` shows both. Every record names its kind.
@@ -33,9 +34,8 @@ from hyperattention.synthetic import LOW_RANK, SCATTERED, structured
 from hyperattention.synthetic.statistics import DIRECTIONS, LAGS, KeyStatistics, key_statistics
 
 ROOT = Path(__file__).parents[1]
-RECORDS = ROOT / "benchmarks" / "records" / "head_kinds.jsonl"
+RECORDS, LONG_RECORDS = (ROOT / "benchmarks" / "records" / f"head_kinds{part}.jsonl" for part in ("", "_long"))
 KINDS = {"scattered": SCATTERED, "low rank": LOW_RANK}
-COUNT = 4
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,20 @@ class Size:
     length: int
     seeds: int
     rows: int
+    heads: int = 4
+    head_dims: tuple[int, ...] = (64, 128)
 
 
-SIZES, TOY = (Size(32768, 3, 512), Size(131072, 1, 256)), (Size(2048, 1, 64),)
+USUAL, LONGER, TOY = Size(32768, 3, 512), Size(131072, 1, 256, heads=2, head_dims=(128,)), Size(2048, 1, 64)
 
 
 def presets(length: int) -> dict[str, Method]:
-    """What a CPU runs above the crossovers; on a GPU the default is the lean method's list below 131,072 keys."""
-    found = {"default": default_method(LONG), "thorough": thorough_method(LONG), "lean": lean_method(max(length, 32768))}
+    """What runs above the crossovers; on a GPU the default is the list that the lean method is below 131,072 keys."""
+    found = {"default": default_method(LONG), "lean": lean_method(max(length, USUAL.length))}
+    if length > USUAL.length:
+        found["default on a GPU"] = default_method(LONG, device="cuda")
+    else:
+        found["thorough"] = thorough_method(LONG)
     return {name: method for name, method in found.items() if isinstance(method, Method)}
 
 
@@ -60,7 +66,7 @@ def errors(size: Size, kind: str, head_dim: int) -> Iterator[dict[str, object]]:
     """The error of every preset and of its control, over the same inputs and rows."""
     reports: dict[tuple[str, str], list] = {}
     for seed in range(size.seeds):
-        made = structured(size.length, heads=COUNT, head_dim=head_dim, kind=KINDS[kind], seed=seed)
+        made = structured(size.length, heads=size.heads, head_dim=head_dim, kind=KINDS[kind], seed=seed)
         for name, method in presets(size.length).items():
             for role, each in (("preset", method), ("control", control_of(method))):
                 out = attention(made.q, made.k, made.v, is_causal=True, method=each, seed=seed)
@@ -74,7 +80,7 @@ def errors(size: Size, kind: str, head_dim: int) -> Iterator[dict[str, object]]:
                    ("preset", "control")}  # fmt: skip
         yield {
             "part": "error", "heads": kind, "kind_of_heads": KINDS[kind], "length": size.length, "head_dim": head_dim,
-            "num_heads": COUNT, "seeds": size.seeds, "row": name, "method": repr(method),
+            "num_heads": size.heads, "seeds": size.seeds, "row": name, "method": repr(method),
             "control": repr(control_of(method)), "error": ours, "control_error": control,
             "ratio": ours.mean / control.mean if ours and control else None,
             "ratio_by_head": by_head["preset"] / by_head["control"], "slots": method.cost(LONG).pairs,
@@ -93,7 +99,7 @@ def summary(name: str, found: list[KeyStatistics], **beside: object) -> dict[str
 def synthetic_keys(length: int) -> Iterator[dict[str, object]]:
     for name, kind in KINDS.items():
         for head_dim in (64, 128):
-            made = structured(length, heads=COUNT, head_dim=head_dim, kind=kind)
+            made = structured(length, heads=USUAL.heads, head_dim=head_dim, kind=kind)
             yield summary(f"structured, {name}", key_statistics(made.k), head_dim=head_dim, length=length)
 
 
@@ -140,31 +146,34 @@ def quartile_text(quartiles: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RECORDS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/records/head_kinds.jsonl, or head_kinds_long.jsonl")
+    parser.add_argument("--long", action="store_true", help="131,072 tokens")
     parser.add_argument("--model", type=Path, help="folder of a pretrained model, whose keys are measured as well")
     parser.add_argument("--text", type=Path, help="the text that it reads")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--toy", action="store_true", help="short inputs, to see that the script runs")
     args = parser.parse_args()
-    if args.toy and args.out == parser.get_default("out"):
+    if args.toy and not args.out:
         parser.error("--toy measures nothing worth committing: name another file with --out")
     torch.set_num_threads(args.threads)
-    sizes = TOY if args.toy else SIZES
-    records = list(synthetic_keys(2048 if args.toy else 8192))
-    loaded = load_reference()
-    document = held_out_documents(2048 if args.toy else loaded.max_length, 1)
-    records.append(model_keys(loaded, samples_of_documents(document)[0]))
+    size = TOY if args.toy else LONGER if args.long else USUAL
+    out = args.out or (LONG_RECORDS if args.long else RECORDS)
+    records: list[dict[str, object]] = []
+    if not args.long:
+        records += synthetic_keys(2048 if args.toy else 8192)
+        loaded = load_reference()
+        document = held_out_documents(2048 if args.toy else loaded.max_length, 1)
+        records.append(model_keys(loaded, samples_of_documents(document)[0]))
     if args.model:
         loaded = load_model(args.model)
         records.append(model_keys(loaded, samples_of_text(args.text.read_text(errors="replace"), loaded, args.tokens, 1)[0]))
-    for size in sizes:
-        for kind in KINDS:
-            for head_dim in (64, 128):
-                announce(f"{kind}, width {head_dim}, {size.length:,} tokens")
-                records += errors(size, kind, head_dim)
-                write_records(args.out, records, kind="head_kinds")
-    print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
+    for kind in KINDS:
+        for head_dim in size.head_dims:
+            announce(f"{kind}, width {head_dim}, {size.length:,} tokens")
+            records += errors(size, kind, head_dim)
+            write_records(out, records, kind="head_kinds")
+    print(table([json.loads(line) for line in out.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

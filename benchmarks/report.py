@@ -16,6 +16,7 @@ from gpu.table import gpu_table, plot_gpu
 ROOT = Path(__file__).parents[1]
 MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
 LONG_CONTEXT = "<!-- long context: begin (benchmarks/report.py) -->", "<!-- long context: end -->"
+HEAD_KINDS_RECORDS = head_kinds.RECORDS, head_kinds.LONG_RECORDS
 HEAD_KINDS = "<!-- kinds of heads: begin (benchmarks/report.py) -->", "<!-- kinds of heads: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 # records of benchmarks/gpu/run.py, which have a table of their own
@@ -117,7 +118,10 @@ def main() -> None:
         args.measured: replaced(
             args.measured,
             (write_table(read_records(args.records)), MEASURED),
-            (write_head_kinds(read_lines(args.records / head_kinds.RECORDS.name)), HEAD_KINDS),
+            (
+                write_head_kinds([line for path in HEAD_KINDS_RECORDS for line in read_lines(args.records / path.name)]),
+                HEAD_KINDS,
+            ),
         ),
     }
     if args.performance.exists():
