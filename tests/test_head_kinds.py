@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +144,12 @@ def test_a_kind_without_directions_is_refused(change: dict, message: str) -> Non
 def test_too_few_keys_are_refused() -> None:
     with pytest.raises(ValueError, match="80 keys are too few"):
         key_statistics(torch.zeros(1, 1, 80, 8))
+
+
+def test_a_preset_that_loses_to_its_control_is_shown_losing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    error = {"part": "error", "heads": "low rank", "head_dim": 128, "length": 100, "row": "lean"}
+    numbers = [{"error": {"mean": ours}, "control_error": {"mean": 0.2}, "ratio": ours / 0.2} for ours in (0.1, 0.25)]
+    won, lost = import_module("head_kinds").table([error | each for each in numbers]).splitlines()[-2:]
+    assert won.endswith("| 0.100 | 0.200 | 0.50 |")
+    assert lost.endswith("| 0.250 | 0.200 | 1.25 (**loses**) |")
