@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from claims import announce
+from head_kinds_table import LONG_RECORDS, RECORDS, table
 
 from hyperattention.attention import attention
 from hyperattention.bench.error import pool
@@ -33,8 +34,6 @@ from hyperattention.reference.text import held_out_documents
 from hyperattention.synthetic import LOW_RANK, SCATTERED, structured
 from hyperattention.synthetic.statistics import DIRECTIONS, LAGS, KeyStatistics, key_statistics
 
-ROOT = Path(__file__).parents[1]
-RECORDS, LONG_RECORDS = (ROOT / "benchmarks" / "records" / f"head_kinds{part}.jsonl" for part in ("", "_long"))
 KINDS = {"scattered": SCATTERED, "low rank": LOW_RANK}
 
 
@@ -112,36 +111,6 @@ def model_keys(loaded: LoadedModel, sample: EvaluationSample) -> dict[str, objec
 
     watch_exact(loaded, sample, note)
     return summary(loaded.name, found, head_dim=max(widths), length=len(sample.tokens))
-
-
-def table(records: list[dict]) -> str:
-    """The table of errors in docs/measured.md."""
-    lines = ["| heads | width | tokens | method | error | control, same slots | ratio |", "|---|---|---|---|---|---|---|"]
-    for each in (x for x in records if x["part"] == "error"):
-        loses = " (**loses**)" if each["ratio"] >= 1 else ""
-        lines.append(
-            f"| {each['heads']} | {each['head_dim']} | {each['length']:,} | {each['row']} | {each['error']['mean']:.3f} "
-            f"| {each['control_error']['mean']:.3f} | {each['ratio']:.2f}{loses} |"
-        )
-    return "\n".join(lines)
-
-
-def keys_table(records: list[dict]) -> str:
-    """The table of keys in docs/measured.md."""
-    found = [each for each in records if each["part"] == "keys"]
-    names = list(found[0]["quartiles"])
-    lines = [f"| keys of | width | tokens | heads | {' | '.join(names)} |", "|" + "---|" * (4 + len(names))]
-    for each in found:
-        cells = (quartile_text(each["quartiles"][name]) for name in names)
-        lines.append(
-            f"| {each['of']} | {each['head_dim']} | {each['length']:,} | {each['num_heads']} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
-
-
-def quartile_text(quartiles: list[float]) -> str:
-    low, middle, high = (f"{x:.0f}" if x > 1 else f"{x:.2f}" for x in quartiles)
-    return f"{middle} ({low} to {high})"
 
 
 def main() -> None:

@@ -9,14 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-import head_kinds
+import head_kinds_table
 import long_context
 from gpu.table import gpu_table, plot_gpu
 
 ROOT = Path(__file__).parents[1]
 MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
 LONG_CONTEXT = "<!-- long context: begin (benchmarks/report.py) -->", "<!-- long context: end -->"
-HEAD_KINDS_RECORDS = head_kinds.RECORDS, head_kinds.LONG_RECORDS
+HEAD_KINDS_RECORDS = head_kinds_table.RECORDS, head_kinds_table.LONG_RECORDS
 HEAD_KINDS = "<!-- kinds of heads: begin (benchmarks/report.py) -->", "<!-- kinds of heads: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 # records of benchmarks/gpu/run.py, which have a table of their own
@@ -56,9 +56,7 @@ def write_head_kinds(records: list[dict]) -> str:
     if not records:
         return "Nothing is recorded yet: run `python benchmarks/head_kinds.py`."
     commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in records))
-    return (
-        f"{head_kinds.table(records)}\n\n{head_kinds.keys_table(records)}\n\nMeasured on a CPU, float32; commits {commits}."
-    )
+    return f"{head_kinds_table.table(records)}\n\n{head_kinds_table.keys_table(records)}\n\nMeasured on a CPU, float32; commits {commits}."
 
 
 def write_gpu_table(records: list[dict]) -> str:

@@ -148,8 +148,15 @@ def test_too_few_keys_are_refused() -> None:
 
 def test_a_preset_that_loses_to_its_control_is_shown_losing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    error = {"part": "error", "heads": "low rank", "head_dim": 128, "length": 100, "row": "lean"}
-    numbers = [{"error": {"mean": ours}, "control_error": {"mean": 0.2}, "ratio": ours / 0.2} for ours in (0.1, 0.25)]
-    won, lost = import_module("head_kinds").table([error | each for each in numbers]).splitlines()[-2:]
-    assert won.endswith("| 0.100 | 0.200 | 0.50 |")
-    assert lost.endswith("| 0.250 | 0.200 | 1.25 (**loses**) |")
+    case = {"part": "error", "heads": "low rank", "head_dim": 128, "length": 100, "row": "lean"}
+    control = {"mean": 0.2, "low": 0.18, "high": 0.22}
+    found = [
+        {"error": {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}, "control_error": control, "ratio": mean / 0.2}
+        for mean in (0.1, 0.19, 0.25)
+    ]
+    heads = ([0.4, 0.6], [0.8, 1.1], [1.2, 1.3])
+    records = [case | each | {"ratio_by_head": ratios} for each, ratios in zip(found, heads, strict=True)]
+    won, near, lost = import_module("head_kinds_table").table(records).splitlines()[-3:]
+    assert won.endswith("| 0.100 | 0.200 | 0.50 | 0.60 |")
+    assert near.endswith("| 0.190 | 0.200 | 0.95, intervals overlap | 1.10 (**loses**) |")
+    assert lost.endswith("| 0.250 | 0.200 | 1.25 (**loses**) | 1.30 (**loses**) |")
