@@ -56,7 +56,8 @@ def write_head_kinds(records: list[dict]) -> str:
     if not records:
         return "Nothing is recorded yet: run `python benchmarks/head_kinds.py`."
     commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in records))
-    return f"{head_kinds_table.table(records)}\n\n{head_kinds_table.keys_table(records)}\n\nMeasured on a CPU, float32; commits {commits}."
+    tables = f"{head_kinds_table.table(records)}\n\n{head_kinds_table.keys_table(records)}"
+    return f"{tables}\n\nMeasured on a CPU, float32; commits {commits}."
 
 
 def write_gpu_table(records: list[dict]) -> str:
