@@ -9,12 +9,15 @@ import json
 import sys
 from pathlib import Path
 
+import head_kinds_table
 import long_context
 from gpu.table import gpu_table, plot_gpu
 
 ROOT = Path(__file__).parents[1]
 MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
 LONG_CONTEXT = "<!-- long context: begin (benchmarks/report.py) -->", "<!-- long context: end -->"
+HEAD_KINDS_RECORDS = head_kinds_table.RECORDS, head_kinds_table.LONG_RECORDS
+HEAD_KINDS = "<!-- kinds of heads: begin (benchmarks/report.py) -->", "<!-- kinds of heads: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 # records of benchmarks/gpu/run.py, which have a table of their own
 GPU_RECORDS, GPU_PLOT = "gpu.jsonl", "gpu.png"
@@ -46,6 +49,15 @@ def write_long_context(records: list[dict]) -> str:
         return "Nothing is recorded yet: run `python benchmarks/long_context.py`."
     commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in found))
     return f"{long_context.table(found)}\n\nMeasured at {longest:,} tokens, on a CPU, float32; commits {commits}."
+
+
+def write_head_kinds(records: list[dict]) -> str:
+    """Write the tables of both kinds of structured heads: errors of the presets, and what keys are like."""
+    if not records:
+        return "Nothing is recorded yet: run `python benchmarks/head_kinds.py`."
+    commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in records))
+    tables = f"{head_kinds_table.table(records)}\n\n{head_kinds_table.keys_table(records)}"
+    return f"{tables}\n\nMeasured on a CPU, float32; commits {commits}."
 
 
 def write_gpu_table(records: list[dict]) -> str:
@@ -80,12 +92,14 @@ def describe(claims: list[dict]) -> list[str]:
     return [f"Measured on {place}; commits {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
 
 
-def replaced(path: Path, table: str, markers: tuple[str, str]) -> str:
-    text, (begin, end) = path.read_text(), markers
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise SystemExit(f"{path.name} must contain these two lines once, in this order:\n{begin}\n{end}")
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+def replaced(path: Path, *parts: tuple[str, tuple[str, str]]) -> str:
+    text = path.read_text()
+    for table, (begin, end) in parts:
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise SystemExit(f"{path.name} must contain these two lines once, in this order:\n{begin}\n{end}")
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> None:
@@ -99,11 +113,18 @@ def main() -> None:
     gpu = read_lines(args.records / GPU_RECORDS)
     lengths = read_lines(args.records / long_context.RECORDS.name)
     texts = {
-        args.readme: replaced(args.readme, write_long_context(lengths), LONG_CONTEXT),
-        args.measured: replaced(args.measured, write_table(read_records(args.records)), MEASURED),
+        args.readme: replaced(args.readme, (write_long_context(lengths), LONG_CONTEXT)),
+        args.measured: replaced(
+            args.measured,
+            (write_table(read_records(args.records)), MEASURED),
+            (
+                write_head_kinds([line for path in HEAD_KINDS_RECORDS for line in read_lines(args.records / path.name)]),
+                HEAD_KINDS,
+            ),
+        ),
     }
     if args.performance.exists():
-        texts[args.performance] = replaced(args.performance, write_gpu_table(gpu), GPU_FIGURES)
+        texts[args.performance] = replaced(args.performance, (write_gpu_table(gpu), GPU_FIGURES))
     if args.check:
         stale = [str(path) for path, text in texts.items() if text != path.read_text()]
         sys.exit(f"out of date: {', '.join(stale)}: run python benchmarks/report.py" if stale else 0)

@@ -49,7 +49,7 @@ class Case:
         return ", ".join(parts)
 
     def structured_inputs(self) -> Inputs:
-        """Make inputs with the statistics of real models, for measurements of error."""
+        """Make inputs with the statistics of real models, of the kind `SCATTERED`, for measurements of error."""
         made = structured(self.length, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, seed=self.seed)
         return self._with_gradients((made.q, made.k, made.v))
 

@@ -83,7 +83,7 @@ def run(options: BenchOptions, console: Console) -> dict[Case, tuple[Speed, ...]
     with progress(console, "bench", len(cases) * steps_of(lines, options.speed)) as on_step:
         for case in cases:
             results[case] = measure_speed(case, lines, options.speed, on_step)
-            print_table(console, speed_table(results[case], case, "structured inputs"))
+            print_table(console, speed_table(results[case], case, "structured inputs, scattered heads"))
     return results
 
 

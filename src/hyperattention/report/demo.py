@@ -185,7 +185,7 @@ def show(prepared: PreparedDemo, results: DemoResults, console: Console) -> None
     print_table(console, loss_table(results.judgements, title))
     if results.judgements[0].depths:
         print_table(console, depth_table(results.judgements))
-    print_table(console, speed_table(results.speeds, results.case, "2. structured inputs"))
+    print_table(console, speed_table(results.speeds, results.case, "2. structured inputs, scattered heads"))
     for line in conclude(results.judgements, results.speeds, results.case, length, prepared.loaded.max_length):
         console.print(line)
 

@@ -159,7 +159,7 @@ def show(prepared: PreparedPareto, results: ParetoResults, console: Console) -> 
         console: the console to print to.
     """
     loaded, length = prepared.inputs.loaded.name, prepared.length
-    titles = {MODEL: f"1. {loaded}'s own q, k, v", STRUCTURED: "2. structured q, k, v"}
+    titles = {MODEL: f"1. {loaded}'s own q, k, v", STRUCTURED: "2. structured q, k, v, scattered heads"}
     for name, points in results.points.items():
         print_table(console, frontier_table(points, f"{titles[name]}, {length:,} tokens, causal"))
     if results.judgements:
@@ -231,6 +231,6 @@ def save(prepared: PreparedPareto, results: ParetoResults, *, plot: Path | None,
     if records is not None:
         write_records(records, records_of(prepared, results), kind="pareto")
     if plot is not None:
-        titles = {MODEL: f"{prepared.inputs.loaded.name}'s own q, k, v", STRUCTURED: "structured q, k, v"}
+        titles = {MODEL: f"{prepared.inputs.loaded.name}'s own q, k, v", STRUCTURED: "structured q, k, v, scattered heads"}
         named = {f"{titles[name]}, {prepared.length:,} tokens": points for name, points in results.points.items()}
         plot_pareto(plot, named, prepared.who, results.judgements)

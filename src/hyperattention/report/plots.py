@@ -65,7 +65,7 @@ def plot_demo(path: Path, judgements: Sequence[ModelJudgement], model: str, spee
     _finish(left, f"{model}: all attention of one pass")
     for speed in speeds:
         _point(right, speed.row, f"{speed.label}: {speed.ratio.value:.1f}x", speed.timing.median, speed.error)
-    _finish(right, f"structured inputs: {case.length:,} tokens, {case.title}")
+    _finish(right, f"structured inputs, scattered heads: {case.length:,} tokens, {case.title}")
     save_picture(figure, path, 130)
 
 

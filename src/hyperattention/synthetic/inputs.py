@@ -14,10 +14,11 @@ Reported statistics of real models, with sources, and how the inputs here model 
 - *Low-rank keys*: the spectrum of keys decays (Loki, arXiv:2406.02542). Here variances fall along a random basis.
 - *Far keys*: our model of text: topics that last, mix and return, words by Zipf's law. A query looks for a word, often the
   same as its neighbours, so that its heavy keys are scattered; a few queries look for one planted key far back, a needle.
+- *Keys of lower rank, alike among neighbours*: the kind `LOW_RANK`; its sources are in `synthetic/kinds.py`.
 - *Heads from sharp to diffuse* (MagicPIG's abstract: attention is not always as sparse as expected): one number per head.
 
-The amplitudes are ours, set so that dropping, drawing and choosing keys give the same errors as in a trained model; the
-docstring of `structured` lists the measured statistics.
+The amplitudes are ours, those of the default kind `SCATTERED` set so that dropping, drawing and choosing keys give the same
+errors as in a trained model; the docstring of `structured` lists the measured statistics.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.random import SEED_LIMIT, normal
+from hyperattention.random import normal
+from hyperattention.synthetic.kinds import SCATTERED, HeadKind
 from hyperattention.synthetic.parts import (
     GAP,
     GAUSSIAN,
@@ -37,9 +39,9 @@ from hyperattention.synthetic.parts import (
     Head,
     Text,
     place_in_span,
-    query_parts,
     target_period,
 )
+from hyperattention.synthetic.shape import Shape, given
 
 
 @dataclass(frozen=True)
@@ -59,37 +61,6 @@ class Inputs:
     v: Float[Tensor, "batch kv_heads keys value_dim"]
     needle_query: Int[Tensor, " needles"]
     needle_key: Int[Tensor, "batch heads needles"]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The checked sizes of both kinds of inputs."""
-
-    num_tokens: int
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        sizes = (self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
-        if self.num_tokens < 0 or min(sizes) < 1:
-            raise ValueError(f"num_tokens={self.num_tokens} must be >= 0, and all other sizes >= 1; got {self}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}: choose a divisor")
-        if not 0 <= self.seed < SEED_LIMIT:
-            raise ValueError(f"seed={self.seed} must be in [0, 2**63): take it modulo 2**63")
-
-    def empty(self, device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
-        kinds = ((self.heads, self.head_dim), (self.kv_heads, self.head_dim), (self.kv_heads, self.value_dim))
-        return [torch.empty(self.batch, h, self.num_tokens, d, device=device, dtype=dtype) for h, d in kinds]
-
-
-def _or(size: int | None, default: int) -> int:
-    # a size of 0 must raise an error, and not become the default
-    return default if size is None else size
 
 
 def _sharpness(sharpness: Sequence[float] | None, heads: int) -> list[float]:
@@ -121,6 +92,7 @@ def structured(
     head_dim: int = 64,
     value_dim: int | None = None,
     sharpness: Sequence[float] | None = None,
+    kind: HeadKind = SCATTERED,
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -131,7 +103,7 @@ def structured(
     Source: the statistics and papers in this module's docstring.   Differs: amplitudes and the model of text are ours.
     Cost: O(tokens * head_dim) time per head.   Guarantee: a shorter text is the beginning of a longer one, bit for bit.
 
-    Measured at 8,192 tokens, head_dim 64, seed 0, causal, rows of the second half, by sharpness (one head has 0.5):
+    Measured on `SCATTERED`, 8,192 tokens, head_dim 64, seed 0, causal, rows of the second half, by sharpness (one: 0.5):
 
     ============================================  =====  =====  =====  =====
     sharpness                                         0   0.43    0.5      1
@@ -168,6 +140,8 @@ def structured(
         value_dim: channels of values; `head_dim` if None.
         sharpness: one number in [0, 1] per query head, from diffuse to sharp; evenly spaced from 0 to 1 if None (0.5 for one
             head).
+        kind: what vectors are made of: `SCATTERED`, whose heavy far keys lie apart, or `LOW_RANK`, whose keys are of lower
+            rank and alike among neighbours. A claim holds for the kind that it was measured on.
         seed: seed of every draw, in [0, 2**63).
         device: device of the tensors; values are equal on all devices up to rounding.
         dtype: dtype of q, k and v; they are computed in float32.
@@ -182,15 +156,15 @@ def structured(
         >>> structured(2048, heads=4, kv_heads=2).k.shape
         torch.Size([1, 2, 2048, 64])
     """
-    shape = _Shape(num_tokens, batch, heads, _or(kv_heads, heads), head_dim, _or(value_dim, head_dim), seed)
+    shape = Shape(num_tokens, batch, heads, given(kv_heads, heads), head_dim, given(value_dim, head_dim), seed)
     if head_dim < 8:
         raise ValueError(f"head_dim={head_dim} must be >= 8: rotary pairs, two cones and content each need channels")
-    wanted = [query_parts(s) for s in _sharpness(sharpness, heads)]
+    wanted = [kind.query_parts(s) for s in _sharpness(sharpness, heads)]
     q, k, v = shape.empty(device, dtype)
-    models = [Head.of(seed, h, head_dim, shape.value_dim, q.device) for h in range(shape.kv_heads)]
+    models = [Head.of(seed, h, head_dim, shape.value_dim, kind, q.device) for h in range(shape.kv_heads)]
     for row in range(batch):
         for start in range(0, num_tokens, STRETCH):
-            text, stop = Text.at(seed, row, start, head_dim // 4, q.device), min(start + STRETCH, num_tokens)
+            text, stop = Text.at(seed, row, start, head_dim // 4, kind, q.device), min(start + STRETCH, num_tokens)
             drifts = [model.drift(text) for model in models]
             for h, model in enumerate(models):
                 k[row, h, start:stop] = model.keys(text, drifts[h])[: stop - start]
@@ -237,7 +211,7 @@ def gaussian(
         >>> gaussian(100, heads=4, kv_heads=2).k.shape
         torch.Size([1, 2, 100, 64])
     """
-    shape = _Shape(num_tokens, batch, heads, _or(kv_heads, heads), head_dim, _or(value_dim, head_dim), seed)
+    shape = Shape(num_tokens, batch, heads, given(kv_heads, heads), head_dim, given(value_dim, head_dim), seed)
     tensors = shape.empty(device, dtype)
     positions = torch.arange(num_tokens, dtype=torch.int64, device=device)[:, None]
     for which, x in enumerate(tensors):

@@ -14,41 +14,21 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hyperattention.random import hash_bits, normal, uniform
+from hyperattention.synthetic.kinds import VALUE, HeadKind, Parts
 
 # tokens are computed in stretches of one size: all matrix products have one shape, so rounding is the same at every length
 STRETCH = 2048
 _NUM_SINKS, _NUM_WORDS, _NUM_TOPICS, _TOPIC_WORDS = 4, 2048, 48, 128
 _SEGMENT_SIZE, _BLOCK_SIZE, _DRIFT_SIZE, _SHARED_SIZE = 768, 48, 192, 8
 PERIOD_SIZE, RUN_SIZE, GAP = 256, 4, 5
+# prime to the sizes of blocks and tiles, so that no border of phrases keeps to theirs
+PHRASE_SIZE = 11
 _ROTARY_BASE = 1e5
 # second counters (the first is the seed), which separate the streams of random numbers
 _SEGMENT, _BLOCK, _WORD, _LOOK, _SPAN, _TARGET, _NEEDLE, _TABLE, _NOISE, _DRIFT, _LOCALITY, GAUSSIAN = range(12)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The amplitudes of a vector's parts: norms for keys and values; for queries logits of a match (`position`: a power)."""
-
-    position: float
-    word: float
-    topic: float
-    drift: float
-    needle: float
-    sink: float
-    noise: float
-
-
 _NORM, _LEAST_CONE, _POPULARITY, _WOBBLE = 15.0, 4.0, 0.7, 0.2
-_KEY = Parts(position=8.5, word=6.5, topic=3.5, drift=2.5, needle=8.0, sink=6.0, noise=2.0)
-_VALUE = Parts(position=1.0, word=2.1, topic=1.4, drift=0.0, needle=0.0, sink=0.3, noise=1.2)
-_DIFFUSE = Parts(position=0.5, word=1.5, topic=1.3, drift=0.5, needle=4.0, sink=9.2, noise=1.5)
-_SHARP = Parts(position=0.85, word=7.9, topic=2.5, drift=1.0, needle=18.0, sink=15.9, noise=1.5)
-
-
-def query_parts(sharpness: float) -> Parts:
-    """Interpolate between the parts of the most diffuse head (0) and of the sharpest head (1)."""
-    ends = zip(vars(_DIFFUSE).values(), vars(_SHARP).values(), strict=True)
-    return Parts(*(low + (high - low) * sharpness for low, high in ends))
 
 
 def _nibbles(counters: Sequence[int | Tensor], rows: Int[Tensor, " tokens"], width: int) -> Float[Tensor, "tokens width"]:
@@ -65,10 +45,18 @@ def _zipf(u: Float[Tensor, " tokens"], num: int) -> Int[Tensor, " tokens"]:
     return (4 * torch.exp(u * math.log1p(num / 4)) - 4).long().clamp(max=num - 1)
 
 
-def _rotary(positions: Int[Tensor, " tokens"], num_pairs: int) -> Float[Tensor, "tokens rotated"]:
+def _rotary(positions: Int[Tensor, " tokens"], num_pairs: int, kind: HeadKind) -> Float[Tensor, "tokens rotated"]:
     rates = _ROTARY_BASE ** (-torch.arange(num_pairs, dtype=torch.int64, device=positions.device).double() / num_pairs)
     angles = positions[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], -1).float() / math.sqrt(num_pairs)
+    sizes = torch.tensor(kind.pair_sizes(num_pairs), dtype=torch.float32, device=positions.device).repeat(2)
+    return torch.cat([angles.cos(), angles.sin()], -1).float() * sizes / math.sqrt(num_pairs)
+
+
+def _topics(seed: int, row: int, positions: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
+    segment = uniform([seed, _SEGMENT, row, positions // _SEGMENT_SIZE], positions.device)
+    block = uniform([seed, _BLOCK, row, positions // _BLOCK_SIZE], positions.device)
+    # 60% of a segment's blocks have the segment's topic, the others their own; squares make some topics more frequent
+    return (_NUM_TOPICS * torch.where(block < 0.6, segment, (block - 0.6) / 0.4).square()).long()
 
 
 def _words(counters: Sequence[int | Tensor], topic: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
@@ -103,14 +91,15 @@ class Text:
     rotary: Float[Tensor, "tokens rotated"]
 
     @staticmethod
-    def at(seed: int, row: int, start: int, num_pairs: int, device: torch.device) -> "Text":
+    def at(seed: int, row: int, start: int, num_pairs: int, kind: HeadKind, device: torch.device) -> "Text":
         """Make the stretch that begins at a position."""
         positions = torch.arange(start, start + STRETCH, dtype=torch.int64, device=device)
-        segment = uniform([seed, _SEGMENT, row, positions // _SEGMENT_SIZE], device)
-        block = uniform([seed, _BLOCK, row, positions // _BLOCK_SIZE], device)
-        # 60% of a segment's blocks have the segment's topic, the others their own; squares make some topics more frequent
-        topic = (_NUM_TOPICS * torch.where(block < 0.6, segment, (block - 0.6) / 0.4).square()).long()
-        return Text(seed, row, positions, topic, _words([seed, _WORD, row, positions], topic), _rotary(positions, num_pairs))
+        topic, rotary = _topics(seed, row, positions), _rotary(positions, num_pairs, kind)
+        return Text(seed, row, positions, topic, _words([seed, _WORD, row, positions], topic), rotary)
+
+    def word_at(self, positions: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
+        """Return the words at any positions, of this stretch or of another."""
+        return _words([self.seed, _WORD, self.row, positions], _topics(self.seed, self.row, positions))
 
     def looks(self, head: int) -> Int[Tensor, " tokens"]:
         """Draw the word that each query looks for: its own, or (probability 5/8) that of its group of eight neighbours."""
@@ -133,6 +122,7 @@ class Head:
     seed: int
     index: int
     head_dim: int
+    kind: HeadKind
     basis: Float[Tensor, "content content"]
     words: Float[Tensor, "words axes"]
     topics: Float[Tensor, "topics axes"]
@@ -142,9 +132,10 @@ class Head:
     value_mean: Float[Tensor, "1 value_dim"]
 
     @staticmethod
-    def of(seed: int, index: int, head_dim: int, value_dim: int, device: torch.device) -> "Head":
+    def of(seed: int, index: int, head_dim: int, value_dim: int, kind: HeadKind, device: torch.device) -> "Head":
         """Draw the vectors of one kv head."""
         content = head_dim - 2 * (head_dim // 4)
+        axes = min(kind.directions, content - 2)
 
         def table(which: int, *shape: int) -> Tensor:
             return normal(
@@ -152,10 +143,10 @@ class Head:
             ).view(shape)
 
         basis = torch.linalg.qr(table(0, content, content).cpu())[0].to(device)
-        falls = torch.arange(1, content - 1, dtype=torch.int64, device=device).double() ** -0.25
-        keys = [normalize(table(1 + i, num, content - 2) * falls, dim=-1) for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS))]
+        falls = torch.arange(1, axes + 1, dtype=torch.int64, device=device).double() ** -kind.fall
+        keys = [normalize(table(1 + i, num, axes) * falls, dim=-1) for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS))]
         values = [table(4 + i, num, value_dim) / math.sqrt(value_dim) for i, num in enumerate((_NUM_WORDS, _NUM_TOPICS, 1))]
-        return Head(seed, index, head_dim, *(x.float() for x in (basis, *keys, table(3, _NUM_WORDS), *values)))
+        return Head(seed, index, head_dim, kind, *(x.float() for x in (basis, *keys, table(3, _NUM_WORDS), *values)))
 
     @property
     def gain(self) -> float:
@@ -165,7 +156,8 @@ class Head:
     @property
     def cone(self) -> float:
         """Size of the keys' common direction: the remaining part of their norm."""
-        rest = sum(x**2 for x in (_KEY.position, _KEY.word, _KEY.topic, _KEY.drift, _KEY.noise))
+        key = self.kind.key
+        rest = sum(x**2 for x in (key.position, key.word, key.topic, key.drift, key.noise))
         return math.sqrt(max(_NORM**2 - self.gain**2 * rest, _LEAST_CONE**2))
 
     def noise(self, text: Text, stream: int, width: int) -> Float[Tensor, "tokens width"]:
@@ -191,47 +183,61 @@ class Head:
         x = normal([self.seed, _NEEDLE, row, self.index, period[:, None], place[:, None], axes], period.device)
         return normalize(x.float(), dim=-1)
 
+    def shown(self, text: Text) -> Float[Tensor, "tokens axes"]:
+        """Return the word that each key shows: its own, and where neighbours share words those just before it."""
+        own = self.words[text.word]
+        if not self.kind.shared:
+            return own
+        last = text.positions // PHRASE_SIZE
+        knots = last[0] - 1 + torch.arange(STRETCH // PHRASE_SIZE + 3, dtype=torch.int64, device=last.device)
+        words, left = self.words[text.word_at((knots * PHRASE_SIZE).clamp(min=0))], last - last[0]
+        angle = (text.positions % PHRASE_SIZE)[:, None].float() * (math.pi / 2 / PHRASE_SIZE)
+        context = words[left] * angle.cos() + words[left + 1] * angle.sin()
+        return math.sqrt(1 - self.kind.shared) * own + math.sqrt(self.kind.shared) * context
+
     def keys(self, text: Text, drift: Float[Tensor, "tokens axes"]) -> Float[Tensor, "tokens head_dim"]:
         """Return keys: the cone plus parts for position, word, topic, drift and needles; the first tokens are sinks."""
-        content = _KEY.word * self.words[text.word] + _KEY.topic * self.topics[text.topic] + _KEY.drift * drift
+        key, num_axes = self.kind.key, self.words.shape[1]
+        content = key.word * self.shown(text) + key.topic * self.topics[text.topic] + key.drift * drift
         index, period, place = text.run(0)
-        content[index] = _KEY.needle * self.needle(text.row, period, place)
-        x = self.gain * _KEY.noise * self.noise(text, 0, len(self.basis))
-        x[:, 2:] += self.gain * content
+        content[index] = key.needle * self.needle(text.row, period, place)
+        x = self.gain * key.noise * self.noise(text, 0, len(self.basis))
+        x[:, 2 : 2 + num_axes] += self.gain * content
         x[:, 0] += self.cone + _POPULARITY * self.popularity[text.word]
-        position = self.gain * _KEY.position * text.rotary
+        position = self.gain * key.position * text.rotary
         if text.positions[0] == 0:
             # opposite to the cone, without position, each with a smaller score than the previous one
             x[:_NUM_SINKS], position[:_NUM_SINKS] = 0, 0
-            x[:_NUM_SINKS, 0] = -_KEY.sink * (1 - torch.arange(_NUM_SINKS, dtype=torch.float32, device=x.device) / 8)
+            x[:_NUM_SINKS, 0] = -key.sink * (1 - torch.arange(_NUM_SINKS, dtype=torch.float32, device=x.device) / 8)
         return torch.cat([position, x @ self.basis.T], -1)
 
     def values(self, text: Text) -> Float[Tensor, "tokens value_dim"]:
         """Return values with parts for the word and the topic; those of sinks are small."""
-        v = _VALUE.word * self.value_words[text.word] + _VALUE.topic * self.value_topics[text.topic]
-        v += _VALUE.position * self.value_mean + _VALUE.noise * self.noise(text, 1, v.shape[1])
+        v = VALUE.word * self.value_words[text.word] + VALUE.topic * self.value_topics[text.topic]
+        v += VALUE.position * self.value_mean + VALUE.noise * self.noise(text, 1, v.shape[1])
         if text.positions[0] == 0:
-            v[:_NUM_SINKS] *= _VALUE.sink / 3
+            v[:_NUM_SINKS] *= VALUE.sink / 3
         return v
 
     def queries(
         self, text: Text, drift: Float[Tensor, "tokens axes"], head: int, want: Parts
     ) -> Float[Tensor, "tokens head_dim"]:
         """Return queries with parts for near positions, a word, the topic, the sinks and, in a few, a needle."""
+        key, num_axes = self.kind.key, self.words.shape[1]
         # a part of norm `unit * logit / key norm` meets the key's part with that logit
         unit = math.sqrt(self.head_dim) / self.gain
-        content = (want.word / _KEY.word) * self.words[text.looks(head)]
-        content += (want.topic / _KEY.topic) * self.topics[text.topic]
-        content += (want.drift / _KEY.drift) * drift
+        content = (want.word / key.word) * self.words[text.looks(head)]
+        content += (want.topic / key.topic) * self.topics[text.topic]
+        content += (want.drift / key.drift) * drift
         index, period, place = text.run(1)
         target = target_period(self.seed, text.row, head, period)
         live = target >= 0
-        content[index[live]] = (want.needle / _KEY.needle) * self.needle(text.row, target[live], place[live])
+        content[index[live]] = (want.needle / key.needle) * self.needle(text.row, target[live], place[live])
         x = self.gain * want.noise * self.noise(text, 2 + head, len(self.basis))
-        x[:, 2:] += unit * content
-        x[:, 0] -= want.sink * math.sqrt(self.head_dim) / (self.cone + _KEY.sink)
+        x[:, 2 : 2 + num_axes] += unit * content
+        x[:, 0] -= want.sink * math.sqrt(self.head_dim) / (self.cone + key.sink)
         # the mean of cosines at geometric rates falls by 1 / log(base) for each e-fold of distance
-        local = unit * want.position * math.log(_ROTARY_BASE) / _KEY.position
+        local = unit * want.position * math.log(_ROTARY_BASE) / key.position
         wobble = normal([self.seed, _LOCALITY, text.row, head, text.positions], x.device).float()[:, None]
         position = local * (1 + _WOBBLE * wobble).clamp(min=0.2) * text.rotary
         # the second axis, where keys have only noise, fills the norm up to 15
