@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
+from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.choose.operator import MOST_GROUPS
 from hyperattention.random import uniform
 from hyperattention.select.alike import AlikeTiles, sort_alike
 from hyperattention.select.density import Even
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
+from hyperattention.select.score.alike_fused import FUSED_NUMBERS, fused_draws, fused_shares
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.pooling import chunks, edges, seen_keys
 from hyperattention.select.score.stretches import Stretches, stretches_of
@@ -134,16 +137,24 @@ class DrawAlike(Stage):
         blocks, shape = self._blocks(tiles), (len(left[0]), len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
-        # what is sorted at once is scored at once or in parts
-        sorts = chunks(tiles, _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3])
-        parts = chunks(tiles, self._numbers(tiles, many), [*self._seams(tiles), *(at.start for at in sorts)])
-        for at in sorts:
-            ordered, scan = self._sort(tiles, many, at)
-            alike.append(ordered)
-            for part in (part for part in parts if at.start <= part.start < at.stop):
-                rows = slice(part.start * many, part.stop * many)
-                index[:, rows], weight[:, rows] = self._draw(scan, blocks, left, tiles, covered, part)
+        noise, sorting = self._noise(tiles, many), _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3]
+        fused = min(self.pooled, self.rows) <= MOST_GROUPS and triton_reads(problem.q, problem.k)
+        # what is sorted at once is scored at once or in parts; kernels score more at once than is sorted
+        sorts = [] if fused else chunks(tiles, sorting)
+        parts = chunks(tiles, self._numbers(tiles, many, fused), [*self._seams(tiles), *(at.start for at in sorts)])
+        if fused:
+            sorts = chunks(tiles, sorting, [part.start for part in parts])
+        draw = self._draw_fused if fused else self._draw
+        for whole in parts if fused else sorts:
+            sorted_parts = [self._sort(tiles, many, at) for at in sorts if whole.start <= at.start < whole.stop]
+            alike.extend(ordered for ordered, _ in sorted_parts)
+            scan = AlikeScan.joined([each for _, each in sorted_parts])
             # before the next ones are sorted
+            del sorted_parts
+            for part in (part for part in parts if whole.start <= part.start < whole.stop):
+                rows = slice(part.start * many, part.stop * many)
+                some = tuple(x[:, part] for x in left)
+                index[:, rows], weight[:, rows] = draw(scan, blocks, some, noise[:, rows], covered, part)
             del scan
         joined = AlikeTiles.joined(alike)
         return ((joined, self._lists(tiles, covered, joined, left, index, weight)),), covered
@@ -153,10 +164,21 @@ class DrawAlike(Stage):
         alike, query, few = sort_alike(tiles, many, part)
         return alike, AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), part.start)
 
-    def _numbers(self, tiles: Tiles, many: int) -> int:
+    def _noise(self, tiles: Tiles, many: int) -> Tensor:
+        """Tell where inside a slot the points of each list of queries lie, ``[lists, tiles * many, 1]``."""
+        problem = tiles.problem
+        number = (tiles.index[:, None] * many + torch.arange(many, dtype=torch.int64, device=problem.device)).flatten()
+        noise = uniform((problem.seed, problem.layer, problem.head_index[:, None, None], number[:, None], 0), problem.device)
+        return noise.repeat(problem.k.shape[0], 1, 1)
+
+    def _numbers(self, tiles: Tiles, many: int, fused: bool) -> int:
         """Count the numbers held for each tile of positions while drawing, in each list of keys."""
         problem = tiles.problem
         blocks, lists = min(self.most, problem.num_keys), problem.k.shape[0] * problem.k.shape[1]
+        if fused:
+            # shares and slots, and averages of sorted queries in two precisions, which are put together
+            averages = self.pooled * problem.q.shape[3] * 4
+            return many * (int(FUSED_NUMBERS * blocks) + 4 * self.num + averages)
         # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
         scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
         held = many * (_NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
@@ -196,30 +218,37 @@ class DrawAlike(Stage):
         return blocks
 
     def _draw(
-        self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], tiles: Tiles, covered: CoveredKeys,
-        part: slice,
+        self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], noise: Tensor,
+        covered: CoveredKeys, part: slice,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Draw for a chunk of tiles: keys and log-weights, ``[lists, chunk * many, num]``."""
-        problem, many = tiles.problem, scan.query.shape[2]
-        seen = seen_keys(tiles, part)
+        problem, many = scan.tiles.problem, scan.query.shape[2]
+        seen = seen_keys(scan.tiles, part)
         size = self._block_size(seen)
-        some = tuple(x[:, part] for x in left)
         share = scan.shares(part, blocks(size), -(-seen // size))
         law: Stretches = stretches_of(
-            share, size, some, self.num, self.uniform_share, not (problem.causal and covered.gap is not None)
+            share, size, left, self.num, self.uniform_share, not (problem.causal and covered.gap is not None)
         )
         slot = torch.arange(self.num, dtype=torch.int64, device=problem.device)
-        number = (tiles.index[part, None] * many + torch.arange(many, dtype=torch.int64, device=problem.device)).flatten()
-        noise = uniform((problem.seed, problem.layer, problem.head_index[:, None, None], number[:, None], 0), problem.device)
-        index, chance = law.draw(((slot + noise) / self.num).repeat(problem.k.shape[0], 1, 1))
+        index, chance = law.draw((slot + noise) / self.num)
         # a law with nothing to draw from drew keys to which it gives no chance: empty slots
         weight = (-(chance * self.num).log()).masked_fill(chance == 0, -torch.inf)
-        begin, hole_begin, hole_end, end = (x.repeat_interleave(many, 1) for x in some)
+        begin, hole_begin, hole_end, end = (x.repeat_interleave(many, 1) for x in left)
         even = Even((begin, hole_begin, hole_end, end))
         few = even.count <= self.num
         all_of_them = even.at((slot.double() + 0.5) / even.count.clamp(min=1))
         listed = torch.zeros_like(weight).masked_fill_(slot >= even.count, -torch.inf)
         return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
+
+    def _draw_fused(
+        self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], noise: Tensor,
+        covered: CoveredKeys, part: slice,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Draw as `_draw` does, by kernels."""
+        seen = seen_keys(scan.tiles, part)
+        size = self._block_size(seen)
+        known, share = fused_shares(scan, part, blocks(size), -(-seen // size))
+        return fused_draws(known, share, size, left, noise, self.num, self.uniform_share)
 
     def _lists(
         self, tiles: Tiles, covered: CoveredKeys, alike: AlikeTiles, left: tuple[Tensor, ...], index: Tensor, weight: Tensor

@@ -10,9 +10,9 @@ from hyperattention.select.density import Distribution
 from hyperattention.select.score.mass import inverse
 
 # rounds in which a stretch's listings are cut to one a key and the rest is given to the others
-_CLIP_ROUNDS = 4
+CLIP_ROUNDS = 4
 # sums below count as none: draws over one of them would overflow
-_LEAST = 1e-30
+LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stretches(Distribution):
         return self.first.gather(2, flat).view_as(at), self.size.gather(2, flat).view_as(at)
 
     def _chance(self, at: Tensor, size: Tensor) -> Tensor:
-        return self.listings.gather(3, at) / (size.clamp(min=1) * _sum(self.listings).clamp(min=_LEAST))
+        return self.listings.gather(3, at) / (size.clamp(min=1) * _sum(self.listings).clamp(min=LEAST))
 
 
 def stretches_of(
@@ -86,13 +86,13 @@ def stretches_of(
     mass = (torch.cat([share, share], 3) if to_the_end else share).mul_(size[:, :, None])
     count = (hole_begin - begin + end - hole_end).clamp(min=1)[:, :, None].to(mass.dtype)
     room, weighted = size[:, :, None].to(mass.dtype), (1 - even) * num
-    for _ in range(_CLIP_ROUNDS):
+    for _ in range(CLIP_ROUNDS):
         most = _sum(mass) / weighted
         torch.minimum(mass, most if block_size == 1 else room * most, out=mass)
     total = _sum(mass)
     # where nothing was scored all draws are even
     evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
-    mass.mul_(weighted / total.clamp(min=_LEAST)).addcmul_(room, evenly)
+    mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(room, evenly)
     # what an even draw adds to keys listed for certain is worth more to others
     torch.minimum(mass, room, out=mass)
     return Stretches(first, size, mass)
