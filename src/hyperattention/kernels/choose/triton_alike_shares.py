@@ -63,7 +63,7 @@ def _kernel(
             extra = tl.dot(variance, tl.trans(half), extra, input_precision=PRECISION)
         log_value = tl.load(log_value_ptr + key_at + key, mask=key < count, other=0.0)
         log_share = best + extra + log_value[:, None]
-        share = tl.where(log_share < 0, tl.exp2(log_share * 1.4426950408889634), 1.0)
+        share = tl.exp2(tl.minimum(log_share, 0.0) * 1.4426950408889634)
         tl.store(share_at + key[:, None], share.to(share_ptr.dtype.element_ty), mask=key[:, None] < known[None, :])
 
 

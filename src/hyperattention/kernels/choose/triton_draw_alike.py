@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hyperattention.kernels.launch import Launch
 
-# blocks of keys read at once, and slots written at once where all keys are listed
-_BLOCKS = 2048
+# blocks of keys read at once, or slots written where all keys are listed; and blocks whose draws are placed at once, which
+# take more registers, most of all where a block has several keys
+_BLOCKS, _PLACED, _PLACED_OF_SEVERAL = 1024, 512, 256
 # the sum of a law in fixed point, whose running sums are exact in any order
 _UNITS = 2**30
 
@@ -51,7 +52,7 @@ def _units(share_ptr, block, known, room, most, scale, evenly, unit):
 @triton.jit
 def _kernel(
     share_ptr, known_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, room, num, even, least,
-    MANY: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr,
+    MANY: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = row // MANY
@@ -93,8 +94,8 @@ def _kernel(
         ratio = num / tl.sum(in_all, 0).to(tl.float64)
         noise = tl.load(noise_ptr + row)
         passed_units = 0
-        for first in tl.range(0, blocks, BLOCKS):
-            block = first + tl.arange(0, BLOCKS)
+        for first in tl.range(0, blocks, PLACED):
+            block = first + tl.arange(0, PLACED)
             before, behind = _room(block, begin, hole_begin, hole_end, end, SIZE)
             units = _units(share_ptr, block, known, before + behind, most, scale, evenly, unit)
             until = passed_units + tl.cumsum(units, 0)
@@ -102,9 +103,10 @@ def _kernel(
             since = (until - units).to(tl.float64) * ratio - noise
             slot = tl.minimum(tl.maximum(tl.ceil(since).to(tl.int32), 0), num)
             ends = tl.minimum(tl.maximum(tl.ceil(until.to(tl.float64) * ratio - noise).to(tl.int32), 0), num)
-            left = (before + behind).to(tl.float32)
-            listed = units.to(tl.float32) * ratio.to(tl.float32)
-            weight = -tl.log(listed / tl.maximum(left, 1.0))
+            # at least one, for what is never hit
+            left = tl.maximum(before + behind, 1).to(tl.float32)
+            listed = tl.maximum(units, 1).to(tl.float32) * ratio.to(tl.float32)
+            weight = -tl.log(listed / left)
             lowest = tl.maximum(block * SIZE, begin)
             beyond = tl.maximum(block * SIZE, hole_end)
             hits = ends - slot
@@ -160,6 +162,6 @@ def launch_draw(
             "noise_ptr": noise.contiguous(), "index_ptr": results[0], "weight_ptr": results[1], "room": share.shape[2],
             "num": results[0].shape[2], "even": even, "least": least, "MANY": share.shape[1] // known.shape[1],
             "SIZE": size, "ROUNDS": rounds, "UNITS": _UNITS,
-            "BLOCKS": max(16, min(_BLOCKS, triton.next_power_of_2(share.shape[2]))), "num_warps": 4,
+            "BLOCKS": _BLOCKS, "PLACED": _PLACED if size == 1 else _PLACED_OF_SEVERAL, "num_warps": 4,
         },
     )  # fmt: skip
