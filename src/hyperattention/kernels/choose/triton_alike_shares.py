@@ -1,4 +1,4 @@
-"""Shares of keys for lists of alike queries in Triton: one launch scores every key by all groups of a list; scores stay on chip.
+"""Shares of keys for lists of alike queries in Triton: one launch scores all keys, and scores are not written to memory.
 
 The kernel computes what `select.score.alike_scan` does in chunks on a CPU: the largest normalised score over the groups of a
 list, an allowance for what averages hide, and the exponential of both.
@@ -6,7 +6,6 @@ list, an allowance for what averages hide, and the exponential of both.
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -96,7 +95,8 @@ def alike_shares(
     Args:
         query: averages of each group, ``[lists, tiles, many, groups, width]``.
         bar: what each average's scores are compared with, ``[lists, tiles, many, groups]``, float32.
-        spread: what averages leave out, ``[lists, tiles, many, width]``; where there are variances, beside half of their squares.
+        spread: what averages leave out, ``[lists, tiles, many, width]``; beside half of their squares where there are
+            variances.
         keys: means of blocks, ``[lists, blocks, width]``.
         variance: variances inside blocks, of the same shape; None for blocks of one key.
         log_value: logarithm of how far values lie, ``[lists, blocks]``, float32.

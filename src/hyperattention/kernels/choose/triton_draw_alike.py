@@ -52,7 +52,8 @@ def _units(share_ptr, block, known, room, most, scale, evenly, unit):
 @triton.jit
 def _kernel(
     share_ptr, known_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, room, num, even, least,
-    MANY: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr,
+    MANY: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr, UNITS: tl.constexpr,
+    BLOCKS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = row // MANY

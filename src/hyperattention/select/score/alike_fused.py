@@ -35,7 +35,13 @@ def fused_shares(scan: AlikeScan, part: slice, blocks: Blocks, num: int) -> tupl
 
 
 def fused_draws(
-    known: Int[Tensor, "lists chunk"], share: Tensor, size: int, left: tuple[Tensor, ...], noise: Tensor, num: int, even: float
+    known: Int[Tensor, "lists chunk"],
+    share: Tensor,
+    size: int,
+    left: tuple[Tensor, ...],
+    noise: Tensor,
+    num: int,
+    even: float,
 ) -> tuple[Int[Tensor, "lists rows num"], Float[Tensor, "lists rows num"]]:
     """Draw from the law of `stretches_of`, or list all keys where they are few, in one launch.
 
