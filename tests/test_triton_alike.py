@@ -26,6 +26,8 @@ TILE = 32
 @pytest.fixture(autouse=True)
 def one_precision(monkeypatch):
     """Estimates in float32 on both sides: rounded ones would be rounded at other places."""
+    # few blocks tell what scores are compared with, so that short problems have some
+    monkeypatch.setattr(alike_scan, "NORMAL", 8)
     monkeypatch.setattr(alike_scan, "integers_are_fast", lambda x: False)
     for module in (alike_scan, alike_fused):
         monkeypatch.setattr(module, "for_estimates", lambda x: x)
@@ -77,7 +79,8 @@ def test_shares_are_those_of_the_cpu(given, groups, many, size):
     part, num = slice(1, len(tiles.index)), -(-given.num_keys // size)
     blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
     ours, expected = known_shares(scan, part, blocks, num), scan.shares(part, blocks, num)
-    assert (expected > 0).any()
+    # most are neither unknown nor as large as a share can be
+    assert ((expected > 0) & (expected < 1)).sum() > 0.3 * (expected > 0).sum() > 0
     assert_same_bits(ours > 0, expected > 0)
     # logarithms: each share to rounding, however small; the scores under it are sums of products this large
     size_of_scores = (scan.query.norm(dim=-1).max() * blocks.keys.norm(dim=-1).max()).item()
@@ -104,14 +107,14 @@ def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
     assert (off <= torch.finfo(torch.bfloat16).eps * (1 + extra[there].abs())).all()
 
 
-NUM, POINTS = 24, 16
+NUM, POINTS = 24, 10
 EDGES = {
     "one side": (3, 90, 90, 90),
     "both sides of a hole": (3, 40, 61, 97),
     "a hole inside a block": (0, 41, 42, 100),
     "few keys": (5, 20, 30, 37),
     "as many keys as draws": (5, 29, 29, 29),
-    "nothing left": (7, 7, 20, 20),
+    "nothing left": (0, 0, 0, 0),
 }
 
 
@@ -148,6 +151,8 @@ def test_draws_follow_the_law(size, kind):
         key = torch.arange(100)
         left_over = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
         full = weight[tile] > -torch.inf
+        # empty slots name a key as well
+        assert (index[tile] >= 0).all()
         listed = torch.bincount(index[tile][full], minlength=100) / POINTS
         if left_over.sum() <= NUM:
             assert_same_bits(listed, left_over.float())
@@ -192,7 +197,7 @@ def test_a_fused_choice_is_that_of_the_cpu(given, stage, monkeypatch):
 
 
 def test_chunks_of_the_device_change_no_bit(monkeypatch):
-    given, stage = problem(200), DrawAlike(24, 32, 4, most=70)
+    given, stage = problem(130, kv_heads=1), DrawAlike(24, 32, 4, most=70)
     method = ha.Method(ha.Window(8), stage, tile=TILE)
     found = []
     for tiles in (1, 3):

@@ -11,13 +11,12 @@ from hyperattention.kernels.backend import triton_reads
 from hyperattention.kernels.choose.operator import MOST_GROUPS
 from hyperattention.random import uniform
 from hyperattention.select.alike import AlikeTiles, sort_alike
-from hyperattention.select.density import Even
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.alike_fused import FUSED_NUMBERS, fused_draws, fused_shares
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.pooling import chunks, edges, seen_keys
-from hyperattention.select.score.stretches import Stretches, stretches_of
+from hyperattention.select.score.stretches import draws_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
 from hyperattention.types import DrawnSlots, Runs, Selection
@@ -144,7 +143,6 @@ class DrawAlike(Stage):
         parts = chunks(tiles, self._numbers(tiles, many, fused), [*self._seams(tiles), *(at.start for at in sorts)])
         if fused:
             sorts = chunks(tiles, sorting, [part.start for part in parts])
-        draw = self._draw_fused if fused else self._draw
         for whole in parts if fused else sorts:
             sorted_parts = [self._sort(tiles, many, at) for at in sorts if whole.start <= at.start < whole.stop]
             alike.extend(ordered for ordered, _ in sorted_parts)
@@ -154,7 +152,7 @@ class DrawAlike(Stage):
             for part in (part for part in parts if whole.start <= part.start < whole.stop):
                 rows = slice(part.start * many, part.stop * many)
                 some = tuple(x[:, part] for x in left)
-                index[:, rows], weight[:, rows] = draw(scan, blocks, some, noise[:, rows], covered, part)
+                index[:, rows], weight[:, rows] = self._draw(scan, blocks, some, noise[:, rows], covered, part, fused)
             del scan
         joined = AlikeTiles.joined(alike)
         return ((joined, self._lists(tiles, covered, joined, left, index, weight)),), covered
@@ -177,8 +175,7 @@ class DrawAlike(Stage):
         blocks, lists = min(self.most, problem.num_keys), problem.k.shape[0] * problem.k.shape[1]
         if fused:
             # shares and slots, and averages of sorted queries in two precisions, which are put together
-            averages = self.pooled * problem.q.shape[3] * 4
-            return many * (int(FUSED_NUMBERS * blocks) + 4 * self.num + averages)
+            return many * (int(FUSED_NUMBERS * blocks) + 4 * (self.num + self.pooled * problem.q.shape[3]))
         # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
         scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
         held = many * (_NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
@@ -219,36 +216,18 @@ class DrawAlike(Stage):
 
     def _draw(
         self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], noise: Tensor,
-        covered: CoveredKeys, part: slice,
+        covered: CoveredKeys, part: slice, fused: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Draw for a chunk of tiles: keys and log-weights, ``[lists, chunk * many, num]``."""
-        problem, many = scan.tiles.problem, scan.query.shape[2]
         seen = seen_keys(scan.tiles, part)
         size = self._block_size(seen)
-        share = scan.shares(part, blocks(size), -(-seen // size))
-        law: Stretches = stretches_of(
-            share, size, left, self.num, self.uniform_share, not (problem.causal and covered.gap is not None)
-        )
-        slot = torch.arange(self.num, dtype=torch.int64, device=problem.device)
-        index, chance = law.draw((slot + noise) / self.num)
-        # a law with nothing to draw from drew keys to which it gives no chance: empty slots
-        weight = (-(chance * self.num).log()).masked_fill(chance == 0, -torch.inf)
-        begin, hole_begin, hole_end, end = (x.repeat_interleave(many, 1) for x in left)
-        even = Even((begin, hole_begin, hole_end, end))
-        few = even.count <= self.num
-        all_of_them = even.at((slot.double() + 0.5) / even.count.clamp(min=1))
-        listed = torch.zeros_like(weight).masked_fill_(slot >= even.count, -torch.inf)
-        return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
-
-    def _draw_fused(
-        self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], noise: Tensor,
-        covered: CoveredKeys, part: slice,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Draw as `_draw` does, by kernels."""
-        seen = seen_keys(scan.tiles, part)
-        size = self._block_size(seen)
-        known, share = fused_shares(scan, part, blocks(size), -(-seen // size))
-        return fused_draws(known, share, size, left, noise, self.num, self.uniform_share)
+        num = -(-seen // size)
+        if fused:
+            known, share = fused_shares(scan, part, blocks(size), num)
+            return fused_draws(known, share, size, left, noise, self.num, self.uniform_share)
+        share = scan.shares(part, blocks(size), num)
+        to_the_end = not (scan.tiles.problem.causal and covered.gap is not None)
+        return draws_of(share, size, left, noise, self.num, self.uniform_share, to_the_end)
 
     def _lists(
         self, tiles: Tiles, covered: CoveredKeys, alike: AlikeTiles, left: tuple[Tensor, ...], index: Tensor, weight: Tensor

@@ -82,8 +82,8 @@ def _kernel(
             most = total / weighted
             total = _total(share_ptr, most, known, begin, hole_begin, hole_end, end, SIZE, BLOCKS)
         scale = weighted / tl.maximum(total, least)
-        # where nothing was scored all draws are even
-        evenly = tl.where(total > 0, even, 1.0) * num / count.to(tl.float32)
+        # where nothing was scored this is all there is, and all draws are even
+        evenly = even * num / count.to(tl.float32)
         unit = UNITS / num
         blocks = tl.cdiv(end, SIZE)
         in_all = tl.zeros([BLOCKS], tl.int32)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.select.density import Distribution
+from hyperattention.select.density import Distribution, Even
 from hyperattention.select.score.mass import inverse
 
 # rounds in which a stretch's listings are cut to one a key and the rest is given to the others
@@ -96,6 +96,37 @@ def stretches_of(
     # what an even draw adds to keys listed for certain is worth more to others
     torch.minimum(mass, room, out=mass)
     return Stretches(first, size, mass)
+
+
+def draws_of(
+    share: Float[Tensor, "lists tiles many blocks"], block_size: int, left: tuple[Tensor, ...], noise: Tensor, num: int,
+    even: float, to_the_end: bool,
+) -> tuple[Int[Tensor, "lists rows num"], Float[Tensor, "lists rows num"]]:  # fmt: skip
+    """Draw from the law of `stretches_of`, or list all keys where they are few.
+
+    Args:
+        share: as for `stretches_of`; overwritten.
+        block_size: keys in a block.
+        left: as for `stretches_of`.
+        noise: where inside a slot each list's points lie, ``[lists, tiles * many, 1]``.
+        num: draws of each list.
+        even: share of the draws that is spread evenly over the keys.
+        to_the_end: whether something may be left beyond the hole.
+
+    Returns:
+        keys and their log-weights.
+    """
+    law = stretches_of(share, block_size, left, num, even, to_the_end)
+    slot = torch.arange(num, dtype=torch.int64, device=noise.device)
+    index, chance = law.draw((slot + noise) / num)
+    # a law with nothing to draw from drew keys to which it gives no chance: empty slots
+    weight = (-(chance * num).log()).masked_fill(chance == 0, -torch.inf)
+    begin, hole_begin, hole_end, end = (x.repeat_interleave(share.shape[2], 1) for x in left)
+    evenly = Even((begin, hole_begin, hole_end, end))
+    few = evenly.count <= num
+    all_of_them = evenly.at((slot.double() + 0.5) / evenly.count.clamp(min=1))
+    listed = torch.zeros_like(weight).masked_fill_(slot >= evenly.count, -torch.inf)
+    return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
 
 
 def _sum(mass: Tensor) -> Tensor:
