@@ -24,6 +24,7 @@ from hyperattention.kernels.choose import (
     triton_draw_leaves,
     triton_prepare,
 )
+from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_flat, triton_flatten
@@ -148,8 +149,8 @@ def launches_of_draws() -> Iterator[tuple[str, Launch]]:
 
 
 def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
-    known, bar = indices(2, TILES), torch.empty(2, TILES, 8, 8)
-    for groups in (8, 16):
+    known, bar = indices(2, TILES), torch.empty(2, TILES, 8, 16)
+    for groups in (groups for groups in (2, 8, 16) if scores_alike(groups, dim)):
         query, keys = torch.empty(2, TILES, 8, groups, dim, dtype=dtype), torch.empty(2, KEYS, dim, dtype=dtype)
         share, log_value = triton_alike_shares.empty_shares(query, KEYS), torch.empty(2, KEYS)
         for size in (1, 2):
@@ -217,6 +218,8 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
             yield f"{name}, {rows} rows", launch
     if default:
         yield from launches_of_preparation(dtype, dim)
+    # never in float32, and of the same size in float16
+    if dtype != torch.float32:
         yield from launches_of_alike_queries(dtype, dim)
     if default and dim == 64:
         for rows in (16, 64, 256):

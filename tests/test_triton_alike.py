@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
-from hyperattention.kernels.choose.operator import MOST_GROUPS
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
 from hyperattention.select.alike import sort_alike
@@ -226,11 +225,15 @@ class Captured(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("pooled", "reads", "fused"), [(MOST_GROUPS, True, True), (MOST_GROUPS + 1, True, False), (4, False, False)]
-)
-def test_kernels_run_where_they_support_the_call(pooled, reads, fused, monkeypatch):
+    ("pooled", "head_dim", "reads", "fused"),
+    [
+        (16, 128, True, True), (17, 128, True, False), (8, 256, True, True), (9, 192, True, False), (32, 16, True, False),
+        (4, 8, False, False),
+    ],
+)  # fmt: skip
+def test_kernels_run_where_they_support_the_call(pooled, head_dim, reads, fused, monkeypatch):
     monkeypatch.setattr(draw_alike, "triton_reads", lambda *given: reads)
-    q, k, v = (x.to("meta") for x in tensors(200, heads=4, kv_heads=2))
+    q, k, v = (x.to("meta") for x in tensors(200, heads=4, kv_heads=2, head_dim=head_dim))
     with Captured() as captured:
         ha.Method(DrawAlike(24, 32, pooled), tile=TILE).selections(Problem(q, k, v, 0.3, causal=True))
     assert len(captured.calls) == (2 if fused else 0)

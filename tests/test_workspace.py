@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hyperattention as ha
-from hyperattention.kernels.choose.operator import MOST_GROUPS
+from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
 from hyperattention.select.score import alike_scan, pooling
@@ -64,7 +64,7 @@ def beside_the_result(method: ha.Method, num_tokens: int, kv_heads: int, causal:
 ], ids=["causal", "full", "many averages", "many slots"])  # fmt: skip
 @pytest.mark.parametrize("fused", [False, True], ids=["in torch", "fused"])
 def test_alike_queries_are_sorted_and_scored_in_chunks(monkeypatch, stage, kv_heads, causal, fused):
-    if fused and stage.pooled > MOST_GROUPS:
+    if fused and not scores_alike(stage.pooled, 64):
         pytest.skip("no kernel scores so many averages")
     monkeypatch.setattr(draw_alike, "triton_reads", lambda *tensors: fused)
     monkeypatch.setattr(pooling, "DEVICE_SCORE_BYTES", BOUND)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.kernels.backend import triton_reads
-from hyperattention.kernels.choose.operator import MOST_GROUPS
+from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.random import uniform
 from hyperattention.select.alike import AlikeTiles, sort_alike
 from hyperattention.select.locate.sinks import Sinks
@@ -137,7 +137,7 @@ class DrawAlike(Stage):
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
         noise, sorting = self._noise(tiles, many), _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3]
-        fused = min(self.pooled, self.rows) <= MOST_GROUPS and triton_reads(problem.q, problem.k)
+        fused = scores_alike(min(self.pooled, self.rows), problem.q.shape[3]) and triton_reads(problem.q, problem.k)
         # what is sorted at once is scored at once or in parts; kernels score more at once than is sorted
         sorts = [] if fused else chunks(tiles, sorting)
         parts = chunks(tiles, self._numbers(tiles, many, fused), [*self._seams(tiles), *(at.start for at in sorts)])

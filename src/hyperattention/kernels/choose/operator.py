@@ -7,8 +7,22 @@ from hyperattention.transforms import refuse_vmap
 
 # largest number of pooled queries of a tile that a program holds; with more of them PyTorch runs
 MOST_ROWS = 256
-# largest number of averages of a list of alike queries that a program holds, beside those of 15 more lists
-MOST_GROUPS = 16
+# largest number of averages of a list of alike queries, and of numbers in them, that fit a program with those of eight lists
+_MOST_GROUPS, _MOST_NUMBERS = 16, 2048
+
+
+def scores_alike(groups: int, width: int) -> bool:
+    """Return whether a kernel scores keys by so many averages of a list of alike queries; PyTorch does by more.
+
+    Args:
+        groups: averages of a list.
+        width: numbers in an average.
+
+    Returns:
+        whether `alike_shares` supports them; numbers are padded to powers of two.
+    """
+    padded = 1 << (max(1, groups) - 1).bit_length(), 1 << (max(1, width) - 1).bit_length()
+    return padded[0] <= _MOST_GROUPS and padded[0] * padded[1] <= _MOST_NUMBERS
 
 
 @torch.library.custom_op("hyperattention::block_lse", mutates_args=())

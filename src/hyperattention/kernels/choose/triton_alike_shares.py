@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hyperattention.kernels.launch import Launch
 
-# averages that a key serves once it was read; keys read at once; places of a row of shares are a multiple of the last number
-_ROWS, _KEYS, _ALIGNED = 128, 64, 16
+# averages that a key serves once it was read, out of how many lists at most; keys read at once
+_ROWS, _MOST_LISTS, _KEYS = 128, 32, 64
+# a row of shares has a multiple of so many places
+_ALIGNED = 16
 
 
 @triton.jit
@@ -121,8 +123,10 @@ def launch_shares(
     many, groups, width = query.shape[2:]
     # tiles may be some of many, but the lists of a tile stand together
     query = query if query[:1].is_contiguous() else query.contiguous()
-    padded = triton.next_power_of_2(groups)
-    lists = max(16, _ROWS // padded)
+    padded, broad = triton.next_power_of_2(groups), max(16, triton.next_power_of_2(width))
+    # queries, and keys that are on their way, share the memory of a multiprocessor
+    lists = max(8, min(_MOST_LISTS, _ROWS // padded) // triton.cdiv(broad, 128))
+    crowded = variance is not None
     keys = keys.contiguous()
     return Launch(
         _kernel,
@@ -132,9 +136,9 @@ def launch_shares(
             "variance_ptr": keys if variance is None else variance.contiguous(), "log_value_ptr": log_value.contiguous(),
             "known_ptr": known.contiguous(), "share_ptr": share, "lists": share.shape[1], "blocks": keys.shape[1],
             "room": share.shape[2], "s_query": query.stride(0), "MANY": many, "OF_LIST": groups, "DIM": width,
-            "DEVIATIONS": deviations, "WITHIN": variance is not None, "LISTS": lists, "GROUPS": padded,
-            "WIDTH": max(16, triton.next_power_of_2(width)), "KEYS": _KEYS,
+            "DEVIATIONS": deviations, "WITHIN": crowded, "LISTS": lists, "GROUPS": padded, "WIDTH": broad,
+            "KEYS": _KEYS // 2 if crowded and broad > 128 else _KEYS,
             # estimates are in bfloat16; only tests have wider ones
-            "PRECISION": "ieee", "num_warps": 4 if lists * padded <= _ROWS else 8, "num_stages": 3,
+            "PRECISION": "ieee", "num_warps": 4, "num_stages": 2 if crowded or broad > 128 else 3,
         },
     )  # fmt: skip
