@@ -10,7 +10,7 @@ from hyperattention.check import positive
 from hyperattention.kernels.backend import triton_reads
 from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.random import uniform
-from hyperattention.select.alike import AlikeTiles, sort_alike
+from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.alike_fused import FUSED_NUMBERS, fused_draws, fused_shares
@@ -131,7 +131,7 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        left, alike = edges(tiles, covered), []
+        left, alike, begin = edges(tiles, covered), [], first_directions(problem)
         many = -(-tiles.size * problem.group // self.rows)
         blocks, shape = self._blocks(tiles), (len(left[0]), len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
@@ -144,7 +144,7 @@ class DrawAlike(Stage):
         if fused:
             sorts = chunks(tiles, sorting, [part.start for part in parts])
         for whole in parts if fused else sorts:
-            sorted_parts = [self._sort(tiles, many, at) for at in sorts if whole.start <= at.start < whole.stop]
+            sorted_parts = [self._sort(tiles, many, at, begin) for at in sorts if whole.start <= at.start < whole.stop]
             alike.extend(ordered for ordered, _ in sorted_parts)
             scan = AlikeScan.joined([each for _, each in sorted_parts])
             # before the next ones are sorted
@@ -157,9 +157,9 @@ class DrawAlike(Stage):
         joined = AlikeTiles.joined(alike)
         return ((joined, self._lists(tiles, covered, joined, left, index, weight)),), covered
 
-    def _sort(self, tiles: Tiles, many: int, part: slice) -> tuple[AlikeTiles, AlikeScan]:
+    def _sort(self, tiles: Tiles, many: int, part: slice, begin: Tensor) -> tuple[AlikeTiles, AlikeScan]:
         """Sort the queries of a chunk, and average those of each list in groups."""
-        alike, query, few = sort_alike(tiles, many, part)
+        alike, query, few = sort_alike(tiles, many, part, begin)
         return alike, AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), part.start)
 
     def _noise(self, tiles: Tiles, many: int) -> Tensor:
