@@ -17,7 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
-from hyperattention.kernels.choose import triton_block_mass, triton_draw_leaves, triton_prepare
+from hyperattention.kernels.choose import (
+    triton_alike_shares,
+    triton_block_mass,
+    triton_draw_alike,
+    triton_draw_leaves,
+    triton_prepare,
+)
+from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_flat, triton_flatten
@@ -141,6 +148,26 @@ def launches_of_draws() -> Iterator[tuple[str, Launch]]:
         yield f"draws from {leaves} leaves", launch
 
 
+def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    known, bar = indices(2, TILES), torch.empty(2, TILES, 8, 16)
+    for groups in (groups for groups in (2, 8, 16) if scores_alike(groups, dim)):
+        query, keys = torch.empty(2, TILES, 8, groups, dim, dtype=dtype), torch.empty(2, KEYS, dim, dtype=dtype)
+        share, log_value = triton_alike_shares.empty_shares(query, KEYS), torch.empty(2, KEYS)
+        for size in (1, 2):
+            spread, variance = torch.empty(2, TILES, 8, size * dim, dtype=dtype), None if size == 1 else keys
+            launch = triton_alike_shares.launch_shares(query, bar, spread, keys, variance, log_value, known, share, 2.0)
+            yield f"alike shares, {groups} groups, blocks of {size}", launch
+
+
+def launches_of_alike_draws() -> Iterator[tuple[str, Launch]]:
+    known, edges, noise = indices(2, TILES), indices(2, TILES, 4), torch.empty(2, TILES * 8, dtype=torch.float64)
+    share = torch.empty(2, TILES * 8, KEYS, dtype=torch.bfloat16)
+    results = indices(2, TILES * 8, 880), torch.empty(2, TILES * 8, 880)
+    for size in (1, 2):
+        launch = triton_draw_alike.launch_draw(share, known, edges, noise, results, size, 0.1, 4, 1e-30)
+        yield f"alike draws, blocks of {size}", launch
+
+
 def resources_of(compiled, capability: int) -> dict:
     """Registers, bytes of stack (what did not fit registers is spilled there), serialised products, and how loops gather."""
     with tempfile.TemporaryDirectory() as folder:
@@ -191,11 +218,15 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
             yield f"{name}, {rows} rows", launch
     if default:
         yield from launches_of_preparation(dtype, dim)
+    # never in float32, and of the same size in float16
+    if dtype != torch.float32:
+        yield from launches_of_alike_queries(dtype, dim)
     if default and dim == 64:
         for rows in (16, 64, 256):
             for name, launch in launches_of_masses(dtype, dim, rows):
                 yield f"{name}, {rows} rows", launch
         yield from launches_of_draws()
+        yield from launches_of_alike_draws()
 
 
 def main(capability: int, dtype: torch.dtype, dims: list[int]) -> None:

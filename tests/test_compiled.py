@@ -48,7 +48,7 @@ def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:
 )
 def test_default_sizes_fit_and_spill_nothing(dim, capability):
     kernels = compiled(capability, "bfloat16", dim)
-    assert len(kernels) == 2 * 8 + 4 * 2 + 4 + (3 * 3 + 3 if dim == 64 else 0)
+    assert len(kernels) == 2 * 8 + 4 * 2 + 4 + 6 + (3 * 3 + 3 + 2 if dim == 64 else 0)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
         # what tests labels as well, and groups of sixteen heads, may spill a little
@@ -60,6 +60,9 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
             refuse_what_makes_gathers_slow(kernel, capability)
         else:
             assert kernel["spilled"] <= most, kernel
+        if kernel["kernel"].startswith("alike"):
+            assert kernel["serialised"] == [], kernel
+            assert kernel["synchronous"] == 0, kernel
         if kernel["kernel"].startswith(("forward", "backward", "keys", "queries")):
             allowed = next((count for name, count in SYNCHRONOUS.items() if kernel["kernel"].startswith(name)), 0)
             assert kernel["synchronous"] <= allowed, kernel

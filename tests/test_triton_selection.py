@@ -11,6 +11,7 @@ import hyperattention as ha
 from assertions import assert_exact
 from cases import CASES
 from hyperattention.problem import Problem
+from hyperattention.select import DrawAlike, draw_alike
 from hyperattention.select.score import hierarchical_search, leaves, walk
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.level import Level
@@ -125,8 +126,10 @@ def waits(spy: Spy) -> set[str]:
     return {name for name in WAITS if spy.calls[name]}
 
 
-def descends(method: ha.Method) -> bool:
-    """Whether any of its draws does: nothing else is fused."""
+def has_kernels(method: ha.Method) -> bool:
+    """Whether any of its stages chooses keys by kernels: a search that descends, or draws for alike queries."""
+    if any(isinstance(stage, DrawAlike) for stage in method.stages):
+        return True
     draws = [stage for stage in method.stages if isinstance(stage, ha.Draw)]
     return any(isinstance(density, HierarchicalSearch) for draw in draws for density, _ in draw.by.components)
 
@@ -139,12 +142,13 @@ LISTED = [(case, fused) for case in CASES if isinstance(case.method, ha.Method) 
     [
         pytest.param(case.method, fused, id=f"{case.name}, {'fused' if fused else 'in torch'}")
         for case, fused in LISTED
-        if not fused or descends(case.method)
+        if not fused or has_kernels(case.method)
     ],
 )
 def test_selection_never_makes_the_host_wait(method, fused, monkeypatch):
     """On the meta device nothing can be waited for: what needs a value fails, and CPU tensors among the others do too."""
-    monkeypatch.setattr(hierarchical_search, "triton_reads", lambda *tensors: fused)
+    for module in (hierarchical_search, draw_alike):
+        monkeypatch.setattr(module, "triton_reads", lambda *tensors: fused)
     q, k, v = (x.to("meta") for x in tensors(9000, heads=4, kv_heads=2, head_dim=128))
     x = Problem(q, k, v, 0.1, causal=True)
     with Spy() as spy:

@@ -2,12 +2,14 @@
 
 python benchmarks/gpu/counts.py                    # the default method at 8k, 131k and 1M tokens
 python benchmarks/gpu/counts.py 65536 --largest 20 # one length, and the operators that move most
+python benchmarks/gpu/counts.py --alike            # the default method of a CPU, which draws for alike queries
 """
 
 import argparse
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from hyperattention import default_method
 from hyperattention.problem import Problem
-from hyperattention.select.score import hierarchical_search
+from hyperattention.select import draw_alike
+from hyperattention.select.score import alike_fused, alike_scan, hierarchical_search
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -43,17 +46,17 @@ class Count(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
-    plain = hierarchical_search.triton_reads, hierarchical_search.for_estimates
-    hierarchical_search.triton_reads, hierarchical_search.for_estimates = lambda *tensors: True, lambda x: x.bfloat16()
-    try:
+    with ExitStack() as stack:
+        for module in (hierarchical_search, draw_alike):
+            stack.enter_context(patch.object(module, "triton_reads", lambda *tensors: True))
+        for module in (hierarchical_search, alike_fused, alike_scan):
+            stack.enter_context(patch.object(module, "for_estimates", lambda x: x.bfloat16()))
         yield
-    finally:
-        hierarchical_search.triton_reads, hierarchical_search.for_estimates = plain
 
 
-def count(tokens: int) -> Count:
+def count(tokens: int, alike: bool) -> Count:
     q, k = (torch.empty(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS))
-    method = default_method(max(tokens, 65_536), device="cuda")
+    method = default_method(max(tokens, 65_536), device="cpu" if alike else "cuda")
     with as_on_a_gpu(), torch.no_grad(), Count() as counted:
         method.selections(Problem(q, k, k, HEAD_DIM**-0.5, causal=True))
     return counted
@@ -63,9 +66,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=int, nargs="*", default=[8192, 131_072, 1_048_576])
     parser.add_argument("--largest", type=int, default=0, help="operators to name, by bytes")
+    parser.add_argument("--alike", action="store_true", help="count what draws for alike queries take")
     options = parser.parse_args()
     for tokens in options.tokens:
-        counted = count(tokens)
+        counted = count(tokens, options.alike)
         print(f"{tokens:,} tokens: {counted.launches.total()} launches, {counted.bytes.total() / 1e9:.3g} GB")
         for name, moved in counted.bytes.most_common(options.largest):
             print(f"    {name}: {counted.launches[name]} launches, {moved / 1e9:.3g} GB")

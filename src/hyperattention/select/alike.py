@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.select.score.principal import principal_directions
+from hyperattention.problem import Problem
+from hyperattention.select.score.principal import principal_directions, random_directions
 from hyperattention.tiling import Tiles
 
 # steps from the row farthest from the mean towards the direction in which rows differ most
@@ -70,7 +71,7 @@ class AlikeTiles:
 
 
 def sort_alike(
-    tiles: Tiles, many: int, part: slice = slice(None)
+    tiles: Tiles, many: int, part: slice = slice(None), begin: Float[Tensor, "head_dim width"] | None = None
 ) -> tuple[AlikeTiles, Float[Tensor, "lists tiles many rows head_dim"], Float[Tensor, "lists tiles many rows width"]]:
     """Cut every tile of positions into `many` tiles of alike queries.
 
@@ -81,6 +82,7 @@ def sort_alike(
         tiles: the problem tiled by position.
         many: tiles of alike queries for each tile of positions.
         part: which tiles of positions; all by default.
+        begin: from `first_directions`, for a caller that sorts several parts; None draws them.
 
     Returns:
         the tiles; their queries, scaled, in float32 or wider; and these in the few directions in which they were compared.
@@ -95,7 +97,7 @@ def sort_alike(
     # rows that fill up repeat the last one: they change no direction for the worse, and are thrown away
     fill = torch.arange(many * each, dtype=torch.int64, device=x.device).clamp(max=rows - 1)
     x = torch.nan_to_num(x.index_select(2, fill), nan=0.0, posinf=0.0, neginf=0.0)
-    few = _compared(x.flatten(0, 1))
+    few = _compared(x.flatten(0, 1), begin)
     order = _tree(few, _factors(many)).view(len(q), len(source), -1)
     shape = (len(q), len(source), many, each, -1)
     x, few = (_take(y, order.flatten(0, 1)).view(shape) for y in (x.flatten(0, 1), few))
@@ -128,11 +130,18 @@ def _factors(number: int) -> tuple[int, ...]:
     return factors
 
 
-def _compared(x: Float[Tensor, "sets rows head_dim"]) -> Float[Tensor, "sets rows width"]:
+def first_directions(problem: Problem) -> Float[Tensor, "head_dim width"]:
+    """Draw the directions from which `sort_alike` begins its search for those in which queries differ."""
+    return random_directions(problem.q.shape[3], min(_DIRECTIONS, problem.q.shape[3]), problem.device)
+
+
+def _compared(
+    x: Float[Tensor, "sets rows head_dim"], begin: Float[Tensor, "head_dim width"] | None
+) -> Float[Tensor, "sets rows width"]:
     """Project the rows of every set onto the few directions in which they differ most."""
     if x.shape[2] <= _DIRECTIONS:
         return x
-    return (x - x.mean(1, keepdim=True)) @ principal_directions(x, _DIRECTIONS)
+    return (x - x.mean(1, keepdim=True)) @ principal_directions(x, _DIRECTIONS, begin)
 
 
 def _take(x: Float[Tensor, "sets rows width"], order: Int[Tensor, "sets rows"]) -> Float[Tensor, "sets rows width"]:

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
+from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.random import uniform
-from hyperattention.select.alike import AlikeTiles, sort_alike
-from hyperattention.select.density import Even
+from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
+from hyperattention.select.score.alike_fused import FUSED_NUMBERS, fused_draws, fused_shares
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.pooling import chunks, edges, seen_keys
-from hyperattention.select.score.stretches import Stretches, stretches_of
+from hyperattention.select.score.stretches import draws_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
 from hyperattention.types import DrawnSlots, Runs, Selection
@@ -129,34 +131,51 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        left, alike = edges(tiles, covered), []
+        left, alike, begin = edges(tiles, covered), [], first_directions(problem)
         many = -(-tiles.size * problem.group // self.rows)
         blocks, shape = self._blocks(tiles), (len(left[0]), len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
-        # what is sorted at once is scored at once or in parts
-        sorts = chunks(tiles, _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3])
-        parts = chunks(tiles, self._numbers(tiles, many), [*self._seams(tiles), *(at.start for at in sorts)])
-        for at in sorts:
-            ordered, scan = self._sort(tiles, many, at)
-            alike.append(ordered)
-            for part in (part for part in parts if at.start <= part.start < at.stop):
-                rows = slice(part.start * many, part.stop * many)
-                index[:, rows], weight[:, rows] = self._draw(scan, blocks, left, tiles, covered, part)
+        noise, sorting = self._noise(tiles, many), _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3]
+        fused = scores_alike(min(self.pooled, self.rows), problem.q.shape[3]) and triton_reads(problem.q, problem.k)
+        # what is sorted at once is scored at once or in parts; kernels score more at once than is sorted
+        sorts = [] if fused else chunks(tiles, sorting)
+        parts = chunks(tiles, self._numbers(tiles, many, fused), [*self._seams(tiles), *(at.start for at in sorts)])
+        if fused:
+            sorts = chunks(tiles, sorting, [part.start for part in parts])
+        for whole in parts if fused else sorts:
+            sorted_parts = [self._sort(tiles, many, at, begin) for at in sorts if whole.start <= at.start < whole.stop]
+            alike.extend(ordered for ordered, _ in sorted_parts)
+            scan = AlikeScan.joined([each for _, each in sorted_parts])
             # before the next ones are sorted
+            del sorted_parts
+            for part in (part for part in parts if whole.start <= part.start < whole.stop):
+                rows = slice(part.start * many, part.stop * many)
+                some = tuple(x[:, part] for x in left)
+                index[:, rows], weight[:, rows] = self._draw(scan, blocks, some, noise[:, rows], covered, part, fused)
             del scan
         joined = AlikeTiles.joined(alike)
         return ((joined, self._lists(tiles, covered, joined, left, index, weight)),), covered
 
-    def _sort(self, tiles: Tiles, many: int, part: slice) -> tuple[AlikeTiles, AlikeScan]:
+    def _sort(self, tiles: Tiles, many: int, part: slice, begin: Tensor) -> tuple[AlikeTiles, AlikeScan]:
         """Sort the queries of a chunk, and average those of each list in groups."""
-        alike, query, few = sort_alike(tiles, many, part)
+        alike, query, few = sort_alike(tiles, many, part, begin)
         return alike, AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), part.start)
 
-    def _numbers(self, tiles: Tiles, many: int) -> int:
+    def _noise(self, tiles: Tiles, many: int) -> Tensor:
+        """Tell where inside a slot the points of each list of queries lie, ``[lists, tiles * many, 1]``."""
+        problem = tiles.problem
+        number = (tiles.index[:, None] * many + torch.arange(many, dtype=torch.int64, device=problem.device)).flatten()
+        noise = uniform((problem.seed, problem.layer, problem.head_index[:, None, None], number[:, None], 0), problem.device)
+        return noise.repeat(problem.k.shape[0], 1, 1)
+
+    def _numbers(self, tiles: Tiles, many: int, fused: bool) -> int:
         """Count the numbers held for each tile of positions while drawing, in each list of keys."""
         problem = tiles.problem
         blocks, lists = min(self.most, problem.num_keys), problem.k.shape[0] * problem.k.shape[1]
+        if fused:
+            # shares and slots, and averages of sorted queries in two precisions, which are put together
+            return many * (int(FUSED_NUMBERS * blocks) + 4 * (self.num + self.pooled * problem.q.shape[3]))
         # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
         scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
         held = many * (_NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
@@ -196,30 +215,19 @@ class DrawAlike(Stage):
         return blocks
 
     def _draw(
-        self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], tiles: Tiles, covered: CoveredKeys,
-        part: slice,
+        self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], noise: Tensor,
+        covered: CoveredKeys, part: slice, fused: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Draw for a chunk of tiles: keys and log-weights, ``[lists, chunk * many, num]``."""
-        problem, many = tiles.problem, scan.query.shape[2]
-        seen = seen_keys(tiles, part)
+        seen = seen_keys(scan.tiles, part)
         size = self._block_size(seen)
-        some = tuple(x[:, part] for x in left)
-        share = scan.shares(part, blocks(size), -(-seen // size))
-        law: Stretches = stretches_of(
-            share, size, some, self.num, self.uniform_share, not (problem.causal and covered.gap is not None)
-        )
-        slot = torch.arange(self.num, dtype=torch.int64, device=problem.device)
-        number = (tiles.index[part, None] * many + torch.arange(many, dtype=torch.int64, device=problem.device)).flatten()
-        noise = uniform((problem.seed, problem.layer, problem.head_index[:, None, None], number[:, None], 0), problem.device)
-        index, chance = law.draw(((slot + noise) / self.num).repeat(problem.k.shape[0], 1, 1))
-        # a law with nothing to draw from drew keys to which it gives no chance: empty slots
-        weight = (-(chance * self.num).log()).masked_fill(chance == 0, -torch.inf)
-        begin, hole_begin, hole_end, end = (x.repeat_interleave(many, 1) for x in some)
-        even = Even((begin, hole_begin, hole_end, end))
-        few = even.count <= self.num
-        all_of_them = even.at((slot.double() + 0.5) / even.count.clamp(min=1))
-        listed = torch.zeros_like(weight).masked_fill_(slot >= even.count, -torch.inf)
-        return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
+        num = -(-seen // size)
+        if fused:
+            known, share = fused_shares(scan, part, blocks(size), num)
+            return fused_draws(known, share, size, left, noise, self.num, self.uniform_share)
+        share = scan.shares(part, blocks(size), num)
+        to_the_end = not (scan.tiles.problem.causal and covered.gap is not None)
+        return draws_of(share, size, left, noise, self.num, self.uniform_share, to_the_end)
 
     def _lists(
         self, tiles: Tiles, covered: CoveredKeys, alike: AlikeTiles, left: tuple[Tensor, ...], index: Tensor, weight: Tensor

@@ -7,6 +7,22 @@ from hyperattention.transforms import refuse_vmap
 
 # largest number of pooled queries of a tile that a program holds; with more of them PyTorch runs
 MOST_ROWS = 256
+# largest number of averages of a list of alike queries, and of numbers in them, that fit a program with those of eight lists
+_MOST_GROUPS, _MOST_NUMBERS = 16, 2048
+
+
+def scores_alike(groups: int, width: int) -> bool:
+    """Return whether a kernel scores keys by so many averages of a list of alike queries; PyTorch does by more.
+
+    Args:
+        groups: averages of a list.
+        width: numbers in an average.
+
+    Returns:
+        whether `alike_shares` supports them; numbers are padded to powers of two.
+    """
+    padded = 1 << (max(1, groups) - 1).bit_length(), 1 << (max(1, width) - 1).bit_length()
+    return padded[0] <= _MOST_GROUPS and padded[0] * padded[1] <= _MOST_NUMBERS
 
 
 @torch.library.custom_op("hyperattention::block_lse", mutates_args=())
@@ -111,5 +127,53 @@ def _(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale)
     return q.new_empty((lists, tiles, group * -(-size // each), width), dtype=dtype)
 
 
-for _operator in (block_lse, block_mass, draw_leaves, prepare_keys, prepare_queries):
+@torch.library.custom_op("hyperattention::alike_shares", mutates_args=())
+def alike_shares(
+    query: Tensor,
+    bar: Tensor,
+    spread: Tensor,
+    keys: Tensor,
+    variance: Tensor | None,
+    log_value: Tensor,
+    known: Tensor,
+    num: int,
+    deviations: float,
+) -> Tensor:
+    """See `triton_alike_shares.alike_shares`."""
+    from hyperattention.kernels.choose import triton_alike_shares
+
+    return triton_alike_shares.alike_shares(query, bar, spread, keys, variance, log_value, known, num, deviations)
+
+
+@alike_shares.register_fake
+def _(query, bar, spread, keys, variance, log_value, known, num, deviations):
+    # a row's places are a multiple of 16
+    return query.new_empty((query.shape[0], query.shape[1] * query.shape[2], -(-num // 16) * 16))
+
+
+@torch.library.custom_op("hyperattention::draw_alike", mutates_args=())
+def draw_alike(
+    share: Tensor,
+    known: Tensor,
+    edges: Tensor,
+    noise: Tensor,
+    num: int,
+    size: int,
+    even: float,
+    rounds: int,
+    least: float,
+) -> tuple[Tensor, Tensor]:
+    """See `triton_draw_alike.draw_alike`."""
+    from hyperattention.kernels.choose import triton_draw_alike
+
+    return triton_draw_alike.draw_alike(share, known, edges, noise, num, size, even, rounds, least)
+
+
+@draw_alike.register_fake
+def _(share, known, edges, noise, num, *rest):
+    shape = (*share.shape[:2], num)
+    return known.new_empty(shape, dtype=torch.int64), noise.new_empty(shape, dtype=torch.float32)
+
+
+for _operator in (alike_shares, block_lse, block_mass, draw_alike, draw_leaves, prepare_keys, prepare_queries):
     refuse_vmap(_operator, "choosing keys")

@@ -1,6 +1,7 @@
 """Score blocks of keys by averages of alike queries, and allow for what averages hide."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -23,9 +24,9 @@ _KEY_NUMBERS = 6
 # bound of the logarithm of relative distances of values: estimates only, which must not starve a key
 _MOST_LOG_VALUE = 2.0
 # deviations by which a query may exceed the average of its group
-_DEVIATIONS = 2.0
+DEVIATIONS = 2.0
 # below any score, and far enough from the end of 32-bit integers to be subtracted from
-_HIDDEN = -(2**29)
+HIDDEN = -(2**29)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,15 @@ class AlikeScan:
         integers = Scratch(mean.new_empty(0, dtype=torch.int32), _SCORES if integers_are_fast(mean) else 0)
         return cls(tiles, mean, spread, log_rows, scores, integers, begin)
 
-    def _own(self, part: slice) -> slice:
+    @classmethod
+    def joined(cls, parts: Sequence["AlikeScan"]) -> "AlikeScan":
+        """Put the averages of consecutive tiles behind one another."""
+        query, spread, log_rows = (
+            torch.cat(x, 1) for x in zip(*((each.query, each.spread, each.log_rows) for each in parts), strict=True)
+        )
+        return replace(parts[0], query=query, spread=spread, log_rows=log_rows)
+
+    def own(self, part: slice) -> slice:
         """Tell where tiles stand in `query`."""
         return slice(part.start - self.begin, part.stop - self.begin)
 
@@ -172,20 +181,26 @@ class AlikeScan:
         """Estimate the largest share that a query of each list gives a key of each of the first `num` blocks."""
         lists, _, many, groups, _ = self.query.shape
         best = self.query.new_zeros(lists, part.stop - part.start, many, num)
-        known = self._known(part, blocks.size)
-        seen = self._log_sums(part, blocks, known // NORMAL) - self.log_rows[:, self._own(part)]
+        known, seen = self.bars(part, blocks)
         extra = self._allowance(part, blocks, num)
         on_cpu = self.query.device.type == "cpu"
         step = max(1, _SCORES // (many * groups * max(1, num))) if on_cpu else part.stop - part.start
         for one in range(lists):
             for at in range(0, part.stop - part.start, step):
                 some = slice(at, min(at + step, part.stop - part.start))
-                query = self.query[one, self._own(part)][some]
+                query = self.query[one, self.own(part)][some]
                 count = self._most_known(part, some, blocks.size, num)
                 if count:
                     found = self._best(query, blocks, one, known[one, some], seen[one, some], count)
                     best[one, some, :, :count] = found.add_(extra[one, some, :, :count]).clamp_(max=0.0).exp_()
         return best
+
+    def bars(
+        self, part: slice, blocks: Blocks
+    ) -> tuple[Int[Tensor, "lists chunk"], Float[Tensor, "lists chunk many groups"]]:
+        """Count the leading blocks that each tile may score, and tell what each average's scores are compared with."""
+        known = self._known(part, blocks.size)
+        return known, self._log_sums(part, blocks, known // NORMAL) - self.log_rows[:, self.own(part)]
 
     def _known(self, part: slice, size: int) -> Int[Tensor, "lists chunk"]:
         """Count the whole blocks that every query of a tile sees."""
@@ -202,15 +217,15 @@ class AlikeScan:
     def _allowance(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
         """Tell by how much a draw may count for more than an average does: by deviations, and by how far its value lies."""
         width = self.query.shape[4]
-        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, self._own(part)].flatten(1, 2)
-        extra = (spread[..., :width] @ moments[:, :width]).sqrt_().mul_(_DEVIATIONS)
+        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, self.own(part)].flatten(1, 2)
+        extra = (spread[..., :width] @ moments[:, :width]).sqrt_().mul_(DEVIATIONS)
         if blocks.size > 1:
             extra.baddbmm_(spread[..., width:], moments[:, width:])
         return extra.add_(blocks.log_value[:, None, :num]).unflatten(1, (-1, self.query.shape[2]))
 
     def _log_sums(self, part: slice, blocks: Blocks, known: Tensor) -> Float[Tensor, "lists chunk many groups"]:
         """Estimate each query's log-sum-exp over whole stretches before its tile, scores inside one taken for normal."""
-        query, width = self.query[:, self._own(part)], self.query.shape[4]
+        query, width = self.query[:, self.own(part)], self.query.shape[4]
         score, half = (
             (x.flatten(1, 3) @ y.transpose(1, 2)).view(*query.shape[:4], -1)
             for x, y in zip((query, query.square()), blocks.moments.split(width, 2), strict=True)
@@ -265,7 +280,7 @@ def _log_shares(score: Tensor, unit: Tensor, known: Tensor, seen: Tensor) -> Ten
     Returns:
         logarithms of shares, ``[tiles, many, blocks]``.
     """
-    bar = (seen / unit).clamp(_HIDDEN, -_HIDDEN).to(score.dtype)
+    bar = (seen / unit).clamp(HIDDEN, -HIDDEN).to(score.dtype)
     best = score.sub_(bar[..., None]).amax(2).to(unit.dtype) * unit
     # on a CPU most blocks are known to all tiles
     first = int(known.min()) if score.device.type == "cpu" else 0

@@ -11,7 +11,24 @@ _ROUNDS = 2
 _RIDGE = 1e-12
 
 
-def principal_directions(keys: Float[Tensor, "lists keys head_dim"], width: int) -> Float[Tensor, "lists head_dim width"]:
+def random_directions(dim: int, width: int, device: torch.device) -> Float[Tensor, "dim width"]:
+    """Draw the directions from which the search begins: always the same.
+
+    Args:
+        dim: numbers in a direction.
+        width: number of directions.
+        device: device of the directions.
+
+    Returns:
+        the directions, as columns, in float64.
+    """
+    rows, columns = (torch.arange(n, dtype=torch.int64, device=device) for n in (dim, width))
+    return normal((rows[:, None], columns), device)
+
+
+def principal_directions(
+    keys: Float[Tensor, "lists keys head_dim"], width: int, begin: Float[Tensor, "head_dim width"] | None = None
+) -> Float[Tensor, "lists head_dim width"]:
     """Find orthonormal directions that carry nearly as much of the keys' variance as any `width` directions can.
 
     Y <- orth(C Y), a few times, from random Y;   C = covariance of the keys
@@ -22,6 +39,7 @@ def principal_directions(keys: Float[Tensor, "lists keys head_dim"], width: int)
     Args:
         keys: some keys; numbers that are not finite count as 0.
         width: number of directions, at most ``head_dim``.
+        begin: from `random_directions`, for a caller that searches several times; None draws them.
 
     Returns:
         the directions, as columns.
@@ -29,9 +47,8 @@ def principal_directions(keys: Float[Tensor, "lists keys head_dim"], width: int)
     centred = torch.nan_to_num(keys.double(), posinf=0.0, neginf=0.0)
     centred = centred - centred.mean(1, keepdim=True)
     covariance = centred.transpose(1, 2) @ centred
-    dim = covariance.shape[1]
-    rows, columns = (torch.arange(n, dtype=torch.int64, device=keys.device) for n in (dim, width))
-    directions = normal((rows[:, None], columns), keys.device).expand(len(covariance), -1, -1)
+    begin = random_directions(covariance.shape[1], width, keys.device) if begin is None else begin
+    directions = begin.expand(len(covariance), -1, -1)
     for _ in range(_ROUNDS):
         directions = _orthonormal(covariance @ _orthonormal(covariance @ directions))
     return _orthonormal(directions).to(keys.dtype)

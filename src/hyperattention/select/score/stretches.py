@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.select.density import Distribution
+from hyperattention.select.density import Distribution, Even
 from hyperattention.select.score.mass import inverse
 
 # rounds in which a stretch's listings are cut to one a key and the rest is given to the others
-_CLIP_ROUNDS = 4
+CLIP_ROUNDS = 4
 # sums below count as none: draws over one of them would overflow
-_LEAST = 1e-30
+LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stretches(Distribution):
         return self.first.gather(2, flat).view_as(at), self.size.gather(2, flat).view_as(at)
 
     def _chance(self, at: Tensor, size: Tensor) -> Tensor:
-        return self.listings.gather(3, at) / (size.clamp(min=1) * _sum(self.listings).clamp(min=_LEAST))
+        return self.listings.gather(3, at) / (size.clamp(min=1) * _sum(self.listings).clamp(min=LEAST))
 
 
 def stretches_of(
@@ -86,16 +86,47 @@ def stretches_of(
     mass = (torch.cat([share, share], 3) if to_the_end else share).mul_(size[:, :, None])
     count = (hole_begin - begin + end - hole_end).clamp(min=1)[:, :, None].to(mass.dtype)
     room, weighted = size[:, :, None].to(mass.dtype), (1 - even) * num
-    for _ in range(_CLIP_ROUNDS):
+    for _ in range(CLIP_ROUNDS):
         most = _sum(mass) / weighted
         torch.minimum(mass, most if block_size == 1 else room * most, out=mass)
     total = _sum(mass)
     # where nothing was scored all draws are even
     evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
-    mass.mul_(weighted / total.clamp(min=_LEAST)).addcmul_(room, evenly)
+    mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(room, evenly)
     # what an even draw adds to keys listed for certain is worth more to others
     torch.minimum(mass, room, out=mass)
     return Stretches(first, size, mass)
+
+
+def draws_of(
+    share: Float[Tensor, "lists tiles many blocks"], block_size: int, left: tuple[Tensor, ...], noise: Tensor, num: int,
+    even: float, to_the_end: bool,
+) -> tuple[Int[Tensor, "lists rows num"], Float[Tensor, "lists rows num"]]:  # fmt: skip
+    """Draw from the law of `stretches_of`, or list all keys where they are few.
+
+    Args:
+        share: as for `stretches_of`; overwritten.
+        block_size: keys in a block.
+        left: as for `stretches_of`.
+        noise: where inside a slot each list's points lie, ``[lists, tiles * many, 1]``.
+        num: draws of each list.
+        even: share of the draws that is spread evenly over the keys.
+        to_the_end: whether something may be left beyond the hole.
+
+    Returns:
+        keys and their log-weights.
+    """
+    law = stretches_of(share, block_size, left, num, even, to_the_end)
+    slot = torch.arange(num, dtype=torch.int64, device=noise.device)
+    index, chance = law.draw((slot + noise) / num)
+    # a law with nothing to draw from drew keys to which it gives no chance: empty slots
+    weight = (-(chance * num).log()).masked_fill(chance == 0, -torch.inf)
+    begin, hole_begin, hole_end, end = (x.repeat_interleave(share.shape[2], 1) for x in left)
+    evenly = Even((begin, hole_begin, hole_end, end))
+    few = evenly.count <= num
+    all_of_them = evenly.at((slot.double() + 0.5) / evenly.count.clamp(min=1))
+    listed = torch.zeros_like(weight).masked_fill_(slot >= evenly.count, -torch.inf)
+    return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
 
 
 def _sum(mass: Tensor) -> Tensor:

@@ -1,0 +1,247 @@
+"""Draws for alike queries as a GPU makes them: shares of keys equal those of the CPU, and draws follow the same law."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hyperattention as ha
+from assertions import assert_exact, assert_same_bits
+from hyperattention.problem import Problem
+from hyperattention.select import DrawAlike, draw_alike
+from hyperattention.select.alike import sort_alike
+from hyperattention.select.score import alike_fused, alike_scan
+from hyperattention.select.score.alike_fused import fused_draws, fused_shares
+from hyperattention.select.score.alike_scan import AlikeScan, Blocks, blocks_of
+from hyperattention.select.score.stretches import stretches_of
+from hyperattention.tiling import Tiles, cut
+from problems import problem, tensors
+
+pytestmark = pytest.mark.usefixtures("triton_kernel")
+TILE = 32
+
+
+@pytest.fixture(autouse=True)
+def one_precision(monkeypatch):
+    """Estimates in float32 on both sides: rounded ones would be rounded at other places."""
+    # few blocks tell what scores are compared with, so that short problems have some
+    monkeypatch.setattr(alike_scan, "NORMAL", 8)
+    monkeypatch.setattr(alike_scan, "integers_are_fast", lambda x: False)
+    for module in (alike_scan, alike_fused):
+        monkeypatch.setattr(module, "for_estimates", lambda x: x)
+
+
+def masked(given: Problem, live: int) -> Problem:
+    """Hide some keys, in normal form: live keys first."""
+    shown = torch.rand(given.k.shape[0], given.num_keys, generator=torch.Generator().manual_seed(1)) < live / given.num_keys
+    return replace(given, rank=shown.cumsum(1))
+
+
+def chunk_of_a_prompt(given: Problem, offset: int) -> Problem:
+    return replace(given, q=given.q[:, :, offset:], offset=offset)
+
+
+def strided(given: Problem) -> Problem:
+    """The same as ``[tokens, heads, width]`` in memory, seen by head."""
+    return replace(given, **{name: getattr(given, name).transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"})
+
+
+def scan_of(given: Problem, groups: int, many: int) -> tuple[Tiles, AlikeScan]:
+    tiles = cut(given, TILE)
+    _, query, few = sort_alike(tiles, many)
+    return tiles, AlikeScan.of(tiles, query, few, groups)
+
+
+def known_shares(scan: AlikeScan, part: slice, blocks: Blocks, num: int) -> torch.Tensor:
+    """Shares of the kernel as `AlikeScan.shares` gives them: 0 where nothing is known."""
+    known, share = fused_shares(scan, part, blocks, num)
+    share = share[..., :num].unflatten(1, (known.shape[1], -1))
+    hidden = torch.arange(num) >= known[..., None, None]
+    assert torch.isfinite(share[~hidden.expand_as(share)]).all()
+    return share.masked_fill(hidden, 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 4], ids=["keys", "blocks"])
+@pytest.mark.parametrize(
+    ("given", "groups", "many"),
+    [
+        pytest.param(problem(100, heads=2, kv_heads=2, head_dim=64), 8, 2, id="one head in a group"),
+        pytest.param(chunk_of_a_prompt(problem(150, heads=3, kv_heads=1, head_dim=80), 37), 5, 3, id="three, a chunk"),
+        pytest.param(strided(problem(130, heads=8, head_dim=128, causal=False)), 4, 4, id="four, all keys, strided"),
+        pytest.param(masked(problem(200, heads=4, batch=2), 140), 3, 2, id="masked keys"),
+    ],
+)
+def test_shares_are_those_of_the_cpu(given, groups, many, size):
+    tiles, scan = scan_of(given, groups, many)
+    # not all tiles, so that the averages of a list are not all there are
+    part, num = slice(1, len(tiles.index)), -(-given.num_keys // size)
+    blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
+    ours, expected = known_shares(scan, part, blocks, num), scan.shares(part, blocks, num)
+    # most are neither unknown nor as large as a share can be
+    assert ((expected > 0) & (expected < 1)).sum() > 0.3 * (expected > 0).sum() > 0
+    assert_same_bits(ours > 0, expected > 0)
+    # logarithms: each share to rounding, however small; the scores under it are sums of products this large
+    size_of_scores = (scan.query.norm(dim=-1).max() * blocks.keys.norm(dim=-1).max()).item()
+    there = expected > 0
+    assert_exact(ours[there].log(), expected[there].log(), size=1 + size_of_scores)
+
+
+def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
+    given = problem(100, heads=4, head_dim=64)
+    tiles, scan = scan_of(given, 4, 2)
+    blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), 1, 24)
+    # what is not rounded below is rounded here: only squares and shares remain
+    scan = replace(scan, query=scan.query.bfloat16().float(), spread=scan.spread.bfloat16().float())
+    keys = blocks.keys.bfloat16()
+    plain = replace(blocks, keys=keys.float(), squares=keys.float().square())
+    part = slice(0, len(tiles.index))
+    expected, extra = scan.shares(part, plain, 100), scan._allowance(part, plain, 100)
+    monkeypatch.setattr(alike_fused, "for_estimates", lambda x: x.bfloat16())
+    ours = known_shares(scan, part, replace(blocks, keys=keys), 100)
+    assert ours.dtype == torch.bfloat16
+    there = expected > 0
+    off = (ours.float()[there].log() - expected[there].log()).abs()
+    # a step for the share, and one for the squares under the root of the allowance
+    assert (off <= torch.finfo(torch.bfloat16).eps * (1 + extra[there].abs())).all()
+
+
+NUM, POINTS = 24, 10
+EDGES = {
+    "one side": (3, 90, 90, 90),
+    "both sides of a hole": (3, 40, 61, 97),
+    "a hole inside a block": (0, 41, 42, 100),
+    "few keys": (5, 20, 30, 37),
+    "as many keys as draws": (5, 29, 29, 29),
+    "nothing left": (0, 0, 0, 0),
+}
+
+
+def masses(kind: str, blocks: int) -> torch.Tensor:
+    share = torch.rand(blocks, generator=torch.Generator().manual_seed(0)).pow(8)
+    if kind == "nothing scored":
+        return share * 0
+    # more than one key takes a draw of its own, one after the other as the law is cut
+    return share.index_fill(0, torch.tensor([5, 9]) % blocks, 1.0) if kind == "peaks" else share
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        (1, "smooth"), (1, "peaks"), (3, "peaks"), (3, "nothing scored"),
+        pytest.param(3, "smooth", marks=pytest.mark.heavy), pytest.param(1, "nothing scored", marks=pytest.mark.heavy),
+    ],
+)  # fmt: skip
+def test_draws_follow_the_law(size, kind):
+    """Over evenly spaced offsets every key is listed as often as expected, and its weight is one over that."""
+    blocks, tiles = -(-100 // size), len(EDGES)
+    left = tuple(torch.tensor(x)[None, :, None] for x in zip(*EDGES.values(), strict=True))
+    share = masses(kind, blocks).expand(1, tiles, POINTS, -1)
+    # the last blocks are unknown: whatever stands there is not read
+    known = torch.full((1, tiles), blocks - 4)
+    hidden = torch.arange(blocks) >= blocks - 4
+    noise = ((torch.arange(POINTS) + 0.5) / POINTS).double().repeat(tiles)[None, :, None]
+    given = share.masked_fill(hidden, torch.nan).flatten(1, 2)
+    index, weight = fused_draws(known, given, size, left, noise, NUM, 0.2)
+    law = stretches_of(share.masked_fill(hidden, 0.0).contiguous(), size, left, NUM, 0.2, True)
+    expected = law.share(torch.arange(100).expand(1, tiles * POINTS, -1)).view(tiles, POINTS, 100)[:, 0] * NUM
+    index, weight = index.view(tiles, -1), weight.view(tiles, -1)
+    for tile, (begin, hole_begin, hole_end, end) in enumerate(EDGES.values()):
+        key = torch.arange(100)
+        left_over = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
+        full = weight[tile] > -torch.inf
+        # empty slots name a key as well
+        assert (index[tile] >= 0).all()
+        listed = torch.bincount(index[tile][full], minlength=100) / POINTS
+        if left_over.sum() <= NUM:
+            assert_same_bits(listed, left_over.float())
+            assert (weight[tile][full] == 0).all()
+            assert full.sum() == POINTS * left_over.sum()
+            continue
+        assert full.all()
+        # a point for each offset may fall on either side of each end of a key
+        assert ((listed - expected[tile]).abs() <= 1.01 / POINTS).all()
+        assert (listed[~left_over] == 0).all()
+        # the law counts in float32, the kernel in fixed point
+        assert_exact(weight[tile], -expected[tile][index[tile]].log(), size=10.0)
+
+
+def chosen(method: ha.Method, given: Problem, *, fused: bool, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
+    monkeypatch.setattr(draw_alike, "triton_reads", lambda *tensors: fused)
+    runs = method.selections(given)[-1][1].runs[-1]
+    return runs.first, runs.log_weight
+
+
+@pytest.mark.parametrize(
+    ("given", "stage"),
+    [
+        pytest.param(problem(150, heads=3, kv_heads=1), DrawAlike(24, 24, 5), id="causal"),
+        pytest.param(problem(130, causal=False, batch=2, kv_heads=1), DrawAlike(24, 32, 4), id="all keys"),
+        pytest.param(chunk_of_a_prompt(problem(150), 37), DrawAlike(24, 16, 3, most=40), id="a chunk, blocks of keys"),
+        pytest.param(masked(problem(200), 150), DrawAlike(24, 32, 4), id="masked keys"),
+    ],
+)
+def test_a_fused_choice_is_that_of_the_cpu(given, stage, monkeypatch):
+    method = ha.Method(ha.Sinks(2), ha.Window(8), stage, tile=TILE)
+    (index, weight), (expected, log_weight) = (
+        chosen(method, given, fused=fused, monkeypatch=monkeypatch) for fused in (True, False)
+    )
+    same = index == expected
+    # a point may fall on the other side of an edge, by rounding
+    assert same.double().mean() > 0.99
+    assert_same_bits(weight == -torch.inf, log_weight == -torch.inf)
+    here = same & (weight > -torch.inf)
+    assert (weight[here] > 0).any() or (weight[here] < 0).any()
+    assert_exact(weight[here], log_weight[here], size=10.0)
+
+
+def test_chunks_of_the_device_change_no_bit(monkeypatch):
+    given, stage = problem(130, kv_heads=1), DrawAlike(24, 32, 4, most=70)
+    method = ha.Method(ha.Window(8), stage, tile=TILE)
+    found = []
+    for tiles in (1, 3):
+        monkeypatch.setattr(
+            draw_alike, "chunks", lambda tiles, numbers, seams=(), step=tiles: chunks_of(len(tiles.index), seams, step)
+        )
+        found.append(chosen(method, given, fused=True, monkeypatch=monkeypatch))
+    for one, three in zip(*found, strict=True):
+        assert_same_bits(one, three)
+
+
+def chunks_of(total: int, seams, step: int) -> list[slice]:
+    starts = sorted({*range(0, total, step), *(seam for seam in seams if seam < total)})
+    return [slice(at, end) for at, end in zip(starts, [*starts[1:], total], strict=True)]
+
+
+class Captured(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "hyperattention":
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("pooled", "head_dim", "reads", "fused"),
+    [
+        (16, 128, True, True), (17, 128, True, False), (8, 256, True, True), (9, 192, True, False), (32, 16, True, False),
+        (4, 8, False, False),
+    ],
+)  # fmt: skip
+def test_kernels_run_where_they_support_the_call(pooled, head_dim, reads, fused, monkeypatch):
+    monkeypatch.setattr(draw_alike, "triton_reads", lambda *given: reads)
+    q, k, v = (x.to("meta") for x in tensors(200, heads=4, kv_heads=2, head_dim=head_dim))
+    with Captured() as captured:
+        ha.Method(DrawAlike(24, 32, pooled), tile=TILE).selections(Problem(q, k, v, 0.3, causal=True))
+    assert len(captured.calls) == (2 if fused else 0)
+
+
+def test_operators_are_registered_soundly(monkeypatch):
+    with Captured() as captured:
+        chosen(ha.Method(DrawAlike(24, 32, 4, most=40), tile=TILE), problem(64), fused=True, monkeypatch=monkeypatch)
+    assert len(captured.calls) == 2
+    for operator, args in captured.calls.items():
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
