@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LISTS = ha.Method(ha.Sinks(4), ha.Window(64), ha.TopBlocks(4, block_size=16), ha.Draw(100, by=BlockScore(16)))
 HASHED = ha.Method(ha.Sinks(2), ha.HashBuckets(64), ha.Draw(64))
 DEFAULT = ha.default_method(10**6, device="cuda")
-# what runs by default on a CPU has no kernel of its own for its choice
+# what runs by default on a CPU
 ALIKE = ha.default_method(10**6)
 
 
