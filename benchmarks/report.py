@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import head_kinds_table
-import long_context
+import long_context_table
 from gpu.table import gpu_table, plot_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -44,11 +44,11 @@ def write_long_context(records: list[dict]) -> str:
     """Write the table of loss and retrieval on the packaged model, on a CPU, at its full length."""
     found = [record for record in records if record["model"] == "reference" and record["run_on"] == "cpu"]
     longest = max((record["length"] for record in found), default=0)
-    found = [record for record in found if record["length"] == longest and record["name"] in long_context.METHODS]
+    found = [record for record in found if record["length"] == longest and record["name"] in long_context_table.NAMES]
     if not found:
         return "Nothing is recorded yet: run `python benchmarks/long_context.py`."
     commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in found))
-    return f"{long_context.table(found)}\n\nMeasured at {longest:,} tokens, on a CPU, float32; commits {commits}."
+    return f"{long_context_table.table(found)}\n\nMeasured at {longest:,} tokens, on a CPU, float32; commits {commits}."
 
 
 def write_head_kinds(records: list[dict]) -> str:
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     gpu = read_lines(args.records / GPU_RECORDS)
-    lengths = read_lines(args.records / long_context.RECORDS.name)
+    lengths = read_lines(args.records / long_context_table.RECORDS.name)
     texts = {
         args.readme: replaced(args.readme, (write_long_context(lengths), LONG_CONTEXT)),
         args.measured: replaced(
