@@ -17,7 +17,7 @@ from hyperattention.select.score.representatives import Representatives
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
 CROSSOVER = 24_576
 # the same for the thorough method, and for the lean one
-THOROUGH_CROSSOVER = 32_768
+THOROUGH_CROSSOVER = 40_960
 LEAN_CROSSOVER = 4096
 # the same on a GPU: on an H100 0.80 times as fast as cuDNN at 32,768 keys, 2.2 times at 65,536 (records/gpu.jsonl)
 GPU_CROSSOVER = 65_536
