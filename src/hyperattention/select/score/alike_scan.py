@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyperattention.select.score.eight_bits import EightBitKeys, rounded_queries
 from hyperattention.select.score.groups import grouped
+from hyperattention.select.score.mass import total_mass
 from hyperattention.select.score.pooling import score_bytes
 from hyperattention.select.score.precision import for_estimates, integers_are_fast
 from hyperattention.select.score.scratch import Scratch
@@ -218,7 +219,7 @@ class AlikeScan:
         """Tell by how much a draw may count for more than an average does: by deviations, and by how far its value lies."""
         width = self.query.shape[4]
         moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, self.own(part)].flatten(1, 2)
-        extra = (spread[..., :width] @ moments[:, :width]).sqrt_().mul_(DEVIATIONS)
+        extra = (spread[..., :width] * DEVIATIONS**2 @ moments[:, :width]).sqrt_()
         if blocks.size > 1:
             extra.baddbmm_(spread[..., width:], moments[:, width:])
         return extra.add_(blocks.log_value[:, None, :num]).unflatten(1, (-1, self.query.shape[2]))
@@ -226,9 +227,11 @@ class AlikeScan:
     def _log_sums(self, part: slice, blocks: Blocks, known: Tensor) -> Float[Tensor, "lists chunk many groups"]:
         """Estimate each query's log-sum-exp over whole stretches before its tile, scores inside one taken for normal."""
         query, width = self.query[:, self.own(part)], self.query.shape[4]
+        stretches = self._most_known(part, slice(0, part.stop - part.start), blocks.size * NORMAL, blocks.moments.shape[1])
+        moments = blocks.moments[:, :stretches]
         score, half = (
             (x.flatten(1, 3) @ y.transpose(1, 2)).view(*query.shape[:4], -1)
-            for x, y in zip((query, query.square()), blocks.moments.split(width, 2), strict=True)
+            for x, y in zip((query, query.square()), moments.split(width, 2), strict=True)
         )
         # n normal scores of deviation s sum up to n exp(s^2 / 2) while s < sqrt(2 log n); beyond, the largest few make the
         # sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); a sharp query would overshoot without bound
@@ -236,10 +239,11 @@ class AlikeScan:
         score += torch.where(half <= blocks.log_size, half, (2 * half).sqrt_() * most - blocks.log_size)
         hidden = torch.arange(score.shape[4], dtype=torch.int64, device=score.device) >= known[..., None]
         score.masked_fill_(hidden[:, :, None, None], -torch.inf)
-        # in float64, where hidden stretches change no bit that is kept: a chunk may see more or fewer
-        total = score.double().logsumexp(-1).to(score.dtype)
         least = torch.finfo(score.dtype).min
-        return torch.nan_to_num_(total, nan=least, neginf=least).add_(blocks.log_size)
+        top = score.amax(-1, keepdim=True) if score.shape[4] else score.new_full((*score.shape[:4], 1), least)
+        # added up so that hidden stretches change no bit: a chunk may see more or fewer
+        sums = total_mass(score.sub_(top).exp_()).log_().add_(top)[..., 0]
+        return torch.nan_to_num_(sums, nan=least, neginf=least).add_(blocks.log_size)
 
     def _best(self, query: Tensor, blocks: Blocks, one: int, known: Tensor, seen: Tensor, count: int) -> Tensor:
         """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, many, count]``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
-from hyperattention.select.score.mass import inverse
+from hyperattention.select.score.mass import inverse, total_mass
 from hyperattention.select.score.pooling import edges, pool_queries, seen_keys
 from hyperattention.select.score.scan import Scan
 from hyperattention.select.stage import CoveredKeys, LookAhead
@@ -157,16 +157,11 @@ class KeyScan(Density):
         count = (hole_begin - begin + end - hole_end).clamp(min=1)
         weighted = (1 - self.uniform_share) * num
         for _ in range(_CLIP_ROUNDS):
-            torch.minimum(mass, _sum(mass) / weighted, out=mass)
-        total = _sum(mass)
+            torch.minimum(mass, total_mass(mass) / weighted, out=mass)
+        total = total_mass(mass)
         # if no key was scored all draws are uniform
         even = torch.ones_like(total).masked_fill_(total > 0, self.uniform_share) * (num / count.to(total.dtype))
         mass.mul_(weighted / total.clamp(min=_LEAST)).add_(even).masked_fill_(gone, 0.0)
         # uniform draws are better spent on keys that are not listed for certain
         mass.clamp_(max=1.0)
-        return _Listings(mass.mul_(num / _sum(mass).clamp(min=_LEAST)), num)
-
-
-def _sum(mass: Tensor) -> Tensor:
-    """Sum in float64: in float32 the rounding would depend on the number of keys that a chunk sees."""
-    return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)
+        return _Listings(mass.mul_(num / total_mass(mass).clamp(min=_LEAST)), num)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperattention.kernels.choose.operator import draw_leaves
 from hyperattention.select.density import Distribution
-from hyperattention.select.score.mass import inverse
+from hyperattention.select.score.mass import inverse, total_mass
 
 # rounds in which a block's share is cut to one draw per key and the excess goes to the other blocks
 _CLIP_ROUNDS = 2
@@ -111,15 +111,10 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
     inside = size[one.shape[2] :]
     even, weighted = uniform_share * rest / count.clamp(min=1), (1 - uniform_share) * rest
     for _ in range(_CLIP_ROUNDS):
-        torch.minimum(mass, inside * (_sum(mass) / weighted.clamp(min=_LEAST)), out=mass)
-    mass.mul_(weighted / _sum(mass).clamp(min=_LEAST)).add_(alive * (inside * even))
-    mass.mul_(rest / _sum(mass).clamp(min=_LEAST))
+        torch.minimum(mass, inside * (total_mass(mass) / weighted.clamp(min=_LEAST)), out=mass)
+    mass.mul_(weighted / total_mass(mass).clamp(min=_LEAST)).add_(alive * (inside * even))
+    mass.mul_(rest / total_mass(mass).clamp(min=_LEAST))
     return Leaves(first, size, torch.cat([one, mass], 2), num)
-
-
-def _sum(mass: Tensor) -> Tensor:
-    """Sum in float64: in float32 the rounding would depend on the number of dead leaves, and so on the chunk."""
-    return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)
 
 
 @dataclass(frozen=True)

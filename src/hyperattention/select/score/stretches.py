@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.select.density import Distribution, Even
-from hyperattention.select.score.mass import inverse
+from hyperattention.select.score.mass import inverse, total_mass
 
 # rounds in which a stretch's listings are cut to one a key and the rest is given to the others
 CLIP_ROUNDS = 4
@@ -58,7 +58,7 @@ class Stretches(Distribution):
         return self.first.gather(2, flat).view_as(at), self.size.gather(2, flat).view_as(at)
 
     def _chance(self, at: Tensor, size: Tensor) -> Tensor:
-        return self.listings.gather(3, at) / (size.clamp(min=1) * _sum(self.listings).clamp(min=LEAST))
+        return self.listings.gather(3, at) / (size.clamp(min=1) * total_mass(self.listings).clamp(min=LEAST))
 
 
 def stretches_of(
@@ -83,13 +83,13 @@ def stretches_of(
     sides = [(begin, hole_begin), (hole_end, end)] if to_the_end else [(begin, hole_begin)]
     edges = [torch.minimum(torch.maximum(edge, low), high) for low, high in sides]
     first, size = (torch.cat(x, 2) for x in zip(*((at[..., :-1], at.diff(dim=-1)) for at in edges), strict=True))
-    mass = (torch.cat([share, share], 3) if to_the_end else share).mul_(size[:, :, None])
+    room, weighted = size[:, :, None].to(share.dtype), (1 - even) * num
+    mass = (torch.cat([share, share], 3) if to_the_end else share).mul_(room)
     count = (hole_begin - begin + end - hole_end).clamp(min=1)[:, :, None].to(mass.dtype)
-    room, weighted = size[:, :, None].to(mass.dtype), (1 - even) * num
     for _ in range(CLIP_ROUNDS):
-        most = _sum(mass) / weighted
+        most = total_mass(mass) / weighted
         torch.minimum(mass, most if block_size == 1 else room * most, out=mass)
-    total = _sum(mass)
+    total = total_mass(mass)
     # where nothing was scored all draws are even
     evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
     mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(room, evenly)
@@ -127,8 +127,3 @@ def draws_of(
     all_of_them = evenly.at((slot.double() + 0.5) / evenly.count.clamp(min=1))
     listed = torch.zeros_like(weight).masked_fill_(slot >= evenly.count, -torch.inf)
     return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
-
-
-def _sum(mass: Tensor) -> Tensor:
-    """Add up in float64: in float32 the bits would depend on how many keys a chunk sees."""
-    return mass.sum(-1, keepdim=True, dtype=torch.float64).to(mass.dtype)
