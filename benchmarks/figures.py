@@ -1,7 +1,7 @@
 """Measure every figure the project promises, each beside its bar, and write it down as JSON lines.
 
-    python benchmarks/figures.py                          # all of them: about two hours on two cores
-    python benchmarks/figures.py --only reference_loss    # one; give --only again for more
+    python benchmarks/figures.py                          # all of them: some hours on two cores
+    python benchmarks/figures.py --only growth            # one; give --only again for more
     python benchmarks/figures.py --toy --out /tmp/toy     # short inputs, to see that the script runs; says nothing
 
 A file a figure in benchmarks/records: lines of kind "figure" are what is claimed, the others what it rests on. The inputs,
@@ -24,7 +24,7 @@ from attention_figures import (
     structured_error,
 )
 from claims import TOY, Plan
-from model_figures import reference_error, reference_gate, reference_loss
+from model_figures import reference_gate
 
 from hyperattention.files.records import write_records
 from hyperattention.reference.model import WEIGHTS
@@ -33,11 +33,9 @@ FIGURES = (
     causal_speed,
     causal_speed_long,
     structured_error,
-    reference_error,
     non_causal_speed_long,
     backward_speed,
     reference_gate,
-    reference_loss,
     growth,
     selection_at_length,
     audit_cost,

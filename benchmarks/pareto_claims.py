@@ -1,6 +1,5 @@
 """What is claimed of the comparison over budgets, computed from its records alone."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 from claims import Record, figure
@@ -8,11 +7,9 @@ from claims import Record, figure
 from hyperattention.bench.front import error_at
 
 # families that are this project's, and whose points are compared with all others
-OURS = ("thorough", "scan_64", "scan_16", "default", "lean")
+OURS = ("scan_64", "scan_16", "default", "lean")
 EQUAL_PAIRS, TIME_ALLOWED = 0.6, 1.25
-EQUAL_TIME = 0.8
-ADDED, SHARE, FEWER = 0.01, 10, 5
-POINTS = 3
+EQUAL_TIME = 0.7
 
 
 def over(mine: float, theirs: float) -> float:
@@ -71,61 +68,3 @@ def equal_time(points: Sequence[Mapping], where: str, slots: int) -> Record:
     claim = f"error on {where}, {slots:,} keys a query, vs the best other method at equal time"
     beside = "; ".join(f"{name} {r:.2f}x of {other}" for r, n, name, other in found if n == slots)
     return figure(claim, f"<= {EQUAL_TIME:g}x", ratio, ratio <= EQUAL_TIME, f"{ratio:.3g}x ({family}; {title})", beside)
-
-
-def loss(exact: Mapping, dropped: Mapping, widest: Mapping, ours: Mapping) -> list[Record]:
-    """Loss added by ours, as it is and beside what sinks and window alone add; retrieval at the worst depth.
-
-    `dropped` is the sinks and window of ours, all else left out; `widest` spends the whole budget on the window.
-    """
-    fewer = 1 / ours["cost"]["pairs"] * ours["cost"]["exact_pairs"]
-    where = f"{ours['label']}, all layers replaced, {fewer:.1f}x fewer pairs, {len(ours['nats_per_byte'])} documents"
-    added, spread = ours["added_nats"], ours["added_error"]
-    share = 100 * added / dropped["added_nats"] if dropped["added_nats"] > 0 else float("inf")
-    shown = f"{added:+.4f} nats" if spread is None else f"{added:+.4f} ± {spread:.4f} nats"
-    sizes = f"sinks + window of the same {dropped['added_nats']:+.4f}, of the same pairs {widest['added_nats']:+.4f}"
-    spent = (
-        f"{sizes}; choosing takes {ours['cost']['selection_pairs']:,.0f} products a query more, in 8-bit integers; "
-        f"attention {ours['attention_ratio']['value']:.2f}x as fast as exact"
-    )
-    return [
-        figure(
-            f"added loss, {where}",
-            f"<= {ADDED:g} nats a byte at >= {FEWER}x fewer pairs",
-            added,
-            added <= ADDED and fewer >= FEWER,
-            shown,
-            spent,
-        ),
-        figure(
-            "added loss there relative to that of the same sinks + window alone",
-            f"<= {SHARE} %",
-            share,
-            share <= SHARE,
-            f"{share:.3g} %",
-            sizes,
-        ),
-        retrieval(exact, ours),
-    ]
-
-
-def retrieval(exact: Mapping, ours: Mapping) -> Record:
-    """Retrieval lost at the depth where most is."""
-    lost = [
-        (100 * (a["share"] - b["share"]), b["share"], a["begin"], a["end"], a["answers"])
-        for a, b in zip(exact["depths"], ours["depths"], strict=True)
-        if a["share"] is not None
-    ]
-    points, share, begin, end, answers = max(lost)
-    # the digits of one answer are right or wrong together, so that answers are what is counted
-    noise = 100 * math.sqrt(share * (1 - share) / answers)
-    where = f"{begin:,} to {end:,} tokens back, {answers} answers, standard error {noise:.2g} points"
-    beside = f"{where}; overall {exact['retrieval']:.1%} and {ours['retrieval']:.1%}"
-    return figure(
-        "retrieval lost there, at the worst depth",
-        f"<= {POINTS} points",
-        points,
-        points <= POINTS,
-        f"{points:.3g} points",
-        beside,
-    )

@@ -22,8 +22,8 @@ GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 # records of benchmarks/gpu/run.py, which have a table of their own
 GPU_RECORDS, GPU_PLOT = "gpu.jsonl", "gpu.png"
 ORDER = (
-    "causal_speed", "causal_speed_long", "non_causal_speed_long", "backward_speed", "structured_error", "reference_error",
-    "reference_gate", "reference_loss", "real_figures", "pareto", "plan", "tolerance", "growth",
+    "causal_speed", "causal_speed_long", "non_causal_speed_long", "backward_speed", "structured_error",
+    "reference_gate", "real_figures", "pareto", "plan", "tolerance", "growth",
     "selection_at_length", "audit_cost", "cache_decode", "cache_quality", "subgen",
 )  # fmt: skip
 

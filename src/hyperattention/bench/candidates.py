@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hyperattention.bench.rivals import LEAST, rivals
-from hyperattention.bench.rows import LONG, Row, control_of, find_default
-from hyperattention.methods.default import lean_method, thorough_method
+from hyperattention.bench.rows import Row, control_of, find_default
+from hyperattention.methods.default import lean_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.presets import HyperAttention
@@ -22,7 +22,6 @@ EXACT, CONTROL, OURS = "exact", "control", "default"
 _SEARCHED = 65_536
 # names and titles of this project's own methods
 OWN = {
-    "thorough": "hyperattention, thorough",
     "scan_64": "hyperattention, keys scanned by every query",
     "scan_16": "hyperattention, keys scanned by 16 averages",
     OURS: "hyperattention, default",
@@ -85,15 +84,15 @@ def candidates(budgets: Sequence[int], families: Sequence[str] | None = None) ->
 
 
 def own_methods() -> dict[str, Method]:
-    """Return this project's methods at their usual budgets, by name."""
-    usual, careful, lean = find_default(), thorough_method(LONG), lean_method(_SEARCHED)
-    if not isinstance(careful, Method) or not isinstance(lean, Method):
-        raise TypeError(f"{careful!r} and {lean!r}: a budget can be set only for a Method")
+    """Return this project's methods at their usual budgets, by name; the thorough one is the default with more draws."""
+    usual, lean = find_default(), lean_method(_SEARCHED)
+    if not isinstance(lean, Method):
+        raise TypeError(f"{lean!r}: a budget can be set only for a Method")
     scans = {
         f"scan_{num}": Method(Sinks(16), Window(128), Draw(611, by=KeyScan(num, beyond=HierarchicalSearch(pooled=32))))
         for num in (64, 16)
     }
-    return {"thorough": careful} | scans | {OURS: usual, "lean": lean}
+    return scans | {OURS: usual, "lean": lean}
 
 
 def at_budget(method: Method, slots: int) -> Method:
