@@ -206,6 +206,8 @@ WRONG = (
     "inspect --plan no",
     "inspect --plan empty",
     "inspect --out no/x",
+    "eval --tasks nonsense",
+    "pareto --methods nonsense",
     "generate no empty",
     "generate reference no",
     "generate reference empty --policy nonsense",

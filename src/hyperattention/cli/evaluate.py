@@ -43,7 +43,7 @@ def evaluate(
         check_inputs(model=model, reference=reference, text=text, encoding=encoding)
         given_lengths = None if lengths is None else numbers("--lengths", lengths)
         given_budgets = None if budget is None else numbers("--budget", budget)
-        _check_caches(names(policies), given_budgets or ())
+        _check_names(() if tasks is None else names(tasks), names(policies), given_budgets or ())
         from hyperattention.report import evaluation as report
 
         hide_bars()
@@ -73,10 +73,12 @@ def evaluate(
         typer.echo(f"wrote {path}")
 
 
-def _check_caches(policies: Sequence[str] | None, budgets: Sequence[int]) -> None:
-    """Refuse an unknown policy, or a budget that is too small for one, before any slow package is imported."""
+def _check_names(tasks: Sequence[str], policies: Sequence[str] | None, budgets: Sequence[int]) -> None:
+    """Refuse what is unknown, or a budget that is too small for a policy, before any slow package is imported."""
     from hyperattention.evaluation.families import choose_families
+    from hyperattention.evaluation.tasks import check_tasks
 
+    check_tasks(tasks)
     families = choose_families(policies)
     for budget in budgets:
         for family in families:

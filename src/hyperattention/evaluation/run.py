@@ -11,7 +11,7 @@ from hyperattention.evaluation.dialect import Dialect, Lines
 from hyperattention.evaluation.haystack import Haystack
 from hyperattention.evaluation.policies import CacheCandidate
 from hyperattention.evaluation.sentences import Sentences
-from hyperattention.evaluation.tasks import TASKS
+from hyperattention.evaluation.tasks import TASKS, check_tasks
 from hyperattention.evaluation.tasks.setting import Setting
 from hyperattention.files.user_text import Text
 from hyperattention.reference.model import LoadedModel
@@ -53,8 +53,7 @@ class EvaluationPlan:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.tasks if name not in TASKS]:
-            raise ValueError(f"unknown tasks {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+        check_tasks(self.tasks)
         if not self.tasks and not self.documents:
             raise ValueError("no tasks and no documents: there is nothing to evaluate; give at least one of them")
         if min(self.depths, self.contexts, self.seeds, self.rows, self.chunk or 1, *self.lengths) < 1 or not self.lengths:

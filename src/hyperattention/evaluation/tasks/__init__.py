@@ -1,6 +1,6 @@
 """Tasks, one family in each file: the facts hidden in a context, and the questions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 from hyperattention.evaluation.item import Item
@@ -21,3 +21,16 @@ TASKS: MappingProxyType[str, Task] = MappingProxyType(
         "lines": line_retrieval,
     }
 )
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Check the names of tasks.
+
+    Args:
+        names: the names.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"unknown tasks {', '.join(unknown)}: choose from {', '.join(TASKS)}")
