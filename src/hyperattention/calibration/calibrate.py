@@ -1,9 +1,10 @@
 """Calibrate a model: measure every candidate on a text, choose one for each layer and head, and measure the plan."""
 
 import hashlib
+import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 
 from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import ignore
-from hyperattention.calibration.candidates import candidates
+from hyperattention.calibration.allocate import allocate
+from hyperattention.calibration.candidates import candidates, candidates_by_pairs
 from hyperattention.calibration.choose import Chosen, choose
 from hyperattention.calibration.crossover import find_crossing
+from hyperattention.calibration.damage import Probe, weigh_heads
 from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import measure_layer, warm_up
+from hyperattention.calibration.sample import sample_layer
+from hyperattention.calibration.settings import CalibrationSettings
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import method_to_json
 from hyperattention.files.plan import Measured, Plan
@@ -33,35 +38,11 @@ from hyperattention.reference.samples import EvaluationSample
 _PACKAGES = ("hyperattention", "torch", "transformers")
 
 
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """The settings of a calibration.
-
-    Args:
-        tolerance: the largest allowed mean relative error of a head.
-        seed: seed of the draws.
-        repeats: rounds of interleaved timing of the finished plan; their spread shows how reliable the times are.
-        ladder: the candidates, exact attention first; None for `candidates`.
-
-    Raises:
-        ValueError: if the tolerance is not between 0 and 1, or the ladder does not begin with exact attention.
-    """
-
-    tolerance: float = 0.05
-    seed: int = 0
-    repeats: int = 5
-    ladder: tuple[AttentionMethod, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance {self.tolerance}: give a relative error between 0 and 1, such as 0.05")
-        if self.ladder is not None and (not self.ladder or not isinstance(self.ladder[0], Exact)):
-            raise ValueError(f"ladder {self.ladder}: put Exact() first, for heads that no other method can approximate")
-
-
-def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample]) -> int:
+def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings) -> int:
     """Compute the largest number of steps that `calibrate` reports; layers that cannot be approximated report none."""
-    return fingerprint(loaded.model).num_layers * (len(samples) + 1) + len(samples)
+    model = fingerprint(loaded.model)
+    weighed = 0 if settings.pairs is None else model.num_layers * model.num_kv_heads
+    return model.num_layers * (len(samples) + 1) + len(samples) + weighed
 
 
 def calibrate(
@@ -71,14 +52,16 @@ def calibrate(
     journal: Path,
     on_step: Callable[[str], None] = ignore,
 ) -> Plan:
-    """Choose a method for each layer and kv head of a model by measured error and time on this machine.
+    """Choose a method for each layer and kv head of a model by measured error and time on this machine, or error and pairs.
 
     Each layer is measured on its own queries, keys and values, in a pass with exact attention, with one layer in memory at
-    a time. Then the complete plan is timed against exact attention at every length, and its loss is measured.
+    a time. With `pairs` a sample of the queries is measured, and one pass for each kv head tells what its errors do to the
+    model's predictions. Then the complete plan is timed against exact attention at every length, and its loss is measured.
     Cost: for each document, one pass with every candidate in every layer, and one pass under the plan; for each layer,
-    about the time of ten candidates for the times of the plan. An interrupted calibration resumes from the journal.
-    Guarantee: see `choose`. The tolerance does not bound the error of the model's output with all layers replaced;
-    `Measured.added_nats` gives the measured effect on the loss.
+    about the time of ten candidates for the times of the plan. With `pairs`: an eighth of that for candidates at 32,768
+    tokens, and the passes of the heads. An interrupted calibration resumes from the journal.
+    Guarantee: see `choose` and `allocate`. The tolerance does not bound the error of the model's output with all layers
+    replaced; `Measured.added_nats` gives the measured effect on the loss.
 
     Args:
         loaded: the model.
@@ -97,16 +80,16 @@ def calibrate(
     if not samples:
         raise ValueError("no text to calibrate on: give at least one sample")
     length = len(samples[0].tokens)
-    ladder = candidates(length) if settings.ladder is None else settings.ladder
+    ladder = settings.ladder or (candidates if settings.pairs is None else candidates_by_pairs)(length)
     about = _describe(loaded, samples, settings)
     kept = Journal(journal, about | {"ladder": [method_to_json(method) for method in ladder]})
-    exact_nats = _measure(loaded, samples, ladder, settings.seed, kept, on_step)
+    exact_nats = _measure(loaded, samples, ladder, settings, kept, on_step)
     if not kept.measurements:
         raise ValueError(
             f"no attention call of {loaded.name} can be approximated, so there is nothing to calibrate: the counter that "
             "`use` yields gives the reasons"
         )
-    chosen = choose(kept.measurements, ladder, settings.tolerance)
+    chosen = _choose(loaded, samples[0], ladder, settings, kept, on_step)
     layers = {layer: method for layer, (method, _) in chosen.items()}
     crossing = find_crossing(loaded, samples[0], layers, repeats=settings.repeats, on_step=on_step)
     added = _added_nats(loaded, samples, layers, exact_nats, settings.seed, on_step)
@@ -117,7 +100,7 @@ def _measure(
     loaded: LoadedModel,
     samples: Sequence[EvaluationSample],
     ladder: Sequence[AttentionMethod],
-    seed: int,
+    settings: CalibrationSettings,
     kept: Journal,
     on_step: Callable[[str], None],
 ) -> list[float]:
@@ -126,13 +109,16 @@ def _measure(
     Returns:
         the loss a byte of each document with exact attention, from the same pass.
     """
-    warm, nats, exact = False, [], Row("exact", "exact", Exact())
+    warm, nats, exact, seed = False, [], Row("exact", "exact", Exact()), settings.seed
     for document, sample in enumerate(samples):
 
         def measure(call: CallInputs, document=document) -> None:
             nonlocal warm
             on_step(f"document {document + 1} of {len(samples)}: layer {call.layer}")
             if kept.has(document, call.layer):
+                return
+            if settings.pairs is not None:
+                kept.add(sample_layer(call, ladder, document, seed))
                 return
             if not warm:
                 warm_up(call, ladder)
@@ -141,6 +127,25 @@ def _measure(
 
         nats.append(run_pass(loaded, sample, exact, seed=seed + document, on_call=measure).nats_per_byte)
     return nats
+
+
+def _choose(
+    loaded: LoadedModel,
+    sample: EvaluationSample,
+    ladder: Sequence[AttentionMethod],
+    settings: CalibrationSettings,
+    kept: Journal,
+    on_step: Callable[[str], None],
+) -> Chosen:
+    """Choose by the tolerance, or weigh the heads on the first document and spend the pairs."""
+    if settings.pairs is None:
+        assert settings.tolerance is not None
+        return choose(kept.measurements, ladder, settings.tolerance)
+    pairs, length = settings.pairs, len(sample.tokens)
+    # weights are measured near what the heads will list
+    place = min(range(1, len(ladder)), key=lambda place: abs(ladder[place].cost(length).pairs - pairs), default=0)
+    weights = weigh_heads(Probe(loaded, sample, 0, ladder, place, settings.seed), kept, on_step)
+    return allocate(kept.measurements, ladder, weights, pairs, length)
 
 
 def _added_nats(
@@ -207,4 +212,6 @@ def _plan(
         added_nats=added,
         times=crossing.times,
     )
-    return Plan(fingerprint(loaded.model), layers, errors, settings.tolerance, crossing.keys, measured)
+    # a plan for a number of pairs holds the tolerance that it needs
+    tolerance = settings.tolerance or math.ceil(max(map(max, errors.values())) * 1000) / 1000
+    return Plan(fingerprint(loaded.model), layers, errors, tolerance, crossing.keys, measured)

@@ -60,7 +60,7 @@ def run(prepared: PreparedDemo, options: CalibrateOptions, console: Console) -> 
     if options.journal.exists():
         console.print(f"found {options.journal}: its measurements are used, and not repeated")
     try:
-        with progress(console, "calibrate", steps_of(prepared.loaded, prepared.samples)) as on_step:
+        with progress(console, "calibrate", steps_of(prepared.loaded, prepared.samples, options.settings)) as on_step:
             plan = calibrate(prepared.loaded, prepared.samples, options.settings, options.journal, on_step)
     except KeyboardInterrupt:
         console.print(f"stopped: the measurements so far are in {options.journal}; run the same command again to resume")
