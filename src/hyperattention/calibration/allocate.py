@@ -85,7 +85,7 @@ def _gain(begin: tuple[int, float], end: tuple[int, float], costs: Sequence[floa
     return (begin[1] - end[1]) / (costs[end[0]] - costs[begin[0]])
 
 
-def _spend(hulls: dict[tuple[int, int], list[tuple[int, float]]], costs: Sequence[float], allowed: float) -> _Places:
+def _spend(hulls: dict[tuple[int, int], list[tuple[int, float]]], costs: Sequence[float], allowed: int) -> _Places:
     """Take the steps of the hulls by gain, as far as the pairs allow.
 
     Args:

@@ -71,7 +71,48 @@ def calibrate(
         on_step: called before each step with its name.
 
     Returns:
-        the plan.
+        the plan. Errors are those of `choose_methods`.
+    """
+    chosen, exact_nats = _choose_measured(loaded, samples, settings, journal, on_step)
+    layers = {layer: method for layer, (method, _) in chosen.items()}
+    crossing = find_crossing(loaded, samples[0], layers, repeats=settings.repeats, on_step=on_step)
+    added = _added_nats(loaded, samples, layers, exact_nats, settings.seed, on_step)
+    return _plan(loaded, chosen, crossing, settings, _describe(loaded, samples, settings), added)
+
+
+def choose_methods(
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
+    settings: CalibrationSettings,
+    journal: Path,
+    on_step: Callable[[str], None] = ignore,
+) -> Chosen:
+    """Choose the methods that `calibrate` would choose, without timing them or measuring their loss together.
+
+    Args:
+        loaded: the model.
+        samples: as in `calibrate`.
+        settings: the settings of the calibration.
+        journal: as in `calibrate`; either resumes what the other measured.
+        on_step: called before each step with its name.
+
+    Returns:
+        for each layer, its methods and the error of each head.
+    """
+    return _choose_measured(loaded, samples, settings, journal, on_step)[0]
+
+
+def _choose_measured(
+    loaded: LoadedModel,
+    samples: Sequence[EvaluationSample],
+    settings: CalibrationSettings,
+    journal: Path,
+    on_step: Callable[[str], None],
+) -> tuple[Chosen, list[float]]:
+    """Measure the candidates and choose.
+
+    Returns:
+        for each layer, its methods and errors; and the loss of each document with exact attention.
 
     Raises:
         ValueError: if there is no text, none of the model's attention calls can be approximated, or the journal was written
@@ -89,11 +130,7 @@ def calibrate(
             f"no attention call of {loaded.name} can be approximated, so there is nothing to calibrate: the counter that "
             "`use` yields gives the reasons"
         )
-    chosen = _choose(loaded, samples[0], ladder, settings, kept, on_step)
-    layers = {layer: method for layer, (method, _) in chosen.items()}
-    crossing = find_crossing(loaded, samples[0], layers, repeats=settings.repeats, on_step=on_step)
-    added = _added_nats(loaded, samples, layers, exact_nats, settings.seed, on_step)
-    return _plan(loaded, chosen, crossing, settings, about, added)
+    return _choose(loaded, samples[0], ladder, settings, kept, on_step), exact_nats
 
 
 def _measure(

@@ -25,7 +25,7 @@ _ALIKE_DRAWS = (112, 224, 448)
 _SCANNED_DRAWS = (64, 128, 256, 448, 688, 1024, 2048)
 # steps of about a half: a budget is spent to within a few per cent even on a model of eight kv heads
 _COARSE_DRAWS = (32, 64, 112, 160, 224, 320, 448, 640)
-_FINE_DRAWS = (224, 320, 448, 640, 880, 1216, 1680, 2400, 3400)
+_FINE_DRAWS = (224, 320, 448, 640, 880, 1216, 1680)
 
 
 def candidates(length: int) -> tuple[AttentionMethod, ...]:

@@ -15,8 +15,8 @@ from hyperattention.methods.exact import Exact
 from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.samples import EvaluationSample
 
-# numbers of predictions that are kept for comparison: all of a model of bytes, some of one with a large vocabulary
-_NUMBERS = 2**27
+# predictions that are compared: a gigabyte of them for a vocabulary of 128,000
+_PREDICTIONS = 2048
 
 # for each layer, the weight of each kv head
 Weights = dict[int, tuple[float, ...]]
@@ -49,7 +49,7 @@ class Probe:
         with use(model, method, seed=self.seed + self.document, warn=False):
             logits = model(tokens[None].to(model.device), use_cache=False).logits[0]
         begin = len(tokens) // 2
-        step = -(-(len(tokens) - begin) * logits.shape[1] // _NUMBERS)
+        step = -(-(len(tokens) - begin) // _PREDICTIONS)
         return torch.log_softmax(logits[begin - 1 : -1 : step].float(), -1)
 
 
