@@ -44,13 +44,20 @@ def test_heads_of_large_weight_get_the_pairs() -> None:
 
 
 def test_the_mean_over_documents_decides_and_the_worst_is_told() -> None:
-    worse = [[0.0, 0.0], [0.5, 0.16], [0.4, 0.08], [0.3, 0.04], [0.0, 0.02]]
+    worse = [[0.0, 0.0], [0.5, 0.16], [0.5, 0.08], [0.5, 0.04], [0.0, 0.02]]
     measured = [measurement(0, HALVING), measurement(0, worse, document=1)]
-    chosen = allocate(measured, LADDER, {0: (1.0, 1.0)}, 90, LENGTH)
-    assert [LADDER.index(method) for method in chosen[0][0].methods] == [4, 1]
-    assert chosen[0][1] == (0.02, 0.16)
-    ((served, _),) = allocate(measured[:1], LADDER, {0: (1.0, 1.0)}, 90, LENGTH).values()
+    chosen = allocate(measured, LADDER, {0: (1.0, 1.0)}, 100, LENGTH)
+    assert [LADDER.index(method) for method in chosen[0][0].methods] == [4, 2]
+    assert chosen[0][1] == (0.02, 0.08)
+    ((served, _),) = allocate(measured[:1], LADDER, {0: (1.0, 1.0)}, 100, LENGTH).values()
     assert [LADDER.index(method) for method in served.methods] == [3, 3]
+
+
+def test_pairs_that_no_step_of_the_hull_needs_are_spent_all_the_same() -> None:
+    # on the hull the first head goes from 20 pairs to 160, which is more than is allowed
+    bent = [[0.0, 0.0], [0.5, 0.0], [0.45, 0.0], [0.4, 0.0], [0.0, 0.0]]
+    assert places([measurement(0, bent)], {0: (1.0, 1.0)}, 60) == [3, 1]
+    assert places([measurement(0, bent)], {0: (1.0, 1.0)}, 45) == [2, 1]
 
 
 def test_no_choice_on_the_hull_is_better() -> None:

@@ -13,6 +13,8 @@ from hyperattention.methods.by_head import ByHead
 
 # number of a candidate in the ladder, by layer and kv head
 _Places = dict[tuple[int, int], int]
+# predicted damage of each candidate, by layer and kv head
+_Damages = dict[tuple[int, int], list[float]]
 
 
 def allocate(
@@ -28,7 +30,7 @@ def allocate(
 
     Every head begins with the cheapest candidate. Then the step that saves most for each further pair is taken, again and
     again, among candidates on the lower convex hull of damage over pairs; a step that costs too much is left out, and
-    smaller ones follow.
+    smaller ones follow, on the hull and then beside it.
     Source: Fox, 1966, marginal analysis; Everett, 1963, generalised Lagrange multipliers; budgets by head as in Feng et al.,
     2024 (arXiv:2407.11550), Ada-KV.   Differs: methods, and measured damage.
     Guarantee: the number of pairs. The damage is predicted as if heads added up.
@@ -47,12 +49,12 @@ def allocate(
     by_layer: dict[int, list[Measurement]] = {}
     for each in measurements:
         by_layer.setdefault(each.layer, []).append(each)
-    hulls = {
-        (layer, head): _hull(costs, _damage(found, head, weight))
+    damages = {
+        (layer, head): _damage(found, head, weight)
         for layer, found in sorted(by_layer.items())
         for head, weight in enumerate(weights[layer])
     }
-    places = _spend(hulls, costs, pairs * len(hulls))
+    places = _spend(damages, costs, pairs * len(damages))
     chosen: Chosen = {}
     for layer, found in sorted(by_layer.items()):
         own = [places[layer, head] for head in range(len(weights[layer]))]
@@ -85,11 +87,11 @@ def _gain(begin: tuple[int, float], end: tuple[int, float], costs: Sequence[floa
     return (begin[1] - end[1]) / (costs[end[0]] - costs[begin[0]])
 
 
-def _spend(hulls: dict[tuple[int, int], list[tuple[int, float]]], costs: Sequence[float], allowed: int) -> _Places:
-    """Take the steps of the hulls by gain, as far as the pairs allow.
+def _spend(damages: _Damages, costs: Sequence[float], allowed: int) -> _Places:
+    """Take the steps of the hulls by gain, as far as the pairs allow, and then whatever else still helps.
 
     Args:
-        hulls: for each head, its candidates.
+        damages: for each head, what each candidate does.
         costs: pairs of each candidate.
         allowed: pairs of all heads together.
 
@@ -99,12 +101,13 @@ def _spend(hulls: dict[tuple[int, int], list[tuple[int, float]]], costs: Sequenc
     Raises:
         ValueError: if even the cheapest candidates list more pairs.
     """
+    hulls = {head: _hull(costs, damage) for head, damage in damages.items()}
     places = {head: hull[0][0] for head, hull in hulls.items()}
-    spent = sum(costs[place] for place in places.values())
-    if spent > allowed:
+    left = allowed - sum(costs[place] for place in places.values())
+    if left < 0:
         raise ValueError(
-            f"{allowed / len(hulls):g} pairs a query: the cheapest candidates list {spent / len(hulls):g} on average; allow "
-            "at least as many"
+            f"{allowed / len(hulls):g} pairs a query: the cheapest candidates list {(allowed - left) / len(hulls):g} on "
+            "average; allow at least as many"
         )
     steps = sorted(
         ((_gain(begin, end, costs), head, end[0]) for head, hull in hulls.items() for begin, end in pairwise(hull)),
@@ -112,6 +115,23 @@ def _spend(hulls: dict[tuple[int, int], list[tuple[int, float]]], costs: Sequenc
     )
     for _, head, place in steps:
         further = costs[place] - costs[places[head]]
-        if spent + further <= allowed:
-            places[head], spent = place, spent + further
+        if further <= left:
+            places[head], left = place, left - further
+    while better := _best_left(damages, costs, places, left):
+        head, place = better
+        places[head], left = place, left - (costs[place] - costs[places[head]])
     return places
+
+
+def _best_left(
+    damages: _Damages, costs: Sequence[float], places: _Places, left: float
+) -> tuple[tuple[int, int], int] | None:
+    """Find the change of one head that saves most damage for the pairs that are left; None if no change saves any."""
+    saved = [
+        (damage[places[head]] - each, head, place)
+        for head, damage in damages.items()
+        for place, each in enumerate(damage)
+        if each < damage[places[head]] and costs[place] - costs[places[head]] <= left
+    ]
+    _, head, place = max(saved, default=(0.0, (0, 0), None))
+    return None if place is None else (head, place)

@@ -1,20 +1,17 @@
 """Calibrate a model: measure every candidate on a text, choose one for each layer and head, and measure the plan."""
 
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hyperattention.bench.rows import Row
 from hyperattention.bench.timing import ignore
 from hyperattention.calibration.allocate import allocate
 from hyperattention.calibration.candidates import candidates, candidates_by_pairs
 from hyperattention.calibration.choose import Chosen, choose
+from hyperattention.calibration.conditions import describe
 from hyperattention.calibration.crossover import find_crossing
 from hyperattention.calibration.damage import Probe, weigh_heads
 from hyperattention.calibration.journal import Journal
@@ -24,7 +21,6 @@ from hyperattention.calibration.settings import CalibrationSettings
 from hyperattention.files.fingerprint import fingerprint
 from hyperattention.files.method_table import method_to_json
 from hyperattention.files.plan import Measured, Plan
-from hyperattention.files.records import find_processor, find_version
 from hyperattention.files.timed import Crossing
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
@@ -34,8 +30,6 @@ from hyperattention.reference.call_recorder import CallInputs
 from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import run_pass
 from hyperattention.reference.samples import EvaluationSample
-
-_PACKAGES = ("hyperattention", "torch", "transformers")
 
 
 def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings) -> int:
@@ -73,11 +67,11 @@ def calibrate(
     Returns:
         the plan. Errors are those of `choose_methods`.
     """
-    chosen, exact_nats = _choose_measured(loaded, samples, settings, journal, on_step)
+    chosen, exact_nats = _choose_measured(loaded, samples, settings, journal, on_step, losses=True)
     layers = {layer: method for layer, (method, _) in chosen.items()}
     crossing = find_crossing(loaded, samples[0], layers, repeats=settings.repeats, on_step=on_step)
     added = _added_nats(loaded, samples, layers, exact_nats, settings.seed, on_step)
-    return _plan(loaded, chosen, crossing, settings, _describe(loaded, samples, settings), added)
+    return _plan(loaded, chosen, crossing, settings, describe(loaded, samples, settings), added)
 
 
 def choose_methods(
@@ -99,7 +93,7 @@ def choose_methods(
     Returns:
         for each layer, its methods and the error of each head.
     """
-    return _choose_measured(loaded, samples, settings, journal, on_step)[0]
+    return _choose_measured(loaded, samples, settings, journal, on_step, losses=False)[0]
 
 
 def _choose_measured(
@@ -108,11 +102,13 @@ def _choose_measured(
     settings: CalibrationSettings,
     journal: Path,
     on_step: Callable[[str], None],
+    *,
+    losses: bool,
 ) -> tuple[Chosen, list[float]]:
     """Measure the candidates and choose.
 
     Returns:
-        for each layer, its methods and errors; and the loss of each document with exact attention.
+        for each layer, its methods and errors; and the loss of each document with exact attention if `losses`.
 
     Raises:
         ValueError: if there is no text, none of the model's attention calls can be approximated, or the journal was written
@@ -122,9 +118,9 @@ def _choose_measured(
         raise ValueError("no text to calibrate on: give at least one sample")
     length = len(samples[0].tokens)
     ladder = settings.ladder or (candidates if settings.pairs is None else candidates_by_pairs)(length)
-    about = _describe(loaded, samples, settings)
+    about = describe(loaded, samples, settings)
     kept = Journal(journal, about | {"ladder": [method_to_json(method) for method in ladder]})
-    exact_nats = _measure(loaded, samples, ladder, settings, kept, on_step)
+    exact_nats = _measure(loaded, samples, ladder, settings, kept, on_step, losses)
     if not kept.measurements:
         raise ValueError(
             f"no attention call of {loaded.name} can be approximated, so there is nothing to calibrate: the counter that "
@@ -140,12 +136,15 @@ def _measure(
     settings: CalibrationSettings,
     kept: Journal,
     on_step: Callable[[str], None],
+    losses: bool,
 ) -> list[float]:
     """Measure the layers that are not in the journal, in one pass with exact attention for each document.
 
     Returns:
-        the loss a byte of each document with exact attention, from the same pass.
+        the loss a byte of each document with exact attention, from the same pass; without `losses`, a document whose layers
+        are all in the journal is not read.
     """
+    num_layers = fingerprint(loaded.model).num_layers
     warm, nats, exact, seed = False, [], Row("exact", "exact", Exact()), settings.seed
     for document, sample in enumerate(samples):
 
@@ -162,7 +161,8 @@ def _measure(
                 warm = True
             kept.add(measure_layer(call, ladder, document, seed))
 
-        nats.append(run_pass(loaded, sample, exact, seed=seed + document, on_call=measure).nats_per_byte)
+        if losses or not all(kept.has(document, layer) for layer in range(num_layers)):
+            nats.append(run_pass(loaded, sample, exact, seed=seed + document, on_call=measure).nats_per_byte)
     return nats
 
 
@@ -199,34 +199,6 @@ def _added_nats(
         on_step(f"document {document + 1} of {len(samples)}: loss")
         added.append(run_pass(loaded, sample, plan, seed=seed + document).nats_per_byte - theirs)
     return statistics.fmean(added)
-
-
-def _describe(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings) -> dict[str, Any]:
-    """Describe everything that the measurements depend on, except the candidates."""
-    tokens = str([sample.tokens.tolist() for sample in samples]).encode()
-    return {
-        "model": asdict(fingerprint(loaded.model)),
-        "length": len(samples[0].tokens),
-        "documents": len(samples),
-        "text": hashlib.sha256(tokens).hexdigest(),
-        "seed": settings.seed,
-        "device": where(loaded),
-        "threads": torch.get_num_threads(),
-        "versions": {name: find_version(name) or "unknown" for name in _PACKAGES},
-    }
-
-
-def where(loaded: LoadedModel) -> str:
-    """Return the device of a model, in the form that plans use.
-
-    Args:
-        loaded: the model.
-
-    Returns:
-        the kind and the name of the device.
-    """
-    device = loaded.model.device
-    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu: {find_processor()}"
 
 
 def _plan(

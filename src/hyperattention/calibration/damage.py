@@ -44,13 +44,29 @@ class Probe:
 
     @torch.inference_mode()
     def predictions(self, method: AttentionMethod) -> Tensor:
-        """Compute the log-probabilities of tokens of the second half, evenly spaced if there are many."""
+        """Compute the log-probabilities of the tokens that are judged, evenly spaced if there are many."""
         model, tokens = self.loaded.model, self.sample.tokens
         with use(model, method, seed=self.seed + self.document, warn=False):
             logits = model(tokens[None].to(model.device), use_cache=False).logits[0]
-        begin = len(tokens) // 2
-        step = -(-(len(tokens) - begin) // _PREDICTIONS)
-        return torch.log_softmax(logits[begin - 1 : -1 : step].float(), -1)
+        return torch.log_softmax(logits[judged_rows(self.sample).to(logits.device)].float(), -1)
+
+
+def judged_rows(sample: EvaluationSample) -> Tensor:
+    """List the rows whose predictions are judged: counted tokens and digits of answers, evenly spaced if there are many.
+
+    Lines that set facts are left out, and the keys in those that ask for them: both are random.
+
+    Args:
+        sample: the document.
+
+    Returns:
+        the rows, in order; each predicts the next token.
+    """
+    judged, digits = sample.counted.clone(), torch.arange(sample.answer_size, dtype=torch.int64, device="cpu")
+    first = torch.tensor(sample.answer_index, dtype=torch.int64, device="cpu")
+    judged[(first[:, None] + digits - 1).flatten()] = True
+    rows = judged.nonzero()[:, 0]
+    return rows[:: -(-len(rows) // _PREDICTIONS)]
 
 
 def weigh_heads(probe: Probe, kept: Journal, on_step: Callable[[str], None]) -> Weights:
