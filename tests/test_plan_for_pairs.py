@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from hyperattention.bench.rows import Row
 from hyperattention.calibration import damage, sample
 from hyperattention.calibration.calibrate import CalibrationSettings, calibrate, steps_of
-from hyperattention.calibration.damage import Probe, weigh_heads
+from hyperattention.calibration.damage import Probe, judged_rows, weigh_heads
 from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import measure_layer
 from hyperattention.calibration.sample import sample_layer
@@ -25,6 +25,8 @@ from hyperattention.reference.call_recorder import CallInputs
 from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import run_pass
 from hyperattention.reference.samples import EvaluationSample
+from hyperattention.report.calibrate import CalibrateOptions
+from test_cli import invoke
 
 NARROW = ha.Method(ha.Sinks(4), ha.Window(16), tile=32)
 DRAWN = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(64), tile=32)
@@ -40,6 +42,19 @@ def loaded() -> LoadedModel:
 def samples() -> tuple[EvaluationSample, ...]:
     counted = torch.arange(1, LENGTH) >= LENGTH // 2
     return tuple(EvaluationSample(each, counted, int(counted.sum()), torch.zeros_like(counted)) for each in tokens(2))
+
+
+def test_random_lines_are_not_judged_and_answers_are(samples: tuple[EvaluationSample, ...], monkeypatch) -> None:
+    counted = torch.zeros(LENGTH - 1, dtype=torch.bool)
+    counted[[200, 210]] = True
+    asked = replace(samples[0], counted=counted, answer_index=(100, 300), answer_distance=(50, 50), answer_size=3)
+    # a row predicts the next token
+    assert judged_rows(asked).tolist() == [99, 100, 101, 200, 210, 299, 300, 301]
+    monkeypatch.setattr(damage, "_PREDICTIONS", 3)
+    assert judged_rows(asked).tolist() == [99, 200, 300]
+    monkeypatch.setattr(damage, "_PREDICTIONS", 8)
+    assert len(judged_rows(asked)) == 8
+    assert not counted[[99, 299]].any()
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +191,19 @@ def test_settings_take_a_tolerance_or_pairs() -> None:
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="give how many keys a query may list on average, such as 800"):
             CalibrationSettings(pairs=wrong)
+
+
+def test_the_command_takes_a_tolerance_or_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(options: CalibrateOptions) -> None:
+        raise ValueError(f"tolerance {options.settings.tolerance}, pairs {options.settings.pairs}")
+
+    monkeypatch.setattr("hyperattention.report.calibrate.ready", tell)
+    for arguments, wanted in (
+        ((), "tolerance 0.05, pairs None"),
+        (("--tolerance", 0.1), "tolerance 0.1, pairs None"),
+        (("--pairs", 800), "tolerance None, pairs 800"),
+        (("--pairs", 800, "--tolerance", 0.1), "tolerance 0.1 and pairs 800: give one"),
+        (("--pairs", 0), "pairs 0: give how many keys"),
+    ):
+        code, output = invoke("calibrate", "--out", tmp_path / "plan.json", *arguments)
+        assert (code, wanted in " ".join(output.split())) == (2, True), output

@@ -31,8 +31,8 @@ def allocate(
     Every head begins with the cheapest candidate. Then the step that saves most for each further pair is taken, again and
     again, among candidates on the lower convex hull of damage over pairs; a step that costs too much is left out, and
     smaller ones follow, on the hull and then beside it.
-    Source: Fox, 1966, marginal analysis; Everett, 1963, generalised Lagrange multipliers; budgets by head as in Feng et al.,
-    2024 (arXiv:2407.11550), Ada-KV.   Differs: methods, and measured damage.
+    Source: none; marginal analysis, and budgets by head as in Feng et al., 2024 (arXiv:2407.11550), Ada-KV.   Differs:
+    methods in place of cache sizes, and measured damage in place of attention weights.
     Guarantee: the number of pairs. The damage is predicted as if heads added up.
 
     Args:

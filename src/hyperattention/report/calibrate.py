@@ -106,7 +106,7 @@ def conclude(plan: Plan) -> list[str]:
     return [
         f"At {found.length:,} tokens the plan scores {fewer:.1f}x fewer pairs than exact attention; {exact} of "
         f"{methods.total()} kv heads stay exact.",
-        f"On these documents the plan adds {found.added_nats:+.4f} nats a byte. The error of every head is at most "
+        f"On these documents the plan adds {found.added_nats:+.4f} nats a byte. The measured error of every head is at most "
         f"{plan.tolerance:g} with all other layers exact. Other texts may differ.",
         plan.payoff(),
     ]
