@@ -36,6 +36,8 @@ from hyperattention.report.method_names import short_name
 RECORDS = Path(__file__).parent / "records" / "plan.jsonl"
 # bars: nats a byte, points of retrieval, times fewer pairs than exact attention, times fewer than one method
 _ADDED, _LOST, _FEWER, _ONE_METHOD = 0.01, 1.0, 20, 1.5
+# documents of the last third that plans may be chosen by
+_CHOSEN_BY = 2
 # one method in every head, by increasing pairs
 _EVERYWHERE = ("default", "thorough")
 
@@ -54,7 +56,7 @@ def find_plan(options: argparse.Namespace, loaded: LoadedModel, pairs: int, kept
         if about.items() <= record.items():
             return record
     text, _ = split_text(options.length)
-    chosen_by = samples_of_documents(documents_from(text, options.length, options.calibrated, 1))
+    chosen_by = samples_of_documents(documents_from(text, options.length, _CHOSEN_BY, 1)[: options.calibrated])
     options.journal.parent.mkdir(parents=True, exist_ok=True)
     chosen = choose_methods(loaded, chosen_by, CalibrationSettings(pairs=pairs), options.journal, announce)
     layers = {str(layer): [method_to_json(each) for each in served.methods] for layer, (served, _) in chosen.items()}
@@ -168,9 +170,9 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, help="measurements of the calibration; by default in build/, one a length")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--length", type=int, default=32_768, help="bytes of a document")
-    parser.add_argument("--calibrated", type=int, default=1, help="documents that the plan is chosen by")
+    parser.add_argument("--calibrated", type=int, default=1, choices=(1, _CHOSEN_BY), help="documents it is chosen by")
     parser.add_argument("--documents", type=int, default=4, help="documents that it is judged on")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[800], help="keys that a query may list, one plan each")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[800, 400], help="keys that a query may list, one plan each")
     parser.add_argument("--audit-rows", type=int, default=64)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
