@@ -31,6 +31,9 @@ from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import run_pass
 from hyperattention.reference.samples import EvaluationSample
 
+# share of exact attention's pairs near which the weights of heads are measured
+_PROBED = 1 / 20
+
 
 def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings) -> int:
     """Compute the largest number of steps that `calibrate` reports; layers that cannot be approximated report none."""
@@ -179,8 +182,9 @@ def _choose(
         assert settings.tolerance is not None
         return choose(kept.measurements, ladder, settings.tolerance)
     pairs, length = settings.pairs, len(sample.tokens)
-    # weights are measured near what the heads will list
-    place = min(range(1, len(ladder)), key=lambda place: abs(ladder[place].cost(length).pairs - pairs), default=0)
+    costs = [method.cost(length) for method in ladder]
+    # the same for every number of pairs, so that a journal serves them all
+    place = min(range(1, len(ladder)), key=lambda place: abs(costs[place].share_of_exact - _PROBED), default=0)
     weights = weigh_heads(Probe(loaded, sample, 0, ladder, place, settings.seed), kept, on_step)
     return allocate(kept.measurements, ladder, weights, pairs, length)
 
