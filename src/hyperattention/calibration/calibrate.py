@@ -35,10 +35,10 @@ from hyperattention.reference.samples import EvaluationSample
 _PROBED = 1 / 20
 
 
-def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings) -> int:
+def steps_of(loaded: LoadedModel, samples: Sequence[EvaluationSample], settings: CalibrationSettings | None = None) -> int:
     """Compute the largest number of steps that `calibrate` reports; layers that cannot be approximated report none."""
     model = fingerprint(loaded.model)
-    weighed = 0 if settings.pairs is None else model.num_layers * model.num_kv_heads
+    weighed = 0 if settings is None or settings.pairs is None else model.num_layers * model.num_kv_heads
     return model.num_layers * (len(samples) + 1) + len(samples) + weighed
 
 
