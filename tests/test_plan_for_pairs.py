@@ -8,6 +8,7 @@ import torch
 
 import hyperattention as ha
 from assertions import assert_exact
+from hyperattention import select
 from hyperattention.random import uniform
 from tiny_models import LENGTH, NUM_LAYERS, build, tokens
 
@@ -26,6 +27,7 @@ from hyperattention.reference.model import LoadedModel
 from hyperattention.reference.passes import run_pass
 from hyperattention.reference.samples import EvaluationSample
 from hyperattention.report.calibrate import CalibrateOptions
+from hyperattention.report.method_names import short_name
 from test_cli import invoke
 
 NARROW = ha.Method(ha.Sinks(4), ha.Window(16), tile=32)
@@ -181,6 +183,11 @@ def test_a_plan_for_a_number_of_pairs(loaded: LoadedModel, samples: tuple[Evalua
     assert set(whole.layers.values()) == {ha.ByHead((ha.Exact(), ha.Exact()))}
     ha.save_plan(plan, tmp_path / "plan.json")
     assert ha.load_plan(tmp_path / "plan.json") == plan
+
+
+def test_a_method_of_such_a_plan_has_a_short_name() -> None:
+    method = ha.Method(ha.Sinks(16), ha.Window(64), select.DrawAlike(1680, rows=16))
+    assert short_name(method) == "sinks 16 + window 64 + 1,680 for 16 alike"
 
 
 def test_settings_take_a_tolerance_or_pairs() -> None:
