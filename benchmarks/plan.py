@@ -172,6 +172,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32_768, help="bytes of a document")
     parser.add_argument("--calibrated", type=int, default=1, choices=(1, _CHOSEN_BY), help="documents it is chosen by")
     parser.add_argument("--documents", type=int, default=4, help="documents that it is judged on")
+    parser.add_argument(
+        "--first", type=int, default=0, help="first document to read now; figures count all that are recorded"
+    )
     parser.add_argument("--pairs", type=int, nargs="+", default=[800, 400], help="keys that a query may list, one plan each")
     parser.add_argument("--audit-rows", type=int, default=64)
     options = parser.parse_args()
@@ -181,7 +184,7 @@ def main() -> None:
     samples = samples_of_documents(held_out_documents(options.length, ALL))[: min(before, options.documents)]
     kept = read(options.out)
     plans = [find_plan(options, loaded, pairs, kept) for pairs in options.pairs]
-    for document, sample in enumerate(samples):
+    for document, sample in list(enumerate(samples))[options.first :]:
         for name in ("exact", *_EVERYWHERE, *(f"plan {plan['pairs']}" for plan in plans)):
             judge(options, loaded, sample, document, name, kept)
     found = [dict(each) for plan in plans for each in claims(options, plan, kept)]
