@@ -53,6 +53,14 @@ def test_the_mean_over_documents_decides_and_the_worst_is_told() -> None:
     assert [LADDER.index(method) for method in served.methods] == [3, 3]
 
 
+def test_neither_the_first_document_nor_the_worst_decides() -> None:
+    one = [[0.0, 0.0], [0.2, 0.5], [0.1, 0.35], [0.1, 0.35], [0.1, 0.35]]
+    other = [[0.0, 0.0], [0.2, 0.02], [0.1, 0.02], [0.1, 0.02], [0.1, 0.02]]
+    # pairs for one step: it saves .1 in the first head, and in the second .15 and nothing
+    assert places([measurement(0, one), measurement(0, other, document=1)], {0: (1.0, 1.0)}, 30) == [2, 1]
+    assert places([measurement(0, one)], {0: (1.0, 1.0)}, 30) == [1, 2]
+
+
 def test_pairs_that_no_step_of_the_hull_needs_are_spent_all_the_same() -> None:
     # on the hull the first head goes from 20 pairs to 160, which is more than is allowed
     bent = [[0.0, 0.0], [0.5, 0.0], [0.45, 0.0], [0.4, 0.0], [0.0, 0.0]]
