@@ -158,6 +158,8 @@ def test_weights_resume_and_belong_to_their_candidate(
     again = Journal(tmp_path / "journal", {"seed": 0})
     assert again.measurements == kept.measurements
     assert again.divergences == kept.divergences
+    # opening a journal writes it again, without the line that was cut
+    assert Journal(tmp_path / "journal", {"seed": 0}).divergences == kept.divergences
     monkeypatch.setattr(damage, "_divergence", whole)
     weights = weigh_heads(probe, again, lambda _: None)
     assert ran == [(0, 0), (0, 1), (1, 0)]
