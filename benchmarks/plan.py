@@ -126,7 +126,8 @@ def claims(options: argparse.Namespace, plan: dict, kept: list[dict]) -> list[Re
     rest = "; ".join(f"{x['name']} {x['added']:+.4f}, {x['lost']:.1f} points, {x['pairs']:,.0f} pairs" for x in others)
     beside = (
         f"{found['pairs']:,.0f} pairs a query, and {found['products']:,.0f} products to choose them; documents: "
-        f"{found['documents']} judged, {plan['calibrated_on']} other for the plan; one method everywhere: {rest}"
+        f"{found['documents']} judged, {plan['calibrated_on']} other for the plan; one method everywhere, with draws for 64 "
+        f"alike queries, where plans have some for 16: {rest}"
     )
     name = f"a plan for {plan['pairs']} pairs a query, {options.length:,} bytes, all layers"
     enough = found["fewer"] >= _FEWER
