@@ -1,126 +1,200 @@
-"""A calibrated plan against one method everywhere: query-key pairs at the same added loss, on the reference model.
+"""What a plan loses on documents that its calibration did not see, at the pairs that it was made for.
 
-    python benchmarks/plan.py                    # documents of 8,192 bytes: some 15 minutes on two cores
-    python benchmarks/plan.py --judged 2 --draws 256 688 1800 --tolerances 0.06 --out /tmp/plan.jsonl    # a look, 2 minutes
+    python benchmarks/plan.py                                    # 32,768 bytes; resumes; under an hour on two quiet cores
+    python benchmarks/plan.py --length 4096 --pairs 400 --documents 1 --out /tmp/plan.jsonl            # a look, 3 minutes
 
-The plan is calibrated on the first part of the held-out text and judged on documents of the rest, so that it is not judged
-on what it was chosen by. The one method is the default or the thorough one, whichever adds less, the same in every head, at
-several numbers of draws. Its pairs at a plan's added loss are interpolated on that curve in logarithms; where the plan adds
-less than the dearest point of the curve, that point's pairs are a lower bound. The curve is made to fall by its running
-minimum, which favours the one method. Beside the ratio stands the one at the plan's added loss plus one standard error.
+The plan is chosen on the last third of the held-out text and judged on the documents that `long_context.py` reads, as far as
+they lie before it; passes of exact attention and of one method everywhere that are recorded there are not run again. Each
+measurement and pass is written at once. The plan is not timed: `calibrate` and `retime` do that.
 """
 
 import argparse
+import json
 import math
-import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+import statistics
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from claims import Record, announce, figure
+from long_context import ALL, find_method, measure, read
+from long_context_table import RECORDS as LONG_RECORDS
 
-from hyperattention.bench.candidates import own_methods
-from hyperattention.bench.rows import Row
-from hyperattention.calibration.calibrate import CalibrationSettings, calibrate
-from hyperattention.files.plan import Plan
-from hyperattention.files.records import write_records
-from hyperattention.methods.exact import Exact
-from hyperattention.methods.method import Method
-from hyperattention.reference.evaluate import ModelJudgement, evaluate
-from hyperattention.reference.model import load_reference
-from hyperattention.reference.samples import samples_of_documents
-from hyperattention.reference.text import documents_from, held_out_text
-from hyperattention.report.demo import judgement_record
+from hyperattention.calibration.calibrate import CalibrationSettings, choose_methods
+from hyperattention.files.atomic_write import atomic_write
+from hyperattention.files.fields import Field
+from hyperattention.files.method_table import method_from_json, method_to_json
+from hyperattention.files.records import environment, plain
+from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.by_layer import ByLayer
+from hyperattention.reference.model import LoadedModel, load_reference
+from hyperattention.reference.samples import EvaluationSample, samples_of_documents
+from hyperattention.reference.text import documents_from, held_out_documents, held_out_text
 from hyperattention.report.method_names import short_name
-from hyperattention.report.tables import format_added
-from hyperattention.select.draw import Draw
 
-_BAR = 1.5
-# the methods that run everywhere
-_ONE = ("default", "thorough")
+RECORDS = Path(__file__).parent / "records" / "plan.jsonl"
+# bars: nats a byte, points of retrieval, times fewer pairs than exact attention, times fewer than one method
+_ADDED, _LOST, _FEWER, _ONE_METHOD = 0.01, 1.0, 20, 1.5
+# documents of the last third that plans may be chosen by
+_CHOSEN_BY = 2
+# one method in every head, by increasing pairs
+_EVERYWHERE = ("default", "thorough")
+
+
+def split_text(length: int) -> tuple[bytes, int]:
+    """The last third of the held-out text, in whole documents, and the number of documents before it."""
+    text = held_out_text()
+    before = len(text) // length * 2 // 3
+    return text[before * length :], before
+
+
+def find_plan(options: argparse.Namespace, loaded: LoadedModel, pairs: int, kept: list[dict]) -> dict:
+    """The plan that is recorded, or a new one."""
+    about = {"part": "plan", "length": options.length, "pairs": pairs, "calibrated_on": options.calibrated}
+    for record in kept:
+        if about.items() <= record.items():
+            return record
+    text, _ = split_text(options.length)
+    chosen_by = samples_of_documents(documents_from(text, options.length, _CHOSEN_BY, 1)[: options.calibrated])
+    options.journal.parent.mkdir(parents=True, exist_ok=True)
+    chosen = choose_methods(loaded, chosen_by, CalibrationSettings(pairs=pairs), options.journal, announce)
+    layers = {str(layer): [method_to_json(each) for each in served.methods] for layer, (served, _) in chosen.items()}
+    names = {str(layer): [short_name(each) for each in served.methods] for layer, (served, _) in chosen.items()}
+    errors = {str(layer): list(errors) for layer, (_, errors) in chosen.items()}
+    return add(options.out, kept, about | {"layers": layers, "names": names, "errors": errors})
+
+
+def method_of(plan: dict) -> ByLayer:
+    """The plan as a method."""
+    field = Field(plan["layers"], "plan.jsonl", "layers", "delete the line of the plan")
+    served = {int(layer): [method_from_json(each) for each in heads.items()] for layer, heads in field.parts().items()}
+    return ByLayer({layer: ByHead(tuple(heads)) for layer, heads in served.items()})
+
+
+def add(path: Path, kept: list[dict], record: Record) -> dict:
+    """Write a record at once."""
+    line = json.loads(json.dumps(plain({"kind": "plan"} | dict(record) | environment())))
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    kept.append(line)
+    return line
+
+
+def judge(
+    options: argparse.Namespace, loaded: LoadedModel, sample: EvaluationSample, document: int, name: str, kept: list[dict]
+) -> None:
+    """Run one document under a plan or one method, unless that pass is recorded."""
+    key = {"part": "pass", "length": options.length, "document": document, "seed": 0, "name": name}
+    if any(key.items() <= record.items() for record in kept) or find_pass(options.length, document, name, kept):
+        return
+    plans = {f"plan {record['pairs']}": record for record in kept if record.get("part") == "plan"}
+    method = method_of(plans[name]) if name in plans else find_method(name)
+    found = measure(loaded, sample, method, document, options.audit_rows)
+    add(options.out, kept, key | dict(found))
+    print(f"document {document}, {name}: {found['nats_per_byte']:.4f} nats a byte, {found['retrieval']:.3f} retrieved, "
+          f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
+
+
+def find_pass(length: int, document: int, name: str, kept: Iterable[dict]) -> dict | None:
+    """The pass that is recorded here, or the same one among the records of `long_context.py`."""
+    key = {"length": length, "document": document, "seed": 0, "name": name}
+    there = key | {"model": "reference", "run_on": "cpu", "dtype": "float32"}
+    found = [each for each in kept if each.get("part") == "pass" and key.items() <= each.items()]
+    return next(iter(found or [each for each in read(LONG_RECORDS) if there.items() <= each.items()]), None)
+
+
+def summary(length: int, name: str, documents: Iterable[int], kept: list[dict]) -> dict:
+    """Loss, retrieval and pairs relative to exact attention, over the documents that both have read."""
+    both = [[find_pass(length, each, of, kept) for of in (name, "exact")] for each in documents]
+    passes = [(ours, exact) for ours, exact in both if ours is not None and exact is not None]
+    added = [ours["nats_per_byte"] - exact["nats_per_byte"] for ours, exact in passes]
+    lost = [100 * (exact["retrieval"] - ours["retrieval"]) for ours, exact in passes]
+    spread = statistics.stdev(added) / math.sqrt(len(added)) if len(added) > 1 else None
+    first = passes[0][0]
+    return {"name": name, "documents": len(passes), "added": statistics.fmean(added), "spread": spread,
+            "lost": statistics.fmean(lost), "pairs": first["pairs"], "products": first["selection_pairs"],
+            "fewer": 1 / first["share_of_exact"]}  # fmt: skip
+
+
+def claims(options: argparse.Namespace, plan: dict, kept: list[dict]) -> list[Record]:
+    """The figures of one plan: loss, retrieval, and pairs of one method everywhere at the same loss."""
+    numbers = range(options.documents)
+    found, *others = (summary(options.length, name, numbers, kept) for name in (f"plan {plan['pairs']}", *_EVERYWHERE))
+    shared = {"length": options.length, "documents": found["documents"], "calibrated_on": plan["calibrated_on"]}
+    spread = "" if found["spread"] is None else f" ± {found['spread']:.4f}"
+    rest = "; ".join(f"{x['name']} {x['added']:+.4f}, {x['lost']:.1f} points, {x['pairs']:,.0f} pairs" for x in others)
+    beside = (
+        f"{found['pairs']:,.0f} pairs a query, and {found['products']:,.0f} products to choose them; documents: "
+        f"{found['documents']} judged, {plan['calibrated_on']} other for the plan; one method everywhere, with draws for 64 "
+        f"alike queries, where plans have some for 16: {rest}"
+    )
+    name = f"a plan for {plan['pairs']} pairs a query, {options.length:,} bytes, all layers"
+    enough = found["fewer"] >= _FEWER
+    ratio, bounded = pairs_at(others, found["added"])
+    ratio /= found["pairs"]
+    more = "at least " if bounded else ""
+    fewer = f"{found['fewer']:.1f}x"
+    three = (
+        figure(
+            f"added loss, {name}", f"<= {_ADDED} nats a byte at >= {_FEWER}x fewer pairs", found["added"],
+            found["added"] <= _ADDED and enough, f"{found['added']:+.4f}{spread} nats at {fewer}", beside,
+        ),
+        figure(
+            f"retrieval lost, {name}", f"<= {_LOST:g} point", found["lost"], found["lost"] <= _LOST,
+            f"{found['lost']:.2f} points", f"{fewer} fewer pairs than exact attention",
+        ),
+        figure(
+            f"pairs of one method everywhere over those of {name}, at the same loss", f">= {_ONE_METHOD}x",
+            ratio, ratio >= _ONE_METHOD, f"{more}{ratio:.2f}x", "on the line from default to thorough",
+        ),
+    )  # fmt: skip
+    return [shared | dict(each) for each in three]
+
+
+def pairs_at(curve: list[dict], added: float) -> tuple[float, bool]:
+    """Pairs at which the one method adds this loss, and whether that is only a lower bound."""
+    points = sorted((each["pairs"], each["added"]) for each in curve)
+    if added >= points[0][1]:
+        # nothing cheaper was measured, so nothing more is claimed
+        return points[0][0], False
+    for (pairs, more), (next_pairs, less) in pairwise(points):
+        if more > added >= less:
+            share = 1.0 if less <= 0 or added <= 0 else math.log(more / added) / math.log(more / less)
+            return pairs * (next_pairs / pairs) ** share, False
+    return points[-1][0], True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "plan.jsonl")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    parser.add_argument("--journal", type=Path, help="measurements of the calibration; by default in build/, one a length")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--length", type=int, default=8192, help="bytes of a document")
-    parser.add_argument("--calibrated", type=int, default=2, help="documents that the plans are chosen by")
-    parser.add_argument("--judged", type=int, default=8, help="documents that plans and methods are judged on")
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.05, 0.1])
-    parser.add_argument("--draws", type=int, nargs="+", default=[128, 256, 448, 688, 1200])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    loaded, text, length = load_reference(), held_out_text(), args.length
-    # whole documents of the first third of the text; what follows them is never seen by the calibration
-    split = len(text) // 3 // length * length
-    chosen_by = samples_of_documents(documents_from(text[:split], length, args.calibrated, 1))
-    judged_on = samples_of_documents(documents_from(text[split:], length, args.judged, 0))
-    plans: dict[float, Plan] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for tolerance in args.tolerances:
-            # the measurements are the same at every tolerance, so the second plan takes them from the journal
-            plans[tolerance] = calibrate(
-                loaded, chosen_by, CalibrationSettings(tolerance), Path(folder) / "journal", announce
-            )
-    own = own_methods()
-    one = {f"{name}, {num} draws": drawing(own[name], num) for name in _ONE for num in args.draws}
-    rows = [Row("exact", "exact", Exact())]
-    rows += [Row(name, name, method) for name, method in one.items()]
-    rows += [Row(f"plan {tolerance}", f"plan {tolerance}", plan.method) for tolerance, plan in plans.items()]
-    results = {each.row: each for each in evaluate(loaded, judged_on, rows, audit_rows=0, on_step=announce)}
-    curve = [results[name] for name in one]
-    claims = [claim(plan, results[f"plan {tolerance}"], curve, results["exact"]) for tolerance, plan in plans.items()]
-    shared = {"length": length, "documents": len(judged_on), "calibrated_on": len(chosen_by)}
-    records = [*(shared | each for each in claims), *(shared | judgement_record(each) for each in results.values())]
-    write_records(args.out, records, kind="plan")
-    for each in claims:
-        print(f"{'met' if each['met'] else 'MISSED'}: {each['claim']}: {each['shown']} ({each['bar']}); {each['beside']}")
-
-
-def drawing(method: Method, num: int) -> Method:
-    """The method with another number of draws."""
-    *others, draw = method.stages
-    assert isinstance(draw, Draw)
-    return Method(*others, replace(draw, num=num), tile=method.tile)
-
-
-def claim(plan: Plan, ours: ModelJudgement, curve: Sequence[ModelJudgement], exact: ModelJudgement) -> Record:
-    """One figure: how many times more pairs the one method lists at this plan's added loss."""
-    pairs, bounded = pairs_at(curve, ours.added_nats)
-    ratio = pairs / ours.cost.pairs
-    cautious = pairs_at(curve, ours.added_nats + (ours.added_error or 0.0))[0] / ours.cost.pairs
-    methods = {layer: [short_name(each) for each in served.methods] for layer, served in plan.layers.items()}
-    kept = "" if ours.retrieval is None else f", retrieval {ours.retrieval:.1%} (exact {exact.retrieval:.1%})"
-    faster = "not faster than exact attention" if plan.crossover is None else f"faster from {plan.crossover:,} keys on"
-    beside = (
-        f"{ours.cost.pairs:.0f} pairs a query ({1 / ours.cost.share_of_exact:.1f}x fewer than exact), added "
-        f"{format_added(ours)} nats a byte{kept}; {cautious:.2f}x at one standard error more; attention "
-        f"{ours.attention_ratio.value:.1f}x as fast as exact; {faster}"
+    parser.add_argument("--length", type=int, default=32_768, help="bytes of a document")
+    parser.add_argument("--calibrated", type=int, default=1, choices=(1, _CHOSEN_BY), help="documents it is chosen by")
+    parser.add_argument("--documents", type=int, default=4, help="documents that it is judged on")
+    parser.add_argument(
+        "--first", type=int, default=0, help="first document to read now; figures count all that are recorded"
     )
-    name = f"pairs of one method everywhere over a plan's at the same added loss, tolerance {plan.tolerance:g}"
-    shown = f"{'at least ' if bounded else ''}{ratio:.2f}x"
-    found = figure(name, f">= {_BAR}x", ratio, ratio >= _BAR, shown, beside)
-    return dict(found) | {"cautious": cautious, "lower_bound": bounded, "plan": methods, "crossover": plan.crossover}
-
-
-def pairs_at(curve: Sequence[ModelJudgement], added: float) -> tuple[float, bool]:
-    """Pairs at which the one method adds this loss, and whether that is only a lower bound."""
-    points, least = [], math.inf
-    for each in sorted(curve, key=lambda each: each.cost.pairs):
-        least = min(least, each.added_nats)
-        points.append((each.cost.pairs, least))
-    if added >= points[0][1]:
-        # the cheapest point already adds no more: nothing cheaper was measured, so nothing more is claimed
-        return points[0][0], False
-    for (pairs, more), (next_pairs, less) in pairwise(points):
-        if more > added >= less:
-            # a loss below zero has no logarithm; the dearer end then stands for it
-            share = 1.0 if less <= 0 or added <= 0 else math.log(more / added) / math.log(more / less)
-            return pairs * (next_pairs / pairs) ** share, False
-    return points[-1][0], True
+    parser.add_argument("--pairs", type=int, nargs="+", default=[800, 400], help="keys that a query may list, one plan each")
+    parser.add_argument("--audit-rows", type=int, default=64)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.journal = options.journal or Path("build") / f"plan-{options.length}-{options.calibrated}.journal"
+    loaded, (_, before) = load_reference(), split_text(options.length)
+    samples = samples_of_documents(held_out_documents(options.length, ALL))[: min(before, options.documents)]
+    kept = read(options.out)
+    plans = [find_plan(options, loaded, pairs, kept) for pairs in options.pairs]
+    for document, sample in list(enumerate(samples))[options.first :]:
+        for name in ("exact", *_EVERYWHERE, *(f"plan {plan['pairs']}" for plan in plans)):
+            judge(options, loaded, sample, document, name, kept)
+    found = [dict(each) for plan in plans for each in claims(options, plan, kept)]
+    figures = [plain({"kind": "plan"} | each | environment()) for each in found]
+    told = {each["claim"] for each in found}
+    others = [each for each in kept if each.get("claim") not in told]
+    atomic_write(options.out, "".join(json.dumps(each) + "\n" for each in (*figures, *others)))
+    for each in found:
+        print(f"{'met' if each['met'] else 'MISSED'}: {each['claim']}: {each['shown']} ({each['bar']}); {each['beside']}")
 
 
 if __name__ == "__main__":

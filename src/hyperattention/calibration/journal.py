@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hyperattention.calibration.measure import Measurement
@@ -12,8 +12,27 @@ from hyperattention.files.atomic_write import atomic_write
 _SHOWN = 60
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions move if one head runs a candidate and all others exact attention.
+
+    Args:
+        document: number of the document.
+        layer: index of the layer.
+        head: index of the kv head.
+        place: number of the candidate.
+        nats: mean divergence of the predictions, in nats a token.
+    """
+
+    document: int
+    layer: int
+    head: int
+    place: int
+    nats: float
+
+
 class Journal:
-    """A file of JSON lines: first the settings of the measurements, then one line for each layer and document.
+    """A file of JSON lines: first the settings of the measurements, then a line for each layer and document, or divergence.
 
     Args:
         path: the file, which is created if it does not exist.
@@ -35,8 +54,10 @@ class Journal:
                 "another file"
             )
         self.measurements = [each for line in lines[1:] if (each := _read(line)) is not None]
+        self.divergences = [each for line in lines[1:] if (each := _read_divergence(line)) is not None]
         # a line that an interruption truncated is left out
-        atomic_write(path, "".join(f"{line}\n" for line in (header, *map(_write, self.measurements))))
+        kept = (header, *map(_write, self.measurements), *map(_write, self.divergences))
+        atomic_write(path, "".join(f"{line}\n" for line in kept))
 
     def has(self, document: int, layer: int) -> bool:
         """Return whether a layer was measured on a document.
@@ -57,12 +78,40 @@ class Journal:
             measurement: the measurement.
         """
         self.measurements.append(measurement)
+        self._append(measurement)
+
+    def divergence(self, document: int, layer: int, head: int, place: int) -> float | None:
+        """Return a divergence that was measured.
+
+        Args:
+            document: the number of the document.
+            layer: the index of the layer.
+            head: the index of the kv head.
+            place: the number of the candidate.
+
+        Returns:
+            nats a token; None if it was not measured.
+        """
+        wanted = (document, layer, head, place)
+        found = (each.nats for each in self.divergences if (each.document, each.layer, each.head, each.place) == wanted)
+        return next(found, None)
+
+    def add_divergence(self, divergence: Divergence) -> None:
+        """Write a divergence to the file at once.
+
+        Args:
+            divergence: the divergence.
+        """
+        self.divergences.append(divergence)
+        self._append(divergence)
+
+    def _append(self, entry: Measurement | Divergence) -> None:
         with self.path.open("a") as file:
-            file.write(_write(measurement) + "\n")
+            file.write(_write(entry) + "\n")
 
 
-def _write(measurement: Measurement) -> str:
-    return json.dumps(asdict(measurement))
+def _write(entry: Measurement | Divergence) -> str:
+    return json.dumps(asdict(entry))
 
 
 def _why_other(line: str, settings: Mapping[str, object]) -> str | None:
@@ -95,7 +144,15 @@ def _differences(there: Mapping[str, object], here: Mapping[str, object], inside
 def _read(line: str) -> Measurement | None:
     try:
         data = json.loads(line)
-        errors = tuple(map(tuple, data["errors"]))
-        return Measurement(data["document"], data["layer"], tuple(data["shape"]), tuple(data["seconds"]), errors)
+        errors, squares = (tuple(map(tuple, data[name])) for name in ("errors", "squares"))
+        shape, seconds = tuple(data["shape"]), tuple(data["seconds"])
+        return Measurement(data["document"], data["layer"], shape, seconds, errors, squares)
     except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_divergence(line: str) -> Divergence | None:
+    try:
+        return Divergence(**json.loads(line))
+    except (ValueError, TypeError):
         return None

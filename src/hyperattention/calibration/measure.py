@@ -25,7 +25,9 @@ class Measurement:
         layer: index of the layer.
         shape: query heads, kv heads, head_dim and value_dim; layers of one shape take the same time.
         seconds: seconds of each candidate, for all heads together.
-        errors: for each candidate and kv head, the mean relative error over all rows, of the worst query head.
+        errors: for each candidate and kv head, the mean relative error over the measured rows, of the worst query head.
+        squares: for each candidate and kv head, squared errors over squared outputs, each summed over the measured rows and
+            query heads; empty where only errors and times are measured.
     """
 
     document: int
@@ -33,6 +35,7 @@ class Measurement:
     shape: tuple[int, int, int, int]
     seconds: tuple[float, ...]
     errors: tuple[tuple[float, ...], ...]
+    squares: tuple[tuple[float, ...], ...] = ()
 
 
 def run_on(call: CallInputs, method: AttentionMethod, seed: int = 0, num_tokens: int | None = None) -> Tensor:
@@ -91,7 +94,7 @@ def measure_layer(call: CallInputs, ladder: Sequence[AttentionMethod], document:
         out = run_on(call, ladder[place], seed + document)
         seconds[place] = time.perf_counter() - began
         outputs.setdefault("exact", out)
-        errors[place] = _errors(out, outputs["exact"], call.k.shape[1])
+        errors[place] = head_errors(out, outputs["exact"], call.k.shape[1])
     shape = (call.q.shape[1], call.k.shape[1], call.q.shape[-1], call.v.shape[-1])
     return Measurement(document, call.layer, shape, tuple(seconds), tuple(errors))
 
@@ -102,7 +105,17 @@ def warm_up(call: CallInputs, ladder: Sequence[AttentionMethod]) -> None:
         run_on(call, method, num_tokens=_WARM_UP)
 
 
-def _errors(out: Tensor, exact: Tensor, kv_heads: int) -> tuple[float, ...]:
+def head_errors(out: Tensor, exact: Tensor, kv_heads: int) -> tuple[float, ...]:
+    """Average the relative errors of rows, of the worst query head of each kv head.
+
+    Args:
+        out: the output of a method.
+        exact: that of exact attention.
+        kv_heads: number of kv heads.
+
+    Returns:
+        the error of each kv head.
+    """
     reference = exact.float()
     errors = relative_error(out.float() - reference, reference).mean((0, 2))
     return tuple(errors.unflatten(0, (kv_heads, -1)).amax(1).tolist())

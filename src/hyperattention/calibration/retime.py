@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from hyperattention.bench.timing import ignore
-from hyperattention.calibration.calibrate import where
+from hyperattention.calibration.conditions import where
 from hyperattention.calibration.crossover import find_crossing
 from hyperattention.files.plan import Plan
 from hyperattention.reference.model import LoadedModel

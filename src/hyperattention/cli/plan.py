@@ -18,7 +18,13 @@ _PAGE = Path("hyperattention-inspect.html")
 def calibrate_model(
     model: _Model = "reference",
     text: _Text = None,
-    tolerance: Annotated[float, typer.Option(help="Largest mean relative error of any head, on these documents.")] = 0.05,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest mean relative error of any head, on these documents.", show_default="0.05")
+    ] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option(help="In place of a tolerance: keys that a query may list on average, spent where they matter most."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.json"),
     length: Length = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents read; the worst decides.")] = 2,
@@ -36,7 +42,7 @@ def calibrate_model(
 
         hide_bars()
         texts = DemoOptions(length, text, find_folder(model), documents=documents, seed=seed, encoding=encoding)
-        options = report.CalibrateOptions(out, texts, report.CalibrationSettings(tolerance, seed), overwrite)
+        options = report.CalibrateOptions(out, texts, report.CalibrationSettings(tolerance, seed, pairs=pairs), overwrite)
         prepared = report.ready(options)
         plan = report.run(prepared, options, console)
     report.show(plan, console)

@@ -56,7 +56,7 @@ class Plan:
         model: fingerprint of the model; `use` refuses any other model.
         layers: the methods of each layer that can be approximated, by layer index; layers not named are exact.
         errors: the measured error of each kv head under its method, by layer.
-        tolerance: the largest error allowed.
+        tolerance: the largest error allowed; in a plan for a number of pairs, the largest error of its heads.
         crossover: number of keys from which the plan ran faster than exact attention; shorter calls are exact. None if the
             plan was slower at the calibration length: then every call is exact. `retime` measures it again.
         measured: the measurements.

@@ -29,6 +29,7 @@ class CallInputs:
         k: keys, with positions applied.
         v: values.
         scale: factor of the scores.
+        out: the model's own output, ``[batch, heads, queries, value_dim]``, for `CallRecorder.on_call`; None elsewhere.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class CallInputs:
     k: Tensor
     v: Tensor
     scale: float | None
+    out: Tensor | None = None
 
 
 @dataclass
@@ -104,7 +106,7 @@ class CallRecorder:
             )
         replaceable = self.counter.counts.exact.get(EXACT_METHOD, 0) > counts.exact.get(EXACT_METHOD, 0)
         if self.on_call is not None and mask is None and replaceable:
-            self.on_call(CallInputs(layer, q, k, v, scale))
+            self.on_call(CallInputs(layer, q, k, v, scale, out.transpose(1, 2)))
         self.audit_seconds += time.perf_counter() - ended
         return out
 

@@ -60,7 +60,7 @@ def run(prepared: PreparedDemo, options: CalibrateOptions, console: Console) -> 
     if options.journal.exists():
         console.print(f"found {options.journal}: its measurements are used, and not repeated")
     try:
-        with progress(console, "calibrate", steps_of(prepared.loaded, prepared.samples)) as on_step:
+        with progress(console, "calibrate", steps_of(prepared.loaded, prepared.samples, options.settings)) as on_step:
             plan = calibrate(prepared.loaded, prepared.samples, options.settings, options.journal, on_step)
     except KeyboardInterrupt:
         console.print(f"stopped: the measurements so far are in {options.journal}; run the same command again to resume")
@@ -106,7 +106,7 @@ def conclude(plan: Plan) -> list[str]:
     return [
         f"At {found.length:,} tokens the plan scores {fewer:.1f}x fewer pairs than exact attention; {exact} of "
         f"{methods.total()} kv heads stay exact.",
-        f"On these documents the plan adds {found.added_nats:+.4f} nats a byte. The error of every head is at most "
+        f"On these documents the plan adds {found.added_nats:+.4f} nats a byte. The measured error of every head is at most "
         f"{plan.tolerance:g} with all other layers exact. Other texts may differ.",
         plan.payoff(),
     ]

@@ -4,6 +4,7 @@ from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.select.draw import Draw
+from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 
@@ -32,4 +33,6 @@ def _stage_name(stage: object) -> str:
             return f"window {size:,}"
         case Draw(num=num, by=by):
             return f"{num:,} by {type(by).__name__}"
+        case DrawAlike(num=num, rows=rows):
+            return f"{num:,} for {rows} alike"
     return repr(stage)
