@@ -14,7 +14,7 @@ _PICTURE = Path("hyperattention-bench.png")
 
 def bench(
     min_length: Annotated[int, typer.Option(min=64, help="Shortest length; it doubles from there.")] = 4096,
-    max_length: Annotated[int, typer.Option(min=64, help="Longest length; 131072 takes exact attention about an hour.")] = 32768,
+    max_length: Annotated[int, typer.Option(min=64, help="Longest length; 131072 takes exact about an hour.")] = 32768,
     repeats: Repeats = None,
     plot: Plot = _PICTURE,
     json: Json = None,

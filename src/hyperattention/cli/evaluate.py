@@ -43,7 +43,7 @@ def evaluate(
         check_inputs(model=model, reference=reference, text=text, encoding=encoding)
         given_lengths = None if lengths is None else numbers("--lengths", lengths)
         given_budgets = None if budget is None else numbers("--budget", budget)
-        _check_names(() if tasks is None else names(tasks), names(policies), given_budgets or ())
+        _check_names(names(tasks) or (), names(policies), given_budgets or ())
         from hyperattention.report import evaluation as report
 
         hide_bars()
