@@ -75,14 +75,15 @@ def finished(records: list[dict]) -> set[Name]:
     return {name for name, tolerances in at.items() if tolerances >= set(TOLERANCES)}
 
 
-def run_cases(documents: int, structured: int, length: int, path: Path) -> None:
+def run_cases(first: int, documents: int, structured: int, length: int, path: Path) -> None:
     """Judge the cases that are missing: a document's, then one structured input, and so on."""
     loaded, done = load_reference(), finished(read(path))
     samples = samples_of_documents(held_out_documents(length, ALL))
     for number in range(max(documents, structured)):
-        if number < min(documents, len(samples)):
-            names = tuple(name for name in captured_names(loaded, number, length) if name not in done)
-            for case in captured_cases(loaded, samples[number], names) if names else ():
+        document = first + number
+        if number < documents and document < len(samples):
+            names = tuple(name for name in captured_names(loaded, document, length) if name not in done)
+            for case in captured_cases(loaded, samples[document], names) if names else ():
                 judge_and_append(case, path)
         if number < structured:
             name = Name([*KINDS][number % len(KINDS)], number // len(KINDS), length)
@@ -156,6 +157,7 @@ def append_times(path: Path, repeats: int, length: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=13, help="documents of the reference model, eight cases each")
+    parser.add_argument("--first", type=int, default=0, help="number of the first document")
     parser.add_argument("--structured", type=int, default=12, help="structured inputs, of both kinds in turn")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of all inputs")
     parser.add_argument("--threads", type=int, default=2)
@@ -170,7 +172,7 @@ def main() -> None:
         args.documents, args.structured, args.repeats, args.length = 1, 2, 1, 4096
     torch.set_num_threads(args.threads)
     with torch.no_grad():
-        run_cases(args.documents, args.structured, args.length, args.out)
+        run_cases(args.first, args.documents, args.structured, args.length, args.out)
         if args.times:
             append_times(args.out, args.repeats, args.length)
     for record in write_figures(args.out):
