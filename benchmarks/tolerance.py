@@ -3,7 +3,7 @@
     python benchmarks/tolerance.py                                # 104 captured cases and 12 structured: hours if shared
     python benchmarks/tolerance.py --documents 1 --structured 1   # a look: nine cases; goes on from there without the limits
     python benchmarks/tolerance.py --length 8192                  # beside what is recorded at 32,768
-    python benchmarks/tolerance.py --times                        # adds times, for a machine without other work
+    python benchmarks/tolerance.py --times crossover overhead     # times as well; the second on a machine without other work
     python benchmarks/tolerance.py --toy --out /tmp/toy.jsonl     # short inputs, to see that the script runs
 
 A captured case is one kv head of one layer with its query heads, of the reference model on a held-out document. Structured
@@ -142,16 +142,17 @@ def write_figures(path: Path) -> list[dict]:
     return figures
 
 
-def append_times(path: Path, repeats: int, length: int) -> None:
+def append_times(path: Path, parts: list[str], repeats: int, length: int) -> None:
     """Replace the times that are recorded."""
-    kept = [record for record in read(path) if record["part"] == "case"]
-    measured: list[Callable[[], Iterator[Record]]] = [
-        lambda: measure_crossover(tuple(max(1, length // part) for part in (4, 2, 1)), repeats),
-        lambda: measure_overhead(length, repeats, TOLERANCES),
-    ]
-    found = [record for each in measured for record in each()]
-    atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
-    append(path, found)
+    measured: dict[str, Callable[[], Iterator[Record]]] = {
+        "crossover": lambda: measure_crossover(tuple(max(1, length // part) for part in (4, 2, 1)), repeats),
+        "overhead": lambda: measure_overhead(length, repeats, TOLERANCES),
+    }
+    for part in parts:
+        found = [{"rests_on": part} | dict(record) for record in measured[part]()]
+        kept = [record for record in read(path) if record.get("rests_on") != part]
+        atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
+        append(path, found)
 
 
 def main() -> None:
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of all inputs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RECORDS, help="the record, which is added to")
-    parser.add_argument("--times", action="store_true", help="measure times as well, at the end")
+    parser.add_argument("--times", nargs="+", default=[], choices=("crossover", "overhead"), help="measure times at the end")
     parser.add_argument("--repeats", type=int, default=3, help="repeats of every time")
     parser.add_argument("--toy", action="store_true", help="short inputs, to see that the script runs; says nothing")
     args = parser.parse_args()
@@ -174,7 +175,7 @@ def main() -> None:
     with torch.no_grad():
         run_cases(args.first, args.documents, args.structured, args.length, args.out)
         if args.times:
-            append_times(args.out, args.repeats, args.length)
+            append_times(args.out, args.times, args.repeats, args.length)
     for record in write_figures(args.out):
         verdict = "met" if record["met"] else "MISSED"
         print(f"  {verdict}: {record['claim']}: {record['shown']} ({record['bar']}); {record['beside']}")
