@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hyperattention as ha
+from assertions import assert_exact
 from hyperattention import select
 from hyperattention.bench.error import Error, pool
 from hyperattention.bench.rows import Row, control_of, find_default, rows, window_of
@@ -190,6 +191,12 @@ def test_captured_inputs_are_those_of_every_layer(loaded: LoadedModel, samples: 
     calls = capture(loaded, samples[0], rows(SMALL)[0])
     assert [call.layer for call in calls] == [0, 1]
     assert all(call.q.shape == (1, 2, LENGTH, 16) and call.k.shape == call.v.shape == (1, 1, LENGTH, 16) for call in calls)
+
+
+def test_captured_calls_keep_what_exact_attention_gave(loaded: LoadedModel, samples: tuple[EvaluationSample, ...]) -> None:
+    for call in capture(loaded, samples[0], rows(SMALL)[0]):
+        exact = ha.attention(call.q, call.k, call.v, is_causal=True, enable_gqa=True, scale=call.scale, method=ha.Exact())
+        assert_exact(call.out, exact)
 
 
 def test_pooled_intervals_add_in_squares() -> None:

@@ -1,5 +1,6 @@
 """Ladders, and the pilot that chooses from their rungs."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,14 +9,23 @@ import torch
 import hyperattention as ha
 from assertions import assert_exact
 from front_door import within
+from hyperattention import select
 from hyperattention.error.tolerance import certificate, pilot
 from hyperattention.error.tolerance import within as tolerance
-from hyperattention.error.tolerance.ladder import Ladder, default_ladder
+from hyperattention.error.tolerance.ladder import ALIKE_CROSSOVER, Ladder, default_ladder
 from hyperattention.error.tolerance.terms import CONFIDENCE, terms_of
 from hyperattention.methods.method import Method
 from hyperattention.problem import Problem
 from problems import tensors
-from tolerance_cases import LADDER, NUM, OPTIONS, easy, inputs
+from tolerance_cases import LADDER, NUM, OPTIONS, easy, errors, inputs
+
+# rungs as those of the default ladder of a long call, for short ones
+ALIKE = Ladder(
+    tuple(
+        Method(ha.Sinks(4), ha.Window(16), select.DrawAlike(num, rows=32, pooled=4), tile=32) for num in (32, 64, 128, 256)
+    )
+)
+
 
 # the choice of rungs
 
@@ -73,32 +83,88 @@ def test_estimates_are_raised_by_their_standard_error():
     assert pilot._raised(steady, 16).mean() < 1.02 * steady.mean()
 
 
+# draws for alike queries
+
+
+def test_draws_for_alike_queries_are_within_a_tolerance_and_spare_pairs():
+    q, k, v = easy(num=4096)
+    out, report = within(q, k, v, **(OPTIONS | {"method": ALIKE}), tolerance=0.25)
+    approximated = len(report.methods) - len(report.exact_heads)
+    assert approximated > 0
+    assert report.share_of_pairs < 1
+    error = errors(out, q, k, v, is_causal=True)
+    assert (error <= 0.25).all()
+    assert (error <= report.bound + 1e-5).all()
+    assert (error > 0).any()
+
+
+def test_a_pilot_shows_the_errors_that_draws_for_alike_queries_have_in_the_whole_call():
+    whole = Problem(*easy(), 8**-0.5, causal=True, seed=3, layer=2)
+    few = pilot.take_pilot(whole, 32)
+    position = few.problem.position[few.index]
+    rung = ALIKE.rungs[1]
+    told = few.errors(rung, (0, 1)).flatten(1, 2)
+    out = rung.attend(whole).out[:, :, position]
+    assert_exact(told, certificate.row_errors(out, certificate.exact_at(whole, position)))
+    # half of the tiles, and no more scored than they see
+    assert few.problem.num_queries == NUM / 2
+
+
 # ladders
 
 
-def test_the_default_ladder_stands_around_the_lean_method():
-    ladder = default_ladder(32768)
-    usual = ha.lean_method(32768)
+@pytest.mark.parametrize(("num_keys", "device"), [(16_383, None), (8192, "cpu"), (32_768, "cuda")])
+def test_the_ladder_of_short_calls_and_of_gpus_stands_around_the_lean_method(num_keys, device):
+    ladder = default_ladder(num_keys, device=device)
+    usual = ha.lean_method(65_536)
     same = [rung for rung in ladder.rungs if rung.stages[-1].num == usual.stages[-1].num]
     assert [rung.stages[:-1] for rung in same] == [usual.stages[:-1]]
     assert same[0].stages[-1].by == ha.KeyScan(8, beyond=usual.stages[-1].by)
+    assert_draws_double_every_second_rung(ladder, num_keys)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+@pytest.mark.parametrize("num_keys", [16_384, 10**6])
+def test_the_ladder_of_long_calls_on_a_cpu_draws_for_alike_queries(num_keys, device):
+    ladder = default_ladder(num_keys, device=device)
+    # the default's window, and longer lists than the default's, so that choosing costs half as much
+    assert {rung.stages[:-1] for rung in ladder.rungs} == {ha.default_method(10**6).stages[:-1]}
+    assert {replace(rung.stages[-1], num=1) for rung in ladder.rungs} == {select.DrawAlike(1, rows=128)}
+    assert_draws_double_every_second_rung(ladder, num_keys)
+
+
+def assert_draws_double_every_second_rung(ladder, num_keys):
     draws = [rung.stages[-1].num for rung in ladder.rungs]
     assert draws[0] < 688 / 3
-    assert 16384 < draws[-1] <= 32768
+    assert num_keys / 2 < draws[-1] <= num_keys
     assert all(1.3 < above / below < 1.5 for below, above in pairwise(draws))
-    assert 0.3 < ladder.worth < 1
-    # exact attention is the faster one on a GPU up to longer lengths
-    assert default_ladder(32768, device="cuda").worth < ladder.worth
+
+
+def test_a_ladder_of_no_keys_has_a_rung():
     assert default_ladder(1).rungs
 
 
 @pytest.mark.parametrize(("device", "crossover"), [(None, 4096), ("cpu", 4096), ("cuda", 65_536)])
 def test_a_rung_is_worth_the_share_of_pairs_that_the_lean_method_spends_where_it_begins_to_pay(device, crossover):
-    cost = ha.lean_method(65_536).cost(crossover)
+    # exact attention is the faster one on a GPU up to longer lengths
+    assert 0 < default_ladder(10**4, device=device).worth == share_of(ha.lean_method(65_536), crossover) < 1
+
+
+def test_a_rung_for_alike_queries_is_worth_a_quarter_more_than_its_share_where_it_begins_to_pay():
+    ladder = default_ladder(10**5)
+    usual = next(rung for rung in ladder.rungs if rung.stages[-1].num == 1760)
+    assert ladder.worth == 1.25 * share_of(usual, ALIKE_CROSSOVER) < 1
+    # what takes equal time at one length does so at all, as long as all keys are scored one by one
+    double = Method(*usual.stages[:-1], replace(usual.stages[-1], num=2 * 1760 + 336), tile=128)
+    # a query sees itself as well: exact attention scores half a key more than half of the keys
+    assert share_of(double, 2 * ALIKE_CROSSOVER) == pytest.approx(ladder.worth / 1.25, rel=1 / ALIKE_CROSSOVER)
+
+
+def share_of(method, num_keys):
+    cost = method.cost(num_keys)
     # the choice of keys is part of the price
     assert cost.selection_pairs > 0
-    share = (cost.pairs + cost.selection_pairs) / cost.exact_pairs
-    assert default_ladder(10**5, device=device).worth == share < 1
+    return (cost.pairs + cost.selection_pairs) / cost.exact_pairs
 
 
 def test_the_default_ladder_is_climbed_without_a_name():

@@ -29,7 +29,7 @@ class CallInputs:
         k: keys, with positions applied.
         v: values.
         scale: factor of the scores.
-        out: the model's own output, ``[batch, heads, queries, value_dim]``, for `CallRecorder.on_call`; None elsewhere.
+        out: what the call gave, ``[batch, heads, queries, value_dim]``; None where only the inputs are at hand.
     """
 
     layer: int
@@ -49,7 +49,7 @@ class CallRecorder:
         method: the method of the `use` block.
         rows: rows of each approximated call to audit; 0 for no audit.
         seed: seed of the rows, which differ from layer to layer.
-        keep: whether to keep the inputs of every call.
+        keep: whether to keep the inputs of every call, and its output.
         on_call: called with the inputs of each call that a method other than exact attention could run, one call at a time,
             so that the inputs of a large model need not be in memory together.
     """
@@ -85,7 +85,7 @@ class CallRecorder:
         self.attention_seconds += ended - began
         layer, scale = int(getattr(module, "layer_idx", None) or 0), options.get("scaling")
         if self.keep:
-            self.inputs.append(CallInputs(layer, q.clone(), k.clone(), v.clone(), scale))
+            self.inputs.append(CallInputs(layer, q.clone(), k.clone(), v.clone(), scale, out.transpose(1, 2).clone()))
         # the audit does not support a mask; documents without padding have no mask
         if self.rows and mask is None and self.counter.counts.approximated > counts.approximated:
             # layers draw their rows independently, so that their errors can be pooled

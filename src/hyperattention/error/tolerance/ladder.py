@@ -11,6 +11,9 @@ from hyperattention.methods.default import GPU_CROSSOVER, LEAN_CROSSOVER, lean_m
 from hyperattention.methods.method import Method
 from hyperattention.select.density import Density
 from hyperattention.select.draw import Draw
+from hyperattention.select.draw_alike import DrawAlike
+from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.window import Window
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.stage import LookAhead
@@ -19,9 +22,17 @@ from hyperattention.select.stage import LookAhead
 _LONG = 10**9
 # rungs of the default ladder per doubling of the draws: the error falls by about a quarter from one rung to the next
 _TO_A_DOUBLING = 2
-# draws of the first rung, relative to the lean method: with fewer draws, sinks and window would cost more than the draws
-_FIRST = 1 / 4
+# draws of the first rung, relative to the method whose crossover is known: with fewer draws, sinks, window and the choice of
+# keys would cost more than the draws
+_LEAN_FIRST, _ALIKE_FIRST = 1 / 4, 1 / 16
 _MULTIPLE = 16
+# The rung for alike queries whose crossover is known. Lists of 128 rows, where the default has 64: half of the products and
+# of the lists to gather, so that as many pairs, and less time, have room for more draws and give a smaller error
+_ALIKE = Method(Sinks(16), Window(192), DrawAlike(1760, rows=128), tile=128)
+# keys at which that rung takes as long as SDPA on one CPU thread, four heads of a group (docs/log.md)
+ALIKE_CROSSOVER = 16_384
+# time that a rung for alike queries may take, relative to exact attention: more than one, since pairs come first
+_ALIKE_OVERTIME = 1.25
 # averaged queries per tile that scan its keys
 _POOLED = 8
 
@@ -74,15 +85,16 @@ class Ladder:
 
 
 def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -> Ladder:
-    """Return the ladder that `tolerance` uses if none is given: the lean method with fewer and with more draws.
+    """Return the ladder that `tolerance` uses if none is given.
 
-    If a tile sees few keys, eight averaged queries scan all of them, because missed keys increase the error: on the
-    reference model the mean error is 0.040, and 0.056 with the hierarchical search of the lean method; on structured
-    inputs it is up to 40% smaller. The scan takes about the time of that search on CPUs with fast 8-bit integer products,
-    and more time elsewhere.
+    On a CPU from `ALIKE_CROSSOVER` keys on, rungs draw for alike queries (`DrawAlike`). On a GPU, where sorting queries
+    takes too long, and on a CPU below that length, rungs are the lean method with fewer and with more draws. If a tile sees
+    few keys, eight averaged queries scan all of them there, in place of the hierarchical search.
 
-    A rung may run if its share of exact attention's pairs is at most that of the lean method at the measured crossover,
-    where both take equal time.
+    A rung may run if its share of exact attention's pairs is at most that of a method at its measured crossover, where
+    both take equal time. While all keys are scored one by one, products grow like exact attention's pairs do, so that this
+    share is the same at every length. Rungs for alike queries may take a quarter more time than exact attention: they serve
+    heads that no cheaper one serves, and most heads of a call take less.
 
     Args:
         num_keys: keys of the call; no rung draws more.
@@ -90,24 +102,40 @@ def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -
 
     Returns:
         rungs whose draws double every second rung.
-
-    Raises:
-        TypeError: if the lean method does not end in draws.
     """
-    crossover = GPU_CROSSOVER if device is not None and torch.device(device).type == "cuda" else LEAN_CROSSOVER
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    if on_gpu or num_keys < ALIKE_CROSSOVER:
+        return _lean_ladder(num_keys, GPU_CROSSOVER if on_gpu else LEAN_CROSSOVER, device)
+    return _around(_ALIKE, ALIKE_CROSSOVER, num_keys, _ALIKE_FIRST, _ALIKE_OVERTIME)
+
+
+def _lean_ladder(num_keys: int, crossover: int, device: torch.device | str | None) -> Ladder:
+    """Make the ladder of the lean method, with a scan where it searches."""
     method = lean_method(crossover, device=device)
     if not isinstance(method, Method) or not isinstance(method.stages[-1], Draw):
         raise TypeError(f"the lean method is {method!r}: a ladder needs a method that ends in a Draw")
-    cost = method.cost(crossover)
-    worth = min(1.0, (cost.pairs + cost.selection_pairs) / cost.exact_pairs)
-    first = method.stages[-1].num * _FIRST
-    steps = max(0, math.floor(_TO_A_DOUBLING * math.log2(max(1, num_keys) / first)))
-    numbers = {_rounded(first * 2 ** (step / _TO_A_DOUBLING)) for step in range(steps + 1)}
-    return Ladder(tuple(_with_draws(method, num) for num in sorted(numbers)), worth)
+    ladder = _around(method, crossover, num_keys, _LEAN_FIRST)
+    return replace(ladder, rungs=tuple(_scanning(rung) for rung in ladder.rungs))
 
 
-def _scanning(by: Density) -> Density:
-    return KeyScan(_POOLED, beyond=by) if isinstance(by, HierarchicalSearch) else by
+def _around(method: Method, crossover: int, num_keys: int, first: float, overtime: float = 1.0) -> Ladder:
+    """Make a ladder of a method with fewer and more draws, whose rungs are worth what the method spends at its crossover."""
+    cost, draw = method.cost(crossover), method.stages[-1]
+    assert isinstance(draw, Draw | DrawAlike)
+    worth = min(1.0, overtime * (cost.pairs + cost.selection_pairs) / cost.exact_pairs)
+    least = draw.num * first
+    steps = max(0, math.floor(_TO_A_DOUBLING * math.log2(max(1, num_keys) / least)))
+    numbers = sorted({_rounded(least * 2 ** (step / _TO_A_DOUBLING)) for step in range(steps + 1)})
+    rungs = (Method(*method.stages[:-1], replace(draw, num=num), tile=method.tile) for num in numbers)
+    return Ladder(tuple(rungs), worth)
+
+
+def _scanning(rung: Method) -> Method:
+    """Scan keys where few are seen, because missed keys increase the error."""
+    *others, draw = rung.stages
+    assert isinstance(draw, Draw)
+    by: Density = KeyScan(_POOLED, beyond=draw.by) if isinstance(draw.by, HierarchicalSearch) else draw.by
+    return Method(*others, replace(draw, by=by), tile=rung.tile)
 
 
 def check_tolerance(tolerance: object, method: object, standard_error: bool = False) -> None:
@@ -146,10 +174,3 @@ def check_tolerance(tolerance: object, method: object, standard_error: bool = Fa
 
 def _rounded(num: float) -> int:
     return max(1, round(num / _MULTIPLE)) * _MULTIPLE
-
-
-def _with_draws(method: Method, num: int) -> Method:
-    """Change how many keys the last stage draws."""
-    *others, draw = method.stages
-    assert isinstance(draw, Draw)
-    return Method(*others, replace(draw, num=num, by=_scanning(draw.by)), tile=method.tile)

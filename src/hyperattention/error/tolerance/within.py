@@ -56,7 +56,7 @@ def attend_within(
     The probability of a wrong bound, 5%, is divided over query heads and attempts.
 
     A rung may run if it and its certificate spend fewer pairs than the ladder's `worth` allows; no rung runs if the cheapest
-    one and the pilot exceed this limit. Without a ladder, exact attention runs wherever `method=None` would run it.
+    one and the pilot exceed this limit. Without a ladder, exact attention runs wherever `lean_method` would run it.
     Differs from a method chosen beforehand: the measured error of the output decides.
     Cost: the rungs that run, the pilot, and the exact rows of `Aim.rows`, a few times log(heads) / tolerance.
     Guarantee: with 95% confidence every head's mean of min(e, 1) is within its bound, as `mean_bound` states it;
