@@ -4,10 +4,10 @@
     python benchmarks/harder_tasks.py --toy --out /tmp/h.jsonl    # to see that the script runs; says nothing
     python benchmarks/harder_tasks.py --show             # the tables of what is recorded
 
-Exact attention runs first on each document: how often it answers right is the ceiling. A group of answers whose ceiling is
-below 60 % is one that the model cannot do. If a task has only such groups, no other method runs on it. Every question is read
-in the same pass as its context, so the questions too run through the approximation, and the right answer stands after each
-(teacher forcing). `single` of `hyperattention eval` is left out, as a pass would answer one question; `multi-key` and
+Exact attention runs first on each document: how often it answers right is the ceiling. A group of answers whose ceiling
+is below 60 % is one that the model cannot do. If a task has only such groups, no other method runs on it. Every question is
+read in the same pass as its context, so the questions too run through the approximation, and the right answer stands after
+each (teacher forcing). `single` of `hyperattention eval` is left out, as a pass would answer one question; `multi-key` and
 `multi-query` are one task if all questions of a context are read in one pass. Every pass adds a line to the records at once;
 passes that are there are not run again.
 """
