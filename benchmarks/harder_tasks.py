@@ -58,8 +58,8 @@ def measure(judged: LoadedModel, document: HarderDocument, name: str, seed: int,
         assert done.approximated == done.calls > 0, f"{name} answered {done.approximated} of {done.calls} calls"
         assert cost.share_of_exact < 1, f"{name} lists {cost.pairs} pairs, exact attention {cost.exact_pairs}"
     return {
-        # a context that contains only facts has no text
-        "nats_per_byte": done.nats_per_byte if sample.num_bytes else None,
+        # a context of facts has only a few bytes of text after the last
+        "nats_per_byte": done.nats_per_byte if sample.num_bytes > length // 100 else None,
         "nats_per_character": done.planted_nats / done.num_planted, "characters_right": float(done.right.float().mean()),
         "bytes": length, **shares(document.answers, done), "error": pool(done.reports), "pairs": cost.pairs,
         "selection_pairs": cost.selection_pairs, "share_of_exact": cost.share_of_exact, "approximated": done.approximated,
@@ -69,6 +69,7 @@ def measure(judged: LoadedModel, document: HarderDocument, name: str, seed: int,
 
 def shares(answers: Sequence[Answer], done: Pass) -> dict:
     """Count answers right at every character, and all answers, by group and by how far back the fact is."""
+    # the ranges of distance end at the last question
     length = max(max(done.distance) + 1, max(answer.first for answer in answers))
     groups: dict[str, list[int]] = {}
     depths = [[0, 0] for _ in range(NUM_DEPTHS)]

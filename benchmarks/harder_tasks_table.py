@@ -63,8 +63,7 @@ def _losses(task: str, found: dict[str, list[dict]]) -> str:
     cells = []
     for method in METHODS:
         pairs = _paired(found.get(method, []), found.get("exact", []))
-        parts = [_added(pairs, name) for name in ("nats_per_byte", "nats_per_character")]
-        cells.append("; ".join(parts) if pairs else "")
+        cells.append("; ".join(_added(pairs, name) for name in ("nats_per_byte", "nats_per_character")) if pairs else "")
     passes = found.get(METHODS[0], [])
     documents = {record["document"] for record in passes}
     return f"| {task} | {len(documents)} x {len(passes) // max(1, len(documents))} | {' | '.join(cells)} |"
