@@ -134,9 +134,7 @@ def letters(text: bytes, length: int, rng: random.Random) -> HarderDocument:
     ]
     woven = weave(text, length, facts)
     answers = (
-        Answer(each.first + number, 1, each.distance, f"letter {number + 1}")
-        for each in woven.answers
-        for number in range(1, each.size)
+        Answer(each.first + number, 1, each.distance, "letters") for each in woven.answers for number in range(1, each.size)
     )
     return HarderDocument(woven.data, tuple(answers))
 
