@@ -32,8 +32,8 @@ def tables(records: Iterable[dict]) -> str:
     return "\n".join(
         [
             f"| answers right | answers | exact: the ceiling | {names} |", "|---|---|---|---|---|---|---|", *judged, "",
-            f"| added nats a byte of text; a character of the answers | documents x seeds | {names} |",
-            "|---|---|---|---|---|---|", *losses, "",
+            f"| added nats a byte of text; a character of the answers (documents x seeds) | {names} |",
+            "|---|---|---|---|---|", *losses, "",
             f"| left out: exact attention answers fewer than {ENOUGH:.0%} | answers | exact |", "|---|---|---|", *dropped,
         ]
     )  # fmt: skip
@@ -56,17 +56,19 @@ def _share(records: list[dict], exact: list[dict], group: str) -> str:
         return ""
     right, asked = _counted([ours for ours, _ in pairs], group)
     before, _ = _counted([theirs for _, theirs in pairs], group)
-    return f"{100 * right / asked:.1f} % ({100 * (right - before) / asked:+.1f})"
+    # a method that ran on fewer documents says so
+    fewer = f", of {asked}" if asked < _counted(exact, group)[1] else ""
+    return f"{100 * right / asked:.1f} % ({100 * (right - before) / asked:+.1f}){fewer}"
 
 
 def _losses(task: str, found: dict[str, list[dict]]) -> str:
     cells = []
     for method in METHODS:
         pairs = _paired(found.get(method, []), found.get("exact", []))
-        cells.append("; ".join(_added(pairs, name) for name in ("nats_per_byte", "nats_per_character")) if pairs else "")
-    passes = found.get(METHODS[0], [])
-    documents = {record["document"] for record in passes}
-    return f"| {task} | {len(documents)} x {len(passes) // max(1, len(documents))} | {' | '.join(cells)} |"
+        losses = "; ".join(_added(pairs, name) for name in ("nats_per_byte", "nats_per_character")) if pairs else ""
+        documents = {record["document"] for record, _ in pairs}
+        cells.append(f"{losses} ({len(documents)} x {len(pairs) // len(documents)})" if pairs else "")
+    return f"| {task} | {' | '.join(cells)} |"
 
 
 def _added(pairs: list[tuple[dict, dict]], name: str) -> str:

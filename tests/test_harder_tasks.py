@@ -170,17 +170,18 @@ def test_the_tables_leave_out_what_exact_attention_cannot_answer():
             record("lines", "default", {"lines": [5, 10]}, None),
             # no pass of exact attention on this document
             record("lines", "default", {"lines": [0, 10]}, None, number=1),
+            record("digits", "exact", {"4 digits": [18, 20], "5 digits": [0, 20]}, number=1),
             record("tracking", "exact", {"tracking": [1, 32]}),
         ]
     )
     judged, losses, dropped = text.split("\n\n")
-    assert "| digits: 4 digits | 20 | 90.0 % | 75.0 % (-15.0) |" in judged
+    assert "| digits: 4 digits | 40 | 90.0 % | 75.0 % (-15.0), of 20 |" in judged
     assert "| lines | 10 | 100.0 % | 50.0 % (-50.0) |" in judged
     assert "5 digits" not in judged
-    assert "| digits | 1 x 1 | +0.2500; +0.0000 |" in losses
+    assert "| digits | +0.2500; +0.0000 (1 x 1) |" in losses
     assert "no text; +0.0000" in losses
     assert "tracking" not in losses
-    assert "| digits: 5 digits | 20 | 55.0 % |" in dropped
+    assert "| digits: 5 digits | 40 | 27.5 % |" in dropped
     assert "| tracking | 32 | 3.1 % |" in dropped
 
 
