@@ -53,13 +53,13 @@ class Plan:
     documents: int = 2
     continuation: int = 1024
     chunk: int = 32
-    # questions of a context that are also asked while they are visible: each needs its own compression
-    shown: int = 4
+    # questions of a context that are also asked while they are visible: each needs its own compression, so at this length none
+    shown: int = 0
     # families whose continuation is not read: the sums over a whole prompt cost more than all other policies together
     unread: tuple[str, ...] = ("heavy_hitters",)
 
 
-TOY = Plan(((1024, (("single", 1), ("multi-key", 1))),), (256,), 4, 1, 2, 256, unread=())
+TOY = Plan(((1024, (("single", 1), ("multi-key", 1))),), (256,), 4, 1, 2, 256, shown=8, unread=())
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def measure(
         for seed in range(plan.seeds):
             # other seeds do not change what a seed measures
             where = length, f"seed {seed}", replace(plan, seeds=0), policies, reference
-            asking = AskSettings(loaded.model, dialect_of(loaded), candidates, shown=plan.shown, seed=seed)
+            visible = (False, True) if plan.shown else (False,)
+            asking = AskSettings(loaded.model, dialect_of(loaded), candidates, visible, shown=plan.shown, seed=seed)
             read = replace(asking, candidates=tuple(each for each in candidates if each.family.name not in plan.unread))
             for task, contexts in tasks:
                 setting = Setting(haystack, length, plan.depths, contexts, seed)
