@@ -53,7 +53,7 @@ class Plan:
     documents: int = 2
     continuation: int = 1024
     chunk: int = 32
-    # questions of a context that are also asked while they are visible: each needs its own compression, so at this length none
+    # questions of a context that are also asked while they are visible: each needs its own compression, too long a time here
     shown: int = 0
     # families whose continuation is not read: the sums over a whole prompt cost more than all other policies together
     unread: tuple[str, ...] = ("heavy_hitters",)
