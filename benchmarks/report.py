@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import harder_tasks_table
 import head_kinds_table
 import long_context_table
 from gpu.table import gpu_table, plot_gpu
@@ -18,6 +19,7 @@ MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: en
 LONG_CONTEXT = "<!-- long context: begin (benchmarks/report.py) -->", "<!-- long context: end -->"
 HEAD_KINDS_RECORDS = head_kinds_table.RECORDS, head_kinds_table.LONG_RECORDS
 HEAD_KINDS = "<!-- kinds of heads: begin (benchmarks/report.py) -->", "<!-- kinds of heads: end -->"
+HARDER_TASKS = "<!-- harder tasks: begin (benchmarks/report.py) -->", "<!-- harder tasks: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 # records of benchmarks/gpu/run.py, which have a table of their own
 GPU_RECORDS, GPU_PLOT = "gpu.jsonl", "gpu.png"
@@ -58,6 +60,16 @@ def write_head_kinds(records: list[dict]) -> str:
     commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in records))
     tables = f"{head_kinds_table.table(records)}\n\n{head_kinds_table.keys_table(records)}"
     return f"{tables}\n\nMeasured on a CPU, float32; commits {commits}."
+
+
+def write_harder_tasks(records: list[dict]) -> str:
+    """Write the tables of more than one kind of needle, at the longest recorded length."""
+    longest = max((record["length"] for record in records), default=0)
+    found = [record for record in records if record["length"] == longest]
+    if not found:
+        return "Nothing is recorded yet: run `python benchmarks/harder_tasks.py`."
+    commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in found))
+    return f"{harder_tasks_table.tables(found)}\n\nMeasured at {longest:,} tokens, on a CPU, float32; commits {commits}."
 
 
 def write_gpu_table(records: list[dict]) -> str:
@@ -121,6 +133,7 @@ def main() -> None:
                 write_head_kinds([line for path in HEAD_KINDS_RECORDS for line in read_lines(args.records / path.name)]),
                 HEAD_KINDS,
             ),
+            (write_harder_tasks(read_lines(args.records / harder_tasks_table.RECORDS.name)), HARDER_TASKS),
         ),
     }
     if args.performance.exists():

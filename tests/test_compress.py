@@ -1,6 +1,7 @@
 """What every policy of a compressed cache must do, over every line of `policies.py`."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -148,7 +149,9 @@ def test_a_key_that_queries_look_at_is_kept() -> None:
     assert 3 * 37 in policy.compress(asked).position.tolist()[0][0]
 
 
-def test_attention_is_summed_over_queries_causally() -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_attention_is_summed_over_queries_causally(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(import_module("hyperattention.cache.attended"), "_SCORES_AT_A_TIME", rows * 2 * SLOTS)
     slots, q = held(1, 1), torch.randn(1, 2, 3, WIDTH, generator=torch.Generator().manual_seed(5))
     scores = (q.double() @ slots.k.double().transpose(2, 3)) * 0.3 + slots.log_weight.double()[:, :, None]
     limit = torch.arange(SLOTS - 2, SLOTS + 1)

@@ -37,10 +37,13 @@ def attended(
     for start in range(0, num, size):
         rows = grouped[:, :, :, start : start + size].to(total.dtype) * scale
         limit = torch.arange(start, start + rows.shape[3], dtype=torch.int64, device=total.device) + (slots - num + 1)
-        scores = rule.cap((rows.flatten(2, 3) @ keys).unflatten(2, rows.shape[2:4])) + held.log_weight[:, :, None, None]
-        scores.masked_fill_(place >= limit[:, None], -torch.inf)
+        # no row sees a slot after those that the last row sees
+        seen = slots - num + start + rows.shape[3]
+        scores = rule.cap((rows.flatten(2, 3) @ keys[..., :seen]).unflatten(2, rows.shape[2:4]))
+        scores = scores + held.log_weight[:, :, None, None, :seen]
+        scores.masked_fill_(place[:seen] >= limit[:, None], -torch.inf)
         # a row of padding sees no key, and its softmax is NaN
-        total += torch.nan_to_num_(_shares(scores, rule), nan=0.0).flatten(2, 3).sum(2)
+        total[..., :seen] += torch.nan_to_num_(_shares(scores, rule), nan=0.0).flatten(2, 3).sum(2)
     return total
 
 
