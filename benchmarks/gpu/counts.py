@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hyperattention import default_method
 from hyperattention.problem import Problem
 from hyperattention.select import draw_alike
-from hyperattention.select.score import alike_fused, alike_scan, hierarchical_search
+from hyperattention.select.score import alike_fused, hierarchical_search
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -49,8 +49,8 @@ def as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for module in (hierarchical_search, draw_alike):
             stack.enter_context(patch.object(module, "triton_reads", lambda *tensors: True))
-        for module in (hierarchical_search, alike_fused, alike_scan):
-            stack.enter_context(patch.object(module, "for_estimates", lambda x: x.bfloat16()))
+        stack.enter_context(patch.object(hierarchical_search, "for_estimates", lambda x: x.bfloat16()))
+        stack.enter_context(patch.object(alike_fused, "dtype_of_estimates", lambda device: torch.bfloat16))
         yield
 
 

@@ -155,7 +155,7 @@ def alike_blocks(
     """
     blocks = -(-k.shape[1] // size)
     keys = k.new_empty((k.shape[0], blocks, k.shape[2]), dtype=dtype)
-    variance = keys.new_empty((keys.shape if size > 1 else 0))
+    variance = keys.new_empty(keys.shape if size > 1 else 0)
     moments = keys.new_empty(k.shape[0], k.shape[1] // (normal * size), 2 * k.shape[2])
     log_value = centres.new_empty(k.shape[0], blocks)
     if keys.numel():
@@ -175,7 +175,7 @@ def launch_blocks(
             "centre_ptr": centres, "keys_ptr": keys, "variance_ptr": variance,
             "moments_ptr": moments, "log_value_ptr": log_value, "count": k.shape[1], "blocks": keys.shape[1],
             "stretches": moments.shape[1], "most": most, "SIZE": size, "BLOCKS": normal, **_shapes(k, v),
-            "num_warps": 4 if max(k.shape[2], v.shape[2]) <= 128 else 8, "num_stages": 2,
+            "num_warps": 8, "num_stages": 2,
         },
     )  # fmt: skip
 

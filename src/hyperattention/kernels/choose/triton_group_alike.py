@@ -72,22 +72,19 @@ def _kernel(
         centre = tl.where(count > 0, mean, centre)
     one_of = _nearest(few, centre, live, GROUPS, PADDED, PRECISION)
     rows = tl.sum(one_of, 0)
-    share = rows / EACH
     # what is averaged is exact, as are its factors
     average = tl.dot(tl.trans(one_of.to(x.dtype)), x, input_precision=PRECISION)
     average *= (scale / tl.maximum(rows, 1.0))[:, None]
-    wide = x.to(tl.float32) * scale
-    squares = average * average
-    apart = tl.sum(wide * wide, 0) / EACH - tl.sum(squares * share[:, None], 0)
+    off = x.to(tl.float32) * scale - tl.dot(one_of, average, input_precision=PRECISION)
     list_at = one * chunk + at
     there = (group < GROUPS)[:, None] & (column < DIM)[None, :]
     kept = average.to(query_ptr.dtype.element_ty)
     tl.store(query_ptr + (list_at * GROUPS + group)[:, None] * DIM + column[None, :], kept, mask=there)
     spread_at = spread_ptr + list_at * 2 * DIM + column
-    half = tl.sum(squares, 0) * (0.5 / GROUPS)
-    tl.store(spread_at, tl.maximum(apart, 0.0).to(spread_ptr.dtype.element_ty), mask=column < DIM)
+    apart, half = tl.sum(off * off, 0) / EACH, tl.sum(average * average, 0) * (0.5 / GROUPS)
+    tl.store(spread_at, apart.to(spread_ptr.dtype.element_ty), mask=column < DIM)
     tl.store(spread_at + DIM, half.to(spread_ptr.dtype.element_ty), mask=column < DIM)
-    log_rows = 0.5 * tl.log(tl.maximum(share * GROUPS, 1.1754943508222875e-38))
+    log_rows = 0.5 * tl.log(tl.maximum(rows * GROUPS / EACH, 1.1754943508222875e-38))
     tl.store(log_rows_ptr + list_at * GROUPS + group, log_rows, mask=group < GROUPS)
 
 
@@ -106,8 +103,9 @@ def group_alike(
         dtype: dtype of averages.
 
     Returns:
-        averages ``[lists, chunk, many, groups, head_dim]``; what they leave out beside half of their squares, ``[lists, chunk,
-        many, 2 * head_dim]``; and half the logarithm of the rows of each relative to their mean number, float32.
+        averages, ``[lists, chunk, many, groups, head_dim]``; what they leave out beside half of their squares,
+        ``[lists, chunk, many, 2 * head_dim]``; and half the logarithm of the rows of each
+        relative to their mean number, float32.
     """
     shape = (*directions.shape[:2], source.shape[1] // max(1, directions.shape[1]))
     query, spread = (q.new_empty((*shape, *last), dtype=dtype) for last in ((groups, q.shape[3]), (2 * q.shape[3],)))

@@ -227,6 +227,6 @@ def launch_sort(
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,
             "PART": max(16, min(rows, _NUMBERS // width)), "SLICE": _SLICE, "COLUMNS": DIRECTIONS, "ROUNDS": rounds,
             "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32x3",
-            "num_warps": max(4, min(16, rows // 64)), "num_stages": 1,
+            "num_warps": 8, "num_stages": 1,
         },
     )  # fmt: skip

@@ -68,6 +68,7 @@ def launch_uniform(first: Tensor, second: Tensor, out: Tensor, state: int, last:
         {
             "first_ptr": first.contiguous(), "second_ptr": second.contiguous(), "out_ptr": out,
             # the same bits with a sign: always as wide
-            "state": state - (state >> 31 << 32), "count": out.shape[1], "MANY": out.shape[1] // len(second), "LAST": last, "COUNTERS": _COUNTERS, "num_warps": 4,
+            "state": state - (state >> 31 << 32), "count": out.shape[1], "MANY": out.shape[1] // len(second),
+            "LAST": last, "COUNTERS": _COUNTERS, "num_warps": 4,
         },
     )  # fmt: skip
