@@ -101,7 +101,7 @@ def _axis(off, row, STEPS: tl.constexpr):
 @triton.jit(do_not_specialize=["first_tile", "front"])
 def _kernel(
     q_ptr, begin_ptr, limit_ptr, source_ptr, live_ptr, inside_ptr, row_limit_ptr, directions_ptr,
-    scale, first_tile, front, queries, kv_heads, tiles, s_batch, s_head, s_query, s_list,
+    scale, first_tile, front, queries, kv_heads, s_batch, s_head, s_query, s_list, s_limit,
     GROUP: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, EACH: tl.constexpr, LEAVES: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, SLICE: tl.constexpr,
     COLUMNS: tl.constexpr, ROUNDS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -164,7 +164,7 @@ def _kernel(
         rank = tl.where(own, tl.cumsum(own.to(tl.int32), 0) - 1, rank)
     place, position, query = _place(row, first, queries, GROUP, SIZE)
     live = (row < GROUP * SIZE) & (position == query)
-    limit_at = limit_ptr + ((one // kv_heads) * tiles + first_tile + place_of_tile) * SIZE + place // GROUP
+    limit_at = limit_ptr + (one // kv_heads) * s_limit + (first_tile + place_of_tile) * SIZE + place // GROUP
     limit = tl.load(limit_at, mask=live, other=0)
     out = one * s_list + place_of_tile.to(tl.int64) * full + number * EACH + rank
     inside = row < full
@@ -183,7 +183,8 @@ def sort_alike(
     Args:
         q: queries, ``[batch, heads, queries, head_dim]``.
         begin: directions from which those in which queries differ are sought, ``[head_dim, 16]``, float32.
-        limit: leading keys that each position of each tile may see, ``[batch, tiles, size]``; 0 for padding.
+        limit: leading keys that each position of each tile may see, ``[batch, tiles, size]``, or once for the whole batch; 0 for
+            padding.
         source: for the query in each sorted row, counted over the heads of a group, ``[lists, chunk * many, rows]``.
         live: for which rows are not padding.
         inside: for the place of each row in its tile.
@@ -222,8 +223,8 @@ def launch_sort(
             "q_ptr": q, "begin_ptr": begin.contiguous(), "limit_ptr": limit.contiguous(), "source_ptr": source,
             "live_ptr": live, "inside_ptr": inside, "row_limit_ptr": row_limit, "directions_ptr": directions,
             "scale": scale, "first_tile": first_tile, "front": front, "queries": q.shape[2], "kv_heads": kv_heads,
-            "tiles": limit.shape[1], "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2),
-            "s_list": source.stride(0), "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
+            "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2),
+            "s_list": source.stride(0), "s_limit": limit[0].numel() if len(limit) > 1 else 0, "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,
             "PART": max(16, min(rows, _NUMBERS // width)), "SLICE": _SLICE, "COLUMNS": DIRECTIONS, "ROUNDS": rounds,
             "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32x3",
