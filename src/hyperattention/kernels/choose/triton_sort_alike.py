@@ -183,8 +183,8 @@ def sort_alike(
     Args:
         q: queries, ``[batch, heads, queries, head_dim]``.
         begin: directions from which those in which queries differ are sought, ``[head_dim, 16]``, float32.
-        limit: leading keys that each position of each tile may see, ``[batch, tiles, size]``, or once for the whole batch; 0 for
-            padding.
+        limit: leading keys that each position of each tile may see, ``[batch, tiles, size]``, or once for the whole
+            batch; 0 for padding.
         source: for the query in each sorted row, counted over the heads of a group, ``[lists, chunk * many, rows]``.
         live: for which rows are not padding.
         inside: for the place of each row in its tile.
@@ -224,7 +224,8 @@ def launch_sort(
             "live_ptr": live, "inside_ptr": inside, "row_limit_ptr": row_limit, "directions_ptr": directions,
             "scale": scale, "first_tile": first_tile, "front": front, "queries": q.shape[2], "kv_heads": kv_heads,
             "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2),
-            "s_list": source.stride(0), "s_limit": limit[0].numel() if len(limit) > 1 else 0, "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
+            "s_list": source.stride(0), "s_limit": limit[0].numel() if len(limit) > 1 else 0,
+            "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,
             "PART": max(16, min(rows, _NUMBERS // width)), "SLICE": _SLICE, "COLUMNS": DIRECTIONS, "ROUNDS": rounds,
             "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32x3",
