@@ -16,8 +16,8 @@ from hyperattention.kernels.launch import Launch
 
 # a program's averages, at least as many as a product has
 _LEAST = 16
-# numbers of a list's rows that four warps hold
-_NUMBERS = 8192
+# bytes of a list's rows that four warps hold
+_BYTES = 16_384
 
 
 @triton.jit
@@ -133,14 +133,8 @@ def launch_group(
             "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2), "s_list": source.stride(0),
             "GROUP": q.shape[1] // kv_heads, "MANY": many, "EACH": each, "ROWS": rows, "GROUPS": groups,
             "PADDED": max(_LEAST, triton.next_power_of_2(groups)), "DIM": q.shape[3], "WIDTH": width,
-            "COLUMNS": DIRECTIONS, "STEPS": steps, "PRECISION": _precision(q),
-            "num_warps": 4 if rows * width <= _NUMBERS else 8, "num_stages": 1,
+            # estimates, of which averages are rounded further
+            "COLUMNS": DIRECTIONS, "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32",
+            "num_warps": 4 if rows * width * q.element_size() <= _BYTES else 8, "num_stages": 1,
         },
     )  # fmt: skip
-
-
-def _precision(q: Tensor) -> str:
-    """Choose the precision of products of float32: what is estimated of queries of 16 bits needs no more than theirs."""
-    if torch.version.hip:
-        return "ieee"
-    return "tf32x3" if q.dtype == torch.float32 else "tf32"

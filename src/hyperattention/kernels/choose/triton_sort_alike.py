@@ -47,16 +47,18 @@ def _load(q_ptr, row, column, first, queries, s_head, s_query, GROUP: tl.constex
 @triton.jit
 def _orthonormal(columns, COLUMNS: tl.constexpr):
     """Make columns orthonormal, one after the other (Gram-Schmidt, modified); one that the others make up becomes 0."""
-    number = tl.arange(0, COLUMNS)[None, :]
+    to = tl.arange(0, COLUMNS)
+    number = to[None, :]
     columns /= tl.maximum(tl.max(tl.max(tl.abs(columns), 1), 0), 1e-38)
     columns /= tl.maximum(tl.sqrt(tl.sum(columns * columns, 0)), 1e-18)[None, :]
     for at in tl.range(0, COLUMNS):
         one = tl.sum(tl.where(number == at, columns, 0.0), 1)
-        length = tl.sqrt(tl.sum(one * one, 0))
+        along = tl.sum(one[:, None] * columns, 0)
         # what is left of a column of length 1
-        one = tl.where(length > 1e-5, one / tl.maximum(length, 1e-5), 0.0)
-        along = tl.sum(one[:, None] * columns, 0)[None, :]
-        left = tl.where(number > at, columns - one[:, None] * along, columns)
+        length = tl.sqrt(tl.sum(tl.where(to == at, along, 0.0), 0))
+        factor = tl.where(length > 1e-5, 1.0 / tl.maximum(length, 1e-5), 0.0)
+        one, along = one * factor, along * factor
+        left = tl.where(number > at, columns - one[:, None] * along[None, :], columns)
         columns = tl.where(number == at, one[:, None], left)
     return columns
 
@@ -228,7 +230,12 @@ def launch_sort(
             "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,
             "PART": max(16, min(rows, _NUMBERS // width)), "SLICE": _SLICE, "COLUMNS": DIRECTIONS, "ROUNDS": rounds,
-            "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32x3",
-            "num_warps": 8, "num_stages": 1,
+            "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32",
+            "num_warps": 8, "num_stages": 1, **_registers(q, rows),
         },
     )  # fmt: skip
+
+
+def _registers(q: Tensor, rows: int) -> dict:
+    """Bound the registers of a thread where rows fit in fewer, so that a multiprocessor holds two programs."""
+    return {} if torch.version.hip or rows > 512 or q.dtype == torch.float32 else {"maxnreg": 128}
