@@ -5,6 +5,7 @@ blocks. `select.score.alike_scan.blocks_of` does the same in PyTorch.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import torch
 import triton

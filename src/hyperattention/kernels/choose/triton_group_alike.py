@@ -5,6 +5,7 @@ around the rows that are farthest from one another, then around their means; ave
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import torch
 import triton
