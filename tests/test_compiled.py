@@ -18,8 +18,8 @@ SHARED = {80: 99 * 1024, 90: 227 * 1024}
 FAST_SPILLS = {("flat forward, 128 rows", 90, 128): 128, ("flat forward, 256 rows", 90, 128): 128}
 # the conversion to a flat list runs once a tile; on sm_80 a thread of it has fewer registers
 FLATTEN_SPILLS = {80: 8, 90: 0}
-# two numbers of a thread, so that a multiprocessor holds two programs
-SORTING_SPILLS = {80: 0, 90: 8}
+# a few numbers of a thread, which its loops hardly touch, so that a multiprocessor holds two programs
+SORTING_SPILLS = {80: 0, 90: 24}
 # older kernels whose loops wait for whole blocks, and how many of them each loop waits for: not yet rewritten
 SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # passes over the rows of a tile, which stay in the cache, or over keys once a call: other programs run meanwhile

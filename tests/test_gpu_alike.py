@@ -7,10 +7,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hyperattention as ha
 from assertions import assert_same_bits
+from hyperattention.kernels.choose.operator_alike import alike_bars, alike_centres
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
 from hyperattention.select.alike import AlikeTiles, sort_alike
-from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, alike_bars, alike_centres, fused_noise
+from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_noise
 from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, NORMAL, AlikeScan, blocks_of
 from hyperattention.synthetic import structured
 from hyperattention.tiling import cut
@@ -86,7 +87,7 @@ def test_the_error_is_that_of_lists_that_torch_chooses(monkeypatch, tokens, most
     problem = given(tokens, group, 128, torch.bfloat16)
     method = ha.Method(ha.Sinks(16), ha.Window(192), DrawAlike(440, most=most), tile=128)
     q, k, v = problem.q, problem.k, problem.v
-    exact = scaled_dot_product_attention(*(x.float() for x in (q, k, v)), is_causal=True, enable_gqa=True)
+    exact = scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
     errors = []
     for fused in (True, False):
         monkeypatch.setattr(draw_alike, "triton_reads", lambda *tensors, fused=fused: fused)

@@ -126,16 +126,16 @@ def _kernel(
         mean /= full
         for _ in tl.range(0, ROUNDS):
             narrow = directions.to(q_ptr.dtype.element_ty)
+            # centred rows have centred products, whose products with the mean add up to nothing
             middle = tl.sum(mean[:, None] * narrow.to(tl.float32), 0)
-            image, total = tl.zeros([WIDTH, COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+            image = tl.zeros([WIDTH, COLUMNS], tl.float32)
             for begin in tl.range(0, full, PART):
                 row = begin + tl.arange(0, PART)
                 x = _load(q_ptr, row, column, first, queries, s_head, s_query, GROUP, SIZE, DIM)
                 along = tl.dot(x, narrow, input_precision=PRECISION) - middle[None, :]
                 along = tl.where((row < full)[:, None], along, 0.0).to(x.dtype)
                 image = tl.dot(tl.trans(x), along, image, input_precision=PRECISION)
-                total += tl.sum(along.to(tl.float32), 0)
-            directions = _finite(_orthonormal(image - mean[:, None] * total[None, :], COLUMNS))
+            directions = _finite(_orthonormal(image, COLUMNS))
     tl.store(directions_ptr + to[None, :] * DIM + column[:, None], directions, mask=there)
     # read again a part at a time, by other threads
     tl.debug_barrier()
@@ -231,7 +231,7 @@ def launch_sort(
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,
             "PART": max(16, min(rows, _NUMBERS // width)), "SLICE": _SLICE, "COLUMNS": DIRECTIONS, "ROUNDS": rounds,
             "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32",
-            "num_warps": 8, "num_stages": 1, **_registers(q, rows),
+            "num_warps": 8, "num_stages": 2, **_registers(q, rows),
         },
     )  # fmt: skip
 
