@@ -185,7 +185,7 @@ def chosen(method: ha.Method, given: Problem, *, fused: bool, monkeypatch) -> tu
         pytest.param(problem(90, heads=3, kv_heads=1), DrawAlike(24, 24, 5), id="causal"),
         pytest.param(problem(70, causal=False, batch=2, kv_heads=1), DrawAlike(24, 32, 4), id="all keys"),
         pytest.param(chunk_of_a_prompt(problem(150), 37), DrawAlike(24, 16, 3, most=40), id="a chunk, blocks of keys"),
-        pytest.param(masked(problem(200), 150), DrawAlike(24, 32, 4), id="masked keys"),
+        pytest.param(masked(problem(100), 75), DrawAlike(24, 32, 4), id="masked keys"),
     ],
 )
 def test_a_fused_choice_is_that_of_the_cpu(given, stage, monkeypatch):

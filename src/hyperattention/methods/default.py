@@ -65,8 +65,9 @@ def thorough_method(
 ) -> AttentionMethod:
     """Return a method for calls where a missed key matters more than time: twice as many draws as the default.
 
-    On a GPU, where no card has run the kernels of draws for alike queries, keys are scored by averages of two neighbouring queries while a
-    tile sees no more than 8,192; beyond that, blocks are opened by twice as many averaged queries as in the lean method.
+    On a GPU, where no card has run the kernels of draws for alike queries, keys are scored by averages of two neighbouring
+    queries while a tile sees no more than 8,192; beyond that, blocks are opened by twice as many averaged queries as in the
+    lean method.
 
     Args:
         num_keys: keys of the call.

@@ -196,9 +196,7 @@ class DrawAlike(Stage):
             for part in (part for part in parts if whole.start <= part.start < whole.stop):
                 rows = slice(part.start * many, part.stop * many)
                 some = tuple(x[:, part] for x in left)
-                drawn = self._draw(scan, blocks, some, noise[:, rows], covered, part)
-                for kept, found in zip(results, drawn, strict=True):
-                    kept[:, rows] = found
+                results[0][:, rows], results[1][:, rows] = self._draw(scan, blocks, some, noise[:, rows], covered, part)
             del scan
         joined = AlikeTiles.joined(alike)
         limit = tiles.by_list(tiles.limit).repeat_interleave(problem.group, 2)
