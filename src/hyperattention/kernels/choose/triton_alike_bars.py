@@ -84,15 +84,17 @@ def launch_bars(
 ) -> Launch:
     """Prepare the launch of `alike_bars`, which writes into `bar`."""
     averages, width = bar[0].numel(), query.shape[4]
+    # wide ones, twice as wide, would not fit the memory of a multiprocessor
+    rows, stretches = (_ROWS, _STRETCHES) if width <= 128 else (_ROWS // 2, _STRETCHES // 2)
     return Launch(
         _kernel,
-        (triton.cdiv(averages, _ROWS), query.shape[0]),
+        (triton.cdiv(averages, rows), query.shape[0]),
         {
             "query_ptr": query.contiguous(), "log_rows_ptr": log_rows.contiguous(), "moments_ptr": moments.contiguous(),
             "known_ptr": known.contiguous(), "bar_ptr": bar, "averages": averages, "stretches": moments.shape[1],
             "log_size": log_size, "bound": bound, "OF_TILE": bar[0, 0].numel(), "NORMAL": normal, "DIM": width,
-            "ROWS": _ROWS, "WIDTH": max(16, triton.next_power_of_2(width)), "STRETCHES": _STRETCHES,
+            "ROWS": rows, "WIDTH": max(16, triton.next_power_of_2(width)), "STRETCHES": stretches,
             # estimates are in bfloat16; only tests have wider ones
-            "PRECISION": "ieee", "num_warps": 4 if width <= 128 else 8, "num_stages": 2,
+            "PRECISION": "ieee", "num_warps": 4, "num_stages": 2,
         },
     )  # fmt: skip

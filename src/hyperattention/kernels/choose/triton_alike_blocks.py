@@ -176,7 +176,7 @@ def launch_blocks(
             "centre_ptr": centres, "keys_ptr": keys, "variance_ptr": variance,
             "moments_ptr": moments, "log_value_ptr": log_value, "count": k.shape[1], "blocks": keys.shape[1],
             "stretches": moments.shape[1], "most": most, "SIZE": size, "BLOCKS": normal, **_shapes(k, v),
-            "num_warps": 4 if size == 1 else 8, "num_stages": 2,
+            "num_warps": 4 if size == 1 and max(k.shape[2], v.shape[2]) <= 128 else 8, "num_stages": 2,
         },
     )  # fmt: skip
 
