@@ -18,11 +18,16 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from hyperattention.kernels.choose import (
+    triton_alike_bars,
+    triton_alike_blocks,
     triton_alike_shares,
     triton_block_mass,
     triton_draw_alike,
     triton_draw_leaves,
+    triton_group_alike,
     triton_prepare,
+    triton_sort_alike,
+    triton_uniform,
 )
 from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.kernels.launch import Launch, store_of
@@ -159,6 +164,36 @@ def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[st
             yield f"alike shares, {groups} groups, blocks of {size}", launch
 
 
+def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    begin, estimate = torch.empty(dim, 16), torch.bfloat16 if dtype == torch.float32 else dtype
+    for group in (1, 4, 8):
+        # lists of 64 rows out of tiles of 128 positions
+        q, many = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), 2 * group
+        limit, source = indices(1, TILES, 128), indices(2, TILES * many, 64)
+        live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES, 16, dim)
+        results = source, live, indices(*source.shape), indices(*source.shape), directions
+        yield f"alike sorting, {group} heads", triton_sort_alike.launch_sort(q, begin, limit, results, 0, 0, 0.1, 4, 2)
+    for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
+        query, spread = (torch.empty(2, TILES, many, *last, dtype=estimate) for last in ((groups, dim), (2 * dim,)))
+        log_rows = torch.empty(query.shape[:4])
+        launch = triton_group_alike.launch_group(q, source, directions, (query, spread, log_rows), 0.1, 2)
+        yield f"alike grouping, {groups} groups", launch
+    moments, bar = torch.empty(2, KEYS // 64, 2 * dim, dtype=estimate), torch.empty_like(log_rows)
+    launch = triton_alike_bars.launch_bars(query, log_rows, moments, indices(2, TILES), bar, 64, 4.0, 1e9)
+    yield "alike bars", launch
+
+
+def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    k, centres = torch.empty(2, KEYS, dim, dtype=dtype), torch.empty(2, 2 * dim + 1)
+    estimate = torch.bfloat16 if dtype == torch.float32 else dtype
+    yield "alike centres", triton_alike_blocks.launch_centres(k, k, centres, 880)
+    for size in (1, 2):
+        keys, moments = (torch.empty(2, KEYS // size, each, dtype=estimate) for each in (dim, 2 * dim))
+        results = keys, keys, moments, torch.empty(2, KEYS // size)
+        launch = triton_alike_blocks.launch_blocks(k, k, centres, results, size, 64, 2.0)
+        yield f"alike blocks of {size}", launch
+
+
 def launches_of_alike_draws() -> Iterator[tuple[str, Launch]]:
     known, edges, noise = indices(2, TILES), indices(2, TILES, 4), torch.empty(2, TILES * 8, dtype=torch.float64)
     share = torch.empty(2, TILES * 8, KEYS, dtype=torch.bfloat16)
@@ -166,6 +201,7 @@ def launches_of_alike_draws() -> Iterator[tuple[str, Launch]]:
     for size in (1, 2):
         launch = triton_draw_alike.launch_draw(share, known, edges, noise, results, size, 0.1, 4, 1e-30)
         yield f"alike draws, blocks of {size}", launch
+    yield "alike noise", triton_uniform.launch_uniform(indices(2), indices(TILES), noise, 7, True)
 
 
 def resources_of(compiled, capability: int) -> dict:
@@ -218,9 +254,11 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
             yield f"{name}, {rows} rows", launch
     if default:
         yield from launches_of_preparation(dtype, dim)
-    # never in float32, and of the same size in float16
+    # what is averaged is never in float32, and of the same size in float16
     if dtype != torch.float32:
         yield from launches_of_alike_queries(dtype, dim)
+    yield from launches_of_alike_sorting(dtype, dim)
+    yield from launches_of_alike_keys(dtype, dim)
     if default and dim == 64:
         for rows in (16, 64, 256):
             for name, launch in launches_of_masses(dtype, dim, rows):

@@ -49,6 +49,7 @@ SLOW_FILES = frozenset(
         "evaluation", "families", "feature_kernel", "fused", "global_defaults", "gpu_benchmark", "hyper_cache",
         "import", "paged", "pareto", "standard_error", "subgen", "subgen_store", "tolerance", "transformers",
         "transformers_use", "transforms", "triton", "triton_alike", "triton_flat", "triton_selection",
+        "triton_sort_alike",
     )
 )  # fmt: skip
 

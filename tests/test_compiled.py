@@ -18,8 +18,12 @@ SHARED = {80: 99 * 1024, 90: 227 * 1024}
 FAST_SPILLS = {("flat forward, 128 rows", 90, 128): 128, ("flat forward, 256 rows", 90, 128): 128}
 # the conversion to a flat list runs once a tile; on sm_80 a thread of it has fewer registers
 FLATTEN_SPILLS = {80: 8, 90: 0}
+# a few numbers of a thread, which its loops hardly touch, so that a multiprocessor holds two programs
+SORTING_SPILLS = {80: 0, 90: 24}
 # older kernels whose loops wait for whole blocks, and how many of them each loop waits for: not yet rewritten
 SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
+# passes over the rows of a tile, which stay in the cache, or over keys once a call: other programs run meanwhile
+PASSES = {"alike sorting": 4, "alike centres": 3, "alike blocks": 2}
 
 
 def refuse_what_makes_gathers_slow(kernel: dict, capability: int) -> None:
@@ -48,7 +52,7 @@ def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:
 )
 def test_default_sizes_fit_and_spill_nothing(dim, capability):
     kernels = compiled(capability, "bfloat16", dim)
-    assert len(kernels) == 2 * 8 + 4 * 2 + 4 + 6 + (3 * 3 + 3 + 2 if dim == 64 else 0)
+    assert len(kernels) == 2 * 8 + 4 * 2 + 4 + 6 + 9 + (3 * 3 + 3 + 3 if dim == 64 else 0)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
         # what tests labels as well, and groups of sixteen heads, may spill a little
@@ -56,13 +60,16 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
         most = 64 if large or "hashed" in kernel["kernel"] else 0
         if kernel["kernel"].startswith("flatten"):
             assert kernel["spilled"] <= FLATTEN_SPILLS[capability], kernel
+        elif kernel["kernel"].startswith("alike sorting"):
+            assert kernel["spilled"] <= SORTING_SPILLS[capability], kernel
         elif kernel["kernel"].startswith("flat forward"):
             refuse_what_makes_gathers_slow(kernel, capability)
         else:
             assert kernel["spilled"] <= most, kernel
         if kernel["kernel"].startswith("alike"):
             assert kernel["serialised"] == [], kernel
-            assert kernel["synchronous"] == 0, kernel
+            allowed = next((count for name, count in PASSES.items() if kernel["kernel"].startswith(name)), 0)
+            assert kernel["synchronous"] <= allowed, kernel
         if kernel["kernel"].startswith(("forward", "backward", "keys", "queries")):
             allowed = next((count for name, count in SYNCHRONOUS.items() if kernel["kernel"].startswith(name)), 0)
             assert kernel["synchronous"] <= allowed, kernel

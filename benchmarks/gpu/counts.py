@@ -17,11 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hyperattention import default_method
+from hyperattention.methods.base import AttentionMethod
 from hyperattention.problem import Problem
 from hyperattention.select import draw_alike
-from hyperattention.select.score import alike_fused, alike_scan, hierarchical_search
+from hyperattention.select.score import alike_fused, hierarchical_search
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+# operators that are given all queries and read those of some tiles, and which argument has a row for each of these
+OF_QUERIES = {"sort_alike": 3, "group_alike": 1}
 
 
 class Count(TorchDispatchMode):
@@ -37,6 +40,9 @@ class Count(TorchDispatchMode):
         # a view moves nothing, and memory is not touched by asking for it
         if not func.is_view and "empty" not in func.name() and "_unsafe_view" not in func.name():
             name = func.overloadpacket._qualified_op_name.split("::")[1]
+            if name in OF_QUERIES:
+                # a chunk's queries, not all
+                args = (args[0][..., : 1 + args[OF_QUERIES[name]][0].numel() * KV_HEADS // HEADS, :], *args[1:])
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
             self.launches[name] += 1
             self.bytes[name] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
@@ -49,14 +55,17 @@ def as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for module in (hierarchical_search, draw_alike):
             stack.enter_context(patch.object(module, "triton_reads", lambda *tensors: True))
-        for module in (hierarchical_search, alike_fused, alike_scan):
-            stack.enter_context(patch.object(module, "for_estimates", lambda x: x.bfloat16()))
+        stack.enter_context(patch.object(hierarchical_search, "for_estimates", lambda x: x.bfloat16()))
+        stack.enter_context(patch.object(alike_fused, "dtype_of_estimates", lambda device: torch.bfloat16))
         yield
 
 
 def count(tokens: int, alike: bool) -> Count:
+    return count_launches(default_method(max(tokens, 65_536), device="cpu" if alike else "cuda"), tokens)
+
+
+def count_launches(method: AttentionMethod, tokens: int) -> Count:
     q, k = (torch.empty(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS))
-    method = default_method(max(tokens, 65_536), device="cpu" if alike else "cuda")
     with as_on_a_gpu(), torch.no_grad(), Count() as counted:
         method.selections(Problem(q, k, k, HEAD_DIM**-0.5, causal=True))
     return counted

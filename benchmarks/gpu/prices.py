@@ -6,17 +6,23 @@
 32 query heads on 8 kv heads, width 128, bfloat16, causal. The price of a slot is that of the list kernel on one H100,
 derived from `benchmarks/records/gpu_list.jsonl`, lists already flattened. The prices of scores and of passes over memory
 are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Masses are written and read
-once, two bytes each; sorting reads queries twice.
+once, two bytes each. Sorting and grouping wait for themselves: their times are cycles counted by hand, which no card has
+shown. Launches are those that `counts.py --alike` counts, on the device; the host needs five times as long for them.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu.counts import count_launches
 from hyperattention import Method, Sinks, Window
 from hyperattention.select import DrawAlike
 
-HEADS, HEAD_DIM = 32, 128
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+PARTS = ("lists", "scores", "masses", "sorting", "launches")
 RECORDS = Path(__file__).resolve().parents[1] / "records" / "gpu_list.jsonl"
 # products of a score and of an output, a multiplication and an addition for each number of a key and of a value
 FLOP_OF_A_PAIR = 2 * 2 * HEAD_DIM
@@ -26,6 +32,11 @@ FLOPS = 375e12
 # bytes/s of a pass over memory, 1.2 ms for 2 GB: measured in the same way, and as little backed by a record; about half of
 # what a copy reaches (`ceilings` in records/gpu.jsonl)
 BYTES = 2e9 / 1.2e-3
+# programs of a GPU that sort or group at once, two on a multiprocessor, and how long one takes: 75,000 cycles for a tile of
+# 512 rows (passes over them, 64 steps of Gram-Schmidt, 7 cuts) and 10,000 for a list of 64, counted by hand
+PROGRAMS, SECONDS_OF_A_SORT, SECONDS_OF_A_GROUPING = 2 * 132, 75e3 / 1.7e9, 10e3 / 1.7e9
+# a launch on the device
+SECONDS_OF_A_LAUNCH = 4e-6
 
 
 def seconds_of_a_slot(tile: int) -> float:
@@ -46,14 +57,20 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
     products = stage.selection_pairs(tokens, method.tile, HEAD_DIM, True)
     blocks = products * stage.rows / stage.pooled
     masses = HEADS * tokens / stage.rows * blocks
-    queries = HEADS * tokens * HEAD_DIM
+    tiles, lists = KV_HEADS * tokens / method.tile, HEADS * tokens / stage.rows
     seconds = {
         "lists": tokens * slots * seconds_of_a_slot(64 if stage.rows >= 256 else 16),
         "scores": HEADS * tokens * products * 2 * HEAD_DIM / FLOPS,
         "masses": masses * 2 * 2 / BYTES,
-        "sorting": queries * 2 * 2 / BYTES,
+        "sorting": (tiles * SECONDS_OF_A_SORT + lists * SECONDS_OF_A_GROUPING) / PROGRAMS,
+        "launches": launches(stage, tokens) * SECONDS_OF_A_LAUNCH,
     }
     return {"pairs": slots, "products": products} | {name: 1e3 * each for name, each in seconds.items()}
+
+
+def launches(stage: DrawAlike, tokens: int) -> int:
+    """Count the launches of a choice: see `counts.py`."""
+    return count_launches(Method(Sinks(16), Window(192), stage, tile=128), tokens).launches.total()
 
 
 def main() -> None:
@@ -67,7 +84,7 @@ def main() -> None:
         print(stage)
         for tokens in options.tokens:
             parts = price(stage, tokens)
-            total = sum(parts[name] for name in ("lists", "scores", "masses", "sorting"))
+            total = sum(parts[name] for name in PARTS)
             print(f"  {tokens:>9,} tokens: {total:7.2f} ms = " + ", ".join(f"{name} {x:.4g}" for name, x in parts.items()))
 
 

@@ -30,12 +30,25 @@ def hash_bits(counters: Sequence[int | Tensor], device: torch.device | str) -> T
     Returns:
         int64 values in [0, 2**32), of the counters' broadcast shape.
     """
+    state = hash_state(counters)
+    return state if isinstance(state, Tensor) else torch.full((), state, dtype=torch.int64, device=device)
+
+
+def hash_state(counters: Sequence[int | Tensor]) -> int | Tensor:
+    """Hash integer counters as `hash_bits` does, plain integers to a plain integer: what further counters are mixed into.
+
+    Args:
+        counters: as for `hash_bits`.
+
+    Returns:
+        32 bits.
+    """
     state = 0x9E3779B9
     for counter in counters:  # plain integers, which come first, are mixed before there is any tensor
         # both halves of each counter are mixed in; the odd constant lets a zero counter change the state too
         state = _mix(((state ^ (counter & _MASK)) + 0x85EBCA6B) & _MASK)
         state = _mix(((state ^ (counter >> 32)) + 0xC2B2AE35) & _MASK)
-    return state if isinstance(state, Tensor) else torch.full((), state, dtype=torch.int64, device=device)
+    return state
 
 
 def uniform(counters: Sequence[int | Tensor], device: torch.device | str) -> Tensor:

@@ -33,8 +33,7 @@ _FEW_LEVELS = (
 )
 
 
-# the lists whose choice has kernels on a GPU; draws for alike queries sort these in thousands of launches, which take longer
-# than exact attention
+# the lists whose choice cards have run; those of draws for alike queries have kernels as well, which none has run yet
 _SEARCH = Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
 _SCAN = Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=HierarchicalSearch(pooled=32))))
 
@@ -44,9 +43,9 @@ def default_method(
 ) -> AttentionMethod:
     """Return the method that `method=None` runs.
 
-    On a CPU queries that look for similar keys share draws (`DrawAlike`). On a GPU sorting these queries still takes
-    longer than exact attention: there the list of the lean method runs, which loses more of what a model knows
-    (docs/performance.md).
+    On a CPU queries that look for similar keys share draws (`DrawAlike`). On a GPU the list of the lean method runs, which
+    loses more of what a model knows, until a card has shown that the kernels of `DrawAlike` are faster than exact
+    attention (docs/performance.md).
 
     Args:
         num_keys: keys of the call.
@@ -66,8 +65,9 @@ def thorough_method(
 ) -> AttentionMethod:
     """Return a method for calls where a missed key matters more than time: twice as many draws as the default.
 
-    On a GPU, where draws for alike queries take too long, keys are scored by averages of two neighbouring queries while a
-    tile sees no more than 8,192; beyond that, blocks are opened by twice as many averaged queries as in the lean method.
+    On a GPU, where no card has run the kernels of draws for alike queries, keys are scored by averages of two neighbouring
+    queries while a tile sees no more than 8,192; beyond that, blocks are opened by twice as many averaged queries as in the
+    lean method.
 
     Args:
         num_keys: keys of the call.

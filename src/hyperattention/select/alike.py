@@ -12,9 +12,9 @@ from hyperattention.select.score.principal import principal_directions, random_d
 from hyperattention.tiling import Tiles
 
 # steps from the row farthest from the mean towards the direction in which rows differ most
-_POWER_STEPS = 2
+POWER_STEPS = 2
 # principal directions of a tile's rows in which they are compared: the others differ by little
-_DIRECTIONS = 16
+DIRECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -132,16 +132,16 @@ def _factors(number: int) -> tuple[int, ...]:
 
 def first_directions(problem: Problem) -> Float[Tensor, "head_dim width"]:
     """Draw the directions from which `sort_alike` begins its search for those in which queries differ."""
-    return random_directions(problem.q.shape[3], min(_DIRECTIONS, problem.q.shape[3]), problem.device)
+    return random_directions(problem.q.shape[3], min(DIRECTIONS, problem.q.shape[3]), problem.device)
 
 
 def _compared(
     x: Float[Tensor, "sets rows head_dim"], begin: Float[Tensor, "head_dim width"] | None
 ) -> Float[Tensor, "sets rows width"]:
     """Project the rows of every set onto the few directions in which they differ most."""
-    if x.shape[2] <= _DIRECTIONS:
+    if x.shape[2] <= DIRECTIONS:
         return x
-    return (x - x.mean(1, keepdim=True)) @ principal_directions(x, _DIRECTIONS, begin)
+    return (x - x.mean(1, keepdim=True)) @ principal_directions(x, DIRECTIONS, begin)
 
 
 def _take(x: Float[Tensor, "sets rows width"], order: Int[Tensor, "sets rows"]) -> Float[Tensor, "sets rows width"]:
@@ -166,7 +166,7 @@ def _tree(x: Float[Tensor, "sets rows width"], factors: tuple[int, ...]) -> Int[
         off = x - x.mean(1, keepdim=True)
         farthest = off.square().sum(-1).argmax(1)
         axis = off.gather(1, farthest[:, None, None].expand(-1, 1, width)).transpose(1, 2)  # [sets, width, 1]
-        for _ in range(_POWER_STEPS):
+        for _ in range(POWER_STEPS):
             axis = torch.nn.functional.normalize(off.transpose(1, 2) @ (off @ axis), dim=1)
         place = (off @ axis)[..., 0].argsort(dim=-1, stable=True)
         order = order.gather(1, place).view(len(place) * parts, -1)

@@ -9,13 +9,22 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.kernels.backend import triton_reads
 from hyperattention.kernels.choose.operator import scores_alike
+from hyperattention.kernels.choose.operator_alike import alike_centres, sorts_alike
 from hyperattention.random import uniform
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
-from hyperattention.select.score.alike_fused import FUSED_NUMBERS, fused_draws, fused_shares
+from hyperattention.select.score.alike_fused import (
+    FusedBlocks,
+    FusedSort,
+    fused_draws,
+    fused_noise,
+    fused_numbers,
+    fused_shares,
+)
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
-from hyperattention.select.score.pooling import chunks, edges, seen_keys
+from hyperattention.select.score.block_sizes import BlockSizes, last_made
+from hyperattention.select.score.pooling import chunks, edges
 from hyperattention.select.score.stretches import draws_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
@@ -131,36 +140,68 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        left, alike, begin = edges(tiles, covered), [], first_directions(problem)
-        many = -(-tiles.size * problem.group // self.rows)
-        blocks, shape = self._blocks(tiles), (len(left[0]), len(tiles.index) * many, self.num)
+        many, left = -(-tiles.size * problem.group // self.rows), edges(tiles, covered)
+        shape = (len(left[0]), len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
-        noise, sorting = self._noise(tiles, many), _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3]
-        fused = scores_alike(min(self.pooled, self.rows), problem.q.shape[3]) and triton_reads(problem.q, problem.k)
-        # what is sorted at once is scored at once or in parts; kernels score more at once than is sorted
-        sorts = [] if fused else chunks(tiles, sorting)
-        parts = chunks(tiles, self._numbers(tiles, many, fused), [*self._seams(tiles), *(at.start for at in sorts)])
-        if fused:
-            sorts = chunks(tiles, sorting, [part.start for part in parts])
-        for whole in parts if fused else sorts:
-            sorted_parts = [self._sort(tiles, many, at, begin) for at in sorts if whole.start <= at.start < whole.stop]
-            alike.extend(ordered for ordered, _ in sorted_parts)
-            scan = AlikeScan.joined([each for _, each in sorted_parts])
+        choose = self._choose_fused if self._fused(tiles) else self._choose
+        alike, row_limit = choose(tiles, many, covered, left, (index, weight))
+        return ((alike, self._lists(tiles, covered, row_limit, left, index, weight)),), covered
+
+    def _fused(self, tiles: Tiles) -> bool:
+        """Return whether kernels choose."""
+        problem = tiles.problem
+        sizes = tiles.size * problem.group, self.rows, problem.q.shape[3]
+        supported = scores_alike(min(self.pooled, self.rows), sizes[2]) and sorts_alike(*sizes)
+        return supported and triton_reads(problem.q, problem.k, problem.v)
+
+    def _choose_fused(
+        self, tiles: Tiles, many: int, covered: CoveredKeys, left: tuple[Tensor, ...], results: tuple[Tensor, Tensor]
+    ) -> tuple[AlikeTiles, Tensor]:
+        """Sort and draw in kernels, into `results`; give the sorted rows, and how many keys each may see."""
+        problem, sizes, ordered = tiles.problem, BlockSizes(self.most), FusedSort.empty(tiles, many)
+        pooled, noise = min(self.pooled, ordered.row_limit.shape[2]), fused_noise(tiles, many)
+        k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+        centres = alike_centres(k, v, self.num)
+        blocks = last_made(lambda size: FusedBlocks.of(k[:, : self.most * size], v[:, : self.most * size], centres, size))
+        ends, seen = torch.cat(left, 2), tiles.by_list(tiles.start if problem.causal else tiles.visible_end)
+        numbers = fused_numbers(min(self.most, problem.num_keys), many, pooled, problem.q.shape[3], problem.device)
+        for part in chunks(tiles, numbers, sizes.seams(tiles)):
+            size, num = sizes.of(tiles, part)
+            known, rows = seen[:, part] // size, slice(part.start * many, part.stop * many)
+            share = fused_shares(ordered.averages(part, pooled), blocks(size), known, num)
+            written = results[0][:, rows], results[1][:, rows]
+            fused_draws(known, share, size, ends[:, part], noise[:, rows], written, self.uniform_share)
+        return ordered.alike, ordered.row_limit
+
+    def _choose(
+        self, tiles: Tiles, many: int, covered: CoveredKeys, left: tuple[Tensor, ...], results: tuple[Tensor, Tensor]
+    ) -> tuple[AlikeTiles, Tensor]:
+        """Do the same by operators of PyTorch."""
+        problem, sizes, alike = tiles.problem, BlockSizes(self.most), []
+        begin, noise = first_directions(problem), self._noise(tiles, many)
+        k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+        # no tile with blocks of this size sees more; while no more keys than draws are left all are listed, so that those
+        # keys may tell of the others
+        blocks = last_made(lambda size: blocks_of(k[:, : self.most * size], v[:, : self.most * size], size, self.num))
+        # what is sorted at once is scored at once or in parts
+        sorts = chunks(tiles, _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3])
+        parts = chunks(tiles, self._numbers(tiles, many), [*sizes.seams(tiles), *(at.start for at in sorts)])
+        for whole in sorts:
+            ordered, query, few = sort_alike(tiles, many, whole, begin)
+            scan = AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), whole.start)
+            alike.append(ordered)
             # before the next ones are sorted
-            del sorted_parts
+            del query, few
             for part in (part for part in parts if whole.start <= part.start < whole.stop):
                 rows = slice(part.start * many, part.stop * many)
                 some = tuple(x[:, part] for x in left)
-                index[:, rows], weight[:, rows] = self._draw(scan, blocks, some, noise[:, rows], covered, part, fused)
+                results[0][:, rows], results[1][:, rows] = self._draw(scan, blocks, some, noise[:, rows], covered, part)
             del scan
         joined = AlikeTiles.joined(alike)
-        return ((joined, self._lists(tiles, covered, joined, left, index, weight)),), covered
-
-    def _sort(self, tiles: Tiles, many: int, part: slice, begin: Tensor) -> tuple[AlikeTiles, AlikeScan]:
-        """Sort the queries of a chunk, and average those of each list in groups."""
-        alike, query, few = sort_alike(tiles, many, part, begin)
-        return alike, AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), part.start)
+        limit = tiles.by_list(tiles.limit).repeat_interleave(problem.group, 2)
+        limit = limit.gather(2, joined.inside.unflatten(1, (-1, many)).flatten(2)).view_as(joined.inside)
+        return joined, limit.masked_fill(~joined.live, 0)
 
     def _noise(self, tiles: Tiles, many: int) -> Tensor:
         """Tell where inside a slot the points of each list of queries lie, ``[lists, tiles * many, 1]``."""
@@ -169,73 +210,31 @@ class DrawAlike(Stage):
         noise = uniform((problem.seed, problem.layer, problem.head_index[:, None, None], number[:, None], 0), problem.device)
         return noise.repeat(problem.k.shape[0], 1, 1)
 
-    def _numbers(self, tiles: Tiles, many: int, fused: bool) -> int:
+    def _numbers(self, tiles: Tiles, many: int) -> int:
         """Count the numbers held for each tile of positions while drawing, in each list of keys."""
         problem = tiles.problem
         blocks, lists = min(self.most, problem.num_keys), problem.k.shape[0] * problem.k.shape[1]
-        if fused:
-            # shares and slots, and averages of sorted queries in two precisions, which are put together
-            return many * (int(FUSED_NUMBERS * blocks) + 4 * (self.num + self.pooled * problem.q.shape[3]))
         # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
         scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
         held = many * (_NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
         # averages of the sorted queries, no more of them than queries, are held as well
         return held + held // (_SORT_NUMBERS - 1)
 
-    def _block_size(self, seen: int) -> int:
-        """Return how many keys a block has where a tile sees so many."""
-        size = 1
-        while -(-seen // size) > self.most:
-            size *= 2
-        return size
-
-    def _seams(self, tiles: Tiles) -> list[int]:
-        """Number the first tiles that see too many keys for each size of block."""
-        if not tiles.problem.causal:
-            return []
-        seams, size = [], self.most
-        while size < tiles.problem.num_keys + tiles.size:
-            seams.append(tiles.before(size // tiles.size))
-            size *= 2
-        return seams
-
-    def _blocks(self, tiles: Tiles) -> Callable[[int], Blocks]:
-        """Average keys over blocks of each size that is asked for; only the last ones are kept, as tiles come in order."""
-        k, v = tiles.problem.k.flatten(0, 1), tiles.problem.v.flatten(0, 1)
-        made: dict[int, Blocks] = {}
-
-        def blocks(size: int) -> Blocks:
-            if size not in made:
-                made.clear()
-                # no tile with blocks of this size sees more; while no more keys than draws are left all are listed, so that
-                # those keys may tell of the others
-                made[size] = blocks_of(k[:, : self.most * size], v[:, : self.most * size], size, self.num)
-            return made[size]
-
-        return blocks
-
     def _draw(
         self, scan: AlikeScan, blocks: Callable[[int], Blocks], left: tuple[Tensor, ...], noise: Tensor,
-        covered: CoveredKeys, part: slice, fused: bool,
+        covered: CoveredKeys, part: slice,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Draw for a chunk of tiles: keys and log-weights, ``[lists, chunk * many, num]``."""
-        seen = seen_keys(scan.tiles, part)
-        size = self._block_size(seen)
-        num = -(-seen // size)
-        if fused:
-            known, share = fused_shares(scan, part, blocks(size), num)
-            return fused_draws(known, share, size, left, noise, self.num, self.uniform_share)
+        size, num = BlockSizes(self.most).of(scan.tiles, part)
         share = scan.shares(part, blocks(size), num)
         to_the_end = not (scan.tiles.problem.causal and covered.gap is not None)
         return draws_of(share, size, left, noise, self.num, self.uniform_share, to_the_end)
 
     def _lists(
-        self, tiles: Tiles, covered: CoveredKeys, alike: AlikeTiles, left: tuple[Tensor, ...], index: Tensor, weight: Tensor
+        self, tiles: Tiles, covered: CoveredKeys, row_limit: Tensor, left: tuple[Tensor, ...], index: Tensor, weight: Tensor
     ) -> Selection:
         """Make the selection of the sorted tiles."""
-        problem, many = tiles.problem, alike.source.shape[1] // len(tiles.index)
-        limit = tiles.by_list(tiles.limit).repeat_interleave(problem.group, 2)
-        limit = limit.gather(2, alike.inside.unflatten(1, (-1, many)).flatten(2)).view_as(alike.inside)
+        problem, many = tiles.problem, index.shape[1] // len(tiles.index)
         low, high = (left[at][..., 0].repeat_interleave(many, 1) for at in (0, 3))
         runs = Runs(
             first=index,
@@ -247,4 +246,4 @@ class DrawAlike(Stage):
             sample=DrawnSlots((self.num,), (True,)),
         )
         lists = torch.arange(len(index), dtype=torch.int64, device=problem.device)
-        return Selection((runs,), row_limit=limit.masked_fill(~alike.live, 0), key_row=lists)
+        return Selection((runs,), row_limit=row_limit, key_row=lists)

@@ -151,28 +151,23 @@ def _(query, bar, spread, keys, variance, log_value, known, num, deviations):
     return query.new_empty((query.shape[0], query.shape[1] * query.shape[2], -(-num // 16) * 16))
 
 
-@torch.library.custom_op("hyperattention::draw_alike", mutates_args=())
+@torch.library.custom_op("hyperattention::draw_alike", mutates_args=("index", "weight"))
 def draw_alike(
     share: Tensor,
     known: Tensor,
     edges: Tensor,
     noise: Tensor,
-    num: int,
+    index: Tensor,
+    weight: Tensor,
     size: int,
     even: float,
     rounds: int,
     least: float,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     """See `triton_draw_alike.draw_alike`."""
     from hyperattention.kernels.choose import triton_draw_alike
 
-    return triton_draw_alike.draw_alike(share, known, edges, noise, num, size, even, rounds, least)
-
-
-@draw_alike.register_fake
-def _(share, known, edges, noise, num, *rest):
-    shape = (*share.shape[:2], num)
-    return known.new_empty(shape, dtype=torch.int64), noise.new_empty(shape, dtype=torch.float32)
+    triton_draw_alike.draw_alike(share, known, edges, noise, index, weight, size, even, rounds, least)
 
 
 for _operator in (alike_shares, block_lse, block_mass, draw_alike, draw_leaves, prepare_keys, prepare_queries):

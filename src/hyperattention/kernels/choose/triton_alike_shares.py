@@ -22,8 +22,9 @@ _ALIGNED = 16
 def _kernel(
     query_ptr, bar_ptr, spread_ptr, keys_ptr, variance_ptr, log_value_ptr, known_ptr, share_ptr,
     lists, blocks, room, s_query,
-    MANY: tl.constexpr, OF_LIST: tl.constexpr, DIM: tl.constexpr, DEVIATIONS: tl.constexpr, WITHIN: tl.constexpr,
-    LISTS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    MANY: tl.constexpr, OF_LIST: tl.constexpr, DIM: tl.constexpr, MOMENTS: tl.constexpr, DEVIATIONS: tl.constexpr,
+    WITHIN: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_of_keys = tl.program_id(1).to(tl.int64)
     # the last lists, which see most, begin first
@@ -41,8 +42,7 @@ def _kernel(
     bar = tl.load(bar_ptr + row_of_keys * lists * OF_LIST + at, mask=there, other=float("inf"))
     one = begin + tl.arange(0, LISTS)
     known = tl.load(known_ptr + row_of_keys * (lists // MANY) + one // MANY, mask=one < lists, other=0).to(tl.int32)
-    moments: tl.constexpr = 2 * DIM if WITHIN else DIM
-    spread_at = spread_ptr + (row_of_keys * lists + one)[:, None] * moments + column
+    spread_at = spread_ptr + (row_of_keys * lists + one)[:, None] * MOMENTS + column
     inside = (one < lists)[:, None] & (column < DIM)
     spread = tl.load(spread_at, mask=inside, other=0.0)
     if WITHIN:
@@ -97,8 +97,8 @@ def alike_shares(
     Args:
         query: averages of each group, ``[lists, tiles, many, groups, width]``.
         bar: what each average's scores are compared with, ``[lists, tiles, many, groups]``, float32.
-        spread: what averages leave out, ``[lists, tiles, many, width]``; beside half of their squares where there are
-            variances.
+        spread: what averages leave out, ``[lists, tiles, many, width]``; beside half of their squares at least where there
+            are variances.
         keys: means of blocks, ``[lists, blocks, width]``.
         variance: variances inside blocks, of the same shape; None for blocks of one key.
         log_value: logarithm of how far values lie, ``[lists, blocks]``, float32.
@@ -136,7 +136,8 @@ def launch_shares(
             "variance_ptr": keys if variance is None else variance.contiguous(), "log_value_ptr": log_value.contiguous(),
             "known_ptr": known.contiguous(), "share_ptr": share, "lists": share.shape[1], "blocks": keys.shape[1],
             "room": share.shape[2], "s_query": query.stride(0), "MANY": many, "OF_LIST": groups, "DIM": width,
-            "DEVIATIONS": deviations, "WITHIN": crowded, "LISTS": lists, "GROUPS": padded, "WIDTH": broad,
+            "MOMENTS": spread.shape[3], "DEVIATIONS": deviations, "WITHIN": crowded, "LISTS": lists, "GROUPS": padded,
+            "WIDTH": broad,
             "KEYS": _KEYS // 2 if crowded and broad > 128 else _KEYS,
             # estimates are in bfloat16; only tests have wider ones
             "PRECISION": "ieee", "num_warps": 4, "num_stages": 2 if crowded or broad > 128 else 3,

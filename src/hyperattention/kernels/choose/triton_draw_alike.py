@@ -5,7 +5,6 @@ A program draws for one list. It reads the list's shares several times, a part a
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,20 +51,22 @@ def _units(share_ptr, block, known, room, most, scale, evenly, unit):
 @triton.jit
 def _kernel(
     share_ptr, known_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, room, num, even, least,
+    s_edges, s_noise, s_index, s_weight,
     MANY: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr, UNITS: tl.constexpr,
     BLOCKS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, one = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tile = row // MANY
+    edges_ptr += one * s_edges
     begin = tl.load(edges_ptr + tile * 4).to(tl.int32)
     hole_begin = tl.load(edges_ptr + tile * 4 + 1).to(tl.int32)
     hole_end = tl.load(edges_ptr + tile * 4 + 2).to(tl.int32)
     end = tl.load(edges_ptr + tile * 4 + 3).to(tl.int32)
-    known = tl.load(known_ptr + tile).to(tl.int32)
+    known = tl.load(known_ptr + one * (tl.num_programs(0) // MANY) + tile).to(tl.int32)
     count = hole_begin - begin + end - hole_end
-    share_ptr += row * room
-    index_ptr += row * num
-    weight_ptr += row * num
+    share_ptr += (one * tl.num_programs(0) + row) * room
+    index_ptr += one * s_index + row * num
+    weight_ptr += one * s_weight + row * num
     if count <= num:
         # all that is left is listed
         for first in tl.range(0, num, BLOCKS):
@@ -93,7 +94,7 @@ def _kernel(
             in_all += _units(share_ptr, block, known, before + behind, most, scale, evenly, unit)
         # draws of a unit; float64, for float32 cannot place a point to a small part of a draw
         ratio = num / tl.sum(in_all, 0).to(tl.float64)
-        noise = tl.load(noise_ptr + row)
+        noise = tl.load(noise_ptr + one * s_noise + row)
         passed_units = 0
         for first in tl.range(0, blocks, PLACED):
             block = first + tl.arange(0, PLACED)
@@ -125,8 +126,9 @@ def _kernel(
 
 
 def draw_alike(
-    share: Tensor, known: Tensor, edges: Tensor, noise: Tensor, num: int, size: int, even: float, rounds: int, least: float
-) -> tuple[Tensor, Tensor]:
+    share: Tensor, known: Tensor, edges: Tensor, noise: Tensor, index: Tensor, weight: Tensor, size: int, even: float,
+    rounds: int, least: float,
+) -> None:  # fmt: skip
     """Draw keys for each list of queries: see `select.score.stretches`.
 
     Args:
@@ -134,20 +136,15 @@ def draw_alike(
         known: leading blocks of each tile that were scored, ``[lists, tiles]``.
         edges: begin, hole begin, hole end and end of the keys that are left, ``[lists, tiles, 4]``.
         noise: where inside a slot its point lies, in [0, 1), ``[lists, tiles * many]``, float64.
-        num: number of draws.
+        index: for the keys, ascending, ``[lists, tiles * many, draws]``; some lists of many tiles may follow one another.
+        weight: for their log-weights.
         size: number of keys in a block.
         even: share of the draws that is spread evenly.
         rounds: rounds of cutting listings to one a key.
         least: sums below this count as 0.
-
-    Returns:
-        keys, ascending, and their log-weights, ``[lists, tiles * many, num]``.
     """
-    index = known.new_empty((*share.shape[:2], num), dtype=torch.int64)
-    weight = noise.new_empty(index.shape, dtype=torch.float32)
     if index.numel():
         launch_draw(share, known, edges, noise, (index, weight), size, even, rounds, least).run()
-    return index, weight
 
 
 def launch_draw(
@@ -155,13 +152,15 @@ def launch_draw(
     rounds: int, least: float,
 ) -> Launch:  # fmt: skip
     """Prepare the launch of `draw_alike`, which writes keys and log-weights into `results`."""
+    index, weight = results
     return Launch(
         _kernel,
-        (share.shape[0] * share.shape[1],),
+        (share.shape[1], share.shape[0]),
         {
-            "share_ptr": share.contiguous(), "known_ptr": known.contiguous(), "edges_ptr": edges.contiguous(),
-            "noise_ptr": noise.contiguous(), "index_ptr": results[0], "weight_ptr": results[1], "room": share.shape[2],
-            "num": results[0].shape[2], "even": even, "least": least, "MANY": share.shape[1] // known.shape[1],
+            "share_ptr": share.contiguous(), "known_ptr": known.contiguous(), "edges_ptr": edges, "noise_ptr": noise,
+            "index_ptr": index, "weight_ptr": weight, "room": share.shape[2], "num": index.shape[2], "even": even,
+            "least": least, "s_edges": edges.stride(0), "s_noise": noise.stride(0), "s_index": index.stride(0),
+            "s_weight": weight.stride(0), "MANY": share.shape[1] // known.shape[1],
             "SIZE": size, "ROUNDS": rounds, "UNITS": _UNITS,
             "BLOCKS": _BLOCKS, "PLACED": _PLACED if size == 1 else _PLACED_OF_SEVERAL, "num_warps": 4,
         },

@@ -1,60 +1,182 @@
-"""Shares of keys, and draws from them, as a GPU makes them: one kernel scores, and one draws."""
+"""Sorting alike queries, scoring keys for them and drawing, as a GPU does it: one kernel for each of these steps."""
+
+from dataclasses import dataclass
+from math import log
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.kernels.choose.operator import alike_shares, draw_alike
-from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, AlikeScan, Blocks
-from hyperattention.select.score.precision import for_estimates
+from hyperattention.kernels.choose.operator_alike import (
+    alike_bars,
+    alike_blocks,
+    group_alike,
+    sort_alike,
+    uniform_of_pairs,
+)
+from hyperattention.random import hash_state
+from hyperattention.select.alike import DIRECTIONS, POWER_STEPS, AlikeTiles
+from hyperattention.select.score import alike_scan
+from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, MOST_LOG_VALUE
+from hyperattention.select.score.groups import MEAN_STEPS
+from hyperattention.select.score.precision import dtype_of_estimates
+from hyperattention.select.score.principal import ROUNDS
 from hyperattention.select.score.stretches import CLIP_ROUNDS, LEAST
-
-# numbers of four bytes that are held for each block and list of queries: a share of two bytes
-FUSED_NUMBERS = 0.5
+from hyperattention.tiling import Tiles
 
 
-def fused_shares(scan: AlikeScan, part: slice, blocks: Blocks, num: int) -> tuple[Int[Tensor, "lists chunk"], Tensor]:
-    """Estimate what `AlikeScan.shares` does, in one launch.
+@dataclass(frozen=True)
+class FusedBlocks:
+    """Blocks of equally many keys: see `alike_scan.Blocks`.
 
     Args:
-        scan: averages of alike queries.
-        part: which tiles.
+        size: keys in a block.
+        keys: the mean of each, centred.
+        variance: variances inside blocks; none for blocks of one key.
+        moments: means beside half the variances of whole stretches of blocks.
+        log_value: logarithm of how far values lie from the mean of the first ones, relative to these.
+    """
+
+    size: int
+    keys: Float[Tensor, "lists blocks width"]
+    variance: Tensor
+    moments: Float[Tensor, "lists stretches moments"]
+    log_value: Float[Tensor, "lists blocks"]
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, centres: Tensor, size: int) -> "FusedBlocks":
+        """Average keys over blocks, in one launch: see `alike_scan.blocks_of`."""
+        dtype = dtype_of_estimates(k.device)
+        return cls(size, *alike_blocks(k, v, centres, size, alike_scan.NORMAL, MOST_LOG_VALUE, dtype))
+
+
+@dataclass(frozen=True)
+class FusedSort:
+    """Lists of alike queries of all tiles, sorted a part at a time into memory that is asked for once.
+
+    Args:
+        tiles: the problem tiled by position.
+        alike: the sorted rows; undefined for tiles that are not yet sorted.
+        row_limit: leading keys that each row may see.
+        begin: directions from which those in which queries differ are sought.
+        many: lists of each tile.
+    """
+
+    tiles: Tiles
+    alike: AlikeTiles
+    row_limit: Int[Tensor, "lists tiles rows"]
+    begin: Float[Tensor, "head_dim 16"]
+    many: int
+
+    @classmethod
+    def empty(cls, tiles: Tiles, many: int) -> "FusedSort":
+        """Ask for the memory, and for directions."""
+        problem = tiles.problem
+        rows = -(-tiles.size * problem.group // many)
+        shape = (problem.k.shape[0] * problem.k.shape[1], len(tiles.index) * many, rows)
+        source, inside, row_limit = (problem.q.new_empty(shape, dtype=torch.int64) for _ in range(3))
+        live = problem.q.new_empty(shape, dtype=torch.bool)
+        heads = (problem.q.shape[0], problem.q.shape[1], problem.num_queries)
+        return cls(tiles, AlikeTiles(source, live, inside, heads), row_limit, _first_directions(tiles), many)
+
+    def averages(self, part: slice, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sort the queries of some tiles, and average those of each list in groups, in two launches.
+
+        Args:
+            part: which tiles.
+            groups: groups of each list.
+
+        Returns:
+            `query`, `spread` and `log_rows` as in `alike_scan.AlikeScan`.
+        """
+        q, scale, rows = self.tiles.problem.q, self.tiles.problem.scale, slice(part.start * self.many, part.stop * self.many)
+        results = (x[:, rows] for x in (self.alike.source, self.alike.live, self.alike.inside, self.row_limit))
+        source, live, inside, limit = results
+        rounds = 2 * ROUNDS if q.shape[3] > DIRECTIONS else 0
+        directions = sort_alike(
+            q, self.begin, self.tiles.limit, source, live, inside, limit, part.start, self.tiles.front, self.many, scale,
+            rounds, POWER_STEPS,
+        )  # fmt: skip
+        return group_alike(q, source, directions, groups, scale, MEAN_STEPS, dtype_of_estimates(q.device))
+
+
+def _first_directions(tiles: Tiles) -> Float[Tensor, "head_dim 16"]:
+    """Draw what `select.alike.first_directions` does; the axes where a query has no more numbers than directions."""
+    dim, device = tiles.problem.q.shape[3], tiles.problem.device
+    if dim <= DIRECTIONS:
+        return torch.eye(dim, DIRECTIONS, device=device)
+    row = torch.arange(dim, dtype=torch.int64, device=device)
+    # the middle of each step, as `random.normal` takes it
+    point = uniform_of_pairs(row, row[:DIRECTIONS], int(hash_state(())), 1, False) + 2.0**-33
+    return torch.special.ndtri(point).float()
+
+
+def fused_noise(tiles: Tiles, many: int) -> Float[Tensor, "lists rows"]:
+    """Tell where inside a slot the points of each list of queries lie."""
+    problem = tiles.problem
+    state, heads = hash_state((problem.seed, problem.layer)), problem.head_index.repeat(problem.k.shape[0])
+    return uniform_of_pairs(heads, tiles.index, int(state), many, True)
+
+
+def fused_shares(
+    averages: tuple[Tensor, Tensor, Tensor], blocks: FusedBlocks, known: Int[Tensor, "lists chunk"], num: int
+) -> Tensor:
+    """Estimate what `AlikeScan.shares` does, in two launches.
+
+    Args:
+        averages: from `FusedSort.averages`.
         blocks: the keys.
-        num: leading blocks that may be known.
+        known: leading blocks that each tile may score.
+        num: a bound of those.
 
     Returns:
-        how many leading blocks each tile knows, and their shares, ``[lists, chunk * many, at least num]``, undefined beyond.
+        shares of the leading blocks, ``[lists, chunk * many, at least num]``, undefined from those on that a tile knows.
     """
-    own, width = scan.own(part), blocks.keys.shape[2]
-    known, seen = scan.bars(part, blocks)
-    variance = None if blocks.size == 1 else for_estimates(blocks.squares[..., width:])
-    spread = scan.spread[:, own] if blocks.size > 1 else scan.spread[:, own, :, :width]
-    bar = seen.clamp(HIDDEN, -HIDDEN)
-    query, spread = for_estimates(scan.query[:, own]), for_estimates(spread)
-    return known, alike_shares(query, bar, spread, blocks.keys, variance, blocks.log_value, known, num, DEVIATIONS)
+    query, spread, log_rows = averages
+    normal = alike_scan.NORMAL
+    bar = alike_bars(query, log_rows, blocks.moments, known, normal, log(normal * blocks.size), -HIDDEN)
+    variance = None if blocks.size == 1 else blocks.variance
+    return alike_shares(query, bar, spread, blocks.keys, variance, blocks.log_value, known, num, DEVIATIONS)
 
 
 def fused_draws(
     known: Int[Tensor, "lists chunk"],
     share: Tensor,
     size: int,
-    left: tuple[Tensor, ...],
-    noise: Tensor,
-    num: int,
+    edges: Int[Tensor, "lists chunk 4"],
+    noise: Float[Tensor, "lists rows"],
+    results: tuple[Tensor, Tensor],
     even: float,
-) -> tuple[Int[Tensor, "lists rows num"], Float[Tensor, "lists rows num"]]:
+) -> None:
     """Draw from the law of `stretches_of`, or list all keys where they are few, in one launch.
 
     Args:
-        known: from `fused_shares`.
+        known: leading blocks that each tile knows.
         share: from `fused_shares`.
         size: keys in a block.
-        left: what earlier stages left, from `edges`, for each tile.
-        noise: where inside a slot each list's points lie, ``[lists, chunk * many, 1]``.
-        num: draws of each list.
+        edges: begin, hole begin, hole end and end of what earlier stages left for each tile.
+        noise: where inside a slot each list's points lie.
+        results: keys and their log-weights, to be written, ``[lists, rows, num]``.
         even: share of the draws that is spread evenly over the keys.
+    """
+    draw_alike(share, known, edges, noise, *results, size, even, CLIP_ROUNDS, LEAST)
+
+
+def fused_numbers(blocks: int, many: int, pooled: int, width: int, device: torch.device) -> int:
+    """Count the numbers of four bytes held for each tile and list of keys while its draws are made.
+
+    Args:
+        blocks: blocks that a tile may score at most.
+        many: lists of each tile.
+        pooled: groups of each list.
+        width: numbers in a query.
+        device: where they are held.
 
     Returns:
-        keys and their log-weights.
+        their number, the result left out.
     """
-    return draw_alike(share, known, torch.cat(left, 2), noise[..., 0], num, size, even, CLIP_ROUNDS, LEAST)
+    # a row of shares has a multiple of 16 places; averages, and what they leave out
+    estimates = many * (-(-blocks // 16) * 16 + (pooled + 2) * width)
+    # bars, relative numbers of rows; directions; the known blocks
+    return -(-estimates * dtype_of_estimates(device).itemsize // 4) + 2 * many * pooled + DIRECTIONS * width + 2

@@ -1,7 +1,6 @@
 """Score blocks of keys by averages of alike queries, and allow for what averages hide."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log
 
 import torch
@@ -23,7 +22,7 @@ NORMAL = 64
 # float32 numbers held for each number of a key while keys are averaged
 _KEY_NUMBERS = 6
 # bound of the logarithm of relative distances of values: estimates only, which must not starve a key
-_MOST_LOG_VALUE = 2.0
+MOST_LOG_VALUE = 2.0
 # deviations by which a query may exceed the average of its group
 DEVIATIONS = 2.0
 # below any score, and far enough from the end of 32-bit integers to be subtracted from
@@ -87,7 +86,7 @@ def _log_values(v: Tensor, size: int, num: int) -> Float[Tensor, "lists blocks"]
     far = [_centred(part.to(centre.dtype), centre).norm(dim=2) for part in v.split(step, 1)]
     distance = torch.cat(far, 1)
     log = (distance / distance[:, :num].mean(1, keepdim=True)).log_().nan_to_num_(nan=0.0)
-    log.clamp_(-_MOST_LOG_VALUE, _MOST_LOG_VALUE)
+    log.clamp_(-MOST_LOG_VALUE, MOST_LOG_VALUE)
     return torch.nn.functional.pad(log, (0, -log.shape[1] % size)).unflatten(1, (-1, size)).mean(2)
 
 
@@ -165,14 +164,6 @@ class AlikeScan:
         scores = Scratch(for_estimates(mean[:0]), _SCORES)
         integers = Scratch(mean.new_empty(0, dtype=torch.int32), _SCORES if integers_are_fast(mean) else 0)
         return cls(tiles, mean, spread, log_rows, scores, integers, begin)
-
-    @classmethod
-    def joined(cls, parts: Sequence["AlikeScan"]) -> "AlikeScan":
-        """Put the averages of consecutive tiles behind one another."""
-        query, spread, log_rows = (
-            torch.cat(x, 1) for x in zip(*((each.query, each.spread, each.log_rows) for each in parts), strict=True)
-        )
-        return replace(parts[0], query=query, spread=spread, log_rows=log_rows)
 
     def own(self, part: slice) -> slice:
         """Tell where tiles stand in `query`."""

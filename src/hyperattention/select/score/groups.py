@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 # times that groups are formed anew around their means
-_MEAN_STEPS = 2
+MEAN_STEPS = 2
 
 
 def grouped(x: Float[Tensor, "sets rows width"], groups: int) -> Float[Tensor, "sets rows groups"]:
@@ -26,10 +26,10 @@ def grouped(x: Float[Tensor, "sets rows width"], groups: int) -> Float[Tensor, "
         centres.append(x.gather(1, farthest.argmax(1)[:, None, None].expand(-1, 1, x.shape[2])))
         farthest = distance = torch.minimum(distance, (x - centres[-1]).square().sum(-1))
     centre = torch.cat(centres, 1)
-    for step in range(_MEAN_STEPS + 1):
+    for step in range(MEAN_STEPS + 1):
         nearest = (centre.square().sum(-1)[:, None] - 2 * x @ centre.transpose(1, 2)).argmin(-1)
         one_of = torch.nn.functional.one_hot(nearest, groups).to(x.dtype)
-        if step < _MEAN_STEPS:
+        if step < MEAN_STEPS:
             count = one_of.sum(1)[..., None]
             centre = torch.where(count > 0, one_of.transpose(1, 2) @ x / count.clamp(min=1), centre)
     return one_of

@@ -23,8 +23,13 @@ _CPU_INTEGERS_ARE_FAST = _can(_FAST_INTEGERS) and torch.backends.mkldnn.is_avail
 
 def for_estimates(x: Tensor) -> Tensor:
     """Round float32 to bfloat16 if the device multiplies bfloat16 faster; leave other dtypes unchanged."""
-    fast = _CPU_IS_FAST if x.device.type == "cpu" else x.device.type == "cuda"
-    return x.bfloat16() if fast and x.dtype == torch.float32 else x
+    return x.to(dtype_of_estimates(x.device)) if x.dtype == torch.float32 else x
+
+
+def dtype_of_estimates(device: torch.device) -> torch.dtype:
+    """Return what `for_estimates` rounds float32 to on a device."""
+    fast = _CPU_IS_FAST if device.type == "cpu" else device.type == "cuda"
+    return torch.bfloat16 if fast else torch.float32
 
 
 def integers_are_fast(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hyperattention.random import normal
 
-_ROUNDS = 2
+ROUNDS = 2
 # a share of the trace is added to a Gram matrix, so that its factor exists even if keys span too few directions
 _RIDGE = 1e-12
 
@@ -49,7 +49,7 @@ def principal_directions(
     covariance = centred.transpose(1, 2) @ centred
     begin = random_directions(covariance.shape[1], width, keys.device) if begin is None else begin
     directions = begin.expand(len(covariance), -1, -1)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         directions = _orthonormal(covariance @ _orthonormal(covariance @ directions))
     return _orthonormal(directions).to(keys.dtype)
 

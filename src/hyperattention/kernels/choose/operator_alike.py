@@ -1,0 +1,136 @@
+"""Sorting and averaging alike queries, and what they are compared with, as torch operators for GPUs: see `operator`."""
+
+import torch
+from torch import Tensor
+
+from hyperattention.transforms import refuse_vmap
+
+# largest tile whose rows fit the registers of a program, lists that it is cut into, and numbers in the rows of a list
+_MOST_ROWS, _MOST_LISTS, _MOST_NUMBERS = 1024, 16, 16_384
+# directions in which rows are compared: what a product of a GPU has at least
+_DIRECTIONS = 16
+
+
+def sorts_alike(rows: int, each: int, width: int) -> bool:
+    """Return whether kernels sort and group the queries of a tile; PyTorch does larger ones.
+
+    Args:
+        rows: queries of a tile, of all heads of a group.
+        each: queries of a list.
+        width: numbers in a query.
+
+    Returns:
+        whether `sort_alike` and `group_alike` support them; numbers are padded to powers of two.
+    """
+    many = -(-rows // each)
+    each = -(-rows // many)
+    padded = [1 << (x - 1).bit_length() for x in (many * each, each, max(16, width))]
+    return padded[0] <= _MOST_ROWS and many <= _MOST_LISTS and max(16, padded[1]) * padded[2] <= _MOST_NUMBERS
+
+
+@torch.library.custom_op("hyperattention::uniform_of_pairs", mutates_args=())
+def uniform_of_pairs(first: Tensor, second: Tensor, state: int, many: int, last: bool) -> Tensor:
+    """See `triton_uniform.uniform_of_pairs`."""
+    from hyperattention.kernels.choose import triton_uniform
+
+    return triton_uniform.uniform_of_pairs(first, second, state, many, last)
+
+
+@uniform_of_pairs.register_fake
+def _(first, second, state, many, last):
+    return first.new_empty((first.shape[0], second.shape[0] * many), dtype=torch.float64)
+
+
+@torch.library.custom_op("hyperattention::alike_centres", mutates_args=())
+def alike_centres(k: Tensor, v: Tensor, num: int) -> Tensor:
+    """See `triton_alike_blocks.alike_centres`."""
+    from hyperattention.kernels.choose import triton_alike_blocks
+
+    return triton_alike_blocks.alike_centres(k, v, num)
+
+
+@alike_centres.register_fake
+def _(k, v, num):
+    return k.new_empty((k.shape[0], k.shape[2] + v.shape[2] + 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("hyperattention::alike_blocks", mutates_args=())
+def alike_blocks(
+    k: Tensor, v: Tensor, centres: Tensor, size: int, normal: int, most: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `triton_alike_blocks.alike_blocks`."""
+    from hyperattention.kernels.choose import triton_alike_blocks
+
+    return triton_alike_blocks.alike_blocks(k, v, centres, size, normal, most, dtype)
+
+
+@alike_blocks.register_fake
+def _(k, v, centres, size, normal, most, dtype):
+    lists, count, width = k.shape
+    keys = k.new_empty((lists, -(-count // size), width), dtype=dtype)
+    moments = keys.new_empty((lists, count // (normal * size), 2 * width))
+    return keys, keys.new_empty(keys.shape if size > 1 else (0,)), moments, centres.new_empty(keys.shape[:2])
+
+
+@torch.library.custom_op("hyperattention::sort_alike", mutates_args=("source", "live", "inside", "row_limit"))
+def sort_alike(
+    q: Tensor,
+    begin: Tensor,
+    limit: Tensor,
+    source: Tensor,
+    live: Tensor,
+    inside: Tensor,
+    row_limit: Tensor,
+    first_tile: int,
+    front: int,
+    many: int,
+    scale: float,
+    rounds: int,
+    steps: int,
+) -> Tensor:
+    """See `triton_sort_alike.sort_alike`."""
+    from hyperattention.kernels.choose import triton_sort_alike
+
+    results = source, live, inside, row_limit
+    return triton_sort_alike.sort_alike(q, begin, limit, *results, first_tile, front, many, scale, rounds, steps)
+
+
+@sort_alike.register_fake
+def _(q, begin, limit, source, live, inside, row_limit, first_tile, front, many, scale, rounds, steps):
+    return begin.new_empty((source.shape[0], source.shape[1] // many, _DIRECTIONS, q.shape[3]))
+
+
+@torch.library.custom_op("hyperattention::group_alike", mutates_args=())
+def group_alike(
+    q: Tensor, source: Tensor, directions: Tensor, groups: int, scale: float, steps: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `triton_group_alike.group_alike`."""
+    from hyperattention.kernels.choose import triton_group_alike
+
+    return triton_group_alike.group_alike(q, source, directions, groups, scale, steps, dtype)
+
+
+@group_alike.register_fake
+def _(q, source, directions, groups, scale, steps, dtype):
+    shape = (*directions.shape[:2], source.shape[1] // directions.shape[1])
+    query = q.new_empty((*shape, groups, q.shape[3]), dtype=dtype)
+    return query, q.new_empty((*shape, 2 * q.shape[3]), dtype=dtype), directions.new_empty((*shape, groups))
+
+
+@torch.library.custom_op("hyperattention::alike_bars", mutates_args=())
+def alike_bars(
+    query: Tensor, log_rows: Tensor, moments: Tensor, known: Tensor, normal: int, log_size: float, bound: float
+) -> Tensor:
+    """See `triton_alike_bars.alike_bars`."""
+    from hyperattention.kernels.choose import triton_alike_bars
+
+    return triton_alike_bars.alike_bars(query, log_rows, moments, known, normal, log_size, bound)
+
+
+@alike_bars.register_fake
+def _(query, log_rows, *rest):
+    return torch.empty_like(log_rows)
+
+
+for _operator in (alike_bars, alike_blocks, alike_centres, group_alike, sort_alike, uniform_of_pairs):
+    refuse_vmap(_operator, "choosing keys")

@@ -1,0 +1,205 @@
+"""Sorting, grouping and averaging alike queries as a GPU does it: the same lists as PyTorch's, and the same estimates."""
+
+from dataclasses import replace
+from math import log
+
+import pytest
+import torch
+from torch import Tensor
+
+from assertions import assert_exact, assert_same_bits
+from hyperattention.kernels.choose import triton_alike_bars
+from hyperattention.kernels.choose.operator_alike import alike_bars, alike_centres, sorts_alike, uniform_of_pairs
+from hyperattention.problem import Problem
+from hyperattention.random import hash_state, uniform
+from hyperattention.select import DrawAlike
+from hyperattention.select.alike import first_directions, sort_alike
+from hyperattention.select.score import alike_fused, alike_scan
+from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_noise
+from hyperattention.select.score.alike_scan import HIDDEN, AlikeScan, blocks_of
+from hyperattention.select.score.principal import principal_directions
+from hyperattention.tiling import Tiles, cut
+from problems import problem
+
+pytestmark = pytest.mark.usefixtures("triton_kernel")
+TILE, STRETCH = 32, 8
+
+
+@pytest.fixture(autouse=True)
+def one_precision(monkeypatch):
+    """Estimates in float32 on both sides, over short stretches, so that short problems have some."""
+    monkeypatch.setattr(alike_scan, "NORMAL", STRETCH)
+    monkeypatch.setattr(alike_scan, "for_estimates", lambda x: x)
+    monkeypatch.setattr(alike_fused, "dtype_of_estimates", lambda device: torch.float32)
+
+
+def late(given: Problem, offset: int) -> Problem:
+    return replace(given, q=given.q[:, :, offset:], offset=offset)
+
+
+def sorted_in_parts(tiles: Tiles, many: int, groups: int) -> tuple[FusedSort, tuple[Tensor, ...]]:
+    """Sort the first tile, then all others."""
+    ordered, count = FusedSort.empty(tiles, many), len(tiles.index)
+    parts = [ordered.averages(part, groups) for part in (slice(0, 1), slice(1, count))]
+    return ordered, tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
+
+
+def separated(given: Problem, many: int) -> Problem:
+    """Queries of a few directions, which come in any order; lengths are unlike, so that no cut has a choice."""
+    count = given.q[0, ..., 0].numel()
+    way = torch.randperm(count, generator=torch.Generator().manual_seed(0)).view(given.q.shape[1:3])
+    turned = torch.linalg.qr(torch.randn(given.q.shape[3], 2, generator=torch.Generator().manual_seed(1)))[0]
+    angle = (way % many + 0.4) * 6.28 / many
+    far = torch.stack([9 * angle.cos(), 5 * angle.sin()], 2)
+    return replace(given, q=given.q * 0.02 + (far @ turned.T + 3.0).to(given.q.dtype))
+
+
+@pytest.mark.parametrize(
+    ("given", "many"),
+    [
+        pytest.param(problem(64, heads=4, kv_heads=1, head_dim=40), 4, id="more numbers than directions"),
+        pytest.param(problem(64, heads=4, kv_heads=2, batch=2), 4, id="fewer"),
+    ],
+)
+def test_queries_of_one_direction_share_a_list(given, many):
+    given = separated(given, many)
+    tiles = cut(given, TILE)
+    ordered, _ = sorted_in_parts(tiles, many, 3)
+    expected = sort_alike(tiles, many)[0]
+    # inside a list any order will do
+    assert_same_bits(ordered.alike.source.sort(2)[0], expected.source.sort(2)[0])
+    assert ordered.alike.live.all()
+    # the order of positions would be another
+    assert not torch.equal(ordered.alike.source.flatten(1).sort(1)[0], ordered.alike.source.flatten(1))
+
+
+def test_directions_are_those_of_rounded_queries_far_from_the_origin():
+    """The mean, which all rows share, takes none of the directions; they differ in sixteen."""
+    size = torch.where(torch.arange(32) < 16, 1.0, 0.05)
+    given = problem(32, heads=2, kv_heads=1, head_dim=32)
+    given = replace(given, q=(given.q * size + 40 * torch.ones(32)).bfloat16(), k=given.k.bfloat16(), v=given.v.bfloat16())
+    tiles = cut(given, TILE)
+    ordered = FusedSort.empty(tiles, 1)
+    results = ordered.alike.source, ordered.alike.live, ordered.alike.inside, ordered.row_limit
+    directions = alike_fused.sort_alike(given.q, ordered.begin, tiles.limit, *results, 0, 0, 1, given.scale, 4, 2)[0, 0]
+    x = given.q[0].flatten(0, 1).float()
+    x = x - x.mean(0)
+    best = torch.linalg.svd(x)[2][:16]
+    # directions are rounded on the way
+    assert (x @ directions.T).square().sum() > 0.99 * (x @ best.T).square().sum()
+    assert (directions @ directions.T - torch.eye(16)).abs().max() < 1e-3
+
+
+def spoilt(given: Problem) -> Problem:
+    q = given.q.clone()
+    q[:, 0, 5:9] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e38])[:, None]
+    return replace(given, q=q)
+
+
+@pytest.mark.parametrize(
+    ("given", "many"),
+    [
+        pytest.param(late(problem(66, heads=3, kv_heads=1, head_dim=20), 37), 5, id="a chunk in five lists"),
+        pytest.param(problem(50, heads=3, kv_heads=1, batch=2), 7, id="seven lists"),
+        pytest.param(problem(33, kv_heads=1), 1, id="one list"),
+        pytest.param(spoilt(problem(60, heads=2, kv_heads=1)), 4, id="no numbers"),
+        pytest.param(problem(40, heads=2, kv_heads=1, causal=False), 4, id="all keys"),
+    ],
+)
+def test_every_query_has_one_row(given, many):
+    tiles = cut(given, TILE)
+    ordered, averages = sorted_in_parts(tiles, many, 2)
+    alike, group = ordered.alike, given.group
+    expected = sort_alike(tiles, many)[0]
+    assert alike.source.shape == expected.source.shape
+    for source, live in zip(alike.source, alike.live, strict=True):
+        assert_same_bits(source[live].sort()[0], torch.arange(group * given.num_queries))
+    # rows of a tile stay in it, and see what they saw
+    of_tile = tiles.by_list(tiles.limit).repeat_interleave(group, 2)
+    inside = alike.inside.unflatten(1, (-1, many)).flatten(2)
+    limit = of_tile.gather(2, inside).view_as(alike.inside).masked_fill(~alike.live, 0)
+    assert_same_bits(ordered.row_limit, limit)
+    position = torch.arange(len(tiles.index))[:, None] * TILE + inside // group - tiles.front
+    live = alike.live.unflatten(1, (-1, many)).flatten(2)
+    source = alike.source.unflatten(1, (-1, many)).flatten(2)
+    assert_same_bits(source[live], (inside % group * given.num_queries + position)[live])
+    assert_same_bits(alike.restore(alike.arrange(given.q)).nan_to_num(), given.q.nan_to_num())
+    assert all(torch.isfinite(x).all() for x in (averages[0], averages[2]))
+
+
+def test_averages_are_those_of_the_same_lists():
+    given = problem(64, heads=4, kv_heads=2, head_dim=24)
+    tiles, many, groups = cut(given, TILE), 2, 5
+    ordered, (query, spread, log_rows) = sorted_in_parts(tiles, many, groups)
+    rows = (ordered.alike.arrange(given.q) * given.scale).unflatten(1, (-1, many))
+    # rows of lists in any order, which have the directions of their tile
+    directions = principal_directions(rows.flatten(2, 3).flatten(0, 1), 16).unflatten(0, rows.shape[:2])
+    scan = AlikeScan.of(tiles, rows, rows @ directions[:, :, None], groups)
+    assert_exact(query, scan.query)
+    assert_exact(spread, scan.spread)
+    assert_exact(log_rows, scan.log_rows, size=1.0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_blocks_are_those_of_the_cpu(size):
+    given = problem(100, kv_heads=2, head_dim=24, value_dim=40)
+    given.k[0, 0, 50] = torch.inf
+    given.v[0, 1, 60] = torch.nan
+    # a value in the centre
+    given.v[0, 0, 70] = given.v[0, 0, :24].mean(0)
+    k, v = (x.flatten(0, 1) for x in (given.k, given.v))
+    ours, expected = FusedBlocks.of(k, v, alike_centres(k, v, 24), size), blocks_of(k, v, size, 24)
+    assert_exact(ours.keys, expected.keys)
+    assert_exact(ours.moments, expected.moments)
+    assert_exact(ours.log_value, expected.log_value)
+    if size > 1:
+        assert_exact(ours.variance, expected.squares[..., 24:])
+
+
+def test_blocks_need_no_usual_distance():
+    """Values that are all the same, but for one."""
+    given = problem(40, kv_heads=1)
+    v = torch.ones_like(given.v[0])
+    v[0, 30] = 5.0
+    k = given.k[0]
+    assert_exact(FusedBlocks.of(k, v, alike_centres(k, v, 24), 1).log_value, blocks_of(k, v, 1, 24).log_value)
+
+
+@pytest.mark.parametrize("sharp", [1.0, 6.0])
+def test_bars_are_those_of_the_cpu(sharp, monkeypatch):
+    # more stretches than are read at once
+    monkeypatch.setattr(triton_alike_bars, "_STRETCHES", 16)
+    given = problem(390, heads=4, kv_heads=2, head_dim=24)
+    tiles, size = cut(replace(given, q=given.q * sharp), TILE), 2
+    _, query, few = sort_alike(tiles, 2)
+    scan, blocks = AlikeScan.of(tiles, query, few, 3), blocks_of(given.k[0], given.v[0], size, 24)
+    known, expected = scan.bars(slice(0, len(tiles.index)), blocks)
+    ours = alike_bars(scan.query, scan.log_rows, blocks.moments, known, STRETCH, log(STRETCH * size), float(-HIDDEN))
+    # the first tile sees no whole stretch
+    assert (known[:, 0] == 0).all()
+    assert (ours[:, 0] == HIDDEN).all()
+    assert_exact(ours[:, 1:], expected[:, 1:])
+
+
+def test_noise_has_the_same_bits():
+    given = replace(problem(70, batch=2, heads=6, kv_heads=3), seed=2**40 + 5, layer=3)
+    tiles = cut(given, TILE)
+    assert_same_bits(fused_noise(tiles, 5), DrawAlike(8)._noise(tiles, 5)[..., 0])
+    counters = torch.tensor([0, 7, 2**35 + 1])
+    expected = uniform((counters[:, None], counters), "cpu")
+    assert_same_bits(uniform_of_pairs(counters, counters, int(hash_state(())), 1, False), expected)
+
+
+def test_directions_to_begin_with_have_the_same_bits():
+    tiles = cut(problem(32, head_dim=20), TILE)
+    expected = first_directions(tiles.problem).float()
+    assert_same_bits(FusedSort.empty(tiles, 2).begin, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "each", "width", "sorts"),
+    [(512, 64, 128, True), (512, 64, 256, True), (640, 64, 128, True), (1024, 64, 128, True), (1025, 64, 64, False),
+     (512, 16, 128, False), (256, 256, 64, True), (256, 256, 128, False), (1, 64, 8, True)],
+)  # fmt: skip
+def test_large_tiles_are_left_to_torch(rows, each, width, sorts):
+    assert sorts_alike(rows, each, width) == sorts
