@@ -87,9 +87,9 @@ class Ladder:
 def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -> Ladder:
     """Return the ladder that `tolerance` uses if none is given.
 
-    On a CPU from `ALIKE_CROSSOVER` keys on, rungs draw for alike queries (`DrawAlike`). On a GPU, where no card has run their
-    kernels yet, and on a CPU below that length, rungs are the lean method with fewer and with more draws. If a tile sees
-    few keys, eight averaged queries scan all of them there, in place of the hierarchical search.
+    On a CPU from `ALIKE_CROSSOVER` keys on, rungs draw for alike queries (`DrawAlike`). On a GPU, where no card has run the
+    kernels of these yet, and on a CPU below that length, rungs are the lean method with fewer and with more draws. If a tile
+    sees few keys, eight averaged queries scan all of them there, in place of the hierarchical search.
 
     A rung may run if its share of exact attention's pairs is at most that of a method at its measured crossover, where
     both take equal time. While all keys are scored one by one, products grow like exact attention's pairs do, so that this
