@@ -92,8 +92,7 @@ def test_a_long_layer_is_measured_on_parts_that_list_the_same_keys(
     calls: list[CallInputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "_SPAN", 32)
-    monkeypatch.setattr(sample, "_NUM_SPANS", 3)
-    found = sample_layer(calls[1], LADDER, 0, 5)
+    found = sample_layer(calls[1], LADDER, 0, 5, num_parts=3)
     # 10 spans of 32: three parts, three spans apart
     start = int(uniform((0x5A3E, 5, 1), "cpu") * 3)
     rows = torch.cat([torch.arange(32) + 32 * (start + 3 * part) for part in range(3)])

@@ -13,6 +13,7 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.presets import HyperAttention
 from hyperattention.select.draw import Draw
+from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
@@ -30,6 +31,8 @@ METHODS: dict[str, AttentionMethod] = {
     # as many pairs as the lean method lists: four times fewer than exact attention at 8,192 tokens
     "default_640": at_budget(find_default(), 976),
     "thorough": thorough_method(LONG),
+    # as many pairs as the plan for 500, the same in every head
+    "alike_16": Method(Sinks(16), Window(64), DrawAlike(352, rows=16)),
     "lean": lean_method(SEARCHED),
     "lean_long": lean_method(LONG),
     "scan": Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=HierarchicalSearch(pooled=32)))),

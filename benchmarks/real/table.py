@@ -22,6 +22,9 @@ LABELS = {
     "control": "control: sinks, window and uniform draws, slots of lean",
     "sinks_window": "sinks and window alone",
     "published": "`HyperAttention()`, as published",
+    "alike_16": "352 draws for lists of 16 in every head",
+    # a plan is named by its tolerance, which says little of a plan for a number of pairs
+    "plan_0.121": "plan, 500 pairs",
 }
 
 

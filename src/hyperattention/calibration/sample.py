@@ -18,7 +18,9 @@ _SPAN, _NUM_SPANS = 256, 16
 _STREAM = 0x5A3E
 
 
-def sample_layer(call: CallInputs, ladder: Sequence[AttentionMethod], document: int, seed: int) -> Measurement:
+def sample_layer(
+    call: CallInputs, ladder: Sequence[AttentionMethod], document: int, seed: int, num_parts: int = _NUM_SPANS
+) -> Measurement:
     """Run every candidate once on evenly spaced parts of a layer's queries, which list the same keys as in the entire call.
 
     Args:
@@ -26,13 +28,14 @@ def sample_layer(call: CallInputs, ladder: Sequence[AttentionMethod], document: 
         ladder: the candidates, exact attention first.
         document: number of the document; the draws and the parts depend on it.
         seed: seed of the draws and of the parts.
+        num_parts: number of parts; fewer take less time.
 
     Returns:
         errors and squared errors of all candidates, without times.
     """
     scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
     whole = Problem(call.q, call.k, call.v, scale, causal=True, seed=seed + document, layer=call.layer)
-    few = _parts(whole)
+    few = _parts(whole, num_parts)
     exact = (Exact().output(whole) if call.out is None else call.out).index_select(2, few.position).float()
     errors, squares, kv_heads = [], [], call.k.shape[1]
     for method in ladder:
@@ -43,9 +46,9 @@ def sample_layer(call: CallInputs, ladder: Sequence[AttentionMethod], document: 
     return Measurement(document, call.layer, shape, (), tuple(errors), tuple(squares))
 
 
-def _parts(whole: Problem) -> Problem:
+def _parts(whole: Problem, num_parts: int) -> Problem:
     """Take one part of each of equally many queries, all from the same random place on; everything if there are few."""
-    each = whole.num_queries // _SPAN // _NUM_SPANS
+    each = whole.num_queries // _SPAN // num_parts
     if each < 2:
         return whole
     start = min(int(uniform((_STREAM, whole.seed, whole.layer), "cpu") * each), each - 1)
