@@ -13,10 +13,12 @@ import harder_tasks_table
 import head_kinds_table
 import long_context_table
 from gpu.table import gpu_table, plot_gpu
+from real import table as real_table
 
 ROOT = Path(__file__).parents[1]
 MEASURED = "<!-- measured: begin (benchmarks/report.py) -->", "<!-- measured: end -->"
 LONG_CONTEXT = "<!-- long context: begin (benchmarks/report.py) -->", "<!-- long context: end -->"
+REAL_MODEL = "<!-- real model: begin (benchmarks/report.py) -->", "<!-- real model: end -->"
 HEAD_KINDS_RECORDS = head_kinds_table.RECORDS, head_kinds_table.LONG_RECORDS
 HEAD_KINDS = "<!-- kinds of heads: begin (benchmarks/report.py) -->", "<!-- kinds of heads: end -->"
 HARDER_TASKS = "<!-- harder tasks: begin (benchmarks/report.py) -->", "<!-- harder tasks: end -->"
@@ -125,7 +127,11 @@ def main() -> None:
     gpu = read_lines(args.records / GPU_RECORDS)
     lengths = read_lines(args.records / long_context_table.RECORDS.name)
     texts = {
-        args.readme: replaced(args.readme, (write_long_context(lengths), LONG_CONTEXT)),
+        args.readme: replaced(
+            args.readme,
+            (write_long_context(lengths), LONG_CONTEXT),
+            (real_table.brief_table(read_lines(args.records / real_table.RECORDS.name)), REAL_MODEL),
+        ),
         args.measured: replaced(
             args.measured,
             (write_table(read_records(args.records)), MEASURED),

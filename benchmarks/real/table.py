@@ -92,6 +92,27 @@ def _one_table(model: str, length: int, records: Sequence[dict], speeds: dict[st
     return "\n".join([*lines, "", *_where(records)]) + "\n"
 
 
+# what the README shows of them
+BRIEF = ("default", "default_640", "alike_16", "plan_0.121", "lean", "control", "published")
+
+
+def brief_table(records: Sequence[dict]) -> str:
+    """The README's table: added nats and pairs of a few methods, on the documents that every method has read."""
+    found = read_by_all(records)
+    exact = {record["sample"]: record for record in found if record["name"] == "exact"}
+    texts = sorted({record["text"] for record in found}, reverse=True)
+    heads = ["method", *(f"added nats a token, {text}" for text in texts), "pairs a query", "fewer than exact"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name in BRIEF:
+        pairs = [(each, exact[each["sample"]]) for each in found if each["name"] == name]
+        if pairs:
+            cells = [_added([pair for pair in pairs if pair[0]["text"] == text]) for text in texts]
+            (ours, theirs), *_ = pairs
+            listed = [f"{ours['pairs']:,.0f}", f"{theirs['pairs'] / ours['pairs']:.1f}x"]
+            lines.append(f"| {' | '.join([label_of(name), *cells, *listed])} |")
+    return "\n".join(lines)
+
+
 def _exact_loss(exact: dict[str, dict], texts: Sequence[str]) -> str:
     losses = {text: [each["nats_per_token"] for each in exact.values() if each["text"] == text] for text in texts}
     return "Exact attention: " + ", ".join(
