@@ -6,8 +6,8 @@
     python benchmarks/long_context.py --show                                   # the table of what is recorded
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
-`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), or `rival:NAME`, another method of
-`hyperattention.bench.rivals` with as many keys a query as the default. Every pass adds a line to the
+`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), or `rival:NAME:KEYS`, another method of
+`hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a line to the
 file of records at once; passes that are there are not run again.
 """
 
@@ -80,8 +80,9 @@ def find_method(name: str) -> AttentionMethod:
         # as many pairs as those drawn, sinks and the default's window
         return Method(Sinks(16), Window(256), Draw(int(name.split(":")[1])))
     if name.startswith("rival:"):
-        slots = round(_list(default_method(LONG)).cost(LONG).pairs)
-        return next(row.method for row in rivals(slots) if row.name == name.removeprefix("rival:"))
+        _, rival, *keys = name.split(":")
+        slots = int(keys[0]) if keys else round(_list(default_method(LONG)).cost(LONG).pairs)
+        return next(row.method for row in rivals(slots) if row.name == rival)
     if name not in METHODS:
         raise SystemExit(f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST or control:NUM")
     return METHODS[name]
