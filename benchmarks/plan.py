@@ -21,7 +21,8 @@ from claims import Record, announce, figure
 from long_context import ALL, find_method, measure, read
 from long_context_table import RECORDS as LONG_RECORDS
 
-from hyperattention.calibration.calibrate import CalibrationSettings, choose_methods
+from hyperattention.calibration.calibrate import choose_methods
+from hyperattention.calibration.settings import CalibrationSettings
 from hyperattention.files.atomic_write import atomic_write
 from hyperattention.files.fields import Field
 from hyperattention.files.method_table import method_from_json, method_to_json

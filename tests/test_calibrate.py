@@ -25,8 +25,9 @@ pytest.importorskip("transformers")
 from rich.console import Console
 
 from hyperattention.calibration import calibrate as calibration
-from hyperattention.calibration.calibrate import CalibrationSettings, calibrate, steps_of
+from hyperattention.calibration.calibrate import calibrate, steps_of
 from hyperattention.calibration.head_statistics import inspect_layer
+from hyperattention.calibration.settings import CalibrationSettings
 from hyperattention.reference.model import LoadedModel, load_reference
 from hyperattention.reference.passes import watch_exact
 from hyperattention.reference.samples import EvaluationSample

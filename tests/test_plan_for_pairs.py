@@ -16,11 +16,12 @@ pytest.importorskip("transformers")
 
 from hyperattention.bench.rows import Row
 from hyperattention.calibration import damage, sample
-from hyperattention.calibration.calibrate import CalibrationSettings, calibrate, steps_of
+from hyperattention.calibration.calibrate import calibrate, steps_of
 from hyperattention.calibration.damage import Probe, judged_rows, weigh_heads
 from hyperattention.calibration.journal import Journal
 from hyperattention.calibration.measure import measure_layer
 from hyperattention.calibration.sample import sample_layer
+from hyperattention.calibration.settings import CalibrationSettings
 from hyperattention.integrations.transformers import use
 from hyperattention.reference.call_recorder import CallInputs
 from hyperattention.reference.model import LoadedModel

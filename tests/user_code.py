@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 import hyperattention as ha
 from hyperattention import select
-from hyperattention.calibration.calibrate import CalibrationSettings, calibrate
+from hyperattention.calibration.calibrate import calibrate
+from hyperattention.calibration.settings import CalibrationSettings
 from hyperattention.integrations.transformers import HyperCache, register, use
 from hyperattention.integrations.transformers.cache_file import load_cache, save_cache
 from hyperattention.reference.model import load_reference

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hyperattention.calibration.calibrate import CalibrationSettings, calibrate, steps_of
+from hyperattention.calibration.calibrate import calibrate, steps_of
+from hyperattention.calibration.settings import CalibrationSettings
 from hyperattention.files.plan import Plan
 from hyperattention.files.plan_file import save_plan
 from hyperattention.report.demo import DemoOptions, PreparedDemo, prepare

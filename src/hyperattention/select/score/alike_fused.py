@@ -105,7 +105,7 @@ def _first_directions(tiles: Tiles) -> Float[Tensor, "head_dim 16"]:
     """Draw what `select.alike.first_directions` does; the axes where a query has no more numbers than directions."""
     dim, device = tiles.problem.q.shape[3], tiles.problem.device
     if dim <= DIRECTIONS:
-        return torch.eye(dim, DIRECTIONS, device=device)
+        return torch.eye(dim, DIRECTIONS, dtype=torch.float32, device=device)
     row = torch.arange(dim, dtype=torch.int64, device=device)
     # the middle of each step, as `random.normal` takes it
     point = uniform_of_pairs(row, row[:DIRECTIONS], int(hash_state(())), 1, False) + 2.0**-33
