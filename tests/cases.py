@@ -62,10 +62,12 @@ KEYS = ha.HierarchicalSearch((select.Level(8, 6), select.Level(1, 4)), pooled=4)
 SCAN = ha.KeyScan(32, beyond=ha.HierarchicalSearch(pooled=32))
 MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 
+USUAL = ha.Sinks(16), ha.Window(192)
+
 # fmt: off
 OURS = (
     Case("exact", ha.Exact(), exact_up_to=150),
-    _alike("default", ha.Sinks(16), ha.Window(192), stage=select.DrawAlike(880), tile=128, num_tokens=1250, exact_up_to=880),
+    _alike("default", *USUAL, stage=select.DrawAlike(640, pooled=16), tile=128, num_tokens=1250, exact_up_to=640),
     # the thorough method is the default's list with more draws
     Case("scan of keys", ha.Method(ha.Sinks(16), ha.Window(128), ha.Draw(611, by=SCAN)), num_tokens=1000, exact_up_to=611),
     Case("lean", ha.lean_method(10**6), num_tokens=1250, exact_up_to=688),

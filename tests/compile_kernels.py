@@ -172,7 +172,9 @@ def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[st
         limit, source = indices(1, TILES, 128), indices(2, TILES * many, 64)
         live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES, 16, dim)
         results = source, live, indices(*source.shape), indices(*source.shape), directions
-        yield f"alike sorting, {group} heads", triton_sort_alike.launch_sort(q, begin, limit, results, 0, 0, 0.1, 4, 2)
+        metric = torch.empty(2, 3, dim, dim), indices(2, TILES)
+        launch = triton_sort_alike.launch_sort(q, begin, metric, limit, results, 0, 0, 0.1, 4, 2)
+        yield f"alike sorting, {group} heads", launch
     for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
         query, spread = (torch.empty(2, TILES, many, *last, dtype=estimate) for last in ((groups, dim), (2 * dim,)))
         log_rows = torch.empty(query.shape[:4])

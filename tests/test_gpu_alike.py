@@ -13,6 +13,7 @@ from hyperattention.select import DrawAlike, draw_alike
 from hyperattention.select.alike import AlikeTiles, sort_alike
 from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_noise
 from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, NORMAL, AlikeScan, blocks_of
+from hyperattention.select.score.key_metric import KeyMetric
 from hyperattention.synthetic import structured
 from hyperattention.tiling import cut
 
@@ -37,14 +38,15 @@ def off_by(alike: AlikeTiles, problem: Problem) -> Tensor:
 def test_lists_are_as_alike_as_those_of_torch(group, head_dim, dtype):
     problem = given(3001, group, head_dim, dtype)
     tiles, many, groups = cut(problem, 128), 2 * group, 8
-    ordered, count = FusedSort.empty(tiles, many), len(tiles.index)
+    metric = KeyMetric.of(problem.k.flatten(0, 1), 500)
+    ordered, count = FusedSort.empty(tiles, many, metric), len(tiles.index)
     query, spread, log_rows = (torch.cat(x, 1) for x in zip(
         *(ordered.averages(part, groups) for part in (slice(0, 3), slice(3, count))), strict=True
     ))  # fmt: skip
     for source, live in zip(ordered.alike.source, ordered.alike.live, strict=True):
         assert_same_bits(source[live].sort()[0], torch.arange(group * problem.num_queries, device=DEVICE))
     assert_same_bits(ordered.alike.restore(ordered.alike.arrange(problem.q)), problem.q)
-    alike, x, few = sort_alike(tiles, many)
+    alike, x, few = sort_alike(tiles, many, metric=metric.of_tiles(tiles.by_list(tiles.known)))
     # random inputs have other lists where two rows lie as far along an axis, to rounding: none better than the others
     assert off_by(ordered.alike, problem) <= 1.02 * off_by(alike, problem)
     scan = AlikeScan.of(tiles, x, few, groups)

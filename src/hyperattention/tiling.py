@@ -44,6 +44,11 @@ class Tiles:
         """End of the keys that any row of the tile may see."""
         return self.end if self.problem.causal else self.total.expand_as(self.end)
 
+    @property
+    def known(self) -> Int[Tensor, "batch tiles"]:
+        """Number of leading keys that all queries of each tile see: a choice made from these does not look ahead."""
+        return self.start if self.problem.causal else self.visible_end
+
     def number(self, place: int) -> int:
         """Return the absolute number of a tile of this call, without reading from the device."""
         if self.problem.spans is not None:

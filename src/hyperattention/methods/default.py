@@ -57,7 +57,7 @@ def default_method(
     """
     if not _pays(num_keys, num_queries, device, CROSSOVER):
         return Exact()
-    return _SEARCH if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(880), tile=128)
+    return _SEARCH if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(640, pooled=16), tile=128)
 
 
 def thorough_method(
@@ -79,7 +79,7 @@ def thorough_method(
     """
     if not _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
         return Exact()
-    return _SCAN if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(1680), tile=128)
+    return _SCAN if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(1216, pooled=16), tile=128)
 
 
 def lean_method(

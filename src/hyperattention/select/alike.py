@@ -71,7 +71,11 @@ class AlikeTiles:
 
 
 def sort_alike(
-    tiles: Tiles, many: int, part: slice = slice(None), begin: Float[Tensor, "head_dim width"] | None = None
+    tiles: Tiles,
+    many: int,
+    part: slice = slice(None),
+    begin: Float[Tensor, "head_dim width"] | None = None,
+    metric: Float[Tensor, "lists tiles head_dim head_dim"] | None = None,
 ) -> tuple[AlikeTiles, Float[Tensor, "lists tiles many rows head_dim"], Float[Tensor, "lists tiles many rows width"]]:
     """Cut every tile of positions into `many` tiles of alike queries.
 
@@ -83,6 +87,8 @@ def sort_alike(
         many: tiles of alike queries for each tile of positions.
         part: which tiles of positions; all by default.
         begin: from `first_directions`, for a caller that sorts several parts; None draws them.
+        metric: from `KeyMetric.of_tiles`, what the queries of each of these tiles are multiplied by before they are
+            compared; None compares them as they are.
 
     Returns:
         the tiles; their queries, scaled, in float32 or wider; and these in the few directions in which they were compared.
@@ -97,7 +103,8 @@ def sort_alike(
     # rows that fill up repeat the last one: they change no direction for the worse, and are thrown away
     fill = torch.arange(many * each, dtype=torch.int64, device=x.device).clamp(max=rows - 1)
     x = torch.nan_to_num(x.index_select(2, fill), nan=0.0, posinf=0.0, neginf=0.0)
-    few = _compared(x.flatten(0, 1), begin)
+    compared = x if metric is None else x @ metric.to(x.dtype)
+    few = _compared(compared.flatten(0, 1), begin)
     order = _tree(few, _factors(many)).view(len(q), len(source), -1)
     shape = (len(q), len(source), many, each, -1)
     x, few = (_take(y, order.flatten(0, 1)).view(shape) for y in (x.flatten(0, 1), few))

@@ -24,6 +24,7 @@ from hyperattention.select.score.alike_fused import (
 )
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.block_sizes import BlockSizes, last_made
+from hyperattention.select.score.key_metric import KeyMetric
 from hyperattention.select.score.pooling import chunks, edges
 from hyperattention.select.score.stretches import draws_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
@@ -45,7 +46,8 @@ class DrawAlike(Stage):
     first values.
 
     Rows of all heads of a group, out of one tile of positions, are sorted along the direction in which they differ most, cut
-    into equal parts, and so on, down to lists. Inside a list they are grouped around those that are farthest from one
+    into equal parts, and so on, down to lists; two rows differ by as much as their scores do over leading keys that all rows
+    of the tile see (`KeyMetric`). Inside a list they are grouped around those that are farthest from one
     another, so that a query unlike all others is not averaged. A share of the draws is spread evenly, so that no weight
     exceeds keys / (share * draws) however wrong the estimate. Keys are scored one by one while a tile sees no more than
     `most` of them; beyond that blocks of 2, 4, 8, ... are, by their means and variances, so that products stay bounded.
@@ -159,12 +161,13 @@ class DrawAlike(Stage):
         self, tiles: Tiles, many: int, covered: CoveredKeys, left: tuple[Tensor, ...], results: tuple[Tensor, Tensor]
     ) -> tuple[AlikeTiles, Tensor]:
         """Sort and draw in kernels, into `results`; give the sorted rows, and how many keys each may see."""
-        problem, sizes, ordered = tiles.problem, BlockSizes(self.most), FusedSort.empty(tiles, many)
-        pooled, noise = min(self.pooled, ordered.row_limit.shape[2]), fused_noise(tiles, many)
+        problem, sizes = tiles.problem, BlockSizes(self.most)
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+        ordered = FusedSort.empty(tiles, many, KeyMetric.of(k, self.num))
+        pooled, noise = min(self.pooled, ordered.row_limit.shape[2]), fused_noise(tiles, many)
         centres = alike_centres(k, v, self.num)
         blocks = last_made(lambda size: FusedBlocks.of(k[:, : self.most * size], v[:, : self.most * size], centres, size))
-        ends, seen = torch.cat(left, 2), tiles.by_list(tiles.start if problem.causal else tiles.visible_end)
+        ends, seen = torch.cat(left, 2), tiles.by_list(tiles.known)
         numbers = fused_numbers(min(self.most, problem.num_keys), many, pooled, problem.q.shape[3], problem.device)
         for part in chunks(tiles, numbers, sizes.seams(tiles)):
             size, num = sizes.of(tiles, part)
@@ -180,7 +183,9 @@ class DrawAlike(Stage):
         """Do the same by operators of PyTorch."""
         problem, sizes, alike = tiles.problem, BlockSizes(self.most), []
         begin, noise = first_directions(problem), self._noise(tiles, many)
+        known = tiles.by_list(tiles.known)
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+        metric = KeyMetric.of(k, self.num)
         # no tile with blocks of this size sees more; while no more keys than draws are left all are listed, so that those
         # keys may tell of the others
         blocks = last_made(lambda size: blocks_of(k[:, : self.most * size], v[:, : self.most * size], size, self.num))
@@ -188,7 +193,7 @@ class DrawAlike(Stage):
         sorts = chunks(tiles, _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3])
         parts = chunks(tiles, self._numbers(tiles, many), [*sizes.seams(tiles), *(at.start for at in sorts)])
         for whole in sorts:
-            ordered, query, few = sort_alike(tiles, many, whole, begin)
+            ordered, query, few = sort_alike(tiles, many, whole, begin, metric.of_tiles(known[:, whole]))
             scan = AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), whole.start)
             alike.append(ordered)
             # before the next ones are sorted

@@ -76,6 +76,8 @@ def _(k, v, centres, size, normal, most, dtype):
 def sort_alike(
     q: Tensor,
     begin: Tensor,
+    factor: Tensor,
+    number: Tensor,
     limit: Tensor,
     source: Tensor,
     live: Tensor,
@@ -91,12 +93,12 @@ def sort_alike(
     """See `triton_sort_alike.sort_alike`."""
     from hyperattention.kernels.choose import triton_sort_alike
 
-    results = source, live, inside, row_limit
-    return triton_sort_alike.sort_alike(q, begin, limit, *results, first_tile, front, many, scale, rounds, steps)
+    given, results = (q, begin, factor, number, limit), (source, live, inside, row_limit)
+    return triton_sort_alike.sort_alike(*given, *results, first_tile, front, many, scale, rounds, steps)
 
 
 @sort_alike.register_fake
-def _(q, begin, limit, source, live, inside, row_limit, first_tile, front, many, scale, rounds, steps):
+def _(q, begin, factor, number, limit, source, live, inside, row_limit, first_tile, front, many, scale, rounds, steps):
     return begin.new_empty((source.shape[0], source.shape[1] // many, _DIRECTIONS, q.shape[3]))
 
 

@@ -100,10 +100,18 @@ def _axis(off, row, STEPS: tl.constexpr):
     return along
 
 
+@triton.jit
+def _factor(factor_ptr, dtype: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Load the factor of a covariance of keys, which queries are multiplied by before they are compared."""
+    at = tl.arange(0, WIDTH)
+    there = (at < DIM)[:, None] & (at < DIM)[None, :]
+    return tl.load(factor_ptr + at[:, None] * DIM + at[None, :], mask=there, other=0.0).to(dtype)
+
+
 @triton.jit(do_not_specialize=["first_tile", "front"])
 def _kernel(
-    q_ptr, begin_ptr, limit_ptr, source_ptr, live_ptr, inside_ptr, row_limit_ptr, directions_ptr,
-    scale, first_tile, front, queries, kv_heads, s_batch, s_head, s_query, s_list, s_limit,
+    q_ptr, begin_ptr, factor_ptr, number_ptr, limit_ptr, source_ptr, live_ptr, inside_ptr, row_limit_ptr, directions_ptr,
+    scale, first_tile, front, queries, kv_heads, factors, s_batch, s_head, s_query, s_list, s_limit,
     GROUP: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, EACH: tl.constexpr, LEAVES: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, SLICE: tl.constexpr,
     COLUMNS: tl.constexpr, ROUNDS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -112,11 +120,14 @@ def _kernel(
     first = (first_tile + place_of_tile) * SIZE - front
     q_ptr += (one // kv_heads) * s_batch + (one % kv_heads) * GROUP * s_head
     directions_ptr += (one * tl.num_programs(0) + place_of_tile) * COLUMNS * DIM
+    factor_ptr += (one * factors + tl.load(number_ptr + one * tl.num_programs(0) + place_of_tile)) * DIM * DIM
     full: tl.constexpr = MANY * EACH
     column, to = tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
     # directions in which rows differ most: products with their covariance, of which only the products are made
     there = (column < DIM)[:, None]
+    # that is, rows times the factor: not they but the directions are multiplied by it
     directions = tl.load(begin_ptr + column[:, None] * COLUMNS + to[None, :], mask=there, other=0.0)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     if ROUNDS > 0:
         mean = tl.zeros([WIDTH], tl.float32)
         for begin in tl.range(0, full, PART):
@@ -125,7 +136,8 @@ def _kernel(
             mean += tl.sum(tl.where((row < full)[:, None], x, 0.0), 0)
         mean /= full
         for _ in tl.range(0, ROUNDS):
-            narrow = directions.to(q_ptr.dtype.element_ty)
+            factor = _factor(factor_ptr, dtype, DIM, WIDTH)
+            narrow = tl.dot(factor, directions.to(dtype), input_precision=PRECISION).to(dtype)
             # centred rows have centred products, whose products with the mean add up to nothing
             middle = tl.sum(mean[:, None] * narrow.to(tl.float32), 0)
             image = tl.zeros([WIDTH, COLUMNS], tl.float32)
@@ -135,7 +147,11 @@ def _kernel(
                 along = tl.dot(x, narrow, input_precision=PRECISION) - middle[None, :]
                 along = tl.where((row < full)[:, None], along, 0.0).to(x.dtype)
                 image = tl.dot(tl.trans(x), along, image, input_precision=PRECISION)
+            image = _finite(image)
+            image /= tl.maximum(tl.max(tl.max(tl.abs(image), 1), 0), 1e-38)
+            image = tl.dot(tl.trans(_factor(factor_ptr, dtype, DIM, WIDTH)), image.to(dtype), input_precision=PRECISION)
             directions = _finite(_orthonormal(image, COLUMNS))
+    directions = tl.dot(_factor(factor_ptr, dtype, DIM, WIDTH), directions.to(dtype), input_precision=PRECISION)
     tl.store(directions_ptr + to[None, :] * DIM + column[:, None], directions, mask=there)
     # read again a part at a time, by other threads
     tl.debug_barrier()
@@ -177,14 +193,16 @@ def _kernel(
 
 
 def sort_alike(
-    q: Tensor, begin: Tensor, limit: Tensor, source: Tensor, live: Tensor, inside: Tensor, row_limit: Tensor,
-    first_tile: int, front: int, many: int, scale: float, rounds: int, steps: int,
+    q: Tensor, begin: Tensor, factor: Tensor, number: Tensor, limit: Tensor, source: Tensor, live: Tensor, inside: Tensor,
+    row_limit: Tensor, first_tile: int, front: int, many: int, scale: float, rounds: int, steps: int,
 ) -> Tensor:  # fmt: skip
     """Sort the queries of some tiles into lists of alike ones: see `select.alike.sort_alike`.
 
     Args:
         q: queries, ``[batch, heads, queries, head_dim]``.
         begin: directions from which those in which queries differ are sought, ``[head_dim, 16]``, float32.
+        factor: what queries may be multiplied by before they are compared, ``[lists, factors, head_dim, head_dim]``.
+        number: the factor that each tile takes, ``[lists, chunk]``.
         limit: leading keys that each position of each tile may see, ``[batch, tiles, size]``, or once for the whole
             batch; 0 for padding.
         source: for the query in each sorted row, counted over the heads of a group, ``[lists, chunk * many, rows]``.
@@ -199,21 +217,22 @@ def sort_alike(
         steps: steps towards the direction of a cut.
 
     Returns:
-        the directions in which rows were compared, as rows: ``[lists, chunk, 16, head_dim]``, float32.
+        the directions in which rows were compared, times the factor, as rows: ``[lists, chunk, 16, head_dim]``, float32.
     """
     directions = begin.new_empty(source.shape[0], source.shape[1] // many, DIRECTIONS, q.shape[3])
     if source.numel():
         results = source, live, inside, row_limit, directions
-        launch_sort(q, begin, limit, results, first_tile, front, scale, rounds, steps).run()
+        launch_sort(q, begin, (factor, number), limit, results, first_tile, front, scale, rounds, steps).run()
     return directions
 
 
 def launch_sort(
-    q: Tensor, begin: Tensor, limit: Tensor, results: tuple[Tensor, ...], first_tile: int, front: int, scale: float,
-    rounds: int, steps: int,
+    q: Tensor, begin: Tensor, metric: tuple[Tensor, Tensor], limit: Tensor, results: tuple[Tensor, ...], first_tile: int,
+    front: int, scale: float, rounds: int, steps: int,
 ) -> Launch:  # fmt: skip
     """Prepare the launch of `sort_alike`, which writes into `results`, the directions last."""
     source, live, inside, row_limit, directions = results
+    factor, number = (x.contiguous() for x in metric)
     q, size = q if q.stride(3) == 1 else q.contiguous(), limit.shape[2]
     many, each, width = source.shape[1] // directions.shape[1], source.shape[2], triton.next_power_of_2(q.shape[3])
     kv_heads = source.shape[0] // q.shape[0]
@@ -222,10 +241,11 @@ def launch_sort(
         _kernel,
         (directions.shape[1], source.shape[0]),
         {
-            "q_ptr": q, "begin_ptr": begin.contiguous(), "limit_ptr": limit.contiguous(), "source_ptr": source,
-            "live_ptr": live, "inside_ptr": inside, "row_limit_ptr": row_limit, "directions_ptr": directions,
+            "q_ptr": q, "begin_ptr": begin.contiguous(), "factor_ptr": factor, "number_ptr": number,
+            "limit_ptr": limit.contiguous(), "source_ptr": source, "live_ptr": live, "inside_ptr": inside,
+            "row_limit_ptr": row_limit, "directions_ptr": directions,
             "scale": scale, "first_tile": first_tile, "front": front, "queries": q.shape[2], "kv_heads": kv_heads,
-            "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2),
+            "factors": factor.shape[1], "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2),
             "s_list": source.stride(0), "s_limit": limit[0].numel() if len(limit) > 1 else 0,
             "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,

@@ -20,6 +20,7 @@ from hyperattention.select.alike import DIRECTIONS, POWER_STEPS, AlikeTiles
 from hyperattention.select.score import alike_scan
 from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, MOST_LOG_VALUE
 from hyperattention.select.score.groups import MEAN_STEPS
+from hyperattention.select.score.key_metric import KeyMetric
 from hyperattention.select.score.precision import dtype_of_estimates
 from hyperattention.select.score.principal import ROUNDS
 from hyperattention.select.score.stretches import CLIP_ROUNDS, LEAST
@@ -60,6 +61,7 @@ class FusedSort:
         alike: the sorted rows; undefined for tiles that are not yet sorted.
         row_limit: leading keys that each row may see.
         begin: directions from which those in which queries differ are sought.
+        metric: how different queries are to keys.
         many: lists of each tile.
     """
 
@@ -67,10 +69,11 @@ class FusedSort:
     alike: AlikeTiles
     row_limit: Int[Tensor, "lists tiles rows"]
     begin: Float[Tensor, "head_dim 16"]
+    metric: KeyMetric
     many: int
 
     @classmethod
-    def empty(cls, tiles: Tiles, many: int) -> "FusedSort":
+    def empty(cls, tiles: Tiles, many: int, metric: KeyMetric) -> "FusedSort":
         """Ask for the memory, and for directions."""
         problem = tiles.problem
         rows = -(-tiles.size * problem.group // many)
@@ -78,7 +81,7 @@ class FusedSort:
         source, inside, row_limit = (problem.q.new_empty(shape, dtype=torch.int64) for _ in range(3))
         live = problem.q.new_empty(shape, dtype=torch.bool)
         heads = (problem.q.shape[0], problem.q.shape[1], problem.num_queries)
-        return cls(tiles, AlikeTiles(source, live, inside, heads), row_limit, _first_directions(tiles), many)
+        return cls(tiles, AlikeTiles(source, live, inside, heads), row_limit, _first_directions(tiles), metric, many)
 
     def averages(self, part: slice, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sort the queries of some tiles, and average those of each list in groups, in two launches.
@@ -94,10 +97,11 @@ class FusedSort:
         results = (x[:, rows] for x in (self.alike.source, self.alike.live, self.alike.inside, self.row_limit))
         source, live, inside, limit = results
         rounds = 2 * ROUNDS if q.shape[3] > DIRECTIONS else 0
+        number = self.metric.number(self.tiles.by_list(self.tiles.known)[:, part])
+        given = q, self.begin, self.metric.factor, number, self.tiles.limit
         directions = sort_alike(
-            q, self.begin, self.tiles.limit, source, live, inside, limit, part.start, self.tiles.front, self.many, scale,
-            rounds, POWER_STEPS,
-        )  # fmt: skip
+            *given, source, live, inside, limit, part.start, self.tiles.front, self.many, scale, rounds, POWER_STEPS
+        )
         return group_alike(q, source, directions, groups, scale, MEAN_STEPS, dtype_of_estimates(q.device))
 
 

@@ -197,7 +197,7 @@ class AlikeScan:
     def _known(self, part: slice, size: int) -> Int[Tensor, "lists chunk"]:
         """Count the whole blocks that every query of a tile sees."""
         tiles = self.tiles
-        return tiles.by_list(tiles.start if tiles.problem.causal else tiles.visible_end)[:, part] // size
+        return tiles.by_list(tiles.known)[:, part] // size
 
     def _most_known(self, part: slice, some: slice, size: int, num: int) -> int:
         """Bound the same for a few tiles, by position alone, which needs no look at the device."""

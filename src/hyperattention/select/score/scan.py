@@ -77,7 +77,7 @@ class Scan:
         rounded = EightBitKeys.of(keys, first)
         # channel by channel, the scale of the keys is moved to the queries
         scaled = self.pooled.unflatten(2, self.query.shape[2:4]) * rounded.step[:, :, None, None]
-        known = self.tiles.by_list(self.tiles.start if self.tiles.problem.causal else self.tiles.visible_end)
+        known = self.tiles.by_list(self.tiles.known)
         precise = torch.stack([rounded.precise(one, *each) for one, each in enumerate(zip(scaled, known, strict=True))])
         query, unit = rounded_queries(scaled)
         scores = Scratch(keys.new_empty(0, dtype=torch.int32), _SCORES)
@@ -104,7 +104,7 @@ class Scan:
         score = torch.cat([query, query.square().mul_(0.5)], 3).flatten(1, 2) @ moments.transpose(1, 2)
         score = score.view(*query.shape[:3], -1)
         end = (torch.arange(moments.shape[1], dtype=torch.int64, device=query.device) + 1) * self.BLOCK
-        known = self.tiles.by_list(self.tiles.start if self.tiles.problem.causal else self.tiles.visible_end)[:, part]
+        known = self.tiles.by_list(self.tiles.known)[:, part]
         score.masked_fill_((end > known[..., None])[:, :, None], -torch.inf)
         # in float64, so that hidden blocks do not change the rounded result: a chunk may see more or fewer blocks
         total = score.double().logsumexp(-1).to(score.dtype)
