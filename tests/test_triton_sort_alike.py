@@ -91,8 +91,7 @@ def test_directions_are_those_of_rounded_queries_far_from_the_origin():
     tiles = cut(given, TILE)
     ordered = FusedSort.empty(tiles, 1, KeyMetric.of(given.k[0], 99))
     results = ordered.alike.source, ordered.alike.live, ordered.alike.inside, ordered.row_limit
-    factor, number = ordered.metric.factor, torch.zeros(1, 1, dtype=torch.int64)
-    given_to_it = given.q, ordered.begin, factor, number, tiles.limit
+    given_to_it = given.q, ordered.begin, ordered.factor, ordered.number, tiles.limit
     directions = alike_fused.sort_alike(*given_to_it, *results, 0, 0, 1, given.scale, 4, 2)[0, 0]
     x = given.q[0].flatten(0, 1).float()
     x = x - x.mean(0)

@@ -24,7 +24,7 @@ from hyperattention.select.score import alike_fused, hierarchical_search
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # operators that are given all queries and read those of some tiles, and which argument has a row for each of these
-OF_QUERIES = {"sort_alike": 3, "group_alike": 1}
+OF_QUERIES = {"sort_alike": 5, "group_alike": 1}
 
 
 class Count(TorchDispatchMode):

@@ -61,7 +61,8 @@ class FusedSort:
         alike: the sorted rows; undefined for tiles that are not yet sorted.
         row_limit: leading keys that each row may see.
         begin: directions from which those in which queries differ are sought.
-        metric: how different queries are to keys.
+        factor: from `KeyMetric`, what queries may be multiplied by before they are compared.
+        number: the factor that each tile takes.
         many: lists of each tile.
     """
 
@@ -69,19 +70,21 @@ class FusedSort:
     alike: AlikeTiles
     row_limit: Int[Tensor, "lists tiles rows"]
     begin: Float[Tensor, "head_dim 16"]
-    metric: KeyMetric
+    factor: Float[Tensor, "lists factors head_dim head_dim"]
+    number: Int[Tensor, "lists all_tiles"]
     many: int
 
     @classmethod
     def empty(cls, tiles: Tiles, many: int, metric: KeyMetric) -> "FusedSort":
-        """Ask for the memory, and for directions."""
+        """Ask for the memory, and for directions; `metric` tells how different queries are to keys."""
         problem = tiles.problem
         rows = -(-tiles.size * problem.group // many)
         shape = (problem.k.shape[0] * problem.k.shape[1], len(tiles.index) * many, rows)
         source, inside, row_limit = (problem.q.new_empty(shape, dtype=torch.int64) for _ in range(3))
         live = problem.q.new_empty(shape, dtype=torch.bool)
         heads = (problem.q.shape[0], problem.q.shape[1], problem.num_queries)
-        return cls(tiles, AlikeTiles(source, live, inside, heads), row_limit, _first_directions(tiles), metric, many)
+        alike, number = AlikeTiles(source, live, inside, heads), metric.number(tiles.by_list(tiles.known))
+        return cls(tiles, alike, row_limit, _first_directions(tiles), metric.factor, number, many)
 
     def averages(self, part: slice, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sort the queries of some tiles, and average those of each list in groups, in two launches.
@@ -97,8 +100,7 @@ class FusedSort:
         results = (x[:, rows] for x in (self.alike.source, self.alike.live, self.alike.inside, self.row_limit))
         source, live, inside, limit = results
         rounds = 2 * ROUNDS if q.shape[3] > DIRECTIONS else 0
-        number = self.metric.number(self.tiles.by_list(self.tiles.known)[:, part])
-        given = q, self.begin, self.metric.factor, number, self.tiles.limit
+        given = q, self.begin, self.factor, self.number[:, part], self.tiles.limit
         directions = sort_alike(
             *given, source, live, inside, limit, part.start, self.tiles.front, self.many, scale, rounds, POWER_STEPS
         )
