@@ -19,11 +19,12 @@ FAST_SPILLS = {("flat forward, 128 rows", 90, 128): 128, ("flat forward, 256 row
 # the conversion to a flat list runs once a tile; on sm_80 a thread of it has fewer registers
 FLATTEN_SPILLS = {80: 8, 90: 0}
 # a few numbers of a thread, which its loops hardly touch, so that a multiprocessor holds two programs
-SORTING_SPILLS = {80: 0, 90: 24}
+SORTING_SPILLS = {80: 0, 90: 56}
 # older kernels whose loops wait for whole blocks, and how many of them each loop waits for: not yet rewritten
 SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
-# passes over the rows of a tile, which stay in the cache, or over keys once a call: other programs run meanwhile
-PASSES = {"alike sorting": 4, "alike centres": 3, "alike blocks": 2}
+# passes over the rows of a tile and slices of a factor, which stay in the cache, or over keys once a call: other programs
+# run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled
+PASSES = {"alike sorting": 8, "alike centres": 3, "alike blocks": 2}
 
 
 def refuse_what_makes_gathers_slow(kernel: dict, capability: int) -> None:

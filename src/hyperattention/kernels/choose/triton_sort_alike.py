@@ -101,11 +101,23 @@ def _axis(off, row, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _factor(factor_ptr, dtype: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Load the factor of a covariance of keys, which queries are multiplied by before they are compared."""
-    at = tl.arange(0, WIDTH)
-    there = (at < DIM)[:, None] & (at < DIM)[None, :]
-    return tl.load(factor_ptr + at[:, None] * DIM + at[None, :], mask=there, other=0.0).to(dtype)
+def _multiplied(
+    factor_ptr, memory_ptr, x, dtype: tl.constexpr, TRANSPOSED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SLICE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Multiply columns by a factor, or by its transpose: a slice at a time, out of memory, as registers hold no square."""
+    column, to = tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
+    tl.store(memory_ptr + to[None, :] * DIM + column[:, None], x, mask=(column < DIM)[:, None])
+    tl.debug_barrier()
+    result = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    for begin in tl.range(0, WIDTH, SLICE, num_stages=1):
+        part = begin + tl.arange(0, SLICE)
+        some = tl.load(memory_ptr + to[None, :] * DIM + part[:, None], mask=(part < DIM)[:, None], other=0.0)
+        at = part[None, :] * DIM + column[:, None] if TRANSPOSED else column[:, None] * DIM + part[None, :]
+        factor = tl.load(factor_ptr + at, mask=(part < DIM)[None, :] & (column < DIM)[:, None], other=0.0)
+        result = tl.dot(factor.to(dtype), some.to(dtype), result, input_precision=PRECISION)
+    tl.debug_barrier()
+    return result
 
 
 @triton.jit(do_not_specialize=["first_tile", "front"])
@@ -136,8 +148,9 @@ def _kernel(
             mean += tl.sum(tl.where((row < full)[:, None], x, 0.0), 0)
         mean /= full
         for _ in tl.range(0, ROUNDS):
-            factor = _factor(factor_ptr, dtype, DIM, WIDTH)
-            narrow = tl.dot(factor, directions.to(dtype), input_precision=PRECISION).to(dtype)
+            narrow = _multiplied(
+                factor_ptr, directions_ptr, directions, dtype, False, DIM, WIDTH, SLICE, COLUMNS, PRECISION
+            ).to(dtype)
             # centred rows have centred products, whose products with the mean add up to nothing
             middle = tl.sum(mean[:, None] * narrow.to(tl.float32), 0)
             image = tl.zeros([WIDTH, COLUMNS], tl.float32)
@@ -149,9 +162,9 @@ def _kernel(
                 image = tl.dot(tl.trans(x), along, image, input_precision=PRECISION)
             image = _finite(image)
             image /= tl.maximum(tl.max(tl.max(tl.abs(image), 1), 0), 1e-38)
-            image = tl.dot(tl.trans(_factor(factor_ptr, dtype, DIM, WIDTH)), image.to(dtype), input_precision=PRECISION)
+            image = _multiplied(factor_ptr, directions_ptr, image, dtype, True, DIM, WIDTH, SLICE, COLUMNS, PRECISION)
             directions = _finite(_orthonormal(image, COLUMNS))
-    directions = tl.dot(_factor(factor_ptr, dtype, DIM, WIDTH), directions.to(dtype), input_precision=PRECISION)
+    directions = _multiplied(factor_ptr, directions_ptr, directions, dtype, False, DIM, WIDTH, SLICE, COLUMNS, PRECISION)
     tl.store(directions_ptr + to[None, :] * DIM + column[:, None], directions, mask=there)
     # read again a part at a time, by other threads
     tl.debug_barrier()
