@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyperattention import default_method, lean_method, load_plan, thorough_method
-from hyperattention.bench.candidates import at_budget
-from hyperattention.bench.rows import control_of, find_default, window_of
+from hyperattention.bench.rows import control_of, window_of
 from hyperattention.files.method_table import method_to_json
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
@@ -28,8 +27,6 @@ LEAN = Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
 METHODS: dict[str, AttentionMethod] = {
     "exact": Exact(),
     "default": default_method(LONG),
-    # as many pairs as the lean method lists: four times fewer than exact attention at 8,192 tokens
-    "default_640": at_budget(find_default(), 976),
     "thorough": thorough_method(LONG),
     # as many pairs as the plan for 500, the same in every head
     "alike_16": Method(Sinks(16), Window(64), DrawAlike(352, rows=16)),

@@ -63,7 +63,7 @@ def default_method(
 def thorough_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
-    """Return a method for calls where a missed key matters more than time: twice as many draws as the default.
+    """Return a method for calls where a missed key matters more than time: nearly twice as many draws as the default.
 
     On a GPU, where no card has run the kernels of draws for alike queries, keys are scored by averages of two neighbouring
     queries while a tile sees no more than 8,192; beyond that, blocks are opened by twice as many averaged queries as in the
