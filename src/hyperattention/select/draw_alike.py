@@ -34,7 +34,7 @@ from hyperattention.types import DrawnSlots, Runs, Selection
 # float32 numbers held for each key and list of queries, and for each slot, while drawing
 _NUMBERS, _SLOT_NUMBERS = 11, 12
 # the same for each number of a query while sorting, partly in float64
-_SORT_NUMBERS = 8
+_SORT_NUMBERS = 9
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class DrawAlike(Stage):
         # keys may tell of the others
         blocks = last_made(lambda size: blocks_of(k[:, : self.most * size], v[:, : self.most * size], size, self.num))
         # what is sorted at once is scored at once or in parts
-        sorts = chunks(tiles, _SORT_NUMBERS * problem.group * tiles.size * problem.q.shape[3])
+        width = problem.q.shape[3]
+        sorts = chunks(tiles, (_SORT_NUMBERS * problem.group * tiles.size + width) * width)
         parts = chunks(tiles, self._numbers(tiles, many), [*sizes.seams(tiles), *(at.start for at in sorts)])
         for whole in sorts:
             ordered, query, few = sort_alike(tiles, many, whole, begin, metric.of_tiles(known[:, whole]))
