@@ -66,7 +66,7 @@ def export(model, least, most, *, strict):
 
 lists = ha.Method(ha.Sinks(2), ha.Window(8), ha.Draw(4, by=ha.HierarchicalSearch()), tile=8)
 for strict in (False, True):
-    for least, options in ((24576, {}), (2, {"method": ha.Exact()}), (2, {"method": lists})):
+    for least, options in ((32768, {}), (2, {"method": ha.Exact()}), (2, {"method": lists})):
         model = Attention(**options)
         exported = export(model, least, 10**6, strict=strict).module()
         for length in (max(4097, least), max(5000, least + 9)):
@@ -76,7 +76,7 @@ for strict in (False, True):
 try:
     export(Attention(), 2, 10**6, strict=False)
 except torch._dynamo.exc.UserError as error:
-    assert "24575" in str(error), str(error)
+    assert "32767" in str(error), str(error)
     print("exported")
 """
 

@@ -15,7 +15,7 @@ from hyperattention.select.score.level import Level
 from hyperattention.select.score.representatives import Representatives
 
 # keys from which the default method runs: the measured break-even with SDPA on two CPU threads (docs/log.md)
-CROSSOVER = 24_576
+CROSSOVER = 32_768
 # the same for the thorough method, and for the lean one
 THOROUGH_CROSSOVER = 40_960
 LEAN_CROSSOVER = 4096
