@@ -167,6 +167,51 @@ def test_parts_for_which_no_time_is_left_are_skipped_and_say_so(tmp_path):
     assert "out of time" in found["stack"]["skipped"]
 
 
+@pytest.mark.slow
+def test_a_quick_look_measures_lengths_and_launches(tmp_path):
+    done = run_script("gpu/run.py", "--toy", "--quick", "--out", tmp_path / "gpu.jsonl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = read(tmp_path / "gpu.jsonl")
+    assert {record["part"] for record in records} == {"ceilings", "lengths", "launches"}
+    for record in records:
+        if record["part"] == "lengths":
+            by_name = {each["name"]: each for each in record["contenders"]}
+            assert set(by_name) == {record["reference"], "ours", "control", "alike"}
+            assert all(by_name[name]["approximated"] for name in ("ours", "control", "alike"))
+        if record["part"] == "launches":
+            assert record["launches"] >= len(record["kernels"]) > 0
+    assert len([record for record in records if record["part"] == "launches"]) == 4
+    assert done.stdout.count("before: not recorded") == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [("assert True", None), ("assert False", "a kernel is wrong"), ("import pytest; pytest.skip('no device')", "no test")],
+    ids=["right", "wrong", "skipped"],
+)
+def test_nothing_is_recorded_unless_tests_of_kernels_ran_and_passed(monkeypatch, tmp_path, body, why):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu import quick
+
+    test = tmp_path / "test_kernel_of_mine.py"
+    test.write_text(f"import pytest\n\n\n@pytest.mark.gpu\ndef test_it():\n    {body}\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a device\n")
+    found = quick.why_wrong([test], 120)
+    assert found is None if why is None else why in str(found)
+
+
+def test_a_length_is_compared_with_its_last_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu import quick
+
+    before = [comparison("forward", 131072, 0.5), comparison("forward", 131072, 0.2), comparison("crossover", 4096, 0.4)]
+    told = quick.against([comparison("lengths", 131072, 0.1) | {"shape": before[0]["shape"]}], before)
+    assert [each.strip().split(":")[0] for each in told] == ["131,072 ours", "131,072 control"]
+    assert "10x, error 0.1 [0.05, 0.2]; before: 5x" in told[0]
+    assert "not recorded" in quick.against([comparison("lengths", 4096, 0.1)], [])[0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no CUDA device")
 def test_without_a_gpu_it_asks_for_toy(tmp_path):
     done = run_script("gpu/run.py", "--out", tmp_path / "gpu.jsonl")

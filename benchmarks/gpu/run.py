@@ -1,5 +1,6 @@
 """Measure attention on a GPU beside torch's exact kernels, and write each measurement down as a JSON line at once.
 
+    python benchmarks/gpu/run.py --quick --out FILE                # are kernels right, lengths, launches: four minutes
     python benchmarks/gpu/run.py                                   # all parts, within ten minutes
     python benchmarks/gpu/run.py --only forward --only backward    # some parts
     python benchmarks/gpu/run.py --peer DIR                        # published HyperAttention's own code from a checkout
@@ -7,7 +8,8 @@
 
 Every comparison is of one run: times in turn, the error of every candidate against exact rows beside them, on structured
 and Gaussian inputs. The records are committed, and benchmarks/report.py writes tables and plots from them. Needs torch and
-the package alone; the package is found in this checkout where it is not installed.
+the package alone; the package is found in this checkout where it is not installed. --quick needs pytest as well: it writes
+nothing if a kernel's test fails, and says at the end what has changed since the committed records.
 """
 
 import argparse
@@ -24,6 +26,9 @@ from types import ModuleType
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "benchmarks" / "records" / "gpu.jsonl"
+# of --quick, for the tests of kernels
+_TEST_SECONDS = 170.0
 
 
 def _stand_in_for_jaxtyping() -> None:
@@ -53,7 +58,7 @@ if find_spec("jaxtyping") is None:
 import torch  # noqa: E402 - the package must be found first
 
 import hyperattention  # noqa: E402
-from gpu import parts  # noqa: E402
+from gpu import parts, quick  # noqa: E402
 from gpu.roofline import measure_ceilings  # noqa: E402
 from gpu.session import TOY, Clock, Journal, OutOfTime, Plan, Session, describe_run, forget, limit, reason_of  # noqa: E402
 from gpu.stack import stack  # noqa: E402
@@ -86,6 +91,8 @@ PARTS = (
     Part(stack, 90, 30),
     Part(parts.flex, 60, 15),
 )
+# what --quick measures, beside the tests of kernels
+QUICK = (Part(quick.lengths, 90), Part(quick.launches, 40))
 # kept back for the table
 _LAST_SECONDS = 5.0
 
@@ -112,11 +119,12 @@ def run_part(part: Part, session: Session) -> None:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [part.name for part in PARTS]
-    default = ROOT / "benchmarks" / "records" / "gpu.jsonl"
-    parser.add_argument("--only", action="append", choices=names, help="measure this part; may be given again")
+    names = [part.name for part in (*PARTS, *QUICK)]
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", action="append", choices=names, help="measure this part; may be given again")
+    which.add_argument("--quick", action="store_true", help="test the kernels, then measure lengths and launches")
     parser.add_argument("--peer", type=Path, help="checkout of published HyperAttention (insuhan/hyper-attn) to measure")
-    parser.add_argument("--out", type=Path, default=default, help="file of the records, replaced unless --append")
+    parser.add_argument("--out", type=Path, default=RECORDS, help="file of the records, replaced unless --append")
     parser.add_argument("--append", action="store_true", help="add to the records, where parts are measured one by one")
     parser.add_argument(
         "--seconds", type=float, default=540, help="time for all; parts that do not fit are skipped and say so"
@@ -125,7 +133,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", help="commit to record, where there is no git checkout to ask")
     parser.add_argument("--toy", action="store_true", help="tiny inputs on a CPU, to see that the script runs")
     args = parser.parse_args(words)
-    if args.toy and args.out == default:
+    if args.toy and args.out == RECORDS:
         parser.error("--toy measures nothing worth committing: name another file with --out")
     if not args.toy and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: pass --toy to run tiny inputs on the CPU, which measures nothing")
@@ -162,6 +170,9 @@ def rest_of(args: argparse.Namespace, wanted: Sequence[Part], left: float) -> li
 def main() -> None:
     args = parse()
     plan = plan_of(args)
+    before = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    if args.quick and not args.toy and (why := quick.why_wrong(quick.KERNEL_TESTS, _TEST_SECONDS)):
+        sys.exit(f"nothing is measured or recorded: {why}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not args.append:
         args.out.write_text("")
@@ -171,13 +182,14 @@ def main() -> None:
     ceilings, record = measure_ceilings(session)
     journal.write(record)
     session = replace(session, ceilings=ceilings)
-    wanted = [part for part in PARTS if not args.only or part.name in args.only]
+    wanted = [part for part in (*PARTS, *QUICK) if part.name in args.only] if args.only else QUICK if args.quick else PARTS
     for place, part in enumerate(wanted, 1):
         run_part(part, session)
         if wanted[place:] and not device_works(plan):
             print("the device reports an error that stays: the other parts run in a fresh process", flush=True)
             os.execv(sys.executable, [sys.executable, __file__, *rest_of(args, wanted[place:], session.clock.left)])
-    print("\n" + plain_table(journal.records), flush=True)
+    lines = quick.against(journal.records, before) if args.quick else [plain_table(journal.records)]
+    print("\n" + "\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

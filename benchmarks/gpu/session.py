@@ -15,6 +15,7 @@ import torch
 from hyperattention import Draw, HierarchicalSearch, Method, Sinks, Window
 from hyperattention.bench.rows import find_default
 from hyperattention.files.records import environment, plain
+from hyperattention.select import DrawAlike
 
 Record = dict[str, object]
 
@@ -24,6 +25,8 @@ class Plan:
     """The sizes of one run: those of the issue by default."""
 
     method: Method = field(default_factory=lambda: find_default("cuda"))
+    # the default of a CPU
+    alike: Method = field(default_factory=lambda: find_default("cpu"))
     toy: bool = False
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
@@ -51,6 +54,7 @@ class Plan:
 
 TOY = Plan(
     method=Method(Sinks(4), Window(32), Draw(28, by=HierarchicalSearch())), toy=True, device="cpu", dtype=torch.float32,
+    alike=Method(Sinks(4), Window(32), DrawAlike(28, rows=16, pooled=4)),
     heads=4, kv_heads=2, head_dim=32, long=1024, longest=2048, shorter=(512,), crossover=(512, 1024), probe=512, rounds=1,
     audit_rows=64, layers=2, hidden=64, mlp=128, mlp_chunk=256, batches=(1, 2), copied_bytes=2**22, matmul_size=256,
     peer_block=32, peer_exact_below=256,
