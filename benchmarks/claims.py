@@ -45,6 +45,11 @@ def at_least(claim: str, value: float, bar: float, beside: str) -> Record:
     return figure(claim, f">= {bar:g}x", value, value >= bar, f"{value:.1f}x", beside)
 
 
+def unbarred(claim: str, value: float, beside: str) -> Record:
+    """A speed that nothing was promised of."""
+    return figure(claim, "none", value, True, f"{value:.1f}x", beside)
+
+
 def at_most(claim: str, value: float, bar: float, beside: str, unit: str = "x") -> Record:
     return figure(claim, f"<= {bar:g}{unit}", value, value <= bar, f"{value:.3g}{unit}", beside)
 
