@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hyperattention.check import instance
+
 
 class PageRank(ABC):
     """An estimate of the largest score in a page, from a summary that does not change once the page is full."""
@@ -124,6 +126,7 @@ class TwoLevels(PageRank):
 
     Raises:
         ValueError: if the share is not above 0 and at most 1.
+        TypeError: if `by` is no ranking of pages.
     """
 
     by: PageRank = Midpoint()
@@ -132,6 +135,7 @@ class TwoLevels(PageRank):
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
             raise ValueError(f"TwoLevels(keep={self.keep}): keep must be above 0 and at most 1")
+        instance("TwoLevels", PageRank, "Bounds()", by=self.by)
 
     def summarise(self, k: Tensor) -> Tensor:
         """Summarise pages; the summary of a pair is computed from its pages."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.check import positive
+from hyperattention.check import instance, positive
 from hyperattention.kernels.list.operator import list_attention
 from hyperattention.problem import Problem
 from hyperattention.random import hash_bits
@@ -41,6 +41,7 @@ class ApproxD:
 
     Raises:
         ValueError: if a constant is outside its range.
+        TypeError: if `heavy` is no `HashBuckets`.
     """
 
     num_samples: int
@@ -52,6 +53,8 @@ class ApproxD:
     def __post_init__(self) -> None:
         """Check the constants."""
         positive("ApproxD", num_samples=self.num_samples)
+        if self.heavy is not None:
+            instance("ApproxD", HashBuckets, "HashBuckets(64)", heavy=self.heavy)
         if not self.kappa >= 1 or math.isinf(self.kappa):
             raise ValueError(f"ApproxD(kappa={self.kappa!r}): kappa must be finite and at least 1")
         if not 0 < self.epsilon < 1:

@@ -6,7 +6,7 @@ from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.page_rank import TwoLevels
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Store, StoreFactory
-from hyperattention.check import positive
+from hyperattention.check import instance, positive
 from hyperattention.policies.look_once_store import LookOnceStore
 from hyperattention.policies.top_pages import TopPages
 
@@ -37,6 +37,7 @@ class LookOnce(StoreFactory):
 
     Raises:
         ValueError: if `keep` is not in (0, 1], `latest` is not positive, or layers share their choice of pages.
+        TypeError: if `pages` is no `TopPages`.
     """
 
     keep: float = 0.5
@@ -45,6 +46,7 @@ class LookOnce(StoreFactory):
 
     def __post_init__(self) -> None:
         positive("LookOnce", latest=self.latest)
+        instance("LookOnce", TopPages, "TopPages()", pages=self.pages)
         if not 0.0 < self.keep <= 1.0:
             raise ValueError(f"LookOnce(keep={self.keep}): keep must be above 0 and at most 1")
         if self.pages.share != 1:

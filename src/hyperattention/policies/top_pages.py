@@ -6,7 +6,7 @@ from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.page_rank import Bounds, PageRank
 from hyperattention.cache.selecting import SelectingStore
 from hyperattention.cache.store import Store, StoreFactory
-from hyperattention.check import positive
+from hyperattention.check import instance, positive
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TopPages(StoreFactory):
 
     Raises:
         ValueError: if a count is out of range.
+        TypeError: if `by` is no ranking of pages.
     """
 
     by: PageRank = field(default_factory=lambda: Bounds(0.5))
@@ -42,6 +43,7 @@ class TopPages(StoreFactory):
     first: int = 2
 
     def __post_init__(self) -> None:
+        instance("TopPages", PageRank, "Bounds()", by=self.by)
         positive("TopPages", page=self.page, most_queries=self.most_queries, share=self.share)
         if self.draws < 0 or self.first < 0:
             raise ValueError(f"TopPages(draws={self.draws}, first={self.first}): counts must not be negative")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hyperattention.check import positive
+from hyperattention.check import instance, positive
 from hyperattention.random import uniform
 from hyperattention.select.density import Density, Distribution, Even, Uniform
 from hyperattention.select.score.pooling import chunks, edges
@@ -33,6 +33,7 @@ class Draw(Stage):
 
     Raises:
         ValueError: if `num` is not positive.
+        TypeError: if `by` is no density.
     """
 
     num: int
@@ -40,6 +41,7 @@ class Draw(Stage):
 
     def __post_init__(self) -> None:
         positive("Draw", num=self.num)
+        instance("Draw", Density, "Uniform()", by=self.by)
 
     @property
     def complete(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperattention.check import positive
+from hyperattention.check import instance, positive
 from hyperattention.select.score.blocks import BlockRank, KeyBounds, MeanKey
 from hyperattention.select.score.pooling import Coarse, any_left, beyond, chunks, edges, pool_queries, seen_keys
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
@@ -43,6 +43,7 @@ class TopBlocks(Stage):
 
     Raises:
         ValueError: if a count is not positive, or the panel size is not a multiple of the block size.
+        TypeError: if `by` is no ranking of blocks, or `coarse` no `Coarse`.
     """
 
     num: int
@@ -53,8 +54,10 @@ class TopBlocks(Stage):
 
     def __post_init__(self) -> None:
         positive("TopBlocks", num=self.num, block_size=self.block_size, pooled=self.pooled)
+        instance("TopBlocks", BlockRank, "MeanKey()", by=self.by)
         if self.coarse is None:
             return
+        instance("TopBlocks", Coarse, "Coarse()", coarse=self.coarse)
         if self.coarse.panel_size % self.block_size:
             raise ValueError(
                 f"panels of {self.coarse.panel_size} keys are not a multiple of block_size={self.block_size}: use a multiple"

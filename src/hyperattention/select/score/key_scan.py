@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.check import positive
+from hyperattention.check import instance, positive
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.mass import inverse, total_mass
@@ -71,6 +71,7 @@ class KeyScan(Density):
 
     Raises:
         ValueError: if a count is not positive, or the share is not between 0 and 1.
+        TypeError: if `beyond` is no `HierarchicalSearch`.
     """
 
     pooled: int = 32
@@ -80,6 +81,7 @@ class KeyScan(Density):
 
     def __post_init__(self) -> None:
         positive("KeyScan", pooled=self.pooled, most=self.most)
+        instance("KeyScan", HierarchicalSearch, "HierarchicalSearch()", beyond=self.beyond)
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(f"KeyScan(uniform_share={self.uniform_share}): it must be between 0 and 1 to bound the weights")
 

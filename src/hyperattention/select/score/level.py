@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hyperattention.check import positive
+from hyperattention.check import instance, positive
 from hyperattention.select.score.representatives import Representatives
 
 # blocks that an edge of the remaining keys can cut: begin, hole begin, hole end, end
@@ -21,6 +21,7 @@ class Level:
 
     Raises:
         ValueError: if a number is not positive, `keep` is below four, or the representatives do not fit the block.
+        TypeError: if `by` is no `Representatives`.
     """
 
     block_size: int
@@ -31,6 +32,7 @@ class Level:
         positive("Level", block_size=self.block_size, keep=self.keep)
         if self.keep < EDGES:
             raise ValueError(f"{self!r}: keep at least {EDGES} blocks, as many as window and sequence can cut")
+        instance("Level", Representatives, "Representatives(1, 2)", by=self.by)
         self.by.check(self.block_size)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hyperattention.check import instance
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
@@ -22,6 +23,7 @@ class Mix(Density):
 
     Raises:
         ValueError: if there is no part, or a share is not positive and finite.
+        TypeError: if a part is no density.
 
     Example:
         >>> Mix((HierarchicalSearch(), 0.7), (BlockScore(4), 0.3))
@@ -33,6 +35,8 @@ class Mix(Density):
     def __init__(self, *parts: tuple[Density, float]) -> None:
         if not parts or any(not 0 < share < math.inf for _, share in parts):
             raise ValueError(f"Mix{parts}: give at least one (density, share), every share above 0 and finite")
+        for density, _ in parts:
+            instance("Mix", Density, "Uniform()", density=density)
         object.__setattr__(self, "parts", parts)
 
     def __repr__(self) -> str:
