@@ -25,11 +25,13 @@ from hyperattention.kernels.choose import (
     triton_draw_alike,
     triton_draw_leaves,
     triton_group_alike,
+    triton_key_metric,
     triton_prepare,
     triton_sort_alike,
     triton_uniform,
 )
 from hyperattention.kernels.choose.operator import scores_alike
+from hyperattention.kernels.choose.operator_alike import factors_keys
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_flat, triton_flatten
@@ -189,6 +191,9 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
     k, centres = torch.empty(2, KEYS, dim, dtype=dtype), torch.empty(2, 2 * dim + 1)
     estimate = torch.bfloat16 if dtype == torch.float32 else dtype
     yield "alike centres", triton_alike_blocks.launch_centres(k, k, centres, 880)
+    if factors_keys(dim):
+        factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
+        yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
     for size in (1, 2):
         keys, moments = (torch.empty(2, KEYS // size, each, dtype=estimate) for each in (dim, 2 * dim))
         results = keys, keys, moments, torch.empty(2, KEYS // size)

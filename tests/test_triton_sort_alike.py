@@ -216,3 +216,36 @@ def test_directions_to_begin_with_have_the_same_bits():
 )  # fmt: skip
 def test_large_tiles_are_left_to_torch(rows, each, width, sorts):
     assert sorts_alike(rows, each, width) == sorts
+
+
+@pytest.mark.parametrize("dim", [5, 16, 24])
+def test_factors_of_leading_keys_are_those_of_torch(dim):
+    g = torch.Generator().manual_seed(dim)
+    k = torch.randn(2, 150, dim, generator=g) * torch.linspace(0.5, 3, dim) + 4
+    k[1, 3, 1] = torch.nan
+    ours = alike_fused.fused_metric(k, alike_centres(k, k, 7), 7)
+    theirs = KeyMetric.of(k, 7)
+    assert ours.factor.shape == theirs.factor.shape == (2, 1 + 3, dim, dim)  # 7, 28 and 112 keys
+    for at, count in enumerate((0, 7, 28, 112)):
+        a, b = (x.factor[:, at].double() for x in (ours, theirs))
+        assert (a == a.tril()).all()
+        # seven keys span fewer directions than 16: there the ridge is all that a factor stands for, and rounding decides
+        torch.testing.assert_close(a @ a.transpose(1, 2), b @ b.transpose(1, 2), rtol=1e-4, atol=2e-5)
+        if count > dim:
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_factors_do_not_depend_on_later_keys_and_are_the_identity_where_nothing_is_told():
+    g = torch.Generator().manual_seed(1)
+    k = torch.randn(2, 100, 8, generator=g)
+    other, huge = k.clone(), k.clone()
+    other[:, 28:] = torch.inf
+    huge[0] *= 1e25
+    given, later = (alike_fused.fused_metric(x, alike_centres(x, x, 7), 7).factor for x in (k, other))
+    assert_same_bits(given[:, :3], later[:, :3])
+    assert_same_bits(
+        alike_fused.fused_metric(huge, alike_centres(huge, huge, 7), 7).factor[0, 1:], torch.eye(8).expand(2, -1, -1)
+    )
+    few = alike_fused.fused_metric(k[:, :5], alike_centres(k[:, :5], k[:, :5], 7), 7).factor
+    assert_same_bits(few, torch.eye(8).expand(2, 1, -1, -1))

@@ -18,6 +18,7 @@ from hyperattention.select.score.alike_fused import (
     FusedBlocks,
     FusedSort,
     fused_draws,
+    fused_metric,
     fused_noise,
     fused_numbers,
     fused_shares,
@@ -163,9 +164,9 @@ class DrawAlike(Stage):
         """Sort and draw in kernels, into `results`; give the sorted rows, and how many keys each may see."""
         problem, sizes = tiles.problem, BlockSizes(self.most)
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
-        ordered = FusedSort.empty(tiles, many, KeyMetric.of(k, self.num))
-        pooled, noise = min(self.pooled, ordered.row_limit.shape[2]), fused_noise(tiles, many)
         centres = alike_centres(k, v, self.num)
+        ordered = FusedSort.empty(tiles, many, fused_metric(k, centres, self.num))
+        pooled, noise = min(self.pooled, ordered.row_limit.shape[2]), fused_noise(tiles, many)
         blocks = last_made(lambda size: FusedBlocks.of(k[:, : self.most * size], v[:, : self.most * size], centres, size))
         ends, seen = torch.cat(left, 2), tiles.by_list(tiles.known)
         numbers = fused_numbers(min(self.most, problem.num_keys), many, pooled, problem.q.shape[3], problem.device)

@@ -7,6 +7,8 @@ from hyperattention.transforms import refuse_vmap
 
 # largest tile whose rows fit the registers of a program, lists that it is cut into, and numbers in the rows of a list
 _MOST_ROWS, _MOST_LISTS, _MOST_NUMBERS = 1024, 16, 16_384
+# widest matrix that fits the registers of a program
+_MOST_FACTORED = 128
 # directions in which rows are compared: what a product of a GPU has at least
 _DIRECTIONS = 16
 
@@ -26,6 +28,11 @@ def sorts_alike(rows: int, each: int, width: int) -> bool:
     each = -(-rows // many)
     padded = [1 << (x - 1).bit_length() for x in (many * each, each, max(16, width))]
     return padded[0] <= _MOST_ROWS and many <= _MOST_LISTS and max(16, padded[1]) * padded[2] <= _MOST_NUMBERS
+
+
+def factors_keys(width: int) -> bool:
+    """Return whether a kernel factors covariances of keys of this width; PyTorch factors larger ones."""
+    return width <= _MOST_FACTORED
 
 
 @torch.library.custom_op("hyperattention::uniform_of_pairs", mutates_args=())
@@ -52,6 +59,22 @@ def alike_centres(k: Tensor, v: Tensor, num: int) -> Tensor:
 @alike_centres.register_fake
 def _(k, v, num):
     return k.new_empty((k.shape[0], k.shape[2] + v.shape[2] + 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("hyperattention::key_factors", mutates_args=())
+def key_factors(k: Tensor, centres: Tensor, first: int, growth: int, ridge: float) -> Tensor:
+    """See `triton_key_metric.key_factors`."""
+    from hyperattention.kernels.choose import triton_key_metric
+
+    return triton_key_metric.key_factors(k, centres, first, growth, ridge)
+
+
+@key_factors.register_fake
+def _(k, centres, first, growth, ridge):
+    count, edge = 1, first
+    while edge <= k.shape[1]:
+        count, edge = count + 1, edge * growth
+    return centres.new_empty((k.shape[0], count, k.shape[2], k.shape[2]))
 
 
 @torch.library.custom_op("hyperattention::alike_blocks", mutates_args=())
@@ -134,5 +157,5 @@ def _(query, log_rows, *rest):
     return torch.empty_like(log_rows)
 
 
-for _operator in (alike_bars, alike_blocks, alike_centres, group_alike, sort_alike, uniform_of_pairs):
+for _operator in (alike_bars, alike_blocks, alike_centres, group_alike, key_factors, sort_alike, uniform_of_pairs):
     refuse_vmap(_operator, "choosing keys")

@@ -11,7 +11,9 @@ from hyperattention.kernels.choose.operator import alike_shares, draw_alike
 from hyperattention.kernels.choose.operator_alike import (
     alike_bars,
     alike_blocks,
+    factors_keys,
     group_alike,
+    key_factors,
     sort_alike,
     uniform_of_pairs,
 )
@@ -20,7 +22,7 @@ from hyperattention.select.alike import DIRECTIONS, POWER_STEPS, AlikeTiles
 from hyperattention.select.score import alike_scan
 from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, MOST_LOG_VALUE
 from hyperattention.select.score.groups import MEAN_STEPS
-from hyperattention.select.score.key_metric import KeyMetric
+from hyperattention.select.score.key_metric import GROWTH, RIDGE, KeyMetric
 from hyperattention.select.score.precision import dtype_of_estimates
 from hyperattention.select.score.principal import ROUNDS
 from hyperattention.select.score.stretches import CLIP_ROUNDS, LEAST
@@ -105,6 +107,13 @@ class FusedSort:
             *given, source, live, inside, limit, part.start, self.tiles.front, self.many, scale, rounds, POWER_STEPS
         )
         return group_alike(q, source, directions, groups, scale, MEAN_STEPS, dtype_of_estimates(q.device))
+
+
+def fused_metric(k: Tensor, centres: Tensor, first: int) -> KeyMetric:
+    """Factor covariances as `KeyMetric.of` does, in two launches; `centres` begin with the mean of the first keys."""
+    if not factors_keys(k.shape[2]):
+        return KeyMetric.of(k, first)
+    return KeyMetric(key_factors(k, centres, first, GROWTH, RIDGE), first)
 
 
 def _first_directions(tiles: Tiles) -> Float[Tensor, "head_dim 16"]:

@@ -12,7 +12,7 @@ from hyperattention.select.score.pooling import score_bytes
 # leading keys of one covariance, relative to the one before: a tile then knows that of a quarter of its keys or more
 GROWTH = 4
 # a share of the trace is added to a covariance, so that its factor exists even if keys span too few directions
-_RIDGE = 1e-6
+RIDGE = 1e-6
 # float32 numbers held for each number of a key while products are summed
 _KEY_NUMBERS = 4
 
@@ -85,6 +85,6 @@ def _factors(eye: Tensor, covariances: list[Tensor]) -> Tensor:
         return eye[:, None]
     covariance = torch.stack(covariances, 1)
     variance = covariance.diagonal(dim1=2, dim2=3).mean(2)[..., None, None].clamp(min=torch.finfo(covariance.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(covariance / variance + _RIDGE * eye[:, None])
+    factor, info = torch.linalg.cholesky_ex(covariance / variance + RIDGE * eye[:, None])
     factor = torch.where((info == 0)[..., None, None], factor, eye[:, None])
     return torch.cat([eye[:, None], factor], 1)
