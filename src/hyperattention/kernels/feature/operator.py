@@ -86,12 +86,12 @@ def feature_attention(
     features are about one in size; -inf removes a key or a row. A row's sums are relative to exp(a_i + b), where b is its
     largest visible b_j: terms below 2^-100 of it (2^-1000 in float64) may count as 0.
 
-    With power 2 the products of pairs of features exist for a few hundred rows at a time (`sums.CHUNK_ROWS`), never for a
+    With power 2 the products of pairs of features exist for a few hundred rows at a time (`plan.STEP_NUMBERS`), never for a
     whole sequence; what stays is the state, features (features + 1) / 2 times value_dim + 1 numbers for each kv head.
 
     Features may have either sign, but sums of weights must be positive: a row whose denominator is below the smallest normal
-    number, in units of at most 2^24 times that, has out 0, lse -inf and no gradient, like a row that sees no key. NaN is never hidden. It may
-    spread from a key that one row sees to rows whose limits are less than a block before that key.
+    number, in units of at most 2^24 times that, has out 0, lse -inf and no gradient, like a row that sees no key. NaN is
+    never hidden. It may spread from a key that one row sees to rows whose limits are less than a block before that key.
 
     Source: Choromanski et al., 2021 (arXiv:2009.14794), Performers: positive features of the softmax kernel; Katharopoulos
     et al., 2020 (arXiv:2006.16236), causal attention by running sums; Kacham et al., 2024 (arXiv:2310.01655),

@@ -1,4 +1,4 @@
-"""The order in which rows are read: blocks of similar limits, and steps of equal blocks that one batch of products serves."""
+"""The order in which rows are read: blocks of similar limits, and steps of equal blocks for one batch of products."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 # keys between the state and a row's limit, weighted pair by pair: about as many products as reading a state needs
 BLOCK_KEYS = 128
-# rows read, or keys added, at once: their pairs, 512 KiB in float32, stay in a core's cache
-STEP_ROWS = 1024
+# rows read, or keys added, at once: their pairs, 1 MiB in float32, about stay in a core's cache
+STEP_ROWS = 2048
 # numbers of expanded features at once, which bounds rows as well: 2 MiB in float32. A single block may have more
 STEP_NUMBERS = 1 << 19
 
