@@ -204,7 +204,7 @@ def _apart(step: Step, near: Keys, place: tuple[slice, Course], state: tuple[Ten
     raised = near.scales.exponent[:, None] - own[..., None]
     weight = raised.masked_fill(~_shown(place[1].plan, step), -torch.inf).exp2()
     near_keys = near.key.to(weight.dtype), near.scaled(near.scales.factor), weight
-    return _block(step, place, (state[0], (state[1] - own).exp2()[..., None]), near_keys)
+    return _block(step, place, (state[0], (state[1] - own).clamp(max=0).exp2()[..., None]), near_keys)
 
 
 def _block(
