@@ -1,7 +1,7 @@
 """The feature kernel in Triton, backward: one kernel reads states for the queries, and then, from the end, for the keys.
 
-The gradient of a query's features is a sum over keys, those of a key's features and of its value are sums over queries, of the
-same form (see `reference.backward`): each side has features, values with a last number, and a log scale. For the queries
+The gradient of a query's features is a sum over keys, those of a key's features and of its value are sums over queries, of
+the same form (see `reference.backward`): each side has features, values with a last number, and a log scale. For the queries
 these are the slopes of the output and log(row's share); so queries can be summed like keys, and keys read those sums.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
@@ -73,7 +73,8 @@ def _slopes_kernel(
             number, pair = piece * PIECE + tl.arange(0, PIECE), piece * PIECE * WIDE + tl.arange(0, PIECE * WIDE)
             others = tl.load(
                 row_ptr + row[:, None] * FEATURES + number[None, :],
-                mask=live[:, None] & (number[None, :] < FEATURES), other=0.0,
+                mask=live[:, None] & (number[None, :] < FEATURES),
+                other=0.0,
             ).to(tl.float32)  # [TILE, PIECE]
             state = tl.load(state_ptr + (at + pair)[:, None] * VALUE_WIDE + column[None, :])
             by_pair = tl.dot(slope, tl.trans(state), input_precision=PRECISION)
@@ -106,11 +107,13 @@ def _slopes_kernel(
             place = (owner * key_group + block // steps) * keys + key_index
             key = tl.load(
                 key_ptr + place[:, None] * FEATURES + feature[None, :],
-                mask=near[:, None] & (feature[None, :] < FEATURES), other=0.0,
+                mask=near[:, None] & (feature[None, :] < FEATURES),
+                other=0.0,
             )  # [BLOCK, WIDE]
             value = tl.load(
                 value_ptr + place[:, None] * WIDTH + column[None, :],
-                mask=near[:, None] & (column[None, :] < WIDTH), other=0.0,
+                mask=near[:, None] & (column[None, :] < WIDTH),
+                other=0.0,
             )  # [BLOCK, VALUE_WIDE]
             last = tl.load(last_ptr + place, mask=near, other=0.0)
             log_scale = tl.load(log_ptr + place, mask=near, other=-float("inf"))

@@ -70,7 +70,8 @@ def _forward_kernel(
             number, pair = piece * PIECE + tl.arange(0, PIECE), piece * PIECE * WIDE + tl.arange(0, PIECE * WIDE)
             others = tl.load(
                 query_ptr + row[:, None] * FEATURES + number[None, :],
-                mask=live[:, None] & (number[None, :] < FEATURES), other=0.0,
+                mask=live[:, None] & (number[None, :] < FEATURES),
+                other=0.0,
             )  # [TILE, PIECE]
             pairs = tl.reshape(others.to(tl.float32)[:, :, None] * query.to(tl.float32)[:, None, :], [TILE, PIECE * WIDE])
             state = tl.load(state_ptr + (at + pair)[:, None] * VALUE_WIDE + column[None, :])
@@ -90,11 +91,13 @@ def _forward_kernel(
             place = owner * keys + key_index
             key = tl.load(
                 key_ptr + place[None, :] * FEATURES + feature[:, None],
-                mask=near[None, :] & (feature[:, None] < FEATURES), other=0.0,
+                mask=near[None, :] & (feature[:, None] < FEATURES),
+                other=0.0,
             )  # [WIDE, BLOCK]
             value = tl.load(
                 value_ptr + place[:, None] * WIDTH + column[None, :],
-                mask=near[:, None] & (column[None, :] < WIDTH), other=0.0,
+                mask=near[:, None] & (column[None, :] < WIDTH),
+                other=0.0,
             )  # [BLOCK, VALUE_WIDE]
             log_scale = tl.load(log_ptr + place, mask=near, other=-float("inf"))
             weight = tl.dot(query, key, input_precision=PRECISION)

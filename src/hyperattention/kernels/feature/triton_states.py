@@ -1,4 +1,4 @@
-"""States of the feature kernel in Triton: sums of each chunk of keys by one launch, then of all chunks before each by another.
+"""States of the feature kernel in Triton: sums of each chunk of keys by one launch, of all chunks before each by others.
 
 A chunk holds some hundred consecutive positions. Its state is the sum of (expanded) features times values, relative to
 exp(largest log scale so far); masses are the same sums for the last number of each value, in float32. Backward needs sums
@@ -112,11 +112,13 @@ def _states_kernel(
         place = (owner * group + block // (CHUNK // BLOCK)) * length + index
         key = tl.load(
             key_ptr + place[None, :] * FEATURES + feature[:, None],
-            mask=live[None, :] & (feature[:, None] < FEATURES), other=0.0,
+            mask=live[None, :] & (feature[:, None] < FEATURES),
+            other=0.0,
         )  # [WIDE, BLOCK]
         value = tl.load(
             value_ptr + place[:, None] * WIDTH + column[None, :],
-            mask=live[:, None] & (column[None, :] < WIDTH), other=0.0,
+            mask=live[:, None] & (column[None, :] < WIDTH),
+            other=0.0,
         )  # [BLOCK, VALUE_WIDE]
         last = tl.load(last_ptr + place, mask=live, other=0.0)
         scale = tl.exp(tl.load(log_ptr + place, mask=live, other=-float("inf")) - top)
@@ -124,7 +126,8 @@ def _states_kernel(
         if POWER == 2:
             others = tl.load(
                 key_ptr + place[None, :] * FEATURES + first[:, None],
-                mask=live[None, :] & (first[:, None] < FEATURES), other=0.0,
+                mask=live[None, :] & (first[:, None] < FEATURES),
+                other=0.0,
             )  # [PIECE, BLOCK]
             scaled = tl.reshape(others.to(tl.float32)[:, None, :] * scaled[None, :, :], [ROWS, BLOCK])
         state = tl.dot(scaled.to(value.dtype), value, state, input_precision=PRECISION)
@@ -146,12 +149,12 @@ def _scan_kernel(sums_ptr, top_ptr, result_ptr, chunks, size, SIZE: tl.constexpr
         before = chunks - step if REVERSE else step
         after = before - 1 if REVERSE else before + 1
         chunk = after if REVERSE else before
-        tl.store(result + before.to(tl.int64) * size, carry.to(result_ptr.dtype.element_ty), mask=inside)
+        tl.store(result + tl.cast(before, tl.int64) * size, carry.to(result_ptr.dtype.element_ty), mask=inside)
         # it grows, but from the 0 that stands for no tokens
         fall = tl.exp(tl.minimum(tl.load(tops + before) - tl.load(tops + after), 0.0))
-        carry = carry * fall + tl.load(sums + chunk.to(tl.int64) * size, mask=inside, other=0.0)
+        carry = carry * fall + tl.load(sums + tl.cast(chunk, tl.int64) * size, mask=inside, other=0.0)
     end = 0 if REVERSE else chunks
-    tl.store(result + end * size, carry.to(result_ptr.dtype.element_ty), mask=inside)
+    tl.store(result + tl.cast(end, tl.int64) * size, carry.to(result_ptr.dtype.element_ty), mask=inside)
 
 
 def tops_of(side: Side, group: int, chunks: int, cut: Cut, reverse: bool) -> Tensor:
@@ -191,7 +194,10 @@ def empty_states(side: Side, group: int, cut: Cut, power: int, reverse: bool) ->
     lists, chunks = len(side.features) // group, chunks_of(side, cut)
     rows, width = expanded(side.features.shape[2], cut, power), padded(side.values.shape[2])
     x = side.features
-    sums = x.new_empty(lists, chunks, rows, width, dtype=torch.float32), x.new_empty(lists, chunks, rows, dtype=torch.float32)
+    sums = (
+        x.new_empty(lists, chunks, rows, width, dtype=torch.float32),
+        x.new_empty(lists, chunks, rows, dtype=torch.float32),
+    )
     states = States(
         x.new_empty(lists, chunks + 1, rows, width),
         x.new_empty(lists, chunks + 1, rows, dtype=torch.float32),
