@@ -33,9 +33,11 @@ def cut_of(features: int, width: int, itemsize: int, power: int) -> Cut:
         the sizes.
     """
     wide = max(padded(features), padded(width))
-    tile = 64 if itemsize == 2 and wide <= 128 else 32
     piece = 1 if power == 1 else max(1, _EXPANDED // padded(features))
-    return Cut(128 if power == 1 else 512, tile, min(tile, 32) if wide > 64 else tile, piece, 4, 2 if itemsize == 2 else 1)
+    chunk = 128 if power == 1 else 512
+    if itemsize == 4:
+        return Cut(chunk, 32, 16, piece, 4, 1)
+    return Cut(chunk, 64, 32, piece, 4, 2) if wide <= 64 else Cut(chunk, 32, 32, piece, 4, 2)
 
 
 @triton.jit
