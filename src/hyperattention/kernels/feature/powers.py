@@ -1,0 +1,166 @@
+"""Powers of products of features, as products of expanded features: what a state sums, and how rows read it.
+
+(q . k)^1 has the features themselves, (q . k)^2 the products of pairs of features. Pairs (i, j) and (j, i) are the same, so
+that the symmetric half is enough: features are halved again and again, and each first half is multiplied by its second,
+until pieces of 4, or of an odd size, are left, whose products are all kept: ``features (features + piece) / 2`` in all.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# features are padded with zeros to a multiple of this, so that they can be halved three times
+MULTIPLE = 8
+# pieces of this size are not halved: what that saves in products, it costs in multiplications one after the other
+PIECE = 4
+
+
+class Power(ABC):
+    """A power of products of features."""
+
+    @abstractmethod
+    def expanded(self, features: int) -> int:
+        """Count the expanded features."""
+
+    @abstractmethod
+    def expand(self, key: Tensor) -> Tensor:
+        """Expand keys ``[.., rows, features]`` to ``[.., expanded, rows]``."""
+
+    @abstractmethod
+    def weigh(self, product: Tensor) -> Tensor:
+        """Raise products of features to the power, in place."""
+
+    @abstractmethod
+    def slope(self, product: Tensor, by: Tensor) -> Tensor:
+        """Differentiate the power of a product by the product, times `by`, in place of `by`."""
+
+    @abstractmethod
+    def read(self, query: Tensor, state: Tensor) -> Tensor:
+        """Multiply expanded queries ``[.., rows, features]`` by states ``[.., expanded, width]``: ``[.., rows, width]``."""
+
+    @abstractmethod
+    def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
+        """Differentiate slope . read(query, state) by the query, for `slope` of ``[.., rows, width]``."""
+
+
+@dataclass(frozen=True)
+class FirstPower(Power):
+    """The products themselves."""
+
+    def expanded(self, features: int) -> int:
+        """As many as there are."""
+        return features
+
+    def expand(self, key: Tensor) -> Tensor:
+        """Nothing to do."""
+        return key.transpose(1, 2)
+
+    def weigh(self, product: Tensor) -> Tensor:
+        """Nothing to do."""
+        return product
+
+    def slope(self, product: Tensor, by: Tensor) -> Tensor:
+        """One."""
+        return by
+
+    def read(self, query: Tensor, state: Tensor) -> Tensor:
+        """One product."""
+        return torch.bmm(query, state)
+
+    def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
+        """One product."""
+        return torch.bmm(slope, state.transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class SecondPower(Power):
+    """Squares of products."""
+
+    def expanded(self, features: int) -> int:
+        """Pairs of different halves once, those of a piece as they are."""
+        return sum(count * size * size for count, size in _levels(_padded(features)))
+
+    def expand(self, key: Tensor) -> Tensor:
+        """Multiply features by features; pairs of different halves stand for two, and are doubled."""
+        return self._pairs(_features_first(key), 2.0)
+
+    def weigh(self, product: Tensor) -> Tensor:
+        """Square."""
+        return product.square_()
+
+    def slope(self, product: Tensor, by: Tensor) -> Tensor:
+        """Twice the product."""
+        return by.mul_(product).mul_(2)
+
+    def read(self, query: Tensor, state: Tensor) -> Tensor:
+        """One product, of pairs."""
+        pairs = self._pairs(_features_first(query), 1.0)
+        # with pairs as rows this is the faster order of the two
+        return torch.bmm(state.transpose(1, 2), pairs).transpose(1, 2)
+
+    def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
+        """Slopes of pairs, by each feature times the other of its pair."""
+        by_pair = torch.bmm(state, slope.transpose(1, 2))
+        x = _features_first(query)
+        result, start = torch.zeros_like(x), 0
+        for count, size in _levels(x.shape[1]):
+            end = start + count * size * size
+            part = by_pair[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
+            start = end
+            first, second = _halves(x, count, size)
+            into_first, into_second = _halves(result, count, size)
+            into_first += (part * second[:, :, None]).sum(3)
+            into_second += (part * first[:, :, :, None]).sum(2)
+        return result[:, : query.shape[2]].transpose(1, 2)
+
+    def _pairs(self, x: Tensor, times: float) -> Tensor:
+        """Multiply features ``[.., features, rows]``, with `times` for pairs of different halves."""
+        result, start = x.new_empty(x.shape[0], self.expanded(x.shape[1]), x.shape[2]), 0
+        others = x if times == 1.0 else x * times
+        for count, size in _levels(x.shape[1]):
+            end = start + count * size * size
+            first, second = _halves(x, count, size)[0], _halves(others, count, size)[1]
+            if end == result.shape[1]:
+                second = _halves(x, count, size)[1]
+            part = result[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
+            torch.mul(first[:, :, :, None], second[:, :, None], out=part)
+            start = end
+        return result
+
+
+def _padded(features: int) -> int:
+    return -(-features // MULTIPLE) * MULTIPLE
+
+
+def _features_first(x: Tensor) -> Tensor:
+    """Return ``[.., padded features, rows]`` from ``[.., rows, features]``."""
+    features = x.shape[2]
+    result = x.new_empty(x.shape[0], _padded(features), x.shape[1])
+    result[:, :features] = x.transpose(1, 2)
+    result[:, features:] = 0
+    return result
+
+
+def _levels(features: int) -> Iterator[tuple[int, int]]:
+    """Yield how many pairs of halves there are, and the size of a half; last, the pieces, each paired with itself."""
+    size = features
+    while size % 2 == 0 and size > PIECE:
+        size //= 2
+        yield features // (2 * size), size
+    if size:
+        yield features // size, size
+
+
+def _halves(x: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """View features ``[.., features, rows]`` as pairs of halves, each ``[.., count, size, rows]``; pieces are both."""
+    if count * size == x.shape[1]:
+        pieces = x.view(x.shape[0], count, size, x.shape[2])
+        return pieces, pieces
+    first, second = x.view(x.shape[0], count, 2, size, x.shape[2]).unbind(2)
+    return first, second
+
+
+POWERS: dict[int, Power] = {1: FirstPower(), 2: SecondPower()}
