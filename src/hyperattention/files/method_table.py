@@ -5,6 +5,7 @@ from hyperattention.files.part_table import PartTable
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
+from hyperattention.methods.lev_attention import LevAttention
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.methods.presets import HyperAttention
@@ -47,6 +48,7 @@ _TYPES = (
     KeyBounds,
     KeyScan,
     KeySketch,
+    LevAttention,
     Level,
     MeanKey,
     Method,

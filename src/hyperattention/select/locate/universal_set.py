@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from hyperattention.check import positive
 from hyperattention.select.score.keys_left import key_runs
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
+from hyperattention.sensitivity.leverage import leverage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -60,7 +61,7 @@ class UniversalSet(Stage):
             return (), covered
         total = tiles.by_list(tiles.total)  # [lists, 1]
         key = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device)
-        score = leverage(problem.k.flatten(0, 1), total, self.ridge)
+        score = leverage(problem.k.flatten(0, 1), total, self.ridge, centred=True)
         score = score.masked_fill(key < covered.prefix, -torch.inf)
         best, index = score.topk(min(self.num, problem.num_keys), dim=-1)
         index = index.masked_fill(best == -torch.inf, problem.num_keys).sort(-1)[0]
@@ -68,28 +69,3 @@ class UniversalSet(Stage):
         index = index[:, None].expand(-1, len(tiles.index), -1).contiguous()
         runs = key_runs(tiles, covered, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
         return (runs,), covered.with_blocks(index, 1)
-
-
-def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
-    """Return the leverage score of each key: its squared norm in the inverse covariance of all keys.
-
-    Args:
-        k: keys, ``[lists, keys, head_dim]``, live keys first.
-        total: number of live keys, ``[lists, 1]``.
-        ridge: relative ridge.
-
-    Returns:
-        ``[lists, keys]``; 0 for scores that are not finite.
-    """
-    k = k.to(torch.promote_types(k.dtype, torch.float32))
-    dead = (torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= total)[..., None]
-    mean = k.masked_fill(dead, 0.0).sum(1, keepdim=True) / total.clamp(min=1)[..., None]
-    x = (k - mean).masked_fill(dead, 0.0)
-    gram = (x.transpose(1, 2) @ x).double()
-    size = gram.diagonal(dim1=1, dim2=2)
-    # a small share of the trace keeps the factor finite if there are fewer keys than channels, or all keys are equal
-    least = ridge * size.mean(-1, keepdim=True) + 1e-12 * size.amax(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    # a factorisation with error checks would make the host wait, and raise for keys that are not finite
-    factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(least.expand_as(size)))[0]
-    solved = torch.linalg.solve_triangular(factor.to(x.dtype), x.transpose(1, 2), upper=False)
-    return torch.nan_to_num(solved.square().sum(1), nan=0.0, posinf=0.0)
