@@ -27,6 +27,7 @@ from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
+from hyperattention.select.score.leverage_score import LeverageScore
 from hyperattention.select.score.mix import Mix
 from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
@@ -50,6 +51,7 @@ _TYPES = (
     KeySketch,
     LevAttention,
     Level,
+    LeverageScore,
     MeanKey,
     Method,
     Mix,

@@ -16,7 +16,7 @@ class Leverage(Policy):
 
     Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: centred keys and a ridge;
     a new choice among the remaining keys at every compression; softmax in place of the paper's polynomial.
-    Cost: one and a half times head_dim products per candidate.
+    Cost: twice head_dim products per candidate.
     Guarantee: none for softmax, for which this is a heuristic; dropped keys are lost.
 
     Args:

@@ -22,7 +22,7 @@ class UniversalSet(Stage):
     Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: centred keys and a ridge;
     softmax in place of the paper's polynomial, for which the scores are a heuristic; causal queries see the visible keys of
     the set; leading keys that sinks took are not taken again.
-    Cost: `num` slots per query, head_dim products per key.   Guarantee: exact on the pairs taken; for softmax these keys
+    Cost: `num` slots per query, twice head_dim products per key.   Guarantee: exact on the pairs taken; for softmax these keys
     need not have large weights, so a Draw should follow.
 
     Args:
@@ -51,8 +51,8 @@ class UniversalSet(Stage):
         return self.num
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count a covariance and a triangular solve: one and a half times `head_dim` products of a key."""
-        return 1.5 * head_dim
+        """Count a covariance and a factor: twice `head_dim` products of a key."""
+        return 2.0 * head_dim
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Score all keys, and take the best for every tile."""
