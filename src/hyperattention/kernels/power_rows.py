@@ -13,7 +13,7 @@ def power_rows(
     v: Float[Tensor, "batch kv_heads keys value_dim"],
     hidden: Bool[Tensor, "batch #kv_heads 1 queries keys"],
     scale: float,
-    power: float,
+    power: float | int,
 ) -> tuple[Float[Tensor, "batch kv_heads group queries value_dim"], Float[Tensor, "batch kv_heads group queries"]]:
     """Average values with weights |scale q_i . k_j|^p, and return the log of the sum of weights.
 

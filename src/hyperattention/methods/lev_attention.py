@@ -15,6 +15,7 @@ from hyperattention.methods.exact import Exact
 from hyperattention.problem import Problem
 from hyperattention.select.stage import LookAhead
 from hyperattention.sensitivity.bounds import sensitivity_bounds, sum_of_bounds
+from hyperattention.sensitivity.key_rows import finite_rows
 from hyperattention.sensitivity.lewis import check_power
 from hyperattention.sensitivity.online import online_leverage
 from hyperattention.sensitivity.universal import at_least, candidates, in_set, largest, running_sets
@@ -64,7 +65,7 @@ class LevAttention(AttentionMethod):
     """
 
     num: int | None = None
-    p: float = 2
+    p: float | int = 2
     epsilon: float | None = None
     online: bool = False
 
@@ -208,8 +209,7 @@ def _total(problem: Problem) -> Tensor:
 
 def _first(score: Tensor, k: Tensor) -> Tensor:
     """Put keys that are not finite, and scores that overflowed, before all others."""
-    broken = ~(k.abs().amax(-1) < torch.inf)
-    return torch.nan_to_num(score, nan=torch.inf, posinf=torch.inf).masked_fill(broken, torch.inf)
+    return torch.nan_to_num(score, nan=torch.inf, posinf=torch.inf).masked_fill(~finite_rows(k), torch.inf)
 
 
 def _taken(problem: Problem, index: Tensor) -> tuple[Tensor, Tensor]:

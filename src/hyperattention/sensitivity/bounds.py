@@ -11,7 +11,7 @@ from hyperattention.sensitivity.lewis import check_power, lewis_bounds
 
 
 def sensitivity_bounds(
-    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float
+    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float | int
 ) -> Float[Tensor, "lists keys"]:
     """Bound s_j = max_y |<k_j, y>|^p / sum_l |<k_l, y>|^p: the largest weight that key j can have in the row of any query.
 
@@ -33,7 +33,7 @@ def sensitivity_bounds(
     return lewis_bounds(k, total, power=power)
 
 
-def sum_of_bounds(head_dim: int, power: float) -> float:
+def sum_of_bounds(head_dim: int, power: float | int) -> float:
     """Bound the sum of `sensitivity_bounds` over any number of keys: a share eps is exceeded by at most sum / eps keys.
 
     Args:

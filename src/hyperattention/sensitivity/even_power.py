@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.sensitivity.gram import gram, squared_norms, whitening
+from hyperattention.sensitivity.gram import squared_norms, whitened
 from hyperattention.sensitivity.key_rows import KeyRows, key_rows
 
 # the square matrix of one list, float64: features of up to 11,585 numbers, or as many keys
@@ -52,7 +52,7 @@ def even_power_leverage(
             "smaller power, or hyperattention.sensitivity.lewis_bounds, whose matrices are head_dim x head_dim"
         )
     # a linear map of the keys changes no score; whitened keys keep powers of small keys above the rounding
-    white = whitening(gram(rows))
+    white = whitened(rows)
     out = torch.zeros_like(rows.counts, dtype=torch.float64)
     for index in range(len(k) if keys else 0):
         own, factor = rows.of_list(index), white[index : index + 1]
@@ -79,7 +79,7 @@ def _by_monomials(rows: KeyRows, white: Tensor, degree: int) -> Tensor:
             made = made * x[..., place]
         return made
 
-    factor = whitening(gram(rows, features=features, chunk=_CHUNK))
+    factor = whitened(rows, features=features, chunk=_CHUNK)
     return squared_norms(rows, factor, features, chunk=_CHUNK)[0]
 
 

@@ -79,12 +79,12 @@ def reduce_gram(
     return total
 
 
-def whitening(g: Float[Tensor, "lists dim dim"], ridge: float = 0.0) -> Float[Tensor, "lists dim dim"]:
+def whitening(g: Float[Tensor, "lists dim dim"], ridge: float | int = 0.0) -> Float[Tensor, "lists dim dim"]:
     """Return F with F F' = (g + lambda I)^-1 on the range of g, lambda = ridge * trace(g) / dim, by a Cholesky factor.
 
     The matrix is scaled to a diagonal of ones first, which changes no leverage score, so coordinates of any size count.
-    A matrix without full rank gets 1e-12 on that diagonal: rows in the range of g keep their scores to rounding. Directions
-    whose share is below some 1e-12 after scaling count less than they should.
+    A matrix without full rank gets 1e-12 on that diagonal: rows in the range of g keep their scores, but for directions
+    whose share after scaling is hardly above 1e-12; see `whitened`.
 
     Args:
         g: Gram matrices, float64.
@@ -93,17 +93,56 @@ def whitening(g: Float[Tensor, "lists dim dim"], ridge: float = 0.0) -> Float[Te
     Returns:
         one matrix for each list; not finite where `g` is not.
     """
-    dim = g.shape[-1]
     size = g.diagonal(dim1=-2, dim2=-1)
     least = ridge * size.mean(-1, keepdim=True)
     size = size + least
     scale = torch.where(size > 0, size.clamp(min=torch.finfo(g.dtype).tiny).rsqrt(), 0.0)
     scaled = (g + torch.diag_embed(least.expand_as(size))) * scale[..., None] * scale[..., None, :]
+    return scale[..., None] * _inverse_factor(scaled)
+
+
+def whitened(
+    rows: KeyRows,
+    weight: Float[Tensor, "lists keys"] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    ridge: float | int = 0.0,
+    *,
+    chunk: int = CHUNK,
+) -> Float[Tensor, "lists dim dim"]:
+    """Return the whitening of the rows' Gram matrix; without a ridge it is refined by a second pass.
+
+    The second Gram matrix is that of whitened rows, next to the identity: what the first Cholesky factor lost in directions
+    of a share of 1e-12 is found again.
+
+    Args:
+        rows: the keys.
+        weight: as in `gram`.
+        features: as in `gram`.
+        ridge: as in `whitening`.
+        chunk: rows read at a time.
+
+    Returns:
+        F with F F' = (X'X + lambda I)^-1 on the range of X.
+    """
+    first = whitening(gram(rows, weight, features, chunk=chunk), ridge)
+    if ridge > 0:
+        return first
+
+    def again(x: Tensor) -> Tensor:
+        return (x if features is None else features(x)) @ first
+
+    # not scaled: where the rows have no share, there is only rounding
+    return first @ _inverse_factor(gram(rows, weight, again, chunk=chunk))
+
+
+def _inverse_factor(g: Tensor) -> Tensor:
+    """Return L^-T of g + jitter = L L'."""
+    dim = g.shape[-1]
     eye = torch.eye(dim, dtype=g.dtype, device=g.device)
     jitter = max(_JITTER, 8 * dim * torch.finfo(g.dtype).eps)
     # a factorisation with error checks would make the host wait, and raise for numbers that are not finite
-    factor = torch.linalg.cholesky_ex(scaled + jitter * eye)[0]
-    return scale[..., None] * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
+    factor = torch.linalg.cholesky_ex(g + jitter * eye)[0]
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
 
 
 def squared_norms(

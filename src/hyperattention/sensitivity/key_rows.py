@@ -63,8 +63,15 @@ def key_rows(k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 
     Returns:
         the rows.
     """
-    # a sum of absolute values is finite exactly where all coordinates are, but for overflow, so maxima are taken
-    counts = k.detach().abs().amax(-1) < torch.inf if k.shape[2] else torch.ones_like(k[..., :0].sum(-1), dtype=torch.bool)
+    counts = finite_rows(k)
     if total is not None:
         counts = counts & (torch.arange(k.shape[1], dtype=torch.int64, device=k.device) < total)
     return KeyRows(k.detach(), counts)
+
+
+def finite_rows(k: Float[Tensor, "*lists keys head_dim"]) -> Bool[Tensor, "*lists keys"]:
+    """Return which keys have only finite coordinates, without a tensor as large as the keys."""
+    if not k.numel():
+        return torch.ones(k.shape[:-1], dtype=torch.bool, device=k.device)
+    # both are NaN where a coordinate is
+    return (k.detach().amax(-1) < torch.inf) & (k.detach().amin(-1) > -torch.inf)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.random import normal
-from hyperattention.sensitivity.gram import gram, squared_norms, whitening
+from hyperattention.sensitivity.gram import squared_norms, whitened
 from hyperattention.sensitivity.key_rows import key_rows
 
 # counter after those of every draw, so that no other draw shares these bits
@@ -16,7 +16,7 @@ _STREAM = 11
 def leverage(
     k: Float[Tensor, "lists keys head_dim"],
     total: Int[Tensor, "lists 1"] | None = None,
-    ridge: float = 0.0,
+    ridge: float | int = 0.0,
     *,
     centred: bool = False,
 ) -> Float[Tensor, "lists keys"]:
@@ -25,7 +25,7 @@ def leverage(
     tau_j = x_j' (X'X + lambda I)^-1 x_j = max_y <x_j, y>^2 / (sum_l <x_l, y>^2 + lambda |y|^2)
 
     The scores are at most 1 and add up to the rank of the keys, at most head_dim. Two passes over the keys, by Gram matrix
-    and Cholesky factor; memory beside the scores: the Gram matrix and a chunk of keys.
+    and Cholesky factor, and one more without a ridge; memory beside the scores: the Gram matrix and a chunk of keys.
     Source: Kannan et al., 2024 (arXiv:2410.05462).   Differs: an optional ridge and centre.
 
     Args:
@@ -39,14 +39,14 @@ def leverage(
     """
     rows = key_rows(k, total)
     rows = rows.centred() if centred else rows
-    score = squared_norms(rows, whitening(gram(rows), ridge))
+    score = squared_norms(rows, whitened(rows, ridge=ridge))
     return torch.nan_to_num(score, nan=0.0, posinf=0.0)
 
 
 def sketched_leverage(
     k: Float[Tensor, "lists keys head_dim"],
     total: Int[Tensor, "lists 1"] | None = None,
-    ridge: float = 0.0,
+    ridge: float | int = 0.0,
     *,
     width: int,
     seed: int = 0,
@@ -76,5 +76,5 @@ def sketched_leverage(
     row = torch.arange(k.shape[2], dtype=torch.int64, device=k.device)[:, None]
     column = torch.arange(width, dtype=torch.int64, device=k.device)
     sketch = normal((seed, row, column, _STREAM), k.device) * width**-0.5
-    score = squared_norms(rows, whitening(gram(rows), ridge) @ sketch)
+    score = squared_norms(rows, whitened(rows, ridge=ridge) @ sketch)
     return torch.nan_to_num(score, nan=0.0, posinf=0.0)

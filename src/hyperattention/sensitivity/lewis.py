@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.sensitivity.gram import gram, squared_norms, whitening
+from hyperattention.sensitivity.gram import squared_norms, whitened
 from hyperattention.sensitivity.key_rows import KeyRows, key_rows
 
 # weights are positive; a key of this weight is one of zeros, or next to it
@@ -15,7 +15,7 @@ _LEAST = 1e-30
 
 
 def lewis_weights(
-    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float, rounds: int = 20
+    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float | int, rounds: int = 20
 ) -> Float[Tensor, "lists keys"]:
     """Approximate the l_p Lewis weights of the keys: w_j = (k_j' (K' W^{1 - 2/p} K)^-1 k_j)^{p/2}, which add up to the rank.
 
@@ -25,7 +25,7 @@ def lewis_weights(
     Source: Cohen and Peng, 2015 (arXiv:1412.0588), for p < 4, where their iteration contracts; for p >= 4 they solve a
     convex program, whose multiplicative ascent (Titterington, 1976; Cohen et al., 2019, arXiv:1905.11580, for p = infinity)
     runs here.   Differs: a fixed number of rounds from leverage scores.
-    Cost: two passes over the keys a round; memory beside the weights: one Gram matrix and a chunk of keys.
+    Cost: three passes over the keys a round; memory beside the weights: one Gram matrix and a chunk of keys.
 
     Args:
         k: keys, live keys first.
@@ -46,7 +46,7 @@ def lewis_weights(
 
 
 def lewis_bounds(
-    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float, rounds: int = 20
+    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float | int, rounds: int = 20
 ) -> Float[Tensor, "lists keys"]:
     """Bound the sensitivity of each key for |q . k|^p from above, by Lewis weights.
 
@@ -78,7 +78,7 @@ def lewis_bounds(
     return (total_weight ** (power / 2 - 1) * own).clamp(max=1.0)
 
 
-def check_power(owner: str, power: float) -> None:
+def check_power(owner: str, power: float | int) -> None:
     """Check the exponent of |q . k|^p.
 
     Args:
@@ -92,8 +92,8 @@ def check_power(owner: str, power: float) -> None:
         raise ValueError(f"{owner}: p is {power!r}; it must be a finite number of at least 1, for |q . k|^p")
 
 
-def _iterate(rows: KeyRows, power: float, rounds: int) -> Tensor:
-    weight = squared_norms(rows, whitening(gram(rows))).clamp(min=_LEAST)
+def _iterate(rows: KeyRows, power: float | int, rounds: int) -> Tensor:
+    weight = squared_norms(rows, whitened(rows)).clamp(min=_LEAST)
     for _ in range(rounds):
         own = _own(rows, weight, power)
         # leverage of the reweighted keys: w^{1 - 2/p} times k' (..)^-1 k
@@ -101,6 +101,6 @@ def _iterate(rows: KeyRows, power: float, rounds: int) -> Tensor:
     return weight
 
 
-def _own(rows: KeyRows, weight: Tensor, power: float) -> Tensor:
+def _own(rows: KeyRows, weight: Tensor, power: float | int) -> Tensor:
     """Return (k_j' (K' W^{1 - 2/p} K)^-1 k_j)^{p/2} for all keys."""
-    return squared_norms(rows, whitening(gram(rows, weight ** (1 - 2 / power)))) ** (power / 2)
+    return squared_norms(rows, whitened(rows, weight ** (1 - 2 / power))) ** (power / 2)

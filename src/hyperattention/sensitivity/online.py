@@ -13,7 +13,7 @@ _BLOCK = 128
 
 
 def online_leverage(
-    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, ridge: float = 1e-3
+    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, ridge: float | int = 1e-3
 ) -> Float[Tensor, "lists keys"]:
     """Return the leverage score of each key among itself and the keys before it; no score looks ahead.
 
