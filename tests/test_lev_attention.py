@@ -1,4 +1,4 @@
-"""LevAttention: the set that it takes, the rows over that set, masks, groups, gradients, and what it does with bad values."""
+"""LevAttention: the set that it takes, the rows over that set, masks, groups, gradients, and bad values."""
 
 from dataclasses import replace
 
@@ -224,7 +224,7 @@ def test_a_key_that_is_not_finite_is_in_every_set(poison, online):
     q, k, v = tensors(40)
     k[0, 1, 12, 2] = poison
     clean, _ = with_lse(*tensors(40), is_causal=True, method=ha.LevAttention(5, online=online))
-    out, lse = with_lse(q, k, v, is_causal=True, method=ha.LevAttention(5, online=online))
+    out, _ = with_lse(q, k, v, is_causal=True, method=ha.LevAttention(5, online=online))
     # the rows that see it, of its own head; no others
     broken = ~torch.isfinite(out).all(-1)
     assert broken[0, 1].tolist() == [row >= 12 for row in range(40)]

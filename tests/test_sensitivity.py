@@ -54,7 +54,9 @@ def test_leverage_knows_nothing_of_coordinates():
     k = keys(60, 5)
     score = sensitivity.leverage(k)
     # a coordinate in another unit, and keys of which only the first count
-    assert_exact(sensitivity.leverage(k * torch.tensor([1.0, 1e-8, 1e8, 1.0, 1e-3], dtype=torch.float64)), score, size=JITTER)
+    assert_exact(
+        sensitivity.leverage(k * torch.tensor([1.0, 1e-8, 1e8, 1.0, 1e-3], dtype=torch.float64)), score, size=JITTER
+    )
     few = sensitivity.leverage(k, torch.tensor([[40], [60]]))
     assert_exact(few[0, :40], sensitivity.leverage(k[:1, :40])[0], size=JITTER)
     assert_same_bits(few[0, 40:], torch.zeros(20, dtype=torch.float64))
@@ -109,12 +111,12 @@ def test_keys_that_are_not_finite_count_nowhere(poison):
 
 
 def test_a_sketch_is_unbiased_and_as_precise_as_it_says():
-    k, width, draws = keys(40, 12, lists=1), 4, 500
+    k, width, draws = keys(40, 12, lists=1), 4, 200
     score = sensitivity.leverage(k)
     relative = torch.stack([sensitivity.sketched_leverage(k, width=width, seed=seed) for seed in range(draws)]) / score
     assert_unbiased(relative, 1.0, largest_error=1.5 * (2 / width / draws) ** 0.5)
-    # the variance of 500 draws is known to some parts in a hundred
-    assert relative.var(0).mean().item() == pytest.approx(2 / width, rel=0.15)
+    # the variance of 200 draws is known to a tenth
+    assert relative.var(0).mean().item() == pytest.approx(2 / width, rel=0.25)
     with pytest.raises(ValueError, match="width=0.: width must be a positive integer"):
         sensitivity.sketched_leverage(k, width=0)
 
@@ -263,7 +265,9 @@ def test_monomials_of_repeated_coordinates():
 
 def test_a_power_that_fills_the_memory_is_refused():
     k = torch.zeros(1, 50_000, 64)
-    with pytest.raises(ValueError, match=r"power=6, head_dim=64, 50000 keys: .* 45,760 .* 15.6 GiB, above the limit of 1 GiB"):
+    with pytest.raises(
+        ValueError, match=r"power=6, head_dim=64, 50000 keys: .* 45,760 .* 15.6 GiB, above the limit of 1 GiB"
+    ):
         sensitivity.even_power_leverage(k, power=6)
     for wrong in (3, 0, -2):
         with pytest.raises(ValueError, match=f"power={wrong}\\): the power must be even and at least 2"):
@@ -273,22 +277,24 @@ def test_a_power_that_fills_the_memory_is_refused():
 @pytest.mark.parametrize("power", [1, 1.5, 2, 3, 4, 5, 8])
 def test_lewis_weights_are_their_own_leverage(power):
     k = keys(60, 4, lists=1)
-    weight = sensitivity.lewis_weights(k, power=power, rounds=60 if power < 4 else 200)
+    weight = sensitivity.lewis_weights(k, power=power, rounds=60 if power < 4 else 100)
     again = sensitivity.leverage(k * weight[..., None] ** (0.5 - 1 / power))
     # for p >= 4 the ascent converges like 1 / rounds in keys whose weight vanishes
-    assert (weight - again).abs().max() < (1e-9 if power < 4 else 1e-3)
+    assert (weight - again).abs().max() < (1e-9 if power < 4 else 3e-3)
     assert (weight.sum(1) - 4).abs().max() < 1e-6
     if power == 2:
         assert_exact(weight, sensitivity.leverage(k), size=JITTER)
 
 
-@pytest.mark.parametrize(("power", "rounds"), itertools.product([1, 1.5, 3, 3.8, 5], [1, 2, 40]))
+@pytest.mark.parametrize(("power", "rounds"), [*itertools.product([1, 1.5, 3, 3.8, 5], [1, 2, 40])])
 def test_lewis_bounds_hold_before_the_weights_converge(power, rounds):
     k = keys(50, 3)
     bound = sensitivity.lewis_bounds(k, power=power, rounds=rounds)
     y = torch.randn(2, 3000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     # queries that a key's own share of a power is large for: among others, those that other keys hardly see
-    y = torch.cat([y, k @ inverse_gram(k), torch.linalg.cross(*torch.broadcast_tensors(k[:, :, None], k[:, None])).flatten(1, 2)], 1)
+    y = torch.cat(
+        [y, k @ inverse_gram(k), torch.linalg.cross(*torch.broadcast_tensors(k[:, :, None], k[:, None])).flatten(1, 2)], 1
+    )
     share = ratios(k, y[:, :][:, (y.norm(dim=-1) > 0).all(0)], power).amax(1)
     assert (share <= bound * (1 + 1e-9)).all()
 

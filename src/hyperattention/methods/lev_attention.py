@@ -34,17 +34,18 @@ class LevAttention(AttentionMethod):
 
     out_i = sum_{j in U} |q_i . k_j|^p v_j / sum_{j in U} |q_i . k_j|^p,   over the keys of U that row i sees
     s_j = max_y |<k_j, y>|^p / sum_l |<k_l, y>|^p,   U = the `num` keys of the largest s_j, or all with s_j >= epsilon
-    No softmax is involved: `lse` is the log of the sum of |scale q . k|^p, and an audit or `tolerance`, which compare with
-    softmax attention, measure another function. For softmax over such a set use Method(select.UniversalSet(num)).
+    No softmax is involved: `lse` is the log of the sum of |scale q . k|^p, and an audit, which compares with softmax
+    attention, measures the difference of two functions. For softmax over such a set use Method(select.UniversalSet(num)).
 
     Source: Kannan et al., 2024 (arXiv:2410.05462).   Differs: s_j is bounded by leverage scores for p = 2 (equal to s_j), by
     those of tensor powers for other even p, by Lewis weights for any other p; causal rows see the keys of U at or before
     them; `online`; keys are neither centred nor given a ridge.
     Cost: `num` pairs per query; selection: 2 head_dim products per key for p = 2.
-    Guarantee: with `epsilon`, without causality, every entry >= epsilon of the full matrix |q . k|^p / sum is in U, for every
-    query, and |U| <= sum_j s_j / epsilon: head_dim / epsilon for p <= 2, head_dim^{p/2} / epsilon above. With `online`, row i
-    has the keys of the largest online scores among those it sees; an entry >= epsilon of a causal row has an online score of
-    at least epsilon, up to the ridge. Exact, for weights |q . k|^p, for rows that see at most `num` keys.
+    Guarantee: with `epsilon`, without causality, each entry >= epsilon of the full matrix |q . k|^p / sum is in U, for every
+    query, and |U| is at most head_dim / epsilon for p <= 2, and head_dim^{p/2} / epsilon for p > 2 (see `sum_of_bounds`).
+    With `online`, row i has the keys of the largest online scores among those that it sees; a key with an entry >= epsilon
+    in a causal row has an online score >= epsilon, up to the ridge. Exact, for weights |q . k|^p, if `num` covers all keys;
+    with `online`, for every row that sees at most `num` keys.
     Bad values: a NaN or infinite key is left out of all scores and is in U first, so rows that see it are NaN, as in exact
     attention. A row whose keys in U all have weight 0 gets output 0, lse -inf and no gradient. Keys that span few dimensions
     need no ridge. A NaN value reaches all rows of a causal call, because 0 times NaN is NaN.

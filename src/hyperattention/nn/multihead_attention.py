@@ -53,7 +53,9 @@ class MultiheadAttention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} is no multiple of num_heads={num_heads}: heads have equal widths")
         if num_heads % kv_heads:
-            raise ValueError(f"num_heads={num_heads} is no multiple of kv_heads={kv_heads}: query heads share kv heads evenly")
+            raise ValueError(
+                f"num_heads={num_heads} is no multiple of kv_heads={kv_heads}: query heads share kv heads evenly"
+            )
         if method is not None:
             check_method(method)
         self.embed_dim, self.num_heads, self.kv_heads = embed_dim, num_heads, kv_heads
@@ -68,7 +70,7 @@ class MultiheadAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch tokens embed_dim"],
-        key_mask: Bool[Tensor, "batch tokens"] | None = None,
+        key_mask: Bool[Tensor, "batch keys"] | None = None,
         *,
         seed: int = 0,
     ) -> Float[Tensor, "batch tokens embed_dim"]:

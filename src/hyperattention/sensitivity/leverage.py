@@ -66,10 +66,7 @@ def sketched_leverage(
         seed: seed of the sketch; all lists share one.
 
     Returns:
-        one estimate per key, as `leverage` returns scores.
-
-    Raises:
-        ValueError: if `width` is not positive.
+        one estimate per key, as `leverage` returns scores; a width below 1 raises ValueError.
     """
     positive("sketched_leverage", width=width)
     rows = key_rows(k, total)

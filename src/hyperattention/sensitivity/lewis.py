@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,7 +14,11 @@ _LEAST = 1e-30
 
 
 def lewis_weights(
-    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float | int, rounds: int = 20
+    k: Float[Tensor, "lists keys head_dim"],
+    total: Int[Tensor, "lists 1"] | None = None,
+    *,
+    power: float | int,
+    rounds: int = 20,
 ) -> Float[Tensor, "lists keys"]:
     """Approximate the l_p Lewis weights of the keys: w_j = (k_j' (K' W^{1 - 2/p} K)^-1 k_j)^{p/2}, which add up to the rank.
 
@@ -34,10 +37,8 @@ def lewis_weights(
         rounds: rounds of the iteration.
 
     Returns:
-        positive weights, float64; 0 for keys that are not live or not finite.
-
-    Raises:
-        ValueError: if the power is below 1 or infinite, or `rounds` is not positive.
+        positive weights, float64; 0 for keys that are not live or not finite. A power below 1 or infinite, or fewer rounds
+        than 1, raise ValueError.
     """
     positive("lewis_weights", rounds=rounds)
     check_power("lewis_weights", power)
@@ -46,7 +47,11 @@ def lewis_weights(
 
 
 def lewis_bounds(
-    k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float | int, rounds: int = 20
+    k: Float[Tensor, "lists keys head_dim"],
+    total: Int[Tensor, "lists 1"] | None = None,
+    *,
+    power: float | int,
+    rounds: int = 20,
 ) -> Float[Tensor, "lists keys"]:
     """Bound the sensitivity of each key for |q . k|^p from above, by Lewis weights.
 

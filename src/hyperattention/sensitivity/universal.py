@@ -1,4 +1,4 @@
-"""The universal set: the keys that can have a large weight in the row of some query; one for all queries, or one per prefix."""
+"""Universal sets: keys that can have a large weight in the row of some query; one for all queries, or one per prefix."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,9 +9,7 @@ from torch.nn.functional import pad
 _SLACK = 1e-6
 
 
-def largest(
-    score: Float[Tensor, "*lists keys"], num: int, total: Int[Tensor, "*lists 1"]
-) -> Int[Tensor, "*lists num"]:
+def largest(score: Float[Tensor, "*lists keys"], num: int, total: Int[Tensor, "*lists 1"]) -> Int[Tensor, "*lists num"]:
     """Take the `num` keys with the largest scores.
 
     Args:
@@ -48,9 +46,7 @@ def at_least(
     return key.masked_fill(~taken, keys).sort(-1)[0][..., :width]
 
 
-def running_sets(
-    score: Float[Tensor, "lists keys"], num: int, tile: int
-) -> Int[Tensor, "lists tiles num"]:
+def running_sets(score: Float[Tensor, "lists keys"], num: int, tile: int) -> Int[Tensor, "lists tiles num"]:
     """Take the `num` keys with the largest scores among the first 0, `tile`, 2 `tile`, ... keys: a set that grows and drops.
 
     Args:

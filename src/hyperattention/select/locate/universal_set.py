@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
@@ -22,7 +21,7 @@ class UniversalSet(Stage):
     Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: centred keys and a ridge;
     softmax in place of the paper's polynomial, for which the scores are a heuristic; causal queries see the visible keys of
     the set; leading keys that sinks took are not taken again.
-    Cost: `num` slots per query, twice head_dim products per key.   Guarantee: exact on the pairs taken; for softmax these keys
+    Cost: `num` slots per query, 2 head_dim products per key.   Guarantee: exact on the pairs taken; for softmax these keys
     need not have large weights, so a Draw should follow.
 
     Args:

@@ -27,7 +27,7 @@ class LeverageScore(Density):
     Args:
         mix: share of the draws that is uniform, above 0 and at most 1; no weight exceeds N / (num * mix).
         ridge: strength of the ridge, relative to the mean square of the keys; positive if `online`.
-        online: whether a key is scored by itself and the keys before it, without the mean: no draw then looks beyond its tile.
+        online: whether a key is scored by itself and the keys before it, not centred: no draw then looks beyond its tile.
 
     Raises:
         ValueError: if `mix` or `ridge` is outside its range.
@@ -45,7 +45,9 @@ class LeverageScore(Density):
                 "leverage 0 would never be drawn, although it counts in every denominator"
             )
         if not self.ridge >= 0 or (self.online and not self.ridge > 0):
-            raise ValueError(f"LeverageScore(ridge={self.ridge!r}): it must not be negative, and must be positive with online")
+            raise ValueError(
+                f"LeverageScore(ridge={self.ridge!r}): it must not be negative, and must be positive with online"
+            )
 
     @property
     def looks_ahead(self) -> LookAhead:
