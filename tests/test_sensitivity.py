@@ -169,14 +169,14 @@ import sys, torch, torch.distributed as dist
 from hyperattention import sensitivity
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-k = torch.arange(60, dtype=torch.float64).sin().view(1, 20, 3)
+k = torch.randn(1, 20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 rows = sensitivity.key_rows(k[:, : 8] if rank == 0 else k[:, 8:])
 own = sensitivity.gram(rows)
 before = own.clone()
 score = sensitivity.squared_norms(rows, sensitivity.whitening(sensitivity.reduce_gram(own)))
 assert torch.equal(own, before)
 expected = sensitivity.leverage(k)[:, :8] if rank == 0 else sensitivity.leverage(k)[:, 8:]
-assert (score - expected).abs().max() < 1e-12
+assert (score - expected).abs().max() < 1e-10
 dist.destroy_process_group()
 """
 
