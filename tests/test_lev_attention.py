@@ -15,8 +15,12 @@ from hyperattention.methods import lev_attention
 from problems import problem, tensors
 from run_case import both_masks
 
-TAKES = {"p=1": ha.LevAttention(9, p=1), "p=2": ha.LevAttention(9), "p=3": ha.LevAttention(9, p=3),
-         "p=4": ha.LevAttention(9, p=4), "online": ha.LevAttention(9, online=True)}  # fmt: skip
+TAKES = {
+    "p=1": ha.LevAttention(9, p=1),
+    "p=2": ha.LevAttention(9),
+    "p=4": ha.LevAttention(9, p=4),
+    "online": ha.LevAttention(9, online=True),
+}
 every_take = pytest.mark.parametrize("method", TAKES.values(), ids=TAKES)
 
 

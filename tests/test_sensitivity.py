@@ -299,6 +299,19 @@ def test_lewis_bounds_hold_before_the_weights_converge(power, rounds):
     assert (share <= bound * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 20])
+def test_lewis_bounds_hold_for_exact_sensitivities_of_the_plane(rounds):
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(200, 8, 2, generator=generator, dtype=torch.float64)
+    k *= torch.exp(2 * torch.randn(200, 8, 1, generator=generator, dtype=torch.float64))
+    # for p = 1 the share is largest for a query at right angles to some key
+    share = ratios(k, torch.stack([-k[..., 1], k[..., 0]], -1), 1.0).amax(1)
+    bound = sensitivity.lewis_bounds(k, power=1, rounds=rounds)
+    assert (share <= bound * (1 + 1e-9)).all()
+    # some bounds are nearly attained
+    assert (share / bound).max() > 0.99
+
+
 @pytest.mark.parametrize("power", [0.99, 0, -1, float("inf"), float("nan")])
 def test_powers_below_one_and_infinite_ones_are_refused(power):
     for call in (sensitivity.lewis_bounds, sensitivity.lewis_weights, sensitivity.sensitivity_bounds):
