@@ -87,6 +87,8 @@ OURS = (
     Case("hash buckets", ha.Method(ha.Sinks(4), ha.Window(16), ha.HashBuckets(16), ha.Draw(16), tile=16), exact_up_to=31),
     Case("published", ha.HyperAttention(block_size=16, sample_size=96, min_seq_len=32), exact_up_to=31),
     Case("draws by value norm", _drawn(select.ValueNorm()), exact_up_to=31),
+    Case("draws by leverage", _drawn(select.LeverageScore()), exact_up_to=31),
+    Case("draws by online leverage", _drawn(select.LeverageScore(online=True)), exact_up_to=31),
     Case("draws by block score", _drawn(select.BlockScore(4)), exact_up_to=31),
     Case("draws by descent", _drawn(DESCENT), exact_up_to=31),
     Case("draws by one level", _drawn(ha.HierarchicalSearch((select.Level(8, 6),), pooled=3)), exact_up_to=31),

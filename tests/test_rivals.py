@@ -14,7 +14,7 @@ from hyperattention import rivals, select
 from hyperattention.bench.rivals import rivals as list_rivals
 from hyperattention.problem import Problem
 from hyperattention.rivals.collision_draw import twice
-from hyperattention.select.locate.universal_set import leverage
+from hyperattention.sensitivity.leverage import leverage
 from problems import problem, tensors
 from run_case import both_masks, run
 
@@ -147,11 +147,11 @@ def test_columns_and_diagonals_that_are_there_are_found():
 
 def test_leverage_is_that_of_the_centred_keys():
     k = tensors(50, head_dim=6, dtype=torch.float64)[1][0]
-    ours = leverage(k, torch.tensor([[50], [30]]), 0.0)
+    ours = leverage(k, torch.tensor([[50], [30]]), 0.0, centred=True)
     for row, total in enumerate((50, 30)):
         x = k[row, :total] - k[row, :total].mean(0)
         assert_exact(ours[row, :total], (x @ torch.linalg.inv(x.T @ x) * x).sum(1), size=1e3)  # the least ridge is 1e-12
-    assert (leverage(k, torch.tensor([[50], [30]]), 1e6) < 1e-5).all()
+    assert (leverage(k, torch.tensor([[50], [30]]), 1e6, centred=True) < 1e-5).all()
 
 
 def test_a_key_that_stands_out_is_in_the_set_of_every_tile():

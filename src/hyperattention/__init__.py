@@ -17,6 +17,7 @@ from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.by_layer import ByLayer
 from hyperattention.methods.default import default_method, lean_method, thorough_method
 from hyperattention.methods.exact import Exact
+from hyperattention.methods.lev_attention import LevAttention
 from hyperattention.methods.method import Method
 from hyperattention.methods.presets import HyperAttention
 from hyperattention.result import AttentionResult, SequencesResult
@@ -49,6 +50,7 @@ __all__ = [
     "HyperAttention",
     "KeyScan",
     "Ladder",
+    "LevAttention",
     "LookAhead",
     "Method",
     "Partial",

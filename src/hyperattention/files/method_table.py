@@ -5,6 +5,7 @@ from hyperattention.files.part_table import PartTable
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
 from hyperattention.methods.exact import Exact
+from hyperattention.methods.lev_attention import LevAttention
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.methods.presets import HyperAttention
@@ -26,6 +27,7 @@ from hyperattention.select.score.blocks import KeyBounds, KeySketch, MeanKey
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
+from hyperattention.select.score.leverage_score import LeverageScore
 from hyperattention.select.score.mix import Mix
 from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
@@ -47,7 +49,9 @@ _TYPES = (
     KeyBounds,
     KeyScan,
     KeySketch,
+    LevAttention,
     Level,
+    LeverageScore,
     MeanKey,
     Method,
     Mix,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hyperattention.cache.policy import CompressionRequest, Policy
 from hyperattention.cache.slots import CacheSlots
 from hyperattention.policies.choose import keep_best
-from hyperattention.select.locate.universal_set import leverage
+from hyperattention.sensitivity.leverage import leverage
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Leverage(Policy):
 
     Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: centred keys and a ridge;
     a new choice among the remaining keys at every compression; softmax in place of the paper's polynomial.
-    Cost: one and a half times head_dim products per candidate.
+    Cost: twice head_dim products per candidate.
     Guarantee: none for softmax, for which this is a heuristic; dropped keys are lost.
 
     Args:
@@ -43,6 +43,6 @@ class Leverage(Policy):
         # an empty slot must not enter the covariance: live slots come first
         order = old.live.byte().argsort(dim=-1, descending=True, stable=True)
         keys = old.k.gather(2, order[..., None].expand(-1, -1, -1, old.k.shape[3]))
-        score = leverage(keys.flatten(0, 1), old.live.flatten(0, 1).sum(-1, keepdim=True), self.ridge)
+        score = leverage(keys.flatten(0, 1), old.live.flatten(0, 1).sum(-1, keepdim=True), self.ridge, centred=True)
         score = score.view(order.shape)
         return keep_best(score.new_zeros(order.shape).scatter(2, order, score), full)

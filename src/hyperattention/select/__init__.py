@@ -13,6 +13,7 @@ from hyperattention.select.score.blocks import BlockRank, KeyBounds, KeySketch, 
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
+from hyperattention.select.score.leverage_score import LeverageScore
 from hyperattention.select.score.mix import Mix
 from hyperattention.select.score.pooling import Coarse
 from hyperattention.select.score.representatives import Representatives
@@ -33,6 +34,7 @@ __all__ = [
     "KeyScan",
     "KeySketch",
     "Level",
+    "LeverageScore",
     "LookAhead",
     "MeanKey",
     "Mix",

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
 from hyperattention.select.score.keys_left import key_runs
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
+from hyperattention.sensitivity.leverage import leverage
 from hyperattention.tiling import Tiles
 from hyperattention.types import Runs
 
@@ -21,7 +21,7 @@ class UniversalSet(Stage):
     Source: Kannan et al., 2024 (arXiv:2410.05462), LevAttention, for weights |q . k|^2.   Differs: centred keys and a ridge;
     softmax in place of the paper's polynomial, for which the scores are a heuristic; causal queries see the visible keys of
     the set; leading keys that sinks took are not taken again.
-    Cost: `num` slots per query, head_dim products per key.   Guarantee: exact on the pairs taken; for softmax these keys
+    Cost: `num` slots per query, 2 head_dim products per key.   Guarantee: exact on the pairs taken; for softmax these keys
     need not have large weights, so a Draw should follow.
 
     Args:
@@ -50,8 +50,8 @@ class UniversalSet(Stage):
         return self.num
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count a covariance and a triangular solve: one and a half times `head_dim` products of a key."""
-        return 1.5 * head_dim
+        """Count a covariance and a factor: twice `head_dim` products of a key."""
+        return 2.0 * head_dim
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Score all keys, and take the best for every tile."""
@@ -60,7 +60,7 @@ class UniversalSet(Stage):
             return (), covered
         total = tiles.by_list(tiles.total)  # [lists, 1]
         key = torch.arange(problem.num_keys, dtype=torch.int64, device=problem.device)
-        score = leverage(problem.k.flatten(0, 1), total, self.ridge)
+        score = leverage(problem.k.flatten(0, 1), total, self.ridge, centred=True)
         score = score.masked_fill(key < covered.prefix, -torch.inf)
         best, index = score.topk(min(self.num, problem.num_keys), dim=-1)
         index = index.masked_fill(best == -torch.inf, problem.num_keys).sort(-1)[0]
@@ -68,28 +68,3 @@ class UniversalSet(Stage):
         index = index[:, None].expand(-1, len(tiles.index), -1).contiguous()
         runs = key_runs(tiles, covered, index, torch.zeros(index.shape, dtype=torch.float32, device=index.device))
         return (runs,), covered.with_blocks(index, 1)
-
-
-def leverage(k: Tensor, total: Tensor, ridge: float) -> Tensor:
-    """Return the leverage score of each key: its squared norm in the inverse covariance of all keys.
-
-    Args:
-        k: keys, ``[lists, keys, head_dim]``, live keys first.
-        total: number of live keys, ``[lists, 1]``.
-        ridge: relative ridge.
-
-    Returns:
-        ``[lists, keys]``; 0 for scores that are not finite.
-    """
-    k = k.to(torch.promote_types(k.dtype, torch.float32))
-    dead = (torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= total)[..., None]
-    mean = k.masked_fill(dead, 0.0).sum(1, keepdim=True) / total.clamp(min=1)[..., None]
-    x = (k - mean).masked_fill(dead, 0.0)
-    gram = (x.transpose(1, 2) @ x).double()
-    size = gram.diagonal(dim1=1, dim2=2)
-    # a small share of the trace keeps the factor finite if there are fewer keys than channels, or all keys are equal
-    least = ridge * size.mean(-1, keepdim=True) + 1e-12 * size.amax(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    # a factorisation with error checks would make the host wait, and raise for keys that are not finite
-    factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(least.expand_as(size)))[0]
-    solved = torch.linalg.solve_triangular(factor.to(x.dtype), x.transpose(1, 2), upper=False)
-    return torch.nan_to_num(solved.square().sum(1), nan=0.0, posinf=0.0)
