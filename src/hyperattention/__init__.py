@@ -19,6 +19,7 @@ from hyperattention.methods.default import default_method, lean_method, thorough
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
 from hyperattention.methods.presets import HyperAttention
+from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.result import AttentionResult, SequencesResult
 from hyperattention.select.density import Density, Uniform
 from hyperattention.select.draw import Draw
@@ -54,6 +55,7 @@ __all__ = [
     "Partial",
     "Plan",
     "Policy",
+    "Scatterbrain",
     "SequencesResult",
     "Sinks",
     "Stage",
