@@ -21,14 +21,19 @@ class PositiveRandom:
     phi_r(x) = m^-1/2 u_r exp(+-w_r . x s^1/2 - ||x||^2 s / 2),   E[phi(q) . phi(k)] = exp(s q . k),   s the scale
     w_r ~ N(0, spread I),   u_r^2 = spread^(head_dim / 2) exp(-||w_r||^2 (1 - 1 / spread) / 2),   which is 1 if spread = 1
 
-    Each drawn w serves two features, of +w and of -w. Relative variance of one such estimate without the pairs, with
-    z = s ||q + k||^2:   spread^d (2 spread - 1)^(-d / 2) exp(z / (2 spread - 1)) - 1.   It grows exponentially with the norms
-    of queries and keys: a `spread` above 1 divides the exponent, and costs a factor that grows with head_dim.
+    Each drawn w serves two features, of +w and of -w. The relative variance of the estimate by one w alone, with
+    z = s ||q + k||^2 and d = head_dim, is
 
-    Source: Choromanski et al., 2021 (arXiv:2009.14794), Performers, FAVOR+: positive features, pairs of +w and -w, orthogonal
-    blocks. `spread`: Likhosherstov et al., 2022 (arXiv:2205.15317), Chefs' random tables, their parameter A = (1 - spread) / 4,
-    written as importance sampling.   Differs: the largest exponent of every row and of every key is a log scale of its own,
-    where FAVOR+ takes one maximum of all keys, so no feature depends on another token; frequencies are drawn by the hash.
+        spread^d (2 spread - 1)^(-d / 2) exp(z / (2 spread - 1)) - 1
+
+    It grows exponentially with the norms of queries and keys. A `spread` above 1 divides the exponent, and costs a factor
+    that grows with d.
+
+    Source: Choromanski et al., 2021 (arXiv:2009.14794), Performers, FAVOR+: positive features, pairs of +w and -w,
+    orthogonal blocks. `spread`: Likhosherstov et al., 2022 (arXiv:2205.15317), Chefs' random tables, their parameter
+    A = (1 - spread) / 4, written as importance sampling.   Differs: the largest exponent of every row and of every key is a
+    log scale of its own, where FAVOR+ takes one maximum of all keys, so no feature depends on another token; frequencies are
+    drawn by the hash.
     Cost: num / 2 products of a token; one orthogonal factorisation per kv head and head_dim frequencies.
     Guarantee: unbiased for every pair; orthogonal blocks have a smaller variance than independent frequencies.
 
@@ -89,7 +94,7 @@ class PositiveRandom:
         """Compute the features of queries, or of keys, with a log scale of each token.
 
         Args:
-            x: queries or keys; `heads` must be a multiple of `kv_heads`, as query head h shares frequencies with its kv head.
+            x: queries or keys; `heads` must be a multiple of `kv_heads`: query heads share the frequencies of their kv head.
             frequency: from `frequencies`.
             scale: factor of the scores, not negative.
 

@@ -36,8 +36,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, key_log_scale: Tensor, li
         lists: the selection.
 
     Returns:
-        out ``[lists, tiles, rows, value_dim]`` and lse ``[lists, tiles, rows]``, float32 or float64; 0 and -inf if a row has no
-        weight.
+        out ``[lists, tiles, rows, value_dim]`` and lse ``[lists, tiles, rows]``, float32 or float64; 0 and -inf if a row has
+        no weight.
     """
     num_lists, num_tiles, rows, width = query.shape
     dtype, slots, value_dim = accumulation_dtype(query, key, value), lists.num_slots, value.shape[-1]

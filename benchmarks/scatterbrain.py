@@ -1,0 +1,259 @@
+"""Scatterbrain: error against the temperature of softmax at equal cost, what helps, and a model at 32,768 tokens.
+
+    python benchmarks/scatterbrain.py                       # twenty-five minutes on one thread; resumes where it stopped
+    python benchmarks/scatterbrain.py --parts temperature helps norms     # without the model at 32,768 tokens: six minutes
+    python benchmarks/scatterbrain.py --quick --out /tmp/s.jsonl          # one minute, to see that the script runs
+    python benchmarks/scatterbrain.py --write               # tables and picture from the records; measures nothing
+
+*temperature*: scores are multiplied by a factor, so that softmax is flat at small factors and sharp at large ones. Methods
+cost as many pairs: sparse lists alone, random features alone, and both. *helps*: what makes the random features less noisy.
+*norms*: the exponent z = scale ||q + k||^2 of their relative variance, with keys or both sides centred. *model*: loss,
+retrieval, error and time of the reference model with all layers replaced, by `long_context.measure`. Inputs are structured
+ones, and the reference model's own queries, keys and values on a held-out document. Every line is written at once.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from long_context import METHODS, measure
+from scatterbrain_table import PICTURE, RECORDS, draw, read, write
+from torch import Tensor
+
+from hyperattention import AttentionMethod, Method, Scatterbrain, Sinks, TopBlocks, Window, default_method
+from hyperattention.attention import attention
+from hyperattention.bench.rows import rows
+from hyperattention.exact import exact_attention, visible_keys
+from hyperattention.files.records import environment, plain
+from hyperattention.problem import Problem
+from hyperattention.reference.model import load_reference
+from hyperattention.reference.passes import capture
+from hyperattention.reference.samples import samples_of_documents
+from hyperattention.reference.text import held_out_documents
+from hyperattention.synthetic import structured
+
+NEAR = Sinks(16), Window(128)
+# 512 pairs a query each: a feature counts as a pair, and a listed key that is subtracted counts again by its features
+COMPARED: dict[str, AttentionMethod] = {
+    "sparse": Method(*NEAR, TopBlocks(19, 16)),
+    "low rank": Scatterbrain(num_features=512),
+    "window and low rank": Scatterbrain(*NEAR, num_features=304),
+    "blocks and low rank": Scatterbrain(*NEAR, TopBlocks(4, 16), num_features=138),
+}
+HELPS: dict[str, AttentionMethod] = {
+    "window alone": Method(*NEAR),
+    **{
+        f"{num} features, spread {spread:g}, {'keys centred' if centred else 'as they are'}": Scatterbrain(
+            *NEAR, num_features=num, spread=spread, centred=centred
+        )
+        for num, spread, centred in (
+            (64, 1.0, True), (256, 1.0, True), (768, 1.0, True), (256, 1.0, False), (256, 1.5, True), (256, 2.0, True),
+            (256, 3.0, True),
+        )
+    },
+}  # fmt: skip
+FACTORS = tuple(2.0**power for power in range(-6, 2))
+# as many pairs as the default, and the supports alone
+MODEL: dict[str, AttentionMethod] = {
+    "exact": METHODS["exact"],
+    "scatterbrain": METHODS["scatterbrain"],
+    "its support alone": Method(Sinks(16), Window(192), TopBlocks(20, 16)),
+    "default": default_method(10**9),
+    "window and low rank": Scatterbrain(Sinks(16), Window(640), num_features=256),
+    "control": METHODS["control"],
+    "sinks_window": METHODS["sinks_window"],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    length: int = 4096
+    seeds: int = 3
+    factors: tuple[float, ...] = FACTORS
+    helped: tuple[float, ...] = (1 / 16, 1 / 4, 1.0)
+    rows: int = 128
+    model_length: int = 32_768
+    audit_rows: int = 16
+
+
+QUICK = Plan(2048, 1, (1 / 16, 1.0), (1 / 4,), 32, 2048, 8)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one attention call, and what they come from."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    layer: int = 0
+
+    def exact(self, factor: float, rows: int) -> tuple[Tensor, Tensor, float]:
+        """Return some rows of the second half, their exact output, and their mean entropy in nats."""
+        n = self.q.shape[2]
+        index = torch.linspace(n // 2, n - 1, rows).long()
+        visible = visible_keys(n, n, True, "upper_left", "cpu")
+        assert visible is not None  # the call is causal
+        scale = self.scale * factor
+        part = exact_attention(self.q, self.k, self.v, scale=scale, visible=visible, row_index=index)
+        # entropy = lse - the mean score, and the mean of keys gives the mean score
+        mean = exact_attention(self.q, self.k, self.k, scale=scale, visible=visible, row_index=index).out
+        entropy = part.lse - scale * (self.q[:, :, index] * mean).sum(-1)
+        return index, part.out, float(entropy.mean())
+
+    def error(self, method: AttentionMethod, factor: float, exact: tuple[Tensor, Tensor, float], seed: int) -> float:
+        options = {"scale": self.scale * factor, "seed": seed, "layer": self.layer}
+        out = attention(self.q, self.k, self.v, is_causal=True, enable_gqa=True, method=method, **options)[:, :, exact[0]]
+        norm = torch.linalg.vector_norm
+        return float((norm(out - exact[1], dim=-1) / norm(exact[1], dim=-1)).mean())
+
+    def clamped(self, method: Scatterbrain, factor: float, seed: int) -> float:
+        """Return the share of rows whose low-rank part was lost to rounding."""
+        asked = Problem(self.q, self.k, self.v, self.scale * factor, causal=True, seed=seed, layer=self.layer)
+        return float(method.attend_counted(asked)[1].sum()) / self.q[..., 0].numel()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    plan: Plan
+
+    @cached_property
+    def model(self) -> tuple[Call, ...]:
+        sample = samples_of_documents(held_out_documents(self.plan.length, 1))[0]
+        calls = capture(load_reference(), sample, next(row for row in rows() if row.name == "exact"))
+        return tuple(Call(call.q, call.k, call.v, call.scale or call.q.shape[-1] ** -0.5, call.layer) for call in calls)
+
+    @cached_property
+    def structured(self) -> tuple[Call, ...]:
+        made = structured(self.plan.length, heads=8, kv_heads=2, seed=0)
+        return (Call(made.q, made.k, made.v, made.q.shape[-1] ** -0.5),)
+
+    def named(self) -> dict[str, tuple[Call, ...]]:
+        return {"structured": self.structured, "reference model": self.model}
+
+
+def compare(
+    inputs: str, calls: tuple[Call, ...], methods: Mapping[str, AttentionMethod], factors: tuple[float, ...], plan: Plan
+) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """Yield each measurement: what tells it from others, and how it is made."""
+    for factor in factors:
+        # computed when the first method of this factor is measured
+        known: list[list[tuple[Tensor, Tensor, float]]] = []
+        for name, method in methods.items():
+            for seed in range(plan.seeds if isinstance(method, Scatterbrain) else 1):
+                key = {"inputs": inputs, "length": plan.length, "factor": factor, "name": name, "method": repr(method),
+                       "seed": seed}  # fmt: skip
+                yield (
+                    key,
+                    lambda method=method, seed=seed, factor=factor, known=known: errors_of(
+                        calls, method, factor, seed, plan, known
+                    ),
+                )
+
+
+def errors_of(
+    calls: tuple[Call, ...],
+    method: AttentionMethod,
+    factor: float,
+    seed: int,
+    plan: Plan,
+    known: list[list[tuple[Tensor, Tensor, float]]],
+) -> dict:
+    if not known:
+        known.append([call.exact(factor, plan.rows) for call in calls])
+    cost = method.cost(plan.length)
+    assert cost.share_of_exact < 1, f"{method!r} lists {cost.pairs} pairs, exact attention {cost.exact_pairs}"
+    errors = [call.error(method, factor, exact, seed) for call, exact in zip(calls, known[0], strict=True)]
+    found = {
+        "error": sum(errors) / len(errors), "errors": errors, "entropy": sum(x[2] for x in known[0]) / len(errors),
+        "pairs": cost.pairs, "share_of_exact": cost.share_of_exact,
+    }  # fmt: skip
+    subtracts = isinstance(method, Scatterbrain) and not all(stage.by_place for stage in method.stages)
+    if subtracts:
+        found["clamped"] = sum(call.clamped(method, factor, seed) for call in calls) / len(calls)
+    return found
+
+
+def norms(inputs: str, calls: tuple[Call, ...], plan: Plan) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    for call in calls:
+        key = {"inputs": inputs, "length": plan.length, "layer": call.layer}
+        yield key, lambda call=call: exponents(call)
+
+
+def exponents(call: Call) -> dict:
+    """Return medians of scale ||q + k||^2 over pairs of tokens, and of the norms."""
+    q, k = call.q.unflatten(1, (call.k.shape[1], -1)), call.k[:, :, None]
+    leading = k[:, :, :, : 16 + 128].mean(3, keepdim=True)
+    sides = {
+        "as they are": (q, k),
+        "keys centred by leading keys": (q, k - leading),
+        "both centred by all": (q - q.mean(3, keepdim=True), k - k.mean(3, keepdim=True)),
+    }
+    every = slice(None, None, max(1, q.shape[3] // 128))
+    found = {
+        name: float((call.scale * (x[:, :, :, every, None] + y[:, :, :, None, every]).square().sum(-1)).median())
+        for name, (x, y) in sides.items()
+    }
+    return {"exponent": found, "norms": [float(torch.linalg.vector_norm(x, dim=-1).median()) for x in (q, k, call.v)]}
+
+
+def of_model(plan: Plan) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    loaded = load_reference()
+    sample = samples_of_documents(held_out_documents(plan.model_length, 10**6))[0]
+    for name, method in MODEL.items():
+        key = {"inputs": "reference model", "length": plan.model_length, "document": 0, "name": name,
+               "method": repr(method), "seed": 0}  # fmt: skip
+        yield key, lambda method=method: dict(measure(loaded, sample, method, 0, plan.audit_rows))
+
+
+def parts(plan: Plan) -> dict[str, Callable[[], Iterator[tuple[dict, Callable[[], dict]]]]]:
+    inputs = Inputs(plan)
+
+    def on_both(of: Callable[[str, tuple[Call, ...]], Iterator]) -> Iterator:
+        for name, calls in inputs.named().items():
+            yield from of(name, calls)
+
+    return {
+        "temperature": lambda: on_both(lambda name, calls: compare(name, calls, COMPARED, plan.factors, plan)),
+        "helps": lambda: compare("reference model", inputs.model, HELPS, plan.helped, plan),
+        "norms": lambda: on_both(lambda name, calls: norms(name, calls, plan)),
+        "model": lambda: of_model(plan),
+    }
+
+
+def run(plan: Plan, chosen: list[str], out: Path) -> None:
+    done = {json.dumps([line["part"], line["key"]]) for line in read(out)}
+    for part in chosen:
+        for key, made in parts(plan)[part]():
+            if json.dumps([part, key]) in done:
+                continue
+            found = made()
+            line = {"kind": "scatterbrain", "part": part, "key": key, "found": plain(found)} | environment()
+            with out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            shown = {name: value for name, value in found.items() if name in ("error", "nats_per_byte", "retrieval")}
+            print(part, *key.values(), shown, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=[*parts(QUICK)], choices=[*parts(QUICK)])
+    parser.add_argument("--quick", action="store_true", help="short inputs, one seed: says nothing")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/relatives.md, and the picture")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options = parser.parse_args()
+    if options.write:
+        write(read(options.out))
+        draw(read(options.out), options.picture)
+        return
+    run(QUICK if options.quick else Plan(), options.parts, options.out)
+
+
+if __name__ == "__main__":
+    main()
