@@ -1,7 +1,6 @@
 """The tables and the picture of scatterbrain.py, from its records alone."""
 
 import json
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 

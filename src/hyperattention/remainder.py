@@ -30,13 +30,14 @@ def remainder(whole: Partial, part: Partial) -> Remainder:
 
     lse = log(exp(lse_whole) - exp(lse_part)),   out = (out_whole - r out_part) / (1 - r),   r = exp(lse_part - lse_whole)
 
-    The true difference is never negative, as weights are not. Its rounding error is about that of the two logs, and a row is
-    clamped to nothing if the logs differ by less than `STEPS` rounding steps of the larger one, or the difference is negative:
+    The true difference is never negative, as weights are not. Its rounding error is about that of the two logs. A row is
+    clamped to nothing if the logs differ by less than `STEPS` rounding steps of the larger one:
 
         lse_whole - lse_part < STEPS eps max(1, |lse_whole|)
 
-    In a row that is kept the relative error of the rest is thus at most about 1 / STEPS. Without rounding no row would be
-    clamped except where nothing is left, so the clamp changes no expectation beyond rounding. A clamped row has no gradient.
+    In a row that is kept, rounding of the logs changes the rest by at most about 1 / STEPS of it. A clamp loses a rest below
+    STEPS eps |lse_whole| of the whole: an estimator that is unbiased before is so afterwards only up to this. A clamped row
+    has no gradient.
 
     Args:
         whole: attention over all keys, in the accumulation dtype, so that rounding is that of `lse`.

@@ -27,10 +27,10 @@ class Scatterbrain(AttentionMethod):
 
     out_i = (sum_{j in S_i} exp(s_ij) v_j + sum_{j not in S_i} phi_i . phi_j v_j) / (the same sums without v_j)
 
-    which is the paper's phi(Q) phi(K)' V + sum_S (exp - phi . phi) V over the same with ones. Keys that leading stages take by
-    position (Sinks, Window) are left out of the low-rank part by ranges, so nothing is subtracted for them. What the low-rank
-    part says about the keys of all other stages is computed again, and subtracted: see `remainder` for the rule by which a
-    row's rest counts as 0 if rounding leaves nothing of it. `attend_counted` counts these rows.
+    which is the paper's phi(Q) phi(K)' V + sum_S (exp - phi . phi) V over the same with ones. Keys that leading stages take
+    by position (Sinks, Window) are left out of the low-rank part by ranges, so nothing is subtracted for them. What the
+    low-rank part says about the keys of all other stages is computed again, and subtracted: see `remainder` for the rule by
+    which a row's rest counts as 0 if rounding leaves nothing of it. `attend_counted` counts these rows.
 
     Source: Chen et al., 2021 (arXiv:2110.15343), Scatterbrain; features: Choromanski et al., 2021 (arXiv:2009.14794).
     Differs: any stages as support, where the paper hashes (SMYRF) and its code has a sliding window as well; nothing is
