@@ -101,8 +101,9 @@ class PositiveRandom:
         Returns:
             features between 0 and 1 whose largest is 1, and the log of what multiplies them, float32 (float64 for float64).
         """
-        (kv_heads, pairs, head_dim), tokens = frequency.shape, x.shape[2]
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (kv_heads, -1)).flatten(2, 3) * math.sqrt(scale)
+        (kv_heads, pairs, head_dim), each = frequency.shape, (x.shape[1] // max(1, frequency.shape[0]), x.shape[2])
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (kv_heads, each[0])).flatten(2, 3)
+        x = x * math.sqrt(scale)
         projected = x @ frequency.to(x.dtype).transpose(1, 2)  # [batch, kv_heads, group * tokens, pairs]
         # half of the log of u^2 / m: a query and a key bring one half each
         log_weight = frequency.square().sum(-1) * (-(1 - 1 / self.spread) / 4)
@@ -111,6 +112,5 @@ class PositiveRandom:
         # features and log scale change by the same factor: the choice of it has no gradient
         top = exponent.detach().amax(-1, keepdim=True)
         log_scale = top[..., 0] - x.square().sum(-1) / 2
-        shape = (kv_heads, x.shape[2] // max(1, tokens), tokens)
-        features, log_scale = (y.unflatten(2, shape[1:]).flatten(1, 2) for y in ((exponent - top).exp(), log_scale))
+        features, log_scale = (y.unflatten(2, each).flatten(1, 2) for y in ((exponent - top).exp(), log_scale))
         return features, log_scale
