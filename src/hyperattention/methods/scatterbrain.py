@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.experimental.feature_attention import feature_attention
 from hyperattention.features.positive_random import PositiveRandom
+from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.kernels.listed_features.operator import listed_features
 from hyperattention.merge import merge
 from hyperattention.methods.base import AttentionMethod, Cost, exact_pairs
