@@ -6,7 +6,7 @@
     python benchmarks/scatterbrain.py --write               # tables and picture from the records; measures nothing
 
 *temperature*: scores are multiplied by a factor, so that softmax is flat at small factors and sharp at large ones. Methods
-cost as many pairs: sparse lists alone, random features alone, and both. *helps*: what makes the random features less noisy.
+cost as many pairs: sparse lists alone, random features alone, both, and uniform draws in place of features. *helps*: what makes the random features less noisy.
 *norms*: the exponent z = scale ||q + k||^2 of their relative variance, with keys or both sides centred. *model*: loss,
 retrieval, error and time of the reference model with all layers replaced, by `long_context.measure`. Inputs are structured
 ones, and the reference model's own queries, keys and values on a held-out document. Every line is written at once.
@@ -14,6 +14,7 @@ ones, and the reference model's own queries, keys and values on a held-out docum
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from long_context import METHODS, measure
 from scatterbrain_table import PICTURE, RECORDS, draw, read, write
 from torch import Tensor
 
-from hyperattention import AttentionMethod, Method, Scatterbrain, Sinks, TopBlocks, Window, default_method
+from hyperattention import AttentionMethod, Draw, Method, Scatterbrain, Sinks, TopBlocks, Window, default_method
 from hyperattention.attention import attention
 from hyperattention.bench.rows import rows
 from hyperattention.exact import exact_attention, visible_keys
@@ -43,6 +44,7 @@ COMPARED: dict[str, AttentionMethod] = {
     "low rank": Scatterbrain(num_features=512),
     "window and low rank": Scatterbrain(*NEAR, num_features=304),
     "blocks and low rank": Scatterbrain(*NEAR, TopBlocks(4, 16), num_features=138),
+    "window and uniform draws": Method(*NEAR, Draw(304)),
 }
 HELPS: dict[str, AttentionMethod] = {
     "window alone": Method(*NEAR),
@@ -145,7 +147,7 @@ def compare(
         # computed when the first method of this factor is measured
         known: list[list[tuple[Tensor, Tensor, float]]] = []
         for name, method in methods.items():
-            for seed in range(plan.seeds if isinstance(method, Scatterbrain) else 1):
+            for seed in range(plan.seeds if method.complete else 1):
                 key = {"inputs": inputs, "length": plan.length, "factor": factor, "name": name, "method": repr(method),
                        "seed": seed}  # fmt: skip
                 yield (
@@ -208,7 +210,14 @@ def of_model(plan: Plan) -> Iterator[tuple[dict, Callable[[], dict]]]:
     for name, method in MODEL.items():
         key = {"inputs": "reference model", "length": plan.model_length, "document": 0, "name": name,
                "method": repr(method), "seed": 0}  # fmt: skip
-        yield key, lambda method=method: dict(measure(loaded, sample, method, 0, plan.audit_rows))
+        yield key, lambda method=method: timed(lambda: dict(measure(loaded, sample, method, 0, plan.audit_rows)))
+
+
+def timed(run: Callable[[], dict]) -> dict:
+    """Add the processor time of the pass, audit and all layers: others may use the machine meanwhile."""
+    began = time.process_time()
+    found = run()
+    return found | {"processor_seconds": time.process_time() - began}
 
 
 def parts(plan: Plan) -> dict[str, Callable[[], Iterator[tuple[dict, Callable[[], dict]]]]]:
