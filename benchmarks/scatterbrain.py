@@ -6,10 +6,11 @@
     python benchmarks/scatterbrain.py --write               # tables and picture from the records; measures nothing
 
 *temperature*: scores are multiplied by a factor, so that softmax is flat at small factors and sharp at large ones. Methods
-cost as many pairs: sparse lists alone, random features alone, both, and uniform draws in place of features. *helps*: what makes the random features less noisy.
-*norms*: the exponent z = scale ||q + k||^2 of their relative variance, with keys or both sides centred. *model*: loss,
-retrieval, error and time of the reference model with all layers replaced, by `long_context.measure`. Inputs are structured
-ones, and the reference model's own queries, keys and values on a held-out document. Every line is written at once.
+cost as many pairs: sparse lists alone, random features alone, both, and uniform draws in place of features. *helps*: what
+makes the random features less noisy. *norms*: the exponent z = scale ||q + k||^2 of their relative variance, with keys or
+both sides centred. *model*: loss, retrieval, error and time of the reference model with all layers replaced, by
+`long_context.measure`. Inputs are structured ones, and the reference model's own queries, keys and values on a held-out
+document. Every line is written at once.
 """
 
 import argparse
@@ -175,8 +176,7 @@ def errors_of(
         "error": sum(errors) / len(errors), "errors": errors, "entropy": sum(x[2] for x in known[0]) / len(errors),
         "pairs": cost.pairs, "share_of_exact": cost.share_of_exact,
     }  # fmt: skip
-    subtracts = isinstance(method, Scatterbrain) and not all(stage.by_place for stage in method.stages)
-    if subtracts:
+    if isinstance(method, Scatterbrain) and not all(stage.by_place for stage in method.stages):
         found["clamped"] = sum(call.clamped(method, factor, seed) for call in calls) / len(calls)
     return found
 

@@ -12,7 +12,7 @@ from assertions import assert_exact, assert_same_bits, assert_same_math, assert_
 from front_door import with_audit, with_lse
 from hyperattention import rivals, select
 from hyperattention.features import PositiveRandom
-from hyperattention.methods import scatterbrain
+from hyperattention.methods import low_rank, scatterbrain
 from hyperattention.problem import Problem
 from hyperattention.remainder import Remainder
 from pair_weights import pair_weights, replicas
@@ -83,8 +83,8 @@ def test_keys_off_by_one_would_be_found(stages, monkeypatch):
     def shifted(*x, first_key: int, **options):
         return found(*x, first_key=max(0, first_key - 1), **options)
 
-    found = scatterbrain.feature_attention
-    monkeypatch.setattr(scatterbrain, "feature_attention", shifted)
+    found = low_rank.feature_attention
+    monkeypatch.setattr(low_rank, "feature_attention", shifted)
     with pytest.raises(AssertionError, match="standard errors from the truth"):
         assert_unbiased(sums(method_of(stages), mild(60))[..., 0], 1.0, largest_error=0.1, rounding=1e-10)
 

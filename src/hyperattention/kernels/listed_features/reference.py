@@ -106,5 +106,9 @@ def backward(
             ratio = (slope / product).masked_fill_(product == 0, 0.0)
             dquery[chunk.tiles] = torch.bmm(ratio, keys).to(dquery.dtype)
             dkey.index_add_(0, index, torch.bmm(ratio.transpose(1, 2), row).flatten(0, 1))
-    found = (dquery.view(query.shape), dkey.view(key.shape), dvalue.view(value.shape), dscale.view(key_log_scale.shape))
-    return tuple(x.to(y.dtype) for x, y in zip(found, (query, key, value, key_log_scale), strict=True))
+    return (
+        dquery.view(query.shape),
+        dkey.view(key.shape).to(key.dtype),
+        dvalue.view(value.shape).to(value.dtype),
+        dscale.view(key_log_scale.shape).to(key_log_scale.dtype),
+    )
