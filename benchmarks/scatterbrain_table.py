@@ -120,9 +120,10 @@ def model(records: list[dict], others: list[dict]) -> str:
     lines = []
     for name, method, each in found:
         seconds = f"{each['processor_seconds']:.0f} s" if "processor_seconds" in each else "in long_context.jsonl"
+        added = f"{each['nats_per_byte'] - exact['nats_per_byte']:+.4f}"
         lines.append([
-            f"{name}: `{method}`", f"{each['nats_per_byte'] - exact['nats_per_byte']:+.4f}", f"{100 * each['retrieval']:.1f} %",
-            f"{each['error']['mean']:.3f}", f"{each['pairs']:,.0f}", seconds,
+            f"{name}: `{method}`", added, f"{100 * each['retrieval']:.1f} %", f"{each['error']['mean']:.3f}",
+            f"{each['pairs']:,.0f}", seconds,
         ])  # fmt: skip
     lines.append(["exact", "0", f"{100 * exact['retrieval']:.1f} %", "0", f"{exact['pairs']:,.0f}", "in long_context.jsonl"])
     head = ["method", "added nats a byte", "answers right", "error", "pairs a query"]

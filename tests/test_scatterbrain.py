@@ -259,6 +259,15 @@ def test_narrow_inputs_are_mapped_in_float32(dtype):
     assert_exact(lse.to(dtype), wide.to(dtype))
 
 
+@pytest.mark.parametrize("name", ["none", "ranges", "blocks"])
+def test_some_queries_get_the_rows_they_have_among_all(name):
+    asked, method = mild(160), method_of(SUPPORTS[name])
+    few = asked.of_spans(16, 32, 64)
+    whole, ours = method.attend(asked), method.attend(few)
+    assert_exact(ours.out, whole.out[:, :, few.position])
+    assert_exact(ours.lse, whole.lse[:, :, few.position])
+
+
 # arguments
 
 
