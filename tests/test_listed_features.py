@@ -1,5 +1,7 @@
 """Attention over listed keys with products of features: equal to all pairs written out, and its gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 import dense
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
+from hyperattention.kernels.list.operator import fields
 from hyperattention.kernels.listed_features.operator import listed_features
 from hyperattention.problem import Problem
 from problems import problem
@@ -97,8 +100,7 @@ def test_rows_without_a_listed_key_are_empty():
     (*_, blocks) = selection.runs
     phi, psi, scale = features(asked)
     parts = (x.flatten(0, 1) for x in (psi, asked.v, scale))
-    out, lse = listed_features(tiles.arrange(phi), *parts, ha.methods.method.Selection((blocks,), selection.row_limit,
-                                                                                        selection.key_row))  # fmt: skip
+    out, lse = listed_features(tiles.arrange(phi), *parts, replace(selection, runs=(blocks,)))
     # the first tile sees only keys that sinks and window took
     assert_same_bits(lse[:, 0], torch.full_like(lse[:, 0], -torch.inf))
     assert_same_bits(out[:, 0], torch.zeros_like(out[:, 0]))
@@ -113,3 +115,19 @@ def test_second_derivatives_and_vmap_are_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), phi, create_graph=True)
     with pytest.raises(NotImplementedError, match="features of listed keys"):
         grad.sum().backward()
+
+
+def test_what_compilers_are_told_of_the_operators_is_true():
+    asked, method = problem(20, heads=2, kv_heads=1), METHODS["window and blocks"]
+    phi, psi, scale = (x.requires_grad_() for x in features(asked))
+    (tiles, selection), *_ = method.selections(asked)
+    args = (tiles.arrange(phi), *(x.flatten(0, 1) for x in (psi, asked.v, scale)))
+    out, lse = listed_features(*args, selection)
+    lists = fields(selection)
+    operators = torch.ops.hyperattention
+    torch.library.opcheck(operators.listed_features.default, (*(x.detach() for x in args), *lists))
+    backward = (torch.ones_like(out), torch.ones_like(lse), *args, out, lse, *lists)
+    with torch.no_grad():
+        torch.library.opcheck(
+            operators.listed_features_backward.default, backward, test_utils=("test_schema", "test_faketensor")
+        )
