@@ -152,6 +152,24 @@ def test_gradients_are_those_of_the_forward_pass(name, causal, monkeypatch):
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
+def test_rows_that_the_support_covers_by_place_need_no_features(monkeypatch):
+    def never(*_) -> None:
+        raise AssertionError("features of a call without a rest")
+
+    monkeypatch.setattr(PositiveRandom, "map", never)
+    method = method_of(NEAR)
+    for count, first in ((32, 0), (8, 24), (1, 19), (0, 0)):
+        q, k, v = tensors(count, first + count)
+        out, lse = with_lse(q, k, v, is_causal=True, causal_align="lower_right", method=method)
+        truth, plain = (f(q, k, v, causal=True, align="lower_right") for f in (dense.reference, dense.attention))
+        assert_same_math(out, truth[0], plain[0])
+        assert_same_math(lse, truth[1], plain[1])
+    for count, first in ((37, 0), (1, 40)):
+        q, k, v = tensors(count, first + count)
+        with pytest.raises(AssertionError, match="without a rest"):
+            with_lse(q, k, v, is_causal=True, causal_align="lower_right", method=method)
+
+
 # rounding
 
 

@@ -69,6 +69,9 @@ class Rest:
         two_sided = covered.gap is not None and not problem.causal
         # a row with a rest is in a tile that begins after prefix and window: it sees these keys, and one of the rest
         known = covered.prefix + max(1, covered.near) if problem.causal else problem.num_keys
+        # the last tile's first row comes at most so late: masked keys only move it forward
+        start = tiles.number(len(tiles.index) - 1) * tile
+        near = problem.causal and covered.gap is not None and start <= covered.prefix + covered.near
         return cls(
             covered.prefix,
             before,
@@ -76,7 +79,7 @@ class Rest:
             tiles.total,
             num_runs,
             known,
-            problem.num_keys <= covered.prefix,
+            near or problem.num_keys <= covered.prefix,
         )
 
     @property
