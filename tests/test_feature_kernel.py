@@ -12,8 +12,8 @@ from assertions import assert_exact, assert_same_bits, assert_same_math
 from dense import attention
 from front_door import with_lse
 from hyperattention.exact import exact_attention, visible_keys
+from hyperattention.kernels.feature import plan
 from hyperattention.kernels.feature import reference as feature_torch
-from hyperattention.kernels.feature import sums
 from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.merge import merge
 from hyperattention.types import Partial
@@ -194,8 +194,8 @@ def test_results_do_not_depend_on_how_rows_are_cut(kind, power, monkeypatch):
     tensors, limit = make(41, 37), some_limits(kind, 2, 41, 37)
     whole = both(attend, tensors, limit, 0, power)
     for block, chunk in ((1, 1), (4, 3), (64, 2)):
-        monkeypatch.setattr(sums, "BLOCK_KEYS", block)
-        monkeypatch.setattr(sums, "CHUNK_ROWS", chunk)
+        monkeypatch.setattr(plan, "BLOCK_KEYS", block)
+        monkeypatch.setattr(plan, "STEP_ROWS", chunk)
         assert_all_exact(both(attend, tensors, limit, 0, power), whole)
 
 
@@ -203,6 +203,15 @@ def test_one_row_of_limits_of_any_integers_serves_all_batch_entries():
     tensors, limit = make(41, 200), some_limits("upper_left", 2, 41, 200)
     repeated = limit.to(torch.int8).repeat(2, 1)
     assert_all_exact(both(attend, tensors, limit), both(attend, tensors, repeated))
+
+
+@pytest.mark.parametrize(("first_query", "first_key"), [(0, 0), (30, 0), (-9, 0), (3, 8)])
+def test_declared_causality_is_that_of_limits(first_query, first_key):
+    query, key, value, *_ = make(41, 50)
+    limit = torch.arange(41)[None] + 1 + first_query
+    declared = feature_attention(query, key, value, is_causal=True, first_query=first_query, first_key=first_key)
+    for x, y in zip(declared, feature_attention(query, key, value, row_limit=limit, first_key=first_key), strict=True):
+        assert_same_bits(x, y)
 
 
 def test_first_keys_are_left_out():
@@ -313,7 +322,7 @@ def test_what_no_row_sees_may_hold_anything_and_what_is_seen_shows():
         x[:, :, :2] = x[:, :, 300:] = torch.nan
     assert_all_exact(both(attend, tensors, limit, 2)[:3], clean[:3])
     tensors[1][:, :, 200] = torch.nan
-    before = 200 - sums.BLOCK_KEYS
+    before = 200 - plan.BLOCK_KEYS
     for ours, expected in zip(attend(*tensors, limit, 2), clean[:2], strict=True):
         assert ours[:, :, 200:].isnan().all()
         # it reaches back no farther than its block
@@ -327,6 +336,8 @@ def test_what_no_row_sees_may_hold_anything_and_what_is_seen_shows():
         ({}, {"first_key": -1}, "first_key=-1"),
         ({}, {"power": 3}, "power=3"),
         ({}, {"power": 0}, "power=0"),
+        ({}, {"is_causal": True, "row_limit": torch.ones(1, 4, dtype=torch.int64)}, r"row_limit of shape \(1, 4\)"),
+        ({}, {"first_query": 2}, "first_query=2"),
     ],
 )
 def test_bad_arguments_are_named(options, arguments, message):
@@ -360,8 +371,8 @@ def run_both_passes(n: int, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_and_products_grow_with_the_length(kind, monkeypatch):
-    monkeypatch.setattr(sums, "BLOCK_KEYS", 16)
-    monkeypatch.setattr(sums, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(plan, "BLOCK_KEYS", 16)
+    monkeypatch.setattr(plan, "STEP_ROWS", 32)
     products = []
     for length in (128, 512):
         with FlopCounterMode(display=False) as counter, LargestTensor() as seen:
@@ -385,9 +396,9 @@ def test_operators_are_registered_soundly():
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
         limit = some_limits("padding", 2, 20, 20)
         out, lse = attend(*tensors, limit, 0, 2)
-        backward = (out, lse, *tensors, out, lse, limit, 2)
+        backward = (out, lse, *tensors, out, lse, limit, None, 2)
         torch.library.opcheck(torch.ops.hyperattention.feature_attention_backward.default, backward)
-        forward = (*(x.requires_grad_() for x in tensors), limit, 2)
+        forward = (*(x.requires_grad_() for x in tensors), limit, None, 2)
         torch.library.opcheck(torch.ops.hyperattention.feature_attention.default, forward)
 
 
