@@ -254,6 +254,18 @@ def test_centring_cuts_the_error_of_keys_that_share_a_direction():
     assert errors[0] < errors[1] / 2
 
 
+def test_wider_frequencies_cut_the_error_where_norms_are_large_beside_the_width():
+    q, k, v = tensors(200, dtype=torch.float64)
+    truth, _ = dense.attention(q, k, v, causal=True)
+
+    def error(spread: float) -> Tensor:
+        method = method_of(NEAR, num_features=512, spread=spread)
+        outs = [ha.attention(q, k, v, is_causal=True, method=method, seed=seed) for seed in range(4)]
+        return (torch.stack(outs) - truth).norm(dim=-1).mean()
+
+    assert error(2.5) < error(1.0) / 1.3
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
 def test_any_scale_is_estimated(scale):
     asked = replace(mild(40), scale=scale)
