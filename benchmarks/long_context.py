@@ -30,6 +30,7 @@ from hyperattention.files.records import environment, plain
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
+from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.reference.evaluate import NUM_DEPTHS
 from hyperattention.reference.model import LoadedModel, load_reference
 from hyperattention.reference.passes import Pass, run_pass
@@ -38,6 +39,7 @@ from hyperattention.reference.text import held_out_documents
 from hyperattention.select.draw import Draw
 from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.sinks import Sinks
+from hyperattention.select.locate.top_blocks import TopBlocks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.key_scan import KeyScan
 
@@ -70,6 +72,8 @@ METHODS: dict[str, AttentionMethod] = {
     "scan_64_16": scan(688, 64, 16),
     "scan_16_8": scan(736, 16, 8),
     "scan_16_16": scan(736, 16, 16),
+    # as many pairs as the default: blocks listed count twice, because their features are subtracted
+    "scatterbrain": Scatterbrain(Sinks(16), Window(192), TopBlocks(20, 16), num_features=64),
 }
 
 

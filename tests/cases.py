@@ -50,6 +50,10 @@ def _drawn(density: Density) -> ha.Method:
     return ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16, by=density), tile=16)
 
 
+def _features(*stages: Stage) -> ha.Scatterbrain:
+    return ha.Scatterbrain(*NEAR, *stages, num_features=128, spread=2.5, tile=16)
+
+
 DESCENT = ha.HierarchicalSearch(
     (select.Level(32, 4, select.Representatives(1, 2)), select.Level(8, 4, select.Representatives(2, 1))), dim=4, pooled=8
 )
@@ -105,6 +109,9 @@ OURS = (
     _alike("alike queries, blocks of keys", *NEAR, stage=select.DrawAlike(24, 16, 2, 40), tile=16, exact_up_to=31),
     _alike("alike queries, odd parts", ha.Window(7), stage=select.DrawAlike(24, 5, 5, 50), tile=15, exact_up_to=30),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
+    Case("features beside a window", ha.Scatterbrain(*NEAR, num_features=128, spread=2.5, tile=16)),
+    Case("features beside blocks", _features(ha.TopBlocks(2, block_size=8)), exact_up_to=31),
+    Case("features beside buckets", _features(ha.HashBuckets(16))),
     Case("blocks in panels", _ranked(ha.TopBlocks(2, 8, select.KeySketch(4), coarse=select.Coarse(2, 16))), exact_up_to=31),
 )
 # keys chosen as others choose them; test_rivals.py looks at these more closely

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "src" / "hyperattention"
 # from the bottom: each may import itself and what stands before it; PUBLIC is the package's own __init__.py
 PUBLIC = "(public names)"
 LAYERS = [
-    *("types", "check", "extras", "random", "transforms", "problem", "tiling", "merge", "inputs", "exact"),
-    *("kernels", "coreset", "fused", "live_rows", "sensitivity", "select", "methods", "rivals", "error", "error.tolerance"),
-    *("cache", "policies", "files", "call", "compiled", "result", "attention", "layouts", "nn"),
+    *("types", "check", "extras", "random", "transforms", "problem", "tiling", "merge", "remainder", "features", "inputs"),
+    *("exact", "kernels", "coreset", "fused", "live_rows", "sensitivity", "select", "methods", "rivals", "error"),
+    *("error.tolerance", "cache", "policies", "files", "call", "compiled", "result", "attention", "layouts", "nn"),
     *("synthetic", "bench", "experimental", PUBLIC, "integrations", "reference"),
     *("calibration", "evaluation", "generation", "report", "cli", "__main__"),
 ]

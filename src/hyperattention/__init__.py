@@ -20,6 +20,7 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.lev_attention import LevAttention
 from hyperattention.methods.method import Method
 from hyperattention.methods.presets import HyperAttention
+from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.result import AttentionResult, SequencesResult
 from hyperattention.select.density import Density, Uniform
 from hyperattention.select.draw import Draw
@@ -56,6 +57,7 @@ __all__ = [
     "Partial",
     "Plan",
     "Policy",
+    "Scatterbrain",
     "SequencesResult",
     "Sinks",
     "Stage",

@@ -1,6 +1,6 @@
 """The public functions `attention` and `measured_attention`: torch's scaled_dot_product_attention (SDPA), and a method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -179,7 +179,7 @@ def measured_attention(
     ran = _attend(call, method, tolerance, _Wanted(lse=True, standard_error=standard_error, audit=audit is not None))
     assert ran.lse is not None  # asked for
     report = None if audit is None else _audit(call, ran, audit)
-    return AttentionResult(ran.out, ran.lse, ran.standard_error, report, ran.report)
+    return AttentionResult(ran.out, ran.lse, ran.standard_error, report, ran.report, ran.clamped)
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ class _Ran:
     standard_error: Tensor | None
     report: ToleranceReport | None
     method: AttentionMethod
+    clamped: Tensor | None = None
 
 
 def _attend(call: Call, method: AttentionMethod | Ladder | None, tolerance: float | None, wanted: _Wanted) -> _Ran:
@@ -224,7 +225,7 @@ def _attend(call: Call, method: AttentionMethod | Ladder | None, tolerance: floa
             named = method if isinstance(method, AttentionMethod) else _default(call)
             ran = _run(call, named, wanted)
     # exact attention returns rows as accumulated
-    return _Ran(ran.out.to(call.query.dtype), ran.lse, ran.standard_error, ran.report, ran.method)
+    return replace(ran, out=ran.out.to(call.query.dtype))
 
 
 def _default(call: Call) -> AttentionMethod:
@@ -243,8 +244,8 @@ def _run(call: Call, method: AttentionMethod, wanted: _Wanted) -> _Ran:
         return _Ran(partial.out, partial.lse, error, None, method)
     if not wanted.lse:
         return _Ran(method.output(problem), None, None, None, method)
-    partial = method.attend(problem)
-    return _Ran(partial.out, partial.lse, None, None, method)
+    partial, clamped = method.attend_counted(problem)
+    return _Ran(partial.out, partial.lse, None, None, method, clamped)
 
 
 def _attend_dense(
@@ -264,7 +265,7 @@ def _attend_dense(
 
 def _audit(call: Call, ran: _Ran, rows: int) -> ErrorReport:
     """Compare the returned output with exact rows."""
-    return judge(
+    report = judge(
         call.query,
         call.key,
         call.value,
@@ -278,3 +279,4 @@ def _audit(call: Call, ran: _Ran, rows: int) -> ErrorReport:
         seed=call.seed,
         method=ran.method,
     )
+    return replace(report, num_clamped=ran.clamped)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.error.report import ErrorReport
@@ -19,6 +19,8 @@ class AttentionResult:
         standard_error: standard error of every row's output, absolute; None if it was not asked for.
         audit: error measured on exact rows; None if it was not asked for.
         tolerance: the method that ran for each head, and the bounds of their errors; None if no tolerance was given.
+        clamped: rows of every head that lost a part to rounding, such as the low-rank part of `Scatterbrain`; None for a
+            method that loses none, and in a graph.
     """
 
     out: Float[Tensor, "batch heads queries value_dim"]
@@ -26,6 +28,7 @@ class AttentionResult:
     standard_error: Float[Tensor, "batch heads queries"] | None = None
     audit: ErrorReport | None = None
     tolerance: ToleranceReport | None = None
+    clamped: Int[Tensor, "batch heads"] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from hyperattention.bench.rows import Row
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
+from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.rivals.anti_diagonal import AntiDiagonal
 from hyperattention.rivals.budgeted_draw import BudgetedDraw
 from hyperattention.rivals.collision_draw import CollisionDraw
@@ -22,6 +23,8 @@ _TILE, _SINKS, _WINDOW = 64, 16, 256
 LEAST = 512
 # blocks of 16 keys gave smaller errors than blocks of 64 for every ranking, on structured inputs
 _BLOCK = 16
+# a feature costs as much as a slot; with 64 of them, and as wide heads, a listed key that is subtracted costs two
+_FEATURES = 64
 
 
 def rivals(slots: int) -> tuple[Row, ...]:
@@ -57,8 +60,16 @@ def rivals(slots: int) -> tuple[Row, ...]:
         _row("collisions", "draws by hash collisions (MagicPIG)", collisions),
         _row("budgeted", "top blocks + budgeted draws (vAttention)", TopBlocks(some, _BLOCK), budget),
         _row("priority", "priority draws by pooled queries (Zharkov et al.)", PriorityDraw(rest)),
+        Row("scatterbrain", "top blocks + random features (Scatterbrain)", _scatterbrain(rest)),
         Row("top_keys", "each query's own top keys (oracle)", TopKeys(slots)),
     )
+
+
+def _scatterbrain(rest: int) -> Scatterbrain:
+    """Use the slots for blocks and features; what makes no further block is added to the window."""
+    blocks, left = divmod(rest - _FEATURES, 2 * _BLOCK)
+    stages = Sinks(_SINKS), Window(_WINDOW + left), TopBlocks(blocks, _BLOCK)
+    return Scatterbrain(*stages, num_features=_FEATURES, tile=_TILE)
 
 
 def _row(name: str, label: str, *stages: Stage) -> Row:

@@ -26,6 +26,8 @@ class ErrorReport:
         share_of_pairs: pairs that the method lists relative to exact attention's; None if the method is unknown.
         num_rows: number of rows sampled per head.
         num_empty: number of sampled rows that see no key; they do not enter any other figure.
+        num_clamped: number of rows, sampled or not, that lost a part to rounding; None for a method that loses none, or if
+            only its output is known.
     """
 
     relative_error: Float[Tensor, "batch heads"]
@@ -37,6 +39,7 @@ class ErrorReport:
     share_of_pairs: float | None
     num_rows: int
     num_empty: Int[Tensor, " batch"]
+    num_clamped: Int[Tensor, "batch heads"] | None = None
 
     def __str__(self) -> str:
         """Print in one line the measured error, on average and for the worst head."""
@@ -54,4 +57,6 @@ class ErrorReport:
             batch, head = divmod(worst, self.relative_error.shape[1])
             mean, low, high = (float(each.flatten()[worst]) for each in (self.relative_error, *self.interval))
             text += f"; worst: head {head} of batch {batch}, {format_mean(mean, low, high, rows)}"
+        if self.num_clamped is not None:
+            text += f"; {int(self.num_clamped.sum())} rows lost a part to rounding"
         return text

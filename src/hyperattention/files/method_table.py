@@ -9,6 +9,7 @@ from hyperattention.methods.lev_attention import LevAttention
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.methods.presets import HyperAttention
+from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.rivals.anti_diagonal import AntiDiagonal
 from hyperattention.rivals.budgeted_draw import BudgetedDraw
 from hyperattention.rivals.collision_draw import CollisionDraw
@@ -57,6 +58,7 @@ _TYPES = (
     Mix,
     PriorityDraw,
     Representatives,
+    Scatterbrain,
     Sinks,
     TopBlocks,
     TopKeys,
@@ -66,7 +68,7 @@ _TYPES = (
     VerticalSlash,
     Window,
 )
-_SPREAD = {"Method": "stages", "Mix": "parts"}
+_SPREAD = {"Method": "stages", "Mix": "parts", "Scatterbrain": "stages"}
 METHODS = PartTable(_TYPES, _SPREAD)
 # a plan has a method for each head itself; one call may be by head as well
 METHODS_OF_CALLS = PartTable((*_TYPES, ByHead), _SPREAD)

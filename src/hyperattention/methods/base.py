@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.problem import Problem
@@ -63,6 +63,10 @@ class AttentionMethod(ABC):
             f"{self!r} does not give the standard error of its rows: use a Method whose last stage is a Draw, or "
             "audit=64, which compares any output with exact rows"
         )
+
+    def attend_counted(self, problem: Problem) -> tuple[Partial, Int[Tensor, "batch heads"] | None]:
+        """Compute attention, and count the rows of each head that lost a part to rounding; None if no row can."""
+        return self.attend(problem), None
 
     def output(self, problem: Problem) -> Tensor:
         """Compute the output alone, which is cheaper than output and lse for some methods."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.methods.base import AttentionMethod, Cost
@@ -73,6 +73,22 @@ class ByHead(AttentionMethod):
         """
         parts = [method.attend(part) for method, part in self._parts(problem)]
         return Partial(self._in_order([part.out for part in parts]), self._in_order([part.lse for part in parts]))
+
+    def attend_counted(self, problem: Problem) -> tuple[Partial, Int[Tensor, "batch heads"] | None]:
+        """Compute attention head by head, and count the rows of every head that lost a part to rounding.
+
+        Args:
+            problem: the problem.
+
+        Returns:
+            the rows of all heads, in order, and the counts; None if no method counts, 0 for heads whose method does not.
+        """
+        parts = [method.attend_counted(part) for method, part in self._parts(problem)]
+        out, lse = (self._in_order(list(x)) for x in zip(*((part.out, part.lse) for part, _ in parts), strict=True))
+        if all(count is None for _, count in parts):
+            return Partial(out, lse), None
+        counts = [part.lse.new_zeros(part.lse.shape[:2], dtype=torch.int64) if n is None else n for part, n in parts]
+        return Partial(out, lse), self._in_order(counts)
 
     def output(self, problem: Problem) -> Tensor:
         """Compute the output alone: heads with exact attention then run torch's own kernel.

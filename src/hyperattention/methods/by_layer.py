@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.methods.base import AttentionMethod, Cost
@@ -80,6 +80,10 @@ class ByLayer(AttentionMethod):
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
         """Compute attention and each row's standard error by the method of the problem's layer; errors are passed on."""
         return self.of(problem.layer).attend_with_error(problem)
+
+    def attend_counted(self, problem: Problem) -> tuple[Partial, Int[Tensor, "batch heads"] | None]:
+        """Compute attention by the method of the problem's layer, and count its rows that lost a part to rounding."""
+        return self.of(problem.layer).attend_counted(problem)
 
     def output(self, problem: Problem) -> Tensor:
         """Compute the output alone, by the method of the problem's layer."""

@@ -125,7 +125,7 @@ class Method(AttentionMethod):
         """Select keys, compute attention over each selection, merge."""
         with torch.no_grad():
             selected = self.selections(problem)
-        return _attend(problem, selected)
+        return attend_lists(problem, selected)
 
     def attend_with_error(self, problem: Problem) -> tuple[Partial, Float[Tensor, "batch heads queries"]]:
         """Compute attention as `attend` does, then read the drawn keys again for the standard error of every row.
@@ -148,7 +148,7 @@ class Method(AttentionMethod):
             return super().attend_with_error(problem)
         with torch.no_grad():
             selected = self.selections(problem)
-        partial = _attend(problem, selected)
+        partial = attend_lists(problem, selected)
         return partial, standard_error(problem, selected, partial)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
@@ -169,8 +169,16 @@ class Method(AttentionMethod):
         return Cost(float(pairs), selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)
 
 
-def _attend(problem: Problem, selected: tuple[tuple[Tiling, Selection], ...]) -> Partial:
-    """Compute attention over the lists of every tiling, and merge."""
+def attend_lists(problem: Problem, selected: tuple[tuple[Tiling, Selection], ...]) -> Partial:
+    """Compute attention over the lists of every tiling, and merge.
+
+    Args:
+        problem: the problem.
+        selected: every tiling, and its lists.
+
+    Returns:
+        attention over the listed keys.
+    """
     (k, v, table), partials = problem.storage(), []
     for tiling, selection in selected:
         if selection.runs or len(selected) == 1:

@@ -1,0 +1,5 @@
+"""Feature maps: functions of a query and of a key whose inner product is, or estimates, the weight of the pair."""
+
+from hyperattention.features.positive_random import PositiveRandom
+
+__all__ = ["PositiveRandom"]
