@@ -1,13 +1,13 @@
 """Measure the feature kernel in PyTorch on a CPU beside matrix products of the same size, causal, one thread.
 
-    python benchmarks/feature_kernel.py                                # about 4 minutes of one core
+    python benchmarks/feature_kernel.py                                # about 2 minutes of one core
     python benchmarks/feature_kernel.py --toy --out /tmp/toy.jsonl     # seconds
 
 Counted are the products of a call: what each key adds to the state, what each row reads from it, and the pairs of each block
-of 128 rows, products and weighted values (`products`). Two baselines do as many: the same products alone, of the same sizes,
-on operands that lie ready (`same products`); and products of square matrices of 1,024 (`square`). Calls run in turn, and
-ratios are medians of ratios within a round. Times are of the thread's processor, because others may share the machine.
-A backward pass has about three times as many products as a forward pass; its baselines are those of the forward pass.
+of 64 or 128 rows, products and weighted values. Two baselines do as many: the same products alone, of the same sizes, on
+operands that lie ready (`same products`); and products of square matrices of 1,024 (`square`). Calls run in turn, and ratios
+are medians of ratios within a round. Times are of the thread's processor, because others may share the machine. A backward
+pass has about three times as many products as a forward pass; its baselines are those of the forward pass.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Case:
     def flops(self) -> int:
         """Operations of the products of a forward pass, two for each multiplication."""
         state = 2 * self.expanded * (self.value_dim + 1)
-        pairs = plan.BLOCK_KEYS * (self.features + self.value_dim + 1)
+        pairs = plan.block_keys(self.expanded) * (self.features + self.value_dim + 1)
         return 2 * self.rows * (state + pairs)
 
 
@@ -72,7 +72,7 @@ def passes(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def same_products(case: Case) -> Callable[[], object]:
     """The products of a forward pass, step by step, on operands that lie ready."""
-    size, width = plan.BLOCK_KEYS, case.value_dim + 1
+    size, width = plan.block_keys(case.expanded), case.value_dim + 1
     step_rows = plan.plan_of(torch.arange(1, case.keys + 1), case.expanded).step_rows
     blocks = min(step_rows, case.keys) // size
     query, key = (torch.randn(blocks, size, case.features) for _ in range(2))
