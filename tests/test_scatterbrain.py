@@ -13,7 +13,7 @@ from front_door import with_audit, with_lse
 from hyperattention import rivals, select
 from hyperattention.features import PositiveRandom
 from hyperattention.methods import low_rank, scatterbrain
-from hyperattention.problem import Problem
+from hyperattention.problem import Problem, compact
 from hyperattention.remainder import Remainder
 from pair_weights import pair_weights, replicas
 from problems import problem, tensors
@@ -75,6 +75,20 @@ def test_numerator_and_denominator_are_unbiased(stages, causal):
     truth = of_twelve(torch.cat([torch.ones_like(out[..., :1]), out], -1)[0])
     # exact rows do not vary: their rounding is that of exponentials in float64
     assert_unbiased(sums(method, asked), truth, largest_error=0.1, rounding=1e-10)
+
+
+@pytest.mark.parametrize("name", ["none", "ranges", "blocks", "buckets"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_masked_keys_are_in_no_sum(name, causal):
+    asked, live = mild(60, causal=causal), torch.ones(1, 60, dtype=torch.bool)
+    live[0, -20:], live[0, 5:9] = False, False
+    k, v, rank = compact(asked.k, asked.v, live)
+    wide = replace(asked, q=asked.q.repeat(1, HEADS, 1, 1), k=k.expand(-1, HEADS, -1, -1), v=v.expand(-1, HEADS, -1, -1))
+    truth = dense.attention(asked.q, asked.k, asked.v, causal=causal, key_mask=live)[1]
+    found = torch.cat([method_of(SUPPORTS[name]).attend(replace(wide, rank=rank, seed=seed)).lse for seed in range(SEEDS)])
+    ratio = (found.unflatten(1, (HEADS, 2)) - truth[:, None]).exp().flatten(0, 1)
+    assert_unbiased(of_twelve(ratio.transpose(0, 1)[..., None].flatten(0, 1)).unflatten(0, (2, -1)).transpose(0, 1), 1.0,
+                    largest_error=0.1, rounding=1e-10)  # fmt: skip
 
 
 @pytest.mark.parametrize("stages", [SUPPORTS["ranges"], SUPPORTS["blocks"]], ids=["ranges", "blocks"])
