@@ -30,9 +30,6 @@ from hyperattention.kernels.choose import (
     triton_uniform,
 )
 from hyperattention.kernels.choose.operator import scores_alike
-from hyperattention.kernels.feature import triton_backward as feature_backward
-from hyperattention.kernels.feature import triton_forward as feature_forward
-from hyperattention.kernels.feature import triton_states as feature_states
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_flat, triton_flatten
@@ -199,36 +196,6 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
         yield f"alike blocks of {size}", launch
 
 
-def launches_of_features(dtype: torch.dtype, features: int, dim: int, power: int) -> Iterator[tuple[str, Launch]]:
-    """The feature kernels: four heads on one, causal."""
-    sizes, name = (features, dim, dtype.itemsize, power), f"power {power}, {features} features"
-    forward, backward = feature_forward.cut_of(*sizes), feature_backward.cut_of(*sizes)
-    keys, rows = (
-        feature_states.Side(
-            torch.empty(lists, KEYS, features, dtype=dtype), torch.empty(lists, KEYS, dim, dtype=dtype),
-            torch.empty(lists, KEYS), torch.zeros(lists, KEYS), 0,
-        )
-        for lists in (1, 4)
-    )  # fmt: skip
-    for side, group, cut, which in ((keys, 1, forward, "forward"), (rows, 4, backward, "backward")):
-        results = feature_states.empty_states(side, group, cut, power, group > 1)
-        sums, scan, _ = feature_states.launches_states(side, group, cut, power, group > 1, results)
-        yield f"feature states, {which}, {name}", sums
-        yield f"feature scan, {which}, {name}", scan
-        if group == 1:
-            read = torch.empty(4, KEYS, dim, dtype=dtype), torch.empty(4, KEYS)
-            base = torch.empty(1, KEYS)
-            launch = feature_forward.launch_forward(
-                rows.features, rows.log_scale, base, side, results[0], read, 4, 0, power, cut
-            )
-            yield f"feature forward, {name}", launch
-        grad, total = (torch.empty_like(x, dtype=torch.float32) for x in (rows.features, rows.values))
-        groups, other = ((4, 1), rows) if group == 1 else ((1, 4), keys)
-        found = (grad, None) if group == 1 else (grad, total)
-        launch = feature_backward.launch_slopes(other, side, results[0], found, groups, True, power, backward)
-        yield f"feature slopes, {'queries' if group == 1 else 'keys'}, {name}", launch
-
-
 def launches_of_alike_draws() -> Iterator[tuple[str, Launch]]:
     known, edges, noise = indices(2, TILES), indices(2, TILES, 4), torch.empty(2, TILES * 8, dtype=torch.float64)
     share = torch.empty(2, TILES * 8, KEYS, dtype=torch.bfloat16)
@@ -300,11 +267,6 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
                 yield f"{name}, {rows} rows", launch
         yield from launches_of_draws()
         yield from launches_of_alike_draws()
-    if dim == 64:
-        for features, power in ((64, 1), (32, 2)):
-            yield from launches_of_features(dtype, features, dim, power)
-    if dim == 128:
-        yield from launches_of_features(dtype, 128, dim, 1)
 
 
 def main(capability: int, dtype: torch.dtype, dims: list[int]) -> None:

@@ -86,8 +86,8 @@ class Block:
     def put(self, x: Tensor, scale: Tensor | None, target: Tensor) -> None:
         """Write rows, block by block, times the scale of each if given, to their places in ``[lists, rows, ...]``."""
         target = target[self.lists]
-        x = x.reshape(len(target), -1, x.shape[2])
-        scale = None if scale is None else scale.view(len(target), -1, 1)
+        x = x.reshape(target.shape[0], -1, x.shape[2])
+        scale = None if scale is None else scale.view(target.shape[0], -1, 1)
         if not isinstance(self.rows, slice):
             target.index_copy_(1, self.rows, (x if scale is None else x * scale).to(target.dtype))
         elif scale is None:

@@ -33,9 +33,11 @@ def cut_of(features: int, width: int, itemsize: int, power: int) -> Cut:
         the sizes.
     """
     wide = max(padded(features), padded(width))
-    tile = 64 if itemsize == 2 and wide <= 128 else 32
     piece = 1 if power == 1 else max(1, _EXPANDED // padded(features))
-    return Cut(128 if power == 1 else 512, tile, min(tile, 32) if wide > 64 else tile, piece, 4, 2 if itemsize == 2 else 1)
+    chunk = 128 if power == 1 else 512
+    if itemsize == 4:
+        return Cut(chunk, 32, 16, piece, 4, 1)
+    return Cut(chunk, 64, 32, piece, 4, 2) if wide <= 64 else Cut(chunk, 32, 32, piece, 8, 2)
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def _slopes_kernel(
             if SUMS:
                 product = tl.where(weight == 0.0, 0.0, product * weight)
                 total = tl.dot(product.to(value.dtype), value, total, input_precision=PRECISION)
-    tl.store(grad_ptr + row[:, None] * FEATURES + feature[None, :], grad, mask=in_features)
+    tl.store(grad_ptr + row[:, None] * FEATURES + feature[None, :], grad.to(grad_ptr.dtype.element_ty), mask=in_features)
     if SUMS:
         tl.store(sum_ptr + row[:, None] * WIDTH + column[None, :], total.to(sum_ptr.dtype.element_ty), mask=in_values)
 
@@ -165,13 +167,18 @@ def backward(
     slopes = grad_out.to(query.dtype).flatten(0, 1).contiguous(), last.flatten(0, 1).contiguous()
     rows = Side(query.flatten(0, 1).contiguous(), *slopes, share.flatten(0, 1).contiguous(), offset or 0)
     keys, group = keys_side(key, value, key_log_scale), query.shape[1] // key.shape[1]
-    found = [torch.empty_like(x, dtype=torch.float32) for x in (rows.features, keys.features, keys.values)]
+    # the gradient of the keys' scales is a sum over that of their features
+    found = [
+        torch.empty_like(rows.features),
+        torch.empty_like(keys.features, dtype=torch.float32),
+        torch.empty_like(keys.values),
+    ]
     for launch in launches_backward(rows, keys, found, group, offset, power, cut):
         launch.run()
     grad_rows, grad_keys, grad_values = found
     grad_scale = (keys.features.float() * grad_keys).sum(-1) / power
     return (
-        grad_rows.view(query.shape).to(query.dtype),
+        grad_rows.view(query.shape),
         grad_keys.view(key.shape).to(key.dtype),
         grad_values.view(value.shape).to(value.dtype),
         grad_lse.to(query_log_scale.dtype),
@@ -208,7 +215,7 @@ def launch_slopes(
         rows: what gradients are of.
         keys: what they are sums over.
         states: of the keys; summed from the end if `found` has sums.
-        found: gradients of features, float32; sums of the values of `keys`, if wanted.
+        found: gradients of features; sums of the values of `keys`, if wanted.
         groups: lists of rows, and of keys, that share states.
         causal: whether only some pairs count.
         power: of products of features.

@@ -31,11 +31,12 @@ def cut_of(features: int, width: int, itemsize: int, power: int) -> Cut:
         the sizes.
     """
     wide = max(padded(features), padded(width))
-    tile = 128 if itemsize == 2 and wide <= 64 else 64 if wide <= 128 and itemsize == 2 else 32
     piece = 1 if power == 1 else max(1, _EXPANDED // padded(features))
     # states of squares are large: fewer of them
     chunk = 128 if power == 1 else 512
-    return Cut(chunk, tile, min(tile, 64), piece, 8 if tile == 128 else 4, 2 if itemsize == 2 else 1)
+    if itemsize == 4:
+        return Cut(chunk, 32, 32, piece, 4, 1)
+    return Cut(chunk, 128, 64, piece, 8, 2) if wide <= 64 else Cut(chunk, 64, 32, piece, 8, 2)
 
 
 @triton.jit

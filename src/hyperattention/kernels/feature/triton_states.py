@@ -234,7 +234,7 @@ def launches_states(
         "length": side.features.shape[1], "shift": side.shift, "chunks": states.chunks, "group": group, "rows": rows,
         "FEATURES": features, "WIDTH": width, "WIDE": wide, "VALUE_WIDE": padded(width),
         "CHUNK": cut.chunk, "BLOCK": cut.block, "PIECE": cut.piece, "POWER": power, "REVERSE": reverse,
-        "PRECISION": precision_of(side.features), "num_warps": 4, "num_stages": cut.stages,
+        "PRECISION": precision_of(side.features), "num_warps": 8 if padded(width) > 64 else 4, "num_stages": cut.stages,
     }  # fmt: skip
     launches = [Launch(_states_kernel, (lists * states.chunks, pieces), arguments)]
     for summed, result in ((sums, states.state), (masses, states.mass)):
