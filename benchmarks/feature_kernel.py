@@ -5,7 +5,7 @@
 
 Counted are the products of a call: what each key adds to the state, what each row reads from it, and the pairs of each block
 of 64 or 128 rows, products and weighted values. Two baselines do as many: the same products alone, of the same sizes, on
-operands that lie ready (`same products`); and products of square matrices of 1,024 (`square`). Calls run in turn, and ratios
+operands that lie ready (`same products`); and products of square matrices of 512 (`square`). Calls run in turn, and ratios
 are medians of ratios within a round. Times are of the thread's processor, because others may share the machine. A backward
 pass has about three times as many products as a forward pass; its baselines are those of the forward pass.
 """
@@ -24,7 +24,7 @@ from hyperattention.kernels.feature import plan, reference
 from hyperattention.kernels.feature.powers import POWERS
 
 OUT = Path(__file__).parent / "records" / "feature_kernel.jsonl"
-SQUARE = 1024
+SQUARE = 512
 
 
 @dataclass(frozen=True)
