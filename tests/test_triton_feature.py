@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from assertions import assert_same_bits, assert_same_math
+from assertions import assert_exact, assert_same_bits, assert_same_math
 from hyperattention.kernels.feature import operator
 from hyperattention.kernels.feature.operator import feature_attention
 
@@ -108,6 +108,18 @@ def test_causal_rows_and_gradients(dtype, power, launched):
 def test_other_rows(queries, keys, options, launched):
     assert_right(make(queries, keys, torch.float32), **options)
     assert launched
+
+
+@pytest.mark.parametrize(("queries", "keys", "first_query"), [(8, 70, 62), (70, 8, 0)])
+def test_states_of_several_chunks_of_unlike_scales(queries, keys, first_query):
+    tensors = make(queries, keys, torch.float32, spread=4.0)
+    # the scale of what is summed first differs from that of the rest, for the keys and, backward, for the queries
+    tensors[4][..., : keys // 2] -= 5.0
+    tensors[0][..., queries // 2 :, :] *= 30.0
+    options = {"is_causal": True, "first_query": first_query}
+    truth = both(dense, [x.double() for x in tensors], **options)
+    for x, y in zip(both(ours, tensors, **options), truth, strict=True):
+        assert_exact(x, y)
 
 
 @pytest.mark.parametrize("power", [1, pytest.param(2, marks=pytest.mark.heavy)])

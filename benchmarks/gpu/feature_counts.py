@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/feature_counts.py        # a table in Markdown, at once; needs no GPU
 
-Each launch takes the larger of its products at `PEAK` and its bytes at `BANDWIDTH`; operands count once for each program that
-has its own, a chunk's state once for each head. The roofline is the larger of all products and of inputs and outputs, each
-moved once. Forward is summed launch by launch; backward is the larger of all its products and all its bytes.
+Each launch takes the larger of its products at `PEAK` and its bytes at `BANDWIDTH`; operands count once for each program
+that has its own, a chunk's state once for each head. The roofline is the larger of all products and of inputs and outputs,
+each moved once. Forward is summed launch by launch; backward is the larger of all its products and all its bytes.
 """
 
 from dataclasses import dataclass
@@ -62,9 +62,8 @@ def count(tokens: int, power: int, features: int) -> tuple[list[Work], list[Work
 
 def main() -> None:
     """Print the table."""
-    print(
-        f"| | tokens | forward, FLOP | bytes | time | share; at {REACHED / 1e12:.0f} TFLOP/s | backward, FLOP | bytes | time | share |"
-    )
+    share = f"share; at {REACHED / 1e12:.0f} TFLOP/s"
+    print(f"| | tokens | forward, FLOP | bytes | time | {share} | backward, FLOP | bytes | time | share |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for tokens in (32_768, 131_072):
         for power, features in ((1, 64), (2, 32)):
