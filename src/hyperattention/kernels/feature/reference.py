@@ -22,10 +22,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.course import course_of
 from hyperattention.kernels.feature.plan import Plan, plan_of
 from hyperattention.kernels.feature.powers import POWERS, Power
 from hyperattention.kernels.feature.scales import log_of, scales_of
-from hyperattention.kernels.feature.sums import Keys, blocks, course_of, product_of, pull, read
+from hyperattention.kernels.feature.sums import Keys, blocks, product_of, pull, read
 
 
 def _by_list(x: Tensor, kv_heads: int) -> Tensor:
@@ -96,7 +97,7 @@ def _keys(key: Tensor, value: Tensor, log_scale: Tensor) -> Keys:
 
 def _attend(rows: Tensor, row_scale: Tensor, out: Tensor, lse: Tensor, keys: Keys, limit: Tensor, power: Power) -> None:
     """Write normalised rows and their lse for lists that share their limits."""
-    course = course_of(keys, plan_of(limit, power.expanded(rows.shape[2])))
+    course = course_of(keys.scales.exponent, plan_of(limit, power.expanded(rows.shape[2])))
     for block in blocks(keys, course, power):
         query = block.take(rows)
         total = read(block, query, product_of(block, query), power)
@@ -183,7 +184,7 @@ def _gradients(rows: Keys, keys: Keys, limit: Tensor, power: Power, found: list[
 
 def _slopes(rows: Keys, keys: Keys, plan: Plan, power: Power, gradient: Tensor, sums: Tensor | None) -> None:
     """Write the gradient of rows' features; if wanted, the sums of the values of keys, without their last number, too."""
-    course = course_of(keys, plan)
+    course = course_of(keys.scales.exponent, plan)
     # -inf if a row sees no key
     scale = rows.scales.times(course.base)
     for block in blocks(keys, course, power):
