@@ -16,7 +16,7 @@ from hyperattention.cache.page_rank import Midpoint, TwoLevels
 from hyperattention.cache.store import Store
 from hyperattention.coreset import Coreset
 from hyperattention.experimental.approx_row_sums import ApproxD
-from hyperattention.experimental.feature_attention import feature_attention
+from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.synthetic import gaussian, structured
 from policies import POLICIES, PolicyCase

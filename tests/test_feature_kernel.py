@@ -12,8 +12,9 @@ from assertions import assert_exact, assert_same_bits, assert_same_math
 from dense import attention
 from front_door import with_lse
 from hyperattention.exact import exact_attention, visible_keys
-from hyperattention.experimental import feature_reference as feature_torch
-from hyperattention.experimental.feature_attention import feature_attention
+from hyperattention.kernels.feature import reference as feature_torch
+from hyperattention.kernels.feature import sums
+from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.merge import merge
 from hyperattention.types import Partial
 
@@ -28,13 +29,12 @@ def make(queries, keys, *, heads=2, kv_heads=1, batch=2, features=5, value_dim=3
     return tuple(x.to(dtype) for x in (query, key, value, *scales))
 
 
-def attend(query, key, value, query_scale, key_scale, limit=None, first=0):
-    return feature_attention(
-        query, key, value, query_log_scale=query_scale, key_log_scale=key_scale, row_limit=limit, first_key=first
-    )
+def attend(query, key, value, query_scale, key_scale, limit=None, first=0, power=1):
+    scales = {"query_log_scale": query_scale, "key_log_scale": key_scale}
+    return feature_attention(query, key, value, **scales, row_limit=limit, first_key=first, power=power)
 
 
-def row_by_row(query, key, value, query_scale, key_scale, limit=None, first=0):
+def row_by_row(query, key, value, query_scale, key_scale, limit=None, first=0, power=1):
     """The definition, of every row by itself."""
     group, outs, lses = query.shape[1] // key.shape[1], [], []
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in query.shape[:3])).tolist():
@@ -42,7 +42,7 @@ def row_by_row(query, key, value, query_scale, key_scale, limit=None, first=0):
         keys, values, scales = (x[b, h // group, first : max(first, end)] for x in (key, value, key_scale))
         logs = query_scale[b, h, i] + scales
         top = logs.detach().max() if len(logs) else query_scale.new_zeros(())
-        weight = (logs - top).exp() * (keys * query[b, h, i]).sum(-1)
+        weight = (logs - top).exp() * (keys * query[b, h, i]).sum(-1) ** power
         total = weight.sum()
         alive = bool(total > 0)
         outs.append((weight / total) @ values if alive else value.new_zeros(value.shape[-1]))
@@ -82,42 +82,51 @@ def some_limits(kind: str, batch: int, queries: int, keys: int) -> Tensor | None
     return visible_keys(queries, keys, kind != "all", "upper_left" if kind == "all" else kind, "cpu")
 
 
+POWERS = pytest.mark.parametrize("power", [1, 2])
 KINDS = ["all", "upper_left", "lower_right", "window", "padding", "close", "any"]
 
 
+@POWERS
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (63, 63), (100, 63), (63, 100)])
-def test_forward_and_gradients_are_those_of_rows(kind, queries, keys):
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (100, 63), (63, 100)])
+def test_forward_and_gradients_are_those_of_rows(kind, queries, keys, power):
     tensors, limit = make(queries, keys), some_limits(kind, 2, queries, keys)
-    assert_all_exact(both(attend, tensors, limit), both(row_by_row, tensors, limit))
+    assert_all_exact(both(attend, tensors, limit, 0, power), both(row_by_row, tensors, limit, 0, power))
 
 
+@POWERS
 @pytest.mark.parametrize("group", [1, 4])
-def test_over_several_blocks(group):
+def test_over_several_blocks(group, power):
     tensors, limit = make(257, 257, heads=4, kv_heads=4 // group, batch=1), some_limits("upper_left", 1, 257, 257)
-    assert_all_exact(both(attend, tensors, limit, 3), both(row_by_row, tensors, limit, 3))
+    # of either sign: with power 2 no weight is negative
+    if power == 2:
+        tensors = (tensors[0] - 0.5, tensors[1] - 0.5, *tensors[2:])
+    assert_all_exact(both(attend, tensors, limit, 3, power), both(row_by_row, tensors, limit, 3, power))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(dtype):
+@POWERS
+def test_dtypes(dtype, power):
     tensors, limit = make(100, 100, dtype=dtype), some_limits("upper_left", 2, 100, 100)
     wide = tuple(x.double() for x in tensors)
-    ours, truth, plain = (f(*x, limit) for f, x in ((attend, tensors), (row_by_row, wide), (row_by_row, tensors)))
+    ways = (attend, tensors), (row_by_row, wide), (row_by_row, tensors)
+    ours, truth, plain = (f(*x, limit, 0, power) for f, x in ways)
     assert ours[0].dtype == dtype
     assert_same_math(ours[0], truth[0], plain[0])
     # lse is float32 at least, so that it is judged against plain PyTorch in float32
-    assert_same_math(ours[1], truth[1], row_by_row(*(x.float() for x in tensors), limit)[1])
-    ours, truth, plain = (gradients(f, x, limit) for f, x in ((attend, tensors), (row_by_row, wide), (row_by_row, tensors)))
+    assert_same_math(ours[1], truth[1], row_by_row(*(x.float() for x in tensors), limit, 0, power)[1])
+    ours, truth, plain = (gradients(f, x, limit, 0, power) for f, x in ways)
     for x, y, z in zip(ours, truth, plain, strict=True):
         assert_same_math(x, y, z)
 
 
-def test_gradcheck():
+@POWERS
+def test_gradcheck(power):
     tensors = tuple(x.requires_grad_() for x in make(7, 9, batch=1, heads=4, kv_heads=2, features=3, value_dim=2))
     limit = torch.tensor([[0, 3, 1, 9, 5, 5, 9]])
 
     def finite(*x):
-        out, lse = attend(*x, limit, 1)
+        out, lse = attend(*x, limit, 1, power)
         return out, lse[lse > -torch.inf]
 
     assert torch.autograd.gradcheck(finite, tensors)
@@ -136,20 +145,22 @@ def test_gradients_exist_for_one_output_alone():
 # log scales
 
 
+@POWERS
 @pytest.mark.parametrize("kind", ["all", "upper_left", "any"])
-def test_huge_log_scales_neither_overflow_nor_drown_a_row(kind):
+def test_huge_log_scales_neither_overflow_nor_drown_a_row(kind, power):
     tensors, limit = make(150, 150, spread=500.0, batch=1), some_limits(kind, 1, 150, 150)
     # the first rows see small scales alone, while later keys of their block have large ones
     tensors[4][..., :10] = -500.0
-    ours, truth = (both(f, tensors, limit) for f in (attend, row_by_row))
+    ours, truth = (both(f, tensors, limit, 0, power) for f in (attend, row_by_row))
     # a gradient is a difference of numbers of the size of lse
     assert_all_exact(ours, truth, size=1500.0)
     assert_all_exact(ours[:2], truth[:2])
     narrow = tuple(x.float() for x in tensors)
-    truth = row_by_row(*(x.double() for x in narrow), limit)
-    for x, y, z in zip(attend(*narrow, limit), truth, row_by_row(*narrow, limit), strict=True):
+    truth = row_by_row(*(x.double() for x in narrow), limit, 0, power)
+    ours, plain = (f(*narrow, limit, 0, power) for f in (attend, row_by_row))
+    for x, y, z in zip(ours, truth, plain, strict=True):
         assert_same_math(x, y, z)
-    assert all(x.isfinite().all() for x in gradients(attend, narrow, limit))
+    assert all(x.isfinite().all() for x in gradients(attend, narrow, limit, 0, power))
 
 
 def test_a_key_of_scale_minus_infinity_is_no_key():
@@ -177,14 +188,15 @@ def test_non_contiguous_inputs():
     assert_all_exact(both(attend, apart, limit), both(attend, tensors, limit))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_results_do_not_depend_on_how_rows_are_cut(kind, monkeypatch):
+@POWERS
+@pytest.mark.parametrize("kind", ["all", "upper_left", "any"])
+def test_results_do_not_depend_on_how_rows_are_cut(kind, power, monkeypatch):
     tensors, limit = make(41, 37), some_limits(kind, 2, 41, 37)
-    whole = both(attend, tensors, limit)
-    for block, chunk in ((1, 1), (4, 3), (3, 64), (64, 2)):
-        monkeypatch.setattr(feature_torch, "BLOCK_KEYS", block)
-        monkeypatch.setattr(feature_torch, "CHUNK_ROWS", chunk)
-        assert_all_exact(both(attend, tensors, limit), whole)
+    whole = both(attend, tensors, limit, 0, power)
+    for block, chunk in ((1, 1), (4, 3), (64, 2)):
+        monkeypatch.setattr(sums, "BLOCK_KEYS", block)
+        monkeypatch.setattr(sums, "CHUNK_ROWS", chunk)
+        assert_all_exact(both(attend, tensors, limit, 0, power), whole)
 
 
 def test_one_row_of_limits_of_any_integers_serves_all_batch_entries():
@@ -201,12 +213,13 @@ def test_first_keys_are_left_out():
         assert_same_bits(x, y)
 
 
-def test_no_row_depends_on_a_later_key():
+@POWERS
+def test_no_row_depends_on_a_later_key(power):
     tensors, limit = make(200, 200), some_limits("upper_left", 2, 200, 200)
     later = tuple(x.clone() for x in tensors)
     for x in (later[1], later[2], later[4]):
         x[:, :, 90:] += 3.0
-    for x, y in zip(attend(*later, limit), attend(*tensors, limit), strict=True):
+    for x, y in zip(attend(*later, limit, 0, power), attend(*tensors, limit, 0, power), strict=True):
         assert_same_bits(x[:, :, :90], y[:, :, :90])
         assert not torch.equal(x[:, :, 90:], y[:, :, 90:])
 
@@ -300,7 +313,7 @@ def test_what_no_row_sees_may_hold_anything_and_what_is_seen_shows():
         x[:, :, :2] = x[:, :, 300:] = torch.nan
     assert_all_exact(both(attend, tensors, limit, 2)[:3], clean[:3])
     tensors[1][:, :, 200] = torch.nan
-    before = 200 - feature_torch.BLOCK_KEYS
+    before = 200 - sums.BLOCK_KEYS
     for ours, expected in zip(attend(*tensors, limit, 2), clean[:2], strict=True):
         assert ours[:, :, 200:].isnan().all()
         # it reaches back no farther than its block
@@ -308,12 +321,18 @@ def test_what_no_row_sees_may_hold_anything_and_what_is_seen_shows():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"heads": 3, "kv_heads": 2}, "3 query heads over 2"), ({}, "first_key=-1")]
+    ("options", "arguments", "message"),
+    [
+        ({"heads": 3, "kv_heads": 2}, {}, "3 query heads over 2"),
+        ({}, {"first_key": -1}, "first_key=-1"),
+        ({}, {"power": 3}, "power=3"),
+        ({}, {"power": 0}, "power=0"),
+    ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_bad_arguments_are_named(options, arguments, message):
     query, key, value, *_ = make(4, 4, **options)
     with pytest.raises(ValueError, match=message):
-        feature_attention(query, key, value, first_key=-1)
+        feature_attention(query, key, value, **arguments)
 
 
 # near-linear
@@ -341,8 +360,8 @@ def run_both_passes(n: int, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_and_products_grow_with_the_length(kind, monkeypatch):
-    monkeypatch.setattr(feature_torch, "BLOCK_KEYS", 16)
-    monkeypatch.setattr(feature_torch, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(sums, "BLOCK_KEYS", 16)
+    monkeypatch.setattr(sums, "CHUNK_ROWS", 32)
     products = []
     for length in (128, 512):
         with FlopCounterMode(display=False) as counter, LargestTensor() as seen:
@@ -365,10 +384,10 @@ def test_operators_are_registered_soundly():
         # strides of its own, which the shapes promised to a compiler must not inherit
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
         limit = some_limits("padding", 2, 20, 20)
-        out, lse = attend(*tensors, limit)
-        backward = (out, lse, *tensors, out, lse, limit)
+        out, lse = attend(*tensors, limit, 0, 2)
+        backward = (out, lse, *tensors, out, lse, limit, 2)
         torch.library.opcheck(torch.ops.hyperattention.feature_attention_backward.default, backward)
-        forward = (*(x.requires_grad_() for x in tensors), limit)
+        forward = (*(x.requires_grad_() for x in tensors), limit, 2)
         torch.library.opcheck(torch.ops.hyperattention.feature_attention.default, forward)
 
 
@@ -389,7 +408,7 @@ def test_the_meta_device_gives_shapes():
 
 COMPILED = """
 import torch
-from hyperattention.experimental.feature_attention import feature_attention
+from hyperattention.kernels.feature.operator import feature_attention
 torch.manual_seed(0)
 tensors = torch.rand(2, 4, 50, 6), torch.rand(2, 2, 50, 6), torch.randn(2, 2, 50, 3), torch.randn(2, 2, 50)
 def attend(query, key, value, scale):

@@ -14,7 +14,7 @@ from cases import CONTROL
 from front_door import with_lse
 from hyperattention import policies
 from hyperattention.coreset import Coreset
-from hyperattention.experimental.feature_attention import feature_attention
+from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.methods.oracle import TopKeys
 from hyperattention.policies.latest import Latest
 from problems import tensors

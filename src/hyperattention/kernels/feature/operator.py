@@ -4,19 +4,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hyperattention.experimental import feature_reference as feature_torch
+from hyperattention.kernels.feature import reference as feature_torch
+from hyperattention.kernels.feature.powers import POWERS
 from hyperattention.transforms import refuse_batched_gradients, refuse_second_derivatives, refuse_transforms, refuse_vmap
 
 
 @torch.library.custom_op("hyperattention::feature_attention", mutates_args=())
 def _feature_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_log_scale: Tensor, key_log_scale: Tensor, row_limit: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_log_scale: Tensor,
+    key_log_scale: Tensor,
+    row_limit: Tensor,
+    power: int,
 ) -> tuple[Tensor, Tensor]:
-    return feature_torch.forward(query, key, value, query_log_scale, key_log_scale, row_limit)
+    return feature_torch.forward(query, key, value, query_log_scale, key_log_scale, row_limit, power)
 
 
 @_feature_attention.register_fake
-def _(query, key, value, *scales_and_limit):
+def _(query, key, value, *scales_limit_and_power):
     lse = query.new_empty(query.shape[:-1], dtype=feature_torch.accumulation_dtype(query, key, value))
     return value.new_empty((*query.shape[:-1], value.shape[-1])), lse
 
@@ -33,9 +40,10 @@ def _feature_attention_backward(
     out: Tensor,
     lse: Tensor,
     row_limit: Tensor,
+    power: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     saved = (query, key, value, query_log_scale, key_log_scale, out, lse)
-    return feature_torch.backward((grad_out, grad_lse), saved, row_limit)
+    return feature_torch.backward((grad_out, grad_lse), saved, row_limit, power)
 
 
 @_feature_attention_backward.register_fake
@@ -44,13 +52,13 @@ def _(grad_out, grad_lse, query, key, value, query_log_scale, key_log_scale, *re
 
 
 def _setup_context(ctx, inputs, output):
-    *inputs, row_limit = inputs
+    *inputs, row_limit, ctx.power = inputs
     ctx.save_for_backward(*inputs, *output, row_limit)
 
 
 def _backward(ctx, grad_out, grad_lse):
     refuse_batched_gradients("attention over features", grad_out, grad_lse)
-    return *_feature_attention_backward(grad_out, grad_lse, *ctx.saved_tensors), None
+    return *_feature_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.power), None, None
 
 
 _feature_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -67,25 +75,30 @@ def feature_attention(
     key_log_scale: Float[Tensor, "batch kv_heads keys"] | None = None,
     row_limit: Int[Tensor, "#batch queries"] | None = None,
     first_key: int = 0,
+    power: int = 1,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Compute attention in linear time, with weights that are products of features of a query and of a key.
+    """Compute attention in linear time, with weights that are powers of products of features of a query and of a key.
 
-    w_ij = exp(a_i + b_j) phi_i . psi_j  for  first_key <= j < limit_i,    out_i = sum_j w_ij v_j / sum_j w_ij
+    w_ij = exp(a_i + b_j) (phi_i . psi_j)^power  for  first_key <= j < limit_i,    out_i = sum_j w_ij v_j / sum_j w_ij
 
-    phi_i . psi_j may be a random estimate of exp(q_i . k_j), or a power of q_i . k_j. The log scales a and b hold factors
-    that would overflow in the features, such as the logarithm of the largest entry, so that features are about one in size;
-    -inf removes a key or a row. A row's sums are relative to exp(a_i + b), where b is its largest visible b_j: terms below
-    the float32 range relative to this are 0.
+    phi_i . psi_j may be a random estimate of exp(q_i . k_j), or a power of q_i . k_j; with power 2, a sketch of one. The log
+    scales a and b hold factors that would overflow in the features, such as the logarithm of the largest entry, so that
+    features are about one in size; -inf removes a key or a row. A row's sums are relative to exp(a_i + b), where b is its
+    largest visible b_j: terms below 2^-100 of it (2^-1000 in float64) may count as 0.
+
+    With power 2 the products of pairs of features exist for a few hundred rows at a time (`sums.CHUNK_ROWS`), never for a
+    whole sequence; what stays is the state, features (features + 1) / 2 times value_dim + 1 numbers for each kv head.
 
     Features may have either sign, but sums of weights must be positive: a row whose denominator is below the smallest normal
-    number, in those units, has out 0, lse -inf and no gradient, like a row that sees no key. NaN is never hidden. It may
+    number, in units of at most 2^24 times that, has out 0, lse -inf and no gradient, like a row that sees no key. NaN is never hidden. It may
     spread from a key that one row sees to rows whose limits are less than a block before that key.
 
     Source: Choromanski et al., 2021 (arXiv:2009.14794), Performers: positive features of the softmax kernel; Katharopoulos
     et al., 2020 (arXiv:2006.16236), causal attention by running sums; Kacham et al., 2024 (arXiv:2310.01655),
-    PolySketchFormer: causal products block by block.   Differs: features are inputs; lse is returned, so that results can be
-    merged; any limits; grouped kv heads.
-    Cost: O((queries + keys) * features * value_dim) time, O(queries + keys) memory.   Guarantee: exact for these weights.
+    PolySketchFormer: causal products block by block, squares that are never negative.   Differs: features are inputs; lse is
+    returned, so that results can be merged; any limits; grouped kv heads.
+    Cost: O((queries + keys) * features^power * value_dim) time, O(queries + keys) memory.
+    Guarantee: exact for these weights.
 
     Args:
         query_features: phi; `heads` must be a multiple of `kv_heads`.
@@ -96,19 +109,22 @@ def feature_attention(
         row_limit: number of leading keys each query sees, `first_key` included, in any order: i + 1 for causality, as from
             `exact.visible_keys`; the first key of a window that an earlier stage took; the number of live keys. None = all.
         first_key: leading keys that no row sees, such as sinks that an earlier stage took.
+        power: of the products of features: 1, or 2, which makes weights of any features non-negative.
 
     Returns:
         normalised rows in the dtype of `value`, and the natural log of each row's denominator, in float32 (float64 if any
         of the first three is).
 
     Raises:
-        ValueError: if `heads` is not a multiple of `kv_heads`, or `first_key` is negative.
+        ValueError: if `heads` is not a multiple of `kv_heads`, `first_key` is negative, or `power` is not 1 or 2.
     """
     scales = (x for x in (query_log_scale, key_log_scale) if x is not None)
     refuse_transforms("attention over features", query_features, key_features, value, *scales)
     heads, kv_heads, keys = query_features.shape[1], key_features.shape[1], key_features.shape[2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{heads} query heads over {kv_heads} kv heads: must be a multiple; check the head axis")
+    if power not in POWERS:
+        raise ValueError(f"power={power!r}: must be 1 or 2; expand the features yourself for higher powers, with power=1")
     if first_key < 0:
         raise ValueError(f"first_key={first_key}: must be 0 or more; 0 keeps every key")
     if query_log_scale is None:
@@ -124,4 +140,5 @@ def feature_attention(
         query_log_scale,
         key_log_scale[:, :, first_key:],
         row_limit.long() - first_key,
+        power,
     )

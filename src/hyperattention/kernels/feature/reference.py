@@ -1,0 +1,204 @@
+"""The feature-map kernel in PyTorch: the reference for every other feature kernel.
+
+The weight of a pair is a power, 1 or 2, of a product of features of the query and features of the key. So a row needs no
+pairs, only a *state*: the sum over its visible keys of (expanded) features times values, ``[features, value_dim + 1]`` or
+``[features (features + 1) / 2, value_dim + 1]``, the last column for the denominator.
+
+    w_ij = exp(a_i + b_j) (phi_i . psi_j)^power,    out_i = sum_{j < limit_i} w_ij v_j / sum_{j < limit_i} w_ij,
+    lse_i = log of the denominator
+
+Forward and backward are the same sums (`sums`) with exchanged parts. No tensor of queries x keys, or of keys x features x
+value_dim, is ever allocated; expanded features exist for `sums.CHUNK_ROWS` rows at a time.
+
+Source: Katharopoulos et al., 2020 (arXiv:2006.16236), states as running sums; Kacham et al., 2024 (arXiv:2310.01655),
+PolySketchFormer, its causal product block by block, and its squares of sketches.   Differs: any limits, not only causal
+ones; log scales in addition to the features, handled as softmax handles scores; no constant is added to the denominator; of
+the products of pairs of features the state keeps the symmetric half.
+Cost: O((queries + keys) * features^power * value_dim) and a block of pairs per row.   Guarantee: exact for these weights.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hyperattention.kernels.feature.powers import POWERS, Power
+from hyperattention.kernels.feature.scales import log_of, scales_of
+from hyperattention.kernels.feature.sums import Keys, blocks, product_of, pull, read
+
+
+def _by_list(x: Tensor, kv_heads: int) -> Tensor:
+    """Pack the heads of a group: ``[batch, heads, tokens, ...]`` to ``[lists, rows, ...]``."""
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+
+
+def _by_head(x: Tensor, kv_heads: int, like: Tensor) -> Tensor:
+    """Undo `_by_list`, into new memory, for a tensor with the batch entries, heads and tokens of `like`."""
+    batch, heads, tokens = like.shape[:3]
+    x = x.unflatten(0, (batch, kv_heads)).unflatten(2, (tokens, heads // kv_heads))
+    return x.transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def _limits(row_limit: Tensor, lists: int, group: int, keys: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the lists that share their limits, and the limit of each of their rows."""
+    each = lists // max(1, len(row_limit))
+    for i, limit in enumerate(row_limit.clamp(0, keys).repeat_interleave(group, 1)):
+        yield slice(i * each, (i + 1) * each), limit
+
+
+def _with_one(value: Tensor) -> Tensor:
+    # a value of one, whose weighted sum is the denominator
+    return torch.cat([value, value.new_ones((*value.shape[:-1], 1))], -1)
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype of sums and lse: float64 if any tensor is float64, otherwise float32."""
+    return torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
+
+
+def weighted_sums(query: Tensor, keys: Keys, limit: Tensor, power: Power) -> tuple[Tensor, Tensor]:
+    """Sum weighted values over the keys that each row sees.
+
+    total_i = sum_{j < limit_i} exp(log scale_j) / 2^base_i (query_i . key_j)^power value_j
+
+    Args:
+        query: ``[lists, rows, features]``.
+        keys: the keys, their values and scales.
+        limit: number of leading keys each row sees, 0 to keys, in any order: ``[rows]``, shared by the lists.
+        power: of products of features.
+
+    Returns:
+        total ``[lists, rows, width]`` and base ``[lists, rows]``, 0 and -inf if a row sees no key.
+    """
+    sums = keys.scales.exponent
+    total, base = sums.new_empty(*query.shape[:2], keys.value.shape[2]), sums.new_empty(query.shape[:2])
+    # sums rounded to bfloat16 would be useless after some thousand keys
+    with torch.autocast(query.device.type, enabled=False):
+        for block in blocks(keys, limit, power):
+            rows = query[:, block.rows].to(sums.dtype)
+            total[:, block.rows] = read(block, rows, product_of(block, rows), power)
+            base[:, block.rows] = block.base
+    return total, base
+
+
+def slopes(query: Tensor, slope: Tensor, keys: Keys, limit: Tensor, power: Power) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate slope . total of `weighted_sums` by the queries; and sum as it does.
+
+    Args:
+        query: ``[lists, rows, features]``.
+        slope: ``[lists, rows, width]``.
+        keys: the keys, their values and scales.
+        limit: as in `weighted_sums`.
+        power: of products of features.
+
+    Returns:
+        the gradient ``[lists, rows, features]``, total and base.
+    """
+    sums = keys.scales.exponent
+    total, base = sums.new_empty(*query.shape[:2], keys.value.shape[2]), sums.new_empty(query.shape[:2])
+    gradient = torch.empty_like(query, dtype=sums.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        for block in blocks(keys, limit, power):
+            rows, by = (x[:, block.rows].to(sums.dtype) for x in (query, slope))
+            product = product_of(block, rows)
+            gradient[:, block.rows] = pull(block, rows, by, product, power)
+            total[:, block.rows] = read(block, rows, product, power)
+            base[:, block.rows] = block.base
+    return gradient, total, base
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_log_scale: Tensor,
+    key_log_scale: Tensor,
+    row_limit: Tensor,
+    power: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention with weights that are powers of products of features.
+
+    Args:
+        query: features of the queries, ``[batch, heads, queries, features]``.
+        key: features of the keys, ``[batch, kv_heads, keys, features]``.
+        value: ``[batch, kv_heads, keys, value_dim]``.
+        query_log_scale: a, ``[batch, heads, queries]``.
+        key_log_scale: b, ``[batch, kv_heads, keys]``.
+        row_limit: number of leading keys each query sees, ``[1 or batch, queries]``; limited to 0 and the number of keys.
+        power: 1 or 2.
+
+    Returns:
+        out ``[batch, heads, queries, value_dim]`` in the dtype of `value`, and lse ``[batch, heads, queries]``, float32 or
+        float64; 0 and -inf if a row's denominator is not positive.
+    """
+    kv_heads, dtype = key.shape[1], accumulation_dtype(query, key, value)
+    rows, row_scale = _by_list(query, kv_heads), _by_list(query_log_scale, kv_heads).to(dtype)
+    keys, values = key.flatten(0, 1), _with_one(value.flatten(0, 1))
+    key_scales = scales_of(key_log_scale.flatten(0, 1).to(dtype))
+    lse, out = torch.empty_like(row_scale), value.new_empty((*rows.shape[:2], value.shape[-1]))
+    for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, keys.shape[1]):
+        total, top = weighted_sums(rows[part], Keys(keys[part], values[part], key_scales[part]), limit, POWERS[power])
+        # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
+        empty = total[..., -1] < torch.finfo(dtype).tiny
+        denominator = total[..., -1].masked_fill(empty, 1.0)
+        lse[part] = (row_scale[part] + log_of(denominator, top)).masked_fill(empty, -torch.inf)
+        nothing = (lse[part] == -torch.inf)[..., None]
+        out[part] = (total[..., :-1] / denominator[..., None]).masked_fill(nothing, 0.0).to(out.dtype)
+    return _by_head(out, kv_heads, query), _by_head(lse, kv_heads, query)
+
+
+def backward(
+    grads: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    row_limit: Tensor,
+    power: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the exact gradient of `forward`, by the same sums with exchanged parts.
+
+    With g_i and h_i the gradients of out_i and lse_i, r_i = exp(a_i - lse_i), u_i = (g_i, h_i - g_i . out_i), the slope of a
+    row in (v_j, 1), p the power and s_ij = phi_i . psi_j:
+
+        dphi_i = r_i sum_{j < limit_i} exp(b_j) p s_ij^(p - 1) (u_i . (v_j, 1)) psi_j,    da_i = h_i
+        dpsi_j = exp(b_j) sum_{i: j < limit_i} r_i p s_ij^(p - 1) ((v_j, 1) . u_i) phi_i,    db_j = psi_j . dpsi_j / p
+        dv_j = exp(b_j) sum_{i: j < limit_i} r_i s_ij^p g_i
+
+    In the order of decreasing limits the rows that see a key come first, so that the sums for keys are over leading rows.
+
+    Args:
+        grads: gradients of out and of lse.
+        saved: query, key, value and the log scales of queries and keys, then out and lse of the forward pass.
+        row_limit: as in `forward`.
+        power: 1 or 2.
+
+    Returns:
+        gradients of query, key, value and the two log scales, in their dtypes; 0 from rows without a denominator.
+    """
+    query, key, value, query_log_scale, key_log_scale, out, lse = saved
+    kv_heads, dtype = key.shape[1], lse.dtype
+    rows, row_scale, out, lse = (_by_list(x, kv_heads) for x in (query, query_log_scale, out, lse))
+    grad_out, grad_lse = (_by_list(x, kv_heads).to(dtype) for x in grads)
+    keys, values, key_scale = key.flatten(0, 1), _with_one(value.flatten(0, 1)), key_log_scale.flatten(0, 1).to(dtype)
+    empty = lse == -torch.inf
+    grad_out, grad_lse = grad_out.masked_fill(empty[..., None], 0.0), grad_lse.masked_fill(empty, 0.0)
+    slope = torch.cat([grad_out, (grad_lse - (grad_out * out).sum(-1))[..., None]], -1)
+    share = (row_scale.to(dtype) - lse).masked_fill(empty, -torch.inf)  # log r
+    grad_rows, grad_keys, grad_values = (share.new_empty(x.shape) for x in (rows, keys, values[..., :-1]))
+    row_scales, key_scales = scales_of(share), scales_of(key_scale)
+    for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, keys.shape[1]):
+        every = Keys(keys[part], values[part], key_scales[part])
+        gradient, _, base = slopes(rows[part], slope[part], every, limit, POWERS[power])
+        grad_rows[part] = gradient * row_scales[part].times(base)[..., None]
+        falling, order = limit.sort(descending=True)
+        # number of rows with a limit above each key
+        seen_by = torch.searchsorted(-falling, -torch.arange(keys.shape[1], dtype=torch.int64, device=limit.device))
+        seen = Keys(rows[part][:, order], slope[part][:, order], row_scales[part][:, order])
+        gradient, total, base = slopes(keys[part], values[part], seen, seen_by, POWERS[power])
+        scale = key_scales[part].times(base)[..., None]
+        grad_keys[part], grad_values[part] = gradient * scale, total[..., :-1] * scale
+    return (
+        _by_head(grad_rows, kv_heads, query).to(query.dtype),
+        grad_keys.view(key.shape).to(key.dtype),
+        grad_values.view(value.shape).to(value.dtype),
+        _by_head(grad_lse, kv_heads, query).to(query_log_scale.dtype),
+        (keys * grad_keys).sum(-1).view(key_log_scale.shape).to(key_log_scale.dtype) / power,
+    )
