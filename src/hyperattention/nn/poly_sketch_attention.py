@@ -6,14 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hyperattention.experimental.feature_attention import feature_attention
+from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.features.learned_sketch import LearnedSketch
 from hyperattention.features.polynomial_sketch import (
     PolynomialSketch,
     RandomSketch,
     check_degree,
     check_size,
-    self_tensor,
 )
 from hyperattention.kernels.polynomial import polynomial_attention, polynomial_blocks
 from hyperattention.merge import merge
@@ -112,7 +111,7 @@ class PolySketchAttention(nn.Module):
         query, key, query_sketch, key_sketch = self._prepare(q, k)
         tokens = torch.arange(x.shape[1], device=x.device)
         limit = tokens // self.block * self.block if self.local else tokens + 1
-        past = Partial(*feature_attention(self_tensor(query_sketch), self_tensor(key_sketch), v, row_limit=limit[None]))
+        past = Partial(*feature_attention(query_sketch, key_sketch, v, row_limit=limit[None], power=2))
         partials = [self._published(past)]
         if self.local:
             partials.append(polynomial_blocks(query, key, v, self.degree, self.block))
