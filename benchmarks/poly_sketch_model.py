@@ -31,13 +31,13 @@ class Size:
     hidden: int = 512
     length: int = 1024
     batch: int = 2
-    steps: int = 250
-    warm_up: int = 20
+    steps: int = 150
+    warm_up: int = 15
     sketch: int = 32
     block: int = 128
     # steps between two judgements, and held-out sequences of each; of the last one
-    every: int = 25
-    judged: int = 8
+    every: int = 15
+    judged: int = 4
     judged_last: int = 32
 
 
