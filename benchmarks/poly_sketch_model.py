@@ -30,13 +30,13 @@ class Size:
     heads: int = 2
     hidden: int = 512
     length: int = 1024
-    batch: int = 2
-    steps: int = 150
-    warm_up: int = 15
+    batch: int = 1
+    steps: int = 160
+    warm_up: int = 16
     sketch: int = 32
     block: int = 128
     # steps between two judgements, and held-out sequences of each; of the last one
-    every: int = 15
+    every: int = 16
     judged: int = 4
     judged_last: int = 32
 
