@@ -1,4 +1,4 @@
-"""Sketches of powers of products: unbiased at half the degree, never negative, and within the error that their size promises."""
+"""Sketches of powers: unbiased at half the degree, never negative, and within the error that their size promises."""
 
 import math
 

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.features.learned_sketch import LearnedSketch
 from hyperattention.features.polynomial_sketch import (
     PolynomialSketch,
@@ -14,6 +13,7 @@ from hyperattention.features.polynomial_sketch import (
     check_degree,
     check_size,
 )
+from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.kernels.polynomial import polynomial_attention, polynomial_blocks
 from hyperattention.merge import merge
 from hyperattention.nn.poly_sketch_state import PolySketchState
@@ -33,7 +33,7 @@ class PolySketchAttention(nn.Module):
     `polysketchformer`) was read, the paper remembered.   Differs: any length; decoding; random sketches scaled to estimate
     the powers (the published ones are sketch_size^2 times too small), of the same normalised vectors as the local weights
     (the published code has a LayerNorm for each); rotary positions pair halves. Sinusoidal positions are left to the model.
-    Cost: sketch_size^2 (head_dim + 1) products a token and head to read the sums and as many to add to them, and
+    Cost: sketch_size^2 (head_dim + 1) / 2 products a token and head to read the sums and as many to add to them, and
     block * head_dim near the token.   Guarantee: weights are not negative; for random sketches that of `PolynomialSketch`.
 
     Args:
@@ -129,7 +129,9 @@ class PolySketchAttention(nn.Module):
         like = self.in_projection.weight
         features = self.sketch.size
         lead = batch, self.num_heads
-        total = like.new_zeros((*lead, features**2, self.head_dim + 1), dtype=torch.promote_types(like.dtype, torch.float32))
+        total = like.new_zeros(
+            (*lead, features * (features + 1) // 2, self.head_dim + 1), dtype=torch.promote_types(like.dtype, torch.float32)
+        )
         near = (like.new_zeros((*lead, 0, width)) for width in (self.head_dim, features, self.head_dim))
         return PolySketchState(total, *near, position=0)
 

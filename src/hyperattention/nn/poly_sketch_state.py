@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hyperattention.features.polynomial_sketch import self_tensor
 from hyperattention.types import Partial
 
 
@@ -15,7 +14,9 @@ from hyperattention.types import Partial
 class PolySketchState:
     """The text that a layer has read, in a size that does not depend on its length.
 
-    total = sum over the keys of whole blocks of phi(k_j) (v_j, 1)^T,   phi(k) = M(k) (x) M(k)
+    total = sum over the keys of whole blocks of phi(k_j) (v_j, 1)^T,   phi(k) = the products of pairs of features of M(k)
+
+    Each pair counts once: features (features + 1) / 2 products are enough for the square of a product.
 
     Args:
         total: the sums, float32 at least; the last column is for the denominator.
@@ -25,7 +26,7 @@ class PolySketchState:
         position: number of tokens read.
     """
 
-    total: Float[Tensor, "batch heads squared width"]
+    total: Float[Tensor, "batch heads pairs width"]
     key: Float[Tensor, "batch heads near head_dim"]
     key_sketch: Float[Tensor, "batch heads near features"]
     value: Float[Tensor, "batch heads near value_dim"]
@@ -45,7 +46,7 @@ class PolySketchState:
         Returns:
             the rows, and the logs of their denominators; 0 and -inf if a denominator is 0.
         """
-        sums = self_tensor(query_sketch).to(self.total.dtype) @ self.total
+        sums = _pairs(query_sketch, twice=True).to(self.total.dtype) @ self.total
         # as the kernel has it: a sum below the smallest normal number counts as 0
         empty = sums[..., -1] < torch.finfo(sums.dtype).tiny
         denominator = sums[..., -1].masked_fill(empty, 1.0)
@@ -73,7 +74,7 @@ class PolySketchState:
         Returns:
             the new state.
         """
-        features = self_tensor(self.key_sketch).to(self.total.dtype)
+        features = _pairs(self.key_sketch, twice=False).to(self.total.dtype)
         values = torch.cat([self.value, self.value.new_ones((*self.value.shape[:-1], 1))], -1).to(self.total.dtype)
         total = self.total + features.transpose(2, 3) @ values
         nothing = (x[:, :, :0] for x in (self.key, self.key_sketch, self.value))
@@ -83,3 +84,10 @@ class PolySketchState:
     def _of(total: Tensor, near: Iterable[Tensor], position: int) -> "PolySketchState":
         key, key_sketch, value = near
         return PolySketchState(total, key, key_sketch, value, position)
+
+
+def _pairs(x: Tensor, *, twice: bool) -> Tensor:
+    """Multiply features in pairs, each pair once; `twice` for the query, so that pairs of two features count twice."""
+    first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    products = x[..., first] * x[..., second]
+    return products * torch.where(first == second, 1, 2).to(x.dtype) if twice else products
