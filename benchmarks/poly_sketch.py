@@ -14,10 +14,11 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from claims import announce
 from poly_sketch_model import Size, SoftmaxAttention, Texts, Trainer, attentions
 from poly_sketch_table import RECORDS, plot, read, write_table
 from torch import nn
@@ -29,7 +30,7 @@ from hyperattention.nn import PolySketchAttention
 
 @dataclass(frozen=True)
 class Plan:
-    size: Size = Size()
+    size: Size = field(default_factory=Size)
     seeds: int = 3
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
     rounds: int = 5
@@ -105,7 +106,7 @@ def time_layers(plan: Plan, out: Path) -> None:
             if n == min(lengths):
                 calls[name, n]()
         keyed = {json.dumps(key): call for key, call in calls.items()}
-        timings = interleave(keyed, plan.rounds, lambda key: print("   ", part, key, flush=True))
+        timings = interleave(keyed, plan.rounds, announce)
         for key, timing in timings.items():
             name, n = json.loads(key)
             share = 1.0 if name == "softmax" else share_of_pairs(n, plan.block)

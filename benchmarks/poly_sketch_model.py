@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from hyperattention.nn import PolySketchAttention
 from hyperattention.nn.rotary import rotate
 
+# the folder of training is no package
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from muon import Muon  # noqa: E402 - the folder of training is no package
-from sources import standard_library  # noqa: E402
+from muon import Muon
+from sources import standard_library
 
 MATRIX_RATE, OTHER_RATE = 0.02, 6e-3
 CONSTANT_SHARE, FINAL_RATE = 0.4, 0.05

@@ -1,7 +1,9 @@
 """The layer of polynomial attention against its definition, pair by pair; and decoding from its state against the layer."""
 
 import copy
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,3 +316,13 @@ def test_bad_tokens_and_states_are_named():
     state = layer.step(tokens(3))[1]
     with pytest.raises(ValueError, match="x has 1 texts, and the state 2"):
         layer.step(tokens(3, batch=1), state)
+
+
+def test_the_guide_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "relatives.md").read_text()
+    section = page.split("## PolySketchFormer\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    exec(compile(block, "relatives.md", "exec"), {})
+    difference, size = capsys.readouterr().out.split()
+    assert float(difference.removeprefix("tensor(").removesuffix(")")) < 1e-5
+    assert int(size) > 0

@@ -108,6 +108,19 @@ def test_the_error_falls_with_the_root_of_the_size():
     assert rms[0] / rms[1] == pytest.approx(2, rel=0.3)
 
 
+def test_few_features_serve_many_directions_and_not_one():
+    def middle(kind: str) -> float:
+        q, k = vectors(kind)
+        return torch.tensor(
+            [error(products(PolynomialSketch(4, 32, s), q, k).square(), q, k, 4) for s in range(40)]
+        ).median()
+
+    # 16 (p - 2) / r = 1, at the published r of 32
+    assert middle("one direction") > 0.4
+    assert middle("layer norm") < 0.15
+    assert middle("gaussian") < 0.15
+
+
 def test_one_seed_gives_one_sketch_and_leaves_the_generator_alone():
     before = torch.get_rng_state()
     same, again, other = (PolynomialSketch(8, 6, seed).draw(5) for seed in (1, 1, 2))
