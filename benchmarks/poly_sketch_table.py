@@ -88,7 +88,8 @@ def times_table(records: Sequence[dict]) -> str:
     rounds = len(first["seconds"])
     lines += ["", f"One layer of width {first['width']} with {first['heads']} heads, r = {first['sketch']}, blocks of "
               f"{first['block']}, one text; what the one thread computed, without waiting, as other work ran "
-              f"on the machine; medians of {rounds} rounds in which all lengths and layers ran in turn. The bar for sketches is {BAR}x. {where(records, *parts)}"]  # fmt: skip
+              f"on the machine; medians of {rounds} rounds in which all lengths and layers ran in turn. The bar for "
+              f"sketches is {BAR}x. {where(records, *parts)}"]  # fmt: skip
     return "\n".join(lines)
 
 
