@@ -12,8 +12,8 @@ from assertions import assert_exact, assert_same_bits, assert_same_math
 from dense import attention
 from front_door import with_lse
 from hyperattention.exact import exact_attention, visible_keys
+from hyperattention.kernels.feature import plan
 from hyperattention.kernels.feature import reference as feature_torch
-from hyperattention.kernels.feature import sums
 from hyperattention.kernels.feature.operator import feature_attention
 from hyperattention.merge import merge
 from hyperattention.types import Partial
@@ -194,8 +194,8 @@ def test_results_do_not_depend_on_how_rows_are_cut(kind, power, monkeypatch):
     tensors, limit = make(41, 37), some_limits(kind, 2, 41, 37)
     whole = both(attend, tensors, limit, 0, power)
     for block, chunk in ((1, 1), (4, 3), (64, 2)):
-        monkeypatch.setattr(sums, "BLOCK_KEYS", block)
-        monkeypatch.setattr(sums, "CHUNK_ROWS", chunk)
+        monkeypatch.setattr(plan, "BLOCK_KEYS", block)
+        monkeypatch.setattr(plan, "STEP_ROWS", chunk)
         assert_all_exact(both(attend, tensors, limit, 0, power), whole)
 
 
@@ -313,7 +313,7 @@ def test_what_no_row_sees_may_hold_anything_and_what_is_seen_shows():
         x[:, :, :2] = x[:, :, 300:] = torch.nan
     assert_all_exact(both(attend, tensors, limit, 2)[:3], clean[:3])
     tensors[1][:, :, 200] = torch.nan
-    before = 200 - sums.BLOCK_KEYS
+    before = 200 - plan.BLOCK_KEYS
     for ours, expected in zip(attend(*tensors, limit, 2), clean[:2], strict=True):
         assert ours[:, :, 200:].isnan().all()
         # it reaches back no farther than its block
@@ -360,8 +360,8 @@ def run_both_passes(n: int, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_and_products_grow_with_the_length(kind, monkeypatch):
-    monkeypatch.setattr(sums, "BLOCK_KEYS", 16)
-    monkeypatch.setattr(sums, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(plan, "BLOCK_KEYS", 16)
+    monkeypatch.setattr(plan, "STEP_ROWS", 32)
     products = []
     for length in (128, 512):
         with FlopCounterMode(display=False) as counter, LargestTensor() as seen:

@@ -1,17 +1,19 @@
 """Powers of products of features, as products of expanded features: what a state sums, and how rows read it.
 
-(q . k)^1 has the features themselves. (q . k)^2 = sum_{i <= j} c_ij (q_i q_j) (k_i k_j), c_ij = 1 if i = j and 2
-otherwise: the products of pairs of features, of which the symmetric half is enough, ``features (features + 1) / 2``.
-
-All tensors hold features before rows, ``[lists, features, rows]``: the products of one feature with the others then lie
-together, and each step is one long multiplication.
+(q . k)^1 has the features themselves, (q . k)^2 the products of pairs of features. Pairs (i, j) and (j, i) are the same, so
+that the symmetric half is enough: features are halved again and again, and each first half is multiplied by its second,
+until pieces of an odd size are left, whose products are all kept. Some ``features (features + piece) / 2`` are expanded.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# features are padded with zeros to a multiple of this, so that they can be halved three times
+MULTIPLE = 8
 
 
 class Power(ABC):
@@ -22,24 +24,24 @@ class Power(ABC):
         """Count the expanded features."""
 
     @abstractmethod
-    def expand(self, x: Tensor) -> Tensor:
-        """Expand the features of keys."""
+    def expand(self, key: Tensor) -> Tensor:
+        """Expand keys ``[.., rows, features]`` to ``[.., expanded, rows]``."""
 
     @abstractmethod
     def weigh(self, product: Tensor) -> Tensor:
-        """Raise products of features to the power."""
+        """Raise products of features to the power, in place."""
 
     @abstractmethod
-    def slope(self, product: Tensor) -> Tensor:
-        """Differentiate the power of a product by the product."""
+    def slope(self, product: Tensor, by: Tensor) -> Tensor:
+        """Differentiate the power of a product by the product, times `by`, in place of `by`."""
 
     @abstractmethod
     def read(self, query: Tensor, state: Tensor) -> Tensor:
-        """Multiply expanded queries by a state."""
+        """Multiply expanded queries ``[.., rows, features]`` by states ``[.., expanded, width]``: ``[.., rows, width]``."""
 
     @abstractmethod
     def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
-        """Differentiate slope . read(query) by the query."""
+        """Differentiate slope . read(query, state) by the query, for `slope` of ``[.., rows, width]``."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,25 @@ class FirstPower(Power):
         """As many as there are."""
         return features
 
-    def expand(self, x: Tensor) -> Tensor:
+    def expand(self, key: Tensor) -> Tensor:
         """Nothing to do."""
-        return x
+        return key.transpose(1, 2)
 
     def weigh(self, product: Tensor) -> Tensor:
         """Nothing to do."""
         return product
 
-    def slope(self, product: Tensor) -> Tensor:
+    def slope(self, product: Tensor, by: Tensor) -> Tensor:
         """One."""
-        return torch.ones_like(product)
+        return by
 
     def read(self, query: Tensor, state: Tensor) -> Tensor:
-        """Return ``[lists, rows, width]`` from ``[lists, features, rows]`` and ``[lists, features, width]``."""
-        return query.transpose(1, 2) @ state
+        """One product."""
+        return torch.bmm(query, state)
 
     def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
-        """Return ``[lists, rows, features]``, with `slope` of shape ``[lists, rows, width]``."""
-        return slope @ state.transpose(1, 2)
+        """One product."""
+        return torch.bmm(slope, state.transpose(1, 2))
 
 
 @dataclass(frozen=True)
@@ -76,47 +78,87 @@ class SecondPower(Power):
     """Squares of products."""
 
     def expanded(self, features: int) -> int:
-        """Pairs of features, each pair once."""
-        return features * (features + 1) // 2
+        """Pairs of different halves once, those of a piece as they are."""
+        return sum(count * size * size for count, size in _levels(_padded(features)))
 
-    def expand(self, x: Tensor) -> Tensor:
-        """Return the products of all pairs, ``[lists, pairs, rows]``."""
-        return self._products(x, x)
+    def expand(self, key: Tensor) -> Tensor:
+        """Multiply features by features; pairs of different halves stand for two, and are doubled."""
+        return self._pairs(_features_first(key), 2.0)
 
     def weigh(self, product: Tensor) -> Tensor:
         """Square."""
-        return product.square()
+        return product.square_()
 
-    def slope(self, product: Tensor) -> Tensor:
+    def slope(self, product: Tensor, by: Tensor) -> Tensor:
         """Twice the product."""
-        return 2 * product
+        return by.mul_(product).mul_(2)
 
     def read(self, query: Tensor, state: Tensor) -> Tensor:
-        """Return ``[lists, rows, width]``, with `state` of shape ``[lists, pairs, width]``."""
-        # pairs of two features stand for two products: a sum of both halves of a square
-        return self._products(query, 2 * query).transpose(1, 2) @ state
+        """One product, of pairs."""
+        pairs = self._pairs(_features_first(query), 1.0)
+        # with pairs as rows this is the faster order of the two
+        return torch.bmm(state.transpose(1, 2), pairs).transpose(1, 2)
 
     def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
-        """Return ``[lists, rows, features]``: twice the symmetric matrix of slopes of pairs, times the query."""
-        by_pair, features, start = state @ slope.transpose(1, 2), query.shape[1], 0
-        result = torch.zeros_like(query)
-        for i in range(features):
-            part = by_pair[:, start : start + features - i]  # pairs (i, i), (i, i + 1), ...
-            result[:, i] += (part * query[:, i:]).sum(1)
-            result[:, i + 1 :].addcmul_(part[:, 1:], query[:, i : i + 1])
-            start += features - i
-        return 2 * result.transpose(1, 2)
+        """Slopes of pairs, by each feature times the other of its pair."""
+        by_pair = torch.bmm(state, slope.transpose(1, 2))
+        x = _features_first(query)
+        result, start = torch.zeros_like(x), 0
+        for count, size in _levels(x.shape[1]):
+            end = start + count * size * size
+            part = by_pair[:, start:end].unflatten(1, (count, size, size))
+            start = end
+            first, second = _halves(x, count, size)
+            into_first, into_second = _halves(result, count, size)
+            into_first += (part * second[:, :, None]).sum(3)
+            into_second += (part * first[:, :, :, None]).sum(2)
+        return result[:, : query.shape[2]].transpose(1, 2)
 
-    def _products(self, x: Tensor, others: Tensor) -> Tensor:
-        """Multiply feature i of `x` by itself and by the features after i of `others`."""
-        features, start = x.shape[1], 0
-        result = x.new_empty(len(x), self.expanded(features), x.shape[2])
-        for i in range(features):
-            end = start + features - i
-            torch.mul(x[:, i], x[:, i], out=result[:, start])
-            torch.mul(others[:, i + 1 :], x[:, i : i + 1], out=result[:, start + 1 : end])
+    def _pairs(self, x: Tensor, times: float) -> Tensor:
+        """Multiply features ``[.., features, rows]``, with `times` for pairs of different halves."""
+        result, start = x.new_empty(len(x), self.expanded(x.shape[1]), x.shape[2]), 0
+        others = x if times == 1.0 else x * times
+        for count, size in _levels(x.shape[1]):
+            end = start + count * size * size
+            first, second = _halves(x, count, size)[0], _halves(others, count, size)[1]
+            if end == result.shape[1]:
+                second = _halves(x, count, size)[1]
+            part = result[:, start:end].unflatten(1, (count, size, size))
+            torch.mul(first[:, :, :, None], second[:, :, None], out=part)
             start = end
         return result
+
+
+def _padded(features: int) -> int:
+    return -(-features // MULTIPLE) * MULTIPLE
+
+
+def _features_first(x: Tensor) -> Tensor:
+    """Return ``[.., padded features, rows]`` from ``[.., rows, features]``."""
+    features = x.shape[2]
+    result = x.new_empty(len(x), _padded(features), x.shape[1])
+    result[:, :features] = x.transpose(1, 2)
+    result[:, features:] = 0
+    return result
+
+
+def _levels(features: int) -> Iterator[tuple[int, int]]:
+    """Yield how many pairs of halves there are, and the size of a half; last, the pieces, each paired with itself."""
+    size = features
+    while size % 2 == 0 and size:
+        size //= 2
+        yield features // (2 * size), size
+    if size:
+        yield features // size, size
+
+
+def _halves(x: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """View features ``[.., features, rows]`` as pairs of halves, each ``[.., count, size, rows]``; pieces are both."""
+    if count * size == x.shape[1]:
+        pieces = x.unflatten(1, (count, size))
+        return pieces, pieces
+    halves = x.unflatten(1, (count, 2, size))
+    return halves[:, :, 0], halves[:, :, 1]
 
 
 POWERS: dict[int, Power] = {1: FirstPower(), 2: SecondPower()}

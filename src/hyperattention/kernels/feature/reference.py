@@ -8,7 +8,7 @@ pairs, only a *state*: the sum over its visible keys of (expanded) features time
     lse_i = log of the denominator
 
 Forward and backward are the same sums (`sums`) with exchanged parts. No tensor of queries x keys, or of keys x features x
-value_dim, is ever allocated; expanded features exist for `sums.CHUNK_ROWS` rows at a time.
+value_dim, is ever allocated; expanded features exist for a few hundred rows at a time (`plan.STEP_NUMBERS`).
 
 Source: Katharopoulos et al., 2020 (arXiv:2006.16236), states as running sums; Kacham et al., 2024 (arXiv:2310.01655),
 PolySketchFormer, its causal product block by block, and its squares of sketches.   Differs: any limits, not only causal
@@ -22,9 +22,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.plan import Plan, plan_of
 from hyperattention.kernels.feature.powers import POWERS, Power
 from hyperattention.kernels.feature.scales import log_of, scales_of
-from hyperattention.kernels.feature.sums import Keys, blocks, product_of, pull, read
+from hyperattention.kernels.feature.sums import Keys, blocks, course_of, product_of, pull, read
 
 
 def _by_list(x: Tensor, kv_heads: int) -> Tensor:
@@ -46,65 +47,9 @@ def _limits(row_limit: Tensor, lists: int, group: int, keys: int) -> Iterator[tu
         yield slice(i * each, (i + 1) * each), limit
 
 
-def _with_one(value: Tensor) -> Tensor:
-    # a value of one, whose weighted sum is the denominator
-    return torch.cat([value, value.new_ones((*value.shape[:-1], 1))], -1)
-
-
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of sums and lse: float64 if any tensor is float64, otherwise float32."""
     return torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
-
-
-def weighted_sums(query: Tensor, keys: Keys, limit: Tensor, power: Power) -> tuple[Tensor, Tensor]:
-    """Sum weighted values over the keys that each row sees.
-
-    total_i = sum_{j < limit_i} exp(log scale_j) / 2^base_i (query_i . key_j)^power value_j
-
-    Args:
-        query: ``[lists, rows, features]``.
-        keys: the keys, their values and scales.
-        limit: number of leading keys each row sees, 0 to keys, in any order: ``[rows]``, shared by the lists.
-        power: of products of features.
-
-    Returns:
-        total ``[lists, rows, width]`` and base ``[lists, rows]``, 0 and -inf if a row sees no key.
-    """
-    sums = keys.scales.exponent
-    total, base = sums.new_empty(*query.shape[:2], keys.value.shape[2]), sums.new_empty(query.shape[:2])
-    # sums rounded to bfloat16 would be useless after some thousand keys
-    with torch.autocast(query.device.type, enabled=False):
-        for block in blocks(keys, limit, power):
-            rows = query[:, block.rows].to(sums.dtype)
-            total[:, block.rows] = read(block, rows, product_of(block, rows), power)
-            base[:, block.rows] = block.base
-    return total, base
-
-
-def slopes(query: Tensor, slope: Tensor, keys: Keys, limit: Tensor, power: Power) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate slope . total of `weighted_sums` by the queries; and sum as it does.
-
-    Args:
-        query: ``[lists, rows, features]``.
-        slope: ``[lists, rows, width]``.
-        keys: the keys, their values and scales.
-        limit: as in `weighted_sums`.
-        power: of products of features.
-
-    Returns:
-        the gradient ``[lists, rows, features]``, total and base.
-    """
-    sums = keys.scales.exponent
-    total, base = sums.new_empty(*query.shape[:2], keys.value.shape[2]), sums.new_empty(query.shape[:2])
-    gradient = torch.empty_like(query, dtype=sums.dtype)
-    with torch.autocast(query.device.type, enabled=False):
-        for block in blocks(keys, limit, power):
-            rows, by = (x[:, block.rows].to(sums.dtype) for x in (query, slope))
-            product = product_of(block, rows)
-            gradient[:, block.rows] = pull(block, rows, by, product, power)
-            total[:, block.rows] = read(block, rows, product, power)
-            base[:, block.rows] = block.base
-    return gradient, total, base
 
 
 def forward(
@@ -133,18 +78,36 @@ def forward(
     """
     kv_heads, dtype = key.shape[1], accumulation_dtype(query, key, value)
     rows, row_scale = _by_list(query, kv_heads), _by_list(query_log_scale, kv_heads).to(dtype)
-    keys, values = key.flatten(0, 1), _with_one(value.flatten(0, 1))
-    key_scales = scales_of(key_log_scale.flatten(0, 1).to(dtype))
+    every = _keys(key, value, key_log_scale.to(dtype))
     lse, out = torch.empty_like(row_scale), value.new_empty((*rows.shape[:2], value.shape[-1]))
-    for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, keys.shape[1]):
-        total, top = weighted_sums(rows[part], Keys(keys[part], values[part], key_scales[part]), limit, POWERS[power])
-        # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
-        empty = total[..., -1] < torch.finfo(dtype).tiny
-        denominator = total[..., -1].masked_fill(empty, 1.0)
-        lse[part] = (row_scale[part] + log_of(denominator, top)).masked_fill(empty, -torch.inf)
-        nothing = (lse[part] == -torch.inf)[..., None]
-        out[part] = (total[..., :-1] / denominator[..., None]).masked_fill(nothing, 0.0).to(out.dtype)
+    # sums rounded to bfloat16 would be useless after some thousand keys
+    with torch.autocast(query.device.type, enabled=False):
+        for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, key.shape[2]):
+            results = rows[part], row_scale[part], out[part], lse[part]
+            _attend(*results, every.of(part, slice(None)), limit, POWERS[power])
     return _by_head(out, kv_heads, query), _by_head(lse, kv_heads, query)
+
+
+def _keys(key: Tensor, value: Tensor, log_scale: Tensor) -> Keys:
+    # a value of one, whose weighted sum is the denominator
+    one = torch.ones((), dtype=log_scale.dtype, device=log_scale.device).expand(len(log_scale.flatten(0, 1)), key.shape[2])
+    return Keys(key.flatten(0, 1), value.flatten(0, 1), one, scales_of(log_scale.flatten(0, 1)))
+
+
+def _attend(rows: Tensor, row_scale: Tensor, out: Tensor, lse: Tensor, keys: Keys, limit: Tensor, power: Power) -> None:
+    """Write normalised rows and their lse for lists that share their limits."""
+    course = course_of(keys, plan_of(limit, power.expanded(rows.shape[2])))
+    for block in blocks(keys, course, power):
+        query = block.take(rows)
+        total = read(block, query, product_of(block, query), power)
+        denominator = total[..., -1:]
+        # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
+        inverse = denominator.reciprocal().masked_fill_(denominator < torch.finfo(total.dtype).tiny, 0.0)
+        block.put(total[..., :-1], inverse, out)
+        block.put(denominator, torch.ones_like(inverse), lse[..., None])
+    empty = lse < torch.finfo(lse.dtype).tiny
+    lse.copy_((row_scale + log_of(lse.masked_fill(empty, 1.0), course.base)).masked_fill_(empty, -torch.inf))
+    out.masked_fill_((lse == -torch.inf)[..., None], 0.0)
 
 
 def backward(
@@ -177,28 +140,53 @@ def backward(
     kv_heads, dtype = key.shape[1], lse.dtype
     rows, row_scale, out, lse = (_by_list(x, kv_heads) for x in (query, query_log_scale, out, lse))
     grad_out, grad_lse = (_by_list(x, kv_heads).to(dtype) for x in grads)
-    keys, values, key_scale = key.flatten(0, 1), _with_one(value.flatten(0, 1)), key_log_scale.flatten(0, 1).to(dtype)
     empty = lse == -torch.inf
     grad_out, grad_lse = grad_out.masked_fill(empty[..., None], 0.0), grad_lse.masked_fill(empty, 0.0)
-    slope = torch.cat([grad_out, (grad_lse - (grad_out * out).sum(-1))[..., None]], -1)
     share = (row_scale.to(dtype) - lse).masked_fill(empty, -torch.inf)  # log r
-    grad_rows, grad_keys, grad_values = (share.new_empty(x.shape) for x in (rows, keys, values[..., :-1]))
-    row_scales, key_scales = scales_of(share), scales_of(key_scale)
-    for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, keys.shape[1]):
-        every = Keys(keys[part], values[part], key_scales[part])
-        gradient, _, base = slopes(rows[part], slope[part], every, limit, POWERS[power])
-        grad_rows[part] = gradient * row_scales[part].times(base)[..., None]
-        falling, order = limit.sort(descending=True)
-        # number of rows with a limit above each key
-        seen_by = torch.searchsorted(-falling, -torch.arange(keys.shape[1], dtype=torch.int64, device=limit.device))
-        seen = Keys(rows[part][:, order], slope[part][:, order], row_scales[part][:, order])
-        gradient, total, base = slopes(keys[part], values[part], seen, seen_by, POWERS[power])
-        scale = key_scales[part].times(base)[..., None]
-        grad_keys[part], grad_values[part] = gradient * scale, total[..., :-1] * scale
+    slope = grad_lse - (grad_out * out).sum(-1)
+    as_keys, keys = Keys(rows, grad_out, slope, scales_of(share)), _keys(key, value, key_log_scale.to(dtype))
+    found = [torch.empty_like(x, dtype=dtype) for x in (rows, keys.key, keys.value)]
+    with torch.autocast(query.device.type, enabled=False):
+        for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, key.shape[2]):
+            some = as_keys.of(part, slice(None)), keys.of(part, slice(None))
+            _gradients(*some, limit, POWERS[power], [x[part] for x in found])
+    grad_rows, grad_keys, grad_values = found
     return (
         _by_head(grad_rows, kv_heads, query).to(query.dtype),
         grad_keys.view(key.shape).to(key.dtype),
         grad_values.view(value.shape).to(value.dtype),
         _by_head(grad_lse, kv_heads, query).to(query_log_scale.dtype),
-        (keys * grad_keys).sum(-1).view(key_log_scale.shape).to(key_log_scale.dtype) / power,
+        ((keys.key * grad_keys).sum(-1) / power).view(key_log_scale.shape).to(key_log_scale.dtype),
     )
+
+
+def _gradients(rows: Keys, keys: Keys, limit: Tensor, power: Power, found: list[Tensor]) -> None:
+    """Write gradients of rows, keys and values for lists that share their limits.
+
+    Args:
+        rows: queries as keys, their slopes as values.
+        keys: keys.
+        limit: of each row.
+        power: of products of features.
+        found: the gradients.
+    """
+    expanded = power.expanded(rows.key.shape[2])
+    _slopes(rows, keys, plan_of(limit, expanded), power, found[0], None)
+    falling, order = limit.sort(descending=True)
+    # number of rows with a limit above each key
+    seen_by = torch.searchsorted(-falling, -torch.arange(keys.key.shape[1], dtype=torch.int64, device=limit.device))
+    _slopes(keys, rows.ordered(order), plan_of(seen_by, expanded), power, found[1], found[2])
+
+
+def _slopes(rows: Keys, keys: Keys, plan: Plan, power: Power, gradient: Tensor, sums: Tensor | None) -> None:
+    """Write the gradient of rows' features; if wanted, the sums of the values of keys, without their last number, too."""
+    course = course_of(keys, plan)
+    # -inf if a row sees no key
+    scale = rows.scales.times(course.base)
+    for block in blocks(keys, course, power):
+        query, some = block.take(rows.key), block.take(scale)
+        slope = torch.cat([block.take(rows.value), block.take(rows.last)[..., None]], -1)
+        product = product_of(block, query)
+        block.put(pull(block, query, slope, product, power), some, gradient)
+        if sums is not None:
+            block.put(read(block, query, product, power)[..., :-1], some, sums)

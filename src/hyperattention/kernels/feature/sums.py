@@ -1,7 +1,7 @@
 """Weighted sums over the leading keys of each row: a state for the keys that a block of rows shares, pairs for the rest.
 
-Rows are processed in the order of their limits, one block at a time: keys below the smallest limit of a block are in the
-state, and the few keys between its limits are weighted pair by pair.
+Rows are processed in the order of their limits, some blocks at a time: keys before a block are in its state, and the few
+keys between the limits of its rows are weighted pair by pair.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.plan import Plan, Step
 from hyperattention.kernels.feature.powers import Power
 from hyperattention.kernels.feature.scales import Scales, finite
 
-# keys between the state and a row's limit, weighted pair by pair: about as many products as reading a state needs
-BLOCK_KEYS = 128
-# rows read, or keys added, at once: bounds the copies in the accumulation dtype, and expanded features
-CHUNK_ROWS = 512
-# powers of two by which the largest scale of a block may exceed that of a row's own keys before each row gets its own base
+# powers of two by which the largest scale of a step may exceed that of a row's own keys before each row gets its own base
 FAR_ABOVE = 24.0
 
 
@@ -27,141 +24,217 @@ class Keys:
 
     Args:
         key: ``[lists, keys, features]``.
-        value: ``[lists, keys, width]``.
+        value: ``[lists, keys, width - 1]``.
+        last: one more number of each value, ``[lists, keys]``.
         scales: of each key, ``[lists, keys]``.
     """
 
     key: Tensor
     value: Tensor
+    last: Tensor
     scales: Scales
 
-    def __getitem__(self, part: slice) -> "Keys":
-        """Select some keys."""
-        return Keys(self.key[:, part], self.value[:, part], self.scales[:, part])
+    def of(self, lists: slice, keys: slice) -> "Keys":
+        """Select some keys of some lists."""
+        return Keys(*(x[lists, keys] for x in (self.key, self.value, self.last)), self.scales[lists, keys])
 
-    def scaled(self, base: Tensor) -> Tensor:
-        """Return exp(log scale) / 2^base times values, ``[lists, keys, width]``, for `base` of shape ``[lists, 1]``."""
-        scale = self.scales.above(base)
-        return self.value.to(scale.dtype) * scale[..., None]
+    def ordered(self, order: Tensor) -> "Keys":
+        """Put the keys of all lists into another order."""
+        scales = Scales(self.scales.factor[:, order], self.scales.exponent[:, order])
+        return Keys(*(x.index_select(1, order) for x in (self.key, self.value, self.last)), scales)
+
+    def scaled(self, scale: Tensor) -> Tensor:
+        """Return values with their last number, times a scale, ``[lists, keys, width]``."""
+        result = scale.new_empty(*scale.shape, self.value.shape[-1] + 1)
+        torch.mul(self.value, scale[..., None], out=result[..., :-1])
+        torch.mul(self.last, scale, out=result[..., -1])
+        return result
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of similar limits, and all they need.
+    """The rows of a step, and all they need; blocks of all lists are one axis, ``lists * blocks``.
 
     Args:
-        rows: their numbers: a slice, or an index.
-        state: sum over the shared keys of 2^-base exp(log scale) expanded key value^T, ``[lists, expanded, width]``.
-        decay: 2^(base of the state - base), ``[lists, rows or 1, 1]``.
-        key: the near keys, ``[lists, near, features]``.
-        value: their scaled values, ``[lists, near, width]``.
-        weight: what each pair's product is multiplied by: 0 if hidden; ``[rows, near]``, or with lists before.
-        base: exponent of the unit of the sums, ``[lists, rows]``; -inf if a row sees no key.
+        lists: the lists.
+        rows: numbers of the rows: a slice, or an index.
+        size: rows of each block.
+        state: sum over the keys before the block of 2^-base exp(log scale) expanded key value^T, ``[.., expanded, width]``.
+        decay: 2^(base of the state - base of each row), ``[.., rows, 1]``; None for 1.
+        key: the near keys, ``[.., near, features]``; no keys if rows see none beyond the state.
+        value: their scaled values, ``[.., near, width]``.
+        weight: what each pair's product is multiplied by, 0 if hidden; ``[.., rows, near]``; None if row i sees i + 1.
     """
 
-    rows: Tensor
+    lists: slice
+    rows: slice | Tensor
+    size: int
     state: Tensor
-    decay: Tensor
+    decay: Tensor | None
     key: Tensor
     value: Tensor
-    weight: Tensor
-    base: Tensor
+    weight: Tensor | None
+
+    def take(self, x: Tensor) -> Tensor:
+        """Select the rows of ``[lists, rows, ...]``, block by block, in the dtype of sums."""
+        x = x[self.lists]
+        x = x[:, self.rows] if isinstance(self.rows, slice) else x.index_select(1, self.rows)
+        return x.to(self.state.dtype).reshape(-1, self.size, *x.shape[2:])
+
+    def put(self, x: Tensor, scale: Tensor, target: Tensor) -> None:
+        """Write rows, block by block, times the scale of each to their places in ``[lists, rows, ...]``."""
+        target = target[self.lists]
+        x, scale = x.reshape(len(target), -1, x.shape[2]), scale.view(len(target), -1, 1)
+        if isinstance(self.rows, slice):
+            torch.mul(x, scale, out=target[:, self.rows])
+        else:
+            target.index_copy_(1, self.rows, (x * scale).to(target.dtype))
 
 
-def _cuts(limit: Tensor, top: Tensor) -> list[list[int]]:
-    """Cut rows, ordered by limit, into blocks of similar limits.
+@dataclass(frozen=True)
+class Course:
+    """A plan with units: what sums of each row are multiples of.
 
     Args:
-        limit: of each row, ascending.
-        top: largest exponent among the keys of each row, ``[lists, rows]``.
+        plan: the order of the rows.
+        base: exponent of the unit of each row's sums, ``[lists, rows]``; -inf if a row sees no key.
+        top: largest exponent among the keys of each row, in the plan's order.
+        tops: largest exponent among leading keys, ``[lists, keys + 1]``.
+        steps: the steps; those whose rows need a base each have one block.
+        apart: which steps these are.
+    """
+
+    plan: Plan
+    base: Tensor
+    top: Tensor
+    tops: Tensor
+    steps: list[Step]
+    apart: list[bool]
+
+
+def course_of(keys: Keys, plan: Plan) -> Course:
+    """Choose a unit for each row's sums: the largest scale of its step's keys, or that of its own keys if far below.
+
+    Args:
+        keys: the keys of all lists.
+        plan: the order of the rows.
 
     Returns:
-        for each block its first row, the one after its last, its smallest and largest limit, and how many of its rows
-        have a largest exponent far below the block's.
+        the course.
     """
-    place, number = limit // BLOCK_KEYS, torch.arange(len(limit), dtype=torch.int64, device=limit.device)
-    cut = number % CHUNK_ROWS == 0
-    cut[1:] |= place[1:] != place[:-1]
-    edges = torch.cat([number[cut], number.new_tensor([len(limit)])])
-    starts, ends = edges[:-1], edges[1:]
-    apart = top[:, ends - 1].repeat_interleave(ends - starts, 1) - top > FAR_ABOVE
-    apart = (apart & (top > -torch.inf)).any(0).cumsum(0)
-    apart = torch.cat([apart.new_zeros(1), apart])
-    return torch.stack([starts, ends, limit[starts], limit[ends - 1], apart[ends] - apart[starts]], 1).tolist()
+    exponent, limit = keys.scales.exponent, plan.limit
+    tops = torch.cat([exponent.new_full((len(exponent), 1), -torch.inf), exponent.cummax(1)[0]], 1)
+    top = tops[:, limit]
+    sizes = [[x.rows.stop - x.rows.start, x.near.stop] for x in plan.steps]
+    lengths, ends = torch.tensor(sizes, dtype=torch.int64, device=limit.device).view(-1, 2).unbind(1)
+    base = tops[:, ends].repeat_interleave(lengths, 1)
+    far = ((base - top > FAR_ABOVE) & (top > -torch.inf)).any(0)
+    count = torch.cat([lengths.new_zeros(1), far.cumsum(0)])
+    edge = lengths.cumsum(0)
+    apart = count[edge] > count[edge - lengths]
+    base = torch.where(apart.repeat_interleave(lengths), top, base).masked_fill(top == -torch.inf, -torch.inf)
+    if plan.order is not None:
+        base = torch.empty_like(base).index_copy_(1, plan.order, base)
+    pieces = [(x, flag) for step, flag in zip(plan.steps, apart.tolist(), strict=True) for x in step.pieces(flag)]
+    return Course(plan, base, top, tops, [x for x, _ in pieces], [flag for _, flag in pieces])
 
 
-def blocks(keys: Keys, limit: Tensor, power: Power) -> Iterator[Block]:
-    """Walk over rows in the order of their limits.
+def blocks(keys: Keys, course: Course, power: Power) -> Iterator[Block]:
+    """Walk over rows in the order of their limits, over as many lists at a time as a step has room for.
 
     Args:
-        keys: the keys.
-        limit: number of leading keys each row sees, 0 to keys, in any order: ``[rows]``, shared by the lists.
+        keys: the keys of all lists.
+        course: the order of the rows, and their units.
         power: of products of features.
 
     Yields:
-        blocks, each row in one of them.
+        blocks, each row of each list in one of them.
     """
-    exponent = keys.scales.exponent
-    limit, order = limit.sort(stable=True)
-    # the largest exponent among the keys of each row
-    tops = torch.cat([exponent.new_full((len(exponent), 1), -torch.inf), exponent.cummax(1)[0]], 1)
-    top = tops[:, limit]
-    size = power.expanded(keys.key.shape[2])
-    state, base, end = exponent.new_zeros(len(exponent), size, keys.value.shape[2]), tops[:, :1], 0
-    for first, last, low, high, apart in _cuts(limit, top):
-        while end < low:
-            part = slice(end, min(end + CHUNK_ROWS, low))
-            end, before, base = part.stop, base, tops[:, part.stop, None]
-            state = _add(state * (before - finite(base)).exp2()[..., None], keys[part], base, power)
-        yield _block(
-            order[first:last],
-            (state, base),
-            keys[low:high],
-            (limit[first:last] - low)[:, None],
-            top[:, first:last],
-            bool(apart),
-        )
+    several = max(1, course.plan.step_rows // max(1, len(course.plan.limit)))
+    for first in range(0, len(keys.key), several):
+        yield from _walk(keys, slice(first, first + several), course, power)
 
 
-def _block(rows: Tensor, state: tuple[Tensor, Tensor], near: Keys, shown: Tensor, top: Tensor, apart: bool) -> Block:
-    """Weigh the near keys of some rows.
-
-    Args:
-        rows: their numbers.
-        state: of the shared keys, and its base.
-        near: the keys behind those.
-        shown: how many of them each row sees, ``[rows, 1]``.
-        top: largest exponent among the keys of each row, ``[lists, rows]``.
-        apart: whether each row needs a base of its own.
-
-    Returns:
-        the block.
-    """
-    total, before = state
-    dtype = total.dtype
-    hidden = torch.arange(near.key.shape[1], dtype=torch.int64, device=shown.device) >= shown
-    base = top if apart else top[:, -1:]
-    if apart:
-        raised = near.scales.exponent[:, None] - finite(base)[..., None]
-        weight = raised.masked_fill(hidden, -torch.inf).exp2()
-        value = near.value.to(dtype) * near.scales.factor[..., None]
-    else:
-        weight, value = (~hidden).to(dtype), near.scaled(base)
-    decay = (before - finite(base)).exp2()[..., None]
-    # rows that see no key have no base, lest 0 meets an overflow
-    base = base.expand_as(top).masked_fill(top == -torch.inf, -torch.inf)
-    return Block(rows, total, decay, near.key.to(dtype), value, weight, base)
+def _walk(keys: Keys, lists: slice, course: Course, power: Power) -> Iterator[Block]:
+    tops, base, end = course.tops[lists], course.tops[lists, :1], 0
+    state = tops.new_zeros(len(tops), power.expanded(keys.key.shape[2]), keys.value.shape[2] + 1)
+    for number, (step, apart) in enumerate(zip(course.steps, course.apart, strict=True), 1):
+        at = step.near.start if apart else step.near.stop
+        before, base = base, tops[:, at, None]
+        state = state * (before - finite(base)).exp2()[..., None]
+        while end < step.near.start:
+            some = keys.of(lists, slice(end, min(end + course.plan.step_rows, step.near.start)))
+            end += some.key.shape[1]
+            state.baddbmm_(power.expand(some.key.to(state.dtype)), some.scaled(some.scales.above(base)))
+        near = keys.of(lists, step.near)
+        if apart:
+            yield _apart(step, near, (lists, course), (state, base))
+            continue
+        key, value = (_by_block(x, step.blocks) for x in (near.key.to(state.dtype), near.scaled(near.scales.above(base))))
+        # nothing reads the state behind the last block
+        added = step.blocks - (number == len(course.steps))
+        states = _running(state, key, value, added, power)
+        state, end = states[:, added], end + added * key.shape[1]
+        weight = None if step.stairs else _shown(course.plan, step).to(state.dtype).repeat(len(tops), 1, 1)
+        states = states[:, : step.blocks].flatten(0, 1)
+        yield _block(step, (lists, course), (states, None), (key, value, weight))
 
 
-def _add(state: Tensor, keys: Keys, base: Tensor, power: Power) -> Tensor:
-    """Add keys to a state of the same base."""
-    key = power.expand(keys.key.to(state.dtype).transpose(1, 2))
-    return torch.baddbmm(state, key, keys.scaled(base))
+def _apart(step: Step, near: Keys, place: tuple[slice, Course], state: tuple[Tensor, Tensor]) -> Block:
+    """Weigh the near keys of one block whose rows each have a base, lest the largest scale of a later key drowns them."""
+    own = finite(place[1].top[place[0], step.rows])
+    raised = near.scales.exponent[:, None] - own[..., None]
+    weight = raised.masked_fill(~_shown(place[1].plan, step), -torch.inf).exp2()
+    near_keys = near.key.to(weight.dtype), near.scaled(near.scales.factor), weight
+    return _block(step, place, (state[0], (state[1] - own).exp2()[..., None]), near_keys)
+
+
+def _block(
+    step: Step,
+    place: tuple[slice, Course],
+    states: tuple[Tensor, Tensor | None],
+    near: tuple[Tensor, Tensor, Tensor | None],
+) -> Block:
+    lists, order = place[0], place[1].plan.order
+    rows = step.rows if order is None else order[step.rows]
+    return Block(lists, rows, (step.rows.stop - step.rows.start) // step.blocks, *states, *near)
+
+
+def _shown(plan: Plan, step: Step) -> Tensor:
+    """Mark the near keys that each row sees, ``[blocks, rows, near]``."""
+    rows, keys = ((x.stop - x.start) // step.blocks for x in (step.rows, step.near))
+    limit = plan.limit[step.rows].view(step.blocks, rows, 1) - step.near.start
+    key = torch.arange(keys * step.blocks, dtype=torch.int64, device=limit.device).view(step.blocks, 1, keys)
+    return key < limit
+
+
+def _by_block(x: Tensor, count: int) -> Tensor:
+    """Split an axis of keys: ``[lists, keys, ...]`` to ``[lists * blocks, keys of one, ...]``."""
+    return x.reshape(len(x) * count, x.shape[1] // count, x.shape[2])
+
+
+def _running(state: Tensor, key: Tensor, value: Tensor, added: int, power: Power) -> Tensor:
+    """Return the states before each block of keys, and behind the last of `added` ones, ``[lists, added + 1, ...]``."""
+    lists = len(state)
+    result = state.new_empty(lists, added + 1, *state.shape[1:])
+    result[:, 0] = state
+    if added:
+        some, values = (x.unflatten(0, (lists, -1))[:, :added].flatten(0, 1) for x in (key, value))
+        result[:, 1:] = torch.bmm(power.expand(some), values).unflatten(0, (lists, added))
+        before, *others = result.unbind(1)
+        for state in others:
+            before = state.add_(before)
+    return result
 
 
 def product_of(block: Block, query: Tensor) -> Tensor:
-    """Multiply rows by their near keys, ``[lists, rows, near]``."""
+    """Multiply rows by their near keys, ``[.., rows, near]``."""
     return query @ block.key.transpose(1, 2)
+
+
+def _hide(weight: Tensor, block: Block) -> Tensor:
+    """Multiply pairs by their weight, in place."""
+    return weight.tril_() if block.weight is None else weight.mul_(block.weight)
 
 
 def read(block: Block, query: Tensor, product: Tensor, power: Power) -> Tensor:
@@ -171,15 +244,17 @@ def read(block: Block, query: Tensor, product: Tensor, power: Power) -> Tensor:
 
     Args:
         block: the rows.
-        query: their features, ``[lists, rows, features]``.
-        product: `product_of` them.
+        query: their features, ``[.., rows, features]``.
+        product: `product_of` them; lost.
         power: of products of features.
 
     Returns:
-        the sums, ``[lists, rows, width]``.
+        the sums, ``[.., rows, width]``.
     """
-    total = power.read(query.transpose(1, 2), block.state) * block.decay
-    return torch.baddbmm(total, power.weigh(product) * block.weight, block.value)
+    total = power.read(query, block.state)
+    if block.decay is not None:
+        total = total * block.decay
+    return total.baddbmm_(_hide(power.weigh(product), block), block.value)
 
 
 def pull(block: Block, query: Tensor, slope: Tensor, product: Tensor, power: Power) -> Tensor:
@@ -188,12 +263,15 @@ def pull(block: Block, query: Tensor, slope: Tensor, product: Tensor, power: Pow
     Args:
         block: the rows.
         query: their features.
-        slope: of a loss in their sums, ``[lists, rows, width]``.
+        slope: of a loss in their sums, ``[.., rows, width]``.
         product: `product_of` them.
         power: of products of features.
 
     Returns:
-        the gradient, ``[lists, rows, features]``.
+        the gradient, ``[.., rows, features]``.
     """
-    total = power.pull(query.transpose(1, 2), block.state, slope) * block.decay
-    return torch.baddbmm(total, power.slope(product) * (slope @ block.value.transpose(1, 2)) * block.weight, block.key)
+    total = power.pull(query, block.state, slope)
+    if block.decay is not None:
+        total = total * block.decay
+    weight = _hide(power.slope(product, slope @ block.value.transpose(1, 2)), block)
+    return total.baddbmm_(weight, block.key)

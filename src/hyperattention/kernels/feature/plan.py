@@ -1,0 +1,119 @@
+"""The order in which rows are read: blocks of similar limits, and steps of equal blocks that one batch of products serves."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# keys between the state and a row's limit, weighted pair by pair: about as many products as reading a state needs
+BLOCK_KEYS = 128
+# rows read, or keys added, at once: their pairs, 512 KiB in float32, stay in a core's cache
+STEP_ROWS = 1024
+# numbers of expanded features at once, which bounds rows as well: 2 MiB in float32. A single block may have more
+STEP_NUMBERS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Step:
+    """Consecutive blocks of rows, as many in each, that see as many keys beyond the block before.
+
+    Args:
+        blocks: number of blocks.
+        rows: all of their rows, in the order of the plan.
+        near: all keys that are weighted pair by pair; each block has its share, and its rows see all keys before that.
+        stairs: whether row i of each block sees i + 1 near keys.
+    """
+
+    blocks: int
+    rows: slice
+    near: slice
+    stairs: bool
+
+    def pieces(self, apart: bool) -> "list[Step]":
+        """Split into steps of one block, if wanted."""
+        if not apart:
+            return [self]
+        rows, keys = ((x.stop - x.start) // self.blocks for x in (self.rows, self.near))
+        return [
+            Step(
+                1,
+                slice(self.rows.start + i * rows, self.rows.start + (i + 1) * rows),
+                slice(self.near.start + i * keys, self.near.start + (i + 1) * keys),
+                self.stairs,
+            )
+            for i in range(self.blocks)
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows in the order of their limits, cut into steps.
+
+    Args:
+        order: numbers of the rows; None if they are in order already.
+        limit: of each row, ascending.
+        steps: the steps.
+        step_rows: rows and keys at once.
+    """
+
+    order: Tensor | None
+    limit: Tensor
+    steps: list[Step]
+    step_rows: int
+
+
+def plan_of(limit: Tensor, expanded: int) -> Plan:
+    """Order rows by limit, and cut them.
+
+    Args:
+        limit: number of leading keys each row sees.
+        expanded: number of expanded features.
+
+    Returns:
+        the plan.
+    """
+    step_rows = max(1, min(STEP_ROWS, max(BLOCK_KEYS, STEP_NUMBERS // max(1, expanded))))
+    order = None
+    if bool((limit[1:] < limit[:-1]).any()):
+        limit, order = limit.sort(stable=True)
+    steps: list[Step] = []
+    for first, last, start, end, stairs in _blocks(limit, step_rows):
+        block = Step(1, slice(first, last), slice(start, end), bool(stairs))
+        joined = _joined(steps[-1], block, step_rows) if steps else None
+        if joined is None:
+            steps.append(block)
+        else:
+            steps[-1] = joined
+    return Plan(order, limit, steps, step_rows)
+
+
+def _blocks(limit: Tensor, step_rows: int) -> list[list[int]]:
+    """Cut rows into blocks: first row, the row after the last, first near key, the key after the last, and `Step.stairs`."""
+    number = torch.arange(len(limit), dtype=torch.int64, device=limit.device)
+    place = (limit - 1).clamp(min=0) // BLOCK_KEYS
+    other = torch.ones_like(place, dtype=torch.bool)
+    other[1:] = place[1:] != place[:-1]
+    within = number - torch.where(other, number, 0).cummax(0)[0] if len(limit) else number
+    cut = within % step_rows == 0
+    edges = torch.cat([number[cut], number.new_tensor([len(limit)])])
+    firsts, lasts = edges[:-1], edges[1:]
+    low, high = limit[firsts], limit[lasts - 1]
+    # from the place's first key on, unless the state can go farther or is farther already
+    first = (within[firsts] == 0) & (low < high)
+    start = torch.where(first, place[firsts] * BLOCK_KEYS, low)
+    missing = (limit - place * BLOCK_KEYS != within + 1).cumsum(0)
+    missing = torch.cat([missing.new_zeros(1), missing])
+    stairs = first & (missing[lasts] == missing[firsts])
+    return torch.stack([firsts, lasts, start, high, stairs.long()], 1).tolist()
+
+
+def _joined(step: Step, block: Step, step_rows: int) -> Step | None:
+    """Add a block to a step of equal blocks; None if it differs, or would make the step too long."""
+    rows, keys = ((x.stop - x.start) // step.blocks for x in (step.rows, step.near))
+    like = (block.rows.stop - block.rows.start, block.near.stop - block.near.start) == (rows, keys)
+    follows = keys > 0 and block.near.start == step.near.stop and block.stairs == step.stairs
+    if not like or not follows or block.rows.stop - step.rows.start > step_rows:
+        return None
+    return Step(
+        step.blocks + 1, slice(step.rows.start, block.rows.stop), slice(step.near.start, block.near.stop), step.stairs
+    )
