@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from claims import announce
-from poly_sketch_model import Size, SoftmaxAttention, Texts, Trainer, attentions
+from poly_sketch_model import CONTROL, Size, SoftmaxAttention, Texts, Trainer, attentions
 from poly_sketch_table import RECORDS, plot, read, write_table
 from torch import nn
 
@@ -148,7 +148,7 @@ def note(out: Path, record: dict[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("train", "time", "write"))
-    names = ["softmax", "learned sketch", "random sketch"]
+    names = ["softmax", "learned sketch", "random sketch", CONTROL]
     parser.add_argument("--attentions", nargs="+", default=names, choices=list(attentions(Size())))
     parser.add_argument("--out", type=Path, default=RECORDS, help="file of the records")
     parser.add_argument("--threads", type=int, default=1)

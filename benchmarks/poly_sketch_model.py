@@ -22,6 +22,7 @@ from sources import standard_library
 
 MATRIX_RATE, OTHER_RATE = 0.02, 6e-3
 CONSTANT_SHARE, FINAL_RATE = 0.4, 0.05
+CONTROL = "blocks alone (control)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,21 @@ class SoftmaxAttention(nn.Module):
         q, k = (rotate(each, 0, 10_000.0) for each in (q, k))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_projection(out.transpose(1, 2).flatten(2))
+
+
+class BlocksAlone(nn.Module):
+    """The control: the exact weights within blocks, and nothing of earlier blocks."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.block = size.block
+        # the random sketch is of no use: no text is longer than a block
+        self.layer = PolySketchAttention(size.width, size.heads, sketch_size=1, block=size.block, learned=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] % self.block:
+            raise ValueError(f"{x.shape[1]} tokens are no whole number of blocks of {self.block}")
+        return self.layer(x.unflatten(1, (-1, self.block)).flatten(0, 1)).view(x.shape)
 
 
 class Block(nn.Module):
@@ -101,6 +117,7 @@ def attentions(size: Size) -> dict[str, Callable[[int, int], nn.Module]]:
 
     return {
         "softmax": lambda seed, layer: SoftmaxAttention(size.width, size.heads),
+        CONTROL: lambda seed, layer: BlocksAlone(size),
         "polynomial, exact": sketched(block=size.length, learned=False),
         "learned sketch": sketched(block=size.block, learned=True),
         "random sketch": sketched(block=size.block, learned=False),

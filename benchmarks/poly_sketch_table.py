@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from poly_sketch_model import CONTROL
 from report import replaced
 
 from hyperattention.report.picture import save_picture
@@ -21,7 +22,13 @@ TRAINING, TIMES = (
 )
 BASELINE, BAR = "softmax", 1.15
 FORWARD, BOTH = "forward", "forward and backward"
-_COLOURS = {BASELINE: "0.4", "polynomial, exact": "tab:green", "learned sketch": "tab:blue", "random sketch": "tab:orange"}
+_COLOURS = {
+    BASELINE: "0.4",
+    "polynomial, exact": "tab:green",
+    "learned sketch": "tab:blue",
+    "random sketch": "tab:orange",
+    CONTROL: "tab:red",
+}
 
 
 def read(path: Path) -> list[dict]:
