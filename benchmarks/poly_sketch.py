@@ -36,7 +36,7 @@ class Plan:
     size: Size = field(default_factory=Size)
     seeds: int = 3
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
-    rounds: int = 3
+    rounds: int = 5
     # with gradients, which need memory for every token
     gradient_lengths: tuple[int, ...] = (2048, 4096, 8192)
     block: int = 256
@@ -108,7 +108,9 @@ def time_layers(plan: Plan, out: Path) -> None:
         for name, n in calls:
             if n == min(lengths):
                 calls[name, n]()  # not timed: the first call is slower
-        for (name, n), spent in in_turn(calls, plan.rounds).items():
+        # as many tokens for every length, so that quiet and busy phases of the machine meet all alike
+        repeats = {(name, n): max(lengths) // n for name, n in calls}
+        for (name, n), spent in in_turn(calls, repeats, plan.rounds).items():
             share = 1.0 if name == "softmax" else share_of_pairs(n, plan.block)
             assert name == "softmax" or share < 1, f"{name} computes every pair at {n}"
             computed = [each.computed for each in spent]
@@ -126,15 +128,17 @@ class Spent:
     computed: float
 
 
-def in_turn(calls: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, list[Spent]]:
-    """Time every call once a round, each round from another one on."""
+def in_turn(calls: dict[Key, Callable[[], object]], repeats: dict[Key, int], rounds: int) -> dict[Key, list[Spent]]:
+    """Time every call once a round, each round from another one on; of a call that is repeated, the mean."""
     keys, spent = list(calls), {key: [] for key in calls}
     for turn in range(rounds):
         start = turn * len(keys) // rounds
         for key in keys[start:] + keys[:start]:
             began, computed = time.perf_counter(), time.process_time()
-            calls[key]()
-            spent[key].append(Spent(time.perf_counter() - began, time.process_time() - computed))
+            for _ in range(repeats[key]):
+                calls[key]()
+            ended = time.perf_counter(), time.process_time()
+            spent[key].append(Spent((ended[0] - began) / repeats[key], (ended[1] - computed) / repeats[key]))
             announce(f"round {turn + 1}, {key[0]}, {key[1]:,}: {spent[key][-1].computed:.2f} s")
     return spent
 
