@@ -1,6 +1,7 @@
 """Train a small model of bytes with softmax and with polynomial attention, and time attention against the length.
 
     python benchmarks/poly_sketch.py train                     # 15 minutes on one thread; resumes
+    python benchmarks/poly_sketch.py train --steps 4000 --batch 4        # hours: for a model that uses its whole context
     python benchmarks/poly_sketch.py time                      # 4 minutes on one thread
     python benchmarks/poly_sketch.py write                     # the table and the plot in docs/, from the records
     python benchmarks/poly_sketch.py train time --toy --out /tmp/toy.jsonl
@@ -16,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -53,10 +54,10 @@ def share_of_pairs(length: int, block: int) -> float:
 
 def train(plan: Plan, out: Path, names: list[str]) -> None:
     texts, size = Texts.read(), plan.size
-    done = {(each["attention"], each["seed"]) for each in read(out) if each["part"] == "training"}
+    done = [(each["attention"], each["seed"], each["size"]) for each in read(out) if each["part"] == "training"]
     for seed in range(plan.seeds):
         for name in names:
-            if (name, seed) in done:
+            if (name, seed, asdict(size)) in done:
                 continue
             trainer, curve, losses, began = Trainer(size, name, seed), [], [], time.perf_counter()
             for step in range(size.steps):
@@ -154,6 +155,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=("train", "time", "write"))
     names = ["softmax", "learned sketch", "random sketch", CONTROL]
     parser.add_argument("--attentions", nargs="+", default=names, choices=list(attentions(Size())))
+    parser.add_argument("--steps", type=int, help="train longer; tables show the longest training that is recorded")
+    parser.add_argument("--batch", type=int, help="texts in a step")
     parser.add_argument("--out", type=Path, default=RECORDS, help="file of the records")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--toy", action="store_true", help="tiny models and texts, to see that the script runs")
@@ -162,6 +165,8 @@ def main() -> None:
         parser.error("--toy measures nothing worth committing: name another file with --out")
     torch.set_num_threads(args.threads)
     plan = TOY if args.toy else Plan()
+    longer = {name: value for name, value in (("steps", args.steps), ("batch", args.batch)) if value}
+    plan = replace(plan, size=replace(plan.size, **longer))
     if "train" in args.parts:
         train(plan, args.out, args.attentions)
     if "time" in args.parts:

@@ -44,8 +44,11 @@ def write_table(path: Path, page: Path = PAGE) -> None:
 def pick(records: Sequence[dict], part: str) -> dict[str, list[dict]]:
     """The records of a part, by the name of the attention."""
     found: dict[str, list[dict]] = {}
+    # of several trainings the one of the most bytes; times have no size of a training
+    sizes = [record["size"] for record in records if record["part"] == part and "size" in record]
+    size = max(sizes, key=lambda x: x["steps"] * x["batch"], default=None)
     for record in records:
-        if record["part"] == part:
+        if record["part"] == part and record.get("size") == size:
             found.setdefault(record["attention"], []).append(record)
     return found
 
