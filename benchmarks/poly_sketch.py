@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from claims import announce
 from poly_sketch_model import CONTROL, Size, SoftmaxAttention, Texts, Trainer, attentions
 from poly_sketch_table import RECORDS, plot, read, write_table
 from torch import nn
@@ -140,7 +139,7 @@ def in_turn(calls: dict[Key, Callable[[], object]], repeats: dict[Key, int], rou
                 calls[key]()
             ended = time.perf_counter(), time.process_time()
             spent[key].append(Spent((ended[0] - began) / repeats[key], (ended[1] - computed) / repeats[key]))
-            announce(f"round {turn + 1}, {key[0]}, {key[1]:,}: {spent[key][-1].computed:.2f} s")
+            print(f"    round {turn + 1}, {key[0]}, {key[1]:,}: {spent[key][-1].computed:.2f} s", flush=True)
     return spent
 
 
