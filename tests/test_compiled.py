@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="the test extra installs Triton, which CPU builds of torch do not bring")
 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
+FEATURES = Path(__file__).parent / "compile_feature_kernels.py"
 # 8.6 and 8.9 run what 8.0 does, with less shared memory
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
 # bytes that the fast list kernel may spill: accumulators of 128 rows and 128 numbers take half of a thread's registers, and
@@ -36,10 +37,10 @@ def refuse_what_makes_gathers_slow(kernel: dict, capability: int) -> None:
     assert kernel["spilled"] <= FAST_SPILLS.get((kernel["kernel"], capability, kernel["dim"]), 0), kernel
 
 
-def compiled(capability: int, dtype: str, *dims: int) -> list[dict]:
+def compiled(capability: int, dtype: str, *dims: int, program: Path = PROGRAM) -> list[dict]:
     # kernels defined for the interpreter cannot be compiled: another process, which is not told to interpret
     outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(capability), dtype, *map(str, dims)]
+    command = [sys.executable, "-W", "ignore", str(program), str(capability), dtype, *map(str, dims)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=outside)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -81,4 +82,33 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
 @pytest.mark.parametrize(("dtype", "dims"), [("float16", (32, 256)), ("float32", (64, 128))], ids=str)
 def test_other_sizes_fit(capability, dtype, dims):
     for kernel in compiled(capability, dtype, *dims):
+        assert kernel["shared"] <= SHARED[capability], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "capability"),
+    # one of six for every run
+    [((1, 64, 64), 90), pytest.param((1, 64, 64), 80, marks=pytest.mark.heavy)]
+    + [
+        pytest.param(sizes, capability, marks=pytest.mark.heavy)
+        for sizes in ((2, 32, 64), (1, 128, 128))
+        for capability in SHARED
+    ],
+)
+def test_feature_kernels_fit_and_spill_nothing(sizes, capability):
+    kernels = compiled(capability, "bfloat16", *sizes, program=FEATURES)
+    assert len(kernels) == 4 + 3
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[capability], kernel
+        assert kernel["spilled"] == 0, kernel
+        # with power 2 a thread of a few numbers of a tile's own features waits; those stay in the cache
+        assert kernel["synchronous"] <= sizes[0] - 1, kernel
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("sizes", [(1, 128, 128), (2, 32, 64)], ids=str)
+def test_feature_kernels_in_float32_fit(sizes, capability):
+    for kernel in compiled(capability, "float32", *sizes, program=FEATURES):
         assert kernel["shared"] <= SHARED[capability], kernel

@@ -205,6 +205,15 @@ def test_one_row_of_limits_of_any_integers_serves_all_batch_entries():
     assert_all_exact(both(attend, tensors, limit), both(attend, tensors, repeated))
 
 
+@pytest.mark.parametrize(("first_query", "first_key"), [(0, 0), (30, 0), (-9, 0), (3, 8)])
+def test_declared_causality_is_that_of_limits(first_query, first_key):
+    query, key, value, *_ = make(41, 50)
+    limit = torch.arange(41)[None] + 1 + first_query
+    declared = feature_attention(query, key, value, is_causal=True, first_query=first_query, first_key=first_key)
+    for x, y in zip(declared, feature_attention(query, key, value, row_limit=limit, first_key=first_key), strict=True):
+        assert_same_bits(x, y)
+
+
 def test_first_keys_are_left_out():
     query, key, value, query_scale, key_scale = make(41, 37)
     limit = some_limits("upper_left", 2, 41, 37)
@@ -327,6 +336,8 @@ def test_what_no_row_sees_may_hold_anything_and_what_is_seen_shows():
         ({}, {"first_key": -1}, "first_key=-1"),
         ({}, {"power": 3}, "power=3"),
         ({}, {"power": 0}, "power=0"),
+        ({}, {"is_causal": True, "row_limit": torch.ones(1, 4, dtype=torch.int64)}, r"row_limit of shape \(1, 4\)"),
+        ({}, {"first_query": 2}, "first_query=2"),
     ],
 )
 def test_bad_arguments_are_named(options, arguments, message):
@@ -385,9 +396,9 @@ def test_operators_are_registered_soundly():
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
         limit = some_limits("padding", 2, 20, 20)
         out, lse = attend(*tensors, limit, 0, 2)
-        backward = (out, lse, *tensors, out, lse, limit, 2)
+        backward = (out, lse, *tensors, out, lse, limit, None, 2)
         torch.library.opcheck(torch.ops.hyperattention.feature_attention_backward.default, backward)
-        forward = (*(x.requires_grad_() for x in tensors), limit, 2)
+        forward = (*(x.requires_grad_() for x in tensors), limit, None, 2)
         torch.library.opcheck(torch.ops.hyperattention.feature_attention.default, forward)
 
 

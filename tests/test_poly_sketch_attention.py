@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from assertions import assert_exact, assert_same_bits, assert_same_math
-from hyperattention.kernels.feature import reference, sums
+from hyperattention.kernels.feature import plan, reference
 from hyperattention.kernels.polynomial import polynomial_attention, polynomial_blocks
 from hyperattention.nn import PolySketchAttention, PolySketchState, poly_sketch_attention
 from hyperattention.nn.rotary import rotate
@@ -255,7 +255,7 @@ def test_nan_is_not_hidden():
     out = layer(x)
     assert out[0, at:].isnan().all()
     # it may reach back by a block of the kernel
-    assert out[0, : at - sums.BLOCK_KEYS - BLOCK].isfinite().all()
+    assert out[0, : at - 2 * plan.BLOCK_KEYS - BLOCK].isfinite().all()
     assert out[1].isfinite().all()
 
 
@@ -273,17 +273,24 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def both_passes(query: Tensor, key: Tensor, value: Tensor, *, row_limit: Tensor, power: int) -> tuple[Tensor, Tensor]:
+def both_passes(
+    query: Tensor, key: Tensor, value: Tensor, *, row_limit: Tensor | None = None, is_causal: bool = False, power: int
+) -> tuple[Tensor, Tensor]:
     # modes do not look inside an operator, so that its parts are called
+    limit = torch.arange(1, query.shape[2] + 1)[None] if row_limit is None else row_limit
+    assert is_causal == (row_limit is None)
     scales = query.new_zeros(query.shape[:3]), key.new_zeros(key.shape[:3])
-    out, lse = reference.forward(query, key, value, *scales, row_limit, power)
-    reference.backward((out, lse.clamp(min=0)), (query, key, value, *scales, out, lse), row_limit, power)
+    out, lse = reference.forward(query, key, value, *scales, limit, power)
+    reference.backward((out, lse.clamp(min=0)), (query, key, value, *scales, out, lse), limit, power)
     return out, lse
 
 
 @pytest.mark.parametrize("local", [True, False])
 def test_no_tensor_has_all_expanded_features_or_all_pairs(monkeypatch, local):
     monkeypatch.setattr(poly_sketch_attention, "feature_attention", both_passes)
+    # a text of several steps, without being long
+    monkeypatch.setattr(plan, "STEP_ROWS", 128)
+    monkeypatch.setattr(plan, "STEP_NUMBERS", 1 << 16)
     length, size, block = 1024, 32, 64
     layer = PolySketchAttention(16, 1, sketch_size=size, block=block, local=local)
     with LargestTensor() as seen, torch.no_grad():

@@ -109,9 +109,9 @@ class PolySketchAttention(nn.Module):
         """
         q, k, v = self._heads(x, 0)
         query, key, query_sketch, key_sketch = self._prepare(q, k)
-        tokens = torch.arange(x.shape[1], device=x.device)
-        limit = tokens // self.block * self.block if self.local else tokens + 1
-        past = Partial(*feature_attention(query_sketch, key_sketch, v, row_limit=limit[None], power=2))
+        tokens = torch.arange(x.shape[1], device=x.device)[None]
+        limit = {"row_limit": tokens // self.block * self.block} if self.local else {"is_causal": True}
+        past = Partial(*feature_attention(query_sketch, key_sketch, v, power=2, **limit))
         partials = [self._published(past)]
         if self.local:
             partials.append(polynomial_blocks(query, key, v, self.degree, self.block))

@@ -1,16 +1,30 @@
-"""The order in which rows are read: blocks of similar limits, and steps of equal blocks that one batch of products serves."""
+"""The order in which rows are read: blocks of similar limits, and steps of equal blocks for one batch of products."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# keys between the state and a row's limit, weighted pair by pair: about as many products as reading a state needs
-BLOCK_KEYS = 128
-# rows read, or keys added, at once: their pairs, 512 KiB in float32, stay in a core's cache
-STEP_ROWS = 1024
-# numbers of expanded features at once, which bounds rows as well: 2 MiB in float32. A single block may have more
-STEP_NUMBERS = 1 << 19
+# keys between the state and a row's limit, weighted pair by pair; twice as many if states are large, so that fewer are made
+BLOCK_KEYS = 64
+# expanded features of a large state
+LARGE = 256
+# rows read, or keys added, at once: their pairs take 2 MiB in float32. The more at once, the fewer calls of torch
+STEP_ROWS = 8192
+# numbers of expanded features at once, which bounds rows as well: 4 MiB in float32. A single block may have more
+STEP_NUMBERS = 1 << 20
+
+
+def block_keys(expanded: int) -> int:
+    """Return the keys of a block.
+
+    Args:
+        expanded: number of expanded features.
+
+    Returns:
+        the number.
+    """
+    return BLOCK_KEYS if expanded <= LARGE else 2 * BLOCK_KEYS
 
 
 @dataclass(frozen=True)
@@ -72,12 +86,13 @@ def plan_of(limit: Tensor, expanded: int) -> Plan:
     Returns:
         the plan.
     """
-    step_rows = max(1, min(STEP_ROWS, max(BLOCK_KEYS, STEP_NUMBERS // max(1, expanded))))
+    size = block_keys(expanded)
+    step_rows = max(1, min(STEP_ROWS, max(size, STEP_NUMBERS // max(1, expanded))))
     order = None
     if bool((limit[1:] < limit[:-1]).any()):
         limit, order = limit.sort(stable=True)
     steps: list[Step] = []
-    for first, last, start, end, stairs in _blocks(limit, step_rows):
+    for first, last, start, end, stairs in _blocks(limit, size, step_rows):
         block = Step(1, slice(first, last), slice(start, end), bool(stairs))
         joined = _joined(steps[-1], block, step_rows) if steps else None
         if joined is None:
@@ -87,10 +102,10 @@ def plan_of(limit: Tensor, expanded: int) -> Plan:
     return Plan(order, limit, steps, step_rows)
 
 
-def _blocks(limit: Tensor, step_rows: int) -> list[list[int]]:
+def _blocks(limit: Tensor, size: int, step_rows: int) -> list[list[int]]:
     """Cut rows into blocks: first row, the row after the last, first near key, the key after the last, and `Step.stairs`."""
     number = torch.arange(len(limit), dtype=torch.int64, device=limit.device)
-    place = (limit - 1).clamp(min=0) // BLOCK_KEYS
+    place = (limit - 1).clamp(min=0) // size
     other = torch.ones_like(place, dtype=torch.bool)
     other[1:] = place[1:] != place[:-1]
     within = number - torch.where(other, number, 0).cummax(0)[0] if len(limit) else number
@@ -100,8 +115,8 @@ def _blocks(limit: Tensor, step_rows: int) -> list[list[int]]:
     low, high = limit[firsts], limit[lasts - 1]
     # from the place's first key on, unless the state can go farther or is farther already
     first = (within[firsts] == 0) & (low < high)
-    start = torch.where(first, place[firsts] * BLOCK_KEYS, low)
-    missing = (limit - place * BLOCK_KEYS != within + 1).cumsum(0)
+    start = torch.where(first, place[firsts] * size, low)
+    missing = (limit - place * size != within + 1).cumsum(0)
     missing = torch.cat([missing.new_zeros(1), missing])
     stairs = first & (missing[lasts] == missing[firsts])
     return torch.stack([firsts, lasts, start, high, stairs.long()], 1).tolist()

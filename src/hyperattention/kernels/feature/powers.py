@@ -2,7 +2,7 @@
 
 (q . k)^1 has the features themselves, (q . k)^2 the products of pairs of features. Pairs (i, j) and (j, i) are the same, so
 that the symmetric half is enough: features are halved again and again, and each first half is multiplied by its second,
-until pieces of an odd size are left, whose products are all kept. Some ``features (features + piece) / 2`` are expanded.
+until pieces of 4, or of an odd size, are left, whose products are all kept: ``features (features + piece) / 2`` in all.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,8 @@ from torch import Tensor
 
 # features are padded with zeros to a multiple of this, so that they can be halved three times
 MULTIPLE = 8
+# pieces of this size are not halved: what that saves in products, it costs in multiplications one after the other
+PIECE = 4
 
 
 class Power(ABC):
@@ -106,7 +108,7 @@ class SecondPower(Power):
         result, start = torch.zeros_like(x), 0
         for count, size in _levels(x.shape[1]):
             end = start + count * size * size
-            part = by_pair[:, start:end].unflatten(1, (count, size, size))
+            part = by_pair[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
             start = end
             first, second = _halves(x, count, size)
             into_first, into_second = _halves(result, count, size)
@@ -116,14 +118,14 @@ class SecondPower(Power):
 
     def _pairs(self, x: Tensor, times: float) -> Tensor:
         """Multiply features ``[.., features, rows]``, with `times` for pairs of different halves."""
-        result, start = x.new_empty(len(x), self.expanded(x.shape[1]), x.shape[2]), 0
+        result, start = x.new_empty(x.shape[0], self.expanded(x.shape[1]), x.shape[2]), 0
         others = x if times == 1.0 else x * times
         for count, size in _levels(x.shape[1]):
             end = start + count * size * size
             first, second = _halves(x, count, size)[0], _halves(others, count, size)[1]
             if end == result.shape[1]:
                 second = _halves(x, count, size)[1]
-            part = result[:, start:end].unflatten(1, (count, size, size))
+            part = result[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
             torch.mul(first[:, :, :, None], second[:, :, None], out=part)
             start = end
         return result
@@ -136,7 +138,7 @@ def _padded(features: int) -> int:
 def _features_first(x: Tensor) -> Tensor:
     """Return ``[.., padded features, rows]`` from ``[.., rows, features]``."""
     features = x.shape[2]
-    result = x.new_empty(len(x), _padded(features), x.shape[1])
+    result = x.new_empty(x.shape[0], _padded(features), x.shape[1])
     result[:, :features] = x.transpose(1, 2)
     result[:, features:] = 0
     return result
@@ -145,7 +147,7 @@ def _features_first(x: Tensor) -> Tensor:
 def _levels(features: int) -> Iterator[tuple[int, int]]:
     """Yield how many pairs of halves there are, and the size of a half; last, the pieces, each paired with itself."""
     size = features
-    while size % 2 == 0 and size:
+    while size % 2 == 0 and size > PIECE:
         size //= 2
         yield features // (2 * size), size
     if size:
@@ -155,10 +157,10 @@ def _levels(features: int) -> Iterator[tuple[int, int]]:
 def _halves(x: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
     """View features ``[.., features, rows]`` as pairs of halves, each ``[.., count, size, rows]``; pieces are both."""
     if count * size == x.shape[1]:
-        pieces = x.unflatten(1, (count, size))
+        pieces = x.view(x.shape[0], count, size, x.shape[2])
         return pieces, pieces
-    halves = x.unflatten(1, (count, 2, size))
-    return halves[:, :, 0], halves[:, :, 1]
+    first, second = x.view(x.shape[0], count, 2, size, x.shape[2]).unbind(2)
+    return first, second
 
 
 POWERS: dict[int, Power] = {1: FirstPower(), 2: SecondPower()}

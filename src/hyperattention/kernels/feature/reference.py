@@ -104,10 +104,13 @@ def _attend(rows: Tensor, row_scale: Tensor, out: Tensor, lse: Tensor, keys: Key
         # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
         inverse = denominator.reciprocal().masked_fill_(denominator < torch.finfo(total.dtype).tiny, 0.0)
         block.put(total[..., :-1], inverse, out)
-        block.put(denominator, torch.ones_like(inverse), lse[..., None])
+        block.put(denominator, None, lse[..., None])
     empty = lse < torch.finfo(lse.dtype).tiny
     lse.copy_((row_scale + log_of(lse.masked_fill(empty, 1.0), course.base)).masked_fill_(empty, -torch.inf))
-    out.masked_fill_((lse == -torch.inf)[..., None], 0.0)
+    nothing = lse == -torch.inf
+    # rarely, and a whole pass over the output
+    if bool(nothing.any()):
+        out.masked_fill_(nothing[..., None], 0.0)
 
 
 def backward(

@@ -23,10 +23,6 @@ class Scales:
         """Select some of them."""
         return Scales(self.factor[index], self.exponent[index])
 
-    def above(self, base: Tensor) -> Tensor:
-        """Return exp(log scale) / 2^base."""
-        return self.times(-finite(base))
-
     def times(self, exponent: Tensor) -> Tensor:
         """Return exp(log scale) 2^exponent."""
         return self.factor * (self.exponent + exponent).exp2()

@@ -36,12 +36,14 @@ class Keys:
 
     def of(self, lists: slice, keys: slice) -> "Keys":
         """Select some keys of some lists."""
-        return Keys(*(x[lists, keys] for x in (self.key, self.value, self.last)), self.scales[lists, keys])
+        at = lists, keys
+        return Keys(self.key[at], self.value[at], self.last[at], self.scales[at])
 
     def ordered(self, order: Tensor) -> "Keys":
         """Put the keys of all lists into another order."""
-        scales = Scales(self.scales.factor[:, order], self.scales.exponent[:, order])
-        return Keys(*(x.index_select(1, order) for x in (self.key, self.value, self.last)), scales)
+        parts = self.key, self.value, self.last, self.scales.factor, self.scales.exponent
+        key, value, last, factor, exponent = (x.index_select(1, order) for x in parts)
+        return Keys(key, value, last, Scales(factor, exponent))
 
     def scaled(self, scale: Tensor) -> Tensor:
         """Return values with their last number, times a scale, ``[lists, keys, width]``."""
@@ -81,14 +83,17 @@ class Block:
         x = x[:, self.rows] if isinstance(self.rows, slice) else x.index_select(1, self.rows)
         return x.to(self.state.dtype).reshape(-1, self.size, *x.shape[2:])
 
-    def put(self, x: Tensor, scale: Tensor, target: Tensor) -> None:
-        """Write rows, block by block, times the scale of each to their places in ``[lists, rows, ...]``."""
+    def put(self, x: Tensor, scale: Tensor | None, target: Tensor) -> None:
+        """Write rows, block by block, times the scale of each if given, to their places in ``[lists, rows, ...]``."""
         target = target[self.lists]
-        x, scale = x.reshape(len(target), -1, x.shape[2]), scale.view(len(target), -1, 1)
-        if isinstance(self.rows, slice):
-            torch.mul(x, scale, out=target[:, self.rows])
+        x = x.reshape(target.shape[0], -1, x.shape[2])
+        scale = None if scale is None else scale.view(target.shape[0], -1, 1)
+        if not isinstance(self.rows, slice):
+            target.index_copy_(1, self.rows, (x if scale is None else x * scale).to(target.dtype))
+        elif scale is None:
+            target[:, self.rows] = x
         else:
-            target.index_copy_(1, self.rows, (x * scale).to(target.dtype))
+            torch.mul(x, scale, out=target[:, self.rows])
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,10 @@ class Course:
         plan: the order of the rows.
         base: exponent of the unit of each row's sums, ``[lists, rows]``; -inf if a row sees no key.
         top: largest exponent among the keys of each row, in the plan's order.
-        tops: largest exponent among leading keys, ``[lists, keys + 1]``.
+        tops: largest exponent among leading keys, ``[lists, keys + 1]``; 0 where all are -inf.
         steps: the steps; those whose rows need a base each have one block.
         apart: which steps these are.
+        moved: before which steps the unit of the state changes.
     """
 
     plan: Plan
@@ -110,6 +116,7 @@ class Course:
     tops: Tensor
     steps: list[Step]
     apart: list[bool]
+    moved: list[bool]
 
 
 def course_of(keys: Keys, plan: Plan) -> Course:
@@ -136,7 +143,16 @@ def course_of(keys: Keys, plan: Plan) -> Course:
     if plan.order is not None:
         base = torch.empty_like(base).index_copy_(1, plan.order, base)
     pieces = [(x, flag) for step, flag in zip(plan.steps, apart.tolist(), strict=True) for x in step.pieces(flag)]
-    return Course(plan, base, top, tops, [x for x, _ in pieces], [flag for _, flag in pieces])
+    steps, flags = [x for x, _ in pieces], [flag for _, flag in pieces]
+    tops = finite(tops)
+    at = torch.tensor([0, *(_unit_at(*x) for x in pieces)], dtype=torch.int64, device=limit.device)
+    moved = (tops[:, at].diff(dim=1) != 0).any(0).tolist()
+    return Course(plan, base, top, tops, steps, flags, moved)
+
+
+def _unit_at(step: Step, apart: bool) -> int:
+    """Return the number of leading keys whose largest scale is the unit of a step's state."""
+    return step.near.start if apart else step.near.stop
 
 
 def blocks(keys: Keys, course: Course, power: Power) -> Iterator[Block]:
@@ -156,27 +172,29 @@ def blocks(keys: Keys, course: Course, power: Power) -> Iterator[Block]:
 
 
 def _walk(keys: Keys, lists: slice, course: Course, power: Power) -> Iterator[Block]:
-    tops, base, end = course.tops[lists], course.tops[lists, :1], 0
+    tops, end = course.tops[lists], 0
+    base = tops[:, :1]
     state = tops.new_zeros(len(tops), power.expanded(keys.key.shape[2]), keys.value.shape[2] + 1)
-    for number, (step, apart) in enumerate(zip(course.steps, course.apart, strict=True), 1):
-        at = step.near.start if apart else step.near.stop
-        before, base = base, tops[:, at, None]
-        state = state * (before - finite(base)).exp2()[..., None]
+    for number, (step, apart, moved) in enumerate(zip(course.steps, course.apart, course.moved, strict=True), 1):
+        before, base = base, tops[:, _unit_at(step, apart), None]
+        if moved:
+            # it grows, but from the 0 that stands for no keys
+            state = state * (before - base).clamp(max=0).exp2()[..., None]
         while end < step.near.start:
             some = keys.of(lists, slice(end, min(end + course.plan.step_rows, step.near.start)))
             end += some.key.shape[1]
-            state.baddbmm_(power.expand(some.key.to(state.dtype)), some.scaled(some.scales.above(base)))
+            state.baddbmm_(power.expand(some.key.to(state.dtype)), some.scaled(some.scales.times(-base)))
         near = keys.of(lists, step.near)
         if apart:
             yield _apart(step, near, (lists, course), (state, base))
             continue
-        key, value = (_by_block(x, step.blocks) for x in (near.key.to(state.dtype), near.scaled(near.scales.above(base))))
+        key, value = (_by_block(x, step.blocks) for x in (near.key.to(state.dtype), near.scaled(near.scales.times(-base))))
         # nothing reads the state behind the last block
         added = step.blocks - (number == len(course.steps))
         states = _running(state, key, value, added, power)
-        state, end = states[:, added], end + added * key.shape[1]
+        state, end = states[added], end + added * key.shape[1]
         weight = None if step.stairs else _shown(course.plan, step).to(state.dtype).repeat(len(tops), 1, 1)
-        states = states[:, : step.blocks].flatten(0, 1)
+        states = states[: step.blocks].transpose(0, 1).flatten(0, 1)
         yield _block(step, (lists, course), (states, None), (key, value, weight))
 
 
@@ -186,7 +204,7 @@ def _apart(step: Step, near: Keys, place: tuple[slice, Course], state: tuple[Ten
     raised = near.scales.exponent[:, None] - own[..., None]
     weight = raised.masked_fill(~_shown(place[1].plan, step), -torch.inf).exp2()
     near_keys = near.key.to(weight.dtype), near.scaled(near.scales.factor), weight
-    return _block(step, place, (state[0], (state[1] - own).exp2()[..., None]), near_keys)
+    return _block(step, place, (state[0], (state[1] - own).clamp(max=0).exp2()[..., None]), near_keys)
 
 
 def _block(
@@ -214,14 +232,14 @@ def _by_block(x: Tensor, count: int) -> Tensor:
 
 
 def _running(state: Tensor, key: Tensor, value: Tensor, added: int, power: Power) -> Tensor:
-    """Return the states before each block of keys, and behind the last of `added` ones, ``[lists, added + 1, ...]``."""
+    """Return the states before each block of keys, and behind the last of `added` ones, ``[added + 1, lists, ...]``."""
     lists = len(state)
-    result = state.new_empty(lists, added + 1, *state.shape[1:])
-    result[:, 0] = state
+    result = state.new_empty(added + 1, *state.shape)
+    result[0] = state
     if added:
-        some, values = (x.unflatten(0, (lists, -1))[:, :added].flatten(0, 1) for x in (key, value))
-        result[:, 1:] = torch.bmm(power.expand(some), values).unflatten(0, (lists, added))
-        before, *others = result.unbind(1)
+        some, values = (x.unflatten(0, (lists, -1))[:, :added].transpose(0, 1).flatten(0, 1) for x in (key, value))
+        torch.bmm(power.expand(some), values, out=result[1:].flatten(0, 1))
+        before, *others = result.unbind(0)
         for state in others:
             before = state.add_(before)
     return result
