@@ -109,10 +109,10 @@ class PolySketchAttention(nn.Module):
         """
         q, k, v = self._heads(x, 0)
         query, key, query_sketch, key_sketch = self._prepare(q, k)
-        tokens = torch.arange(x.shape[1], device=x.device)[None]
-        limit = {"row_limit": tokens // self.block * self.block} if self.local else {"is_causal": True}
-        past = Partial(*feature_attention(query_sketch, key_sketch, v, power=2, **limit))
-        partials = [self._published(past)]
+        first = torch.arange(x.shape[1], device=x.device)[None] // self.block * self.block
+        limit = first if self.local else None
+        past = feature_attention(query_sketch, key_sketch, v, row_limit=limit, is_causal=not self.local, power=2)
+        partials = [self._published(Partial(*past))]
         if self.local:
             partials.append(polynomial_blocks(query, key, v, self.degree, self.block))
         return self._finish(partials)
