@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from poly_sketch_model import CONTROL
 from report import replaced
 
+from hyperattention.bench.timing import Timing, speedup
 from hyperattention.report.picture import save_picture
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,8 @@ def times_table(records: Sequence[dict]) -> str:
             lines.append(f"| {part} | {length:,} | {' | '.join(f'{cells[name, length]:.1f}' for name in names)} |")
         grown = [_growth([cells[name, length] for length in lengths], name) for name in names]
         lines.append(f"| {part} | largest / smallest | {' | '.join(grown)} |")
+        ratios = [_ratio(pick(records, part)[name], name) for name in names]
+        lines.append(f"| {part} | {lengths[-1]:,} / {lengths[0]:,}, within a round | {' | '.join(ratios)} |")
     first = pick(records, parts[0])[names[-1]][0]
     rounds = len(first["seconds"])
     lines += ["", f"One layer of width {first['width']} with {first['heads']} heads, r = {first['sketch']}, blocks of "
@@ -106,6 +109,14 @@ def times_table(records: Sequence[dict]) -> str:
 def _growth(values: Sequence[float], name: str) -> str:
     ratio = max(values) / min(values)
     return f"{ratio:.2f}x" + (" (**missed**)" if name != BASELINE and ratio > BAR else "")
+
+
+def _ratio(runs: Sequence[dict], name: str) -> str:
+    """The growth of the time a token from the shortest to the longest, from rounds in which both were timed."""
+    first, *_, last = sorted(runs, key=lambda run: run["length"])
+    found = speedup(*(Timing(tuple(x / run["length"] for x in run["computed_s"])) for run in (last, first)))
+    mark = " (**missed**)" if name != BASELINE and found.value > BAR else ""
+    return f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f}){mark}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -29,6 +29,7 @@ def scripts():
 
 def time_of(name: str, length: int, microseconds: float) -> dict:
     return {"part": "forward", "attention": name, "length": length, "microseconds_a_token": microseconds, "seconds": [1.0],
+            "computed_s": [length * microseconds * x for x in (1, 2, 9)],
             "width": 8, "heads": 1, "sketch": 4, "block": 4, "commit": "c" * 40, "device": "cpu", "threads": 1,
             "versions": {"torch": "2"}}  # fmt: skip
 
@@ -46,6 +47,10 @@ def test_times_that_grow_are_marked_for_sketches_alone(scripts):
     records = [time_of(name, n, 5 * (ratio if n == 8 else 1)) for name, ratio in grown.items() for n in (4, 8)]
     table = scripts[1].times_table(records)
     assert "| forward | largest / smallest | 2.00x | 1.14x | 1.16x (**missed**) |" in table
+    assert (
+        "| 8 / 4, within a round | 2.00x (2.00 to 2.00) | 1.14x (1.14 to 1.14) | 1.16x (1.16 to 1.16) (**missed**) |"
+        in table
+    )
 
 
 def test_losses_are_compared_seed_by_seed_and_the_longest_training_is_shown(scripts):
