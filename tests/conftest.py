@@ -50,6 +50,7 @@ SLOW_FILES = frozenset(
         "import", "paged", "pareto", "scatterbrain", "standard_error", "subgen", "subgen_store", "tolerance", "transformers",
         "transformers_use", "transforms", "triton", "triton_alike", "triton_feature", "triton_flat",
         "triton_selection", "triton_sort_alike",
+        "poly_sketch_attention", "polynomial_sketch",
     )
 )  # fmt: skip
 
