@@ -20,7 +20,7 @@ from gpu.tasks import Task, make_tensors
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 # the tests of compiled kernels: each of the others runs without a card as well
-KERNEL_TESTS = (TESTS / "test_gpu_alike.py", TESTS / "test_gpu.py")
+KERNEL_TESTS = (TESTS / "test_gpu_alike.py", TESTS / "test_gpu.py", TESTS / "test_gpu_feature.py")
 # processes that test beside one another, and kernels that a record names
 _WORKERS, _NAMED = 5, 30
 # the parts whose lengths an earlier record may have measured
