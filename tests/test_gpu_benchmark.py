@@ -94,7 +94,7 @@ def test_every_part_is_measured_and_says_where(toy):
     assert "not measured" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_line_is_complete_and_its_error_finite(toy):
     for record, each in lines_of(toy[0]):
         assert set(each) >= LINE, record["part"]
@@ -109,7 +109,7 @@ def test_every_line_is_complete_and_its_error_finite(toy):
             assert all(math.isfinite(each["error"][key]) for key in ("mean", "low", "high"))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_approximation_is_claimed_only_where_fewer_pairs_were_listed(toy):
     for record, each in lines_of(toy[0]):
         if each["approximated"]:
@@ -124,7 +124,7 @@ def test_approximation_is_claimed_only_where_fewer_pairs_were_listed(toy):
             assert each["error"]["mean"] < ROUNDING, record
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_exact_and_the_control_stand_beside_every_comparison(toy):
     for record in toy[0]:
         if record["part"] in ("ceilings",):
@@ -139,7 +139,7 @@ def test_exact_and_the_control_stand_beside_every_comparison(toy):
         assert {(part, "structured"), (part, "gaussian")} <= inputs
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_decoding_runs_the_default_exactly_and_a_named_method_as_named(toy):
     found = [record for record in toy[0] if record["part"] == "decode"]
     assert {record["shape"]["batch"] for record in found} == {1, 2}
@@ -150,14 +150,14 @@ def test_decoding_runs_the_default_exactly_and_a_named_method_as_named(toy):
         assert by_name["ours"]["approximated"]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_backend_that_is_missing_says_why(toy):
     found = [each for record in toy[0] for each in record.get("contenders", ()) if each.get("failed")]
     assert {each["name"] for each in found} == {"exact_cudnn"}
     assert all(len(each["failed"]) > len("RuntimeError: ") for each in found)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_parts_for_which_no_time_is_left_are_skipped_and_say_so(tmp_path):
     out = tmp_path / "gpu.jsonl"
     done = run_script("gpu/run.py", "--toy", "--out", out, "--only", "forward", "--only", "stack", "--seconds", 0.01)
@@ -167,7 +167,7 @@ def test_parts_for_which_no_time_is_left_are_skipped_and_say_so(tmp_path):
     assert "out of time" in found["stack"]["skipped"]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_quick_look_measures_lengths_and_launches(tmp_path):
     done = run_script("gpu/run.py", "--toy", "--quick", "--out", tmp_path / "gpu.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -184,10 +184,10 @@ def test_a_quick_look_measures_lengths_and_launches(tmp_path):
     assert done.stdout.count("before: not recorded") == 6
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("body", "why"),
-    [("assert True", None), ("assert False", "a kernel is wrong"), ("import pytest; pytest.skip('no device')", "no test")],
+    [("assert True", None), ("assert False", "a kernel is wrong"), ("pytest.skip('no device')", "no test")],
     ids=["right", "wrong", "skipped"],
 )
 def test_nothing_is_recorded_unless_tests_of_kernels_ran_and_passed(monkeypatch, tmp_path, body, why):

@@ -73,7 +73,11 @@ def test_the_triton_kernel_reads_the_same_pages():
 
 
 @pytest.mark.usefixtures("triton_kernel")
-@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], HASHED, RANKED], ids=["default", "control", "hashed", "ranked"])
+@pytest.mark.parametrize(
+    "method",
+    [*(pytest.param(each, marks=pytest.mark.heavy) for each in (METHODS[0], METHODS[1], HASHED)), RANKED],
+    ids=["default", "control", "hashed", "ranked"],
+)
 def test_the_triton_kernel_reads_what_methods_list(method):
     test_methods_choose_and_read_as_they_would_alone(method)
 

@@ -356,7 +356,7 @@ def test_budgets_are_numbers_with_commas() -> None:
     assert numbers("--budgets", "512, 1024") == (512, 1024)
 
 
-@pytest.mark.slow  # the whole script, in an interpreter of its own
+@pytest.mark.heavy  # the whole script, in an interpreter of its own
 def test_the_benchmark_runs_and_claims_from_its_records(reference: Path, tmp_path: Path) -> None:
     out, plot = tmp_path / "pareto.jsonl", tmp_path / "pareto.png"
     command = [sys.executable, BENCHMARKS / "pareto.py", "--toy", "--threads", "1", "--reference", reference]

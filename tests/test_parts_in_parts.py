@@ -28,7 +28,7 @@ OWNERS = (
 )
 # several parts in one argument: tested below, or in the file of the class
 SEVERAL = {("ByHead", "methods"), ("ByLayer", "methods"), ("HierarchicalSearch", "levels"), ("Ladder", "rungs")}
-SEVERAL |= {("Method", "stages"), ("Mix", "parts")}
+SEVERAL |= {("Method", "stages"), ("Mix", "parts"), ("Scatterbrain", "stages")}
 # what calls, files and the library itself make; nobody makes these by hand
 MADE = {"AttentionResult", "CoveredKeys", "Plan", "Problem", "SequencesResult", "ToleranceReport"}
 
@@ -56,8 +56,9 @@ def test_a_number_in_place_of_a_part_is_refused_by_name(owner, name):
         lambda: ha.Ladder((3,)),  # type: ignore[arg-type]
         lambda: ha.Method(3),  # type: ignore[arg-type]
         lambda: select.Mix((3, 1.0)),  # type: ignore[arg-type]
+        lambda: ha.Scatterbrain(3),  # type: ignore[arg-type]
     ],
-    ids=["ByHead", "ByLayer", "HierarchicalSearch", "Ladder", "Method", "Mix"],
+    ids=["ByHead", "ByLayer", "HierarchicalSearch", "Ladder", "Method", "Mix", "Scatterbrain"],
 )
 def test_a_number_among_several_parts_is_refused(make):
     with pytest.raises((TypeError, ValueError), match="3"):

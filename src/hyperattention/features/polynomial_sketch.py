@@ -64,7 +64,7 @@ class PolynomialSketch:
         """
         levels, sketches, width = [], self.degree // 4, head_dim
         while sketches:
-            number = torch.arange(sketches * 2 * width * self.size, device=device)
+            number = torch.arange(sketches * 2 * width * self.size, dtype=torch.int64, device=device)
             drawn = normal((self.seed, len(levels), number), device)
             levels.append(drawn.view(sketches, 2, width, self.size) * self.size**-0.25)
             sketches, width = sketches // 2, self.size
@@ -97,8 +97,8 @@ class RandomSketch(nn.Module):
     Args:
         sketch: the degree, the number of features and the seed.
         head_dim: width of the vectors.
-        device: device of the matrices.
-        dtype: dtype of the matrices.
+        device: device of the matrices; None for the CPU.
+        dtype: dtype of the matrices; None for float32.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class RandomSketch(nn.Module):
     ) -> None:
         super().__init__()
         self.settings, self.size = sketch, sketch.features(head_dim)
-        for number, level in enumerate(sketch.draw(head_dim, device or torch.get_default_device())):
-            self.register_buffer(f"level_{number}", level.to(dtype or torch.get_default_dtype()))
+        for number, level in enumerate(sketch.draw(head_dim, torch.device(device or "cpu"))):
+            self.register_buffer(f"level_{number}", level.to(dtype or torch.float32))
 
     def forward(self, x: Float[Tensor, "*batch head_dim"]) -> Float[Tensor, "*batch features"]:
         """Sketch vectors, queries and keys alike."""

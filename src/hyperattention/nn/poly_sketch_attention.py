@@ -91,9 +91,10 @@ class PolySketchAttention(nn.Module):
         self.query_norm, self.key_norm = (
             nn.LayerNorm(self.head_dim, **options) if normed else nn.Identity() for _ in range(2)
         )
-        random = PolynomialSketch(degree, sketch_size, seed) if not learned else None
+        random, weight = PolynomialSketch(degree, sketch_size, seed) if not learned else None, self.in_projection.weight
         self.sketch = (
-            RandomSketch(random, self.head_dim, **options)
+            # where and as the projections are, which follow the defaults of torch
+            RandomSketch(random, self.head_dim, device=weight.device, dtype=weight.dtype)
             if random
             else LearnedSketch(self.head_dim, sketch_size, **options)
         )
@@ -109,7 +110,7 @@ class PolySketchAttention(nn.Module):
         """
         q, k, v = self._heads(x, 0)
         query, key, query_sketch, key_sketch = self._prepare(q, k)
-        first = torch.arange(x.shape[1], device=x.device)[None] // self.block * self.block
+        first = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None] // self.block * self.block
         limit = first if self.local else None
         past = feature_attention(query_sketch, key_sketch, v, row_limit=limit, is_causal=not self.local, power=2)
         partials = [self._published(Partial(*past))]

@@ -88,6 +88,6 @@ class PolySketchState:
 
 def _pairs(x: Tensor, *, twice: bool) -> Tensor:
     """Multiply features in pairs, each pair once; `twice` for the query, so that pairs of two features count twice."""
-    first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    first, second = torch.triu_indices(x.shape[-1], x.shape[-1], dtype=torch.int64, device=x.device)
     products = x[..., first] * x[..., second]
     return products * torch.where(first == second, 1, 2).to(x.dtype) if twice else products
