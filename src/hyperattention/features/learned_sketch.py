@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from hyperattention.features.polynomial_sketch import check_size
 
+# vectors whose hidden numbers exist at once: memory that stays in the cache, and is used again, not asked for anew
+_VECTORS = 512
+
 
 class LearnedSketch(nn.Module):
     """Map vectors to features whose squared products are weights, by networks that are trained with the model.
@@ -51,9 +54,13 @@ class LearnedSketch(nn.Module):
         self.left, self.right = branch(), branch()
 
     def forward(self, x: Float[Tensor, "*batch head_dim"]) -> Float[Tensor, "*batch features"]:
-        """Sketch vectors, queries and keys alike."""
+        """Sketch vectors, queries and keys alike, some hundred at a time."""
+        rows = x.reshape(-1, x.shape[-1])
+        return torch.cat([self._sketched(part) for part in rows.split(_VECTORS)]).view(*x.shape[:-1], self.size)
+
+    def _sketched(self, rows: Tensor) -> Tensor:
         root = self.size**0.5
-        return torch.tanh(self.left(x) * self.right(x) / root) * root
+        return torch.tanh(self.left(rows) * self.right(rows) / root) * root
 
     def extra_repr(self) -> str:
         """Return the number of features."""

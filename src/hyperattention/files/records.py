@@ -29,6 +29,8 @@ def find_version(package: str) -> str | None:
 def find_commit() -> str | None:
     """Return the commit of the running source, with "+changes" if tracked files differ from it.
 
+    The records of `benchmarks/records` do not count: a measurement writes them, and they change nothing that is measured.
+
     Returns:
         the commit, or None if the package does not run from a git checkout.
     """
@@ -46,8 +48,9 @@ def find_commit() -> str | None:
     # an installed copy may be inside the checkout of another project
     if git("ls-files", "--error-unmatch", here.name) is None:
         return None
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+    commit, but_records = git("rev-parse", "HEAD"), (":(top)", ":(top,exclude)benchmarks/records")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *but_records)
+    return f"{commit}+changes" if commit and changed else commit
 
 
 def find_processor() -> str:
