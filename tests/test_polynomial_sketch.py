@@ -179,3 +179,13 @@ def test_a_learned_sketch_names_a_bad_size(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"LearnedSketch\\({name}="):
         LearnedSketch(**{"head_dim": 8, **options})
+
+
+def test_a_learned_sketch_of_many_vectors_is_that_of_each():
+    torch.manual_seed(0)
+    sketch, x = LearnedSketch(5, 4, dtype=torch.float64), torch.randn(3, 701, 5, dtype=torch.float64)
+    whole = sketch(x)
+    assert whole.shape == (3, 701, 4)
+    for rows in (slice(0, 1), slice(250, 530), slice(700, 701)):
+        torch.testing.assert_close(whole[:, rows], sketch(x[:, rows]))
+    assert sketch(x[:, :0]).shape == (3, 0, 4)
