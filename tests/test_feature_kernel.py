@@ -188,6 +188,7 @@ def test_non_contiguous_inputs():
     assert_all_exact(both(attend, apart, limit), both(attend, tensors, limit))
 
 
+@pytest.mark.heavy
 @POWERS
 @pytest.mark.parametrize("kind", ["all", "upper_left", "any"])
 def test_results_do_not_depend_on_how_rows_are_cut(kind, power, monkeypatch):
@@ -368,7 +369,7 @@ def run_both_passes(n: int, kind: str) -> None:
     feature_torch.backward((out, lse.nan_to_num(0, 0, 0)), (query, key, value, *scales, out, lse), limit)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_and_products_grow_with_the_length(kind, monkeypatch):
     monkeypatch.setattr(plan, "BLOCK_KEYS", 16)

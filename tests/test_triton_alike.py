@@ -202,6 +202,7 @@ def test_a_fused_choice_is_that_of_the_cpu(given, stage, monkeypatch):
     assert_exact(weight[here], log_weight[here], size=10.0)
 
 
+@pytest.mark.heavy
 def test_chunks_of_the_device_change_no_bit(monkeypatch):
     given, stage = problem(130, kv_heads=1), DrawAlike(24, 32, 4, most=70)
     method = ha.Method(ha.Window(8), stage, tile=TILE)
