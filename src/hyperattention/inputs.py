@@ -66,7 +66,9 @@ def check_inputs(
     if not query.shape[1] or not key.shape[1] or not query.shape[3]:
         raise ValueError(f"{shapes}: heads and head_dim must be positive")
     if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{shapes}: {query.shape[1]} query heads cannot share {key.shape[1]} kv heads evenly")
+        raise ValueError(
+            f"{shapes}: {query.shape[1]} query heads cannot share {key.shape[1]} kv heads evenly; give a multiple"
+        )
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"{shapes}: head counts differ; pass enable_gqa=True to let query heads share kv heads")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
@@ -75,7 +77,9 @@ def check_inputs(
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not bool(torch.isfinite(x).all()):
                 count = int((~torch.isfinite(x)).sum())
-                raise ValueError(f"{name} holds {count} values that are NaN or infinite; check_finite=True refuses them")
+                raise ValueError(
+                    f"{name} holds {count} values that are NaN or infinite; check_finite=True refuses them; leave it out to pass them on"
+                )
 
 
 def check_pages(
@@ -112,7 +116,9 @@ def check_pages(
     if key_pages.shape[:3] != value_pages.shape[:3] or query.shape[2] != key_pages.shape[3]:
         raise ValueError(f"{shapes}: pages must agree in all but the last axis, queries and keys in the last")
     if not key_pages.shape[1] or query.shape[1] % key_pages.shape[1]:
-        raise ValueError(f"{shapes}: {query.shape[1]} query heads cannot share {key_pages.shape[1]} kv heads evenly")
+        raise ValueError(
+            f"{shapes}: {query.shape[1]} query heads cannot share {key_pages.shape[1]} kv heads evenly; give a multiple"
+        )
     if table.ndim != 2 or table.is_floating_point():
         raise ValueError(f"block_table is {table.dtype} {tuple(table.shape)}: it must be integers [sequences, pages_each]")
     if not starts or starts[0] != 0 or starts[-1] != query.shape[0] or starts != sorted(starts):
@@ -169,7 +175,9 @@ def check_masks(
     full = (*query.shape[:3], key.shape[2])
     shape = (1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape)
     if attn_mask.ndim > 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
-        raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, which does not broadcast to {full}")
+        raise ValueError(
+            f"attn_mask has shape {tuple(attn_mask.shape)}, which does not broadcast to {full}: give each axis its size or 1"
+        )
     if attn_mask.dtype != torch.bool and attn_mask.dtype != query.dtype:
         raise TypeError(f"attn_mask is {attn_mask.dtype}: it must be boolean or of the query's dtype, {query.dtype}")
     if _is_key_mask(attn_mask):

@@ -87,7 +87,7 @@ def own_methods() -> dict[str, Method]:
     """Return this project's methods at their usual budgets, by name; the thorough one is the default with more draws."""
     usual, lean = find_default(), lean_method(_SEARCHED)
     if not isinstance(lean, Method):
-        raise TypeError(f"{lean!r}: a budget can be set only for a Method")
+        raise TypeError(f"{lean!r}: a budget can be set only for a Method; give one")
     scans = {
         f"scan_{num}": Method(Sinks(16), Window(128), Draw(611, by=KeyScan(num, beyond=HierarchicalSearch(pooled=32))))
         for num in (64, 16)
@@ -111,7 +111,9 @@ def at_budget(method: Method, slots: int) -> Method:
     """
     *others, draw = method.stages
     if not isinstance(draw, Draw | DrawAlike) or not all(isinstance(stage, (Sinks, Window)) for stage in others):
-        raise TypeError(f"the method is {method!r}: a budget can be set only for sinks, a window and draws")
+        raise TypeError(
+            f"the method is {method!r}: a budget can be set only for sinks, a window and draws; give such a Method"
+        )
     # a window also lists the keys of its tile
     fixed = sum(stage.slots(method.tile) - (stage.size if isinstance(stage, Window) else 0) for stage in others)
     if slots < fixed + 2:

@@ -68,7 +68,7 @@ def find_default(device: str | None = None) -> Method:
     """
     method = default_method(LONG, device=device)
     if not isinstance(method, Method):
-        raise TypeError(f"the default method is {method!r}: rows at the same slots can be made only for a Method")
+        raise TypeError(f"the default method is {method!r}: rows at the same slots can be made only for a Method; give one")
     return method
 
 

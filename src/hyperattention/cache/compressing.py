@@ -201,7 +201,8 @@ class CompressingStore(Store):
         recent = self._count if self.is_whole else self._count - self.room.sinks - self.room.middle
         if num > recent:
             why = f"all but the last {recent} were compressed by {self.policy!r}; give a window of at least {num}"
-            raise ValueError(f"cannot forget the latest {num} tokens: {'fewer were read' if self.is_whole else why}")
+            fewer = f"only {recent} were read; give at most as many"
+            raise ValueError(f"cannot forget the latest {num} tokens: {fewer if self.is_whole else why}")
         self._count, self._seen, self._new = self._count - num, self._seen - num, 0
         if self._waiting is not None:
             q, scale, rule = self._waiting

@@ -22,12 +22,16 @@ def fit_state(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, torch
     """
     missing, unknown = ([name for name in one if name not in other] for one, other in ((wanted, state), (state, wanted)))
     if missing or unknown:
-        raise ValueError(f"the state of a layer lacks {missing} and holds unknown {unknown}: it is incomplete")
+        raise ValueError(
+            f"the state of a layer lacks {missing} and holds unknown {unknown}: give the complete result of `state`"
+        )
     sizes: dict[str, int] = {}
     for name, (axes, dtype) in wanted.items():
         x, names = state[name], axes.split()
         if x.dtype != dtype:
-            raise ValueError(f"the state of a layer has {name} in {x.dtype}, which must be {dtype}: it is incomplete")
+            raise ValueError(
+                f"the state of a layer has {name} in {x.dtype}, which must be {dtype}: give the result of `state` unchanged"
+            )
         if len(names) != x.ndim or any(
             size != (int(axis) if axis.isdecimal() else sizes.setdefault(axis, size))
             for axis, size in zip(names, x.shape, strict=False)
@@ -53,7 +57,7 @@ def floating_type(state: Mapping[str, Tensor], name: str = "k") -> torch.dtype:
     dtype = state[name].dtype if name in state else torch.float32
     if not dtype.is_floating_point:
         raise ValueError(
-            f"the state of a layer has {name} in {dtype}, which must be a floating-point type: it is incomplete"
+            f"the state of a layer has {name} in {dtype}, which must be a floating-point type: give the result of `state` unchanged"
         )
     return dtype
 
@@ -69,7 +73,9 @@ def insist(holds: bool | Tensor, rule: str) -> None:
         ValueError: if the rule does not hold.
     """
     if not bool(holds):
-        raise ValueError(f"the state of a layer is not one that a store can be in: {rule}")
+        raise ValueError(
+            f"the state of a layer is not one that a store can be in: {rule}; give the result of `state` unchanged"
+        )
 
 
 def fit_new(new: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> None:

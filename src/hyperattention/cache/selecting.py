@@ -111,7 +111,9 @@ class SelectingStore(Store):
         first = torch.arange(live.shape[1], dtype=torch.int64, device=live.device) < dead[:, None]
         before = self._seen - self._new
         if bool((first == live).any()) or bool((dead > 0)[self._start < before].any()):
-            raise ValueError("padding stands after tokens: a cache read by pages supports padding on the left only")
+            raise ValueError(
+                "padding stands after tokens: a cache read by pages supports padding on the left only; pad on the left"
+            )
         self._begin = self._start + dead
         for x in (self._k, self._v):
             if x is not None:

@@ -79,7 +79,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError("a plan needs at least one layer")
+            raise ValueError("a plan needs at least one layer: give the methods of the layers that can be approximated")
         heads = {layer: len(method.methods) for layer, method in self.layers.items()}
         if heads != {layer: len(errors) for layer, errors in self.errors.items()}:
             raise ValueError(f"a plan needs one error for each method; it has {heads} methods by layer")

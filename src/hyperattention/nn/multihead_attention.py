@@ -51,10 +51,12 @@ class MultiheadAttention(nn.Module):
         kv_heads = num_heads if kv_heads is None else kv_heads
         positive("MultiheadAttention", embed_dim=embed_dim, num_heads=num_heads, kv_heads=kv_heads)
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim} is no multiple of num_heads={num_heads}: heads have equal widths")
+            raise ValueError(
+                f"embed_dim={embed_dim} is no multiple of num_heads={num_heads}: heads have equal widths; give a multiple"
+            )
         if num_heads % kv_heads:
             raise ValueError(
-                f"num_heads={num_heads} is no multiple of kv_heads={kv_heads}: query heads share kv heads evenly"
+                f"num_heads={num_heads} is no multiple of kv_heads={kv_heads}: query heads share kv heads evenly; give a divisor"
             )
         if method is not None:
             check_method(method)

@@ -78,5 +78,7 @@ def load_model(folder: Path) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"transformers cannot load a language model and its tokenizer from {folder}: {error}") from error
+        raise ValueError(
+            f"transformers cannot load a language model and its tokenizer from {folder}: {error}; give a folder that save_pretrained wrote"
+        ) from error
     return LoadedModel(model, folder.resolve().name, tokenizer)

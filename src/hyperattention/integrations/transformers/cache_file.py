@@ -209,7 +209,9 @@ def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], model: PreTrainedMod
         kind, _, rest = full_name.partition(".")
         number, _, name = rest.partition(".")
         if kind != "layer" or number not in states:
-            raise ValueError(f"the tensor {full_name!r} belongs to no layer of the model")
+            raise ValueError(
+                f"the tensor {full_name!r} belongs to no layer of the model: load it with the model that wrote it"
+            )
         states[number][name] = x
     of_layers = {int(number): state for number, state in states.items()}
     check_keys(of_layers, model)
@@ -217,4 +219,6 @@ def _fill(cache: HyperCache, tensors: Mapping[str, Tensor], model: PreTrainedMod
     lengths = {(store.batch, store.seen) for store in cache.stores.values()}
     lengths |= {(rows_of(window), window.cumulative_length) for window in cache.windows.values()}
     if len(lengths) != 1:
-        raise ValueError(f"the layers have read different numbers of rows and tokens: {sorted(lengths)}")
+        raise ValueError(
+            f"the layers have read different numbers of rows and tokens, {sorted(lengths)}: read the text again"
+        )

@@ -27,7 +27,7 @@ def check_keys(states: Mapping[int, Mapping[str, Tensor]], model: PreTrainedMode
             if x.shape[1] not in (heads or (x.shape[1],)) or x.shape[3] not in (width or (x.shape[3],)):
                 raise ValueError(
                     f"layer {number} has {name} of {x.shape[1]} kv heads of width {x.shape[3]}, but the model has "
-                    f"{_either(heads) or 'any number'} of width {_either(width) or 'any'}"
+                    f"{_either(heads) or 'any number'} of width {_either(width) or 'any'}: load the model that wrote it"
                 )
             if x.dtype not in dtypes:
                 raise ValueError(

@@ -89,7 +89,11 @@ def use(
         yield counter
     if warn and counter.counts.total and not counter.counts.approximated:
         why = f". {method.payoff()}" if isinstance(method, Plan) and method.crossover is None else ""
-        warnings.warn(f"no attention call was approximated: {counter.counts}{why}", UserWarning, stacklevel=3)
+        warnings.warn(
+            f"no attention call was approximated: {counter.counts}; give warn=False if that is meant{why}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _settings(
