@@ -1,71 +1,19 @@
 """What the site adds to docs/: notebooks, contributing and changes, and the reference of every public name."""
 
-import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+sys.path.insert(0, str(Path(__file__).parent))
+from reference import reference_pages
+
 ROOT = Path(__file__).parents[1]
 # pages made of files outside docs/, which GitHub shows where they are
 PROJECT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-# pages of the reference: package, title, first sentence, and what else stands on the page; a name stands on the first page that has it
-REFERENCE = {
-    "reference/select.md": (
-        "select",
-        "Stages and densities",
-        "What `Method` is made of: `from hyperattention.select import ...`.",
-        (),
-    ),
-    "reference/rivals.md": (
-        "rivals",
-        "Published rivals",
-        "Methods of other authors: `from hyperattention.rivals import ...`.",
-        (),
-    ),
-    "reference/policies.md": (
-        "policies",
-        "Policies of a cache",
-        "Which keys a cache keeps or reads: `from hyperattention.policies import ...`. [Caches](../caches.md) shows their use.",
-        (),
-    ),
-    "reference/nn.md": ("nn", "Modules", "Layers to train with: `from hyperattention.nn import ...`.", ()),
-    "reference/features.md": ("features", "Feature maps", "`from hyperattention.features import ...`.", ()),
-    "reference/sensitivity.md": ("sensitivity", "Sensitivities", "`from hyperattention.sensitivity import ...`.", ()),
-    "reference/synthetic.md": ("synthetic", "Synthetic inputs", "`from hyperattention.synthetic import ...`.", ()),
-    "reference/transformers.md": (
-        "integrations/transformers",
-        "transformers",
-        "`from hyperattention.integrations.transformers import ...`, which imports transformers. `save_cache` and `load_cache` "
-        "are in `hyperattention.integrations.transformers.cache_file`.",
-        ("integrations.transformers.cache_file.save_cache", "integrations.transformers.cache_file.load_cache"),
-    ),
-    "reference/calibration.md": (
-        "calibration",
-        "Calibration",
-        "What the command `calibrate` runs. `Plan`, `load_plan` and `save_plan` are names of the package itself.",
-        (
-            "calibration.calibrate.calibrate",
-            "calibration.settings.CalibrationSettings",
-            "files.plan.Plan",
-            "files.plan.Measured",
-            "files.plan_file.load_plan",
-            "files.plan_file.save_plan",
-            "reference.model.load_reference",
-            "reference.model.load_model",
-            "reference.samples.samples_of_documents",
-            "reference.samples.samples_of_text",
-        ),
-    ),
-    "reference/index.md": (
-        "",
-        "Attention, error and methods",
-        "Names of the package itself: `import hyperattention as ha`.",
-        (),
-    ),
-}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -107,32 +55,3 @@ def _output(output: dict) -> str:
     if "image/png" in data:
         return f"![output of the cell above](data:image/png;base64,{''.join(data['image/png']).strip()})"
     return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
-
-
-def reference_pages() -> dict[str, str]:
-    """Write the pages of the reference: every public name stands on one of them, functions before classes."""
-    shown: set[str] = set()
-    pages = {}
-    for page, (package, title, first, more) in REFERENCE.items():
-        names = [
-            name for name in (*_public_names(package), *(f"hyperattention.{each}" for each in more)) if name not in shown
-        ]
-        shown.update(names)
-        names.sort(key=lambda name: name.rpartition(".")[2][0].isupper())
-        pages[page] = f"# {title}\n\n{first}\n\n" + "".join(f"::: {name}\n\n" for name in names)
-    return pages
-
-
-def _public_names(package: str) -> list[str]:
-    """List the names of a package's `__all__`, each by the module that defines it."""
-    tree = ast.parse((ROOT / "src" / "hyperattention" / package / "__init__.py").read_text(encoding="utf-8"))
-    homes = {
-        alias.name: f"{node.module}.{alias.name}"
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return [homes[name] for name in ast.literal_eval(node.value) if name in homes]
-    return []
