@@ -21,9 +21,10 @@ NEEDS = (
     ("nothing may change", "exact", "`Exact()`", "exact"),
 )
 LINES = (
-    "added loss, a plan for 800", "retrieval lost, a plan for 800", "added loss, a plan for 400",
-    "retrieval lost, a plan for 400", "calls within tolerance 0.1,", "pairs of exact attention's, tolerance 0.1,", "calls within tolerance 0.05,",
-    "pairs of exact attention's, tolerance 0.05,",
+    "added loss, a plan for 800", "retrieval lost, a plan for 800",
+    "added loss, a plan for 400", "retrieval lost, a plan for 400",
+    "calls within tolerance 0.1,", "pairs of exact attention's, tolerance 0.1,",
+    "calls within tolerance 0.05,", "pairs of exact attention's, tolerance 0.05,",
 )  # fmt: skip
 
 
