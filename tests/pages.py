@@ -1,0 +1,36 @@
+"""Blocks of code in README and docs/, and their marks."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+# a block that cannot run has this line before it
+MARK = re.compile(r"<!-- not run: (.+?) -->\n\Z", re.DOTALL)
+LANGUAGES = frozenset({"", "python", "sh", "text", "diff"})
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its lines, and why it is not run, if it is not."""
+
+    language: str
+    text: str
+    not_run: str | None
+
+    @property
+    def commands(self) -> list[str]:
+        """Lines of a shell block, and of a block without a language, where they begin with a known program."""
+        lines = [line.split("  #")[0].strip() for line in self.text.splitlines()]
+        return [line for line in lines if line and self.language in ("", "sh")]
+
+
+def blocks(page: Path) -> list[Block]:
+    """Cut the fenced blocks out of a page."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        reason = MARK.search(text[: match.start()])
+        found.append(Block(match[1], match[2], reason and reason[1]))
+    return found
