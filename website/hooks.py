@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import reference_pages
@@ -32,6 +33,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Let links to notebooks, which work on GitHub as they are, lead to the pages made of them."""
     return re.sub(r"\]\(\.\./notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
+
+
+def on_page_content(html: str, page: Page, **_: object) -> str:
+    """Begin a line with each part of a docstring's standard order, which Markdown would join into one paragraph."""
+    return (
+        re.sub(r"\s+(Differs|Cost|Guarantee): ", r"<br>\1: ", html) if page.file.src_uri.startswith("reference/") else html
+    )
 
 
 def notebook_page(notebook: dict, name: str) -> str:

@@ -240,7 +240,8 @@ def _grouped_mask(attn_mask: Tensor, shape: tuple[int, int, int, int], kv_heads:
     mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
     if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
         raise ValueError(
-            f"attn_mask has shape {tuple(attn_mask.shape)}, which does not broadcast to {shape}: give it the axes [batch, heads, queries, keys], each 1 or the whole"
+            f"attn_mask has shape {tuple(attn_mask.shape)}, which does not broadcast to {shape}: give each axis its "
+            "size or 1"
         )
     return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
 

@@ -78,7 +78,8 @@ def check_inputs(
             if not bool(torch.isfinite(x).all()):
                 count = int((~torch.isfinite(x)).sum())
                 raise ValueError(
-                    f"{name} holds {count} values that are NaN or infinite; check_finite=True refuses them; leave it out to pass them on"
+                    f"{name} holds {count} values that are NaN or infinite; check_finite=True refuses them; leave it out to "
+                    "pass them on"
                 )
 
 

@@ -57,7 +57,8 @@ def floating_type(state: Mapping[str, Tensor], name: str = "k") -> torch.dtype:
     dtype = state[name].dtype if name in state else torch.float32
     if not dtype.is_floating_point:
         raise ValueError(
-            f"the state of a layer has {name} in {dtype}, which must be a floating-point type: give the result of `state` unchanged"
+            f"the state of a layer has {name} in {dtype}, which must be a floating-point type: give the result of "
+            "`state` unchanged"
         )
     return dtype
 

@@ -56,7 +56,8 @@ class MultiheadAttention(nn.Module):
             )
         if num_heads % kv_heads:
             raise ValueError(
-                f"num_heads={num_heads} is no multiple of kv_heads={kv_heads}: query heads share kv heads evenly; give a divisor"
+                f"num_heads={num_heads} is no multiple of kv_heads={kv_heads}: query heads share kv heads "
+                "evenly; give a divisor"
             )
         if method is not None:
             check_method(method)

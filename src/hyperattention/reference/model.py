@@ -79,6 +79,7 @@ def load_model(folder: Path) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"transformers cannot load a language model and its tokenizer from {folder}: {error}; give a folder that save_pretrained wrote"
+            f"transformers cannot load a language model and its tokenizer from {folder}: {error}; give a folder that "
+            "save_pretrained wrote"
         ) from error
     return LoadedModel(model, folder.resolve().name, tokenizer)

@@ -64,7 +64,8 @@ class TopBlocks(Stage):
             )
         if self.coarse.keys < self.num * self.block_size:
             raise ValueError(
-                f"{self.coarse} passes on fewer keys than the {self.num} blocks of {self.block_size} to be taken: give it more panels, or take fewer blocks"
+                f"{self.coarse} passes on fewer keys than the {self.num} blocks of {self.block_size} to be taken: give it "
+                "more panels, or take fewer blocks"
             )
 
     @property
