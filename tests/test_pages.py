@@ -166,3 +166,19 @@ def test_troubleshooting_explains_every_reason_for_exact_attention() -> None:
     assert {
         reason for reason in reasons | {"exact method", "softcap", "sinks", "position bias"} if f"`{reason}`" not in text
     } == set()
+
+
+def test_no_docstring_looks_like_html() -> None:
+    """Markdown takes `<k, y>` for a tag, so that the site would show nothing there."""
+    import ast
+
+    tag = re.compile(r"</?[a-zA-Z][^<>@ ]*( [^<>]*)?>")
+    assert tag.search("|<k_j, y>|^p")
+    found = [
+        f"{path.name}: {match[0]}"
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+        for match in tag.finditer(ast.get_docstring(node) or "")
+    ]
+    assert found == []

@@ -33,7 +33,7 @@ class LevAttention(AttentionMethod):
     """Attention with weights |q . k|^p, normalised over a universal set U of keys: those with the largest sensitivities.
 
     out_i = sum_{j in U} |q_i . k_j|^p v_j / sum_{j in U} |q_i . k_j|^p,   over the keys of U that row i sees
-    s_j = max_y |<k_j, y>|^p / sum_l |<k_l, y>|^p,   U = the `num` keys of the largest s_j, or all with s_j >= epsilon
+    s_j = max_y |k_j . y|^p / sum_l |k_l . y|^p,   U = the `num` keys of the largest s_j, or all with s_j >= epsilon
     No softmax is involved: `lse` is the log of the sum of |scale q . k|^p, and an audit, which compares with softmax
     attention, measures the difference of two functions. For softmax over such a set use Method(select.UniversalSet(num)).
 

@@ -17,8 +17,8 @@ from hyperattention.policies.choose import lottery
 class BalancedHalving(Policy):
     """Drop one key of each pair and give its weight to the other, with random signs that depend on earlier signs.
 
-    P(a stays, not b) = 1/2 - <D, d> / (2 c)   for a pair of equal weights w,   d = w (phi(a) - phi(b)),   D = sum of the +-d
-    so far,   <phi(x), phi(y)> = exp(scale (k_x - mean) . (k_y - mean)) (v_x . v_y + mean ||v||^2)
+    P(a stays, not b) = 1/2 - D . d / (2 c)   for a pair of equal weights w,   d = w (phi(a) - phi(b)),   D = sum of the +-d
+    so far,   phi(x) . phi(y) = exp(scale (k_x - mean) . (k_y - mean)) (v_x . v_y + mean ||v||^2)
 
     In a pair of unequal weights, the heavier key is first kept with the probability that is left after both get the lighter
     key's probability. Only the other pairs enter the walk, so that each sign is as likely as its opposite.

@@ -13,7 +13,7 @@ from hyperattention.sensitivity.lewis import check_power, lewis_bounds
 def sensitivity_bounds(
     k: Float[Tensor, "lists keys head_dim"], total: Int[Tensor, "lists 1"] | None = None, *, power: float | int
 ) -> Float[Tensor, "lists keys"]:
-    """Bound s_j = max_y |<k_j, y>|^p / sum_l |<k_l, y>|^p: the largest weight that key j can have in the row of any query.
+    """Bound s_j = max_y |k_j . y|^p / sum_l |k_l . y|^p: the largest weight that key j can have in the row of any query.
 
     p = 2: leverage scores, equal to s_j.   other even p: leverage scores of tensor powers.   any other p >= 1: Lewis weights
 

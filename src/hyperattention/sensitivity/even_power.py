@@ -21,10 +21,10 @@ def even_power_leverage(
 ) -> Float[Tensor, "lists keys"]:
     """Return the leverage score of every k_j^{(x) power/2}: an upper bound of the key's sensitivity for |q . k|^power.
 
-    s_j = max_y <k_j, y>^p / sum_l <k_l, y>^p <= tau_j(K^{(x) p/2}),   sum_j tau_j <= C(head_dim + p/2 - 1, p/2)
+    s_j = max_y (k_j . y)^p / sum_l (k_l . y)^p <= tau_j(K^{(x) p/2}),   sum_j tau_j <= C(head_dim + p/2 - 1, p/2)
 
     The tensor power is symmetric, so features are its distinct monomials. They exist for a chunk of keys at a time. With
-    fewer keys than monomials the Gram matrix is that of the keys, <k_i, k_j>^{p/2}, and no feature exists at all.
+    fewer keys than monomials the Gram matrix is that of the keys, (k_i . k_j)^{p/2}, and no feature exists at all.
     Source: Kannan et al., 2024 (arXiv:2410.05462), d^{p/2}/eps keys; that they use these leverage scores is remembered and
     unconfirmed.   Differs: distinct monomials only, which lowers d^{p/2} to C(d + p/2 - 1, p/2).
     Cost: the square of the number of monomials (or of keys) in memory, for one list at a time, and as many products per key.
@@ -61,7 +61,7 @@ def even_power_leverage(
 
 
 def _by_keys(rows: KeyRows, white: Tensor, degree: int) -> Tensor:
-    """Return the scores of one list from the kernel matrix <x_i, x_j>^degree: the squared rows of its eigenvectors."""
+    """Return the scores of one list from the kernel matrix (x_i . x_j)^degree: the squared rows of its eigenvectors."""
     x = torch.cat([x[0] for _, x in rows.chunks()]) @ white[0]
     value, vector = torch.linalg.eigh((x @ x.T) ** degree)
     least = len(x) * torch.finfo(x.dtype).eps * value[-1]

@@ -22,7 +22,7 @@ def leverage(
 ) -> Float[Tensor, "lists keys"]:
     """Return the leverage score of each key: its squared norm in the inverse Gram matrix of all keys.
 
-    tau_j = x_j' (X'X + lambda I)^-1 x_j = max_y <x_j, y>^2 / (sum_l <x_l, y>^2 + lambda |y|^2)
+    tau_j = x_j' (X'X + lambda I)^-1 x_j = max_y (x_j . y)^2 / (sum_l (x_l . y)^2 + lambda |y|^2)
 
     The scores are at most 1 and add up to the rank of the keys, at most head_dim. Two passes over the keys, by Gram matrix
     and Cholesky factor, and one more without a ridge; memory beside the scores: the Gram matrix and a chunk of keys.

@@ -55,7 +55,7 @@ def lewis_bounds(
 ) -> Float[Tensor, "lists keys"]:
     """Bound the sensitivity of each key for |q . k|^p from above, by Lewis weights.
 
-    s_j = max_y |<k_j, y>|^p / sum_l |<k_l, y>|^p <= b_j.   With u_j = (k_j' (K' W^{1 - 2/p} K)^-1 k_j)^{p/2}, for all
+    s_j = max_y |k_j . y|^p / sum_l |k_l . y|^p <= b_j.   With u_j = (k_j' (K' W^{1 - 2/p} K)^-1 k_j)^{p/2}, for all
     positive weights w, converged or not (by Hoelder's inequality; at Lewis weights u = w):
     p <= 2:  b_j = max_l (u_l / w_l)^{(2 - p)/p} u_j,   at Lewis weights b_j = w_j, and they add up to the rank, <= head_dim
     p > 2:   b_j = (sum_l w_l)^{p/2 - 1} u_j,           at Lewis weights they add up to rank^{p/2}

@@ -18,7 +18,7 @@ def online_leverage(
     """Return the leverage score of each key among itself and the keys before it; no score looks ahead.
 
     tau_t = x_t' (G_{t-1} + lambda I)^-1 x_t,   G_t = sum_{l <= t} x_l x_l',   score_t = tau_t / (1 + tau_t)
-          = max_y <x_t, y>^2 / (sum_{l <= t} <x_l, y>^2 + lambda |y|^2)
+          = max_y (x_t . y)^2 / (sum_{l <= t} (x_l . y)^2 + lambda |y|^2)
     lambda = ridge * |first key that is not 0|^2 / head_dim
 
     A block of keys is whitened by the keys before the block, Z = X F; then 1 + tau_t are the squared diagonal entries of the
