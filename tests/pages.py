@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # a block that cannot run has this line before it
 MARK = re.compile(r"<!-- not run: (.+?) -->\n\Z", re.DOTALL)
-LANGUAGES = frozenset({"", "python", "sh", "text", "diff"})
+SHELLS = frozenset({"sh", "bash", "console"})
+LANGUAGES = frozenset({"", "python", "text", "diff", "json", "yaml", "toml"}) | SHELLS
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """Lines of a shell block, and of a block without a language, where they begin with a known program."""
-        lines = [line.split("  #")[0].strip() for line in self.text.splitlines()]
-        return [line for line in lines if line and self.language in ("", "sh")]
+        """Lines of a shell block, and of a block without a language, which may hold commands too."""
+        lines = [line.split("  #")[0].strip() for line in self.text.replace("\\\n", " ").splitlines()]
+        return [line for line in lines if line and (not self.language or self.language in SHELLS)]
 
 
 def blocks(page: Path) -> list[Block]:

@@ -82,21 +82,24 @@ def made(words: list[str]) -> None:
 
 
 def installed(words: list[str]) -> None:
+    """Look up the extras of this package; other packages are not looked up."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert words[0] == "install"
+    assert words[0] in ("install", "uninstall")
     for word in words[1:]:
-        assert word == "." or set(re.fullmatch(r"\.\[([\w,]+)\]", word)[1].split(",")) <= extras.keys()  # pyright: ignore
+        named = re.fullmatch(r"(?:\.|hyperattention)\[([\w,]+)\]", word)
+        assert named is None or set(named[1].split(",")) <= extras.keys()
 
 
 def script(words: list[str]) -> None:
-    assert (ROOT / words[0]).is_file()
+    """Look for a file, or for a module after `-m`."""
+    assert importlib.util.find_spec(words[1]) if words[0] == "-m" else (ROOT / words[0]).is_file()
 
 
 @pytest.mark.parametrize(
     ("check", "words"),
     [
         (parsed, "demos --quick"), (parsed, "demo --quickly"), (parsed, "ask"), (parsed, "generate a b --budget many"),
-        (made, "tests"), (installed, "install .[everything]"), (script, "benchmarks/none.py"),
+        (made, "tests"), (installed, "install .[everything]"), (script, "benchmarks/none.py"), (script, "-m hyperattentive"),
     ],
 )  # fmt: skip
 def test_a_command_that_does_not_exist_is_found(check, words: str) -> None:
