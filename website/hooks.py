@@ -38,7 +38,9 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def on_page_content(html: str, page: Page, **_: object) -> str:
     """Begin a line with each part of a docstring's standard order, which Markdown would join into one paragraph."""
     return (
-        re.sub(r"\s+(Differs|Cost|Guarantee): ", r"<br>\1: ", html) if page.file.src_uri.startswith("reference/") else html
+        re.sub(r"\s+(Source|Differs|Cost|Guarantee): ", r"<br>\1: ", html)
+        if page.file.src_uri.startswith("reference/")
+        else html
     )
 
 

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+SOURCE = Path(__file__).parents[1] / "src" / "hyperattention"
 # package, title, first sentence, and what else stands on the page; a name stands on the first page that has it
 REFERENCE = {
     "reference/select.md": (
@@ -52,6 +52,18 @@ REFERENCE = {
             "reference.samples.samples_of_text",
         ),
     ),
+    "reference/distributed.md": (
+        "distributed",
+        "Several devices",
+        "Attention over shards of a sequence: `from hyperattention.distributed import ...`.",
+        (),
+    ),
+    "reference/vllm.md": (
+        "integrations/vllm",
+        "vLLM",
+        "The plugin: `from hyperattention.integrations.vllm import ...`.",
+        (),
+    ),
     "reference/index.md": (
         "",
         "Attention, error and methods",
@@ -63,6 +75,9 @@ REFERENCE = {
 
 def reference_pages() -> dict[str, str]:
     """Write the pages of the reference: every public name stands on one of them, functions before classes."""
+    missing = sorted(_packages() - {package for package, *_ in REFERENCE.values()})
+    if missing:
+        raise ValueError(f"packages with public names and without a page: {missing}; add them to website/reference.py")
     shown: set[str] = set()
     pages = {}
     for page, (package, title, first, more) in REFERENCE.items():
@@ -71,13 +86,24 @@ def reference_pages() -> dict[str, str]:
         ]
         shown.update(names)
         names.sort(key=lambda name: name.rpartition(".")[2][0].isupper())
-        pages[page] = f"# {title}\n\n{first}\n\n" + "".join(f"::: {name}\n\n" for name in names)
+        # a package that is not there, or names nothing, has no page
+        if names:
+            pages[page] = f"# {title}\n\n{first}\n\n" + "".join(f"::: {name}\n\n" for name in names)
     return pages
+
+
+def _packages() -> set[str]:
+    """List the packages that have an `__all__`."""
+    found = {
+        path.parent.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("__init__.py") if "__all__" in path.read_text()
+    }
+    return {"" if package == "." else package for package in found}
 
 
 def _public_names(package: str) -> list[str]:
     """List the names of a package's `__all__`, each by the module that defines it."""
-    tree = ast.parse((ROOT / "src" / "hyperattention" / package / "__init__.py").read_text(encoding="utf-8"))
+    path = SOURCE / package / "__init__.py"
+    tree = ast.parse(path.read_text(encoding="utf-8") if path.exists() else "")
     homes = {
         alias.name: f"{node.module}.{alias.name}"
         for node in tree.body
