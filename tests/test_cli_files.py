@@ -202,6 +202,8 @@ WRONG = (
     "calibrate reference no",
     "calibrate --out no/x",
     "inspect no",
+    "calibrate --tolerance 7",
+    "calibrate --pairs 0",
     "inspect reference no",
     "inspect --plan no",
     "inspect --plan empty",

@@ -37,12 +37,15 @@ def calibrate_model(
     with explained():
         Outputs((out,), overwrite, (text, find_folder(model))).check()
         check_inputs(model=model, text=text, encoding=encoding)
+        from hyperattention.calibration.settings import CalibrationSettings
+
+        settings = CalibrationSettings(tolerance, seed, pairs=pairs)  # refused before transformers is imported
         from hyperattention.report import calibrate as report
         from hyperattention.report.demo import DemoOptions
 
         hide_bars()
         texts = DemoOptions(length, text, find_folder(model), documents=documents, seed=seed, encoding=encoding)
-        options = report.CalibrateOptions(out, texts, report.CalibrationSettings(tolerance, seed, pairs=pairs), overwrite)
+        options = report.CalibrateOptions(out, texts, settings, overwrite)
         prepared = report.ready(options)
         plan = report.run(prepared, options, console)
     report.show(plan, console)
