@@ -9,7 +9,8 @@
 The sequences are set/get documents over source code (`batches.py`). With Trainer, positions of a sequence jump, so that
 rotations of distances up to `--positions` are seen in shorter sequences (positional skip-wise training: Zhu et al., 2023,
 arXiv:2309.10400); SFTTrainer passes no positions on, so there a sequence has its own. What the recipe adds to ordinary code
-is the line `with use(model, method)`: gradients flow through the listed keys, and everything else is the trainer's.
+is a callback that switches attention for each step (`Approximate`): gradients flow through the listed keys, draws differ
+between steps, and everything else is the trainer's.
 
 Each run appends its lines to `--out`: what ran, the loss of each step, and the seconds of training.
 """
@@ -19,6 +20,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from sources import corpus
 from stages import Stage
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hyperattention as ha
 from hyperattention import select
@@ -66,6 +68,25 @@ class Examples(Dataset[dict[str, Tensor]]):
         given = {"input_ids": tokens, "labels": tokens}
         # a mask without padding: without one, transformers takes a jump for the start of another document
         return given | {"position_ids": positions, "attention_mask": torch.ones_like(tokens)} if self.jumps else given
+
+
+class Approximate(TrainerCallback):
+    """Run each step of training with the method, and with the number of the step as the seed of its draws."""
+
+    def __init__(self, model: PreTrainedModel, method: AttentionMethod) -> None:
+        self.model, self.method, self.approximated, self.calls = model, method, 0, 0
+        self._step = ExitStack()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Switch attention; a step has one or more batches, and recomputes activations within it too."""
+        seed = args.seed + state.global_step
+        self._counter = self._step.enter_context(use(self.model, self.method, seed=seed, warn=False))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Switch back, and count what was approximated."""
+        self._step.close()
+        self.approximated += self._counter.counts.approximated
+        self.calls += self._counter.counts.total
 
 
 def longer(model: PreTrainedModel, positions: int) -> PreTrainedModel:
@@ -115,17 +136,20 @@ def fine_tune(given: argparse.Namespace) -> list[Mapping[str, object]]:
     batches = Batches(texts, Stage(given.length, 1, 1), max_length=given.positions, repeats=False, seed=given.seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(given, model, batches, folder)
-        with use(model, method, seed=given.seed, warn=False) as calls:
-            done = trainer.train()
+        attention = Approximate(model, method)
+        trainer.add_callback(attention)
+        done = trainer.train()
         if given.save is not None:
             trainer.save_model(str(given.save))
     if given.method != "exact":
-        assert calls.counts.approximated == calls.counts.total > 0, f"not all calls were approximated: {calls}"
+        assert attention.approximated == attention.calls > 0, (
+            f"{attention.approximated} of {attention.calls} calls approximated"
+        )
     run = {
         "kind": "fine_tune", "trainer": given.trainer, "method": given.method, "length": given.length, "seed": given.seed,
         "positions": given.positions if given.trainer == "transformers" else given.length, "steps": given.steps,
         "batch": given.batch, "rate": given.rate, "fsdp": given.fsdp, "processes": given.processes,
-        "seconds": done.metrics["train_runtime"], "approximated": calls.counts.approximated, "calls": calls.counts.total,
+        "seconds": done.metrics["train_runtime"], "approximated": attention.approximated, "calls": attention.calls,
         "share_of_exact": share,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }  # fmt: skip
