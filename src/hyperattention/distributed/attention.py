@@ -59,8 +59,8 @@ def attention(
         heads: name of the mesh dimension that shares heads evenly, as tensor parallelism does, so that every head draws what
             it draws on one machine; None if each rank holds all heads.
         method: the method; None for `PooledChunks()`. Any other method needs `gather`.
-        gather: whether keys and values of all ranks are gathered, so that `Exact()` and every `Method` of stages that look at
-            their own tile and earlier tokens can run; what moves then grows with the length.
+        gather: whether keys and values of all ranks are gathered, so that `Exact()` and every `Method` of stages that look
+            at their own tile and earlier tokens can run; what moves then grows with the length.
         order: which positions each rank holds: `Contiguous()` or `HeadTail()`.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: whether several query heads may share a kv head.
@@ -137,9 +137,6 @@ def measured_attention(
 
     Returns:
         the output, its log-sum-exp, and the traffic of the forward pass.
-
-    Raises:
-        Exception: what this rank's own arguments raise, after all other ranks have been told.
     """
     place = _Place.of(mesh, context, heads)
     group = Group(mesh.get_group(place.context), _wire_device(mesh), timeout)

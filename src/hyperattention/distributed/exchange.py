@@ -12,7 +12,7 @@ from hyperattention.distributed.group import Group
 from hyperattention.distributed.plan import Plan, Way
 from hyperattention.inputs import autocast_device
 from hyperattention.methods.pooled_chunks import hidden
-from hyperattention.pooled.attend import Reader, near_route
+from hyperattention.methods.pooled_reader import Reader, near_route
 from hyperattention.pooled.choose import choose
 from hyperattention.pooled.pool import Choice, Shard
 from hyperattention.pooled.route import Route
@@ -135,7 +135,12 @@ class _Exchanged(torch.autograd.Function):
         if read.choice is not None:
             total = total + group.move_back(read.choice.route, "gradient of pool", grads[2].reshape(-1, width), rows)
         moved = plan.restore(group, total.view(batch, kv_heads, ctx.tokens, width), keys, "gradient of keys")
-        return plan.restore(group, grads[0], queries, "gradient of queries"), moved[..., : ctx.width], moved[..., ctx.width :], None
+        return (
+            plan.restore(group, grads[0], queries, "gradient of queries"),
+            moved[..., : ctx.width],
+            moved[..., ctx.width :],
+            None,
+        )
 
 
 def _sent(group: Group, plan: Plan, gradient: Tensor, route: Route | None, purpose: str) -> Tensor:

@@ -107,10 +107,7 @@ class Group(World):
             work = begin()
             if work is None:
                 return
-            if self.timeout is None:
-                done = work.wait()
-            else:
-                done = work.wait(self.timeout)
+            done = work.wait() if self.timeout is None else work.wait(self.timeout)
         except RuntimeError as error:
             raise ExchangeError(self._message(purpose, str(error))) from error
         if done is False:

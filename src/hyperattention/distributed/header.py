@@ -67,9 +67,7 @@ def agree(group: Group, own: Header) -> list[int]:
         for place, name in enumerate(own.same, 2):
             values = [other[place] for other in found]
             if len(set(values)) > 1:
-                raise ValueError(
-                    f"{name} differs between the ranks: {_shown(name, values)}; give all ranks the same {name}"
-                )
+                raise ValueError(f"{name} differs between the ranks: {_shown(name, values)}; give all ranks the same {name}")
     return [other[1] for other in found]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperattention.check import instance, positive
 from hyperattention.methods.base import AttentionMethod, Cost, exact_pairs, refuse_spans
 from hyperattention.methods.method import Method
-from hyperattention.pooled.attend import Reader, near_route
+from hyperattention.methods.pooled_reader import Reader, near_route
 from hyperattention.pooled.choose import choose
 from hyperattention.pooled.layout import Grid, Layout, cut
 from hyperattention.pooled.pool import Shard, Sizes
@@ -72,9 +72,7 @@ class PooledChunks(AttentionMethod):
 
     def __post_init__(self) -> None:
         """Check the arguments against each other."""
-        positive(
-            "PooledChunks", chunk=self.chunk, num=self.num, averages=self.averages, near=self.near, sinks=self.sinks
-        )
+        positive("PooledChunks", chunk=self.chunk, num=self.num, averages=self.averages, near=self.near, sinks=self.sinks)
         instance("PooledChunks", Method, "Method(Sinks(16), Window(192), Draw(640))", local=self.local)
         if self.chunk % self.local.tile or self.near % self.local.tile:
             raise ValueError(
@@ -87,7 +85,9 @@ class PooledChunks(AttentionMethod):
                 "use stages that look at their own tile and earlier tokens"
             )
         if self.sinks >= self.num:
-            raise ValueError(f"PooledChunks(num={self.num}, sinks={self.sinks}): the pool must have room for more than sinks")
+            raise ValueError(
+                f"PooledChunks(num={self.num}, sinks={self.sinks}): the pool must have room for more than sinks"
+            )
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(
                 f"PooledChunks(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"

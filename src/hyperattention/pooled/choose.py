@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from hyperattention.pooled.averages import averages
@@ -37,8 +36,9 @@ def choose(world: World, layout: Layout, shard: Shard, sizes: Sizes) -> Choice:
     asked = _ask(world, book, shard)
     totals = _totals(world, book, shard, asked)
     shares = [
-        best_shares(shard, cell, book.own_of(asked, chunk), book.own_of(totals, chunk), shard.eligible(layout, chunk, cell))
-        .masked_fill(shard.certain(sizes.sinks, layout.keys_of(world.rank).index(cell), cell), CERTAIN)
+        best_shares(
+            shard, cell, book.own_of(asked, chunk), book.own_of(totals, chunk), shard.eligible(layout, chunk, cell)
+        ).masked_fill(shard.certain(sizes.sinks, layout.keys_of(world.rank).index(cell), cell), CERTAIN)
         for chunk, cell in book.pairs
     ]
     told = _told(world, book, shard, shares)
@@ -117,9 +117,7 @@ def _widths(book: _Book) -> tuple[int, int]:
 def _ask(world: World, book: _Book, shard: Shard) -> Tensor:
     """Send averages to the owners of keys; give those that reached this rank, ``[lists, averages, head_dim + 1]``."""
     grid, sizes, device = book.layout.grid, book.sizes, shard.k.device
-    own = [
-        averages(shard.q, shard.k.shape[1], cell, grid, sizes.groups, shard.scale) for cell in book.begins(world.rank)
-    ]
+    own = [averages(shard.q, shard.k.shape[1], cell, grid, sizes.groups, shard.scale) for cell in book.begins(world.rank)]
     x = torch.cat(own, 1) if own else shard.q.new_empty(shard.lists, 0, shard.q.shape[3] + 1)
     route = route_of("averages", world, _outward(book, world.size), shard.lists, _widths(book), device)
     return columns(world, route, x).to(shard.dtype)
@@ -128,7 +126,9 @@ def _ask(world: World, book: _Book, shard: Shard) -> Tensor:
 def _totals(world: World, book: _Book, shard: Shard, asked: Tensor) -> Tensor:
     """Add up the sums of all owners for every average; give those of the averages that reached this rank."""
     layout, device = book.layout, shard.k.device
-    own = [log_sums(shard, cell, book.own_of(asked, chunk), shard.eligible(layout, chunk, cell)) for chunk, cell in book.pairs]
+    own = [
+        log_sums(shard, cell, book.own_of(asked, chunk), shard.eligible(layout, chunk, cell)) for chunk, cell in book.pairs
+    ]
     sums = torch.cat(own, 1) if own else asked.new_empty(shard.lists, 0)
     moves, widths = _inward(book, world.size)
     route = route_of("sums", world, moves, shard.lists, widths, device)
@@ -167,9 +167,14 @@ def _told(world: World, book: _Book, shard: Shard, shares: list[Tensor]) -> Tens
     """Let the first holder of each chunk decide; give the replies for own pairs, then all for each chunk held here."""
     layout, device = book.layout, shard.k.device
     numbers = [
-        histogram(share, shard.eligible(layout, chunk, cell)) for share, (chunk, cell) in zip(shares, book.pairs, strict=True)
+        histogram(share, shard.eligible(layout, chunk, cell))
+        for share, (chunk, cell) in zip(shares, book.pairs, strict=True)
     ]
-    x = torch.stack(numbers, 1) if numbers else torch.empty(shard.lists, 0, 2 * NUM_SIZES, dtype=torch.float64, device=device)
+    x = (
+        torch.stack(numbers, 1)
+        if numbers
+        else torch.empty(shard.lists, 0, 2 * NUM_SIZES, dtype=torch.float64, device=device)
+    )
     place = [{pair: at for at, pair in enumerate(layout.drawn_from(rank))} for rank in range(world.size)]
     gathered, forward, back, held = [0] * world.size, [], [], [len(each) for each in place]
     for chunk, owners in layout.owners.items():
@@ -221,9 +226,7 @@ def _pools(world: World, book: _Book, shard: Shard, drawn: list[Drawn], told: Te
     route = Route("pool", joined(send, device), joined(place, device), shard.lists * len(chunks) * num)
     own = torch.cat([torch.cat(part) for part in chance if part] or [told.new_empty(0)])
     begin = [0, *accumulate(len(rows) for rows in route.send)]
-    of_rank = tuple(
-        torch.arange(low, high, dtype=torch.int64, device=device) for low, high in zip(begin, begin[1:], strict=False)
-    )
+    of_rank = tuple(torch.arange(low, high, dtype=torch.int64, device=device) for low, high in pairwise(begin))
     weights = Route("weights", of_rank, route.place, route.rows)
     found = world.move(weights, own.to(shard.dtype)[:, None]).view(shard.lists, len(chunks), num)
     return Choice(chunks, route, (-found.log()).masked_fill(found == 0, -torch.inf))

@@ -30,9 +30,7 @@ def _size(share: Tensor) -> Tensor:
     return torch.bucketize(share.double(), _edges(share.device), right=True)
 
 
-def histogram(
-    share: Float[Tensor, "lists keys"], eligible: Bool[Tensor, "lists keys"]
-) -> Float[Tensor, "lists numbers"]:
+def histogram(share: Float[Tensor, "lists keys"], eligible: Bool[Tensor, "lists keys"]) -> Float[Tensor, "lists numbers"]:
     """Count keys, and add up their shares, by the size of the share.
 
     Args:
