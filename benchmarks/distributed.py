@@ -113,7 +113,8 @@ def run_bytes(options: argparse.Namespace) -> None:
             options.out,
             {
                 "kind": "bytes", "way": way, "tokens": options.tokens, "ranks": options.ranks, "heads": options.heads,
-                "heads_of": options.heads_of, "head_dim": HEAD_DIM, "dtype": "bfloat16", "chunk": options.chunk, "num": options.num, "sent": sent,
+                "heads_of": options.heads_of, "head_dim": HEAD_DIM, "dtype": "bfloat16",
+                "chunk": options.chunk, "num": options.num, "sent": sent,
                 "received": received, "most": max(sent + received), "rounds": per_rank[0]["rounds"],
                 "by_purpose": [{side: each[side] for side in ("sent", "received")} for each in per_rank],
                 "seconds": max(each["seconds"] for each in per_rank),

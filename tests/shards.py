@@ -12,6 +12,7 @@ import hyperattention.distributed as shared
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.select import DrawAlike
 
+IN_ORDER = shared.Contiguous()
 LOCAL = ha.Method(ha.Sinks(4), ha.Window(16), DrawAlike(24, rows=8, pooled=2), tile=16)
 POOLED = shared.PooledChunks(LOCAL, chunk=64, num=24, averages=2, near=16, sinks=4)
 # its budgets hold every key
@@ -36,7 +37,7 @@ class Scenario:
 
     lengths: tuple[int, ...]
     method: AttentionMethod = POOLED
-    order: shared.Order = shared.Contiguous()
+    order: shared.Order = IN_ORDER
     causal: bool = True
     masked: bool = False
     gather: bool = False
@@ -77,11 +78,11 @@ def results(result: ha.AttentionResult | shared.DistributedResult, leaves: Seque
 
 def on_rank(rank: int, mesh: DeviceMesh, scenario: Scenario, **options) -> tuple[list[Tensor], shared.Traffic]:
     """Run a scenario on this rank of the context dimension."""
-    *leaves, slope = (x[:, :, scenario.rows(rank)] for x in scenario.tensors)
-    leaves = [x.contiguous().requires_grad_() for x in leaves]
+    q, k, v, slope = (x[:, :, scenario.rows(rank)].contiguous() for x in scenario.tensors)
+    leaves = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
     live = None if scenario.live is None else scenario.live[:, scenario.rows(rank)]
     result = shared.measured_attention(
-        *leaves, scenario.causal, mesh=mesh, method=scenario.method, order=scenario.order, gather=scenario.gather,
+        q, k, v, scenario.causal, mesh=mesh, method=scenario.method, order=scenario.order, gather=scenario.gather,
         enable_gqa=True, key_mask=live, seed=3, layer=1, **options,
     )  # fmt: skip
     return results(result, leaves, slope), result.traffic
@@ -89,10 +90,10 @@ def on_rank(rank: int, mesh: DeviceMesh, scenario: Scenario, **options) -> tuple
 
 def on_one(scenario: Scenario, method: AttentionMethod | None = None) -> list[Tensor]:
     """Run a scenario on one machine."""
-    *leaves, slope = scenario.tensors
-    leaves = [x.requires_grad_() for x in leaves]
+    q, k, v, slope = scenario.tensors
+    leaves = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
     result = ha.measured_attention(
-        *leaves, is_causal=scenario.causal, method=method or scenario.method, enable_gqa=True, key_mask=scenario.live,
+        q, k, v, is_causal=scenario.causal, method=method or scenario.method, enable_gqa=True, key_mask=scenario.live,
         seed=3, layer=1,
     )  # fmt: skip
     return results(result, leaves, slope)

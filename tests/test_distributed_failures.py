@@ -118,7 +118,7 @@ def test_a_rank_that_is_gone_or_slow_ends_the_call_of_all_others(kill):
 
 def test_arguments_that_need_no_other_rank():
     with pytest.raises(TypeError, match="it must be a DeviceMesh"):
-        shared.attention(*Scenario(LENGTHS).tensors[:3], mesh=None)
+        shared.attention(*Scenario(LENGTHS).tensors[:3], mesh=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="must be multiples of the tile"):
         shared.PooledChunks(chunk=100)
     with pytest.raises(ValueError, match="room for more than sinks"):
@@ -128,4 +128,4 @@ def test_arguments_that_need_no_other_rank():
     with pytest.raises(ValueError, match="between 0 and 1"):
         shared.PooledChunks(uniform_share=1.0)
     with pytest.raises(TypeError, match="local must be a Method"):
-        shared.PooledChunks(ha.Exact())
+        shared.PooledChunks(ha.Exact())  # pyright: ignore[reportArgumentType]

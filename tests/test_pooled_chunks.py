@@ -14,13 +14,14 @@ POOLED = ha.PooledChunks(LOCAL, chunk=48, num=20, averages=2, near=16, sinks=4)
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
 
+@pytest.mark.slow
 @both_masks
 def test_numerator_and_denominator_are_unbiased(causal):
-    whole = problem(150, heads=4, kv_heads=2, causal=causal, dtype=torch.float64)
+    whole = problem(110, heads=2, kv_heads=1, causal=causal, dtype=torch.float64)
     exact = ha.Exact().attend(whole)
     found = []
-    for seed in range(64):
-        ours = POOLED.attend(problem(150, heads=4, kv_heads=2, causal=causal, dtype=torch.float64, seed=seed))
+    for seed in range(48):
+        ours = POOLED.attend(problem(110, heads=2, kv_heads=1, causal=causal, dtype=torch.float64, seed=seed))
         share = (ours.lse - exact.lse).exp()[..., None]
         # a part of the rows of every chunk, so that the number of statistics is bounded
         found.append(torch.cat([share, share * ours.out - exact.out + 1], 3)[:, :, ::7])
@@ -84,7 +85,7 @@ def test_owners_draw_what_one_owner_draws():
 @pytest.mark.parametrize("keys", [0, 1, 39, 40, 41, 45])
 def test_about_as_many_keys_as_slots(keys):
     share = torch.full((1, 64), 0.01)
-    eligible = (torch.arange(64) < keys)[None]
+    eligible = (torch.arange(48) < keys)[None]
     noise = torch.tensor([0.5], dtype=torch.float64)
     (found,) = _of_owners([slice(0, 30), slice(30, 64)], share, eligible, noise)
     assert len(found) <= 40
@@ -99,11 +100,10 @@ def test_masked_keys_change_nothing_and_sinks_are_the_first_live_keys():
     q, k, v = tensors(150, heads=4, batch=2)
     live = torch.ones(2, 150, dtype=torch.bool)
     live[0, :30] = live[1, 50:60] = False
-    found = [
-        ha.attention(q, *(x.masked_fill(~live[:, None, :, None], hole) for x in (k, v)), is_causal=True, enable_gqa=True,
-                     method=POOLED, key_mask=live)
-        for hole in (0.0, torch.nan)
-    ]  # fmt: skip
+    found = []
+    for hole in (0.0, torch.nan):
+        k, v = (x.masked_fill(~live[:, None, :, None], hole) for x in (k, v))
+        found.append(ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=POOLED, key_mask=live))
     assert_same_bits(*found)
 
 
