@@ -121,6 +121,8 @@ def test_arguments_that_need_no_other_rank():
         shared.attention(*Scenario(LENGTHS).tensors[:3], mesh=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="must be multiples of the tile"):
         shared.PooledChunks(chunk=100)
+    with pytest.raises(ValueError, match="and divide the chunk"):
+        shared.PooledChunks(block=64)
     with pytest.raises(ValueError, match="room for more than sinks"):
         shared.PooledChunks(num=16)
     with pytest.raises(ValueError, match="chooses by all tokens"):

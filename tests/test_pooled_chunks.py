@@ -85,7 +85,7 @@ def test_owners_draw_what_one_owner_draws():
 @pytest.mark.parametrize("keys", [0, 1, 39, 40, 41, 45])
 def test_about_as_many_keys_as_slots(keys):
     share = torch.full((1, 64), 0.01)
-    eligible = (torch.arange(48) < keys)[None]
+    eligible = (torch.arange(64) < keys)[None]
     noise = torch.tensor([0.5], dtype=torch.float64)
     (found,) = _of_owners([slice(0, 30), slice(30, 64)], share, eligible, noise)
     assert len(found) <= 40

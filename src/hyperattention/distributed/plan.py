@@ -26,7 +26,7 @@ class Way:
     Args:
         method: the method over the keys that a cell of queries reads directly.
         pooled: the method whose pools hold the other keys; None if every key is read directly.
-        tile: positions whose queries must be on one rank.
+        tile: positions whose queries must be on one rank: a tile, or a block of averaged queries.
     """
 
     method: AttentionMethod
@@ -62,7 +62,7 @@ def way_of(method: object, gather: bool) -> Way:
     if not isinstance(method, AttentionMethod):
         raise TypeError(f"method={method!r}: it must be a method, such as PooledChunks()")
     if isinstance(method, PooledChunks) and not gather:
-        return Way(method.local, method, method.local.tile)
+        return Way(method.local, method, method.positions)
     if not gather:
         raise NotImplementedError(
             f"method={method!r} may read any key of any rank, so all keys and values would have to move: pass gather=True "

@@ -30,7 +30,7 @@ def _usual() -> Method:
 class PooledChunks(AttentionMethod):
     """Read the keys of a query's own chunk by a method, and of all other keys `num` that the whole chunk shares.
 
-    p_j ~ min(1, max_g n_g^(1/2) exp(q_g . k_j - z_g)):   q_g is the average of n_g alike queries of a tile of the chunk, z_g
+    p_j ~ min(1, max_g n_g^(1/2) exp(q_g . k_j - z_g)):   q_g is the average of n_g alike queries of a block, z_g
     the logarithm of its sum over all keys that are drawn from. Keys of the largest shares are listed for certain.
 
     Made for a sequence that several machines hold (`hyperattention.distributed`): a chunk of queries sends its averages to
@@ -40,7 +40,7 @@ class PooledChunks(AttentionMethod):
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Gonzalez, 1985, centres far from one another. Differs: two levels, of which the first is
     drawn once for a chunk of thousands of queries.
-    Cost: the slots of `local` and `num` more; choosing takes 2 * averages / tile products for each key outside the chunk.
+    Cost: the slots of `local` and `num` more; choosing takes 2 * averages / block products for each key outside the chunk.
     Guarantee: numerator and denominator unbiased, whatever the averages say; a key that a single query of the chunk needs
     is drawn seldom, because it counts for one average of many.
 
@@ -48,10 +48,12 @@ class PooledChunks(AttentionMethod):
         local: the method over the keys of the chunk.
         chunk: positions in a chunk, a multiple of the tile of `local`; on several machines, what each of them holds.
         num: keys in the pool of each chunk and kv head.
-        averages: averaged groups of each tile of queries.
+        averages: averaged groups of each block of queries.
         near: keys before a chunk that its queries read as if they were in it, a multiple of the tile; at least a window.
         sinks: leading keys that every pool holds.
         uniform_share: share of the draws that is spread evenly.
+        block: positions in a block, a multiple of the tile of `local` that divides `chunk`; None for the tile. Longer blocks
+            keep the number of averages of a longer chunk, and with it what crosses the wire.
 
     Raises:
         TypeError: if `local` is no list of stages.
@@ -69,6 +71,7 @@ class PooledChunks(AttentionMethod):
     near: int = 256
     sinks: int = 16
     uniform_share: float = 0.1
+    block: int | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments against each other."""
@@ -78,6 +81,11 @@ class PooledChunks(AttentionMethod):
             raise ValueError(
                 f"PooledChunks(chunk={self.chunk}, near={self.near}): both must be multiples of the tile of local, "
                 f"{self.local.tile}"
+            )
+        if self.positions < 1 or self.positions % self.local.tile or self.chunk % self.positions:
+            raise ValueError(
+                f"PooledChunks(block={self.block}, chunk={self.chunk}): a block must be a multiple of the tile of local, "
+                f"{self.local.tile}, and divide the chunk"
             )
         if self.local.looks_ahead > LookAhead.TILE:
             raise ValueError(
@@ -109,13 +117,18 @@ class PooledChunks(AttentionMethod):
         return True
 
     @property
+    def positions(self) -> int:
+        """Positions in a block of averaged queries."""
+        return self.local.tile if self.block is None else self.block
+
+    @property
     def sizes(self) -> Sizes:
         """The sizes of pools."""
         return Sizes(self.num, self.averages, self.sinks, self.uniform_share)
 
     def grid(self, num_keys: int, causal: bool) -> Grid:
         """Return how a sequence is cut into chunks."""
-        return Grid(self.chunk, self.near, self.local.tile, num_keys, causal)
+        return Grid(self.chunk, self.near, self.positions, num_keys, causal)
 
     def attend(self, problem: Problem) -> Partial:
         """Draw the pools, and attend chunk by chunk.
@@ -168,7 +181,7 @@ class PooledChunks(AttentionMethod):
         chunks = -(-num_keys // self.chunk)
         far = (num_keys - near) / (2 if is_causal else 1) if chunks > 1 else 0.0
         pool = self.num if chunks > 1 else 0
-        selection = own.selection_pairs + 2 * self.averages / self.local.tile * far
+        selection = own.selection_pairs + 2 * self.averages / self.positions * far
         memory_bytes = chunks * (own.memory_bytes + 8 * pool * head_dim)
         return Cost(own.pairs + pool, selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)
 

@@ -34,7 +34,7 @@ class Grid:
     Args:
         chunk: positions in a chunk.
         near: keys before a chunk that its queries read directly.
-        tile: positions in a tile of queries; divides `chunk` and `near`.
+        tile: positions in a block of averaged queries; divides `chunk`.
         num_keys: keys of the sequence.
         causal: whether a query sees only keys at or before its position.
     """
@@ -68,7 +68,7 @@ class Grid:
         return cell.start < self.low(chunk) or (not self.causal and cell.stop > self.high(chunk))
 
     def tiles(self, cell: Cell) -> int:
-        """Count the tiles that a cell of queries touches."""
+        """Count the blocks that a cell of queries touches."""
         return -(-cell.stop // self.tile) - cell.start // self.tile
 
 
