@@ -7,8 +7,8 @@
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
 `alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), `pooled:NUM:CHUNK`, or `rival:NAME:KEYS`, another method
-of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a line to
-the file of records at once; passes that are there are not run again.
+of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a line
+to the file of records at once; passes that are there are not run again.
 """
 
 import argparse

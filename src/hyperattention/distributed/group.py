@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,10 @@ from torch import Tensor
 
 from hyperattention.distributed.errors import ExchangeError
 from hyperattention.pooled.route import Route, World
+
+# groups in which an exchange failed. Their ranks are out of step: a message of a later call would be taken for one of the
+# failed call, and gloo ends the process that gets it. The state is that of connections, and torch keeps no note of it
+_FAILED: "WeakSet[dist.ProcessGroup]" = WeakSet()
 
 
 class Group(World):
@@ -87,6 +93,8 @@ class Group(World):
         like, own = parts[self.rank], self.rank
         if self.size == 1:
             return [like]
+        if self.group in _FAILED:
+            raise ExchangeError(self._message(purpose, "an earlier exchange of this process group failed"))
         each = like.shape[1] * like.element_size()
         out = [0 if rank == own else len(part) * each for rank, part in enumerate(parts)]
         into = [0 if rank == own else count * each for rank, count in enumerate(counts)]
@@ -109,9 +117,18 @@ class Group(World):
                 return
             done = work.wait() if self.timeout is None else work.wait(self.timeout)
         except RuntimeError as error:
+            self._abort()
             raise ExchangeError(self._message(purpose, str(error))) from error
         if done is False:
+            self._abort()
             raise ExchangeError(self._message(purpose, "the exchange did not end"))
+
+    def _abort(self) -> None:
+        """Close the group: it cannot be used on, and where the backend can, whoever waits for this rank raises as well."""
+        _FAILED.add(self.group)
+        # a backend that has no abort raises RuntimeError; its ranks then wait for their own time limit
+        with suppress(RuntimeError):
+            self.group.abort()
 
     def _message(self, purpose: str, reason: str) -> str:
         limit = "the time limit of the process group" if self.timeout is None else f"{self.timeout.total_seconds():g} s"
