@@ -2,6 +2,7 @@
 
     python benchmarks/distributed.py bytes --tokens 131072 --ranks 8     # processes of this machine; the exchange is real
     python benchmarks/distributed.py error --tokens 32768                # structured inputs, one process
+    python benchmarks/long_context.py --methods pooled:1024:4096 control:1792 --out benchmarks/records/distributed.jsonl
     python benchmarks/distributed.py --show
 
 Every case adds lines to the file of records. In `bytes` all three ways run in one call of this script: the exchange of
@@ -154,6 +155,9 @@ def show(path: Path) -> None:
         if record["kind"] == "bytes":
             print(f"{record['tokens']} tokens, {record['ranks']} ranks, {record['way']}: "
                   f"{record['most'] / 2**20:.2f} MiB through the busiest rank, {record['rounds']} rounds")  # fmt: skip
+        if record["kind"] == "long_context":
+            print(f"{record['length']} bytes of the reference model, {record['name']}: {record['nats_per_byte']:.4f} nats a "
+                  f"byte, {record['retrieval']:.3f} retrieved, {record['pairs']:.0f} pairs")  # fmt: skip
         if record["kind"] == "error":
             print(f"{record['tokens']} tokens, {record['name']}, seed {record['seed']}: error {record['error']:.4f}, "
                   f"{record['pairs']:.0f} pairs, {record['seconds']:.1f} s")  # fmt: skip

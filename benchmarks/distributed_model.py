@@ -99,7 +99,8 @@ def check() -> None:
         print(
             f"{case.tokens} tokens, {case.ranks} ranks: {record['most']} bytes counted, {case.most(given):.0f} by the model "
             f"for the {given:.0f} keys that the first rank gave,\n  {case.most(case.alike):.0f} if pools took keys from "
-            f"everywhere alike, {case.most(case.worst):.0f} at worst; {record['rounds']} rounds counted, {ROUNDS} by the model"
+            f"everywhere alike, {case.most(case.worst):.0f} at worst; {record['rounds']} rounds counted, {ROUNDS} by the "
+            "model"
         )
 
 
