@@ -53,21 +53,23 @@ def agree(group: Group, own: Header) -> list[int]:
         own: the header of this rank.
 
     Returns:
-        tokens of each rank.
+        tokens of each rank; nothing for a rank that refused its arguments, which raises its own error.
 
     Raises:
         ValueError: if another rank refused its arguments, or ranks differ in what must be the same.
     """
     words = torch.tensor(own._words(), dtype=torch.int64, device=group.device)
     found = [part.tolist() for part in group.gather("headers", words)]
+    if own.error:
+        # this rank raises its own error
+        return []
     for rank, other in enumerate(found):
-        if other[0] and rank != group.rank:
+        if other[0]:
             raise ValueError(f"rank {rank} of {group.size} refused its arguments, so no rank goes on: {_text(other)}")
-    if not own.error:
-        for place, name in enumerate(own.same, 2):
-            values = [other[place] for other in found]
-            if len(set(values)) > 1:
-                raise ValueError(f"{name} differs between the ranks: {_shown(name, values)}; give all ranks the same {name}")
+    for place, name in enumerate(own.same, 2):
+        values = [other[place] for other in found]
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} differs between the ranks: {_shown(name, values)}; give all ranks the same {name}")
     return [other[1] for other in found]
 
 
