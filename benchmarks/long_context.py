@@ -6,9 +6,9 @@
     python benchmarks/long_context.py --show                                   # the table of what is recorded
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
-`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), or `rival:NAME:KEYS`, another method of
-`hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a line to
-the file of records at once; passes that are there are not run again.
+`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), `pooled:NUM:CHUNK`, or `rival:NAME:KEYS`, another method
+of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a line
+to the file of records at once; passes that are there are not run again.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from hyperattention.files.records import environment, plain
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
+from hyperattention.methods.pooled_chunks import PooledChunks
 from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.reference.evaluate import NUM_DEPTHS
 from hyperattention.reference.model import LoadedModel, load_reference
@@ -80,6 +81,10 @@ METHODS: dict[str, AttentionMethod] = {
 def find_method(name: str) -> AttentionMethod:
     if name.startswith("alike:"):
         return alike(*map(int, name.split(":")[1:]))
+    if name.startswith("pooled:"):
+        # one machine runs what ranks of CHUNK tokens would, with pools of NUM keys
+        num, chunk = map(int, name.split(":")[1:])
+        return PooledChunks(_list(default_method(LONG)), chunk=chunk, num=num)
     if name.startswith("control:"):
         # as many pairs as those drawn, sinks and the default's window
         return Method(Sinks(16), Window(256), Draw(int(name.split(":")[1])))
@@ -88,7 +93,10 @@ def find_method(name: str) -> AttentionMethod:
         slots = int(keys[0]) if keys else round(_list(default_method(LONG)).cost(LONG).pairs)
         return next(row.method for row in rivals(slots) if row.name == rival)
     if name not in METHODS:
-        raise SystemExit(f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST or control:NUM")
+        raise SystemExit(
+            f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST, "
+            "pooled:NUM:CHUNK or control:NUM"
+        )
     return METHODS[name]
 
 

@@ -64,6 +64,7 @@ THREE = ha.HierarchicalSearch(
 )
 KEYS = ha.HierarchicalSearch((select.Level(8, 6), select.Level(1, 4)), pooled=4)
 SCAN = ha.KeyScan(32, beyond=ha.HierarchicalSearch(pooled=32))
+POOLED = ha.PooledChunks(CONTROL, chunk=32, num=24, averages=2, near=16, sinks=4)
 MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 
 USUAL = ha.Sinks(16), ha.Window(192)
@@ -109,6 +110,7 @@ OURS = (
     _alike("alike queries, blocks of keys", *NEAR, stage=select.DrawAlike(24, 16, 2, 40), tile=16, exact_up_to=31),
     _alike("alike queries, odd parts", ha.Window(7), stage=select.DrawAlike(24, 5, 5, 50), tile=15, exact_up_to=30),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
+    Case("pooled chunks", POOLED, exact_up_to=16),
     Case("features beside a window", ha.Scatterbrain(*NEAR, num_features=128, spread=2.5, tile=16)),
     Case("features beside blocks", _features(ha.TopBlocks(2, block_size=8)), exact_up_to=31),
     Case("features beside buckets", _features(ha.HashBuckets(16))),

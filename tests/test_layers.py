@@ -11,8 +11,20 @@ PACKAGE = Path(__file__).parent.parent / "src" / "hyperattention"
 PUBLIC = "(public names)"
 LAYERS = [
     *("types", "check", "extras", "random", "transforms", "problem", "tiling", "merge", "remainder", "features", "inputs"),
-    *("exact", "kernels", "coreset", "fused", "live_rows", "sensitivity", "select", "methods", "rivals", "error"),
-    *("error.tolerance", "cache", "policies", "files", "call", "compiled", "result", "attention", "layouts", "nn"),
+    *("exact", "kernels", "coreset", "fused", "live_rows", "sensitivity", "select", "pooled", "methods", "rivals", "error"),
+    *(
+        "error.tolerance",
+        "cache",
+        "policies",
+        "files",
+        "call",
+        "compiled",
+        "result",
+        "attention",
+        "layouts",
+        "nn",
+        "distributed",
+    ),
     *("synthetic", "bench", "experimental", PUBLIC, "integrations", "reference"),
     *("calibration", "evaluation", "generation", "report", "cli", "__main__"),
 ]

@@ -19,6 +19,7 @@ from hyperattention.methods.default import default_method, lean_method, thorough
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.lev_attention import LevAttention
 from hyperattention.methods.method import Method
+from hyperattention.methods.pooled_chunks import PooledChunks
 from hyperattention.methods.presets import HyperAttention
 from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.result import AttentionResult, SequencesResult
@@ -57,6 +58,7 @@ __all__ = [
     "Partial",
     "Plan",
     "Policy",
+    "PooledChunks",
     "Scatterbrain",
     "SequencesResult",
     "Sinks",

@@ -8,6 +8,7 @@ from hyperattention.methods.exact import Exact
 from hyperattention.methods.lev_attention import LevAttention
 from hyperattention.methods.method import Method
 from hyperattention.methods.oracle import TopKeys
+from hyperattention.methods.pooled_chunks import PooledChunks
 from hyperattention.methods.presets import HyperAttention
 from hyperattention.methods.scatterbrain import Scatterbrain
 from hyperattention.rivals.anti_diagonal import AntiDiagonal
@@ -56,6 +57,7 @@ _TYPES = (
     MeanKey,
     Method,
     Mix,
+    PooledChunks,
     PriorityDraw,
     Representatives,
     Scatterbrain,

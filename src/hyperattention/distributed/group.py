@@ -1,0 +1,139 @@
+"""The world of a process group: rows as bytes, counted, with a time limit."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from hyperattention.distributed.errors import ExchangeError
+from hyperattention.pooled.route import Route, World
+
+# groups in which an exchange failed. Their ranks are out of step: a message of a later call would be taken for one of the
+# failed call, and gloo ends the process that gets it. The state is that of connections, and torch keeps no note of it
+_FAILED: "WeakSet[dist.ProcessGroup]" = WeakSet()
+
+
+class Group(World):
+    """The ranks of a process group.
+
+    Args:
+        group: the process group.
+        device: device of the tensors that are sent.
+        timeout: time that an exchange may take; None for the limit of the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta | None = None) -> None:
+        self.group = group
+        self.device = device
+        self.timeout = timeout
+        # of the ranks of the group
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent: Counter[str] = Counter()
+        self.received: Counter[str] = Counter()
+        self.rounds = 0
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank in the group."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return self._size
+
+    def move(self, route: Route, x: Shaped[Tensor, "rows width"]) -> Shaped[Tensor, "moved width"]:
+        """Send rows, and receive others, without a gradient."""
+        parts = self._exchange(route.purpose, [x.index_select(0, rows) for rows in route.send], list(map(len, route.place)))
+        moved = x.new_zeros(route.rows, x.shape[1])
+        for rows, part in zip(route.place, parts, strict=True):
+            moved.index_copy_(0, rows, part)
+        return moved
+
+    def move_back(
+        self, route: Route, purpose: str, gradient: Shaped[Tensor, "moved width"], rows: int
+    ) -> Shaped[Tensor, "rows width"]:
+        """Send gradients, or results, the way back: the transpose of `move`.
+
+        Args:
+            route: the route of the way there.
+            purpose: what moves.
+            gradient: gradient of what was moved.
+            rows: rows of what was sent from.
+
+        Returns:
+            the gradient of what was sent from.
+        """
+        parts = self._exchange(purpose, [gradient.index_select(0, at) for at in route.place], list(map(len, route.send)))
+        total = gradient.new_zeros(rows, gradient.shape[1])
+        for at, part in zip(route.send, parts, strict=True):
+            total.index_add_(0, at, part)
+        return total
+
+    def gather(self, purpose: str, x: Shaped[Tensor, " numbers"]) -> list[Tensor]:
+        """Give every rank the numbers of every rank, equally many.
+
+        Args:
+            purpose: what is gathered.
+            x: the numbers of this rank.
+
+        Returns:
+            those of each rank.
+        """
+        return [part[:, 0] for part in self._exchange(purpose, [x[:, None]] * self.size, [len(x)] * self.size)]
+
+    def _exchange(self, purpose: str, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """Send one tensor of rows to each rank, and receive as many rows from each as `counts` says."""
+        like, own = parts[self.rank], self.rank
+        if self.size == 1:
+            return [like]
+        if self.group in _FAILED:
+            raise ExchangeError(self._message(purpose, "an earlier exchange of this process group failed"))
+        each = like.shape[1] * like.element_size()
+        out = [0 if rank == own else len(part) * each for rank, part in enumerate(parts)]
+        into = [0 if rank == own else count * each for rank, count in enumerate(counts)]
+        others = [part for rank, part in enumerate(parts) if rank != own]
+        data = torch.cat(others).contiguous().view(-1).view(torch.uint8)
+        buffer = torch.empty(sum(into), dtype=torch.uint8, device=self.device)
+        self.sent[purpose] += sum(out)
+        self.received[purpose] += sum(into)
+        self.rounds += 1
+        self._wait(purpose, lambda: dist.all_to_all_single(buffer, data, into, out, group=self.group, async_op=True))
+        found = [part.view(like.dtype).view(-1, like.shape[1]) for part in buffer.split(into)]
+        found[own] = like
+        return found
+
+    def _wait(self, purpose: str, begin: Callable[[], dist.Work | None]) -> None:
+        """Run an exchange; whatever goes wrong in it says what was exchanged."""
+        try:
+            work = begin()
+            if work is None:
+                return
+            done = work.wait() if self.timeout is None else work.wait(self.timeout)
+        except RuntimeError as error:
+            self._abort()
+            raise ExchangeError(self._message(purpose, str(error))) from error
+        if done is False:
+            self._abort()
+            raise ExchangeError(self._message(purpose, "the exchange did not end"))
+
+    def _abort(self) -> None:
+        """Close the group: it cannot be used on, and where the backend can, whoever waits for this rank raises as well."""
+        _FAILED.add(self.group)
+        # a backend that has no abort raises RuntimeError; its ranks then wait for their own time limit
+        with suppress(RuntimeError):
+            self.group.abort()
+
+    def _message(self, purpose: str, reason: str) -> str:
+        limit = "the time limit of the process group" if self.timeout is None else f"{self.timeout.total_seconds():g} s"
+        return (
+            f"rank {self.rank} of {self.size}: the exchange of {purpose} failed ({reason.strip()}). Another rank ended, "
+            f"raised an error or was slower than {limit}; no output was computed. Look for the first error among the "
+            "ranks' logs, and start all ranks again; if a rank is only slow, give a larger timeout"
+        )

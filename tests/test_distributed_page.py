@@ -1,0 +1,67 @@
+"""docs/distributed.md: its tables are what the records and the model say."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "distributed.md").read_text()
+RECORDS = [json.loads(line) for line in (ROOT / "benchmarks/records/distributed.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib", reason="the projection draws a picture")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("distributed_model", ROOT / "benchmarks" / "distributed_model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "distributed_model", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def of_kind(kind: str) -> list[dict]:
+    return [record for record in RECORDS if record["kind"] == kind]
+
+
+def test_counted_bytes():
+    bytes_of = {(each["tokens"], each["ranks"], each["way"]): each for each in of_kind("bytes")}
+    for (tokens, ranks, way), ours in bytes_of.items():
+        if way == "pooled":
+            ring = bytes_of[tokens, ranks, "ring"]["most"]
+            assert ring == bytes_of[tokens, ranks, "all-gather"]["most"]
+            row = f"| {tokens:,} | {ranks} | {ours['chunk']:,} | {ours['most'] / 2**20:.2f} MiB | {ring / 2**20:.2f} MiB |"
+            assert f"{row} {ring / ours['most']:.1f} |" in PAGE
+    # the bar: twenty times fewer at 131,072 tokens on 8 ranks
+    assert bytes_of[131_072, 8, "ring"]["most"] >= 20 * bytes_of[131_072, 8, "pooled"]["most"]
+
+
+def test_errors_and_the_model():
+    rows = {line.split("|")[1].strip(): line for line in PAGE.splitlines() if line.startswith("|")}
+    names = {"pooled": "`PooledChunks(chunk=4096, num=1024)`", "control": "control: uniform draws at as many slots"}
+    names["default"] = "default on one machine (`DrawAlike`)"
+    for record in of_kind("error"):
+        assert f"| {record['pairs']:,.0f} | {record['error']:.3f} |" in rows[names[record["name"]]]
+    for record in of_kind("long_context"):
+        row = rows[names[record["name"].partition(":")[0]]]
+        assert f"| {record['nats_per_byte']:.4f} | {record['retrieval']:.3f} |" in row
+
+
+def test_the_model_gives_the_counted_bytes_and_the_projected_ones(model):
+    for record in of_kind("bytes"):
+        if record["way"] == "pooled":
+            case = model.Case(record["tokens"], record["ranks"], record["num"], record["chunk"] // 32)
+            assert case.most(record["by_purpose"][0]["sent"]["pool"] / case.key) == record["most"]
+            assert record["rounds"] == model.ROUNDS
+    for row in model.table(model.Wire()):
+        shown = f"| {row['ranks']:,} | {row['tokens'] // 10**6}M | "
+        (line,) = (line for line in PAGE.splitlines() if line.startswith(shown))
+        cells = [float(cell.replace(",", "")) for cell in line.strip("| ").split("|")[2:]]
+        wanted = ("MB", "MB at worst", "MB of a ring", "fewer", "ms", "ms of a ring")
+        # as many digits as the page shows
+        assert cells == pytest.approx([row[name] for name in wanted], rel=0.04)
