@@ -25,6 +25,12 @@ REFERENCE = {
         (),
     ),
     "reference/nn.md": ("nn", "Modules", "Layers to train with: `from hyperattention.nn import ...`.", ()),
+    "reference/distributed.md": (
+        "distributed",
+        "Several devices",
+        "`from hyperattention.distributed import ...`. See [several devices](../distributed.md).",
+        (),
+    ),
     "reference/features.md": ("features", "Feature maps", "`from hyperattention.features import ...`.", ()),
     "reference/sensitivity.md": ("sensitivity", "Sensitivities", "`from hyperattention.sensitivity import ...`.", ()),
     "reference/synthetic.md": ("synthetic", "Synthetic inputs", "`from hyperattention.synthetic import ...`.", ()),

@@ -65,7 +65,8 @@ def agree(group: Group, own: Header) -> list[int]:
         return []
     for rank, other in enumerate(found):
         if other[0]:
-            raise ValueError(f"rank {rank} of {group.size} refused its arguments, so no rank goes on: {_text(other)}")
+            why = f"rank {rank} of {group.size} refused its arguments ({_text(other)})"
+            raise ValueError(f"{why}: call again with other arguments on that rank; no rank has gone on")
     for place, name in enumerate(own.same, 2):
         values = [other[place] for other in found]
         if len(set(values)) > 1:
