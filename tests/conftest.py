@@ -47,7 +47,7 @@ SLOW_FILES = frozenset(
         "audited_generation", "cache_file", "cache_goes_on", "cache_masks", "cache_served", "calibrate", "cli",
         "cli_evaluation", "cli_generation", "compress", "compressing_store", "cover", "error_calibration",
         "evaluation", "families", "feature_kernel", "fused", "global_defaults", "gpu_benchmark", "hyper_cache",
-        "import", "paged", "pareto", "scatterbrain", "standard_error", "subgen", "subgen_store", "tolerance", "transformers",
+        "import", "paged", "pareto", "placed", "scatterbrain", "standard_error", "subgen", "subgen_store", "tolerance", "transformers",
         "transformers_use", "transforms", "triton", "triton_alike", "triton_feature", "triton_flat",
         "triton_selection", "triton_sort_alike",
         "poly_sketch_attention", "polynomial_sketch",

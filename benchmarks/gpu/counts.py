@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hyperattention import default_method
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.problem import Problem
-from hyperattention.select import draw_alike
+from hyperattention.select import draw_alike, placed
 from hyperattention.select.score import alike_fused, hierarchical_search
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -53,7 +53,7 @@ class Count(TorchDispatchMode):
 def as_on_a_gpu() -> Iterator[None]:
     """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
     with ExitStack() as stack:
-        for module in (hierarchical_search, draw_alike):
+        for module in (hierarchical_search, draw_alike, placed):
             stack.enter_context(patch.object(module, "triton_reads", lambda *tensors: True))
         stack.enter_context(patch.object(hierarchical_search, "for_estimates", lambda x: x.bfloat16()))
         stack.enter_context(patch.object(alike_fused, "dtype_of_estimates", lambda device: torch.bfloat16))
