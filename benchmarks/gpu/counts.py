@@ -25,6 +25,10 @@ from hyperattention.select.score import alike_fused, hierarchical_search
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # operators that are given all queries and read those of some tiles, and which argument has a row for each of these
 OF_QUERIES = {"sort_alike": 5, "group_alike": 1}
+# operators of several launches, and one that only compares types
+LAUNCHES = {"key_factors": 2, "promote_types": 0}
+# operators that ask a tensor only where it is, and those that read its first rows only, as many as an argument says
+ASKED, LEADING = {"_place_tiles"}, {"_alike_first": 2}
 
 
 class Count(TorchDispatchMode):
@@ -43,8 +47,12 @@ class Count(TorchDispatchMode):
             if name in OF_QUERIES:
                 # a chunk's queries, not all
                 args = (args[0][..., : 1 + args[OF_QUERIES[name]][0].numel() * KV_HEADS // HEADS, :], *args[1:])
+            if name in ASKED:
+                args = args[1:]
+            if name in LEADING:
+                args = (*(x[:, : args[LEADING[name]]].contiguous() for x in args[:2]), *args[2:])
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.launches[name] += 1
+            self.launches[name] += LAUNCHES.get(name, 1)
             self.bytes[name] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
         return result
 

@@ -10,8 +10,8 @@ import triton.language as tl
 def _middle(x):
     """Invert the normal distribution between e^-2 and 1 - e^-2, of which `x` is the distance from 1/2."""
     y = x * x
-    p = -59.9633501014107895267
-    p = p * y + 98.0010754185999661536
+    # a literal beside a number of 64 bits has as many; one with a name has 32
+    p = y * -59.9633501014107895267 + 98.0010754185999661536
     p = p * y + -56.6762857469070293439
     p = p * y + 13.9312609387279679503
     p = p * y + -1.23916583867381258016
@@ -31,8 +31,7 @@ def _tail(x):
     """Invert it below e^-2, down to e^-32; negative."""
     far = tl.sqrt(-2.0 * tl.log(x))
     z = 1.0 / far
-    p = 4.05544892305962419923
-    p = p * z + 31.5251094599893866154
+    p = z * 4.05544892305962419923 + 31.5251094599893866154
     p = p * z + 57.1628192246421288162
     p = p * z + 44.0805073893200834700
     p = p * z + 14.6849561928858024014

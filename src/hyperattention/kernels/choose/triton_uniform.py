@@ -27,6 +27,15 @@ def _hashed(state, counter):
     return _mix((state ^ (counter >> 32).to(tl.uint32)) + 0xC2B2AE35)
 
 
+@triton.jit
+def bits_of_pair(state, first, second, LAST: tl.constexpr = False):
+    """Hash a pair of counters, and a counter 0 behind them, into a state."""
+    bits = _hashed(_hashed((second * 0 + state).to(tl.uint32), first), second)
+    if LAST:
+        bits = _hashed(bits, second * 0)
+    return bits
+
+
 @triton.jit(do_not_specialize=["state"])
 def _kernel(first_ptr, second_ptr, out_ptr, state, count, MANY: tl.constexpr, LAST: tl.constexpr, COUNTERS: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
@@ -34,9 +43,7 @@ def _kernel(first_ptr, second_ptr, out_ptr, state, count, MANY: tl.constexpr, LA
     there = at < count
     first = tl.load(first_ptr + row + at * 0, mask=there, other=0)
     second = tl.load(second_ptr + at // MANY, mask=there, other=0) * MANY + at % MANY
-    bits = _hashed(_hashed((first * 0 + state).to(tl.uint32), first), second)
-    if LAST:
-        bits = _hashed(bits, first * 0)
+    bits = bits_of_pair(state, first, second, LAST)
     # exact: a power of two
     tl.store(out_ptr + row * count + at, bits.to(tl.float64) * 2.3283064365386963e-10, mask=there)
 
