@@ -62,31 +62,6 @@ def _(query, summary, first, edges, lse, number, *rest):
     return query.new_empty((*query.shape[:2], number), dtype=torch.float32)
 
 
-@torch.library.custom_op("hyperattention::draw_leaves", mutates_args=())
-def draw_leaves(
-    first: Tensor,
-    size: Tensor,
-    mass: Tensor,
-    alive: Tensor,
-    count: Tensor,
-    offset: Tensor,
-    num: int,
-    uniform_share: float,
-    clip_rounds: int,
-    least: float,
-) -> tuple[Tensor, Tensor]:
-    """See `triton_draw_leaves.draw_leaves`."""
-    from hyperattention.kernels.choose import triton_draw_leaves
-
-    return triton_draw_leaves.draw_leaves(first, size, mass, alive, count, offset, num, uniform_share, clip_rounds, least)
-
-
-@draw_leaves.register_fake
-def _(first, size, mass, alive, count, offset, num, *rest):
-    shape = (*first.shape[:2], num)
-    return first.new_empty(shape), mass.new_empty(shape)
-
-
 @torch.library.custom_op("hyperattention::prepare_keys", mutates_args=())
 def prepare_keys(k: Tensor, middle: Tensor, basis: Tensor | None, room: int) -> Tensor:
     """See `triton_prepare.prepare_keys`."""
@@ -172,5 +147,5 @@ def draw_alike(
     triton_draw_alike.draw_alike(share, edges, noise, (index, weight, low, high), size, even, rounds, least)
 
 
-for _operator in (alike_shares, block_lse, block_mass, draw_alike, draw_leaves, prepare_keys, prepare_queries):
+for _operator in (alike_shares, block_lse, block_mass, draw_alike, prepare_keys, prepare_queries):
     refuse_vmap(_operator, "choosing keys")

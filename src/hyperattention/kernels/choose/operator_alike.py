@@ -35,19 +35,6 @@ def factors_keys(width: int) -> bool:
     return width <= _MOST_FACTORED
 
 
-@torch.library.custom_op("hyperattention::uniform_of_pairs", mutates_args=())
-def uniform_of_pairs(first: Tensor, second: Tensor, state: int, many: int, last: bool) -> Tensor:
-    """See `triton_uniform.uniform_of_pairs`."""
-    from hyperattention.kernels.choose import triton_uniform
-
-    return triton_uniform.uniform_of_pairs(first, second, state, many, last)
-
-
-@uniform_of_pairs.register_fake
-def _(first, second, state, many, last):
-    return first.new_empty((first.shape[0], second.shape[0] * many), dtype=torch.float64)
-
-
 def alike_first(
     k: Tensor, v: Tensor, num: int, index: Tensor, many: int, heads: Tensor | None, kv_heads: int, states: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,5 +181,5 @@ def _(query, log_rows, *rest):
     return torch.empty_like(log_rows)
 
 
-for _operator in (_alike_first, alike_bars, alike_blocks, group_alike, key_factors, sort_alike, uniform_of_pairs):
+for _operator in (_alike_first, alike_bars, alike_blocks, group_alike, key_factors, sort_alike):
     refuse_vmap(_operator, "choosing keys")
