@@ -26,9 +26,12 @@ from hyperattention.kernels.choose import (
     triton_draw_alike,
     triton_draw_leaves,
     triton_group_alike,
+    triton_key_basis,
     triton_key_metric,
+    triton_open_blocks,
     triton_place,
     triton_prepare,
+    triton_represent,
     triton_sort_alike,
     triton_uniform,
 )
@@ -138,6 +141,8 @@ def launches_of_preparation(dtype: torch.dtype, dim: int) -> Iterator[tuple[str,
     k, middle = torch.empty(2, KEYS, dim, dtype=dtype), torch.empty(2, 1, dim)
     basis = torch.empty(2, dim, 64) if dim > 64 else None
     width = min(dim, 64)
+    basis_of = torch.empty(2, 1, dim), torch.empty(2, dim, width if dim > 64 else 0)
+    yield "key basis", triton_key_basis.launch_basis(k, basis_of, 688, 4, 7)
     yield "keys prepared", triton_prepare.launch_keys(k, middle, basis, torch.empty(2, KEYS, width))
     for group in (1, 4, 8):
         q, pools = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), torch.empty(2, TILES, 16 * group, width, dtype=dtype)
@@ -146,16 +151,29 @@ def launches_of_preparation(dtype: torch.dtype, dim: int) -> Iterator[tuple[str,
 
 def launches_of_draws() -> Iterator[tuple[str, Launch]]:
     for leaves, closed in ((1024, 896), (1280, 1152), (128, 0)):
-        first, alive, mass = (
-            indices(1, TILES, leaves),
-            torch.zeros(1, TILES, leaves, dtype=torch.bool),
-            torch.empty(1, TILES, closed),
-        )
-        results, offset = (indices(1, TILES, 688), torch.empty(1, TILES, 688)), torch.zeros(1, TILES, dtype=torch.float64)
-        launch = triton_draw_leaves.launch_draw(
-            first, indices(leaves), mass, alive, indices(1, TILES), offset, results, 0.2, 2, 1e-30
-        )
+        edges, noise = indices(1, TILES, 5), torch.zeros(1, TILES, dtype=torch.float64)
+        levels, sizes = [(indices(1, TILES, leaves - closed), edges, edges)], [1]
+        # the finer level first; the coarser one is that of all leading blocks
+        for count, size, listed in ((closed // 3 * 2, 16, True), (closed // 3, 256, False)) if closed else ():
+            first, alive = indices(1, TILES, count) if listed else None, torch.zeros(1, TILES, count, dtype=torch.uint8)
+            levels, sizes = [*levels, (first, torch.empty(1, TILES, count), alive)], [*sizes, size]
+        results, given = (indices(1, TILES, 688), torch.empty(1, TILES, 688)), (leaves - closed, edges, noise)
+        launch = triton_draw_leaves.launch_draw(levels, sizes, *given, results, 0.2, 2, 1e-30, final=True)
         yield f"draws from {leaves} leaves", launch
+    for blocks, keep, size, child in ((256, 32, 4096, 256), (512, 24, 256, 16), (384, 8, 16, 1)):
+        mass, alive = torch.empty(1, TILES, blocks), torch.zeros(1, TILES, blocks, dtype=torch.uint8)
+        first = None if size == 4096 else indices(1, TILES, blocks)
+        results = alive, indices(1, TILES, keep * size // child)
+        launch = triton_open_blocks.launch_open(mass, first, indices(1, TILES, 5), results, size, keep, 2, KEYS, child)
+        yield f"opened blocks of {size}", launch
+    keys, among = torch.empty(2, 8192, 64), None
+    for size, means, far in ((16, 1, 3), (256, 2, 4), (4096, 4, 8)):
+        shape, kind = (2, 8192 // size), torch.bfloat16
+        summary, moments = torch.empty(*shape, means + far, 64, dtype=kind), torch.empty(*shape, 128 if size > 16 else 0, dtype=kind)
+        results = summary, torch.empty(*shape, far, 64), moments
+        yield f"representatives of {size}", triton_represent.launch_represent(keys, among, results, size, means)
+        among = results[1]
+    yield "noise", triton_uniform.launch_uniform(None, indices(TILES), torch.empty(1, 2, TILES, dtype=torch.float64), 7, 0)
 
 
 def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
@@ -214,7 +232,6 @@ def launches_of_alike_draws() -> Iterator[tuple[str, Launch]]:
     for size in (1, 2):
         launch = triton_draw_alike.launch_draw(share, edges, noise, results, size, 0.1, 4, 1e-30)
         yield f"alike draws, blocks of {size}", launch
-    yield "alike noise", triton_uniform.launch_uniform(indices(2), indices(TILES), noise, 7, True)
 
 
 def launches_of_places() -> Iterator[tuple[str, Launch]]:

@@ -11,18 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperattention.kernels.choose.triton_normal import normal_of
-from hyperattention.kernels.choose.triton_sort_alike import _finite, _orthonormal
+from hyperattention.kernels.choose.triton_sort_alike import _finite, _multiplied, _orthonormal
 from hyperattention.kernels.choose.triton_uniform import bits_of_pair
 from hyperattention.kernels.launch import Launch
 
-# keys read at once
-_KEYS = 32
+# keys read at once, rows of a square, and numbers drawn
+_KEYS, _SLICE, _NUMBERS = 32, 16, 512
 
 
 @triton.jit(do_not_specialize=["state"])
 def _kernel(
-    k_ptr, middle_ptr, basis_ptr, count, dim, width, s_list, s_key, state,
-    ROUNDS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    k_ptr, middle_ptr, basis_ptr, memory_ptr, count, width, s_list, s_key, state,
+    ROUNDS: tl.constexpr, KEYS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SLICE: tl.constexpr, NUMBERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     one = tl.program_id(0).to(tl.int64)
     column, to = tl.arange(0, DIM), tl.arange(0, WIDTH)
@@ -51,12 +52,25 @@ def _kernel(
         down = tl.sum(tl.where(row == across, sums[None, :], 0.0), 1)
         products = _finite(products - down[:, None] * (sums / count)[None, :])
         products /= tl.maximum(tl.max(tl.max(tl.abs(products), 1), 0), 1e-30)
+        # out of memory, as registers hold no square beside the directions
+        memory_ptr += one * dim * (dim + WIDTH)
+        square = (column < dim)[:, None] & (column < dim)[None, :]
+        tl.store(memory_ptr + column[:, None] * dim + column[None, :], products, mask=square)
         inside = (column < dim)[:, None] & (to < width)[None, :]
-        at = column[:, None].to(tl.int64) + to[None, :] * 0
-        directions = normal_of(bits_of_pair(state, at, to[None, :].to(tl.int64) + at * 0)).to(tl.float32)
-        directions = tl.where(inside, directions, 0.0)
+        # a few at a time, for numbers of 64 bits fill registers
+        start_ptr = memory_ptr + dim * dim
+        for begin in tl.range(0, dim * WIDTH, NUMBERS):
+            at = (begin + tl.arange(0, NUMBERS)).to(tl.int64)
+            number = normal_of(bits_of_pair(state, at // WIDTH, at % WIDTH)).to(tl.float32)
+            tl.store(start_ptr + at, number, mask=at < dim * WIDTH)
+        tl.debug_barrier()
+        directions = tl.load(start_ptr + column[:, None] * WIDTH + to[None, :], mask=inside, other=0.0)
+        tl.debug_barrier()
         for _ in tl.range(0, ROUNDS):
-            directions = _orthonormal(tl.dot(products, directions, input_precision=PRECISION), WIDTH)
+            image = _multiplied(
+                memory_ptr, memory_ptr + dim * dim, directions, tl.float32, False, dim, DIM, SLICE, WIDTH, PRECISION
+            )
+            directions = _orthonormal(image, WIDTH)
         tl.store(basis_ptr + one * dim * width + column[:, None] * width + to[None, :], directions, mask=inside)
 
 
@@ -65,13 +79,17 @@ def launch_basis(k: Tensor, results: tuple[Tensor, Tensor], num: int, rounds: in
     middle, basis = results
     k, dim = k if k.stride(2) == 1 else k.contiguous(), k.shape[2]
     width = basis.shape[2]
+    padded = max(16, triton.next_power_of_2(max(1, width)))
+    memory = middle.new_empty(max(1, len(k) * dim * (dim + padded) if width else 0))
     return Launch(
         _kernel,
         (len(k),),
         {
-            "k_ptr": k, "middle_ptr": middle, "basis_ptr": basis, "count": min(num, k.shape[1]), "dim": dim, "width": width,
+            "k_ptr": k, "middle_ptr": middle, "basis_ptr": basis, "memory_ptr": memory, "count": min(num, k.shape[1]), "dim": dim,
+            "width": width,
             "s_list": k.stride(0), "s_key": k.stride(1), "state": state - (state >> 31 << 32),
             "ROUNDS": rounds if width else 0, "KEYS": _KEYS, "DIM": max(16, triton.next_power_of_2(dim)),
-            "WIDTH": max(16, triton.next_power_of_2(max(1, width))), "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 8, "num_stages": 1,
+            "WIDTH": padded,
+            "SLICE": _SLICE, "NUMBERS": _NUMBERS, "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 8, "num_stages": 1,
         },
     )  # fmt: skip
