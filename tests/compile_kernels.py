@@ -169,7 +169,10 @@ def launches_of_draws() -> Iterator[tuple[str, Launch]]:
     keys, among = torch.empty(2, 8192, 64), None
     for size, means, far in ((16, 1, 3), (256, 2, 4), (4096, 4, 8)):
         shape, kind = (2, 8192 // size), torch.bfloat16
-        summary, moments = torch.empty(*shape, means + far, 64, dtype=kind), torch.empty(*shape, 128 if size > 16 else 0, dtype=kind)
+        summary, moments = (
+            torch.empty(*shape, means + far, 64, dtype=kind),
+            torch.empty(*shape, 128 if size > 16 else 0, dtype=kind),
+        )
         results = summary, torch.empty(*shape, far, 64), moments
         yield f"representatives of {size}", triton_represent.launch_represent(keys, among, results, size, means)
         among = results[1]
@@ -183,7 +186,9 @@ def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[st
         share, log_value = triton_alike_shares.empty_shares(query, KEYS), torch.empty(2, KEYS)
         for size in (1, 2):
             spread, variance = torch.empty(2, TILES, 8, size * dim, dtype=dtype), None if size == 1 else keys
-            launch = triton_alike_shares.launch_shares(query, bar, spread, keys, variance, log_value, edges, share, size, 2.0)
+            launch = triton_alike_shares.launch_shares(
+                query, bar, spread, keys, variance, log_value, edges, share, size, 2.0
+            )
             yield f"alike shares, {groups} groups, blocks of {size}", launch
 
 

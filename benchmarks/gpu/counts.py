@@ -50,7 +50,9 @@ class Count(TorchDispatchMode):
             if name in ASKED:
                 args = args[1:]
             if name in LEADING:
-                args = tuple(x[:, : args[LEADING[name]]].clone() if isinstance(x, Tensor) and x.ndim == 3 else x for x in args)
+                args = tuple(
+                    x[:, : args[LEADING[name]]].clone() if isinstance(x, Tensor) and x.ndim == 3 else x for x in args
+                )
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
             self.launches[name] += LAUNCHES.get(name, 1)
             self.bytes[name] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)

@@ -113,10 +113,8 @@ def cut(problem: Problem, size: int) -> Tiles:
         size: positions in a tile.
 
     Returns:
-        the tiles; the last tile may be partly empty, and so may the first one in a later chunk of a prompt.
-
-    Raises:
-        ValueError: if the queries are spans that are not multiples of this tile size.
+        the tiles; the last tile may be partly empty, and so may the first one in a later chunk of a prompt. Queries in spans
+        that are not multiples of this tile size are refused: see `check_spans`.
     """
     check_spans(problem, size)
     device, count = problem.device, problem.num_queries

@@ -117,9 +117,7 @@ class Method(AttentionMethod):
             runs += tuple(replace(run, labelled=hashed) for run in more)
             apart += own
         row_label, key_label = _label_rows(tiles, covered)
-        shared = Selection(
-            runs, row_limit=begun.row_limit, key_row=begun.key_row, row_label=row_label, key_label=key_label
-        )
+        shared = Selection(runs, row_limit=begun.row_limit, key_row=begun.key_row, row_label=row_label, key_label=key_label)
         return (tiles, shared), *apart
 
     def attend(self, problem: Problem) -> Partial:

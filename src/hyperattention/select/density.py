@@ -72,9 +72,7 @@ class Density(ABC):
             a function from a chunk of tiles to its distribution.
         """
 
-    def write(
-        self, tiles: Tiles, covered: CoveredKeys, num: int, results: tuple[Tensor, Tensor]
-    ) -> bool:
+    def write(self, tiles: Tiles, covered: CoveredKeys, num: int, results: tuple[Tensor, Tensor]) -> bool:
         """Draw from this density alone in kernels, and list all keys where no more are left than draws.
 
         Args:

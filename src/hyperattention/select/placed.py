@@ -78,9 +78,7 @@ def _in_one_launch(problem: Problem, stages: tuple[Stage, ...], size: int) -> Pl
         covered = CoveredKeys(prefix=sinks.num, placed=sinks.num)
     if window is not None:
         pieces = (first, places.before, start, False), (start, size + places.after, window_end, problem.causal)
-        runs += tuple(
-            Runs(begin[..., None], num, weight, low, high, causal) for begin, num, high, causal in pieces if num
-        )
+        runs += tuple(Runs(begin[..., None], num, weight, low, high, causal) for begin, num, high, causal in pieces if num)
         gap = taken[each], window_end[each]
         covered = replace(covered, gap=gap, near=places.before, placed=covered.placed + window.slots(size))
     return Placed(tiles, replace(covered, edges=Edges(edges, prefix_end, visible_end)), runs, rest, limit, key_row)

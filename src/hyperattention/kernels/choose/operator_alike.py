@@ -61,7 +61,15 @@ def alike_first(
 
 @torch.library.custom_op("hyperattention::alike_first", mutates_args=())
 def _alike_first(
-    k: Tensor, v: Tensor, num: int, index: Tensor, many: int, heads: Tensor | None, kv_heads: int, state: int, noise_state: int
+    k: Tensor,
+    v: Tensor,
+    num: int,
+    index: Tensor,
+    many: int,
+    heads: Tensor | None,
+    kv_heads: int,
+    state: int,
+    noise_state: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from hyperattention.kernels.choose import triton_alike_first
 

@@ -34,7 +34,7 @@ def _place_tiles(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from hyperattention.kernels.choose import triton_place
 
-    given, results = Places(*numbers, causal, window), _empty(like, numbers)
+    given, results = Places(*numbers, causal=causal, window=window), _empty(like, numbers)
     if results[2].numel():
         triton_place.launch_place(given, rank, results).run()
     return results

@@ -20,7 +20,8 @@ _ROWS, _STRETCHES = 64, 64
 @triton.jit
 def _kernel(
     query_ptr, log_rows_ptr, moments_ptr, edges_ptr, bar_ptr, averages, stretches, size, s_edges, log_size, bound,
-    EDGES: tl.constexpr, OF_TILE: tl.constexpr, NORMAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    EDGES: tl.constexpr, OF_TILE: tl.constexpr, NORMAL: tl.constexpr, DIM: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
     STRETCHES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_of_keys = tl.program_id(1).to(tl.int64)
@@ -81,7 +82,14 @@ def alike_bars(
 
 
 def launch_bars(
-    query: Tensor, log_rows: Tensor, moments: Tensor, edges: Tensor, bar: Tensor, size: int, normal: int, log_size: float,
+    query: Tensor,
+    log_rows: Tensor,
+    moments: Tensor,
+    edges: Tensor,
+    bar: Tensor,
+    size: int,
+    normal: int,
+    log_size: float,
     bound: float,
 ) -> Launch:
     """Prepare the launch of `alike_bars`, which writes into `bar`."""
@@ -93,7 +101,8 @@ def launch_bars(
         (triton.cdiv(averages, rows), query.shape[0]),
         {
             "query_ptr": query.contiguous(), "log_rows_ptr": log_rows.contiguous(), "moments_ptr": moments.contiguous(),
-            "edges_ptr": edges, "size": size, "s_edges": edges.stride(0), "EDGES": edges.shape[2], "bar_ptr": bar, "averages": averages, "stretches": moments.shape[1],
+            "edges_ptr": edges, "size": size, "s_edges": edges.stride(0), "EDGES": edges.shape[2],
+            "bar_ptr": bar, "averages": averages, "stretches": moments.shape[1],
             "log_size": log_size, "bound": bound, "OF_TILE": bar[0, 0].numel(), "NORMAL": normal, "DIM": width,
             "ROWS": rows, "WIDTH": max(16, triton.next_power_of_2(width)), "STRETCHES": stretches,
             # estimates are in bfloat16; only tests have wider ones

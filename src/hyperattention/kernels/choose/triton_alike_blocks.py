@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperattention.kernels.choose.triton_sort_alike import _finite
 from hyperattention.kernels.launch import Launch
 
+
 @triton.jit
 def _rows(x_ptr, row, count, s_row, column, DIM: tl.constexpr):
     """Load keys or values in float32, zeros from the last on."""

@@ -22,7 +22,8 @@ _ALIGNED = 16
 def _kernel(
     query_ptr, bar_ptr, spread_ptr, keys_ptr, variance_ptr, log_value_ptr, edges_ptr, share_ptr,
     lists, blocks, room, size, s_query, s_edges,
-    EDGES: tl.constexpr, MANY: tl.constexpr, OF_LIST: tl.constexpr, DIM: tl.constexpr, MOMENTS: tl.constexpr, DEVIATIONS: tl.constexpr,
+    EDGES: tl.constexpr, MANY: tl.constexpr, OF_LIST: tl.constexpr, DIM: tl.constexpr, MOMENTS: tl.constexpr,
+    DEVIATIONS: tl.constexpr,
     WITHIN: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +138,8 @@ def launch_shares(
         {
             "query_ptr": query, "bar_ptr": bar.contiguous(), "spread_ptr": spread.contiguous(), "keys_ptr": keys,
             "variance_ptr": keys if variance is None else variance.contiguous(), "log_value_ptr": log_value.contiguous(),
-            "edges_ptr": edges, "size": size, "s_edges": edges.stride(0), "EDGES": edges.shape[2], "share_ptr": share, "lists": share.shape[1], "blocks": keys.shape[1],
+            "edges_ptr": edges, "size": size, "s_edges": edges.stride(0), "EDGES": edges.shape[2],
+            "share_ptr": share, "lists": share.shape[1], "blocks": keys.shape[1],
             "room": share.shape[2], "s_query": query.stride(0), "MANY": many, "OF_LIST": groups, "DIM": width,
             "MOMENTS": spread.shape[3], "DEVIATIONS": deviations, "WITHIN": crowded, "LISTS": lists, "GROUPS": padded,
             "WIDTH": broad,

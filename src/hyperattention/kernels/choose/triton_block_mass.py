@@ -42,7 +42,8 @@ def _queries(query_ptr, tile, tiles, rows, width, s_list, s_tile, s_row, ROWS: t
 
 @triton.jit
 def _lse_kernel(
-    query_ptr, moments_ptr, edges_ptr, lse_ptr, tiles, rows, width, number, blocks, size, log_size, s_list, s_tile, s_row, s_edges,
+    query_ptr, moments_ptr, edges_ptr, lse_ptr, tiles, rows, width, number, blocks, size, log_size,
+    s_list, s_tile, s_row, s_edges,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)

@@ -161,7 +161,8 @@ def launch_draw(
         (share.shape[1], share.shape[0]),
         {
             "share_ptr": share.contiguous(), "edges_ptr": edges, "noise_ptr": noise, "index_ptr": index,
-            "weight_ptr": weight, "low_ptr": low, "high_ptr": high, "EDGES": edges.shape[2], "room": share.shape[2], "num": index.shape[2], "even": even,
+            "weight_ptr": weight, "low_ptr": low, "high_ptr": high, "EDGES": edges.shape[2],
+            "room": share.shape[2], "num": index.shape[2], "even": even,
             "least": least, "s_edges": edges.stride(0), "s_noise": noise.stride(0), "s_index": index.stride(0),
             "s_weight": weight.stride(0), "s_low": low.stride(0), "MANY": share.shape[1] // edges.shape[1],
             "SIZE": size, "ROUNDS": rounds, "UNITS": _UNITS,

@@ -85,11 +85,13 @@ def launch_basis(k: Tensor, results: tuple[Tensor, Tensor], num: int, rounds: in
         _kernel,
         (len(k),),
         {
-            "k_ptr": k, "middle_ptr": middle, "basis_ptr": basis, "memory_ptr": memory, "count": min(num, k.shape[1]), "dim": dim,
+            "k_ptr": k, "middle_ptr": middle, "basis_ptr": basis, "memory_ptr": memory,
+            "count": min(num, k.shape[1]), "dim": dim,
             "width": width,
             "s_list": k.stride(0), "s_key": k.stride(1), "state": state - (state >> 31 << 32),
             "ROUNDS": rounds if width else 0, "KEYS": _KEYS, "DIM": max(16, triton.next_power_of_2(dim)),
             "WIDTH": padded,
-            "SLICE": _SLICE, "NUMBERS": _NUMBERS, "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 8, "num_stages": 1,
+            "SLICE": _SLICE, "NUMBERS": _NUMBERS,
+            "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 8, "num_stages": 1,
         },
     )  # fmt: skip

@@ -31,7 +31,9 @@ def _kernel(
         first = tl.load(first_ptr + at * number + place, mask=there, other=0)
     until = first + size
     whole = ((first >= begin) & (until <= hole_begin)) | ((first >= hole_end) & (until <= end))
-    left = (tl.minimum(until, hole_begin) > tl.maximum(first, begin)) | (tl.minimum(until, end) > tl.maximum(first, hole_end))
+    left = (tl.minimum(until, hole_begin) > tl.maximum(first, begin)) | (
+        tl.minimum(until, end) > tl.maximum(first, hole_end)
+    )
     mass = tl.load(mass_ptr + at * number + place, mask=there, other=0.0)
     # infinite masses come before all others but blocks that an edge cuts
     rank = tl.where(mass == mass, tl.minimum(mass, 3.4028234663852886e38), 0.0)

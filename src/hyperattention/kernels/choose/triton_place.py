@@ -35,10 +35,7 @@ def _kernel(
     index = first + place // length * step + place % length
     inside = tl.arange(0, PADDED)
     total = _live_before(rank_ptr, place * 0 + keys, keys, RANKED)
-    if CAUSAL:
-        limit = _live_before(rank_ptr, index * SIZE + inside + 1, keys, RANKED)
-    else:
-        limit = total + inside * 0
+    limit = _live_before(rank_ptr, index * SIZE + inside + 1, keys, RANKED) if CAUSAL else total + inside * 0
     row = place * SIZE + inside - front
     limit = tl.where((row >= 0) & (row < queries), limit, 0)
     limit_ptr += (one * tiles + place) * (GROUP * SIZE)

@@ -42,7 +42,9 @@ def _kernel(
         for begin in tl.range(0, SIZE // MEANS, KEYS):
             key = begin + tl.arange(0, KEYS)
             inside = (key < SIZE // MEANS)[:, None] & wide[None, :]
-            some = tl.load(keys_ptr + (part * (SIZE // MEANS) + key)[:, None] * width + column[None, :], mask=inside, other=0.0)
+            some = tl.load(
+                keys_ptr + (part * (SIZE // MEANS) + key)[:, None] * width + column[None, :], mask=inside, other=0.0
+            )
             total += tl.sum(some, 0)
             squares += tl.sum(some * some, 0)
         sums += total

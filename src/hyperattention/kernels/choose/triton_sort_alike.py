@@ -214,7 +214,8 @@ def _kernel(
 
 def sort_alike(
     q: Tensor, begin: Tensor, factor: Tensor, edges: Tensor, limit: Tensor, source: Tensor, live: Tensor, inside: Tensor,
-    row_limit: Tensor, first_tile: int, front: int, many: int, leading: int, growth: int, scale: float, rounds: int, steps: int,
+    row_limit: Tensor, first_tile: int, front: int, many: int, leading: int, growth: int,
+    scale: float, rounds: int, steps: int,
 ) -> Tensor:  # fmt: skip
     """Sort the queries of some tiles into lists of alike ones: see `select.alike.sort_alike`.
 

@@ -150,9 +150,7 @@ class HierarchicalSearch(Density):
         share, query = self.uniform_share, for_estimates(query)
         return Walk(levels, tiles, left, covered.near, query, rough, moments, num, share, *scratch).law
 
-    def write(
-        self, tiles: Tiles, covered: CoveredKeys, num: int, results: tuple[Tensor, Tensor]
-    ) -> bool:
+    def write(self, tiles: Tiles, covered: CoveredKeys, num: int, results: tuple[Tensor, Tensor]) -> bool:
         """Draw in kernels, where they support the call."""
         if not self._fused(tiles):
             return False

@@ -195,7 +195,7 @@ def prepared(
     Returns:
         the keys, and the averages.
     """
-    problem, projects = tiles.problem, width < k.shape[2]
+    projects = width < k.shape[2]
     middle, basis = key_basis(k, num, width if projects else 0, 2 * ROUNDS, int(hash_state(())))
     return prepared_with(tiles, k, middle, basis if projects else None, room, pooled)
 
@@ -231,7 +231,7 @@ def noise_of(tiles: Tiles, begun: int) -> Float[Tensor, "lists tiles"]:
         begun: draws of the same tile that came before.
 
     Returns:
-        the last counter is the number of draws before: see `Draw`.
+        numbers in [0, 1); the last counter is the number of draws before: see `Draw`.
     """
     problem = tiles.problem
     heads, (batch, kv_heads) = None if problem.heads is None else problem.head_index, problem.k.shape[:2]
