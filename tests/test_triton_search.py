@@ -47,6 +47,7 @@ def test_without_directions_there_is_a_mean():
     k = keys_of(8)
     middle, basis = key_basis(k, 1000, 0, 0, 0)
     assert basis.shape == (2, 8, 0)
+    torch.library.opcheck(key_basis, (k, 30, 4, 4, 7), test_utils=("test_schema", "test_faketensor"))
     assert_exact(middle, k.mean(1, keepdim=True), size=10.0)
 
 
