@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from assertions import assert_exact, assert_same_bits
+from hyperattention.error import audit
+from hyperattention.error.audit import sample_rows
 from hyperattention.kernels.choose.operator_search import key_basis, open_blocks, represent, uniform_of_tiles
 from hyperattention.random import hash_state, uniform
 from hyperattention.select.score import hierarchical_search, search_fused
@@ -110,6 +112,15 @@ def test_opened_blocks_are_the_heaviest_and_those_that_an_edge_cuts(keep, cut, e
     assert_same_bits(opened, (expected[..., None] + torch.arange(0, size, child)).flatten(2))
     taken = torch.zeros_like(whole).scatter(2, chosen, best >= 0)
     assert_same_bits(alive.bool(), whole & ~taken)
+
+
+def test_rows_of_an_audit_are_those_of_the_cpu(monkeypatch):
+    expected = sample_rows(70_000, 300, 2**40 + 3, "cpu")
+    monkeypatch.setattr(audit, "triton_reads", lambda *tensors: True)
+    with pytest.MonkeyPatch.context() as patch:
+        # no hash by operators
+        patch.setattr(audit, "uniform", None)
+        assert_same_bits(sample_rows(70_000, 300, 2**40 + 3, "cpu"), expected)
 
 
 def test_noise_has_the_bits_of_the_cpu():

@@ -34,6 +34,31 @@ def _(heads, index, batch, kv_heads, state, last):
     return index.new_empty((batch * kv_heads, len(index)), dtype=torch.float64)
 
 
+@torch.library.custom_op("hyperattention::uniform_of_counters", mutates_args=())
+def uniform_of_counters(like: Tensor, count: int, state: int) -> Tensor:
+    """Hash the counters from 0 on into a state.
+
+    Args:
+        like: a tensor on the device of the result.
+        count: how many there are.
+        state: what the counters before them were hashed to.
+
+    Returns:
+        numbers in [0, 1), float64.
+    """
+    from hyperattention.kernels.choose import triton_uniform
+
+    out = like.new_empty(count, dtype=torch.float64)
+    if count:
+        triton_uniform.launch_counted(out, state).run()
+    return out
+
+
+@uniform_of_counters.register_fake
+def _(like, count, state):
+    return like.new_empty(count, dtype=torch.float64)
+
+
 @torch.library.custom_op("hyperattention::key_basis", mutates_args=())
 def key_basis(k: Tensor, num: int, width: int, rounds: int, state: int) -> tuple[Tensor, Tensor]:
     """Average the first keys, and find directions that carry most of their variance: see `principal_directions`.
@@ -189,5 +214,5 @@ def draw_leaves(
         ).run()
 
 
-for _operator in (uniform_of_tiles, key_basis, represent, open_blocks, draw_leaves):
+for _operator in (uniform_of_counters, uniform_of_tiles, key_basis, represent, open_blocks, draw_leaves):
     refuse_vmap(_operator, "choosing keys")

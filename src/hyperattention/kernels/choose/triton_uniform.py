@@ -48,6 +48,19 @@ def _kernel(heads_ptr, index_ptr, out_ptr, state, last, count, kv_heads, HEADS: 
     tl.store(out_ptr + row * count + at, bits.to(tl.float64) * 2.3283064365386963e-10, mask=there)
 
 
+@triton.jit(do_not_specialize=["state"])
+def _counted_kernel(out_ptr, state, count, COUNTERS: tl.constexpr):
+    at = (tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)).to(tl.int64)
+    bits = _hashed((at * 0 + state).to(tl.uint32), at)
+    tl.store(out_ptr + at, bits.to(tl.float64) * 2.3283064365386963e-10, mask=at < count)
+
+
+def launch_counted(out: Tensor, state: int) -> Launch:
+    """Prepare the launch of `operator_search.uniform_of_counters`, which writes into `out`."""
+    arguments = {"out_ptr": out, "state": state - (state >> 31 << 32), "count": len(out), "COUNTERS": _COUNTERS}
+    return Launch(_counted_kernel, (triton.cdiv(len(out), _COUNTERS),), {**arguments, "num_warps": 4})
+
+
 def launch_uniform(heads: Tensor | None, index: Tensor, out: Tensor, state: int, last: int) -> Launch:
     """Prepare the launch of `operator_search.uniform_of_tiles`, which writes into `out`, ``[batch, kv_heads, tiles]``."""
     return Launch(
