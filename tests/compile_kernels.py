@@ -176,6 +176,7 @@ def launches_of_draws() -> Iterator[tuple[str, Launch]]:
         results = summary, torch.empty(*shape, far, 64), moments
         yield f"representatives of {size}", triton_represent.launch_represent(keys, among, results, size, means)
         among = results[1]
+    yield "counted noise", triton_uniform.launch_counted(torch.empty(64, dtype=torch.float64), 7)
     yield "noise", triton_uniform.launch_uniform(None, indices(TILES), torch.empty(1, 2, TILES, dtype=torch.float64), 7, 0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from assertions import assert_exact, assert_same_bits
-from hyperattention.error import audit
+from hyperattention.error import audit, interval
 from hyperattention.error.audit import sample_rows
 from hyperattention.kernels.choose.operator_search import key_basis, open_blocks, represent, uniform_of_tiles
 from hyperattention.random import hash_state, uniform
@@ -121,6 +121,14 @@ def test_rows_of_an_audit_are_those_of_the_cpu(monkeypatch):
         # no hash by operators
         patch.setattr(audit, "uniform", None)
         assert_same_bits(sample_rows(70_000, 300, 2**40 + 3, "cpu"), expected)
+
+
+def test_resamples_of_an_interval_are_those_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(interval, "_RESAMPLES", 20)
+    expected = interval._exponentials(70, torch.device("cpu"))
+    monkeypatch.setattr(interval, "triton_reads", lambda *tensors: True)
+    monkeypatch.setattr(interval, "uniform", None)
+    assert_same_bits(interval._exponentials(70, torch.device("cpu")), expected)
 
 
 def test_noise_has_the_bits_of_the_cpu():

@@ -16,7 +16,7 @@ def uniform_of_tiles(heads: Tensor | None, index: Tensor, batch: int, kv_heads: 
         batch: batch rows, which are alike.
         kv_heads: number of kv heads.
         state: what the counters before them were hashed to.
-        last: the last counter.
+        last: the last counter; none if it is negative.
 
     Returns:
         numbers in [0, 1), ``[batch * kv_heads, tiles]``, float64.

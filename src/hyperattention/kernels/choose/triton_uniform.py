@@ -36,14 +36,19 @@ def bits_of_pair(state, first, second, LAST: tl.constexpr = False):
 
 
 @triton.jit(do_not_specialize=["state", "last"])
-def _kernel(heads_ptr, index_ptr, out_ptr, state, last, count, kv_heads, HEADS: tl.constexpr, COUNTERS: tl.constexpr):
+def _kernel(
+    heads_ptr, index_ptr, out_ptr, state, last, count, kv_heads, HEADS: tl.constexpr, LAST: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)
     there = at < count
     head = row % kv_heads + at * 0
     if HEADS:
         head = tl.load(heads_ptr + head)
-    bits = _hashed(bits_of_pair(state, head, tl.load(index_ptr + at, mask=there, other=0)), head * 0 + last)
+    bits = bits_of_pair(state, head, tl.load(index_ptr + at, mask=there, other=0))
+    if LAST:
+        bits = _hashed(bits, head * 0 + last)
     # exact: a power of two
     tl.store(out_ptr + row * count + at, bits.to(tl.float64) * 2.3283064365386963e-10, mask=there)
 
@@ -70,6 +75,6 @@ def launch_uniform(heads: Tensor | None, index: Tensor, out: Tensor, state: int,
             "heads_ptr": index if heads is None else heads, "index_ptr": index, "out_ptr": out,
             # the same bits with a sign: always as wide
             "state": state - (state >> 31 << 32), "last": last, "count": out.shape[2], "kv_heads": out.shape[1],
-            "HEADS": heads is not None, "COUNTERS": _COUNTERS, "num_warps": 4,
+            "HEADS": heads is not None, "LAST": last >= 0, "COUNTERS": _COUNTERS, "num_warps": 4,
         },
     )  # fmt: skip
