@@ -118,6 +118,18 @@ def test_directions_are_those_of_rounded_queries_far_from_the_origin():
     assert (directions @ directions.T - torch.eye(16)).abs().max() < 2 * eps
 
 
+def test_each_tile_takes_the_factor_of_the_most_keys_that_it_knows():
+    tiles = cut(problem(128, kv_heads=1, head_dim=8), TILE)
+    # 20 and 80 leading keys, of which tiles know 0, 32, 64 and 96
+    metric = KeyMetric(torch.eye(8).expand(1, 3, -1, -1) * torch.tensor([1.0, 2.0, 4.0])[:, None, None], 20)
+    ordered = sort_of(tiles, 1, metric)
+    results = ordered.alike.source, ordered.alike.live, ordered.alike.inside, ordered.row_limit
+    given = tiles.problem.q, ordered.begin, metric.factor, ordered.edges, tiles.limit
+    directions = alike_fused.sort_alike(*given, *results, 0, 0, 1, 20, 4, 1.0, 0, 2)
+    assert directions.amax((0, 2, 3)).tolist() == [1.0, 2.0, 2.0, 4.0]
+    assert metric.number(tiles.by_list(tiles.known))[0].tolist() == [0, 1, 1, 2]
+
+
 def spoilt(given: Problem) -> Problem:
     q = given.q.clone()
     q[:, 0, 5:9] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e38])[:, None]
