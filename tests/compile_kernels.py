@@ -20,18 +20,24 @@ from triton.runtime import driver
 from hyperattention.kernels.choose import (
     triton_alike_bars,
     triton_alike_blocks,
+    triton_alike_first,
     triton_alike_shares,
     triton_block_mass,
     triton_draw_alike,
     triton_draw_leaves,
     triton_group_alike,
+    triton_key_basis,
     triton_key_metric,
+    triton_open_blocks,
+    triton_place,
     triton_prepare,
+    triton_represent,
     triton_sort_alike,
     triton_uniform,
 )
 from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.kernels.choose.operator_alike import factors_keys
+from hyperattention.kernels.choose.places import Places
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_flat, triton_flatten
@@ -135,6 +141,8 @@ def launches_of_preparation(dtype: torch.dtype, dim: int) -> Iterator[tuple[str,
     k, middle = torch.empty(2, KEYS, dim, dtype=dtype), torch.empty(2, 1, dim)
     basis = torch.empty(2, dim, 64) if dim > 64 else None
     width = min(dim, 64)
+    basis_of = torch.empty(2, 1, dim), torch.empty(2, dim, width if dim > 64 else 0)
+    yield "key basis", triton_key_basis.launch_basis(k, basis_of, 688, 4, 7)
     yield "keys prepared", triton_prepare.launch_keys(k, middle, basis, torch.empty(2, KEYS, width))
     for group in (1, 4, 8):
         q, pools = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), torch.empty(2, TILES, 16 * group, width, dtype=dtype)
@@ -143,26 +151,45 @@ def launches_of_preparation(dtype: torch.dtype, dim: int) -> Iterator[tuple[str,
 
 def launches_of_draws() -> Iterator[tuple[str, Launch]]:
     for leaves, closed in ((1024, 896), (1280, 1152), (128, 0)):
-        first, alive, mass = (
-            indices(1, TILES, leaves),
-            torch.zeros(1, TILES, leaves, dtype=torch.bool),
-            torch.empty(1, TILES, closed),
-        )
-        results, offset = (indices(1, TILES, 688), torch.empty(1, TILES, 688)), torch.zeros(1, TILES, dtype=torch.float64)
-        launch = triton_draw_leaves.launch_draw(
-            first, indices(leaves), mass, alive, indices(1, TILES), offset, results, 0.2, 2, 1e-30
-        )
+        edges, noise = indices(1, TILES, 5), torch.zeros(1, TILES, dtype=torch.float64)
+        levels, sizes = [(indices(1, TILES, leaves - closed), edges, edges)], [1]
+        # the finer level first; the coarser one is that of all leading blocks
+        for count, size, listed in ((closed // 3 * 2, 16, True), (closed // 3, 256, False)) if closed else ():
+            first, alive = indices(1, TILES, count) if listed else None, torch.zeros(1, TILES, count, dtype=torch.uint8)
+            levels, sizes = [*levels, (first, torch.empty(1, TILES, count), alive)], [*sizes, size]
+        results, given = (indices(1, TILES, 688), torch.empty(1, TILES, 688)), (leaves - closed, edges, noise)
+        launch = triton_draw_leaves.launch_draw(levels, sizes, *given, results, 0.2, 2, 1e-30, final=True)
         yield f"draws from {leaves} leaves", launch
+    for blocks, keep, size, child in ((256, 32, 4096, 256), (512, 24, 256, 16), (384, 8, 16, 1)):
+        mass, alive = torch.empty(1, TILES, blocks), torch.zeros(1, TILES, blocks, dtype=torch.uint8)
+        first = None if size == 4096 else indices(1, TILES, blocks)
+        results = alive, indices(1, TILES, keep * size // child)
+        launch = triton_open_blocks.launch_open(mass, first, indices(1, TILES, 5), results, size, keep, 2, KEYS, child)
+        yield f"opened blocks of {size}", launch
+    keys, among = torch.empty(2, 8192, 64), None
+    for size, means, far in ((16, 1, 3), (256, 2, 4), (4096, 4, 8)):
+        shape, kind = (2, 8192 // size), torch.bfloat16
+        summary, moments = (
+            torch.empty(*shape, means + far, 64, dtype=kind),
+            torch.empty(*shape, 128 if size > 16 else 0, dtype=kind),
+        )
+        results = summary, torch.empty(*shape, far, 64), moments
+        yield f"representatives of {size}", triton_represent.launch_represent(keys, among, results, size, means)
+        among = results[1]
+    yield "counted noise", triton_uniform.launch_counted(torch.empty(64, dtype=torch.float64), 7)
+    yield "noise", triton_uniform.launch_uniform(None, indices(TILES), torch.empty(1, 2, TILES, dtype=torch.float64), 7, 0)
 
 
 def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
-    known, bar = indices(2, TILES), torch.empty(2, TILES, 8, 16)
+    edges, bar = indices(2, TILES, 5), torch.empty(2, TILES, 8, 16)
     for groups in (groups for groups in (2, 8, 16) if scores_alike(groups, dim)):
         query, keys = torch.empty(2, TILES, 8, groups, dim, dtype=dtype), torch.empty(2, KEYS, dim, dtype=dtype)
         share, log_value = triton_alike_shares.empty_shares(query, KEYS), torch.empty(2, KEYS)
         for size in (1, 2):
             spread, variance = torch.empty(2, TILES, 8, size * dim, dtype=dtype), None if size == 1 else keys
-            launch = triton_alike_shares.launch_shares(query, bar, spread, keys, variance, log_value, known, share, 2.0)
+            launch = triton_alike_shares.launch_shares(
+                query, bar, spread, keys, variance, log_value, edges, share, size, 2.0
+            )
             yield f"alike shares, {groups} groups, blocks of {size}", launch
 
 
@@ -174,8 +201,8 @@ def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[st
         limit, source = indices(1, TILES, 128), indices(2, TILES * many, 64)
         live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES, 16, dim)
         results = source, live, indices(*source.shape), indices(*source.shape), directions
-        metric = torch.empty(2, 3, dim, dim), indices(2, TILES)
-        launch = triton_sort_alike.launch_sort(q, begin, metric, limit, results, 0, 0, 0.1, 4, 2)
+        metric = torch.empty(2, 3, dim, dim), indices(2, TILES, 5)
+        launch = triton_sort_alike.launch_sort(q, begin, metric, limit, results, 0, 0, 0.1, 4, 2, (640, 4))
         yield f"alike sorting, {group} heads", launch
     for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
         query, spread = (torch.empty(2, TILES, many, *last, dtype=estimate) for last in ((groups, dim), (2 * dim,)))
@@ -183,14 +210,16 @@ def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[st
         launch = triton_group_alike.launch_group(q, source, directions, (query, spread, log_rows), 0.1, 2)
         yield f"alike grouping, {groups} groups", launch
     moments, bar = torch.empty(2, KEYS // 64, 2 * dim, dtype=estimate), torch.empty_like(log_rows)
-    launch = triton_alike_bars.launch_bars(query, log_rows, moments, indices(2, TILES), bar, 64, 4.0, 1e9)
+    launch = triton_alike_bars.launch_bars(query, log_rows, moments, indices(2, TILES, 5), bar, 2, 64, 4.0, 1e9)
     yield "alike bars", launch
 
 
 def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
     k, centres = torch.empty(2, KEYS, dim, dtype=dtype), torch.empty(2, 2 * dim + 1)
     estimate = torch.bfloat16 if dtype == torch.float32 else dtype
-    yield "alike centres", triton_alike_blocks.launch_centres(k, k, centres, 880)
+    noise = torch.empty(2, TILES * 8, dtype=torch.float64)
+    results = centres, torch.empty(dim, 16), noise, indices(2)
+    yield "alike first", triton_alike_first.launch_first(k, k, indices(TILES), None, results, 640, 2, (7, 2**32 - 5))
     if factors_keys(dim):
         factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
         yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
@@ -202,13 +231,21 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
 
 
 def launches_of_alike_draws() -> Iterator[tuple[str, Launch]]:
-    known, edges, noise = indices(2, TILES), indices(2, TILES, 4), torch.empty(2, TILES * 8, dtype=torch.float64)
+    edges, noise = indices(2, TILES, 5), torch.empty(2, TILES * 8, dtype=torch.float64)
     share = torch.empty(2, TILES * 8, KEYS, dtype=torch.bfloat16)
-    results = indices(2, TILES * 8, 880), torch.empty(2, TILES * 8, 880)
+    lists = indices(2, TILES * 8), indices(2, TILES * 8)
+    results = indices(2, TILES * 8, 880), torch.empty(2, TILES * 8, 880), *lists
     for size in (1, 2):
-        launch = triton_draw_alike.launch_draw(share, known, edges, noise, results, size, 0.1, 4, 1e-30)
+        launch = triton_draw_alike.launch_draw(share, edges, noise, results, size, 0.1, 4, 1e-30)
         yield f"alike draws, blocks of {size}", launch
-    yield "alike noise", triton_uniform.launch_uniform(indices(2), indices(TILES), noise, 7, True)
+
+
+def launches_of_places() -> Iterator[tuple[str, Launch]]:
+    places = Places(1, 2, 4, TILES, 128, 0, 0, 128 * TILES, KEYS, TILES, TILES, 16, 192, 0, True, True)
+    results = indices(10, 2, TILES), indices(2, TILES, 5), torch.empty(2, TILES, 1), indices(2, TILES, 512)
+    for rank in (None, indices(1, KEYS)):
+        launch = triton_place.launch_place(places, rank, (*results, indices(TILES), indices(2)))
+        yield "places" if rank is None else "places, masked keys", launch
 
 
 def resources_of(compiled, capability: int) -> dict:
@@ -272,6 +309,7 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
                 yield f"{name}, {rows} rows", launch
         yield from launches_of_draws()
         yield from launches_of_alike_draws()
+        yield from launches_of_places()
 
 
 def main(capability: int, dtype: torch.dtype, dims: list[int]) -> None:

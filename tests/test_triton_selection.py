@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hyperattention as ha
-from assertions import assert_exact
+from assertions import assert_exact, assert_same_bits
 from cases import CASES
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
-from hyperattention.select.score import hierarchical_search, leaves, walk
+from hyperattention.select.score import hierarchical_search, leaves, search_fused, walk
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.mass import running_sum
@@ -26,6 +26,11 @@ LEVELS = Level(32, 6, Representatives(2, 2)), Level(8, 4, Representatives(1, 3))
 FEW_LEVELS = Level(128, 4, Representatives(2, 2)), *LEVELS
 FEW = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(24, by=HierarchicalSearch(FEW_LEVELS, dim=12, pooled=4)), tile=16)
 METHOD = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(80, by=HierarchicalSearch(LEVELS, dim=12, pooled=4)), tile=16)
+
+
+def same_basis(k: torch.Tensor, num: int, width: int, rounds: int, state: int) -> tuple[torch.Tensor, torch.Tensor]:
+    head = k[:, :num].float()
+    return head.mean(1, keepdim=True), principal_directions(head, width)
 
 
 def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, torch.Tensor, torch.Tensor]:
@@ -43,8 +48,13 @@ def chosen(problem, *, fused: bool, monkeypatch, method=METHOD) -> tuple[list, t
         patch.setattr(hierarchical_search, "triton_reads", lambda *tensors: fused)
         # both in one precision: estimates in bfloat16 are rounded at other places
         patch.setattr(hierarchical_search, "for_estimates", lambda x: x)
+        patch.setattr(search_fused, "dtype_of_estimates", lambda device: torch.float32)
+        # and in the same directions, which a kernel finds in float32
+        patch.setattr(search_fused, "key_basis", same_basis)
         for name in ("_seen", "_mass"):
             patch.setattr(walk.Walk, name, recorded(getattr(walk.Walk, name)))
+        for name in ("block_lse", "block_mass"):
+            patch.setattr(search_fused, name, recorded(getattr(search_fused, name)))
         _, selection = method.select(problem)
     return found, selection.runs[-1].first, selection.runs[-1].log_weight
 
@@ -87,7 +97,7 @@ def test_a_fused_choice_is_that_of_the_cpu(method, num_tokens, shape, monkeypatc
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("offset", [0, 37])
 def test_what_is_prepared_is_finite_and_that_of_the_cpu(poison, offset, monkeypatch):
-    monkeypatch.setattr(hierarchical_search, "for_estimates", lambda x: x)
+    monkeypatch.setattr(search_fused, "dtype_of_estimates", lambda device: torch.float32)
     q, k, v = tensors(100, heads=6, kv_heads=2, batch=2, head_dim=20)
     q[1, 2, 5, 3], k[0, 1, 60, 7] = poison, poison
     # keys as [tokens, heads, width], seen by head
@@ -96,7 +106,7 @@ def test_what_is_prepared_is_finite_and_that_of_the_cpu(poison, offset, monkeypa
     flat, middle = k.flatten(0, 1), torch.randn(4, 1, 20, generator=torch.Generator().manual_seed(0))
     for basis in (None, torch.randn(4, 20, 7, generator=torch.Generator().manual_seed(1))):
         given = tiles, flat, middle, basis, 128, 5
-        for a, b in zip(hierarchical_search._prepare_on_a_gpu(*given), hierarchical_search._prepare(*given), strict=True):
+        for a, b in zip(search_fused.prepared_with(*given), hierarchical_search._prepare(*given), strict=True):
             assert torch.isfinite(a).all()
             assert_exact(a, b, size=30.0)
 
@@ -181,6 +191,10 @@ def test_running_sums_are_in_fixed_point_where_no_order_is_promised():
     assert dtypes == [torch.int64, torch.float32]
 
 
+def law_of(law: search_fused.FusedLeaves, point: torch.Tensor) -> torch.Tensor:
+    return law.draw(point)[0]
+
+
 MASSES = {
     "even": lambda x: x,
     "one far above a draw's share": lambda x: x.index_fill(2, torch.tensor([3]), 1e6),
@@ -196,7 +210,8 @@ def test_fused_draws_are_those_of_the_law(mass, opened):
     generator = torch.Generator().manual_seed(opened)
     shape, num = (2, 3, 30), 24
     first = torch.arange(opened).expand(2, 3, -1)
-    keys = leaves.Opened(first, torch.rand(first.shape, generator=generator) < 0.9)
+    # earlier stages took the first keys
+    keys = leaves.Opened(first, first >= 3)
     blocks = leaves.Closed(
         opened + 16 * torch.arange(30).expand(shape),
         16,
@@ -204,13 +219,29 @@ def test_fused_draws_are_those_of_the_law(mass, opened):
         torch.rand(shape, generator=generator) < 0.8,
     )
     count = keys.alive.sum(2, keepdim=True) + 16 * blocks.alive.sum(2, keepdim=True)
-    zero = torch.zeros_like(count)
-    given = keys, [blocks], (zero, count, count, count), num, 0.2
-    point = (torch.arange(num) + torch.rand(2, 3, 1, generator=generator).double()) / num
-    (index, share), (expected, probability) = (law.draw(point) for law in (leaves.Fused(*given), leaves.leaves_of(*given)))
+    begin, end = torch.full_like(count, 3), 3 + count
+    left = begin, end, end, end
+    noise = torch.rand(2, 3, 1, generator=generator).double()
+    point = (torch.arange(num) + noise) / num
+    law = leaves.leaves_of(keys, [blocks], left, num, 0.2)
+    found = search_fused._Blocks(blocks.first, 30, 16, blocks.mass, blocks.alive.to(torch.uint8))
+    edges = torch.cat([*left, end], 2)
+    ours = search_fused.FusedLeaves(search_fused._Blocks(None, opened, 1), (found,), edges, num, 0.2)
+    (index, share), (expected, probability) = (law.draw(point) for law in (ours, law))
     same = index == expected
     assert same.double().mean() > 0.97
     assert_exact(share[same], probability[same])
+    # a mixture asks for the probabilities of other keys as well
+    key = torch.arange(opened + 480).expand(2, 3, -1)
+    assert_exact(ours.share(key), law.share(key))
+    # the same draws with their log-weights, in some lists of many tiles
+    index, weight = index.new_empty(2, 5, num)[:, 1:4], share.new_empty(2, 5, num)[:, 1:4]
+    ours.write(noise[..., 0], (index, weight))
+    few = (count <= num).expand_as(index)
+    assert_same_bits(few.any(), (count <= num).any())
+    assert_same_bits(index[~few], law_of(ours, point)[~few])
+    expected = (-(share * num).log()).masked_fill(share == 0, -torch.inf)
+    assert_exact(weight[~few], expected[~few], size=10.0)
 
 
 @pytest.mark.heavy
@@ -225,7 +256,8 @@ def test_operators_of_a_choice_are_registered_soundly(triton_kernel, monkeypatch
 
     with Capture():
         chosen(problem(300, heads=2, kv_heads=1, head_dim=16), fused=True, monkeypatch=monkeypatch)
-    assert len(captured) == 5
+    # all but the places and the directions, for which PyTorch stands in
+    assert len(captured) == 8
     for operator, args in captured.items():
         # poisoned memory would not be what the operator's fake promises
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from assertions import assert_exact, assert_same_bits
 from hyperattention.kernels.choose import triton_alike_bars
-from hyperattention.kernels.choose.operator_alike import alike_bars, alike_centres, sorts_alike, uniform_of_pairs
+from hyperattention.kernels.choose.operator_alike import alike_bars, sorts_alike
 from hyperattention.problem import Problem
-from hyperattention.random import hash_state, uniform
 from hyperattention.select import DrawAlike
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.score import alike_fused, alike_scan
-from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_noise
+from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_first
 from hyperattention.select.score.alike_scan import HIDDEN, AlikeScan, blocks_of
 from hyperattention.select.score.key_metric import KeyMetric
+from hyperattention.select.score.pooling import edges_of
 from hyperattention.select.score.principal import principal_directions
+from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import Tiles, cut
 from problems import problem
 
@@ -47,9 +48,24 @@ def sorted_as_torch(tiles: Tiles, many: int) -> AlikeTiles:
     return sort_alike(tiles, many, metric=metric_of(tiles).of_tiles(tiles.by_list(tiles.known)))[0]
 
 
+def sort_of(tiles: Tiles, many: int, metric: KeyMetric) -> FusedSort:
+    edges = edges_of(tiles, CoveredKeys()).of_tile
+    return FusedSort.empty(tiles, many, metric, first_of(tiles, many)[1], edges)
+
+
+def first_of(tiles: Tiles, many: int = 1, num: int = 24) -> tuple[Tensor, ...]:
+    k, v = (x.flatten(0, 1) for x in (tiles.problem.k, tiles.problem.v))
+    return fused_first(k, v, num, tiles, many)
+
+
+def centres_of(k: Tensor, v: Tensor, num: int) -> Tensor:
+    """Averages alone: what else is computed depends on other things."""
+    return first_of(cut(Problem(k[None], k[None], v[None], 1.0), TILE), 1, num)[0]
+
+
 def sorted_in_parts(tiles: Tiles, many: int, groups: int) -> tuple[FusedSort, tuple[Tensor, ...]]:
     """Sort the first tile, then all others."""
-    ordered, count = FusedSort.empty(tiles, many, metric_of(tiles)), len(tiles.index)
+    ordered, count = sort_of(tiles, many, metric_of(tiles)), len(tiles.index)
     parts = [ordered.averages(part, groups) for part in (slice(0, 1), slice(1, count))]
     return ordered, tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
 
@@ -89,10 +105,10 @@ def test_directions_are_those_of_rounded_queries_far_from_the_origin():
     given = problem(32, heads=2, kv_heads=1, head_dim=32)
     given = replace(given, q=(given.q * size + 40 * torch.ones(32)).bfloat16(), k=given.k.bfloat16(), v=given.v.bfloat16())
     tiles = cut(given, TILE)
-    ordered = FusedSort.empty(tiles, 1, KeyMetric.of(given.k[0], 99))
+    ordered = sort_of(tiles, 1, KeyMetric.of(given.k[0], 99))
     results = ordered.alike.source, ordered.alike.live, ordered.alike.inside, ordered.row_limit
-    given_to_it = given.q, ordered.begin, ordered.factor, ordered.number, tiles.limit
-    directions = alike_fused.sort_alike(*given_to_it, *results, 0, 0, 1, given.scale, 4, 2)[0, 0]
+    given_to_it = given.q, ordered.begin, ordered.metric.factor, ordered.edges, tiles.limit
+    directions = alike_fused.sort_alike(*given_to_it, *results, 0, 0, 1, 99, 4, given.scale, 4, 2)[0, 0]
     x = given.q[0].flatten(0, 1).float()
     x = x - x.mean(0)
     best = torch.linalg.svd(x)[2][:16]
@@ -100,6 +116,18 @@ def test_directions_are_those_of_rounded_queries_far_from_the_origin():
     assert (x @ directions.T).square().sum() > 0.99 * (x @ best.T).square().sum()
     eps = torch.finfo(torch.bfloat16).eps
     assert (directions @ directions.T - torch.eye(16)).abs().max() < 2 * eps
+
+
+def test_each_tile_takes_the_factor_of_the_most_keys_that_it_knows():
+    tiles = cut(problem(128, kv_heads=1, head_dim=8), TILE)
+    # 20 and 80 leading keys, of which tiles know 0, 32, 64 and 96
+    metric = KeyMetric(torch.eye(8).expand(1, 3, -1, -1) * torch.tensor([1.0, 2.0, 4.0])[:, None, None], 20)
+    ordered = sort_of(tiles, 1, metric)
+    results = ordered.alike.source, ordered.alike.live, ordered.alike.inside, ordered.row_limit
+    given = tiles.problem.q, ordered.begin, metric.factor, ordered.edges, tiles.limit
+    directions = alike_fused.sort_alike(*given, *results, 0, 0, 1, 20, 4, 1.0, 0, 2)
+    assert directions.amax((0, 2, 3)).tolist() == [1.0, 2.0, 2.0, 4.0]
+    assert metric.number(tiles.by_list(tiles.known))[0].tolist() == [0, 1, 1, 2]
 
 
 def spoilt(given: Problem) -> Problem:
@@ -161,7 +189,7 @@ def test_blocks_are_those_of_the_cpu(size):
     # a value in the centre
     given.v[0, 0, 70] = given.v[0, 0, :24].mean(0)
     k, v = (x.flatten(0, 1) for x in (given.k, given.v))
-    ours, expected = FusedBlocks.of(k, v, alike_centres(k, v, 24), size), blocks_of(k, v, size, 24)
+    ours, expected = FusedBlocks.of(k, v, centres_of(k, v, 24), size), blocks_of(k, v, size, 24)
     assert_exact(ours.keys, expected.keys)
     assert_exact(ours.moments, expected.moments)
     assert_exact(ours.log_value, expected.log_value)
@@ -175,7 +203,7 @@ def test_blocks_need_no_usual_distance():
     v = torch.ones_like(given.v[0])
     v[0, 30] = 5.0
     k = given.k[0]
-    assert_exact(FusedBlocks.of(k, v, alike_centres(k, v, 24), 1).log_value, blocks_of(k, v, 1, 24).log_value)
+    assert_exact(FusedBlocks.of(k, v, centres_of(k, v, 24), 1).log_value, blocks_of(k, v, 1, 24).log_value)
 
 
 @pytest.mark.parametrize("sharp", [1.0, 6.0])
@@ -187,7 +215,8 @@ def test_bars_are_those_of_the_cpu(sharp, monkeypatch):
     _, query, few = sort_alike(tiles, 2)
     scan, blocks = AlikeScan.of(tiles, query, few, 3), blocks_of(given.k[0], given.v[0], size, 24)
     known, expected = scan.bars(slice(0, len(tiles.index)), blocks)
-    ours = alike_bars(scan.query, scan.log_rows, blocks.moments, known, STRETCH, log(STRETCH * size), float(-HIDDEN))
+    edges = edges_of(tiles, CoveredKeys()).of_tile
+    ours = alike_bars(scan.query, scan.log_rows, blocks.moments, edges, size, STRETCH, log(STRETCH * size), float(-HIDDEN))
     # the first tile sees no whole stretch
     assert (known[:, 0] == 0).all()
     assert (ours[:, 0] == HIDDEN).all()
@@ -196,17 +225,21 @@ def test_bars_are_those_of_the_cpu(sharp, monkeypatch):
 
 def test_noise_has_the_same_bits():
     given = replace(problem(70, batch=2, heads=6, kv_heads=3), seed=2**40 + 5, layer=3)
-    tiles = cut(given, TILE)
-    assert_same_bits(fused_noise(tiles, 5), DrawAlike(8)._noise(tiles, 5)[..., 0])
-    counters = torch.tensor([0, 7, 2**35 + 1])
-    expected = uniform((counters[:, None], counters), "cpu")
-    assert_same_bits(uniform_of_pairs(counters, counters, int(hash_state(())), 1, False), expected)
+    for x in (given, replace(given, heads=(7, 2, 2**35 + 1)), late(given, 40)):
+        tiles = cut(x, TILE)
+        _, _, noise, key_row = first_of(tiles, 5)
+        assert_same_bits(noise, DrawAlike(8)._noise(tiles, 5)[..., 0])
+        assert_same_bits(key_row, torch.arange(6))
 
 
 def test_directions_to_begin_with_have_the_same_bits():
-    tiles = cut(problem(32, head_dim=20), TILE)
+    tiles = cut(problem(32, head_dim=200), TILE)
     expected = first_directions(tiles.problem).float()
-    assert_same_bits(FusedSort.empty(tiles, 2, metric_of(tiles)).begin, expected)
+    # some in both tails, and some between them
+    assert (expected < -1.2).any()
+    assert (expected > 1.2).any()
+    assert_same_bits(first_of(tiles)[1], expected)
+    assert_same_bits(first_of(cut(problem(32, head_dim=8), TILE))[1], torch.eye(8, 16))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +256,7 @@ def test_factors_of_leading_keys_are_those_of_torch(dim):
     g = torch.Generator().manual_seed(dim)
     k = torch.randn(2, 150, dim, generator=g) * torch.linspace(0.5, 3, dim) + 4
     k[1, 3, 1] = torch.nan
-    ours = alike_fused.fused_metric(k, alike_centres(k, k, 7), 7)
+    ours = alike_fused.fused_metric(k, centres_of(k, k, 7), 7)
     theirs = KeyMetric.of(k, 7)
     assert ours.factor.shape == theirs.factor.shape == (2, 1 + 3, dim, dim)  # 7, 28 and 112 keys
     for at, count in enumerate((0, 7, 28, 112)):
@@ -242,10 +275,10 @@ def test_factors_do_not_depend_on_later_keys_and_are_the_identity_where_nothing_
     other, huge = k.clone(), k.clone()
     other[:, 28:] = torch.inf
     huge[0] *= 1e25
-    given, later = (alike_fused.fused_metric(x, alike_centres(x, x, 7), 7).factor for x in (k, other))
+    given, later = (alike_fused.fused_metric(x, centres_of(x, x, 7), 7).factor for x in (k, other))
     assert_same_bits(given[:, :3], later[:, :3])
     assert_same_bits(
-        alike_fused.fused_metric(huge, alike_centres(huge, huge, 7), 7).factor[0, 1:], torch.eye(8).expand(2, -1, -1)
+        alike_fused.fused_metric(huge, centres_of(huge, huge, 7), 7).factor[0, 1:], torch.eye(8).expand(2, -1, -1)
     )
-    few = alike_fused.fused_metric(k[:, :5], alike_centres(k[:, :5], k[:, :5], 7), 7).factor
+    few = alike_fused.fused_metric(k[:, :5], centres_of(k[:, :5], k[:, :5], 7), 7).factor
     assert_same_bits(few, torch.eye(8).expand(2, 1, -1, -1))

@@ -19,12 +19,16 @@ from torch.utils._pytree import tree_leaves
 from hyperattention import default_method
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.problem import Problem
-from hyperattention.select import draw_alike
-from hyperattention.select.score import alike_fused, hierarchical_search
+from hyperattention.select import draw_alike, placed
+from hyperattention.select.score import alike_fused, hierarchical_search, search_fused
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # operators that are given all queries and read those of some tiles, and which argument has a row for each of these
 OF_QUERIES = {"sort_alike": 5, "group_alike": 1}
+# operators of several launches, and one that only compares types
+LAUNCHES = {"key_factors": 2, "promote_types": 0}
+# operators that ask a tensor only where it is, and those that read its first rows only, as many as an argument says
+ASKED, LEADING = {"place_tiles"}, {"alike_first": 2, "key_basis": 1}
 
 
 class Count(TorchDispatchMode):
@@ -43,8 +47,14 @@ class Count(TorchDispatchMode):
             if name in OF_QUERIES:
                 # a chunk's queries, not all
                 args = (args[0][..., : 1 + args[OF_QUERIES[name]][0].numel() * KV_HEADS // HEADS, :], *args[1:])
+            if name in ASKED:
+                args = args[1:]
+            if name in LEADING:
+                args = tuple(
+                    x[:, : args[LEADING[name]]].clone() if isinstance(x, Tensor) and x.ndim == 3 else x for x in args
+                )
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.launches[name] += 1
+            self.launches[name] += LAUNCHES.get(name, 1)
             self.bytes[name] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
         return result
 
@@ -53,10 +63,10 @@ class Count(TorchDispatchMode):
 def as_on_a_gpu() -> Iterator[None]:
     """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
     with ExitStack() as stack:
-        for module in (hierarchical_search, draw_alike):
+        for module in (hierarchical_search, draw_alike, placed):
             stack.enter_context(patch.object(module, "triton_reads", lambda *tensors: True))
-        stack.enter_context(patch.object(hierarchical_search, "for_estimates", lambda x: x.bfloat16()))
-        stack.enter_context(patch.object(alike_fused, "dtype_of_estimates", lambda device: torch.bfloat16))
+        for module in (search_fused, alike_fused):
+            stack.enter_context(patch.object(module, "dtype_of_estimates", lambda device: torch.bfloat16))
         yield
 
 

@@ -113,21 +113,14 @@ def cut(problem: Problem, size: int) -> Tiles:
         size: positions in a tile.
 
     Returns:
-        the tiles; the last tile may be partly empty, and so may the first one in a later chunk of a prompt.
-
-    Raises:
-        ValueError: if the queries are spans that are not multiples of this tile size.
+        the tiles; the last tile may be partly empty, and so may the first one in a later chunk of a prompt. Queries in spans
+        that are not multiples of this tile size are refused: see `check_spans`.
     """
+    check_spans(problem, size)
     device, count = problem.device, problem.num_queries
     first, last = problem.offset // size, (problem.offset + count - 1) // size
     index = torch.arange(first, max(first, last + 1), dtype=torch.int64, device=device)
     if problem.spans is not None:
-        length, step = problem.spans
-        if length % size or step % size or problem.offset % size:
-            raise ValueError(
-                f"spans of {length} queries, {step} apart from position {problem.offset} on, are not complete tiles of "
-                f"{size}: use multiples of the tile size"
-            )
         index = problem.position[::size] // size
     position = index[:, None] * size + torch.arange(size, dtype=torch.int64, device=device)  # [tiles, tile]
     total = problem.live_before(torch.full((1,), problem.num_keys, dtype=torch.int64, device=device))
@@ -137,3 +130,23 @@ def cut(problem: Problem, size: int) -> Tiles:
     row = torch.arange(index.shape[0] * size, dtype=torch.int64, device=device).view(-1, size) - problem.offset % size
     inside = (row >= 0) & (row < count)
     return Tiles(problem, size, index, start, end, total, limit.masked_fill(~inside, 0))
+
+
+def check_spans(problem: Problem, size: int) -> None:
+    """Check that spans of queries are complete tiles.
+
+    Args:
+        problem: the problem.
+        size: positions in a tile.
+
+    Raises:
+        ValueError: if the queries are spans that are not multiples of this tile size.
+    """
+    if problem.spans is None:
+        return
+    length, step = problem.spans
+    if length % size or step % size or problem.offset % size:
+        raise ValueError(
+            f"spans of {length} queries, {step} apart from position {problem.offset} on, are not complete tiles of "
+            f"{size}: use multiples of the tile size"
+        )

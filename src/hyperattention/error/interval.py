@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.random import uniform
+from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.choose.operator_search import uniform_of_tiles
+from hyperattention.random import hash_state, uniform
 
 # the relative error of a completely wrong row: an output of zero, or of small unrelated values
 WRONG_ROW = 1.0
@@ -90,13 +92,15 @@ def format_lack(low: float, high: float, rows: int) -> str:
 
 def _exponentials(count: int, device: torch.device) -> Float[Tensor, "resamples count"]:
     """Draw standard exponentials: divided by their sum they are uniform on the simplex, and so is any subset by its sum."""
-    counters = (
-        _STREAM,
-        torch.arange(_RESAMPLES // 2, dtype=torch.int64, device=device)[:, None],
-        torch.arange(count, dtype=torch.int64, device=device),
-    )
+    column = torch.arange(count, dtype=torch.int64, device=device)
+    if triton_reads(torch.empty(1, 1, dtype=torch.float32, device=device)):
+        # one launch in place of some eighty
+        places = uniform_of_tiles(None, column, 1, _RESAMPLES // 2, int(hash_state((_STREAM,))), -1)
+    else:
+        row = torch.arange(_RESAMPLES // 2, dtype=torch.int64, device=device)
+        places = uniform((_STREAM, row[:, None], column), device)
     # midpoints of the steps of the hash: never 0 or 1
-    places = uniform(counters, device) + 2.0**-33
+    places = places + 2.0**-33
     return -torch.cat([places, 1 - places]).log_()
 
 

@@ -97,9 +97,10 @@ def misses(
     """
     rows = query.index_select(2, index)
     exact = exact_rows(rows, key, value, visible, scale, key_mask)
-    seen = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
     # a row is live if it may see at least one live key
-    live = torch.nn.functional.pad(seen.long().cumsum(1), (1, 0))[:, visible] > 0
+    live = (visible > 0).expand(len(key), -1)
+    if key_mask is not None:
+        live = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))[:, visible] > 0
     difference = (out.index_select(2, index).to(exact.dtype) - exact).masked_fill(~live[:, None, :, None], 0.0)
     error = relative_error(difference, exact)
     unknown = error.new_full(error.shape[:2], torch.nan)

@@ -12,8 +12,9 @@ from hyperattention.merge import merge
 from hyperattention.methods.base import AttentionMethod, Cost, exact_pairs, refuse_spans
 from hyperattention.methods.standard_error import standard_error
 from hyperattention.problem import Problem
+from hyperattention.select.placed import placed
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
-from hyperattention.tiling import Tiles, cut
+from hyperattention.tiling import Tiles
 from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial, Selection
 
@@ -107,18 +108,16 @@ class Method(AttentionMethod):
         """
         refuse_spans(self, problem)
         refuse_transforms("attention by a method", problem.q, problem.k, problem.v)
-        tiles = cut(problem, self.tile)
-        covered, runs, apart = CoveredKeys(), (), ()
-        for stage in self.stages:
+        begun = placed(problem, self.stages, self.tile)
+        tiles, covered, runs, apart = begun.tiles, begun.covered, begun.runs, ()
+        for stage in begun.rest:
             hashed = covered.labels is not None
             own, covered = stage.select_apart(tiles, covered)
             more, covered = stage.select(tiles, covered)
             runs += tuple(replace(run, labelled=hashed) for run in more)
             apart += own
-        limit = tiles.by_list(tiles.limit).repeat(1, 1, problem.group)
-        lists = torch.arange(limit.shape[0], dtype=torch.int64, device=problem.device)
         row_label, key_label = _label_rows(tiles, covered)
-        shared = Selection(runs, row_limit=limit, key_row=lists, row_label=row_label, key_label=key_label)
+        shared = Selection(runs, row_limit=begun.row_limit, key_row=begun.key_row, row_label=row_label, key_label=key_label)
         return (tiles, shared), *apart
 
     def attend(self, problem: Problem) -> Partial:

@@ -72,6 +72,20 @@ class Density(ABC):
             a function from a chunk of tiles to its distribution.
         """
 
+    def write(self, tiles: Tiles, covered: CoveredKeys, num: int, results: tuple[Tensor, Tensor]) -> bool:
+        """Draw from this density alone in kernels, and list all keys where no more are left than draws.
+
+        Args:
+            tiles: the tiled problem.
+            covered: keys of earlier stages.
+            num: number of draws of each tile.
+            results: keys and log-weights, to be written, ``[lists, tiles, num]``.
+
+        Returns:
+            whether kernels did; if not, `prepare` and the distributions do it.
+        """
+        return False
+
     def seams(self, tiles: Tiles, num: int) -> list[int]:
         """Return the tile numbers, in this call, at which the way of drawing changes: no chunk has tiles of both sides."""
         return []

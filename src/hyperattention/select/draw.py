@@ -1,6 +1,6 @@
 """Draw a few of the remaining keys, with weights so that they represent all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperattention.check import instance, positive
 from hyperattention.random import uniform
 from hyperattention.select.density import Density, Distribution, Even, Uniform
-from hyperattention.select.score.pooling import chunks, edges
+from hyperattention.select.score.pooling import chunks, edges, edges_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage
 from hyperattention.tiling import Tiles
 from hyperattention.types import DrawnSlots, Runs
@@ -76,25 +76,43 @@ class Draw(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * len(tiles.index):
             return (), covered
-        left = edges(tiles, covered)
-        parts = self._components(tiles, covered)
         numbers = sum(density.numbers(tiles) for density, _ in self.by.components) + 8 * self.num
         seams = [seam for density, num in self._shares() for seam in density.seams(tiles, num)]
-        drawn = [self._few(_drawn(parts, part), left, tiles, covered, part) for part in chunks(tiles, numbers, seams)]
-        index, weight, listings = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
+        index, weight, listings = self._in_kernels(tiles, covered) or self._in_operators(
+            tiles, covered, chunks(tiles, numbers, seams)
+        )
+        left = edges_of(tiles, covered)
         if covered.blocks:
             weight = weight.masked_fill(covered.holds(index), -torch.inf)
         runs = Runs(
             first=index,
             size=1,
             log_weight=weight,
-            low=left[0][..., 0],
-            high=left[3][..., 0],
+            low=left.begin,
+            high=left.end,
             causal=problem.causal and covered.gap is None,
             labelled=covered.labels is not None,
-            sample=self._sample(listings if len(parts) > 1 else None),
+            sample=self._sample(listings),
         )
         return (runs,), covered
+
+    def _in_kernels(self, tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Draw where a single density has kernels for it: keys and log-weights, or None."""
+        (density, num), *others = self._shares()
+        if others or tiles.problem.q.dtype == torch.float64:
+            return None
+        index = tiles.index.new_empty((tiles.problem.k.shape[0] * tiles.problem.k.shape[1], len(tiles.index), num))
+        results = index, index.new_empty(index.shape, dtype=torch.float32)
+        return (*results, None) if density.write(tiles, covered, num, results) else None
+
+    def _in_operators(
+        self, tiles: Tiles, covered: CoveredKeys, parts: Sequence[slice]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draw by operators of PyTorch: keys, log-weights, and listings if there are several densities."""
+        left, components = edges(tiles, covered), self._components(tiles, covered)
+        drawn = [self._few(_drawn(components, part), left, tiles, covered, part) for part in parts]
+        index, weight, listings = (torch.cat(x, 1) for x in zip(*drawn, strict=True))
+        return index, weight, listings if len(components) > 1 else None
 
     def _sample(self, listings: Tensor | None) -> DrawnSlots:
         shares = self._shares()

@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.kernels.backend import triton_reads
 from hyperattention.kernels.choose.operator import scores_alike
-from hyperattention.kernels.choose.operator_alike import alike_centres, sorts_alike
+from hyperattention.kernels.choose.operator_alike import sorts_alike
 from hyperattention.random import uniform
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.locate.sinks import Sinks
@@ -18,15 +18,15 @@ from hyperattention.select.score.alike_fused import (
     FusedBlocks,
     FusedSort,
     fused_draws,
+    fused_first,
     fused_metric,
-    fused_noise,
     fused_numbers,
     fused_shares,
 )
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.block_sizes import BlockSizes, last_made
 from hyperattention.select.score.key_metric import KeyMetric
-from hyperattention.select.score.pooling import chunks, edges
+from hyperattention.select.score.pooling import chunks, edges, edges_of
 from hyperattention.select.score.stretches import draws_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
@@ -143,13 +143,22 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        many, left = -(-tiles.size * problem.group // self.rows), edges(tiles, covered)
-        shape = (len(left[0]), len(tiles.index) * many, self.num)
+        many = -(-tiles.size * problem.group // self.rows)
+        shape = (problem.k.shape[0] * problem.k.shape[1], len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
         choose = self._choose_fused if self._fused(tiles) else self._choose
-        alike, row_limit = choose(tiles, many, covered, left, (index, weight))
-        return ((alike, self._lists(tiles, covered, row_limit, left, index, weight)),), covered
+        alike, row_limit, low, high, key_row = choose(tiles, many, covered, (index, weight))
+        runs = Runs(
+            first=index,
+            size=1,
+            log_weight=weight,
+            low=low,
+            high=high,
+            causal=problem.causal and covered.gap is None,
+            sample=DrawnSlots((self.num,), (True,)),
+        )
+        return ((alike, Selection((runs,), row_limit=row_limit, key_row=key_row)),), covered
 
     def _fused(self, tiles: Tiles) -> bool:
         """Return whether kernels choose."""
@@ -159,30 +168,34 @@ class DrawAlike(Stage):
         return supported and triton_reads(problem.q, problem.k, problem.v)
 
     def _choose_fused(
-        self, tiles: Tiles, many: int, covered: CoveredKeys, left: tuple[Tensor, ...], results: tuple[Tensor, Tensor]
-    ) -> tuple[AlikeTiles, Tensor]:
-        """Sort and draw in kernels, into `results`; give the sorted rows, and how many keys each may see."""
-        problem, sizes = tiles.problem, BlockSizes(self.most)
+        self, tiles: Tiles, many: int, covered: CoveredKeys, results: tuple[Tensor, Tensor]
+    ) -> tuple[AlikeTiles, Tensor, Tensor, Tensor, Tensor]:
+        """Sort and draw in kernels, into `results`.
+
+        Returns:
+            the sorted rows, how many keys each may see, first key and end of the keys of each list, and the keys' rows.
+        """
+        problem, sizes, ends = tiles.problem, BlockSizes(self.most), edges_of(tiles, covered).of_tile
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
-        centres = alike_centres(k, v, self.num)
-        ordered = FusedSort.empty(tiles, many, fused_metric(k, centres, self.num))
-        pooled, noise = min(self.pooled, ordered.row_limit.shape[2]), fused_noise(tiles, many)
+        centres, begin, noise, key_row = fused_first(k, v, self.num, tiles, many)
+        ordered = FusedSort.empty(tiles, many, fused_metric(k, centres, self.num), begin, ends)
+        pooled, low = min(self.pooled, ordered.row_limit.shape[2]), results[0].new_empty(results[0].shape[:2])
+        high = torch.empty_like(low)
         blocks = last_made(lambda size: FusedBlocks.of(k[:, : self.most * size], v[:, : self.most * size], centres, size))
-        ends, seen = torch.cat(left, 2), tiles.by_list(tiles.known)
         numbers = fused_numbers(min(self.most, problem.num_keys), many, pooled, problem.q.shape[3], problem.device)
         for part in chunks(tiles, numbers, sizes.seams(tiles)):
             size, num = sizes.of(tiles, part)
-            known, rows = seen[:, part] // size, slice(part.start * many, part.stop * many)
-            share = fused_shares(ordered.averages(part, pooled), blocks(size), known, num)
-            written = results[0][:, rows], results[1][:, rows]
-            fused_draws(known, share, size, ends[:, part], noise[:, rows], written, self.uniform_share)
-        return ordered.alike, ordered.row_limit
+            rows, some = slice(part.start * many, part.stop * many), ends[:, part]
+            share = fused_shares(ordered.averages(part, pooled), blocks(size), some, num)
+            written = results[0][:, rows], results[1][:, rows], low[:, rows], high[:, rows]
+            fused_draws(share, size, some, noise[:, rows], written, self.uniform_share)
+        return ordered.alike, ordered.row_limit, low, high, key_row
 
     def _choose(
-        self, tiles: Tiles, many: int, covered: CoveredKeys, left: tuple[Tensor, ...], results: tuple[Tensor, Tensor]
-    ) -> tuple[AlikeTiles, Tensor]:
+        self, tiles: Tiles, many: int, covered: CoveredKeys, results: tuple[Tensor, Tensor]
+    ) -> tuple[AlikeTiles, Tensor, Tensor, Tensor, Tensor]:
         """Do the same by operators of PyTorch."""
-        problem, sizes, alike = tiles.problem, BlockSizes(self.most), []
+        problem, sizes, alike, left = tiles.problem, BlockSizes(self.most), [], edges(tiles, covered)
         begin, noise = first_directions(problem), self._noise(tiles, many)
         known = tiles.by_list(tiles.known)
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
@@ -208,7 +221,9 @@ class DrawAlike(Stage):
         joined = AlikeTiles.joined(alike)
         limit = tiles.by_list(tiles.limit).repeat_interleave(problem.group, 2)
         limit = limit.gather(2, joined.inside.unflatten(1, (-1, many)).flatten(2)).view_as(joined.inside)
-        return joined, limit.masked_fill(~joined.live, 0)
+        low, high = (left[at][..., 0].repeat_interleave(many, 1) for at in (0, 3))
+        lists = torch.arange(len(low), dtype=torch.int64, device=problem.device)
+        return joined, limit.masked_fill(~joined.live, 0), low, high, lists
 
     def _noise(self, tiles: Tiles, many: int) -> Tensor:
         """Tell where inside a slot the points of each list of queries lie, ``[lists, tiles * many, 1]``."""
@@ -236,21 +251,3 @@ class DrawAlike(Stage):
         share = scan.shares(part, blocks(size), num)
         to_the_end = not (scan.tiles.problem.causal and covered.gap is not None)
         return draws_of(share, size, left, noise, self.num, self.uniform_share, to_the_end)
-
-    def _lists(
-        self, tiles: Tiles, covered: CoveredKeys, row_limit: Tensor, left: tuple[Tensor, ...], index: Tensor, weight: Tensor
-    ) -> Selection:
-        """Make the selection of the sorted tiles."""
-        problem, many = tiles.problem, index.shape[1] // len(tiles.index)
-        low, high = (left[at][..., 0].repeat_interleave(many, 1) for at in (0, 3))
-        runs = Runs(
-            first=index,
-            size=1,
-            log_weight=weight,
-            low=low,
-            high=high,
-            causal=problem.causal and covered.gap is None,
-            sample=DrawnSlots((self.num,), (True,)),
-        )
-        lists = torch.arange(len(index), dtype=torch.int64, device=problem.device)
-        return Selection((runs,), row_limit=row_limit, key_row=lists)

@@ -22,6 +22,21 @@ class LookAhead(IntEnum):
 
 
 @dataclass(frozen=True)
+class Edges:
+    """Edges of each tile's remaining keys, as kernels read them.
+
+    Args:
+        of_tile: begin, hole begin, hole end, end, and the end of the keys that all queries of the tile see.
+        begin: the first of these, contiguous.
+        end: the fourth.
+    """
+
+    of_tile: Int[Tensor, "lists tiles 5"]
+    begin: Int[Tensor, "lists tiles"]
+    end: Int[Tensor, "lists tiles"]
+
+
+@dataclass(frozen=True)
 class CoveredKeys:
     """Keys that earlier stages took for each tile: later stages skip them, so that no key counts twice.
 
@@ -32,6 +47,7 @@ class CoveredKeys:
         near: number of keys directly before each tile that a window took.
         blocks: blocks of earlier stages: sorted indices of the blocks, and their size.
         labels: pairs of equal label are taken.
+        edges: the edges that `bounds` computes, where a kernel has computed them.
     """
 
     prefix: int = 0
@@ -40,6 +56,7 @@ class CoveredKeys:
     near: int = 0
     blocks: tuple[tuple[Int[Tensor, "lists tiles _"], int], ...] = ()
     labels: Labels | None = None
+    edges: Edges | None = None
 
     def with_blocks(self, blocks: Int[Tensor, "lists tiles slots"], block_size: int) -> "CoveredKeys":
         """Add chosen blocks to the taken keys."""

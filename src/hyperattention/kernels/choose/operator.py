@@ -62,31 +62,6 @@ def _(query, summary, first, edges, lse, number, *rest):
     return query.new_empty((*query.shape[:2], number), dtype=torch.float32)
 
 
-@torch.library.custom_op("hyperattention::draw_leaves", mutates_args=())
-def draw_leaves(
-    first: Tensor,
-    size: Tensor,
-    mass: Tensor,
-    alive: Tensor,
-    count: Tensor,
-    offset: Tensor,
-    num: int,
-    uniform_share: float,
-    clip_rounds: int,
-    least: float,
-) -> tuple[Tensor, Tensor]:
-    """See `triton_draw_leaves.draw_leaves`."""
-    from hyperattention.kernels.choose import triton_draw_leaves
-
-    return triton_draw_leaves.draw_leaves(first, size, mass, alive, count, offset, num, uniform_share, clip_rounds, least)
-
-
-@draw_leaves.register_fake
-def _(first, size, mass, alive, count, offset, num, *rest):
-    shape = (*first.shape[:2], num)
-    return first.new_empty(shape), mass.new_empty(shape)
-
-
 @torch.library.custom_op("hyperattention::prepare_keys", mutates_args=())
 def prepare_keys(k: Tensor, middle: Tensor, basis: Tensor | None, room: int) -> Tensor:
     """See `triton_prepare.prepare_keys`."""
@@ -135,30 +110,32 @@ def alike_shares(
     keys: Tensor,
     variance: Tensor | None,
     log_value: Tensor,
-    known: Tensor,
+    edges: Tensor,
+    size: int,
     num: int,
     deviations: float,
 ) -> Tensor:
     """See `triton_alike_shares.alike_shares`."""
     from hyperattention.kernels.choose import triton_alike_shares
 
-    return triton_alike_shares.alike_shares(query, bar, spread, keys, variance, log_value, known, num, deviations)
+    return triton_alike_shares.alike_shares(query, bar, spread, keys, variance, log_value, edges, size, num, deviations)
 
 
 @alike_shares.register_fake
-def _(query, bar, spread, keys, variance, log_value, known, num, deviations):
+def _(query, bar, spread, keys, variance, log_value, edges, size, num, deviations):
     # a row's places are a multiple of 16
     return query.new_empty((query.shape[0], query.shape[1] * query.shape[2], -(-num // 16) * 16))
 
 
-@torch.library.custom_op("hyperattention::draw_alike", mutates_args=("index", "weight"))
+@torch.library.custom_op("hyperattention::draw_alike", mutates_args=("index", "weight", "low", "high"))
 def draw_alike(
     share: Tensor,
-    known: Tensor,
     edges: Tensor,
     noise: Tensor,
     index: Tensor,
     weight: Tensor,
+    low: Tensor,
+    high: Tensor,
     size: int,
     even: float,
     rounds: int,
@@ -167,8 +144,8 @@ def draw_alike(
     """See `triton_draw_alike.draw_alike`."""
     from hyperattention.kernels.choose import triton_draw_alike
 
-    triton_draw_alike.draw_alike(share, known, edges, noise, index, weight, size, even, rounds, least)
+    triton_draw_alike.draw_alike(share, edges, noise, (index, weight, low, high), size, even, rounds, least)
 
 
-for _operator in (alike_shares, block_lse, block_mass, draw_alike, draw_leaves, prepare_keys, prepare_queries):
+for _operator in (alike_shares, block_lse, block_mass, draw_alike, prepare_keys, prepare_queries):
     refuse_vmap(_operator, "choosing keys")

@@ -35,30 +35,59 @@ def factors_keys(width: int) -> bool:
     return width <= _MOST_FACTORED
 
 
-@torch.library.custom_op("hyperattention::uniform_of_pairs", mutates_args=())
-def uniform_of_pairs(first: Tensor, second: Tensor, state: int, many: int, last: bool) -> Tensor:
-    """See `triton_uniform.uniform_of_pairs`."""
-    from hyperattention.kernels.choose import triton_uniform
+def alike_first(
+    k: Tensor, v: Tensor, num: int, index: Tensor, many: int, heads: Tensor | None, kv_heads: int, states: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute what a choice for alike queries needs before anything else, in one launch.
 
-    return triton_uniform.uniform_of_pairs(first, second, state, many, last)
+    Args:
+        k: keys, ``[lists, keys, width]``.
+        v: their values.
+        num: leading keys and values that are averaged.
+        index: numbers of the tiles.
+        many: lists of queries of each tile.
+        heads: the kv heads' numbers in their layer; None for all, in order.
+        kv_heads: number of kv heads.
+        states: what the counters before those of directions, and before those of noise, are hashed to.
+
+    Returns:
+        averages of the first keys and of the first values, and how far these lie from it on average, behind one another,
+        ``[lists, width + value_dim + 1]``, float32; directions from which those in which queries differ are sought,
+        ``[width, 16]``, float32; where inside a slot the points of each list of queries lie, ``[lists, tiles * many]``,
+        float64; and the numbers of the lists.
+    """
+    return _alike_first(k, v, num, index, many, heads, kv_heads, *states)
 
 
-@uniform_of_pairs.register_fake
-def _(first, second, state, many, last):
-    return first.new_empty((first.shape[0], second.shape[0] * many), dtype=torch.float64)
+@torch.library.custom_op("hyperattention::alike_first", mutates_args=())
+def _alike_first(
+    k: Tensor,
+    v: Tensor,
+    num: int,
+    index: Tensor,
+    many: int,
+    heads: Tensor | None,
+    kv_heads: int,
+    state: int,
+    noise_state: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from hyperattention.kernels.choose import triton_alike_first
+
+    results = _empty_first(k, v, index, many)
+    if k.shape[0] and k.shape[1]:
+        triton_alike_first.launch_first(k, v, index, heads, results, num, kv_heads, (state, noise_state)).run()
+    return results
 
 
-@torch.library.custom_op("hyperattention::alike_centres", mutates_args=())
-def alike_centres(k: Tensor, v: Tensor, num: int) -> Tensor:
-    """See `triton_alike_blocks.alike_centres`."""
-    from hyperattention.kernels.choose import triton_alike_blocks
-
-    return triton_alike_blocks.alike_centres(k, v, num)
+def _empty_first(k: Tensor, v: Tensor, index: Tensor, many: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    centres = k.new_empty((k.shape[0], k.shape[2] + v.shape[2] + 1), dtype=torch.float32)
+    noise = centres.new_empty((k.shape[0], len(index) * many), dtype=torch.float64)
+    return centres, centres.new_empty((k.shape[2], _DIRECTIONS)), noise, index.new_empty(len(k))
 
 
-@alike_centres.register_fake
-def _(k, v, num):
-    return k.new_empty((k.shape[0], k.shape[2] + v.shape[2] + 1), dtype=torch.float32)
+@_alike_first.register_fake
+def _(k, v, num, index, many, *rest):
+    return _empty_first(k, v, index, many)
 
 
 @torch.library.custom_op("hyperattention::key_factors", mutates_args=())
@@ -100,7 +129,7 @@ def sort_alike(
     q: Tensor,
     begin: Tensor,
     factor: Tensor,
-    number: Tensor,
+    edges: Tensor,
     limit: Tensor,
     source: Tensor,
     live: Tensor,
@@ -109,6 +138,8 @@ def sort_alike(
     first_tile: int,
     front: int,
     many: int,
+    leading: int,
+    growth: int,
     scale: float,
     rounds: int,
     steps: int,
@@ -116,12 +147,13 @@ def sort_alike(
     """See `triton_sort_alike.sort_alike`."""
     from hyperattention.kernels.choose import triton_sort_alike
 
-    given, results = (q, begin, factor, number, limit), (source, live, inside, row_limit)
-    return triton_sort_alike.sort_alike(*given, *results, first_tile, front, many, scale, rounds, steps)
+    given, results = (q, begin, factor, edges, limit), (source, live, inside, row_limit)
+    numbers = first_tile, front, many, leading, growth, scale, rounds, steps
+    return triton_sort_alike.sort_alike(*given, *results, *numbers)
 
 
 @sort_alike.register_fake
-def _(q, begin, factor, number, limit, source, live, inside, row_limit, first_tile, front, many, scale, rounds, steps):
+def _(q, begin, factor, edges, limit, source, live, inside, row_limit, first_tile, front, many, *rest):
     return begin.new_empty((source.shape[0], source.shape[1] // many, _DIRECTIONS, q.shape[3]))
 
 
@@ -144,12 +176,12 @@ def _(q, source, directions, groups, scale, steps, dtype):
 
 @torch.library.custom_op("hyperattention::alike_bars", mutates_args=())
 def alike_bars(
-    query: Tensor, log_rows: Tensor, moments: Tensor, known: Tensor, normal: int, log_size: float, bound: float
+    query: Tensor, log_rows: Tensor, moments: Tensor, edges: Tensor, size: int, normal: int, log_size: float, bound: float
 ) -> Tensor:
     """See `triton_alike_bars.alike_bars`."""
     from hyperattention.kernels.choose import triton_alike_bars
 
-    return triton_alike_bars.alike_bars(query, log_rows, moments, known, normal, log_size, bound)
+    return triton_alike_bars.alike_bars(query, log_rows, moments, edges, size, normal, log_size, bound)
 
 
 @alike_bars.register_fake
@@ -157,5 +189,5 @@ def _(query, log_rows, *rest):
     return torch.empty_like(log_rows)
 
 
-for _operator in (alike_bars, alike_blocks, alike_centres, group_alike, key_factors, sort_alike, uniform_of_pairs):
+for _operator in (_alike_first, alike_bars, alike_blocks, group_alike, key_factors, sort_alike):
     refuse_vmap(_operator, "choosing keys")

@@ -19,8 +19,9 @@ _ROWS, _STRETCHES = 64, 64
 
 @triton.jit
 def _kernel(
-    query_ptr, log_rows_ptr, moments_ptr, known_ptr, bar_ptr, averages, stretches, log_size, bound,
-    OF_TILE: tl.constexpr, NORMAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    query_ptr, log_rows_ptr, moments_ptr, edges_ptr, bar_ptr, averages, stretches, size, s_edges, log_size, bound,
+    EDGES: tl.constexpr, OF_TILE: tl.constexpr, NORMAL: tl.constexpr, DIM: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
     STRETCHES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_of_keys = tl.program_id(1).to(tl.int64)
@@ -31,8 +32,8 @@ def _kernel(
     query_at = query_ptr + at[:, None] * DIM + column[None, :]
     query = tl.load(query_at, mask=there[:, None] & (column < DIM)[None, :], other=0.0)
     square = (query.to(tl.float32) * query.to(tl.float32)).to(query.dtype)
-    known = tl.load(known_ptr + row_of_keys * (averages // OF_TILE) + average // OF_TILE, mask=there, other=0)
-    known = known.to(tl.int32) // NORMAL
+    known = tl.load(edges_ptr + row_of_keys * s_edges + average // OF_TILE * EDGES + EDGES - 1, mask=there, other=0)
+    known = known.to(tl.int32) // size // NORMAL
     most = tl.sqrt(2.0 * log_size)
     largest, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     count = tl.max(known, 0)
@@ -57,7 +58,7 @@ def _kernel(
 
 
 def alike_bars(
-    query: Tensor, log_rows: Tensor, moments: Tensor, known: Tensor, normal: int, log_size: float, bound: float
+    query: Tensor, log_rows: Tensor, moments: Tensor, edges: Tensor, size: int, normal: int, log_size: float, bound: float
 ) -> Tensor:
     """Tell what each average's scores are compared with: see `AlikeScan.bars`.
 
@@ -65,7 +66,8 @@ def alike_bars(
         query: averages of each group, ``[lists, tiles, many, groups, width]``.
         log_rows: half the logarithm of the queries in each, ``[lists, tiles, many, groups]``, float32.
         moments: means of whole stretches beside half of their variances, ``[lists, stretches, 2 * width]``.
-        known: leading blocks that each tile may score, ``[lists, tiles]``.
+        edges: edges of each tile, the last of which counts the keys that it may score, ``[lists, tiles, 5]``.
+        size: keys in a block.
         normal: blocks of a stretch.
         log_size: logarithm of the keys of a stretch.
         bound: of the result.
@@ -75,12 +77,20 @@ def alike_bars(
     """
     bar = torch.empty_like(log_rows)
     if bar.numel():
-        launch_bars(query, log_rows, moments, known, bar, normal, log_size, bound).run()
+        launch_bars(query, log_rows, moments, edges, bar, size, normal, log_size, bound).run()
     return bar
 
 
 def launch_bars(
-    query: Tensor, log_rows: Tensor, moments: Tensor, known: Tensor, bar: Tensor, normal: int, log_size: float, bound: float
+    query: Tensor,
+    log_rows: Tensor,
+    moments: Tensor,
+    edges: Tensor,
+    bar: Tensor,
+    size: int,
+    normal: int,
+    log_size: float,
+    bound: float,
 ) -> Launch:
     """Prepare the launch of `alike_bars`, which writes into `bar`."""
     averages, width = bar[0].numel(), query.shape[4]
@@ -91,7 +101,8 @@ def launch_bars(
         (triton.cdiv(averages, rows), query.shape[0]),
         {
             "query_ptr": query.contiguous(), "log_rows_ptr": log_rows.contiguous(), "moments_ptr": moments.contiguous(),
-            "known_ptr": known.contiguous(), "bar_ptr": bar, "averages": averages, "stretches": moments.shape[1],
+            "edges_ptr": edges, "size": size, "s_edges": edges.stride(0), "EDGES": edges.shape[2],
+            "bar_ptr": bar, "averages": averages, "stretches": moments.shape[1],
             "log_size": log_size, "bound": bound, "OF_TILE": bar[0, 0].numel(), "NORMAL": normal, "DIM": width,
             "ROWS": rows, "WIDTH": max(16, triton.next_power_of_2(width)), "STRETCHES": stretches,
             # estimates are in bfloat16; only tests have wider ones

@@ -1,7 +1,6 @@
-"""Blocks of keys for scores by alike queries in Triton: two launches centre keys, average them and weigh their values.
+"""Blocks of keys for scores by alike queries in Triton: one launch centres keys, averages them and weighs their values.
 
-The first has a program for each list of keys, which averages the first keys and values; the second one for each stretch of
-blocks. `select.score.alike_scan.blocks_of` does the same in PyTorch.
+A program takes a stretch of blocks. `select.score.alike_scan.blocks_of` does the same in PyTorch.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -15,9 +14,6 @@ from torch import Tensor
 from hyperattention.kernels.choose.triton_sort_alike import _finite
 from hyperattention.kernels.launch import Launch
 
-# leading keys read at once
-_KEYS = 32
-
 
 @triton.jit
 def _rows(x_ptr, row, count, s_row, column, DIM: tl.constexpr):
@@ -27,38 +23,8 @@ def _rows(x_ptr, row, count, s_row, column, DIM: tl.constexpr):
 
 
 @triton.jit
-def _mean(x_ptr, count, s_row, column, DIM: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr):
-    """Average the first rows, without what is not finite."""
-    total = tl.zeros([WIDTH], tl.float32)
-    for first in tl.range(0, count, KEYS):
-        total += tl.sum(_finite(_rows(x_ptr, first + tl.arange(0, KEYS), count, s_row, column, DIM)), 0)
-    return total / count
-
-
-@triton.jit
 def _length(x):
     return tl.sqrt(tl.sum(x * x, 1))
-
-
-@triton.jit
-def _centres_kernel(
-    k_ptr, v_ptr, out_ptr, count, s_list, s_key, s_value_list, s_value,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-):  # fmt: skip
-    one = tl.program_id(0).to(tl.int64)
-    column, value_column = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
-    out_ptr += one * (DIM + VALUE_DIM + 1)
-    mean = _mean(k_ptr + one * s_list, count, s_key, column, DIM, KEYS, WIDTH)
-    tl.store(out_ptr + column, mean, mask=column < DIM)
-    v_ptr += one * s_value_list
-    centre = _mean(v_ptr, count, s_value, value_column, VALUE_DIM, KEYS, VALUE_WIDTH)
-    tl.store(out_ptr + DIM + value_column, centre, mask=value_column < VALUE_DIM)
-    total = tl.zeros([KEYS], tl.float32)
-    for first in tl.range(0, count, KEYS):
-        key = first + tl.arange(0, KEYS)
-        x = _finite(_rows(v_ptr, key, count, s_value, value_column, VALUE_DIM) - centre[None, :])
-        total += tl.where(key < count, _length(x), 0.0)
-    tl.store(out_ptr + DIM + VALUE_DIM, tl.sum(total, 0) / count)
 
 
 @triton.jit
@@ -106,35 +72,6 @@ def _kernel(
         tl.store(moments_at + DIM, half.to(moments_ptr.dtype.element_ty), mask=column < DIM)
 
 
-def alike_centres(k: Tensor, v: Tensor, num: int) -> Tensor:
-    """Average the first keys and values of each list, and tell how far these values lie from their mean.
-
-    Args:
-        k: keys, ``[lists, keys, width]``.
-        v: their values.
-        num: leading keys that are averaged.
-
-    Returns:
-        both averages and the mean distance, behind one another: ``[lists, width + value_dim + 1]``, float32.
-    """
-    centres = k.new_empty((k.shape[0], k.shape[2] + v.shape[2] + 1), dtype=torch.float32)
-    if k.shape[0] and k.shape[1]:
-        launch_centres(k, v, centres, num).run()
-    return centres
-
-
-def launch_centres(k: Tensor, v: Tensor, centres: Tensor, num: int) -> Launch:
-    """Prepare the launch of `alike_centres`, which writes into `centres`."""
-    return Launch(
-        _centres_kernel,
-        (k.shape[0],),
-        {
-            "out_ptr": centres, "count": min(num, k.shape[1]), "KEYS": _KEYS,
-            **_shapes(k, v), "num_warps": 4, "num_stages": 2,
-        },
-    )  # fmt: skip
-
-
 def alike_blocks(
     k: Tensor, v: Tensor, centres: Tensor, size: int, normal: int, most: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,7 +80,7 @@ def alike_blocks(
     Args:
         k: keys, ``[lists, keys, width]``.
         v: their values.
-        centres: from `alike_centres`.
+        centres: from `operator_alike.alike_first`.
         size: keys in a block.
         normal: blocks of a stretch.
         most: bound of the logarithms.
@@ -175,13 +112,22 @@ def launch_blocks(
         {
             "centre_ptr": centres, "keys_ptr": keys, "variance_ptr": variance,
             "moments_ptr": moments, "log_value_ptr": log_value, "count": k.shape[1], "blocks": keys.shape[1],
-            "stretches": moments.shape[1], "most": most, "SIZE": size, "BLOCKS": normal, **_shapes(k, v),
+            "stretches": moments.shape[1], "most": most, "SIZE": size, "BLOCKS": normal, **shapes(k, v),
             "num_warps": 4 if size == 1 and max(k.shape[2], v.shape[2]) <= 128 else 8, "num_stages": 2,
         },
     )  # fmt: skip
 
 
-def _shapes(k: Tensor, v: Tensor) -> dict:
+def shapes(k: Tensor, v: Tensor) -> dict:
+    """Return the arguments that tell a kernel where keys and values lie.
+
+    Args:
+        k: keys, ``[lists, keys, width]``.
+        v: their values.
+
+    Returns:
+        arguments by name.
+    """
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     return {
         "k_ptr": k, "v_ptr": v, "s_list": k.stride(0), "s_key": k.stride(1), "s_value_list": v.stride(0),

@@ -20,9 +20,10 @@ _ALIGNED = 16
 
 @triton.jit
 def _kernel(
-    query_ptr, bar_ptr, spread_ptr, keys_ptr, variance_ptr, log_value_ptr, known_ptr, share_ptr,
-    lists, blocks, room, s_query,
-    MANY: tl.constexpr, OF_LIST: tl.constexpr, DIM: tl.constexpr, MOMENTS: tl.constexpr, DEVIATIONS: tl.constexpr,
+    query_ptr, bar_ptr, spread_ptr, keys_ptr, variance_ptr, log_value_ptr, edges_ptr, share_ptr,
+    lists, blocks, room, size, s_query, s_edges,
+    EDGES: tl.constexpr, MANY: tl.constexpr, OF_LIST: tl.constexpr, DIM: tl.constexpr, MOMENTS: tl.constexpr,
+    DEVIATIONS: tl.constexpr,
     WITHIN: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +42,8 @@ def _kernel(
     # what is no average is below any score
     bar = tl.load(bar_ptr + row_of_keys * lists * OF_LIST + at, mask=there, other=float("inf"))
     one = begin + tl.arange(0, LISTS)
-    known = tl.load(known_ptr + row_of_keys * (lists // MANY) + one // MANY, mask=one < lists, other=0).to(tl.int32)
+    known_at = edges_ptr + row_of_keys * s_edges + one // MANY * EDGES + EDGES - 1
+    known = tl.load(known_at, mask=one < lists, other=0).to(tl.int32) // size
     spread_at = spread_ptr + (row_of_keys * lists + one)[:, None] * MOMENTS + column
     inside = (one < lists)[:, None] & (column < DIM)
     spread = tl.load(spread_at, mask=inside, other=0.0)
@@ -88,7 +90,8 @@ def alike_shares(
     keys: Tensor,
     variance: Tensor | None,
     log_value: Tensor,
-    known: Tensor,
+    edges: Tensor,
+    size: int,
     num: int,
     deviations: float,
 ) -> Tensor:
@@ -102,8 +105,9 @@ def alike_shares(
         keys: means of blocks, ``[lists, blocks, width]``.
         variance: variances inside blocks, of the same shape; None for blocks of one key.
         log_value: logarithm of how far values lie, ``[lists, blocks]``, float32.
-        known: leading blocks that each tile may score, ``[lists, tiles]``.
-        num: a bound of those.
+        edges: edges of each tile, the last of which counts the keys that it may score, ``[lists, tiles, 5]``.
+        size: keys in a block.
+        num: a bound of the blocks that tiles may score.
         deviations: deviations by which a query may exceed the average of its group.
 
     Returns:
@@ -111,13 +115,13 @@ def alike_shares(
     """
     share = empty_shares(query, num)
     if share.numel():
-        launch_shares(query, bar, spread, keys, variance, log_value, known, share, deviations).run()
+        launch_shares(query, bar, spread, keys, variance, log_value, edges, share, size, deviations).run()
     return share
 
 
 def launch_shares(
-    query: Tensor, bar: Tensor, spread: Tensor, keys: Tensor, variance: Tensor | None, log_value: Tensor, known: Tensor,
-    share: Tensor, deviations: float,
+    query: Tensor, bar: Tensor, spread: Tensor, keys: Tensor, variance: Tensor | None, log_value: Tensor, edges: Tensor,
+    share: Tensor, size: int, deviations: float,
 ) -> Launch:  # fmt: skip
     """Prepare the launch of `alike_shares`, which writes into `share`."""
     many, groups, width = query.shape[2:]
@@ -134,7 +138,8 @@ def launch_shares(
         {
             "query_ptr": query, "bar_ptr": bar.contiguous(), "spread_ptr": spread.contiguous(), "keys_ptr": keys,
             "variance_ptr": keys if variance is None else variance.contiguous(), "log_value_ptr": log_value.contiguous(),
-            "known_ptr": known.contiguous(), "share_ptr": share, "lists": share.shape[1], "blocks": keys.shape[1],
+            "edges_ptr": edges, "size": size, "s_edges": edges.stride(0), "EDGES": edges.shape[2],
+            "share_ptr": share, "lists": share.shape[1], "blocks": keys.shape[1],
             "room": share.shape[2], "s_query": query.stride(0), "MANY": many, "OF_LIST": groups, "DIM": width,
             "MOMENTS": spread.shape[3], "DEVIATIONS": deviations, "WITHIN": crowded, "LISTS": lists, "GROUPS": padded,
             "WIDTH": broad,

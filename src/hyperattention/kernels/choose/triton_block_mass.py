@@ -20,8 +20,8 @@ BLOCK = 64
 
 
 @triton.jit
-def _edges(edges_ptr, tile):
-    at = edges_ptr + tile * 5
+def _edges(edges_ptr, tile, tiles, s_edges):
+    at = edges_ptr + tile // tiles * s_edges + tile % tiles * 5
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
 
 
@@ -42,11 +42,12 @@ def _queries(query_ptr, tile, tiles, rows, width, s_list, s_tile, s_row, ROWS: t
 
 @triton.jit
 def _lse_kernel(
-    query_ptr, moments_ptr, edges_ptr, lse_ptr, tiles, rows, width, number, blocks, size, log_size, s_list, s_tile, s_row,
+    query_ptr, moments_ptr, edges_ptr, lse_ptr, tiles, rows, width, number, blocks, size, log_size,
+    s_list, s_tile, s_row, s_edges,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
-    begin, hole_begin, hole_end, end, until = _edges(edges_ptr, tile)
+    begin, hole_begin, hole_end, end, until = _edges(edges_ptr, tile, tiles, s_edges)
     query = _queries(query_ptr, tile, tiles, rows, width, s_list, s_tile, s_row, ROWS, WIDTH)
     square = (query.to(tl.float32) * query.to(tl.float32) * 0.5).to(query.dtype)
     column = tl.arange(0, WIDTH)[None, :]
@@ -76,13 +77,13 @@ def _lse_kernel(
 @triton.jit
 def _mass_kernel(
     query_ptr, summary_ptr, first_ptr, edges_ptr, lse_ptr, mass_ptr,
-    tiles, rows, width, number, blocks, size, cut, s_list, s_tile, s_row, s_first,
+    tiles, rows, width, number, blocks, size, cut, s_list, s_tile, s_row, s_edges, s_first,
     EVERY: tl.constexpr, MEANS: tl.constexpr, FAR: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     REPRESENTATIVES: tl.constexpr = MEANS + FAR
     tile = tl.program_id(0).to(tl.int64)
-    begin, hole_begin, hole_end, end, until = _edges(edges_ptr, tile)
+    begin, hole_begin, hole_end, end, until = _edges(edges_ptr, tile, tiles, s_edges)
     query = _queries(query_ptr, tile, tiles, rows, width, s_list, s_tile, s_row, ROWS, WIDTH)
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)[None, :]
     source = summary_ptr + (tile // tiles) * blocks * REPRESENTATIVES * width + column
@@ -124,6 +125,9 @@ def _mass_kernel(
             # means represent all keys except the far keys, which represent themselves
             mass += weight * tl.where(r < MEANS, (size - FAR) / MEANS, 1.0)
         tl.store(mass_ptr + tile * number + place, tl.where(known, mass, 0.0), mask=place < count)
+    for at in tl.range(count, number, BLOCK):
+        place = at + tl.arange(0, BLOCK)
+        tl.store(mass_ptr + tile * number + place, 0.0, mask=place < number)
 
 
 def block_lse(query: Tensor, moments: Tensor, edges: Tensor, number: int, size: int) -> Tensor:
@@ -184,7 +188,7 @@ def block_mass(
     Returns:
         ``[lists, tiles, number]``, float32; 0 for blocks that a tile may not use.
     """
-    mass = query.new_zeros((*query.shape[:2], number), dtype=torch.float32)
+    mass = query.new_empty((*query.shape[:2], number), dtype=torch.float32)
     if mass.numel():
         launch_mass(query, summary, first, edges, lse, mass, size, cut, representatives).run()
     return mass
@@ -220,7 +224,7 @@ def _common(query: Tensor, edges: Tensor, number: int, size: int, blocks: int) -
     _, tiles, rows, width = query.shape
     query = query if query.stride(3) == 1 else query.contiguous()
     return {
-        "query_ptr": query, "edges_ptr": edges.contiguous(), "tiles": tiles, "rows": rows, "width": width,
+        "query_ptr": query, "edges_ptr": edges, "s_edges": edges.stride(0), "tiles": tiles, "rows": rows, "width": width,
         "number": number, "blocks": blocks, "size": size,
         "s_list": query.stride(0), "s_tile": query.stride(1), "s_row": query.stride(2),
         "ROWS": max(16, triton.next_power_of_2(rows)), "WIDTH": max(16, triton.next_power_of_2(width)), "BLOCK": BLOCK,

@@ -50,19 +50,22 @@ def _units(share_ptr, block, known, room, most, scale, evenly, unit):
 
 @triton.jit
 def _kernel(
-    share_ptr, known_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, room, num, even, least,
-    s_edges, s_noise, s_index, s_weight,
+    share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, room, num, even, least,
+    s_edges, s_noise, s_index, s_weight, s_low, EDGES: tl.constexpr,
     MANY: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr, UNITS: tl.constexpr,
     BLOCKS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     row, one = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tile = row // MANY
-    edges_ptr += one * s_edges
-    begin = tl.load(edges_ptr + tile * 4).to(tl.int32)
-    hole_begin = tl.load(edges_ptr + tile * 4 + 1).to(tl.int32)
-    hole_end = tl.load(edges_ptr + tile * 4 + 2).to(tl.int32)
-    end = tl.load(edges_ptr + tile * 4 + 3).to(tl.int32)
-    known = tl.load(known_ptr + one * (tl.num_programs(0) // MANY) + tile).to(tl.int32)
+    edges_ptr += one * s_edges + tile * EDGES
+    begin = tl.load(edges_ptr)
+    end = tl.load(edges_ptr + 3)
+    tl.store(low_ptr + one * s_low + row, begin)
+    tl.store(high_ptr + one * s_low + row, end)
+    begin, end = begin.to(tl.int32), end.to(tl.int32)
+    hole_begin = tl.load(edges_ptr + 1).to(tl.int32)
+    hole_end = tl.load(edges_ptr + 2).to(tl.int32)
+    known = tl.load(edges_ptr + 4).to(tl.int32) // SIZE
     count = hole_begin - begin + end - hole_end
     share_ptr += (one * tl.num_programs(0) + row) * room
     index_ptr += one * s_index + row * num
@@ -126,41 +129,42 @@ def _kernel(
 
 
 def draw_alike(
-    share: Tensor, known: Tensor, edges: Tensor, noise: Tensor, index: Tensor, weight: Tensor, size: int, even: float,
+    share: Tensor, edges: Tensor, noise: Tensor, results: tuple[Tensor, Tensor, Tensor, Tensor], size: int, even: float,
     rounds: int, least: float,
 ) -> None:  # fmt: skip
     """Draw keys for each list of queries: see `select.score.stretches`.
 
     Args:
         share: shares of keys, ``[lists, tiles * many, room]``; not read beyond the known blocks.
-        known: leading blocks of each tile that were scored, ``[lists, tiles]``.
-        edges: begin, hole begin, hole end and end of the keys that are left, ``[lists, tiles, 4]``.
+        edges: begin, hole begin, hole end and end of the keys that are left, and the number of keys that a tile may
+            score, ``[lists, tiles, 5]``.
         noise: where inside a slot its point lies, in [0, 1), ``[lists, tiles * many]``, float64.
-        index: for the keys, ascending, ``[lists, tiles * many, draws]``; some lists of many tiles may follow one another.
-        weight: for their log-weights.
+        results: for the keys, ascending, and for their log-weights, ``[lists, tiles * many, draws]``; some lists of many
+            tiles may follow one another. For the begin and the end of the keys that are left, ``[lists, tiles * many]``.
         size: number of keys in a block.
         even: share of the draws that is spread evenly.
         rounds: rounds of cutting listings to one a key.
         least: sums below this count as 0.
     """
-    if index.numel():
-        launch_draw(share, known, edges, noise, (index, weight), size, even, rounds, least).run()
+    if results[0].numel():
+        launch_draw(share, edges, noise, results, size, even, rounds, least).run()
 
 
 def launch_draw(
-    share: Tensor, known: Tensor, edges: Tensor, noise: Tensor, results: tuple[Tensor, Tensor], size: int, even: float,
+    share: Tensor, edges: Tensor, noise: Tensor, results: tuple[Tensor, Tensor, Tensor, Tensor], size: int, even: float,
     rounds: int, least: float,
 ) -> Launch:  # fmt: skip
-    """Prepare the launch of `draw_alike`, which writes keys and log-weights into `results`."""
-    index, weight = results
+    """Prepare the launch of `draw_alike`, which writes into `results`."""
+    index, weight, low, high = results
     return Launch(
         _kernel,
         (share.shape[1], share.shape[0]),
         {
-            "share_ptr": share.contiguous(), "known_ptr": known.contiguous(), "edges_ptr": edges, "noise_ptr": noise,
-            "index_ptr": index, "weight_ptr": weight, "room": share.shape[2], "num": index.shape[2], "even": even,
+            "share_ptr": share.contiguous(), "edges_ptr": edges, "noise_ptr": noise, "index_ptr": index,
+            "weight_ptr": weight, "low_ptr": low, "high_ptr": high, "EDGES": edges.shape[2],
+            "room": share.shape[2], "num": index.shape[2], "even": even,
             "least": least, "s_edges": edges.stride(0), "s_noise": noise.stride(0), "s_index": index.stride(0),
-            "s_weight": weight.stride(0), "MANY": share.shape[1] // known.shape[1],
+            "s_weight": weight.stride(0), "s_low": low.stride(0), "MANY": share.shape[1] // edges.shape[1],
             "SIZE": size, "ROUNDS": rounds, "UNITS": _UNITS,
             "BLOCKS": _BLOCKS, "PLACED": _PLACED if size == 1 else _PLACED_OF_SEVERAL, "num_warps": 4,
         },

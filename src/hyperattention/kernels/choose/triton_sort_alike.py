@@ -122,8 +122,9 @@ def _multiplied(
 
 @triton.jit(do_not_specialize=["first_tile", "front"])
 def _kernel(
-    q_ptr, begin_ptr, factor_ptr, number_ptr, limit_ptr, source_ptr, live_ptr, inside_ptr, row_limit_ptr, directions_ptr,
-    scale, first_tile, front, queries, kv_heads, factors, s_batch, s_head, s_query, s_list, s_limit,
+    q_ptr, begin_ptr, factor_ptr, edges_ptr, limit_ptr, source_ptr, live_ptr, inside_ptr, row_limit_ptr, directions_ptr,
+    scale, first_tile, front, queries, kv_heads, factors, leading, s_batch, s_head, s_query, s_list, s_edges, s_limit,
+    s_limit_tile, GROWTH: tl.constexpr, EDGES: tl.constexpr,
     GROUP: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, EACH: tl.constexpr, LEAVES: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, SLICE: tl.constexpr,
     COLUMNS: tl.constexpr, ROUNDS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -132,7 +133,13 @@ def _kernel(
     first = (first_tile + place_of_tile) * SIZE - front
     q_ptr += (one // kv_heads) * s_batch + (one % kv_heads) * GROUP * s_head
     directions_ptr += (one * tl.num_programs(0) + place_of_tile) * COLUMNS * DIM
-    factor_ptr += (one * factors + tl.load(number_ptr + one * tl.num_programs(0) + place_of_tile)) * DIM * DIM
+    # the factor of the most leading keys among those that all queries of the tile see
+    known = tl.load(edges_ptr + one * s_edges + place_of_tile * EDGES + EDGES - 1)
+    number, edge = 0, leading
+    for _ in tl.range(1, factors):
+        number += (known >= edge).to(tl.int32)
+        edge *= GROWTH
+    factor_ptr += (one * factors + number) * DIM * DIM
     full: tl.constexpr = MANY * EACH
     column, to = tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
     # directions in which rows differ most: products with their covariance, of which only the products are made
@@ -195,7 +202,7 @@ def _kernel(
         rank = tl.where(own, tl.cumsum(own.to(tl.int32), 0) - 1, rank)
     place, position, query = _place(row, first, queries, GROUP, SIZE)
     live = (row < GROUP * SIZE) & (position == query)
-    limit_at = limit_ptr + (one // kv_heads) * s_limit + (first_tile + place_of_tile) * SIZE + place // GROUP
+    limit_at = limit_ptr + (one // kv_heads) * s_limit + (first_tile + place_of_tile) * s_limit_tile + place // GROUP
     limit = tl.load(limit_at, mask=live, other=0)
     out = one * s_list + place_of_tile.to(tl.int64) * full + number * EACH + rank
     inside = row < full
@@ -206,8 +213,9 @@ def _kernel(
 
 
 def sort_alike(
-    q: Tensor, begin: Tensor, factor: Tensor, number: Tensor, limit: Tensor, source: Tensor, live: Tensor, inside: Tensor,
-    row_limit: Tensor, first_tile: int, front: int, many: int, scale: float, rounds: int, steps: int,
+    q: Tensor, begin: Tensor, factor: Tensor, edges: Tensor, limit: Tensor, source: Tensor, live: Tensor, inside: Tensor,
+    row_limit: Tensor, first_tile: int, front: int, many: int, leading: int, growth: int,
+    scale: float, rounds: int, steps: int,
 ) -> Tensor:  # fmt: skip
     """Sort the queries of some tiles into lists of alike ones: see `select.alike.sort_alike`.
 
@@ -215,7 +223,7 @@ def sort_alike(
         q: queries, ``[batch, heads, queries, head_dim]``.
         begin: directions from which those in which queries differ are sought, ``[head_dim, 16]``, float32.
         factor: what queries may be multiplied by before they are compared, ``[lists, factors, head_dim, head_dim]``.
-        number: the factor that each tile takes, ``[lists, chunk]``.
+        edges: edges of each tile, the last of which counts the keys that all of its queries see, ``[lists, chunk, 5]``.
         limit: leading keys that each position of each tile may see, ``[batch, tiles, size]``, or once for the whole
             batch; 0 for padding.
         source: for the query in each sorted row, counted over the heads of a group, ``[lists, chunk * many, rows]``.
@@ -225,6 +233,8 @@ def sort_alike(
         first_tile: place of the first tile.
         front: padding positions before the first query of the first tile of all.
         many: lists of each tile.
+        leading: keys of the factor behind the identity; `growth` times as many of each that follows.
+        growth: how many times as many.
         scale: factor of the queries.
         rounds: products with the covariance that turn directions; 0 for the given ones.
         steps: steps towards the direction of a cut.
@@ -235,17 +245,18 @@ def sort_alike(
     directions = begin.new_empty(source.shape[0], source.shape[1] // many, DIRECTIONS, q.shape[3])
     if source.numel():
         results = source, live, inside, row_limit, directions
-        launch_sort(q, begin, (factor, number), limit, results, first_tile, front, scale, rounds, steps).run()
+        given = q, begin, (factor, edges), limit, results, first_tile, front
+        launch_sort(*given, scale, rounds, steps, (leading, growth)).run()
     return directions
 
 
 def launch_sort(
     q: Tensor, begin: Tensor, metric: tuple[Tensor, Tensor], limit: Tensor, results: tuple[Tensor, ...], first_tile: int,
-    front: int, scale: float, rounds: int, steps: int,
+    front: int, scale: float, rounds: int, steps: int, levels: tuple[int, int],
 ) -> Launch:  # fmt: skip
     """Prepare the launch of `sort_alike`, which writes into `results`, the directions last."""
     source, live, inside, row_limit, directions = results
-    factor, number = (x.contiguous() for x in metric)
+    factor, edges, limit = metric[0].contiguous(), metric[1], limit if limit.stride(2) == 1 else limit.contiguous()
     q, size = q if q.stride(3) == 1 else q.contiguous(), limit.shape[2]
     many, each, width = source.shape[1] // directions.shape[1], source.shape[2], triton.next_power_of_2(q.shape[3])
     kv_heads = source.shape[0] // q.shape[0]
@@ -254,12 +265,14 @@ def launch_sort(
         _kernel,
         (directions.shape[1], source.shape[0]),
         {
-            "q_ptr": q, "begin_ptr": begin.contiguous(), "factor_ptr": factor, "number_ptr": number,
-            "limit_ptr": limit.contiguous(), "source_ptr": source, "live_ptr": live, "inside_ptr": inside,
+            "q_ptr": q, "begin_ptr": begin.contiguous(), "factor_ptr": factor, "edges_ptr": edges,
+            "limit_ptr": limit, "source_ptr": source, "live_ptr": live, "inside_ptr": inside,
             "row_limit_ptr": row_limit, "directions_ptr": directions,
             "scale": scale, "first_tile": first_tile, "front": front, "queries": q.shape[2], "kv_heads": kv_heads,
             "factors": factor.shape[1], "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2),
-            "s_list": source.stride(0), "s_limit": limit[0].numel() if len(limit) > 1 else 0,
+            "leading": levels[0], "s_list": source.stride(0), "s_edges": edges.stride(0),
+            "s_limit": limit.stride(0) if len(limit) > 1 else 0, "s_limit_tile": limit.stride(1), "GROWTH": levels[1],
+            "EDGES": edges.shape[2],
             "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,
             "PART": max(16, min(rows, _NUMBERS // width)), "SLICE": _SLICE, "COLUMNS": DIRECTIONS, "ROUNDS": rounds,

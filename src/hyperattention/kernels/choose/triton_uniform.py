@@ -1,8 +1,7 @@
-"""Uniform numbers from pairs of counters in Triton: `random.uniform` in one launch, bit for bit."""
+"""Uniform numbers from counters in Triton: `random.uniform` in one launch, bit for bit."""
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,48 +26,55 @@ def _hashed(state, counter):
     return _mix((state ^ (counter >> 32).to(tl.uint32)) + 0xC2B2AE35)
 
 
-@triton.jit(do_not_specialize=["state"])
-def _kernel(first_ptr, second_ptr, out_ptr, state, count, MANY: tl.constexpr, LAST: tl.constexpr, COUNTERS: tl.constexpr):
+@triton.jit
+def bits_of_pair(state, first, second, LAST: tl.constexpr = False):
+    """Hash a pair of counters into a state, and a counter 0 behind them if wanted."""
+    bits = _hashed(_hashed((second * 0 + state).to(tl.uint32), first), second)
+    if LAST:
+        bits = _hashed(bits, second * 0)
+    return bits
+
+
+@triton.jit(do_not_specialize=["state", "last"])
+def _kernel(
+    heads_ptr, index_ptr, out_ptr, state, last, count, kv_heads, HEADS: tl.constexpr, LAST: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)
     there = at < count
-    first = tl.load(first_ptr + row + at * 0, mask=there, other=0)
-    second = tl.load(second_ptr + at // MANY, mask=there, other=0) * MANY + at % MANY
-    bits = _hashed(_hashed((first * 0 + state).to(tl.uint32), first), second)
+    head = row % kv_heads + at * 0
+    if HEADS:
+        head = tl.load(heads_ptr + head)
+    bits = bits_of_pair(state, head, tl.load(index_ptr + at, mask=there, other=0))
     if LAST:
-        bits = _hashed(bits, first * 0)
+        bits = _hashed(bits, head * 0 + last)
     # exact: a power of two
     tl.store(out_ptr + row * count + at, bits.to(tl.float64) * 2.3283064365386963e-10, mask=there)
 
 
-def uniform_of_pairs(first: Tensor, second: Tensor, state: int, many: int, last: bool) -> Tensor:
-    """Hash every pair of a counter of `first` and one of `second`.
-
-    Args:
-        first: counters, int64.
-        second: counters, int64; ``many * c + i`` is counted for each of these c and each i below `many`.
-        state: what the counters before them were hashed to.
-        many: counters for each of `second`.
-        last: whether a counter 0 follows.
-
-    Returns:
-        numbers in [0, 1), ``[first, second * many]``, float64.
-    """
-    out = first.new_empty((len(first), len(second) * many), dtype=torch.float64)
-    if out.numel():
-        launch_uniform(first, second, out, state, last).run()
-    return out
+@triton.jit(do_not_specialize=["state"])
+def _counted_kernel(out_ptr, state, count, COUNTERS: tl.constexpr):
+    at = (tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)).to(tl.int64)
+    bits = _hashed((at * 0 + state).to(tl.uint32), at)
+    tl.store(out_ptr + at, bits.to(tl.float64) * 2.3283064365386963e-10, mask=at < count)
 
 
-def launch_uniform(first: Tensor, second: Tensor, out: Tensor, state: int, last: bool) -> Launch:
-    """Prepare the launch of `uniform_of_pairs`, which writes into `out`."""
+def launch_counted(out: Tensor, state: int) -> Launch:
+    """Prepare the launch of `operator_search.uniform_of_counters`, which writes into `out`."""
+    arguments = {"out_ptr": out, "state": state - (state >> 31 << 32), "count": len(out), "COUNTERS": _COUNTERS}
+    return Launch(_counted_kernel, (triton.cdiv(len(out), _COUNTERS),), {**arguments, "num_warps": 4})
+
+
+def launch_uniform(heads: Tensor | None, index: Tensor, out: Tensor, state: int, last: int) -> Launch:
+    """Prepare the launch of `operator_search.uniform_of_tiles`, which writes into `out`, ``[batch, kv_heads, tiles]``."""
     return Launch(
         _kernel,
-        (triton.cdiv(out.shape[1], _COUNTERS), out.shape[0]),
+        (triton.cdiv(out.shape[2], _COUNTERS), out.shape[0] * out.shape[1]),
         {
-            "first_ptr": first.contiguous(), "second_ptr": second.contiguous(), "out_ptr": out,
+            "heads_ptr": index if heads is None else heads, "index_ptr": index, "out_ptr": out,
             # the same bits with a sign: always as wide
-            "state": state - (state >> 31 << 32), "count": out.shape[1], "MANY": out.shape[1] // len(second),
-            "LAST": last, "COUNTERS": _COUNTERS, "num_warps": 4,
+            "state": state - (state >> 31 << 32), "last": last, "count": out.shape[2], "kv_heads": out.shape[1],
+            "HEADS": heads is not None, "LAST": last >= 0, "COUNTERS": _COUNTERS, "num_warps": 4,
         },
     )  # fmt: skip

@@ -56,4 +56,4 @@ class Sinks(Stage):
             causal=tiles.problem.causal,
             hole=None if covered.gap is None else (tiles.by_list(hole_begin), tiles.by_list(hole_end)),
         )
-        return (runs,), replace(covered, prefix=max(covered.prefix, self.num), placed=covered.placed + self.num)
+        return (runs,), replace(covered, prefix=max(covered.prefix, self.num), placed=covered.placed + self.num, edges=None)

@@ -69,4 +69,4 @@ class Window(Stage):
             if size
         )
         gap, placed = (torch.maximum(first, low), end), covered.placed + self.slots(tiles.size)
-        return runs, replace(covered, gap=gap, near=before, placed=placed)
+        return runs, replace(covered, gap=gap, near=before, placed=placed, edges=None)

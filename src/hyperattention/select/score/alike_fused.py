@@ -11,11 +11,11 @@ from hyperattention.kernels.choose.operator import alike_shares, draw_alike
 from hyperattention.kernels.choose.operator_alike import (
     alike_bars,
     alike_blocks,
+    alike_first,
     factors_keys,
     group_alike,
     key_factors,
     sort_alike,
-    uniform_of_pairs,
 )
 from hyperattention.random import hash_state
 from hyperattention.select.alike import DIRECTIONS, POWER_STEPS, AlikeTiles
@@ -63,8 +63,8 @@ class FusedSort:
         alike: the sorted rows; undefined for tiles that are not yet sorted.
         row_limit: leading keys that each row may see.
         begin: directions from which those in which queries differ are sought.
-        factor: from `KeyMetric`, what queries may be multiplied by before they are compared.
-        number: the factor that each tile takes.
+        metric: what queries may be multiplied by before they are compared.
+        edges: edges of all tiles, the last of which counts the keys that all of its queries see.
         many: lists of each tile.
     """
 
@@ -72,21 +72,22 @@ class FusedSort:
     alike: AlikeTiles
     row_limit: Int[Tensor, "lists tiles rows"]
     begin: Float[Tensor, "head_dim 16"]
-    factor: Float[Tensor, "lists factors head_dim head_dim"]
-    number: Int[Tensor, "lists all_tiles"]
+    metric: KeyMetric
+    edges: Int[Tensor, "lists all_tiles 5"]
     many: int
 
     @classmethod
-    def empty(cls, tiles: Tiles, many: int, metric: KeyMetric) -> "FusedSort":
-        """Ask for the memory, and for directions; `metric` tells how different queries are to keys."""
+    def empty(
+        cls, tiles: Tiles, many: int, metric: KeyMetric, begin: Float[Tensor, "head_dim 16"], edges: Int[Tensor, "lists _ 5"]
+    ) -> "FusedSort":
+        """Ask for the memory; `metric` tells how different queries are to keys."""
         problem = tiles.problem
         rows = -(-tiles.size * problem.group // many)
         shape = (problem.k.shape[0] * problem.k.shape[1], len(tiles.index) * many, rows)
         source, inside, row_limit = (problem.q.new_empty(shape, dtype=torch.int64) for _ in range(3))
         live = problem.q.new_empty(shape, dtype=torch.bool)
         heads = (problem.q.shape[0], problem.q.shape[1], problem.num_queries)
-        alike, number = AlikeTiles(source, live, inside, heads), metric.number(tiles.by_list(tiles.known))
-        return cls(tiles, alike, row_limit, _first_directions(tiles), metric.factor, number, many)
+        return cls(tiles, AlikeTiles(source, live, inside, heads), row_limit, begin, metric, edges, many)
 
     def averages(self, part: slice, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sort the queries of some tiles, and average those of each list in groups, in two launches.
@@ -102,10 +103,9 @@ class FusedSort:
         results = (x[:, rows] for x in (self.alike.source, self.alike.live, self.alike.inside, self.row_limit))
         source, live, inside, limit = results
         rounds = 2 * ROUNDS if q.shape[3] > DIRECTIONS else 0
-        given = q, self.begin, self.factor, self.number[:, part], self.tiles.limit
-        directions = sort_alike(
-            *given, source, live, inside, limit, part.start, self.tiles.front, self.many, scale, rounds, POWER_STEPS
-        )
+        given = q, self.begin, self.metric.factor, self.edges[:, part], self.tiles.limit
+        numbers = part.start, self.tiles.front, self.many, self.metric.first, GROWTH, scale, rounds, POWER_STEPS
+        directions = sort_alike(*given, source, live, inside, limit, *numbers)
         return group_alike(q, source, directions, groups, scale, MEAN_STEPS, dtype_of_estimates(q.device))
 
 
@@ -116,66 +116,68 @@ def fused_metric(k: Tensor, centres: Tensor, first: int) -> KeyMetric:
     return KeyMetric(key_factors(k, centres, first, GROWTH, RIDGE), first)
 
 
-def _first_directions(tiles: Tiles) -> Float[Tensor, "head_dim 16"]:
-    """Draw what `select.alike.first_directions` does; the axes where a query has no more numbers than directions."""
-    dim, device = tiles.problem.q.shape[3], tiles.problem.device
-    if dim <= DIRECTIONS:
-        return torch.eye(dim, DIRECTIONS, dtype=torch.float32, device=device)
-    row = torch.arange(dim, dtype=torch.int64, device=device)
-    # the middle of each step, as `random.normal` takes it
-    point = uniform_of_pairs(row, row[:DIRECTIONS], int(hash_state(())), 1, False) + 2.0**-33
-    return torch.special.ndtri(point).float()
+def fused_first(k: Tensor, v: Tensor, num: int, tiles: Tiles, many: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Average the first keys and values, and draw, in one launch: see `operator_alike.alike_first`.
 
+    Args:
+        k: keys, ``[lists, keys, width]``.
+        v: their values.
+        num: keys that are averaged.
+        tiles: the problem tiled by position.
+        many: lists of each tile.
 
-def fused_noise(tiles: Tiles, many: int) -> Float[Tensor, "lists rows"]:
-    """Tell where inside a slot the points of each list of queries lie."""
+    Returns:
+        the averages; what `select.alike.first_directions` draws, or the axes where a query has no more numbers than
+        directions; where inside a slot the points of each list of queries lie; numbers of the lists.
+    """
     problem = tiles.problem
-    state, heads = hash_state((problem.seed, problem.layer)), problem.head_index.repeat(problem.k.shape[0])
-    return uniform_of_pairs(heads, tiles.index, int(state), many, True)
+    states = int(hash_state(())), int(hash_state((problem.seed, problem.layer)))
+    heads = None if problem.heads is None else problem.head_index
+    return alike_first(k, v, num, tiles.index, many, heads, problem.k.shape[1], states)
 
 
 def fused_shares(
-    averages: tuple[Tensor, Tensor, Tensor], blocks: FusedBlocks, known: Int[Tensor, "lists chunk"], num: int
+    averages: tuple[Tensor, Tensor, Tensor], blocks: FusedBlocks, edges: Int[Tensor, "lists chunk 5"], num: int
 ) -> Tensor:
     """Estimate what `AlikeScan.shares` does, in two launches.
 
     Args:
         averages: from `FusedSort.averages`.
         blocks: the keys.
-        known: leading blocks that each tile may score.
-        num: a bound of those.
+        edges: edges of each tile, the last of which counts the keys that it may score.
+        num: a bound of the blocks that a tile may score.
 
     Returns:
         shares of the leading blocks, ``[lists, chunk * many, at least num]``, undefined from those on that a tile knows.
     """
     query, spread, log_rows = averages
     normal = alike_scan.NORMAL
-    bar = alike_bars(query, log_rows, blocks.moments, known, normal, log(normal * blocks.size), -HIDDEN)
+    bar = alike_bars(query, log_rows, blocks.moments, edges, blocks.size, normal, log(normal * blocks.size), -HIDDEN)
     variance = None if blocks.size == 1 else blocks.variance
-    return alike_shares(query, bar, spread, blocks.keys, variance, blocks.log_value, known, num, DEVIATIONS)
+    return alike_shares(query, bar, spread, blocks.keys, variance, blocks.log_value, edges, blocks.size, num, DEVIATIONS)
 
 
 def fused_draws(
-    known: Int[Tensor, "lists chunk"],
     share: Tensor,
     size: int,
-    edges: Int[Tensor, "lists chunk 4"],
+    edges: Int[Tensor, "lists chunk 5"],
     noise: Float[Tensor, "lists rows"],
-    results: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
     even: float,
 ) -> None:
     """Draw from the law of `stretches_of`, or list all keys where they are few, in one launch.
 
     Args:
-        known: leading blocks that each tile knows.
         share: from `fused_shares`.
         size: keys in a block.
-        edges: begin, hole begin, hole end and end of what earlier stages left for each tile.
+        edges: begin, hole begin, hole end and end of what earlier stages left for each tile, and the number of keys that it
+            may score.
         noise: where inside a slot each list's points lie.
-        results: keys and their log-weights, to be written, ``[lists, rows, num]``.
+        results: keys and their log-weights, to be written, ``[lists, rows, num]``; begin and end of what is left,
+            ``[lists, rows]``.
         even: share of the draws that is spread evenly over the keys.
     """
-    draw_alike(share, known, edges, noise, *results, size, even, CLIP_ROUNDS, LEAST)
+    draw_alike(share, edges, noise, *results, size, even, CLIP_ROUNDS, LEAST)
 
 
 def fused_numbers(blocks: int, many: int, pooled: int, width: int, device: torch.device) -> int:
@@ -193,5 +195,5 @@ def fused_numbers(blocks: int, many: int, pooled: int, width: int, device: torch
     """
     # a row of shares has a multiple of 16 places; averages, and what they leave out
     estimates = many * (-(-blocks // 16) * 16 + (pooled + 2) * width)
-    # bars, relative numbers of rows; directions; the known blocks
-    return -(-estimates * dtype_of_estimates(device).itemsize // 4) + 2 * many * pooled + DIRECTIONS * width + 2
+    # bars, relative numbers of rows; directions
+    return -(-estimates * dtype_of_estimates(device).itemsize // 4) + 2 * many * pooled + DIRECTIONS * width

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from hyperattention.check import positive
 from hyperattention.kernels.backend import triton_reads
-from hyperattention.kernels.choose.operator import MOST_ROWS, prepare_keys, prepare_queries
+from hyperattention.kernels.choose.operator import MOST_ROWS
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
 from hyperattention.select.score.level import Level, first_level, opened_at
-from hyperattention.select.score.pooling import edges, pool_queries
+from hyperattention.select.score.pooling import chunks, edges, edges_of, pool_queries
 from hyperattention.select.score.precision import for_estimates
 from hyperattention.select.score.representatives import Representatives
 from hyperattention.select.score.scratch import Scratch
+from hyperattention.select.score.search_fused import FusedSearch, noise_of, prepared
 from hyperattention.select.score.walk import BATCH_NUMBERS, Walk
 from hyperattention.select.stage import CoveredKeys, LookAhead
 from hyperattention.tiling import Tiles
@@ -131,27 +132,52 @@ class HierarchicalSearch(Density):
 
     def prepare(self, tiles: Tiles, covered: CoveredKeys, num: int) -> Callable[[slice], Distribution]:
         """Project keys and pooled queries, and choose the representatives of every block."""
+        if self._fused(tiles):
+            return self._search(tiles, covered, num).law
         k = tiles.problem.k.flatten(0, 1)
-        levels = self.levels[first_level(self.levels, num, k.shape[1]) :]
-        # pad the last block, and add one block, which fills places if fewer blocks remain than may be opened
-        room = (-(-k.shape[1] // levels[0].block_size) + 1) * levels[0].block_size
+        levels, room = self._levels(num, k.shape[1])
         # tiles with at most `num` remaining keys list all of them, so the first keys may serve as a sample of all keys
         head = k[:, :num].to(torch.promote_types(k.dtype, torch.float32))
         # scores of centred keys differ by a constant per query, and have smaller rounding errors
         middle, basis = head.mean(1, keepdim=True), None
         if self.dim < k.shape[2]:
             basis = KeySketch(self.dim).basis(head)
-        rows = tiles.problem.group * min(self.pooled, tiles.size)
-        fused = rows <= MOST_ROWS and triton_reads(tiles.problem.q, k)
-        prepare = _prepare_on_a_gpu if fused else _prepare
-        keys, query = prepare(tiles, k, middle, basis, room, self.pooled)
+        keys, query = _prepare(tiles, k, middle, basis, room, self.pooled)
         summaries = _summaries(keys, levels)
         rough = tuple(for_estimates(x) for x in summaries)
         scratch = (Scratch(like, BATCH_NUMBERS) for like in (rough[0], rough[0], keys))
         left, moments = edges(tiles, covered), tuple(for_estimates(x) for x in _moments(keys, levels, summaries))
         share, query = self.uniform_share, for_estimates(query)
-        walk = Walk(levels, tiles, left, covered.near, query, rough, moments, num, share, *scratch, fused=fused)
-        return walk.law
+        return Walk(levels, tiles, left, covered.near, query, rough, moments, num, share, *scratch).law
+
+    def write(self, tiles: Tiles, covered: CoveredKeys, num: int, results: tuple[Tensor, Tensor]) -> bool:
+        """Draw in kernels, where they support the call."""
+        if not self._fused(tiles):
+            return False
+        search, noise = self._search(tiles, covered, num), noise_of(tiles, 0)
+        # masses, which leaves there are, and the first keys of parts: half of what PyTorch holds
+        for part in chunks(tiles, self.numbers(tiles) // 2, self.seams(tiles, num)):
+            search.law(part).write(noise[:, part], (results[0][:, part], results[1][:, part]))
+        return True
+
+    def _fused(self, tiles: Tiles) -> bool:
+        """Return whether kernels search."""
+        rows = tiles.problem.group * min(self.pooled, tiles.size)
+        return rows <= MOST_ROWS and triton_reads(tiles.problem.q, tiles.problem.k)
+
+    def _levels(self, num: int, num_keys: int) -> tuple[tuple[Level, ...], int]:
+        """Return the levels of a call, and the keys in whole blocks."""
+        levels = self.levels[first_level(self.levels, num, num_keys) :]
+        # pad the last block, and add one block, which fills places if fewer blocks remain than may be opened
+        return levels, (-(-num_keys // levels[0].block_size) + 1) * levels[0].block_size
+
+    def _search(self, tiles: Tiles, covered: CoveredKeys, num: int) -> FusedSearch:
+        """Prepare the search in kernels."""
+        k = tiles.problem.k.flatten(0, 1)
+        levels, room = self._levels(num, k.shape[1])
+        keys, query = prepared(tiles, k, num, self.dim, room, self.pooled)
+        of_tile = edges_of(tiles, covered).of_tile
+        return FusedSearch(levels, tiles, of_tile, covered.near, query, keys, num, self.uniform_share)
 
 
 def _prepare(tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room: int, pooled: int) -> tuple[Tensor, Tensor]:
@@ -167,27 +193,6 @@ def _prepare(tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room
     # a key or query that is not finite gives no information: only the uniform share covers it
     keys, query = (torch.nan_to_num_(x, posinf=0.0, neginf=0.0) for x in (keys, query))
     return keys, query
-
-
-def _prepare_on_a_gpu(
-    tiles: Tiles, k: Tensor, middle: Tensor, basis: Tensor | None, room: int, pooled: int
-) -> tuple[Tensor, Tensor]:
-    """Compute the result of `_prepare` in one pass over the keys and one over the queries."""
-    problem = tiles.problem
-    dtype = for_estimates(middle[:0]).dtype
-    query = prepare_queries(
-        problem.q,
-        basis,
-        dtype,
-        len(tiles.index),
-        0,
-        tiles.size,
-        pooled,
-        tiles.front,
-        problem.k.shape[1],
-        problem.scale,
-    )
-    return prepare_keys(k, middle, basis, room), query
 
 
 def _moments(keys: Tensor, levels: tuple[Level, ...], summaries: list[Tensor]) -> list[Tensor]:

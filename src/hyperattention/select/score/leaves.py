@@ -6,14 +6,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.kernels.choose.operator import draw_leaves
 from hyperattention.select.density import Distribution
 from hyperattention.select.score.mass import inverse, total_mass
 
 # rounds in which a block's share is cut to one draw per key and the excess goes to the other blocks
-_CLIP_ROUNDS = 2
+CLIP_ROUNDS = 2
 # sums below this count as 0: division by them would overflow
-_LEAST = 1e-30
+LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -110,45 +109,8 @@ def leaves_of(opened: Opened, closed: list[Closed], left: tuple[Tensor, ...], nu
     mass = torch.nan_to_num_(mass, nan=0.0, posinf=0.0).masked_fill_(~alive, 0.0)
     inside = size[one.shape[2] :]
     even, weighted = uniform_share * rest / count.clamp(min=1), (1 - uniform_share) * rest
-    for _ in range(_CLIP_ROUNDS):
-        torch.minimum(mass, inside * (total_mass(mass) / weighted.clamp(min=_LEAST)), out=mass)
-    mass.mul_(weighted / total_mass(mass).clamp(min=_LEAST)).add_(alive * (inside * even))
-    mass.mul_(rest / total_mass(mass).clamp(min=_LEAST))
+    for _ in range(CLIP_ROUNDS):
+        torch.minimum(mass, inside * (total_mass(mass) / weighted.clamp(min=LEAST)), out=mass)
+    mass.mul_(weighted / total_mass(mass).clamp(min=LEAST)).add_(alive * (inside * even))
+    mass.mul_(rest / total_mass(mass).clamp(min=LEAST))
     return Leaves(first, size, torch.cat([one, mass], 2), num)
-
-
-@dataclass(frozen=True)
-class Fused(Distribution):
-    """The same distribution on a GPU, where one kernel computes keys from masses; arguments as for `leaves_of`."""
-
-    opened: Opened
-    closed: list[Closed]
-    left: tuple[Tensor, ...]
-    num: int
-    uniform_share: float
-
-    def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Find leaf and key of evenly spaced points, of which only the first is read."""
-        begin, hole_begin, hole_end, end = (x[..., 0] for x in self.left)
-        sizes = [(self.opened.first, 1), *((x.first, x.size) for x in self.closed)]
-        size = torch.cat([first.new_full(first.shape[2:], each) for first, each in sizes])
-        first = torch.cat([first for first, _ in sizes], 2)
-        alive = torch.cat([self.opened.alive, *(x.alive for x in self.closed)], 2)
-        # an empty float32 tensor stands for no closed block
-        mass = torch.cat([point.new_empty(*first.shape[:2], 0, dtype=torch.float32), *(x.mass for x in self.closed)], 2)
-        return draw_leaves(
-            first,
-            size,
-            mass,
-            alive,
-            hole_begin - begin + end - hole_end,
-            point[..., 0],
-            self.num,
-            self.uniform_share,
-            _CLIP_ROUNDS,
-            _LEAST,
-        )
-
-    def share(self, index: Tensor) -> Tensor:
-        """Look up the leaf that holds each key."""
-        return leaves_of(self.opened, self.closed, self.left, self.num, self.uniform_share).share(index)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.check import positive
-from hyperattention.select.stage import CoveredKeys
+from hyperattention.select.stage import CoveredKeys, Edges
 from hyperattention.tiling import Tiles
 
 # scores and gathered summaries of one chunk of tiles: small enough for the last-level cache
@@ -100,8 +100,19 @@ def pool_queries(tiles: Tiles, pooled: int, scale: float | None = None) -> Tenso
 
 def edges(tiles: Tiles, covered: CoveredKeys) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the edges of the remaining keys, ``[lists, tiles, 1]`` each: begin, hole begin, hole end, end."""
+    if covered.edges is not None:
+        of_tile = covered.edges.of_tile
+        return of_tile[..., 0:1], of_tile[..., 1:2], of_tile[..., 2:3], of_tile[..., 3:4]
     begin, hole_begin, hole_end, end = (tiles.by_list(x)[..., None] for x in covered.bounds(tiles))
     return begin, hole_begin, hole_end, end
+
+
+def edges_of(tiles: Tiles, covered: CoveredKeys) -> Edges:
+    """Return the same for kernels, with the end of the keys that all queries of a tile see."""
+    if covered.edges is not None:
+        return covered.edges
+    left = edges(tiles, covered)
+    return Edges(torch.cat([*left, tiles.by_list(tiles.known)[..., None]], 2), left[0][..., 0], left[3][..., 0])
 
 
 def any_left(first: Tensor, size: int, left: tuple[Tensor, ...]) -> Tensor:

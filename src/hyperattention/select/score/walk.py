@@ -7,8 +7,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from hyperattention.kernels.choose.operator import block_lse, block_mass
-from hyperattention.select.score.leaves import Closed, Fused, Leaves, Opened, leaves_of
+from hyperattention.select.score.leaves import Closed, Leaves, Opened, leaves_of
 from hyperattention.select.score.level import EDGES, Level, first_level, opened_at
 from hyperattention.select.score.pooling import any_left, seen_keys
 from hyperattention.select.score.scratch import Scratch
@@ -18,6 +17,24 @@ from hyperattention.tiling import Tiles
 _CAUSAL_EDGES = 2
 # scores and gathered representatives in one batch of tiles: few enough for the CPU cache
 BATCH_NUMBERS = 3 * 2**19
+
+
+def opened_across(tiles: Tiles, near: int, size: int, most: int) -> int:
+    """Count the opened blocks that may hold keys of their tile or later tiles in addition to remaining keys.
+
+    Args:
+        tiles: the tiled problem.
+        near: number of keys directly before each tile that earlier stages took.
+        size: number of keys in a block.
+        most: blocks that are opened.
+
+    Returns:
+        their largest number.
+    """
+    if not tiles.problem.causal:
+        return min(EDGES, most)
+    # the last remaining key is near + 1 before the tile, so its block ends at most size - near - 1 keys into the tile
+    return 0 if size <= near + 1 else min(_CAUSAL_EDGES, most)
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,6 @@ class Walk:
         gathered: memory for representatives of opened blocks.
         rough: memory for scores in the precision of `summaries`.
         scores: memory for scores.
-        fused: whether GPU kernels compute keys from queries.
     """
 
     levels: tuple[Level, ...]
@@ -77,9 +93,8 @@ class Walk:
     gathered: Scratch
     rough: Scratch
     scores: Scratch
-    fused: bool = False
 
-    def law(self, part: slice) -> Leaves | Fused:
+    def law(self, part: slice) -> Leaves:
         """Search for a chunk of tiles.
 
         Args:
@@ -101,8 +116,7 @@ class Walk:
                 found, opened = self._open(depth, keep[depth], blocks, part, left, seen)
                 closed.append(found)
             blocks = self._inside(opened, self.levels[depth + 1].block_size if depth + 1 < len(self.levels) else 1)
-        found = Opened(blocks.first, blocks.whole(left)), closed[::-1], left, self.num, self.uniform_share
-        return Fused(*found) if self.fused else leaves_of(*found)
+        return leaves_of(Opened(blocks.first, blocks.whole(left)), closed[::-1], left, self.num, self.uniform_share)
 
     def _all(self, part: slice, size: int, visible: int) -> _Blocks:
         """Begin with all blocks of `size` keys that any tile of the chunk can see."""
@@ -127,17 +141,10 @@ class Walk:
         nothing = (self.summaries[0].shape[1] - 1) * self.levels[0].block_size
         first = blocks.first.gather(2, chosen).masked_fill_(best < 0, nothing)
         found = Closed(blocks.first, blocks.size, mass, whole.scatter(2, chosen, False))
-        cut = self._cut(blocks.size, first.shape[2])
+        cut = opened_across(self.tiles, self.near, blocks.size, first.shape[2])
         # both ascending: for equal values the order of topk depends on the number of blocks, and so on the chunk
         first = torch.cat([part.sort()[0] for part in first.split([cut, first.shape[2] - cut], 2)], 2)
         return found, _Blocks(first, blocks.size, False, cut)
-
-    def _cut(self, size: int, most: int) -> int:
-        """Count the opened blocks that may hold keys of this tile or later tiles in addition to remaining keys."""
-        if not self.tiles.problem.causal:
-            return min(EDGES, most)
-        # the last remaining key is near + 1 before the tile, so its block ends at most size - near - 1 keys into the tile
-        return 0 if size <= self.near + 1 else min(_CAUSAL_EDGES, most)
 
     def _inside(self, opened: _Blocks, size: int) -> _Blocks:
         """Return the parts of opened blocks, in blocks of `size` keys."""
@@ -153,9 +160,6 @@ class Walk:
         Returns:
             a finite estimate; the smallest finite number if no key is visible.
         """
-        if self.fused:
-            number = blocks.first.shape[2]
-            return block_lse(self.query[:, part], self.moments[begin], self._edges(part), number, blocks.size)
         known, seen = self._known(blocks, part), self.scores.like.new_empty(self.query[:, part, :, 0].shape)
         for some, number, hidden in self._batches(blocks, part, 1):
             query = self.query[:, part][:, some]
@@ -172,12 +176,6 @@ class Walk:
     def _mass(self, depth: int, blocks: _Blocks, part: slice, seen: Tensor) -> Tensor:
         """Estimate the weight of every block: the largest that any query gives it, ``[lists, chunk, blocks]``."""
         by = self.levels[depth].by
-        if self.fused:
-            first = None if blocks.every else blocks.first
-            return block_mass(
-                self.query[:, part], self.summaries[depth], first, self._edges(part), seen, blocks.first.shape[2],
-                blocks.size, blocks.cut, by.means, by.far,
-            )  # fmt: skip
         known = self._known(blocks, part)
         best = self.scores.like.new_empty((*blocks.first.shape, by.num))
         spread = self.left[3][:, part].clamp(min=1).to(best.dtype).log()
@@ -218,12 +216,6 @@ class Walk:
             return torch.bmm(query, key.transpose(1, 2), out=score)
         rough = self.rough.take(*score.shape)
         return score.copy_(torch.bmm(query, key.transpose(1, 2), out=rough))
-
-    def _edges(self, part: slice) -> Tensor:
-        """Return the edges that determine which blocks a query may use: `left`, and the end of the keys before its tile."""
-        left = [x[:, part] for x in self.left]
-        until = self.tiles.by_list(self.tiles.start)[:, part, None] if self.tiles.problem.causal else left[3]
-        return torch.cat([*left, until], 2)
 
     def _known(self, blocks: _Blocks, part: slice) -> Tensor:
         """Return which blocks a query may use: those before its tile that hold remaining keys."""
