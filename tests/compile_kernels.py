@@ -217,20 +217,21 @@ def launches_of_decoding(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, La
     # as stores hold them, in buffers longer than what is used; 32 heads on 8, and one query
     q, k = torch.empty(1, 32, 1, dim, dtype=dtype), torch.empty(1, 8, KEYS, dim, dtype=dtype)
     results, parts = triton_parts.empty_results(q, dim, 16)
-    cut, weight = triton_parts.decode_shape_of(dim, q.element_size()), torch.empty(1, 8, KEYS)
+    cut, large = (triton_parts.decode_shape_of(rows, dim, q.element_size()) for rows in (4, 64))
+    weight = torch.empty(1, 8, KEYS)
     given = q, k, k, weight, None, None
     yield "decoding, coreset", triton_coreset.launch_coreset(given, parts, 0.1, cut, causal=False, softcap=None)
     many = torch.empty(1, 32, 16, dim, dtype=dtype)
     _, wide = triton_parts.empty_results(many, dim, 1)
     given = many, k, k, weight, indices(8), torch.empty(32)
-    yield "decoding, coreset, 64 rows", triton_coreset.launch_coreset(given, wide, 0.1, cut, causal=True, softcap=30.0)
+    yield "decoding, coreset, 64 rows", triton_coreset.launch_coreset(given, wide, 0.1, large, causal=True, softcap=30.0)
     yield "decoding, merge", triton_parts.launch_merge(parts, results)
     for pages in (KEYS // 8, MOST_PAGES):
         summary = torch.empty(1, 8, pages, 2 * dim, dtype=dtype)
         scores, plan = triton_rank.empty_scores(q, 8, pages), PagePlan(8, 16, pages * 8, pages * 8 + 64, 64)
         if pages == MOST_PAGES:
             yield "decoding, page scores", triton_rank.launch_rank(q, summary, scores, 0.1, 0.5, None)
-        of_pages, chosen = (q, k, k, indices(1), None), indices(8, 1, 64)
+        of_pages, chosen = (q, k, k, indices(1), None), indices(8, 1, 64).int()
         launch = triton_pages.launch_pages(of_pages, scores, chosen, parts, plan, 0.1, cut, softcap=None)
         yield f"decoding, best of {pages} pages", launch
     launch = triton_pages.launch_pages(of_pages, None, chosen, parts, plan, 0.1, cut, softcap=None)

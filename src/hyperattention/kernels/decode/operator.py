@@ -100,20 +100,20 @@ def decode_best_pages(
         softcap: bound of the scores; None for none.
 
     Returns:
-        out in the dtype of `q`, lse in float32, and the chosen pages ``[lists, queries, pages]``, ascending, after -1 for
-        every page that is missing.
+        out in the dtype of `q`, lse in float32, and the chosen pages ``[lists, queries, pages]``, int32, ascending,
+        after -1 for every page that is missing.
     """
     from hyperattention.kernels.decode import triton_pages
 
     numbers = PagePlan(*plan)
-    chosen = q.new_empty((k.shape[0] * k.shape[1], q.shape[2], numbers.num), dtype=torch.int64)
+    chosen = q.new_empty((k.shape[0] * k.shape[1], q.shape[2], numbers.num), dtype=torch.int32)
     given = (q, k, v, (summary, reach), chosen, begin, sinks)
     return *triton_pages.decode_pages(*given, numbers, scale, softcap=softcap), chosen
 
 
 @decode_best_pages.register_fake
 def _(q, k, v, summary, begin, sinks, plan, *rest):
-    chosen = q.new_empty((k.shape[0] * k.shape[1], q.shape[2], PagePlan(*plan).num), dtype=torch.int64)
+    chosen = q.new_empty((k.shape[0] * k.shape[1], q.shape[2], PagePlan(*plan).num), dtype=torch.int32)
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32), chosen
 
 
@@ -135,7 +135,7 @@ def decode_pages(
         q: queries, ``[batch, heads, queries, head_dim]``.
         k: keys, ``[batch, kv_heads, keys, head_dim]``.
         v: values, ``[batch, kv_heads, keys, value_dim]``.
-        chosen: chosen pages, ``[lists, queries, pages]``, int64; -1 for a missing page.
+        chosen: chosen pages, ``[lists, queries, pages]``; -1 for a missing page.
         begin: first key of each row, ``[batch]``, int64.
         sinks: learned sinks, ``[heads]``, whose share of the softmax is dropped; None for none.
         plan: the numbers of a `PagePlan`, in its order.

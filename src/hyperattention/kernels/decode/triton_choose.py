@@ -46,7 +46,7 @@ def choose(rank, chosen_ptr, num, PAGES: tl.constexpr, WRITTEN: tl.constexpr):
     level_passed = passed >> 16
     hit = above | (level & (level_passed <= quota))
     place = (passed & 0xFFFF) + tl.minimum(level_passed, quota) - 1 + num - count
-    tl.store(chosen_ptr + place, tl.arange(0, PAGES).to(tl.int64), mask=hit)
+    tl.store(chosen_ptr + place, tl.arange(0, PAGES), mask=hit)
     for first in tl.range(0, num - count, WRITTEN):
         missing = first + tl.arange(0, WRITTEN)
-        tl.store(chosen_ptr + missing, tl.full([WRITTEN], -1, tl.int64), mask=missing < num - count)
+        tl.store(chosen_ptr + missing, tl.full([WRITTEN], -1, tl.int32), mask=missing < num - count)

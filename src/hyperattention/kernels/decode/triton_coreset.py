@@ -111,7 +111,7 @@ def decode_coreset(
         out in the dtype of `q`, and lse in float32.
     """
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    cut = decode_shape_of(widest(q, v), q.element_size())
+    cut = decode_shape_of(q.shape[1] // k.shape[1] * q.shape[2], widest(q, v), q.element_size())
     lists = k.shape[0] * k.shape[1]
     splits = splits_of(lists, triton.cdiv(k.shape[2], cut.block), q.device) if splits is None else splits
     results, parts = empty_results(q, v.shape[3], splits)

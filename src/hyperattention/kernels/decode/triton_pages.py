@@ -134,7 +134,7 @@ def decode_pages(
         k: keys, ``[batch, kv_heads, keys, head_dim]``.
         v: values, ``[batch, kv_heads, keys, value_dim]``.
         ranked: summaries of all pages, and the weight of their second halves, to choose pages by; None if they are chosen.
-        chosen: chosen pages, ``[lists, queries, pages]``; written if pages are ranked.
+        chosen: chosen pages, ``[lists, queries, pages]``; written if pages are ranked, then int32.
         begin: first key of each row, ``[batch]``.
         sinks: learned sinks, ``[heads]``; None for none.
         plan: what is read.
@@ -146,7 +146,7 @@ def decode_pages(
         out in the dtype of `q`, and lse in float32.
     """
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    cut = decode_shape_of(widest(q, v), q.element_size())
+    cut = decode_shape_of(q.shape[1] // k.shape[1], widest(q, v), q.element_size())
     lists = k.shape[0] * k.shape[1] * q.shape[2]
     splits = splits_of(lists, triton.cdiv(plan.slots, cut.block), q.device) if splits is None else splits
     results, parts = empty_results(q, v.shape[3], splits)

@@ -39,18 +39,21 @@ class DecodeShape:
     stages: int
 
 
-def decode_shape_of(width: int, itemsize: int) -> DecodeShape:
+def decode_shape_of(rows: int, width: int, itemsize: int) -> DecodeShape:
     """Choose the shape of a program, so that its blocks of keys and values fit shared memory (tests compile every shape).
 
     Args:
+        rows: rows of a program.
         width: numbers of the widest key or value, rounded up to a power of two.
         itemsize: bytes of each.
 
     Returns:
         the shape.
     """
-    row = width * itemsize
-    return DecodeShape(64 if row <= 256 else 32 if row <= 512 else 16, 4, 3)
+    block = max(16, min(64, 16_384 // (width * itemsize)))
+    if rows <= 16:
+        return DecodeShape(block, 4, 3)
+    return DecodeShape(max(16, block // 2), 8, 2) if itemsize == 4 else DecodeShape(block, 4, 2)
 
 
 def splits_of(lists: int, blocks: int, device: torch.device) -> int:
