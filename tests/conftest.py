@@ -48,7 +48,7 @@ SLOW_FILES = frozenset(
         "cli_evaluation", "cli_generation", "compress", "compressing_store", "cover", "error_calibration",
         "evaluation", "families", "feature_kernel", "fused", "global_defaults", "gpu_benchmark", "hyper_cache",
         "import", "paged", "pareto", "scatterbrain", "standard_error", "subgen", "subgen_store", "tolerance", "transformers",
-        "transformers_use", "transforms", "triton", "triton_alike", "triton_feature", "triton_flat",
+        "transformers_use", "transforms", "triton", "triton_alike", "triton_decode", "triton_feature", "triton_flat",
         "triton_selection", "triton_sort_alike",
         "poly_sketch_attention", "polynomial_sketch",
     )

@@ -50,6 +50,8 @@ class SelectingStore(Store):
         self.by, self.room, self.page, self.draws, self.most_queries = by, room, page, draws, most_queries
         self.lender, self.layer, self.seed = lender, layer, seed
         self.chosen: Tensor | None = None
+        # whether none of them is missing, as far as can be told without a look at any tensor
+        self._complete = False
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         self._summary: Tensor | None = None
@@ -151,6 +153,7 @@ class SelectingStore(Store):
         reach, summary = self.by.kernel_reach, self._pages_of(q, plan)
         if fused and self.lender is None and reach is not None and summary.shape[2] <= MOST_PAGES:
             given = (q, k, v, summary, self._start, rule.sinks, list(astuple(plan)))
+            self._complete = False
             out, lse, self.chosen = decode_best_pages(*given, reach, scale, rule.softcap)
             return Partial(out, lse)
         chosen = self.chosen = self._chosen(q, summary, plan, scale, rule)
@@ -158,7 +161,7 @@ class SelectingStore(Store):
             given = (q, k, v, chosen, self._start, rule.sinks, list(astuple(plan)))
             return Partial(*decode_pages(*given, scale, rule.softcap))
         begin = self._start if self._padded else None
-        out, lse = attend_to_pages(q, (k, v), chosen, begin, plan, scale, rule.softcap, complete=self._is_complete(plan))
+        out, lse = attend_to_pages(q, (k, v), chosen, begin, plan, scale, rule.softcap, complete=(self.lender or self)._complete)
         return rule.drop_sinks(Partial(out, lse))
 
     def _plan(self, queries: int) -> PagePlan:
@@ -179,13 +182,14 @@ class SelectingStore(Store):
                     "the layer whose choice of pages is reused has chosen none: run attention in that layer first"
                 )
             return self.lender.chosen
+        self._complete = self._is_complete(plan)
         rows = q.unflatten(1, (summary.shape[1], -1))  # [batch, kv_heads, group, queries, head_dim]
         if not summary.shape[2]:
             shape = (rows.shape[0] * rows.shape[1], rows.shape[3], plan.num)
             return torch.full(shape, -1, dtype=torch.int64, device=q.device)
         score = rule.cap(self.by.rank(rows.flatten(2, 3).float() * scale, summary, plan.num))
         begin = self._start if self._padded else None
-        return best_pages(score.unflatten(2, rows.shape[2:4]), begin, plan, complete=self._is_complete(plan))
+        return best_pages(score.unflatten(2, rows.shape[2:4]), begin, plan, complete=self._complete)
 
     def _pages_of(self, q: Tensor, plan: PagePlan) -> Tensor:
         """Return the summaries of all pages before the window."""

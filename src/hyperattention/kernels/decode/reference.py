@@ -73,12 +73,15 @@ def attend_to_pages(
     lists = batch * kv_heads
     index = _keys_of(chosen, begin, plan, kv_heads)
     weight = None
-    # a page may begin within the sinks, and of several queries not all see the last keys
-    if not complete or queries > 1 or plan.sinks % plan.page:
+    if not complete or queries > 1:
         live = _counts(index, begin, plan, kv_heads)
         index = index.masked_fill(~live, 0)
-        weight = torch.zeros(index.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        weight = weight.masked_fill_(~live, -torch.inf).flatten(0, 1)
+        weight = _no_weights(index, q).masked_fill_(~live, -torch.inf).flatten(0, 1)
+    elif plan.sinks % plan.page:
+        # a page that begins within the sinks
+        early = index[..., : -(plan.seen - plan.recent + plan.sinks)] < plan.sinks
+        weight = _no_weights(index, q).flatten(0, 1)
+        weight[:, : early.shape[2]].masked_fill_(early[:, 0], -torch.inf)
     row = torch.arange(0, lists * room, room, dtype=torch.int64, device=q.device)
     place = (index + row[:, None, None]).flatten()
     k, v = (x.flatten(0, 2).index_select(0, place).unflatten(0, (lists * queries, -1)) for x in held)
@@ -89,6 +92,10 @@ def attend_to_pages(
         return x[:, :, 0].unflatten(0, (batch, kv_heads, queries)).transpose(2, 3).flatten(1, 2)
 
     return restored(out), restored(lse)
+
+
+def _no_weights(index: Tensor, q: Tensor) -> Tensor:
+    return torch.zeros(index.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
 def _keys_of(chosen: Tensor, begin: Tensor | None, plan: PagePlan, kv_heads: int) -> Tensor:
