@@ -103,10 +103,11 @@ def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) 
     yield "forward, paged", list_triton.launch_forward(q, store, store, split, lists, 0.1, cut)
     grads, saved, results = (q, lse), (q, k, k, q, lse), (q, k.float(), k.float())
     cuts = list_triton_backward.cuts_of(q, k, major)
-    queries, *keys = list_triton_backward.launches_backward(grads, saved, results, lists, 0.1, cuts)
-    yield "backward, queries", queries
-    for group in (1, 2, 3):
-        yield f"backward, keys of group {group}", keys[group]
+    for name, each in (("", lists), (", hashed", lists_of(rows, labelled=True))):
+        queries, keys = list_triton_backward.launches_backward(grads, saved, results, each, 0.1, cuts)
+        if not name:
+            yield "backward, queries", queries
+        yield f"backward, keys{name}", keys
 
 
 def launches_of_flat_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) -> Iterator[tuple[str, Launch]]:

@@ -264,7 +264,7 @@ def test_gradients_many_rows_and_mixed_dtypes_take_other_paths() -> None:
     assert not decodes_fused(q.requires_grad_(), k, v)
     with torch.no_grad():
         assert decodes_fused(q, k, v)
-    out = Coreset(k, v, weight).attend(q).out
+    out = Coreset(*(x[:, :, :8] for x in (k, v, weight))).attend(q).out
     assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
     many = torch.zeros(BATCH, HEADS, 22, WIDTH)
     assert not decodes_fused(many, k, v)
