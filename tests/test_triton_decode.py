@@ -133,7 +133,6 @@ def paged(by, queries: int, *, padding: int = 37, seed: int = 0) -> tuple[Tensor
     return normal(BATCH, HEADS, queries, WIDTH, seed=seed + 2), k, v, summary, torch.tensor([0, padding]), plan
 
 
-
 def attend(q: Tensor, k: Tensor, v: Tensor, summary: Tensor, begin: Tensor, plan: PagePlan, by, rule: ScoreRule):
     from hyperattention.kernels.decode.operator import decode_best_pages
 

@@ -81,7 +81,7 @@ def pages(lender: bool = False) -> Store:
     policy = TopPages(share=2, first=0)
     above = policy.store(ROOM, 0, 0, None)
     # what the layer above has chosen
-    above.chosen = torch.full((KV_HEADS, 1, above.num_pages), 2)
+    above.chosen, above._complete = torch.full((KV_HEADS, 1, above.num_pages), 2), True
     return policy.store(ROOM, 1, 0, above) if lender else TopPages().store(ROOM, 0, 0, None)
 
 

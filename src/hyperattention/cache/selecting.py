@@ -161,7 +161,9 @@ class SelectingStore(Store):
             given = (q, k, v, chosen, self._start, rule.sinks, list(astuple(plan)))
             return Partial(*decode_pages(*given, scale, rule.softcap))
         begin = self._start if self._padded else None
-        out, lse = attend_to_pages(q, (k, v), chosen, begin, plan, scale, rule.softcap, complete=(self.lender or self)._complete)
+        out, lse = attend_to_pages(
+            q, (k, v), chosen, begin, plan, scale, rule.softcap, complete=(self.lender or self)._complete
+        )
         return rule.drop_sinks(Partial(out, lse))
 
     def _plan(self, queries: int) -> PagePlan:

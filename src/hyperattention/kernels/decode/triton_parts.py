@@ -76,7 +76,7 @@ def begun(sink_ptr, head, inside, split, SINKS: tl.constexpr, ROWS: tl.constexpr
     """Return the largest score and the total weight of rows before any key: those of the learned sinks, counted once."""
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if SINKS:
+    if SINKS:  # noqa: SIM102 - known to the compiler, and the other is not
         if split == 0:
             top = tl.load(sink_ptr + head, mask=inside, other=0.0).to(tl.float32) * LOG2_E
             total += 1.0
