@@ -90,16 +90,16 @@ def test_a_coreset_gets_the_attention_of_its_weights(dtype: torch.dtype, queries
     place = torch.arange(SLOTS)
     bias = weight.repeat_interleave(3, 1)[:, :, None].expand(-1, -1, queries, -1)
     bias = bias.masked_fill(place > SLOTS - queries + torch.arange(queries)[:, None], -torch.inf)
-    x = tuple(each.to(dtype) for each in (q, k, v))
+    x = q.to(dtype), k.to(dtype), v.to(dtype)
     # queries as a model gives them: heads within tokens
     given = (x[0].transpose(1, 2).contiguous().transpose(1, 2), *x[1:], weight.float())
     rules = ScoreRule(), ScoreRule(2.0, normal(HEADS, seed=4).float())
     for rule in rules if dtype == torch.float32 or splits == 3 else rules[1:]:
         out, lse = decode_coreset(*given, None, rule.sinks, SCALE, True, rule.softcap)
-        truth = dense(*(each.double() for each in x), bias.float().double(), rule)
+        truth = dense(x[0].double(), x[1].double(), x[2].double(), bias.float().double(), rule)
         plain = dense(*x, bias, rule)
         assert_same_math(out, truth[0], plain[0])
-        assert_same_math(lse, truth[1], dense(*(each.float() for each in x), bias, rule)[1].float())
+        assert_same_math(lse, truth[1], dense(x[0].float(), x[1].float(), x[2].float(), bias, rule)[1].float())
 
 
 def test_slots_beyond_a_length_do_not_count(split) -> None:
@@ -158,12 +158,12 @@ def chosen_in_pytorch(q: Tensor, summary: Tensor, begin: Tensor, plan: PagePlan,
 def test_the_best_pages_are_read_where_they_lie(dtype: torch.dtype, by, queries: int, splits: int, split) -> None:
     split(splits)
     q, k, v, summary, begin, plan = paged(by, queries)
-    x = tuple(each.to(dtype) for each in (q, k, v, summary))
+    x = q.to(dtype), k.to(dtype), v.to(dtype), summary.to(dtype)
     rule = ScoreRule(2.0, normal(HEADS, seed=4).float()) if splits == 3 else ScoreRule()
     out, lse, chosen = attend(*x, begin, plan, by, rule)
-    wide = tuple(each.double() for each in x)
+    wide = x[0].double(), x[1].double(), x[2].double(), x[3].double()
     assert torch.equal(chosen.long(), chosen_in_pytorch(wide[0], wide[3], begin, plan, by, rule))
-    truth, whole = attend_to_pages(wide[0], wide[1:3], chosen, begin, plan, SCALE, rule.softcap)
+    truth, whole = attend_to_pages(wide[0], (wide[1], wide[2]), chosen, begin, plan, SCALE, rule.softcap)
     # the keys that are read, as a mask
     page = torch.arange(203) // 8
     read = (page == chosen[..., None]).any(2) & (page < plan.recent // 8)  # [lists, queries, keys]
@@ -171,9 +171,9 @@ def test_the_best_pages_are_read_where_they_lie(dtype: torch.dtype, by, queries:
     read = read & (place >= first) | (place >= plan.recent) | ((place < first + 5) & (place >= first))
     read = read & (place <= 203 - queries + torch.arange(queries)[:, None])
     bias = torch.where(read, 0.0, -torch.inf).unflatten(0, (BATCH, KV_HEADS)).repeat_interleave(3, 1)
-    plain, exact = (dense(*y[:3], bias, rule) for y in (x, wide))
+    plain, exact = (dense(y[0], y[1], y[2], bias, rule) for y in (x, wide))
     assert_same_math(out, exact[0], plain[0])
-    assert_same_math(lse, exact[1], dense(*(y.float() for y in x[:3]), bias, rule)[1].float())
+    assert_same_math(lse, exact[1], dense(x[0].float(), x[1].float(), x[2].float(), bias, rule)[1].float())
     if rule.sinks is None:
         assert_exact(truth, exact[0])
         assert_exact(whole, exact[1])
@@ -205,7 +205,7 @@ def test_of_equal_pages_the_first_are_chosen(split) -> None:
     better = summary[:, :, 3:4].expand(summary.shape).clone()
     better[:, :, [4, 17]] = 0.1 * summary[:, :, 3:4]
     score = by.rank(q.unflatten(1, (KV_HEADS, -1)).flatten(2, 3) * SCALE, better, plan.num)
-    chosen = attend(*(x.float() for x in (q, k, v, better)), begin, plan, by, ScoreRule())[2]
+    chosen = attend(q.float(), k.float(), v.float(), better.float(), begin, plan, by, ScoreRule())[2]
     alike = torch.log_softmax(score, -1).amax(2)[:, :, [3, 4]].flatten(0, 1)
     for row, (same, other) in zip(chosen[:, 0].tolist(), alike.tolist(), strict=True):
         first = [4, 17] if other > same else []

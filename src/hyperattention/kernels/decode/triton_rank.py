@@ -4,7 +4,7 @@ A program scores some pages for the query heads of a kv head, which share the su
 writes the log of their summed exponentials, from which the softmax over all pages is computed later.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 
 import torch
 import triton
