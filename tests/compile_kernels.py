@@ -38,6 +38,8 @@ from hyperattention.kernels.choose import (
 from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.kernels.choose.operator_alike import factors_keys
 from hyperattention.kernels.choose.places import Places
+from hyperattention.kernels.decode import triton_coreset, triton_pages, triton_parts, triton_rank
+from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_flat, triton_flatten
@@ -107,10 +109,11 @@ def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) 
     yield "forward, paged", list_triton.launch_forward(q, store, store, split, lists, 0.1, cut)
     grads, saved, results = (q, lse), (q, k, k, q, lse), (q, k.float(), k.float())
     cuts = list_triton_backward.cuts_of(q, k, major)
-    queries, *keys = list_triton_backward.launches_backward(grads, saved, results, lists, 0.1, cuts)
-    yield "backward, queries", queries
-    for group in (1, 2, 3):
-        yield f"backward, keys of group {group}", keys[group]
+    for name, each in (("", lists), (", hashed", lists_of(rows, labelled=True))):
+        queries, keys = list_triton_backward.launches_backward(grads, saved, results, each, 0.1, cuts)
+        if not name:
+            yield "backward, queries", queries
+        yield f"backward, keys{name}", keys
 
 
 def launches_of_flat_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) -> Iterator[tuple[str, Launch]]:
@@ -248,6 +251,31 @@ def launches_of_places() -> Iterator[tuple[str, Launch]]:
         yield "places" if rank is None else "places, masked keys", launch
 
 
+def launches_of_decoding(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    # as stores hold them, in buffers longer than what is used; 32 heads on 8, and one query
+    q, k = torch.empty(1, 32, 1, dim, dtype=dtype), torch.empty(1, 8, KEYS, dim, dtype=dtype)
+    results, parts = triton_parts.empty_results(q, dim, 16)
+    cut, large = (triton_parts.decode_shape_of(rows, dim, q.element_size()) for rows in (4, 64))
+    weight = torch.empty(1, 8, KEYS)
+    given = q, k, k, weight, None, None
+    yield "decoding, coreset", triton_coreset.launch_coreset(given, parts, 0.1, cut, causal=False, softcap=None)
+    many = torch.empty(1, 32, 16, dim, dtype=dtype)
+    _, wide = triton_parts.empty_results(many, dim, 1)
+    given = many, k, k, weight, indices(8), torch.empty(32)
+    yield "decoding, coreset, 64 rows", triton_coreset.launch_coreset(given, wide, 0.1, large, causal=True, softcap=30.0)
+    yield "decoding, merge", triton_parts.launch_merge(parts, results)
+    for pages in (KEYS // 8, MOST_PAGES):
+        summary = torch.empty(1, 8, pages, 2 * dim, dtype=dtype)
+        scores, plan = triton_rank.empty_scores(q, 8, pages), PagePlan(8, 16, pages * 8, pages * 8 + 64, 64)
+        if pages == MOST_PAGES:
+            yield "decoding, page scores", triton_rank.launch_rank(q, summary, scores, 0.1, 0.5, None)
+        of_pages, chosen = (q, k, k, indices(1), None), indices(8, 1, 64).int()
+        launch = triton_pages.launch_pages(of_pages, scores, chosen, parts, plan, 0.1, cut, softcap=None)
+        yield f"decoding, best of {pages} pages", launch
+    launch = triton_pages.launch_pages(of_pages, None, chosen, parts, plan, 0.1, cut, softcap=None)
+    yield "decoding, chosen pages", launch
+
+
 def resources_of(compiled, capability: int) -> dict:
     """Registers, bytes of stack (what did not fit registers is spilled there), serialised products, and how loops gather."""
     with tempfile.TemporaryDirectory() as folder:
@@ -301,6 +329,7 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
     # what is averaged is never in float32, and of the same size in float16
     if dtype != torch.float32:
         yield from launches_of_alike_queries(dtype, dim)
+    yield from launches_of_decoding(dtype, dim)
     yield from launches_of_alike_sorting(dtype, dim)
     yield from launches_of_alike_keys(dtype, dim)
     if default and dim == 64:

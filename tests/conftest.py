@@ -49,8 +49,8 @@ SLOW_FILES = frozenset(
         "evaluation", "families", "feature_kernel", "fused", "global_defaults", "gpu_benchmark", "hyper_cache",
         "import", "paged", "pareto", "placed", "scatterbrain", "standard_error",
         "subgen", "subgen_store", "tolerance", "transformers",
-        "transformers_use", "transforms", "triton", "triton_alike", "triton_feature", "triton_flat",
-        "triton_selection", "triton_sort_alike",
+        "transformers_use", "transforms", "triton", "triton_alike", "triton_decode", "triton_feature", "triton_flat",
+        "triton_search", "triton_selection", "triton_sort_alike",
         "poly_sketch_attention", "polynomial_sketch",
     )
 )  # fmt: skip

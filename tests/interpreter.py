@@ -6,11 +6,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from hyperattention.kernels.decode import operator as decode_operator
 from hyperattention.kernels.list import operator as operator
 
 
 def read_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "triton_reads", lambda *tensors: all(x.dtype != torch.float64 for x in tensors))
+    for module in (operator, decode_operator):
+        monkeypatch.setattr(module, "triton_reads", lambda *tensors: all(x.dtype != torch.float64 for x in tensors))
     plain = InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, *rest):

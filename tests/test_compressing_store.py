@@ -326,3 +326,20 @@ def test_a_policy_is_shown_the_latest_queries_and_counters_of_its_own() -> None:
         assert (full.num, full.begin, full.held.num_slots - full.end) == (ROOM.middle, ROOM.sinks, ROOM.window)
         assert_same_bits(full.queries, qkv[0][:, :, seen - 5 : seen])
         assert int(full.held.position.max()) == seen - 1
+
+
+def test_slots_that_are_used_again_hold_new_tokens() -> None:
+    """What a token that was taken back left in its slot, a weight of -inf and a score, is not the next token's."""
+    store = CompressingStore(HeavyHitters(), CacheBudget(64, 2, 8))
+    k = torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0))
+    for padded in (True, False):
+        store.append(k, k)
+        if padded:
+            store.mask_padding(torch.arange(9)[None] < 6)
+        store.end_step(k, 1.0)
+        store.append(k[:, :, :1], k[:, :, :1])
+        store.crop(10)
+    store.append(k, k)
+    assert bool((store.held.log_weight == 0).all())
+    assert bool((store.held.score == 0).all())
+    assert torch.equal(store.held.position[0, 0], torch.arange(9, dtype=torch.int32))

@@ -66,7 +66,9 @@ def test_jumping_positions_are_one_document(recipe: ModuleType) -> None:
     model = recipe.longer(load_reference().model, 4096)
     changed = given["input_ids"].clone()
     changed[0, 0] += 1
-    logits, others = (model(**given | {"input_ids": tokens}, use_cache=False).logits for tokens in (given["input_ids"], changed))
+    logits, others = (
+        model(**given | {"input_ids": tokens}, use_cache=False).logits for tokens in (given["input_ids"], changed)
+    )
     # tokens after the jump see those before it
     assert (logits - others)[0, last:].abs().max() > 1e-4
 

@@ -3,12 +3,15 @@
 python benchmarks/gpu/counts.py                    # the default method at 8k, 131k and 1M tokens
 python benchmarks/gpu/counts.py 65536 --largest 20 # one length, and the operators that move most
 python benchmarks/gpu/counts.py --alike            # the default method of a CPU, which draws for alike queries
+python benchmarks/gpu/counts.py --decode           # a decoding step of each store of a cache: decode_counts.py
 """
 
 import argparse
+import runpy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -86,7 +89,11 @@ def main() -> None:
     parser.add_argument("tokens", type=int, nargs="*", default=[8192, 131_072, 1_048_576])
     parser.add_argument("--largest", type=int, default=0, help="operators to name, by bytes")
     parser.add_argument("--alike", action="store_true", help="count what draws for alike queries take")
+    parser.add_argument("--decode", action="store_true", help="count a decoding step of each store of a cache")
     options = parser.parse_args()
+    if options.decode:
+        runpy.run_path(str(Path(__file__).parent / "decode_counts.py"), run_name="__main__")
+        return
     for tokens in options.tokens:
         counted = count(tokens, options.alike)
         print(f"{tokens:,} tokens: {counted.launches.total()} launches, {counted.bytes.total() / 1e9:.3g} GB")

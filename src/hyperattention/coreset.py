@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.kernels import coreset as coreset_torch
+from hyperattention.kernels.decode.operator import decode_coreset, decodes_fused
 from hyperattention.kernels.list.operator import list_attention
+from hyperattention.merge import without_sinks
 from hyperattention.transforms import refuse_transforms, scale_of
 from hyperattention.types import Partial, Runs, Selection
 
@@ -83,6 +85,7 @@ class Coreset:
         scale: float | None = None,
         own: int = 0,
         softcap: float | None = None,
+        sinks: Float[Tensor, " heads"] | None = None,
     ) -> Partial:
         """Compute attention over the coreset.
 
@@ -92,7 +95,8 @@ class Coreset:
             own: number of last slots that hold the keys of these queries themselves; it equals the number of queries, and
                 each query sees those slots up to its own. 0 if every query sees every slot.
             softcap: bound of the scores: softcap * tanh(score / softcap), applied before log-weights are added; None for no
-                bound. A softcap has no gradient and no Triton kernel: on GPUs it runs in PyTorch.
+                bound. A softcap has no gradient.
+            sinks: logit of each query head that belongs to no key, whose share of the softmax is dropped; None for none.
 
         Returns:
             the rows and their log-sum-exp; `merge` can combine them with attention over other keys.
@@ -110,20 +114,24 @@ class Coreset:
             )
         if own not in (0, queries) or own > slots:
             raise ValueError(f"own={own} with {queries} queries and {slots} slots: own must be 0 or the number of queries")
-        rows = q.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # [lists, group, queries, head_dim]
-        k, v, weight = (_joined(x) for x in (self.k, self.v, self.log_weight))
         factor = scale_of(scale, self.k.shape[3])
         refuse_transforms("attention to a coreset", q, self.k, self.v, self.log_weight)
         if torch.is_grad_enabled() and self.log_weight.requires_grad:
             raise ValueError("log-weights have no gradient: detach them, or attend under torch.no_grad()")
-        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, self.k, self.v))
         if softcap is not None and learning:
             raise ValueError(f"softcap={softcap} has no gradient: attend under torch.no_grad()")
+        if decodes_fused(q, self.k, self.v):
+            given = (q, self.k, self.v, self.log_weight, None, sinks)
+            return Partial(*decode_coreset(*given, factor, own > 1, softcap))
+        rows = q.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # [lists, group, queries, head_dim]
+        k, v, weight = (_joined(x) for x in (self.k, self.v, self.log_weight))
         if softcap is not None or (q.device.type == "cpu" and not learning):
             out, lse = coreset_torch.forward(rows, k, v, weight, factor, causal=own > 1, softcap=softcap)
         else:
             out, lse = self._by_lists(rows, k, v, factor, own)
-        return Partial(*(x.unflatten(0, (batch, kv_heads)).flatten(1, 2) for x in (out, lse)))
+        part = Partial(*(x.unflatten(0, (batch, kv_heads)).flatten(1, 2) for x in (out, lse)))
+        return part if sinks is None else without_sinks(part, sinks)
 
     def _by_lists(self, rows: Tensor, k: Tensor, v: Tensor, scale: float, own: int) -> tuple[Tensor, Tensor]:
         """Compute attention by the list kernel, which has gradients and a GPU implementation."""

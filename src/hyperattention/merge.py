@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+from torch import Tensor
 
 from hyperattention.types import Partial
 
@@ -46,3 +47,20 @@ def merge(partials: Sequence[Partial]) -> Partial:
     out = reduce(torch.add, weighted)
     dtype = reduce(torch.promote_types, (p.out.dtype for p in partials))
     return Partial(out.to(dtype), (top + total.log()).masked_fill(empty, -torch.inf))
+
+
+def without_sinks(part: Partial, sinks: Tensor) -> Partial:
+    """Remove the share of learned sinks from attention over all keys.
+
+    out <- out exp(lse) / (exp(lse) + exp(sink))
+
+    Args:
+        part: rows over all keys, without the sinks.
+        sinks: logit of each query head that belongs to no key, ``[heads]``.
+
+    Returns:
+        the rows and their log-sum-exp, sinks included.
+    """
+    logit = sinks.to(part.lse.dtype)[None, :, None]
+    share = torch.sigmoid(part.lse - logit)
+    return Partial((part.out * share[..., None]).to(part.out.dtype), torch.logaddexp(part.lse, logit))

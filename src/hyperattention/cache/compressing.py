@@ -41,6 +41,8 @@ class CompressingStore(Store):
         self._queries: Tensor | None = None
         self._waiting: tuple[Tensor, float, ScoreRule] | None = None
         self._count = self._seen = self._turn = self._new = 0
+        # free slots before this one were in use: what they hold is not that of a new token
+        self._used = 0
 
     @property
     def seen(self) -> int:
@@ -99,15 +101,14 @@ class CompressingStore(Store):
         if self._buffer is not None:
             fit_new((k, v), (self._buffer.k, self._buffer.v))
         self._watch_waiting()
-        new, first = k.shape[2], self._seen
-        buffer = self._grown(k, v, self._count + new)
-        part = buffer.part(self._count, self._count + new)
-        part.k.copy_(k)
-        part.v.copy_(v)
-        part.log_weight.zero_()
-        part.score.zero_()
-        part.position.copy_(torch.arange(first, first + new, dtype=torch.int64, device=k.device))
-        self._buffer, self._count, self._seen, self._new = buffer, self._count + new, first + new, new
+        new, end = k.shape[2], self._count + k.shape[2]
+        buffer = self._grown(k, v, end)
+        buffer.k[:, :, self._count : end].copy_(k)
+        buffer.v[:, :, self._count : end].copy_(v)
+        if self._count < self._used:
+            for x in (buffer.log_weight, buffer.score):
+                x[:, :, self._count : end].zero_()
+        self._buffer, self._count, self._seen, self._new = buffer, end, self._seen + new, new
         held = self.held
         return held.k, held.v
 
@@ -119,14 +120,12 @@ class CompressingStore(Store):
             return old
         most = self.room.budget + 1
         room = count if count >= most else most if not self.is_whole else min(most, max(count, 3 * have // 2))
-        shape, device = (k.shape[0], k.shape[1], room), k.device
-        weight = torch.promote_types(k.dtype, torch.float32)
-        k, v = (x.new_empty((*shape, x.shape[3])) for x in (k, v))
-        types = (weight, torch.int32, weight)
-        fresh = CacheSlots(k, v, *(torch.empty(shape, dtype=dtype, device=device) for dtype in types))
+        k, v = (x.new_empty((*x.shape[:2], room, x.shape[3])) for x in (k, v))
+        fresh = CacheSlots(k, v, *_of_new_tokens(k, self._seen - self._count))
         if old is not None:
             for to, source in zip(fresh.tensors, old.tensors, strict=True):
                 to[:, :, : self._count] = source[:, :, : self._count]
+        self._used = 0
         return fresh
 
     def mask_padding(self, live: Tensor) -> None:
@@ -140,7 +139,7 @@ class CompressingStore(Store):
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Compute attention over all slots, causal among the newest."""
-        return rule.drop_sinks(self.held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap))
+        return self.held.coreset.attend(q, scale=scale, own=self._new, softcap=rule.softcap, sinks=rule.sinks)
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Count the attention of the queries, and compress if the budget is exceeded."""
@@ -161,9 +160,12 @@ class CompressingStore(Store):
 
     def _watch(self, q: Tensor, scale: float, rule: ScoreRule, end: int) -> None:
         """Store queries, the last of which belongs to the slot before `end`, and count the attention they give."""
-        if num := self.policy.num_queries:
-            kept = q if self._queries is None else torch.cat([self._queries, q], 2)
-            self._queries = kept[:, :, -num:].clone()
+        num = self.policy.num_queries
+        if num and self._queries is None:
+            self._queries = q[:, :, -num:].clone()
+        elif num and self._queries is not None and q.shape[2]:
+            before = self._queries[:, :, max(0, self._queries.shape[2] + q.shape[2] - num) :]
+            self._queries = torch.cat([before, q[:, :, -num:]], 2)
         if self.policy.watches and q.shape[2]:
             held = self.held.part(0, end)
             held.score.add_(attended(held, q, scale, rule))
@@ -184,7 +186,8 @@ class CompressingStore(Store):
         self._count = sum(part.num_slots for part in parts)
         # the free slots are part of the budget; one more slot holds the token that exceeds it
         spare = self.room.budget + 1 - self._count
-        self._buffer = joined((*parts, held.part(0, 1).take(*_repeated(held, spare))))
+        k, v = (x[:, :, :1].expand(-1, -1, spare, -1) for x in (held.k, held.v))
+        self._buffer, self._used = joined((*parts, CacheSlots(k, v, *_of_new_tokens(k, self._seen)))), 0
 
     def take_rows(self, index: Tensor) -> None:
         """Select batch rows of all tensors."""
@@ -203,6 +206,7 @@ class CompressingStore(Store):
             why = f"all but the last {recent} were compressed by {self.policy!r}; give a window of at least {num}"
             fewer = f"only {recent} were read; give at most as many"
             raise ValueError(f"cannot forget the latest {num} tokens: {fewer if self.is_whole else why}")
+        self._used = max(self._used, self._count)
         self._count, self._seen, self._new = self._count - num, self._seen - num, 0
         if self._waiting is not None:
             q, scale, rule = self._waiting
@@ -229,7 +233,7 @@ class CompressingStore(Store):
             state.get("queries"),
             None,
         )
-        self._count, self._new = self._buffer.num_slots, 0
+        self._count, self._new, self._used = self._buffer.num_slots, 0, 0
 
     def _check(self, state: dict[str, Tensor]) -> None:
         """Check that a store of this policy and budget can have this state."""
@@ -252,7 +256,9 @@ class CompressingStore(Store):
         insist(((score >= 0) & (score < torch.inf)).all(), "attention that keys got is finite and not negative")
 
 
-def _repeated(held: CacheSlots, num: int) -> tuple[Tensor, Tensor]:
-    """Repeat the first slot `num` times, as space to be overwritten."""
-    index = torch.zeros(*held.log_weight.shape[:2], num, dtype=torch.int64, device=held.k.device)
-    return index, torch.full(index.shape, -torch.inf, dtype=torch.float32, device=held.k.device)
+def _of_new_tokens(k: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Make log-weights, positions and scores of slots for new tokens, the position of the first slot given."""
+    shape, dtype = k.shape[:3], torch.promote_types(k.dtype, torch.float32)
+    position = torch.arange(first, first + shape[2], dtype=torch.int32, device=k.device).expand(shape)
+    weight, score = (torch.zeros(shape, dtype=dtype, device=k.device) for _ in range(2))
+    return weight, position.contiguous(), score

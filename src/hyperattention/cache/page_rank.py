@@ -13,6 +13,14 @@ from hyperattention.check import instance
 class PageRank(ABC):
     """An estimate of the largest score in a page, from a summary that does not change once the page is full."""
 
+    @property
+    @abstractmethod
+    def kernel_reach(self) -> float | None:
+        """The weight of a summary's second half, if the rank is that of `Bounds`; None for any other rank.
+
+        A kernel computes q . first + reach sum_i |q_i| second_i; a summary of one half has reach 0.
+        """
+
     @abstractmethod
     def summarise(
         self, k: Float[Tensor, "batch kv_heads pages page head_dim"]
@@ -70,6 +78,11 @@ class Bounds(PageRank):
         if not 0.0 <= self.reach <= 1.0:
             raise ValueError(f"Bounds(reach={self.reach}): reach must be between 0 (the middle) and 1 (the bound)")
 
+    @property
+    def kernel_reach(self) -> float | None:
+        """The reach."""
+        return self.reach
+
     def summarise(self, k: Tensor) -> Tensor:
         """Return the middle and half the range of every channel."""
         high, low = k.amax(3), k.amin(3)
@@ -101,6 +114,11 @@ class Midpoint(PageRank):
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"Midpoint(alpha={self.alpha}): alpha must be between 0 and 1")
+
+    @property
+    def kernel_reach(self) -> float | None:
+        """No second half."""
+        return 0.0
 
     def summarise(self, k: Tensor) -> Tensor:
         """Mix the bounds."""
@@ -136,6 +154,11 @@ class TwoLevels(PageRank):
         if not 0.0 < self.keep <= 1.0:
             raise ValueError(f"TwoLevels(keep={self.keep}): keep must be above 0 and at most 1")
         instance("TwoLevels", PageRank, "Bounds()", by=self.by)
+
+    @property
+    def kernel_reach(self) -> float | None:
+        """None: pages are ranked on two levels."""
+        return None
 
     def summarise(self, k: Tensor) -> Tensor:
         """Summarise pages; the summary of a pair is computed from its pages."""

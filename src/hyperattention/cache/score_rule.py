@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hyperattention.merge import without_sinks
 from hyperattention.types import Partial
 
 
@@ -52,11 +53,7 @@ class ScoreRule:
         Returns:
             the rows and their log-sum-exp, sinks included.
         """
-        if self.sinks is None:
-            return part
-        sinks = self.sinks.to(part.lse.dtype)[None, :, None]
-        share = torch.sigmoid(part.lse - sinks)
-        return Partial((part.out * share[..., None]).to(part.out.dtype), torch.logaddexp(part.lse, sinks))
+        return part if self.sinks is None else without_sinks(part, self.sinks)
 
 
 PLAIN = ScoreRule()

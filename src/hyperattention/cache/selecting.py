@@ -1,18 +1,22 @@
 """A store that keeps all keys and reads a selection: sinks, window, the best pages, and draws from the other pages."""
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hyperattention.cache.budget import CacheBudget
 from hyperattention.cache.buffer import grown
 from hyperattention.cache.fitting import fit_new, fit_state, floating_type, insist
+from hyperattention.cache.page_lists import page_lists
 from hyperattention.cache.page_rank import PageRank
 from hyperattention.cache.score_rule import PLAIN, ScoreRule
 from hyperattention.cache.store import Store
 from hyperattention.kernels.capped_list import capped_list_attention
-from hyperattention.random import uniform
-from hyperattention.types import Partial, Runs, Selection
+from hyperattention.kernels.decode.operator import decode_best_pages, decode_pages, decodes_fused
+from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
+from hyperattention.kernels.decode.reference import attend_to_pages, best_pages
+from hyperattention.types import Partial
 
 
 class SelectingStore(Store):
@@ -46,10 +50,13 @@ class SelectingStore(Store):
         self.by, self.room, self.page, self.draws, self.most_queries = by, room, page, draws, most_queries
         self.lender, self.layer, self.seed = lender, layer, seed
         self.chosen: Tensor | None = None
+        # whether none of them is missing, as far as can be told without a look at any tensor
+        self._complete = False
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         self._summary: Tensor | None = None
         self._begin: Tensor | None = None
+        self._padded = False
         self._seen = self._new = self._summed = 0
 
     @property
@@ -114,7 +121,7 @@ class SelectingStore(Store):
             raise ValueError(
                 "padding stands after tokens: a cache read by pages supports padding on the left only; pad on the left"
             )
-        self._begin = self._start + dead
+        self._begin, self._padded = self._start + dead, True
         for x in (self._k, self._v):
             if x is not None:
                 x[:, :, before : self._seen].masked_fill_(~live[:, None, :, None], 0.0)
@@ -124,6 +131,12 @@ class SelectingStore(Store):
         if self._begin is None:
             raise ValueError("the cache is empty: append keys and values first")
         return self._begin
+
+    @property
+    def _held(self) -> tuple[Tensor, Tensor]:
+        if self._k is None or self._v is None:
+            raise ValueError("the cache is empty: append keys and values first")
+        return self._k, self._v
 
     def end_step(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> None:
         """Summarise the pages that are full now."""
@@ -136,89 +149,73 @@ class SelectingStore(Store):
 
     def attend(self, q: Tensor, scale: float, rule: ScoreRule = PLAIN) -> Partial:
         """Choose pages for every query, and compute attention over the chosen keys."""
-        if self._k is None or self._v is None:
-            raise ValueError("the cache is empty: append keys and values first")
-        batch, kv_heads, _, _ = self._k.shape
-        queries = q.shape[2]
-        rows = q.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, queries, head_dim]
-        # all recent keys, from the edge of a page on
+        if self.draws:
+            return self._attend_with_draws(q, scale, rule)
+        (k, v), plan, fused = self._held, self._plan(q.shape[2]), decodes_fused(q, *self._held)
+        reach, summary = self.by.kernel_reach, self._pages_of(q, plan)
+        if fused and self.lender is None and reach is not None and summary.shape[2] <= MOST_PAGES:
+            given = (q, k, v, summary, self._start, rule.sinks, list(astuple(plan)))
+            self._complete = False
+            out, lse, self.chosen = decode_best_pages(*given, reach, scale, rule.softcap)
+            return Partial(out, lse)
+        chosen = self.chosen = self._chosen(q, summary, plan, scale, rule)
+        if fused:
+            given = (q, k, v, chosen, self._start, rule.sinks, list(astuple(plan)))
+            return Partial(*decode_pages(*given, scale, rule.softcap))
+        begin = self._start if self._padded else None
+        out, lse = attend_to_pages(
+            q, (k, v), chosen, begin, plan, scale, rule.softcap, complete=(self.lender or self)._complete
+        )
+        return rule.drop_sinks(Partial(out, lse))
+
+    def _plan(self, queries: int) -> PagePlan:
+        """Say what queries read: all recent keys, from the edge of a page on, and pages before them."""
         recent = max(0, self._seen - queries - self.room.window) // self.page * self.page
-        self.chosen = self._choose(rows, recent, scale, rule) if self.lender is None else self.lender.chosen
-        selection = self._selection(rows, recent)
+        return PagePlan(self.page, self.room.sinks, recent, self._seen, self.num_pages)
+
+    def _is_complete(self, plan: PagePlan) -> bool:
+        """Return whether it is certain, without a look at any tensor, that as many pages are chosen as the plan says."""
+        free = plan.recent // plan.page - plan.sinks // plan.page
+        return not self._padded and free >= plan.num and self.by.kernel_reach is not None
+
+    def _chosen(self, q: Tensor, summary: Tensor, plan: PagePlan, scale: float, rule: ScoreRule) -> Tensor:
+        """Choose pages in PyTorch, or take the lender's: ``[lists, queries, pages]``, ascending; -1 for none."""
+        if self.lender is not None:
+            if self.lender.chosen is None:
+                raise ValueError(
+                    "the layer whose choice of pages is reused has chosen none: run attention in that layer first"
+                )
+            return self.lender.chosen
+        self._complete = self._is_complete(plan)
+        rows = q.unflatten(1, (summary.shape[1], -1))  # [batch, kv_heads, group, queries, head_dim]
+        if not summary.shape[2]:
+            shape = (rows.shape[0] * rows.shape[1], rows.shape[3], plan.num)
+            return torch.full(shape, -1, dtype=torch.int64, device=q.device)
+        score = rule.cap(self.by.rank(rows.flatten(2, 3).float() * scale, summary, plan.num))
+        begin = self._start if self._padded else None
+        return best_pages(score.unflatten(2, rows.shape[2:4]), begin, plan, complete=self._complete)
+
+    def _pages_of(self, q: Tensor, plan: PagePlan) -> Tensor:
+        """Return the summaries of all pages before the window."""
+        if self._summary is None:
+            return q.new_empty((q.shape[0], self._held[0].shape[1], 0, q.shape[3]))
+        return self._summary[:, :, : plan.recent // self.page]
+
+    def _attend_with_draws(self, q: Tensor, scale: float, rule: ScoreRule) -> Partial:
+        """Choose pages for every query, and compute attention over lists of keys, some of which are drawn."""
+        k, v = self._held
+        batch, kv_heads = k.shape[:2]
+        rows = q.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, queries, head_dim]
+        plan = self._plan(q.shape[2])
+        self.chosen = self._chosen(q, self._pages_of(q, plan), plan, scale, rule)
+        selection = page_lists(rows, self.chosen.long(), self._start, plan, self.draws, (self.seed, self.layer))
         tiles = rows.permute(0, 1, 3, 2, 4).flatten(0, 1)[:, :, :, None]  # [lists, queries, group, 1, head_dim]
-        k, v = self._k.flatten(0, 1), self._v.flatten(0, 1)
-        out, lse = capped_list_attention(tiles, k, v, selection, scale, rule.softcap)
+        out, lse = capped_list_attention(tiles, k.flatten(0, 1), v.flatten(0, 1), selection, scale, rule.softcap)
 
         def restored(x: Tensor) -> Tensor:
             return x[:, :, :, 0].unflatten(0, (batch, kv_heads)).transpose(2, 3).flatten(1, 2)
 
         return rule.drop_sinks(Partial(restored(out), restored(lse)))
-
-    def _choose(self, rows: Tensor, recent: int, scale: float, rule: ScoreRule) -> Tensor:
-        """Rank the pages before `recent`, and take the best: ``[lists, queries, pages]``, ascending; -1 for none."""
-        pages, num = recent // self.page, self.num_pages
-        if not pages or self._summary is None:
-            return rows.new_full((rows.shape[0] * rows.shape[1], rows.shape[3], num), -1, dtype=torch.int64)
-        score = self.by.rank(rows.flatten(2, 3).float() * scale, self._summary[:, :, :pages], num)
-        # [batch, kv_heads, queries, pages]
-        score = torch.log_softmax(rule.cap(score), -1).unflatten(2, rows.shape[2:4]).amax(2)
-        last = (torch.arange(pages, dtype=torch.int64, device=rows.device) + 1) * self.page
-        score = score.masked_fill((last <= self._start[:, None] + self.room.sinks)[:, None, None], -torch.inf)
-        best, index = score.topk(min(num, pages), -1)
-        index = index.masked_fill(best == -torch.inf, -1).sort(-1).values
-        return pad(index, (num - index.shape[-1], 0), value=-1).flatten(0, 1)
-
-    def _selection(self, rows: Tensor, recent: int) -> Selection:
-        """List sinks, chosen pages, draws and the window for every query."""
-        batch, kv_heads, group, queries, _ = rows.shape
-        lists, device, chosen = batch * kv_heads, rows.device, self.chosen
-        if chosen is None:
-            raise ValueError("the layer whose choice of pages is reused has chosen none: run attention in that layer first")
-        begin = self._start[:, None].expand(-1, kv_heads).reshape(lists, 1).expand(-1, queries)
-        sunk = begin + self.room.sinks
-        edge = torch.full_like(begin, recent)
-        runs = [
-            Runs(begin[..., None], max(1, self.room.sinks), _zeros(begin[..., None]), begin, torch.minimum(sunk, edge)),
-            Runs(chosen * self.page, self.page, _zeros(chosen).masked_fill(chosen < 0, -torch.inf), sunk, edge),
-        ]
-        if self.draws:
-            runs.append(self._drawn(chosen, sunk, edge))
-        end = torch.full_like(begin, self._seen)
-        low = torch.maximum(begin, edge)
-        runs.append(Runs(edge[..., None], self._seen - recent, _zeros(edge[..., None]), low, end, causal=queries > 1))
-        limit = torch.arange(queries, dtype=torch.int64, device=device) + (self._seen - queries + 1)
-        return Selection(
-            tuple(runs),
-            limit[None, :, None].expand(lists, -1, group).contiguous(),
-            torch.arange(lists, dtype=torch.int64, device=device),
-        )
-
-    def _drawn(self, chosen: Tensor, sunk: Tensor, edge: Tensor) -> Runs:
-        """Draw keys evenly from the pages not chosen, one from each of equal strata, with weights."""
-        lists, queries, _ = chosen.shape
-        first = sunk // self.page  # sinks that lie in a page they cut can be drawn as well; such draws do not count
-        pages = edge // self.page
-        inside = (chosen >= first[..., None]) & (chosen < pages[..., None])
-        left = ((pages - first - inside.sum(-1)) * self.page).clamp(min=0)  # [lists, queries]
-        head = torch.arange(lists, dtype=torch.int64, device=chosen.device)[:, None, None] % self._heads
-        at = torch.arange(queries, dtype=torch.int64, device=chosen.device)[:, None] + (self._seen - queries)
-        place = torch.arange(self.draws, dtype=torch.int64, device=chosen.device)
-        point = (place + uniform((self.seed, self.layer, head, at, place), chosen.device)) / self.draws
-        rank = (point * left[..., None]).long().clamp(max=(left[..., None] - 1).clamp(min=0))
-        # the index of the r-th page that is not chosen is r plus the number of chosen pages before it
-        gap = torch.where(inside, chosen - first[..., None], 2**40).sort(-1).values
-        gap = gap - torch.arange(gap.shape[-1], dtype=torch.int64, device=gap.device)
-        page = rank // self.page
-        page = page + torch.searchsorted(gap, page, right=True) + first[..., None]
-        share = left[..., None].float() / self.draws
-        weight = share.clamp(min=1.0).log().expand(page.shape)
-        # fewer keys than draws: each key is drawn several times, and each draw counts for its share
-        weight = torch.where(left[..., None] < self.draws, share.log(), weight)
-        return Runs(page * self.page + rank % self.page, 1, weight, sunk, edge)
-
-    @property
-    def _heads(self) -> int:
-        return 1 if self._k is None else self._k.shape[1]
 
     def take_rows(self, index: Tensor) -> None:
         """Select batch rows of all tensors."""
@@ -247,10 +244,6 @@ class SelectingStore(Store):
         wanted = {"k": (f"{key} head_dim", of_k), "v": (f"{key} value_dim", of_v), "begin": ("batch", torch.int64)}
         seen, begin = fit_state(state, wanted)["slots"], state["begin"]
         insist(((begin >= 0) & (begin <= seen)).all(), f"rows begin from 0 to {seen}")
-        self._k, self._v, self._begin = state["k"], state["v"], state["begin"]
+        self._k, self._v, self._begin, self._padded = state["k"], state["v"], state["begin"], bool(begin.any())
         self._seen, self._new, self._summed, self._summary = self._k.shape[2], 0, 0, None
         self.end_step(self._k, 1.0)
-
-
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)

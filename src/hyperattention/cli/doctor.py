@@ -4,7 +4,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -121,4 +121,7 @@ def _kernels() -> tuple[Finding, ...]:
         triton = Finding(name, False, f"{found} builds launchers with a C compiler, and finds none: install gcc, or set CC")
     else:
         triton = Finding(name, True, f"{found}: CUDA tensors of 16 or 32 bits, up to {WIDEST} wide")
-    return (Finding("list kernel, PyTorch", True, "any device and dtype"), triton)
+    # the same machines run it, for fewer calls
+    why = "decoding without gradients, up to 64 rows of a group; otherwise PyTorch" if triton.available else triton.detail
+    decoding = replace(triton, name="decoding kernel, Triton", detail=why)
+    return (Finding("list kernel, PyTorch", True, "any device and dtype"), triton, decoding)

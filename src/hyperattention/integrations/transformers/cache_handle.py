@@ -138,20 +138,22 @@ class Handle:
         self._left, self._own_call = 0, None
 
 
-def attach(keys: Tensor, values: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
+def attach(keys: Tensor, values: Tensor, handle: Handle, unread: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attach a handle to keys and values.
 
     Args:
         keys: the keys that the cache returns.
         values: the values that the cache returns.
         handle: the handle.
+        unread: NaN without axes on the device of the keys, to be used again; None to make one.
 
     Returns:
         new tensors of keys and values with the handle. If the store does not hold every key, both are filled with NaN:
         attention reads the keys through the handle, and any other use of the tensors gives NaN.
     """
     if not handle.store.is_whole:
-        keys, values = (x.new_full((), torch.nan).expand(x.shape) for x in (keys, values))
+        unread = keys.new_full((), torch.nan) if unread is None else unread
+        keys, values = (unread.to(x.dtype).expand(x.shape) for x in (keys, values))
     keys, values = keys.view(keys.shape), values.view(values.shape)
     for each in (keys, values):
         setattr(each, _HANDLE, handle)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hyperattention.cache.buffer import is_writable
 from hyperattention.cache.store_maker import StoreMaker
 from hyperattention.integrations.transformers.cache_handle import Handle, attach
 from hyperattention.integrations.transformers.cache_padding import NOTHING_TOLD, PaddingSoFar
@@ -42,6 +43,8 @@ class HyperCacheLayer(CacheLayerMixin):
         self._handle: Handle | None = None
         self._told: PaddingSoFar = NOTHING_TOLD
         self._token_bytes = self._text = 0
+        # what a reader that does not take the handle reads: NaN
+        self._unread: Tensor | None = None
 
     @property
     def whole_bytes(self) -> int:
@@ -81,7 +84,14 @@ class HyperCacheLayer(CacheLayerMixin):
         k, v = self.store.append(key_states, value_states)
         self._text, self._told = self._length(), self._heard()
         self._handle = Handle(self.store, key_states.shape[2], self._text, self._limit, self._told, self._readers)
-        return attach(k, v, self._handle)
+        return attach(k, v, self._handle, self._nan_like(key_states))
+
+    def _nan_like(self, x: Tensor) -> Tensor:
+        """Return NaN without axes, made once: a tensor from inference mode cannot be used outside it."""
+        old = self._unread
+        if old is None or (old.dtype, old.device) != (x.dtype, x.device) or not is_writable(old):
+            old = self._unread = x.new_full((), torch.nan)
+        return old
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys of the next step, and the position of the first key if all keys were the latest."""

@@ -1,4 +1,4 @@
-"""The list kernel in Triton, backward: one launch for the queries, one per group for the keys and values.
+"""The list kernel in Triton, backward: one launch for the queries, and one for the keys and values.
 
 With P the weights of a row, and D = dout . out - dlse:
 
@@ -22,6 +22,9 @@ from hyperattention.kernels.launch import Launch, by_head, groups_of, labels_in_
 from hyperattention.kernels.list.reference import Lists
 from hyperattention.kernels.list.triton_forward import Shape, capability_of, widest
 from hyperattention.kernels.list.triton_slots import allowed, blocks_of, labels_of, slots_of, stored_at
+
+# numbers of a gradient that a program zeroes at once
+_ZEROED = 1024
 
 
 def queries_shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shape:
@@ -65,15 +68,28 @@ def keys_shape_of(rows: int, width: int, itemsize: int, capability: int) -> Shap
 
 
 @triton.jit
+def _zero(x_ptr, numbers, ZEROED: tl.constexpr):
+    """Zero this program's share of a tensor."""
+    share = tl.cdiv(numbers, tl.num_programs(0))
+    first = tl.program_id(0).to(tl.int64) * share
+    for done in tl.range(0, share, ZEROED):
+        at = done + tl.arange(0, ZEROED)
+        tl.store(x_ptr + first + at, tl.zeros([ZEROED], tl.float32), mask=(at < share) & (first + at < numbers))
+
+
+@triton.jit
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, dq_ptr, centre_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, dq_ptr, centre_ptr, dk_ptr, dv_ptr,
     firsts, weights, lows, highs, holes, slots,
     key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr,
-    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, kp, ks, vp, vs,
+    scale, num_tiles, tiles, rows, size, keys, head_dim, value_dim, kp, ks, vp, vs, key_numbers, value_numbers,
     RUNS: tl.constexpr, BLOCKS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
     GAP: tl.constexpr, LABELS: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, ZEROED: tl.constexpr,
 ):  # fmt: skip
+    # what the launch for the keys adds to
+    _zero(dk_ptr, key_numbers, ZEROED)
+    _zero(dv_ptr, value_numbers, ZEROED)
     slabs = tl.cdiv(rows, ROWS)
     tile = (tl.program_id(0) // slabs).to(tl.int64)
     row = (tl.program_id(0) % slabs) * ROWS + tl.arange(0, ROWS)
@@ -133,22 +149,36 @@ def _queries_kernel(
 @triton.jit
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, grad_out_ptr, centre_ptr, dk_ptr, dv_ptr,
-    first, weights, low, high, hole, slots,
+    firsts, weights, lows, highs, holes, slots,
     key_row_ptr, limit_ptr, row_label_ptr, key_label_ptr, gap_low_ptr, gap_high_ptr,
     scale, num_tiles, tiles, rows, size, keys, rows_of_keys, head_dim, value_dim, kp, ks, vp, vs,
-    RUN: tl.constexpr, BLOCK: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr,
-    GAP: tl.constexpr, LABELS: tl.constexpr, PRECISION: tl.constexpr,
+    RUNS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LABELLED: tl.constexpr, BLOCK: tl.constexpr,
+    GAP: tl.constexpr, LABELS: tl.constexpr, ANY_CAUSAL: tl.constexpr, ANY_LABELLED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(slots, BLOCK)
+    blocks = 0
+    for g in tl.static_range(len(RUNS)):
+        blocks += tl.cdiv(slots[g], BLOCK)
     tile = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     list_number = tile // tiles
     key_row = tl.load(key_row_ptr + list_number)
-    index, bias = slots_of(
-        first, weights, low, high, hole, tile, num_tiles, (tl.program_id(0) % blocks) * BLOCK, slots, RUN, HOLED, BLOCK
-    )
+    # the group of this block; all tests of pairs are made for every group, and cannot fail where a group has none
+    index, bias = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], -float("inf"), tl.float32)
+    causal, labelled = block < 0, block < 0
+    passed = 0
+    for g in tl.static_range(len(RUNS)):
+        count = tl.cdiv(slots[g], BLOCK)
+        if (block >= passed) & (block < passed + count):
+            index, bias = slots_of(
+                firsts[g], weights[g], lows[g], highs[g], holes[g], tile, num_tiles, (block - passed) * BLOCK, slots[g],
+                RUNS[g], HOLED[g], BLOCK,
+            )  # fmt: skip
+            causal = block >= 0 if CAUSAL[g] else block < 0
+            labelled = block >= 0 if LABELLED[g] else block < 0
+        passed += count
     live = bias > -float("inf")
-    label = labels_of(key_label_ptr + list_number * keys, index, live, LABELLED and LABELS)
+    label = labels_of(key_label_ptr + list_number * keys, index, live, ANY_LABELLED and LABELS)
     place = index.to(tl.int64)[:, None]
     columns, value_columns = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     in_key, in_value = columns[None, :] < head_dim, value_columns[None, :] < value_dim
@@ -178,11 +208,15 @@ def _keys_kernel(
         if GAP:
             gap_low = tl.load(gap_low_ptr + at, mask=inside, other=0)
             gap_high = tl.load(gap_high_ptr + at, mask=inside, other=0)
+        limit = tl.where(causal, limit, 2147483647)
+        if ANY_LABELLED and LABELS:
+            # a label that no key has
+            row_label = tl.where(labelled, row_label, -9223372036854775807)
         # keys are the first axis here, so that sums over rows are plain products
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None]
         score = allowed(
             score, index[:, None], limit[None, :], row_label[None, :], label[:, None], gap_low[None, :], gap_high[None, :],
-            CAUSAL, LABELLED and LABELS, GAP,
+            ANY_CAUSAL, ANY_LABELLED and LABELS, GAP,
         )  # fmt: skip
         weight = tl.exp(score - lse[None, :])
         dv = tl.dot(weight.to(v.dtype), grad_out, dv, input_precision=PRECISION)
@@ -220,12 +254,13 @@ def backward(
         gradients of q, k and v, in their dtypes.
     """
     q, k, v = saved[:3]
-    dq = torch.zeros_like(by_head(q))
-    dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    if q.shape[:4].numel() and k.shape[1]:
-        cut = cuts or cuts_of(q, v, capability_of(q))
-        for launch in launches_backward(grads, saved, (dq, dk, dv), lists, scale, cut):
-            launch.run()
+    dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (k, v))
+    if not (q.shape[:4].numel() and k.shape[1]):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq = q.new_empty(by_head(q).shape)
+    cut = cuts or cuts_of(q, v, capability_of(q))
+    for launch in launches_backward(grads, saved, (dq, dk, dv), lists, scale, cut):
+        launch.run()
     return dq.transpose(1, 2), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -242,13 +277,13 @@ def launches_backward(
     Args:
         grads: gradients of out and of lse.
         saved: q, k, v, out and lse of the forward pass.
-        results: dq, ``[lists, group, tiles, size, head_dim]``, written; dk and dv in float32, added to.
+        results: dq, ``[lists, group, tiles, size, head_dim]``, and dk and dv in float32, contiguous; all are written.
         lists: the selection.
         scale: factor of the scores.
         cuts: shapes of programs for queries and for keys.
 
     Returns:
-        the launch for the queries, then those for the keys.
+        the launch for the queries, then the one for the keys, if any is listed.
     """
     q, k, v, out, lse = saved
     num_lists, tiles, group, size, head_dim = q.shape
@@ -268,20 +303,20 @@ def launches_backward(
     }  # fmt: skip
     of_queries = {
         "out_ptr": by_head(out), "grad_lse_ptr": by_head(grads[1]), "dq_ptr": results[0],
+        "dk_ptr": results[1], "dv_ptr": results[2],
+        "key_numbers": results[1].numel(), "value_numbers": results[2].numel(), "ZEROED": _ZEROED,
         **groups_of(lists, by_queries.block),
         "ROWS": by_queries.rows, "num_warps": by_queries.warps, "num_stages": by_queries.stages,
     }  # fmt: skip
     launches = [Launch(_queries_kernel, (num_tiles * triton.cdiv(rows, by_queries.rows),), {**common, **of_queries})]
     groups = groups_of(lists, by_keys.block)
-    for g in range(len(lists.size)):
-        one = {name: groups[name][g] for name in ("slots", "HOLED", "CAUSAL", "LABELLED")}
-        of_keys = {
-            **one, "first": groups["firsts"][g], "weights": groups["weights"][g], "low": groups["lows"][g],
-            "high": groups["highs"][g], "hole": groups["holes"][g], "RUN": groups["RUNS"][g], "BLOCK": groups["BLOCKS"][g],
-            "dk_ptr": results[1], "dv_ptr": results[2], "rows_of_keys": keys.keys,
-            "ROWS": by_keys.rows, "num_warps": by_keys.warps, "num_stages": by_keys.stages,
-        }  # fmt: skip
-        blocks = triton.cdiv(one["slots"], of_keys["BLOCK"])
-        if blocks:
-            launches.append(Launch(_keys_kernel, (num_tiles * blocks,), {**common, **of_keys}))
+    del groups["BLOCKS"]
+    of_keys = {
+        **groups, "BLOCK": by_keys.block, "ANY_CAUSAL": any(lists.causal), "ANY_LABELLED": any(lists.labelled),
+        "dk_ptr": results[1], "dv_ptr": results[2], "rows_of_keys": keys.keys,
+        "ROWS": by_keys.rows, "num_warps": by_keys.warps, "num_stages": by_keys.stages,
+    }  # fmt: skip
+    blocks = sum(triton.cdiv(count, by_keys.block) for count in groups["slots"])
+    if blocks:
+        launches.append(Launch(_keys_kernel, (num_tiles * blocks,), {**common, **of_keys}))
     return launches
