@@ -25,12 +25,6 @@ REFERENCE = {
         (),
     ),
     "reference/nn.md": ("nn", "Modules", "Layers to train with: `from hyperattention.nn import ...`.", ()),
-    "reference/distributed.md": (
-        "distributed",
-        "Several devices",
-        "`from hyperattention.distributed import ...`. See [several devices](../distributed.md).",
-        (),
-    ),
     "reference/features.md": ("features", "Feature maps", "`from hyperattention.features import ...`.", ()),
     "reference/sensitivity.md": ("sensitivity", "Sensitivities", "`from hyperattention.sensitivity import ...`.", ()),
     "reference/synthetic.md": ("synthetic", "Synthetic inputs", "`from hyperattention.synthetic import ...`.", ()),
@@ -61,7 +55,7 @@ REFERENCE = {
     "reference/distributed.md": (
         "distributed",
         "Several devices",
-        "Attention over shards of a sequence: `from hyperattention.distributed import ...`.",
+        "Attention over shards of a sequence: `from hyperattention.distributed import ...`. See [several devices](../distributed.md).",
         (),
     ),
     "reference/vllm.md": (
