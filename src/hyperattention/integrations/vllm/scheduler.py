@@ -22,8 +22,8 @@ class AlignedScheduler(AsyncScheduler):
         super().__init__(*arguments, **named)
         if self.need_mamba_block_aligned_split:
             raise ValueError(
-                "AlignedScheduler does not serve models with Mamba layers, whose prompts vLLM itself cuts at edges of blocks: "
-                "start vLLM without --scheduler-cls"
+                "AlignedScheduler does not serve models with Mamba layers, whose prompts vLLM itself cuts at edges of "
+                "blocks: start vLLM without --scheduler-cls"
             )
         if not self.scheduler_config.async_scheduling:
             raise ValueError("AlignedScheduler schedules asynchronously: start vLLM without --no-async-scheduling")
