@@ -30,3 +30,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def llama(tiny: Callable[..., str]) -> str:
     return tiny()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # every test here starts an engine, or shares one
+    for item in items:
+        if item.path.parent.name == "vllm":
+            item.add_marker(pytest.mark.slow)
