@@ -27,6 +27,7 @@ def run(case: dict) -> dict:
     try:
         llm = LLM(case["model"], **(options | case.get("llm", {})))
     except Exception as error:
+        cleanup_dist_env_and_memory()
         return {"error": f"{type(error).__name__}: {error}"}
     asked = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **case.get("sampling", {}))
     answers, seconds = [], []
