@@ -13,6 +13,8 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING"
 )
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# lets a function be sent to the workers
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 
 def run(case: dict) -> dict:
@@ -36,6 +38,8 @@ def run(case: dict) -> dict:
         began = time.perf_counter()
         answers += llm.generate([{"prompt_token_ids": each} for each in batch], asked, use_tqdm=False)
         seconds.append(time.perf_counter() - began)
+    # each process of a group counts its own heads' calls
+    ranks = llm.collective_rpc(worker_counts) if case["llm"].get("tensor_parallel_size", 1) > 1 else []
     after, metrics = read_counts(), {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     del llm
     gc.collect()
@@ -51,9 +55,18 @@ def run(case: dict) -> dict:
         "exact": {reason: num - before.exact.get(reason, 0) for reason, num in after.exact.items()},
         "listed_pairs": after.listed_pairs - before.listed_pairs,
         "exact_pairs": after.exact_pairs - before.exact_pairs,
+        "ranks": ranks,
         "audits": after.audits - before.audits,
         "error": after.error if after.audits else None,
     }
+
+
+def worker_counts(_worker) -> list[float]:
+    """Read the counts of a worker, from inside."""
+    from hyperattention.integrations.vllm.metrics import read_counts
+
+    counts = read_counts()
+    return [counts.approximated, counts.listed_pairs, counts.exact_pairs]
 
 
 def _prompt(answer, case: dict) -> list:

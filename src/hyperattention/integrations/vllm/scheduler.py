@@ -3,13 +3,19 @@
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # pyright: ignore[reportMissingImports]
+from vllm.v1.core.sched.scheduler import Scheduler  # pyright: ignore[reportMissingImports]
 
 from hyperattention.integrations.vllm.choice import choose, read_plan
 from hyperattention.integrations.vllm.options import read_options
 
+# vLLM schedules asynchronously by default, but never on a CPU
+_ASYNCHRONOUS = not current_platform.is_cpu()
+_STOCK: Any = AsyncScheduler if _ASYNCHRONOUS else Scheduler
 
-class AlignedScheduler(AsyncScheduler):
+
+class AlignedScheduler(_STOCK):
     """vLLM's scheduler, with chunks of prompts that end at multiples of the method's tile, or at the prompt's end.
 
     The method chooses keys for tiles of consecutive positions, by all queries of a tile. vLLM ends a chunk where the budget
@@ -25,8 +31,11 @@ class AlignedScheduler(AsyncScheduler):
                 "AlignedScheduler does not serve models with Mamba layers, whose prompts vLLM itself cuts at edges of "
                 "blocks: start vLLM without --scheduler-cls"
             )
-        if not self.scheduler_config.async_scheduling:
-            raise ValueError("AlignedScheduler schedules asynchronously: start vLLM without --no-async-scheduling")
+        if self.scheduler_config.async_scheduling != _ASYNCHRONOUS:
+            raise ValueError(
+                "AlignedScheduler schedules asynchronously except on a CPU: start vLLM with its default, without "
+                "--no-async-scheduling"
+            )
         options, model = read_options(self.vllm_config.additional_config), self.vllm_config.model_config
         device = torch.device(self.vllm_config.device_config.device_type)
         self.tile = choose(options, read_plan(options), max_length=model.max_model_len, device=device).tile
