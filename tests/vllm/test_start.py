@@ -14,7 +14,7 @@ MEASURED = Measured(320, 2, "ab", 0, "cpu: some", 1, {"torch": "2"}, 60.0, 160.5
 DRAWN = ha.Method(ha.Sinks(4), ha.Window(32), ha.Draw(32), tile=16)
 LATENT = {
     "kv_lora_rank": 64, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
-    "num_key_value_heads": 4, "n_routed_experts": None, "first_k_dense_replace": 2,
+    "num_key_value_heads": 4, "n_routed_experts": 2, "first_k_dense_replace": 2,
 }  # fmt: skip
 
 

@@ -22,6 +22,16 @@ _STOCK_BUILDER: Any = stock_backend().get_builder_cls()
 class HyperAttentionBuilder(_STOCK_BUILDER):
     """Prepare each step for a group of layers that share a kind of cache. vLLM makes it before the first request."""
 
+    # a step is new for each batch, and holds more than a table of pages
+    supports_update_block_table = False
+
+    @classmethod
+    def get_cudagraph_support(cls, *_: Any) -> Any:
+        """Return that no graph is recorded: a graph would replay the rows of the step that it was recorded in."""
+        from vllm.v1.attention.backend import AttentionCGSupport  # pyright: ignore[reportMissingImports]
+
+        return AttentionCGSupport.NEVER
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         from vllm.config import get_layers_from_vllm_config  # pyright: ignore[reportMissingImports]
         from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
