@@ -4,7 +4,8 @@
     .venv-vllm/bin/python benchmarks/vllm_ttft.py --out benchmarks/records/vllm_ttft.jsonl
 
 Each engine runs in a process of its own, with the reference model. A record holds the times of one length and engine, and
-what was approximated.
+what was approximated. Beside the time on the clock it has the time of the processor, of all threads together: other programs
+on the machine prolong the first, and hardly the second.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def main() -> None:
                     record = {
                         "engine": name, "length": length, "chunk": asked.chunk, "turn": turn,
                         "seconds": [round(each, 3) for each in found["seconds"][1:]],
+                        "cpu_seconds": [round(each, 3) for each in found["cpu_seconds"][1:]],
                         "approximated": found["approximated"],
                         "share_of_pairs": round(found["listed_pairs"] / max(found["exact_pairs"], 1.0), 4),
                         "threads": os.environ.get("OMP_NUM_THREADS"), "load_before": load,

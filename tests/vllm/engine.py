@@ -32,12 +32,13 @@ def run(case: dict) -> dict:
         cleanup_dist_env_and_memory()
         return {"error": f"{type(error).__name__}: {error}"}
     asked = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **case.get("sampling", {}))
-    answers, seconds = [], []
+    answers, seconds, computed = [], [], []
     # batches one after another: later ones find the prefixes of earlier ones
     for batch in case["batches"]:
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         answers += llm.generate([{"prompt_token_ids": each} for each in batch], asked, use_tqdm=False)
         seconds.append(time.perf_counter() - began)
+        computed.append(time.process_time() - spent)
     # each process of a group counts its own heads' calls
     ranks = llm.collective_rpc(worker_counts) if case["llm"].get("tensor_parallel_size", 1) > 1 else []
     after, metrics = read_counts(), {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
@@ -51,6 +52,7 @@ def run(case: dict) -> dict:
         "cached": [a.num_cached_tokens for a in answers],
         "preemptions": metrics.get("vllm:num_preemptions"),
         "seconds": seconds,
+        "cpu_seconds": computed,
         "approximated": after.approximated - before.approximated,
         "exact": {reason: num - before.exact.get(reason, 0) for reason, num in after.exact.items()},
         "listed_pairs": after.listed_pairs - before.listed_pairs,
