@@ -63,7 +63,7 @@ def covered(llama):
     options = {"method": COVERING, "min_length": 32}
     return run_engines(
         [
-            case(llama, [PROMPTS], options),
+            case(llama, [PROMPTS], options | {"audit_every": 2}),
             case(llama, [PROMPTS], options, max_num_batched_tokens=128),
             # cached prefixes: the second batch shares the first 400 tokens of the first
             case(llama, [[PROMPTS[0]], [PROMPTS[0][:400] + prompt_of(60, 9)], [PROMPTS[0]]], options),
@@ -164,7 +164,11 @@ def test_rows_before_min_length_are_stock(drawn, stock):
     assert difference(ours[64:], theirs[64:]) > 0.05
 
 
-def test_audits_measure_an_error(drawn):
+def test_audits_measure_an_error(drawn, covered):
     for result in drawn.values():
         assert result["audits"] in range(result["approximated"] // 2, result["approximated"] // 2 + 2)
-    assert 0.01 < drawn["place", "alone"]["error"] < 1.0
+    # heads of random weights this wide are sharp, and a key that was not drawn is missed
+    assert 0.05 < drawn["place", "alone"]["error"] < 3.0
+    # and where all keys are read there is none
+    assert covered[0]["audits"] > 0
+    assert covered[0]["error"] < 1e-5
