@@ -68,7 +68,7 @@ def main() -> None:
                         "seconds": [round(each, 3) for each in found["seconds"][1:]],
                         "cpu_seconds": [round(each, 3) for each in found["cpu_seconds"][1:]],
                         "approximated": found["approximated"],
-                        "share_of_pairs": round(found["listed_pairs"] / max(found["exact_pairs"], 1.0), 4),
+                        "share_of_pairs": round(found["listed_pairs"] / found["exact_pairs"], 4) if options else 1.0,
                         "threads": os.environ.get("OMP_NUM_THREADS"), "load_before": load,
                         "machine": platform.machine(), "cores": os.cpu_count(), "versions": versions,
                     }  # fmt: skip

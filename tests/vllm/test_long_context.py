@@ -14,7 +14,7 @@ from hyperattention.reference.text import held_out_documents
 LENGTH, CHUNK = 32_768, 8192
 METHOD = ha.lean_method(LENGTH)
 # float32 in four layers, of two implementations
-COVERED = 1e-3
+COVERED = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_loss_and_retrieval_are_those_of_transformers(engine, sample, loaded):
     differences = (ours - theirs)[sample.counted[:-1]]
     blocks = differences[: len(differences) // 64 * 64].view(-1, 64).mean(1)
     error = float(blocks.std() / len(blocks) ** 0.5)
-    assert error < 0.003
+    assert error < 0.005
     assert abs(float(differences.mean())) <= 4.5 * error
     # retrieval of hidden digits, at all distances
     first = torch.tensor([token for _, token in engine["prompt"][0]])
