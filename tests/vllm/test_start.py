@@ -34,7 +34,12 @@ def started(tiny, llama, tmp_path_factory):
     files = {"right": plan, "deeper": deeper, "other weights": replace(plan, model=replace(plan.model, weights="ab"))}
     for name, each in files.items():
         save_plan(each, folder / f"{name}.json")
-    gemma = {"query_pre_attn_scalar": 32, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    gemma = {
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     cases = {f"plan {name}": (llama, {"plan": str(folder / f"{name}.json")}, {}) for name in files}
     cases |= {
         "option": (llama, {"budget": 3}, {}),
