@@ -28,8 +28,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402 - the hook and the environment come first
 
-# the real engine of vLLM has an environment of its own: `make test-vllm`
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm"]
+# the real engine of vLLM has an environment of its own: `make test-vllm`; without an origin, tests/vllm itself was found
+found = importlib.util.find_spec("vllm")
+collect_ignore = [] if found and found.origin else ["vllm"]
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, which has to be asked for before they are defined
