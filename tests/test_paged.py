@@ -104,6 +104,40 @@ def test_methods_choose_and_read_as_they_would_alone(method):
         assert_exact(o, expected)
 
 
+DRAWN = ha.Method(ha.Sinks(2), ha.Window(8), ha.Draw(8), tile=8)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ha.ByHead((DRAWN, ha.Exact())),
+        ha.ByLayer({5: ha.ByHead((ha.Exact(), DRAWN))}),
+        ha.ByLayer({5: DRAWN}),
+        ha.ByLayer({4: DRAWN}),
+    ],
+    ids=["heads", "layer of heads", "layer", "other layer"],
+)
+def test_methods_by_head_and_layer_give_what_they_give_alone(method):
+    counts = [30, 64, 1]
+    alone, arguments = make_cache([150, 64, 90], counts)
+    out = ha.paged_attention(*arguments, method=method, seed=3, layer=5)
+    for (q, k, v), o in zip(alone, apart(out, counts), strict=True):
+        options = {"is_causal": True, "causal_align": "lower_right", "enable_gqa": True, "seed": 3, "layer": 5}
+        assert_exact(o, ha.attention(q, k, v, method=method, **options))
+
+
+def test_a_process_with_some_heads_draws_for_them_as_one_with_all():
+    _, (query, key, value, *rest) = make_cache([150, 90], [30, 40])
+    whole = ha.paged_attention(query, key, value, *rest, method=DRAWN)
+    part = ha.paged_attention(query[:, 2:], key[:, 1:], value[:, 1:], *rest, method=DRAWN, first_kv_head=1)
+    assert_exact(part, whole[:, 2:])
+    # the number matters: the first head's draws are others
+    other = ha.paged_attention(query[:, 2:], key[:, 1:], value[:, 1:], *rest, method=DRAWN)
+    assert not torch.allclose(other, part)
+    with pytest.raises(ValueError, match="first_kv_head is -1"):
+        ha.paged_attention(query, key, value, *rest, first_kv_head=-1)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_a_method_does_not_read_what_it_says_it_does_not(method):
     from hyperattention.problem import Problem

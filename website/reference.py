@@ -55,7 +55,8 @@ REFERENCE = {
     "reference/distributed.md": (
         "distributed",
         "Several devices",
-        "Attention over shards of a sequence: `from hyperattention.distributed import ...`. See [several devices](../distributed.md).",
+        "Attention over shards of a sequence: `from hyperattention.distributed import ...`. "
+        "See [several devices](../distributed.md).",
         (),
     ),
     "reference/vllm.md": (

@@ -1,7 +1,7 @@
 """The fingerprint of the model that a plan was made for: its shape, and a hash over a few of its weights."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -65,12 +65,23 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         the fingerprint.
     """
     whole: Any = model.config
-    config = whole.get_text_config()
+    shape = shape_of(whole.get_text_config())
+    return Fingerprint(type(model).__name__, *shape, hash_weights(_loaded_weights(model)))
+
+
+def shape_of(config: object) -> tuple[int, int, int, int]:
+    """Read the shape of a language model from its configuration.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        layers, query heads, kv heads and width of a head, each 0 if the configuration does not give one number.
+    """
     heads = _count(config, "num_attention_heads")
     kv_heads = _count(config, "num_key_value_heads") or heads
     head_dim = _count(config, "head_dim") or (_count(config, "hidden_size") // heads if heads else 0)
-    layers = _count(config, "num_hidden_layers")
-    return Fingerprint(type(model).__name__, layers, heads, kv_heads, head_dim, _hash_weights(model))
+    return _count(config, "num_hidden_layers"), heads, kv_heads, head_dim
 
 
 def _count(config: object, name: str) -> int:
@@ -78,21 +89,35 @@ def _count(config: object, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _hash_weights(model: nn.Module) -> str:
+def hash_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Compute the hash over the weights of a model.
+
+    Args:
+        weights: every weight with its name, sorted by name.
+
+    Returns:
+        SHA-256 over names, shapes and a few values of each.
+    """
     digest = hashlib.sha256()
+    for name, weight in weights:
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        if not weight.numel():
+            continue
+        flat = weight.detach().flatten()
+        # evenly spaced, the first and the last among them
+        index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
+        values = flat[index.to(flat.device)]
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16).view(torch.int16)
+        digest.update(str(values.tolist()).encode())
+    return digest.hexdigest()
+
+
+def _loaded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give every weight with its values, one at a time."""
     for name, module in sorted(_owners(model).items()):
         with _loaded(module, name) as weight:
-            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-            if not weight.numel():
-                continue
-            flat = weight.detach().flatten()
-            # evenly spaced, the first and the last among them
-            index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64, device="cpu").long()
-            values = flat[index.to(flat.device)]
-            if values.is_floating_point():
-                values = values.to(torch.bfloat16).view(torch.int16)
-            digest.update(str(values.tolist()).encode())
-    return digest.hexdigest()
+            yield name, weight
 
 
 def _owners(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,6 +1,5 @@
 """Attention over keys and values in pages, as serving engines store them: requests of unequal lengths in one call."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -12,16 +11,17 @@ from hyperattention.error.report import ErrorReport
 from hyperattention.error.tolerance.ladder import Ladder, check_tolerance
 from hyperattention.error.tolerance.report import ToleranceReport
 from hyperattention.error.tolerance.within import attend_within
-from hyperattention.inputs import autocast_device, check_pages, check_tensors, narrowed
+from hyperattention.inputs import autocast_device
 from hyperattention.layouts.ragged import Packed, ragged_attention
+from hyperattention.layouts.requests import Requests, checked_requests
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.by_head import ByHead
+from hyperattention.methods.by_layer import ByLayer
 from hyperattention.methods.default import default_method
 from hyperattention.methods.exact import Exact
 from hyperattention.methods.method import Method
-from hyperattention.problem import Pages, Problem
+from hyperattention.problem import Problem
 from hyperattention.result import SequencesResult
-from hyperattention.transforms import refuse_transforms, scale_of
 
 
 def paged_attention(
@@ -37,6 +37,7 @@ def paged_attention(
     tolerance: float | None = None,
     seed: int = 0,
     layer: int = 0,
+    first_kv_head: int = 0,
 ) -> Float[Tensor, "tokens heads value_dim"]:
     """Compute causal attention for several requests whose keys, including those of this step, are already in their pages.
 
@@ -54,17 +55,22 @@ def paged_attention(
         query_start_loc: where each request's queries begin, and where the last ends; if on a GPU, the host waits for it.
         seq_lens: number of keys of each request, including those of its queries; if on a GPU, the host waits for it.
         scale: factor of the scores; 1 / sqrt(head_dim) if None.
-        method: the method for each request; None decides by the length of the request. Methods that are neither exact nor a
-            list of stages raise NotImplementedError.
+        method: the method for each request; None decides by the length of the request. Methods by head or by layer copy
+            the keys and values of a request out of its pages. Other methods that are neither exact nor a list of stages
+            raise NotImplementedError.
         tolerance: mean relative row error allowed for each head of each request, in (0, 1).
         seed: seed of every draw.
         layer: layer of the model.
+        first_kv_head: number of the first kv head among those of the model, where a process holds only some of them
+            (tensor parallelism); the draws of a head depend on its number.
 
     Returns:
         the outputs, end to end.
     """
     check_tolerance(tolerance, method)
-    requests = _checked(query, key_pages, value_pages, block_table, query_start_loc, seq_lens, scale, seed, layer)
+    requests = checked_requests(
+        query, key_pages, value_pages, block_table, query_start_loc, seq_lens, scale, seed, layer, first_kv_head
+    )  # fmt: skip
     return _attend(requests, method, tolerance, standard_error=False)[0].out
 
 
@@ -81,6 +87,7 @@ def measured_paged_attention(
     tolerance: float | None = None,
     seed: int = 0,
     layer: int = 0,
+    first_kv_head: int = 0,
     standard_error: bool = False,
     audit: int | None = None,
 ) -> SequencesResult:
@@ -89,7 +96,7 @@ def measured_paged_attention(
     Each request is measured separately. An audit copies a request's keys and values out of their pages.
 
     Args:
-        query: queries. This and the next ten arguments are as for `paged_attention`.
+        query: queries. This and the next eleven arguments are as for `paged_attention`.
         key_pages: the cache of keys.
         value_pages: the cache of values.
         block_table: the pages of each request.
@@ -100,6 +107,7 @@ def measured_paged_attention(
         tolerance: mean relative row error allowed for each head of each request.
         seed: seed of every draw.
         layer: layer of the model.
+        first_kv_head: number of the first kv head.
         standard_error: whether to estimate the standard error of every row.
         audit: rows of each request to check against exact attention; None for no audit.
 
@@ -107,7 +115,9 @@ def measured_paged_attention(
         out ``[tokens, heads, value_dim]``, lse and standard errors ``[tokens, heads]``, and one report per request.
     """
     check_tolerance(tolerance, method, standard_error)
-    requests = _checked(query, key_pages, value_pages, block_table, query_start_loc, seq_lens, scale, seed, layer)
+    requests = checked_requests(
+        query, key_pages, value_pages, block_table, query_start_loc, seq_lens, scale, seed, layer, first_kv_head
+    )  # fmt: skip
     result, runs = _attend(requests, method, tolerance, standard_error=standard_error)
     if audit is None:
         return result
@@ -115,59 +125,9 @@ def measured_paged_attention(
     return SequencesResult(result.out, result.lse, result.standard_error, reports, result.tolerance)
 
 
-@dataclass(frozen=True)
-class _Requests:
-    """The requests of one call, checked: where each one's queries and keys are."""
-
-    query: Tensor
-    pages: Pages
-    starts: list[int]
-    lengths: list[int]
-    scale: float
-    seed: int
-    layer: int
-
-    def queries(self, number: int) -> Tensor:
-        """Queries of a request: ``[queries, heads, head_dim]``."""
-        return self.query[self.starts[number] : self.starts[number + 1]]
-
-    def problem(self, number: int, *, keys: bool, values: bool, in_pages: bool) -> Problem:
-        """Bring one request into normal form; only tensors that are read outside the pages are copied."""
-        length, query = self.lengths[number], self.queries(number)
-
-        def rows(x: Tensor, read: bool) -> Tensor:
-            return self.pages.rows(x, number, length) if read else x.new_zeros(1).expand(1, x.shape[1], length, x.shape[3])
-
-        table = self.pages.table[number : number + 1]
-        return Problem(
-            q=query.transpose(0, 1)[None],
-            k=rows(self.pages.key, keys),
-            v=rows(self.pages.value, values),
-            scale=self.scale,
-            causal=True,
-            offset=length - query.shape[0],
-            seed=self.seed,
-            layer=self.layer,
-            stored=Pages(self.pages.key, self.pages.value, table) if in_pages else None,
-        )
-
-
-def _checked(
-    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor,
-    scale: float | None, seed: int, layer: int,
-) -> _Requests:  # fmt: skip
-    check_tensors(query=query, key_pages=key_pages, value_pages=value_pages)
-    query, key_pages, value_pages = narrowed(query, key_pages, value_pages)
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    check_pages(query, key_pages, value_pages, block_table, starts, lengths)
-    refuse_transforms("attention over pages", query, key_pages, value_pages)
-    scale = scale_of(scale, query.shape[2])
-    return _Requests(query, Pages(key_pages, value_pages, block_table), starts, lengths, scale, seed, layer)
-
-
 @torch.no_grad()
 def _attend(
-    requests: _Requests, method: AttentionMethod | Ladder | None, tolerance: float | None, *, standard_error: bool
+    requests: Requests, method: AttentionMethod | Ladder | None, tolerance: float | None, *, standard_error: bool
 ) -> tuple[SequencesResult, list[AttentionMethod]]:
     """Compute every request: those with key lists one by one, the exact ones together."""
     query, starts = requests.query, requests.starts
@@ -189,8 +149,8 @@ def _attend(
                 continue
             run = _method_of(requests, s, method)
             runs.append(run)
-            if isinstance(run, Method):
-                problem = requests.problem(s, keys=run.reads_keys, values=run.reads_values, in_pages=True)
+            if not isinstance(run, Exact):
+                problem = _problem_of(requests, s, run)
                 part, own = run.attend_with_error(problem) if error is not None else (run.attend(problem), None)
                 out[begin:end], lse[begin:end] = part.out[0].transpose(0, 1), part.lse[0].transpose(0, 1)
                 if error is not None and own is not None:
@@ -201,17 +161,26 @@ def _attend(
     return SequencesResult(out, lse, error, (), tuple(reports)), runs
 
 
-def _method_of(requests: _Requests, number: int, method: AttentionMethod | Ladder | None) -> AttentionMethod:
+def _method_of(requests: Requests, number: int, method: AttentionMethod | Ladder | None) -> AttentionMethod:
     """Return the method of a request."""
-    if isinstance(method, Exact | Method):
+    if isinstance(method, ByLayer):
+        method = method.of(requests.layer)
+    if isinstance(method, Exact | Method | ByHead):
         return method
     if method is None:
         count, device = len(requests.queries(number)), requests.query.device
         return default_method(requests.lengths[number], num_queries=count, device=device)
-    raise NotImplementedError(f"{method!r} does not read pages: use Exact(), or a Method of stages")
+    raise NotImplementedError(f"{method!r} does not read pages: use Exact(), a Method of stages, or these by head or layer")
 
 
-def _attend_exactly(requests: _Requests, exact: list[int], out: Tensor, lse: Tensor) -> None:
+def _problem_of(requests: Requests, number: int, run: AttentionMethod) -> Problem:
+    """Leave keys in their pages for a list of stages, and copy them for methods by head, which split them."""
+    if isinstance(run, Method):
+        return requests.problem(number, keys=run.reads_keys, values=run.reads_values, in_pages=True)
+    return requests.problem(number, keys=True, values=True, in_pages=False)
+
+
+def _attend_exactly(requests: Requests, exact: list[int], out: Tensor, lse: Tensor) -> None:
     """Compute some requests in one launch, and write the results to their rows."""
     starts = requests.starts
     count, keys = [starts[s + 1] - starts[s] for s in exact], [requests.lengths[s] for s in exact]
@@ -227,7 +196,7 @@ def _attend_exactly(requests: _Requests, exact: list[int], out: Tensor, lse: Ten
     lse.index_copy_(0, rows, parts[1])
 
 
-def _audit(requests: _Requests, number: int, out: Tensor, run: AttentionMethod, rows: int) -> ErrorReport | None:
+def _audit(requests: Requests, number: int, out: Tensor, run: AttentionMethod, rows: int) -> ErrorReport | None:
     """Measure the error of a request's output on exact rows; None if it has no queries."""
     problem = requests.problem(number, keys=True, values=True, in_pages=False)
     if not problem.num_queries or not problem.num_keys:

@@ -1,0 +1,54 @@
+"""The checks of the served layers, before any request: what no method may approximate is refused, or left to vLLM."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerTraits:
+    """What a model asks of the attention of a layer.
+
+    Args:
+        attention_type: vLLM's name of the kind of attention.
+        sliding_window: keys that a query sees; None for all.
+        soft_cap: whether scores are capped.
+        alibi: whether scores have a position bias.
+        sinks: whether there are learned sinks.
+        cache_dtype: vLLM's name of the dtype of the cache.
+        quantised: whether the cache is quantised.
+    """
+
+    attention_type: str
+    sliding_window: int | None
+    soft_cap: bool
+    alibi: bool
+    sinks: bool
+    cache_dtype: str
+    quantised: bool
+
+
+def check_layer(name: str, traits: LayerTraits) -> None:
+    """Check that a layer can be approximated.
+
+    Args:
+        name: name of the layer.
+        traits: what the model asks of it.
+
+    Raises:
+        ValueError: if it cannot; the message gives the layer, the reason and the remedy.
+    """
+    if traits.attention_type != "decoder":
+        raise ValueError(
+            f"{name} computes {traits.attention_type} attention: hyperattention serves decoders only; start vLLM with its "
+            "own attention backend"
+        )
+    if traits.quantised:
+        raise ValueError(
+            f"{name} has a cache of {traits.cache_dtype}: hyperattention reads keys and values as they were computed; start "
+            "vLLM without --kv-cache-dtype"
+        )
+    asked = {"capped scores": traits.soft_cap, "position bias (ALiBi)": traits.alibi, "learned sinks": traits.sinks}
+    if found := [reason for reason, is_so in asked.items() if is_so]:
+        raise ValueError(
+            f"{name} has {' and '.join(found)}, which no method approximates: name the layers without in `layers` of "
+            "--additional-config, or start vLLM with its own attention backend"
+        )

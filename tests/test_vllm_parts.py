@@ -1,0 +1,180 @@
+"""The parts of the vLLM plugin that run without vLLM: options, the rows of a step, counts, and the orders of a page."""
+
+import pytest
+import torch
+
+import hyperattention as ha
+from hyperattention.files.fingerprint import Fingerprint
+from hyperattention.files.plan import Measured
+from hyperattention.integrations.vllm.choice import choose
+from hyperattention.integrations.vllm.counts import ServedCounter, pairs_of
+from hyperattention.integrations.vllm.options import Options, read_options
+from hyperattention.integrations.vllm.pages import CachePages, KeyOrder, find_order
+from hyperattention.integrations.vllm.plugin import asked_on_cpu
+from hyperattention.integrations.vllm.served_layers import LayerTraits, check_layer
+from hyperattention.integrations.vllm.split import Piece, split_step
+
+CPU = torch.device("cpu")
+DRAWN = ha.Method(ha.Sinks(4), ha.Window(32), ha.Draw(16), tile=48)
+
+
+def test_options_have_defaults_and_are_read():
+    assert read_options({}) == read_options({"other": 1}) == Options()
+    given = {"method": {"type": "Method", "stages": [{"type": "Window", "size": 8}]}, "layers": [1, 2], "seed": 3}
+    options = read_options({"hyperattention": given | {"min_length": 5, "audit_every": 2, "decode": "exact"}})
+    assert options.method == ha.Method(ha.Window(8))
+    assert (options.layers, options.seed, options.min_length, options.audit_every) == (frozenset({1, 2}), 3, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": 3}, "no such option is known, only method, plan, layers, min_length, seed, audit_every"),
+        ({"method": "fast"}, "must be one of default, thorough, lean, or a method"),
+        ({"method": {"type": "Nothing"}}, "must be one of AntiDiagonal"),
+        ({"method": "lean", "plan": "plan.json"}, "give either `method` or `plan`"),
+        ({"layers": 3}, "must be a list"),
+        ({"layers": [-1]}, "whole number from 0"),
+        ({"seed": True}, "whole number from 0"),
+        ({"audit_rows": 0}, "whole number from 1"),
+        ({"decode": "top_pages"}, "only 'exact' decoding is possible"),
+        ([], "must be an object"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_with_the_remedy(given, message):
+    with pytest.raises(ValueError, match=message) as found:
+        read_options({"hyperattention": given})
+    assert "docs/vllm.md" in str(found.value)
+
+
+def test_presets_begin_where_they_pay_and_at_an_edge_of_a_tile():
+    found = choose(Options(min_length=100, method=DRAWN), None, max_length=4096, device=CPU)
+    assert (found.min_length, found.tile) == (144, 48)
+    assert choose(Options(), None, max_length=4096, device=CPU).min_length == 16_384
+    lean = choose(Options("lean"), None, max_length=4096, device=CPU)
+    assert (lean.min_length, lean.method) == (2048, ha.lean_method(65_536))
+    # the same list of stages at every length, chosen by the longest
+    assert choose(Options("lean"), None, max_length=200_000, device=CPU).method == ha.lean_method(200_000)
+    assert choose(Options(), None, max_length=4096, device=torch.device("cuda")).min_length == 32_768
+
+
+def test_a_method_that_reads_a_whole_prompt_is_refused():
+    for method in (ha.HyperAttention(), ha.Method(ha.HashBuckets(16), ha.Draw(8))):
+        with pytest.raises(ValueError, match="computes in chunks"):
+            choose(Options(method=method), None, max_length=4096, device=CPU)
+
+
+def make_plan(crossover):
+    measured = Measured(320, 2, "ab", 0, "cpu: some", 1, {"torch": "2"}, 60.0, 160.5, 0.5, 1.0, -0.001)
+    layers = {1: ha.ByHead((DRAWN, ha.Exact())), 3: ha.ByHead((ha.Exact(), ha.Exact()))}
+    errors = dict.fromkeys(layers, (0.1, 0.1))
+    return ha.Plan(Fingerprint("LlamaForCausalLM", 4, 4, 2, 16, "ab"), layers, errors, 0.25, crossover, measured)
+
+
+def test_a_plan_gives_each_process_the_methods_of_its_heads():
+    found = choose(Options(), make_plan(1000), max_length=4096, device=CPU)
+    assert found.min_length == 528
+    assert found.of(1, (0, 2)) == ha.ByHead((DRAWN, ha.Exact()))
+    assert found.of(1, (0, 1)) == ha.ByHead((DRAWN,))
+    # heads that are all exact, and layers that are not planned
+    assert found.of(1, (1, 2)) is found.of(3, (0, 2)) is found.of(0, (0, 2)) is None
+    assert choose(Options(), make_plan(None), max_length=4096, device=CPU).of(1, (0, 2)) is None
+    with pytest.raises(ValueError, match=r"layers \[0\] are not in the plan"):
+        choose(Options(layers=frozenset({0, 1})), make_plan(1000), max_length=4096, device=CPU)
+
+
+def test_queries_are_split_by_their_position_alone():
+    # decoding, a short prompt, a chunk across the edge, a chunk beyond it, one query of a prompt, and no query
+    starts, lengths = [0, 1, 31, 131, 181, 182, 182], [500, 30, 180, 400, 900, 7]
+    split = split_step(starts, lengths, [False, True, True, True, True, False], 128)
+    assert split.approximate == (Piece(2, 79, 52, 180), Piece(3, 131, 50, 400), Piece(4, 181, 1, 900))
+    assert split.exact == (Piece(0, 0, 1, 500), Piece(1, 1, 30, 30), Piece(2, 31, 48, 128))
+    assert (split.decoding, split.short) == (1, 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 200])
+def test_chunks_approximate_the_same_positions(chunk):
+    found = []
+    for begin in range(0, 200, chunk):
+        end = min(200, begin + chunk)
+        for piece in split_step([0, end - begin], [end], [True], 48).approximate:
+            found += range(piece.keys - piece.count, piece.keys)
+    assert found == list(range(48, 200))
+
+
+@pytest.mark.parametrize(
+    "piece", [Piece(0, 0, 200, 200), Piece(0, 0, 10, 300), Piece(0, 0, 60, 90), Piece(0, 0, 1, 5)], ids=str
+)
+def test_pairs_are_those_of_a_sum_over_rows(piece):
+    slots = DRAWN.cost(piece.keys, head_dim=8).pairs
+    seen = [piece.keys - piece.count + 1 + row for row in range(piece.count)]
+    listed, exact = pairs_of(DRAWN, piece, 8)
+    assert exact == sum(seen)
+    assert listed == pytest.approx(sum(min(slots, each) for each in seen))
+
+
+def test_counts_are_printed_in_one_line():
+    counter = ServedCounter()
+    assert str(counter.counts) == "0 of 0 attention calls approximated"
+    assert counter.counts.share_of_pairs == 1.0
+    counter.approximate((25.0, 100.0))
+    counter.exactly("decoding", 3)
+    counter.audit(0.25)
+    assert str(counter.counts) == (
+        "1 of 4 attention calls approximated, with 0.25 of their pairs; exact: decoding (3); mean relative error 0.25 in 1 "
+        "audited calls"
+    )
+
+
+@pytest.mark.parametrize("order", [*KeyOrder, None], ids=str)
+def test_pages_are_read_in_the_order_in_which_they_were_written(order):
+    size, heads, width = 4, 2, 3
+    key, value = torch.randn(2, 5, heads, size, width).unbind()
+    if order is None:
+        cache = torch.cat([key, value], -1)
+    else:
+        stored = key if order is KeyOrder.ROWS else key.transpose(2, 3).reshape(key.shape)
+        cache = torch.stack([stored, value], 2).reshape(5, heads, size, 2 * width)
+        assert find_order(stored[1], key[1].transpose(0, 1)) is order
+    pages = CachePages(width, order)
+    assert all(torch.equal(a, b) for a, b in zip(pages.views(cache), (key, value), strict=True))
+    k, v, table = pages.of_request(cache, torch.tensor([3, 1, 0]), 7)
+    for stored, read in ((key, k), (value, v)):
+        assert torch.equal(read[table[0].long()], stored[[3, 1]])
+
+
+def test_an_unknown_order_is_told():
+    key = torch.randn(4, 2, 3)
+    assert find_order(key.transpose(0, 1).flip(1), key) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_type": "encoder_decoder"}, "serves decoders only"),
+        ({"quantised": True, "cache_dtype": "fp8"}, "cache of fp8: .* start vLLM without --kv-cache-dtype"),
+        ({"soft_cap": True, "sinks": True}, "capped scores and learned sinks, which no method approximates"),
+        ({"alibi": True}, "ALiBi"),
+    ],
+    ids=str,
+)
+def test_layers_that_no_method_approximates_are_refused(changes, message):
+    plain = {
+        "attention_type": "decoder", "sliding_window": None, "soft_cap": False, "alibi": False, "sinks": False,
+        "cache_dtype": "auto", "quantised": False,
+    }  # fmt: skip
+    check_layer("model.layers.0", LayerTraits(**plain))
+    with pytest.raises(ValueError, match=f"model.layers.0 .*{message}"):
+        check_layer("model.layers.0", LayerTraits(**(plain | changes)))
+
+
+def test_the_cpu_is_asked_for_in_words(monkeypatch):
+    for value, asked in (("1", True), ("0", False)):
+        monkeypatch.setenv("HYPERATTENTION_VLLM_CPU", value)
+        assert asked_on_cpu() is asked
+    monkeypatch.setenv("HYPERATTENTION_VLLM_CPU", "yes")
+    with pytest.raises(ValueError, match="set it to 1"):
+        asked_on_cpu()
+    monkeypatch.delenv("HYPERATTENTION_VLLM_CPU")
+    assert not asked_on_cpu()

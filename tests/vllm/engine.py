@@ -1,0 +1,87 @@
+"""A program that starts engines of vLLM, one after another, and prints what they answer as JSON on its last line.
+
+Tests run it in a process of their own: whether the plugin replaces the CPU's attention is decided once in a process.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING"
+)
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# lets a function be sent to the workers
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+
+
+def run(case: dict) -> dict:
+    """Start one engine and ask it."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from hyperattention.integrations.vllm.metrics import read_counts
+    from vllm import LLM, SamplingParams
+
+    options = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "disable_log_stats": False}
+    before = read_counts()
+    try:
+        llm = LLM(case["model"], **(options | case.get("llm", {})))
+    except Exception as error:
+        cleanup_dist_env_and_memory()
+        return {"error": f"{type(error).__name__}: {error}"}
+    asked = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **case.get("sampling", {}))
+    answers, seconds, computed = [], [], []
+    # batches one after another: later ones find the prefixes of earlier ones
+    for batch in case["batches"]:
+        began, spent = time.perf_counter(), time.process_time()
+        answers += llm.generate([{"prompt_token_ids": each} for each in batch], asked, use_tqdm=False)
+        seconds.append(time.perf_counter() - began)
+        computed.append(time.process_time() - spent)
+    # each process of a group counts its own heads' calls
+    ranks = llm.collective_rpc(worker_counts) if case["llm"].get("tensor_parallel_size", 1) > 1 else []
+    after, metrics = read_counts(), {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return {
+        "tokens": [list(a.outputs[0].token_ids) for a in answers],
+        "logprobs": [[next(iter(p.values())).logprob for p in a.outputs[0].logprobs or ()] for a in answers],
+        "prompt": [_prompt(a, case) for a in answers],
+        "cached": [a.num_cached_tokens for a in answers],
+        "preemptions": metrics.get("vllm:num_preemptions"),
+        "seconds": seconds,
+        "cpu_seconds": computed,
+        "approximated": after.approximated - before.approximated,
+        "exact": {reason: num - before.exact.get(reason, 0) for reason, num in after.exact.items()},
+        "listed_pairs": after.listed_pairs - before.listed_pairs,
+        "exact_pairs": after.exact_pairs - before.exact_pairs,
+        "ranks": ranks,
+        "audits": after.audits - before.audits,
+        "error": after.error if after.audits else None,
+    }
+
+
+def worker_counts(_worker) -> list[float]:
+    """Read the counts of a worker, from inside."""
+    from hyperattention.integrations.vllm.metrics import read_counts
+
+    counts = read_counts()
+    return [counts.approximated, counts.listed_pairs, counts.exact_pairs]
+
+
+def _prompt(answer, case: dict) -> list:
+    """The log-probability of every token of the prompt but the first, and the likeliest token before it."""
+    given = answer.prompt_logprobs
+    if given is None:
+        return []
+    tokens = answer.prompt_token_ids
+    return [[p[t].logprob, min(p, key=lambda each: p[each].rank)] for p, t in zip(given[1:], tokens[1:], strict=True)]
+
+
+if __name__ == "__main__":
+    results = [run(case) for case in json.load(sys.stdin)]
+    print("\n" + json.dumps(results), flush=True)
+    # engines end in any order, some of them slowly
+    os._exit(0)
