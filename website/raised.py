@@ -22,8 +22,9 @@ GAP = "…"
 VERBS = frozenset(
     """
     absorb add allow append ask attend calibrate call check choose clear close compare convert cut delete detach
-    divide end evaluate expand fold give install keep leave let load make move multiply name order pad pass pip
-    prepare put read reinstall remove restore run save see set shorten take train transpose use wait write
+    divide end evaluate expand fold give install keep leave let list load make move multiply name order pad pass pip
+    prepare put read reinstall remove restore run save see set shorten start take train transpose unset
+    use wait write
     """.split()  # noqa: SIM905 - a list of so many words would take as many lines
 )
 RULES = re.compile(r"\b(must|needs?|use|give)\b")

@@ -59,12 +59,6 @@ REFERENCE = {
         "See [several devices](../distributed.md).",
         (),
     ),
-    "reference/vllm.md": (
-        "integrations/vllm",
-        "vLLM",
-        "The plugin: `from hyperattention.integrations.vllm import ...`.",
-        (),
-    ),
     "reference/index.md": (
         "",
         "Attention, error and methods",
