@@ -20,6 +20,7 @@ OWNERS = (
     (ha.TopBlocks(2, 8), "by"),
     (ha.TopBlocks(2, 8), "coarse"),
     (ha.KeyScan(8), "beyond"),
+    (ha.PooledChunks(), "local"),
     (select.Level(8, 4), "by"),
     (policies.TopPages(), "by"),
     (policies.LookOnce(), "pages"),

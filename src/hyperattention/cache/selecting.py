@@ -16,6 +16,7 @@ from hyperattention.kernels.capped_list import capped_list_attention
 from hyperattention.kernels.decode.operator import decode_best_pages, decode_pages, decodes_fused
 from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
 from hyperattention.kernels.decode.reference import attend_to_pages, best_pages
+from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial
 
 
@@ -151,6 +152,7 @@ class SelectingStore(Store):
         """Choose pages for every query, and compute attention over the chosen keys."""
         if self.draws:
             return self._attend_with_draws(q, scale, rule)
+        refuse_transforms("attention to the pages of a cache", q, *self._held)
         (k, v), plan, fused = self._held, self._plan(q.shape[2]), decodes_fused(q, *self._held)
         reach, summary = self.by.kernel_reach, self._pages_of(q, plan)
         if fused and self.lender is None and reach is not None and summary.shape[2] <= MOST_PAGES:

@@ -92,7 +92,7 @@ def replies(
     first = (before - noise[:, None]).ceil().clamp(min=0, max=num)
     last = (listings.sum(1, keepdim=True) - noise[:, None]).ceil().clamp(min=0, max=num)
     points = torch.cat([first[:, 1:], last], 1) - first
-    fixed = (best - 1.0, factor, each)
+    fixed = ((best - 1).double(), factor, each)
     return torch.stack([*(x.expand_as(before) for x in fixed), before, first, points.clamp(min=0)], 2)
 
 

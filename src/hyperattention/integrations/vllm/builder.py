@@ -116,10 +116,11 @@ def _choose_layers(served: dict[str, Any], choice: Choice, heads: tuple[int, int
 def _exact_part(common: Any, pieces: tuple[Piece, ...]) -> tuple[Any, Tensor]:
     """Describe a batch of the exact rows alone, for vLLM's own builder; and return these rows."""
     device = common.query_start_loc.device
-    rows = torch.cat([torch.arange(p.first, p.first + p.count, dtype=torch.int64) for p in pieces])
-    index = torch.tensor([p.request for p in pieces], dtype=torch.int64)
-    starts = torch.tensor([0, *(p.count for p in pieces)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    lengths = torch.tensor([p.keys for p in pieces], dtype=torch.int32)
+    rows = torch.cat([torch.arange(p.first, p.first + p.count, dtype=torch.int64, device="cpu") for p in pieces])
+    index = torch.tensor([p.request for p in pieces], dtype=torch.int64, device="cpu")
+    counts = torch.tensor([0, *(p.count for p in pieces)], dtype=torch.int32, device="cpu")
+    starts = counts.cumsum(0, dtype=torch.int32)
+    lengths = torch.tensor([p.keys for p in pieces], dtype=torch.int32, device="cpu")
     there, here = rows.to(device), index.to(device)
     prefilling = common.is_prefilling
     part = replace(

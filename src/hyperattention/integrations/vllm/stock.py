@@ -53,7 +53,8 @@ def cache_pages(spec: Any, isa: str | None) -> CachePages:
     from vllm import _custom_ops as ops  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     # no two numbers of a key are alike, so that no other order gives the same page
-    key = torch.randn(spec.block_size, 1, spec.head_size, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
+    size = spec.block_size, 1, spec.head_size
+    key = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(spec.dtype)
     page = torch.zeros(1, 1, 2 * spec.block_size, spec.head_size, dtype=spec.dtype, device="cpu")
     written, values = page.chunk(2, dim=2)
     slots = torch.arange(spec.block_size, dtype=torch.int64, device="cpu")
