@@ -79,9 +79,11 @@ def verdicts(kept: dict[tuple[str, str], tuple[float, float]], ahead: tuple[floa
 
 
 def write() -> None:
-    """Write the tables of all images into the page."""
+    """Write the tables of all images that have records into the page."""
     text = PAGE.read_text()
     for images, (begin, end) in MARKS.items():
+        if not RECORDS[images].exists():
+            continue
         if text.count(begin) != 1 or text.count(end) != 1:
             raise SystemExit(f"{PAGE.name} must contain these two lines once:\n{begin}\n{end}")
         head, rest = text.split(begin)

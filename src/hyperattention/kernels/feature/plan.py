@@ -92,14 +92,7 @@ def plan_of(limit: Tensor, expanded: int) -> Plan:
     order = None
     if bool((limit[1:] < limit[:-1]).any()):
         limit, order = limit.sort(stable=True)
-    steps: list[Step] = []
-    for first, last, start, end, stairs in _blocks(limit, size, step_rows):
-        block = Step(1, slice(first, last), slice(start, end), bool(stairs))
-        joined = _joined(steps[-1], block, step_rows) if steps else None
-        if joined is None:
-            steps.append(block)
-        else:
-            steps[-1] = joined
+    steps = _joined(_blocks(limit, size, step_rows), step_rows)
     return Plan(order, limit, steps, step_rows)
 
 
@@ -126,13 +119,16 @@ def _blocks(limit: Tensor, size: int, step_rows: int) -> list[list[int]]:
     return torch.stack([firsts, lasts, start, high, stairs.long()], 1).tolist()
 
 
-def _joined(step: Step, block: Step, step_rows: int) -> Step | None:
-    """Add a block to a step of equal blocks; None if it differs, or would make the step too long."""
-    rows, keys = ((x.stop - x.start) // step.blocks for x in (step.rows, step.near))
-    like = (block.rows.stop - block.rows.start, block.near.stop - block.near.start) == (rows, keys)
-    follows = keys > 0 and block.near.start == step.near.stop and block.stairs == step.stairs
-    if not like or not follows or block.rows.stop - step.rows.start > step_rows:
-        return None
-    return Step(
-        step.blocks + 1, slice(step.rows.start, block.rows.stop), slice(step.near.start, block.near.stop), step.stairs
-    )
+def _joined(blocks: list[list[int]], step_rows: int) -> list[Step]:
+    """Join blocks, as `_blocks` returns them, to steps of equal blocks that are not too long."""
+    steps: list[Step] = []
+    number = 0
+    while number < len(blocks):
+        first, last, start, end, stairs = blocks[number]
+        rows, keys, count, number = last - first, end - start, 1, number + 1
+        while keys and blocks[number : number + 1] == [[last, last + rows, end, end + keys, stairs]]:
+            if last + rows - first > step_rows:
+                break
+            last, end, count, number = last + rows, end + keys, count + 1, number + 1
+        steps.append(Step(count, slice(first, last), slice(start, end), bool(stairs)))
+    return steps
