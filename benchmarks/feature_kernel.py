@@ -4,10 +4,12 @@
     python benchmarks/feature_kernel.py --toy --out /tmp/toy.jsonl     # seconds
 
 Counted are the products of a call: what each key adds to the state, what each row reads from it, and the pairs of each block
-of 64 or 128 rows, products and weighted values. Two baselines do as many: the same products alone, of the same sizes, on
-operands that lie ready (`same products`); and products of square matrices of 512 (`square`). Calls run in turn, and ratios
-are medians of ratios within a round. Times are of the thread's processor, because others may share the machine. A backward
-pass has about three times as many products as a forward pass; its baselines are those of the forward pass.
+of 64 or 128 rows, products and weighted values. Three baselines do as many: the same products alone, of the same sizes, on
+operands that lie ready, queries and keys as rows (`same products`); these products as the kernel does them, with queries
+upright and values padded (`kernel's products`), which is the faster order; and products of square matrices of 512
+(`square`). Calls run in turn, and ratios are medians of ratios within a round. Times are of the thread's processor, because
+others may share the machine. A backward pass has about three times as many products as a forward pass; its baselines are
+those of the forward pass.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import torch
 from hyperattention.bench.timing import Timing, speedup
 from hyperattention.files.records import write_records
 from hyperattention.kernels.feature import plan, reference
+from hyperattention.kernels.feature.columns import MULTIPLE
 from hyperattention.kernels.feature.powers import POWERS
 
 OUT = Path(__file__).parent / "records" / "feature_kernel.jsonl"
@@ -70,11 +73,16 @@ def passes(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "backward", lambda: reference.backward((out, lse), (*arguments, out, lse), limit, case.power)
 
 
+def blocks_of(case: Case) -> tuple[int, int]:
+    """Keys of a block, and blocks of a step."""
+    size = plan.block_keys(case.expanded)
+    step_rows = plan.plan_of(torch.arange(1, case.keys + 1), case.expanded).step_rows
+    return size, min(step_rows, case.keys) // size
+
+
 def same_products(case: Case) -> Callable[[], object]:
     """The products of a forward pass, step by step, on operands that lie ready."""
-    size, width = plan.block_keys(case.expanded), case.value_dim + 1
-    step_rows = plan.plan_of(torch.arange(1, case.keys + 1), case.expanded).step_rows
-    blocks = min(step_rows, case.keys) // size
+    (size, blocks), width = blocks_of(case), case.value_dim + 1
     query, key = (torch.randn(blocks, size, case.features) for _ in range(2))
     value, more = torch.randn(blocks, size, width), torch.randn(blocks, case.expanded, size)
     rows = torch.randn(blocks, size, case.expanded)
@@ -85,6 +93,22 @@ def same_products(case: Case) -> Callable[[], object]:
             state = torch.bmm(more, value)
             torch.bmm(rows, state)
             torch.bmm(weight, value)
+
+    return run
+
+
+def kernel_products(case: Case) -> Callable[[], object]:
+    """The same products with upright queries, the sums of a row in one place, and values as wide as the kernel's."""
+    (size, blocks), padded = blocks_of(case), -(-(case.value_dim + 1) // MULTIPLE) * MULTIPLE
+    query, key = torch.randn(blocks, case.features, size), torch.randn(blocks, size, case.features)
+    value, more = torch.randn(blocks, size, padded), torch.randn(blocks, case.expanded, size)
+    rows = torch.randn(blocks, case.expanded, size).transpose(1, 2)
+
+    def run() -> None:
+        for _ in range(-(-case.rows // (blocks * size))):
+            weight = torch.bmm(key, query)
+            total = torch.bmm(rows, torch.bmm(more, value))
+            total.baddbmm_(weight.transpose(1, 2), value)
 
     return run
 
@@ -102,7 +126,8 @@ def square(case: Case) -> Callable[[], object]:
 
 def measure(case: Case, rounds: int) -> Iterator[dict[str, object]]:
     """Time every call of a case in turn."""
-    calls = {"same products": same_products(case), "square": square(case), **dict(passes(case))}
+    baselines = {"same products": same_products(case), "kernel's products": kernel_products(case), "square": square(case)}
+    calls = {**baselines, **dict(passes(case))}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -119,8 +144,9 @@ def measure(case: Case, rounds: int) -> Iterator[dict[str, object]]:
             "expanded": case.expanded,
             "products_gflop": case.flops / 1e9,
             "rounds": rounds,
-            "median_s": {each: timings[each].median for each in (name, "same products", "square")},
+            "median_s": {each: timings[each].median for each in (name, *baselines)},
             "to_same_products": speedup(timings[name], timings["same products"]),
+            "to_kernel_products": speedup(timings[name], timings["kernel's products"]),
             "to_square": speedup(timings[name], timings["square"]),
         }
 
@@ -137,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     for case in TOY if given.toy else CASES:
         for record in measure(case, 2 if given.toy else given.rounds):
             records.append(record)
-            print(case.keys, case.power, record["part"], record["median_s"], record["to_same_products"], record["to_square"])
+            ratios = (record[f"to_{name}"] for name in ("same_products", "kernel_products", "square"))
+            print(case.keys, case.power, record["part"], record["median_s"], *ratios)
     write_records(given.out, records, kind="feature_kernel")
 
 

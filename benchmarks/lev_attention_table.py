@@ -1,4 +1,4 @@
-"""The table of LevAttention in docs/relatives.md, from the records of lev_attention.py."""
+"""The tables of LevAttention in docs/relatives.md, from the records of lev_attention.py."""
 
 import json
 import statistics
@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "relatives.md"
-MARKS = "<!-- lev attention: begin (benchmarks/lev_attention.py) -->", "<!-- lev attention: end -->"
+# by the images
+MARKS = {
+    "digits": ("<!-- lev attention: begin (benchmarks/lev_attention.py) -->", "<!-- lev attention: end -->"),
+    "mnist": ("<!-- lev attention, mnist: begin (benchmarks/lev_attention.py) -->", "<!-- lev attention, mnist: end -->"),
+}
+_FILES = {"digits": "lev_attention.jsonl", "mnist": "lev_attention_mnist.jsonl"}
+RECORDS = {images: Path(__file__).parent / "records" / name for images, name in _FILES.items()}
 # 97.5 % quantiles of Student's distribution, by the number of seeds
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 TOP, RANDOM = "softmax over top leverage", "softmax over random keys"
@@ -72,9 +78,14 @@ def verdicts(kept: dict[tuple[str, str], tuple[float, float]], ahead: tuple[floa
     return [*said, f"- {beats}: **{verdict}** ({100 * mean:+.1f} ± {100 * half:.1f} points at equal seeds)."]
 
 
-def write(records: list[dict]) -> None:
-    text, (begin, end) = PAGE.read_text(), MARKS
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{PAGE.name} must contain these two lines once:\n{begin}\n{end}")
-    head, rest = text.split(begin)
-    PAGE.write_text(f"{head}{begin}\n{table(records)}\n{end}{rest.split(end)[1]}")
+def write() -> None:
+    """Write the tables of all images that have records into the page."""
+    text = PAGE.read_text()
+    for images, (begin, end) in MARKS.items():
+        if not RECORDS[images].exists():
+            continue
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{PAGE.name} must contain these two lines once:\n{begin}\n{end}")
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{table(read(RECORDS[images]))}\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text)

@@ -39,7 +39,7 @@ def launches(dtype: torch.dtype, features: int, dim: int, power: int) -> Iterato
             yield f"forward, {name}", launch
         grad, total = (torch.empty_like(x, dtype=torch.float32) for x in (rows.features, rows.values))
         groups, other = ((4, 1), rows) if group == 1 else ((1, 4), keys)
-        found = (grad, None) if group == 1 else (grad, total)
+        found = (grad, None, None) if group == 1 else (grad, total, torch.empty(1, KEYS))
         launch = triton_backward.launch_slopes(other, side, results[0], found, groups, True, power, backward)
         yield f"slopes, {'queries' if group == 1 else 'keys'}, {name}", launch
 

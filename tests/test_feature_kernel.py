@@ -104,6 +104,22 @@ def test_over_several_blocks(group, power):
     assert_all_exact(both(attend, tensors, limit, 3, power), both(row_by_row, tensors, limit, 3, power))
 
 
+@POWERS
+def test_more_features_than_keys_of_a_block(power):
+    features = 150 if power == 1 else 70
+    assert features > plan.BLOCK_KEYS
+    tensors, limit = make(70, 70, heads=1, batch=1, features=features), some_limits("upper_left", 1, 70, 70)
+    assert_all_exact(both(attend, tensors, limit, 0, power), both(row_by_row, tensors, limit, 0, power))
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_scales_that_are_all_alike(scale):
+    query, key, value, query_scale, key_scale = make(100, 100)
+    tensors = query, key, value, query_scale, torch.full_like(key_scale, scale)
+    limit = some_limits("upper_left", 2, 100, 100)
+    assert_all_exact(both(attend, tensors, limit), both(row_by_row, tensors, limit))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @POWERS
 def test_dtypes(dtype, power):

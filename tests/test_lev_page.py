@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RECORDS = ROOT / "benchmarks" / "records" / "lev_attention.jsonl"
+IMAGES = pytest.mark.parametrize("images", ["digits"])
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,16 @@ def section() -> str:
     return text.partition("\n## LevAttention\n")[2].partition("\n## ")[0]
 
 
-def test_the_page_shows_the_table_of_the_records(made):
-    begin, end = made.MARKS
-    assert section().partition(begin)[2].partition(end)[0].strip() == made.table(made.read(RECORDS)).strip()
+@IMAGES
+def test_the_page_shows_the_table_of_the_records(made, images):
+    begin, end = made.MARKS[images]
+    assert section().partition(begin)[2].partition(end)[0].strip() == made.table(made.read(made.RECORDS[images])).strip()
 
 
-def test_every_approximation_scored_fewer_pairs(made):
-    records = made.read(RECORDS)
+@IMAGES
+def test_every_approximation_scored_fewer_pairs(made, images):
+    records = made.read(made.RECORDS[images])
+    assert {each["images"] for each in records} == {images}
     full = {"softmax", "square of q.k, all keys"}
     assert {each["attention"] for each in records} >= {"softmax", "softmax over top leverage", "softmax over random keys"}
     for each in records:

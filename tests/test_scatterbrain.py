@@ -338,6 +338,19 @@ def test_wrong_constants_are_refused(options, message):
             ha.Scatterbrain(*stages, **options)
 
 
+@pytest.mark.parametrize("name", ["none", "ranges", "blocks", "universal set"])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_is_not_hidden_from_a_row_that_sees_it(name, where):
+    asked = mild(80)
+    getattr(asked, where)[:, :, 50] = torch.nan
+    reached = method_of(SUPPORTS[name]).attend(asked).out.isnan().any(-1)
+    assert reached[..., 50].all()
+    if where == "q":
+        assert reached.sum() == reached[..., 50].numel(), "other rows are computed without it"
+    else:
+        assert reached[..., 50:].all()
+
+
 def test_what_is_no_stage_is_refused_and_order_matters():
     with pytest.raises(TypeError, match="Exact"):
         ha.Scatterbrain(ha.Exact())

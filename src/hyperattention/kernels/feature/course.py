@@ -39,7 +39,7 @@ def course_of(exponent: Tensor, plan: Plan) -> Course:
     """Choose a unit for each row's sums: the largest scale of its step's keys, or that of its own keys if far below.
 
     Args:
-        exponent: of each key's scale, ``[lists, keys]``.
+        exponent: of each key's scale to the power of its weights, ``[lists, keys]``.
         plan: the order of the rows.
 
     Returns:

@@ -21,38 +21,61 @@ PIECE = 4
 class Power(ABC):
     """A power of products of features."""
 
+    @property
+    @abstractmethod
+    def degree(self) -> int:
+        """Return the exponent."""
+
+    @abstractmethod
+    def padded(self, features: int) -> int:
+        """Count the features that upright rows have."""
+
     @abstractmethod
     def expanded(self, features: int) -> int:
         """Count the expanded features."""
 
     @abstractmethod
+    def keys(self, key: Tensor) -> Tensor:
+        """Pad keys ``[.., keys, features]``, in any order in memory."""
+
+    @abstractmethod
     def expand(self, key: Tensor) -> Tensor:
-        """Expand keys ``[.., rows, features]`` to ``[.., expanded, rows]``."""
+        """Expand keys, as `keys` returns them, to ``[.., expanded, keys]``."""
 
     @abstractmethod
     def weigh(self, product: Tensor) -> Tensor:
         """Raise products of features to the power, in place."""
 
     @abstractmethod
-    def slope(self, product: Tensor, by: Tensor) -> Tensor:
+    def slope(self, product: Tensor | None, by: Tensor) -> Tensor:
         """Differentiate the power of a product by the product, times `by`, in place of `by`."""
 
     @abstractmethod
     def read(self, query: Tensor, state: Tensor) -> Tensor:
-        """Multiply expanded queries ``[.., rows, features]`` by states ``[.., expanded, width]``: ``[.., rows, width]``."""
+        """Multiply expanded queries, given upright, by states ``[.., expanded, width]``: ``[.., rows, width]``."""
 
     @abstractmethod
     def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
-        """Differentiate slope . read(query, state) by the query, for `slope` of ``[.., rows, width]``."""
+        """Differentiate slope . read(query, state) by the query, all upright, for `slope` of ``[.., width, rows]``."""
 
 
 @dataclass(frozen=True)
 class FirstPower(Power):
     """The products themselves."""
 
+    degree = 1
+
+    def padded(self, features: int) -> int:
+        """As many as there are."""
+        return features
+
     def expanded(self, features: int) -> int:
         """As many as there are."""
         return features
+
+    def keys(self, key: Tensor) -> Tensor:
+        """Nothing to do."""
+        return key
 
     def expand(self, key: Tensor) -> Tensor:
         """Nothing to do."""
@@ -62,59 +85,72 @@ class FirstPower(Power):
         """Nothing to do."""
         return product
 
-    def slope(self, product: Tensor, by: Tensor) -> Tensor:
+    def slope(self, product: Tensor | None, by: Tensor) -> Tensor:
         """One."""
         return by
 
     def read(self, query: Tensor, state: Tensor) -> Tensor:
         """One product."""
-        return torch.bmm(query, state)
+        return torch.bmm(query.transpose(1, 2), state)
 
     def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
         """One product."""
-        return torch.bmm(slope, state.transpose(1, 2))
+        return torch.bmm(state, slope)
 
 
 @dataclass(frozen=True)
 class SecondPower(Power):
     """Squares of products."""
 
+    degree = 2
+
+    def padded(self, features: int) -> int:
+        """A multiple of `MULTIPLE`."""
+        return -(-features // MULTIPLE) * MULTIPLE
+
     def expanded(self, features: int) -> int:
         """Pairs of different halves once, those of a piece as they are."""
-        return sum(count * size * size for count, size in _levels(_padded(features)))
+        return sum(count * size * size for count, size in _levels(self.padded(features)))
+
+    def keys(self, key: Tensor) -> Tensor:
+        """Hold keys upright, as `expand` multiplies them."""
+        features = key.shape[2]
+        result = key.new_empty(len(key), self.padded(features), key.shape[1])
+        result[:, :features] = key.transpose(1, 2)
+        if result.shape[1] > features:
+            result[:, features:] = 0
+        return result.transpose(1, 2)
 
     def expand(self, key: Tensor) -> Tensor:
         """Multiply features by features; pairs of different halves stand for two, and are doubled."""
-        return self._pairs(_features_first(key), 2.0)
+        return self._pairs(key.transpose(1, 2), 2.0)
 
     def weigh(self, product: Tensor) -> Tensor:
         """Square."""
         return product.square_()
 
-    def slope(self, product: Tensor, by: Tensor) -> Tensor:
+    def slope(self, product: Tensor | None, by: Tensor) -> Tensor:
         """Twice the product."""
+        assert product is not None, "the slope of a square needs the product"
         return by.mul_(product).mul_(2)
 
     def read(self, query: Tensor, state: Tensor) -> Tensor:
         """One product, of pairs."""
-        pairs = self._pairs(_features_first(query), 1.0)
-        # with pairs as rows this is the faster order of the two
-        return torch.bmm(state.transpose(1, 2), pairs).transpose(1, 2)
+        return torch.bmm(self._pairs(query, 1.0).transpose(1, 2), state)
 
     def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
         """Slopes of pairs, by each feature times the other of its pair."""
-        by_pair = torch.bmm(state, slope.transpose(1, 2))
-        x = _features_first(query)
-        result, start = torch.zeros_like(x), 0
-        for count, size in _levels(x.shape[1]):
+        by_pair = torch.bmm(state, slope)
+        result, start = torch.zeros_like(query), 0
+        for count, size in _levels(query.shape[1]):
             end = start + count * size * size
-            part = by_pair[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
+            part = by_pair[:, start:end].view(query.shape[0], count, size, size, query.shape[2])
             start = end
-            first, second = _halves(x, count, size)
+            first, second = _halves(query, count, size)
             into_first, into_second = _halves(result, count, size)
             into_first += (part * second[:, :, None]).sum(3)
             into_second += (part * first[:, :, :, None]).sum(2)
-        return result[:, : query.shape[2]].transpose(1, 2)
+        return result
 
     def _pairs(self, x: Tensor, times: float) -> Tensor:
         """Multiply features ``[.., features, rows]``, with `times` for pairs of different halves."""
@@ -129,19 +165,6 @@ class SecondPower(Power):
             torch.mul(first[:, :, :, None], second[:, :, None], out=part)
             start = end
         return result
-
-
-def _padded(features: int) -> int:
-    return -(-features // MULTIPLE) * MULTIPLE
-
-
-def _features_first(x: Tensor) -> Tensor:
-    """Return ``[.., padded features, rows]`` from ``[.., rows, features]``."""
-    features = x.shape[2]
-    result = x.new_empty(x.shape[0], _padded(features), x.shape[1])
-    result[:, :features] = x.transpose(1, 2)
-    result[:, features:] = 0
-    return result
 
 
 def _levels(features: int) -> Iterator[tuple[int, int]]:

@@ -22,11 +22,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.columns import Columns
 from hyperattention.kernels.feature.course import course_of
+from hyperattention.kernels.feature.keys import Keys
 from hyperattention.kernels.feature.plan import Plan, plan_of
 from hyperattention.kernels.feature.powers import POWERS, Power
 from hyperattention.kernels.feature.scales import log_of, scales_of
-from hyperattention.kernels.feature.sums import Keys, blocks, product_of, pull, read
+from hyperattention.kernels.feature.sums import blocks, product_of, pull, read
 
 
 def _by_list(x: Tensor, kv_heads: int) -> Tensor:
@@ -79,7 +81,7 @@ def forward(
     """
     kv_heads, dtype = key.shape[1], accumulation_dtype(query, key, value)
     rows, row_scale = _by_list(query, kv_heads), _by_list(query_log_scale, kv_heads).to(dtype)
-    every = _keys(key, value, key_log_scale.to(dtype))
+    every = _keys(key, value, key_log_scale.to(dtype), POWERS[power])
     lse, out = torch.empty_like(row_scale), value.new_empty((*rows.shape[:2], value.shape[-1]))
     # sums rounded to bfloat16 would be useless after some thousand keys
     with torch.autocast(query.device.type, enabled=False):
@@ -89,23 +91,24 @@ def forward(
     return _by_head(out, kv_heads, query), _by_head(lse, kv_heads, query)
 
 
-def _keys(key: Tensor, value: Tensor, log_scale: Tensor) -> Keys:
+def _keys(key: Tensor, value: Tensor, log_scale: Tensor, power: Power) -> Keys:
     # a value of one, whose weighted sum is the denominator
     one = torch.ones((), dtype=log_scale.dtype, device=log_scale.device).expand(len(log_scale.flatten(0, 1)), key.shape[2])
-    return Keys(key.flatten(0, 1), value.flatten(0, 1), one, scales_of(log_scale.flatten(0, 1)))
+    scales = scales_of(log_scale.flatten(0, 1) / power.degree)
+    return Keys(key.flatten(0, 1), Columns(value.flatten(0, 1), one), scales)
 
 
 def _attend(rows: Tensor, row_scale: Tensor, out: Tensor, lse: Tensor, keys: Keys, limit: Tensor, power: Power) -> None:
     """Write normalised rows and their lse for lists that share their limits."""
-    course = course_of(keys.scales.exponent, plan_of(limit, power.expanded(rows.shape[2])))
+    features, width = rows.shape[2], out.shape[2]
+    course = course_of(keys.scales.exponent * power.degree, plan_of(limit, power.expanded(features)))
     for block in blocks(keys, course, power):
-        query = block.take(rows)
+        query = block.take(Columns(rows), power.padded(features))
         total = read(block, query, product_of(block, query), power)
-        denominator = total[..., -1:]
-        # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
-        inverse = denominator.reciprocal().masked_fill_(denominator < torch.finfo(total.dtype).tiny, 0.0)
-        block.put(total[..., :-1], inverse, out)
-        block.put(denominator, None, lse[..., None])
+        denominator = total[..., width : width + 1]
+        block.put(total[..., :width], denominator.reciprocal(), out)
+        block.note(denominator, lse)
+    # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
     empty = lse < torch.finfo(lse.dtype).tiny
     lse.copy_((row_scale + log_of(lse.masked_fill(empty, 1.0), course.base)).masked_fill_(empty, -torch.inf))
     nothing = lse == -torch.inf
@@ -148,8 +151,9 @@ def backward(
     grad_out, grad_lse = grad_out.masked_fill(empty[..., None], 0.0), grad_lse.masked_fill(empty, 0.0)
     share = (row_scale.to(dtype) - lse).masked_fill(empty, -torch.inf)  # log r
     slope = grad_lse - (grad_out * out).sum(-1)
-    as_keys, keys = Keys(rows, grad_out, slope, scales_of(share)), _keys(key, value, key_log_scale.to(dtype))
-    found = [torch.empty_like(x, dtype=dtype) for x in (rows, keys.key, keys.value)]
+    keys = _keys(key, value, key_log_scale.to(dtype), POWERS[power])
+    as_keys = Keys(rows, Columns(grad_out, slope), scales_of(share / power))
+    found = [torch.empty_like(x, dtype=dtype) for x in (rows, keys.key, keys.value.main)]
     with torch.autocast(query.device.type, enabled=False):
         for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, key.shape[2]):
             some = as_keys.of(part, slice(None)), keys.of(part, slice(None))
@@ -178,19 +182,21 @@ def _gradients(rows: Keys, keys: Keys, limit: Tensor, power: Power, found: list[
     _slopes(rows, keys, plan_of(limit, expanded), power, found[0], None)
     falling, order = limit.sort(descending=True)
     # number of rows with a limit above each key
-    seen_by = torch.searchsorted(-falling, -torch.arange(keys.key.shape[1], dtype=torch.int64, device=limit.device))
-    _slopes(keys, rows.ordered(order), plan_of(seen_by, expanded), power, found[1], found[2])
+    number = torch.arange(found[1].shape[1], dtype=torch.int64, device=limit.device)
+    _slopes(keys, rows.ordered(order), plan_of(torch.searchsorted(-falling, -number), expanded), power, found[1], found[2])
 
 
 def _slopes(rows: Keys, keys: Keys, plan: Plan, power: Power, gradient: Tensor, sums: Tensor | None) -> None:
     """Write the gradient of rows' features; if wanted, the sums of the values of keys, without their last number, too."""
-    course = course_of(keys.scales.exponent, plan)
-    # -inf if a row sees no key
-    scale = rows.scales.times(course.base)
+    course = course_of(keys.scales.exponent * power.degree, plan)
+    # 0 if a row sees no key
+    scale = rows.scales.times(course.base / power.degree) ** power.degree
+    features, width = rows.key.shape[2], rows.value.main.shape[2]
     for block in blocks(keys, course, power):
-        query, some = block.take(rows.key), block.take(scale)
-        slope = torch.cat([block.take(rows.value), block.take(rows.last)[..., None]], -1)
-        product = product_of(block, query)
-        block.put(pull(block, query, slope, product, power), some, gradient)
-        if sums is not None:
-            block.put(read(block, query, product, power)[..., :-1], some, sums)
+        query = block.take(Columns(rows.key), power.padded(features))
+        slope = block.take(rows.value, keys.value.padded)
+        product = product_of(block, query) if power.degree > 1 or sums is not None else None
+        some = block.part(scale)
+        block.put(pull(block, query, slope, product, power)[:, :features].transpose(1, 2), some, gradient)
+        if sums is not None and product is not None:
+            block.put(read(block, query, product, power)[..., :width], some, sums)

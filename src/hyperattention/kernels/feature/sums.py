@@ -1,7 +1,8 @@
 """Weighted sums over the leading keys of each row: a state for the keys that a block of rows shares, pairs for the rest.
 
 Rows are processed in the order of their limits, some blocks at a time: keys before a block are in its state, and the few
-keys between the limits of its rows are weighted pair by pair.
+keys between the limits of its rows are weighted pair by pair. Rows are held upright, features by rows, and pairs as near
+keys by rows: a product whose second factor is transposed takes twice as long as one whose first factor is.
 """
 
 from collections.abc import Iterator
@@ -10,45 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.columns import Columns
 from hyperattention.kernels.feature.course import Course, unit_at
+from hyperattention.kernels.feature.keys import Keys
 from hyperattention.kernels.feature.plan import Plan, Step
 from hyperattention.kernels.feature.powers import Power
-from hyperattention.kernels.feature.scales import Scales, finite
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Keys in order, and what each adds to a sum.
-
-    Args:
-        key: ``[lists, keys, features]``.
-        value: ``[lists, keys, width - 1]``.
-        last: one more number of each value, ``[lists, keys]``.
-        scales: of each key, ``[lists, keys]``.
-    """
-
-    key: Tensor
-    value: Tensor
-    last: Tensor
-    scales: Scales
-
-    def of(self, lists: slice, keys: slice) -> "Keys":
-        """Select some keys of some lists."""
-        at = lists, keys
-        return Keys(self.key[at], self.value[at], self.last[at], self.scales[at])
-
-    def ordered(self, order: Tensor) -> "Keys":
-        """Put the keys of all lists into another order."""
-        parts = self.key, self.value, self.last, self.scales.factor, self.scales.exponent
-        key, value, last, factor, exponent = (x.index_select(1, order) for x in parts)
-        return Keys(key, value, last, Scales(factor, exponent))
-
-    def scaled(self, scale: Tensor) -> Tensor:
-        """Return values with their last number, times a scale, ``[lists, keys, width]``."""
-        result = scale.new_empty(*scale.shape, self.value.shape[-1] + 1)
-        torch.mul(self.value, scale[..., None], out=result[..., :-1])
-        torch.mul(self.last, scale, out=result[..., -1])
-        return result
+from hyperattention.kernels.feature.scales import finite
 
 
 @dataclass(frozen=True)
@@ -58,40 +26,48 @@ class Block:
     Args:
         lists: the lists.
         rows: numbers of the rows: a slice, or an index.
-        size: rows of each block.
+        blocks: blocks of rows.
         state: sum over the keys before the block of 2^-base exp(log scale) expanded key value^T, ``[.., expanded, width]``.
         decay: 2^(base of the state - base of each row), ``[.., rows, 1]``; None for 1.
-        key: the near keys, ``[.., near, features]``; no keys if rows see none beyond the state.
-        value: their scaled values, ``[.., near, width]``.
-        weight: what each pair's product is multiplied by, 0 if hidden; ``[.., rows, near]``; None if row i sees i + 1.
+        key: the scaled near keys, ``[.., near, features]``; no keys if rows see none beyond the state.
+        value: their values, ``[.., near, width]``.
+        weight: what each pair's weight is multiplied by, 0 if hidden; ``[.., near, rows]``; None if row i sees i + 1.
     """
 
     lists: slice
     rows: slice | Tensor
-    size: int
+    blocks: int
     state: Tensor
     decay: Tensor | None
     key: Tensor
     value: Tensor
     weight: Tensor | None
 
-    def take(self, x: Tensor) -> Tensor:
-        """Select the rows of ``[lists, rows, ...]``, block by block, in the dtype of sums."""
+    def take(self, x: Columns, padded: int) -> Tensor:
+        """Select the rows, block by block, in the dtype of sums, upright: ``[.., padded, rows]``."""
+        x = x[self.lists]
+        x = x[:, self.rows] if isinstance(self.rows, slice) else x.ordered(self.rows)
+        return x.upright(self.blocks, padded, self.state.dtype)
+
+    def part(self, x: Tensor) -> Tensor:
+        """Select a number of each row of ``[lists, rows]``, ``[.., rows, 1]``."""
         x = x[self.lists]
         x = x[:, self.rows] if isinstance(self.rows, slice) else x.index_select(1, self.rows)
-        return x.to(self.state.dtype).reshape(-1, self.size, *x.shape[2:])
+        return x.reshape(len(self.state), -1, 1)
 
-    def put(self, x: Tensor, scale: Tensor | None, target: Tensor) -> None:
-        """Write rows, block by block, times the scale of each if given, to their places in ``[lists, rows, ...]``."""
+    def put(self, x: Tensor, scale: Tensor, target: Tensor) -> None:
+        """Write rows ``[.., rows, width]`` times the scale of each to their places in ``[lists, rows, width]``."""
         target = target[self.lists]
-        x = x.reshape(target.shape[0], -1, x.shape[2])
-        scale = None if scale is None else scale.view(target.shape[0], -1, 1)
-        if not isinstance(self.rows, slice):
-            target.index_copy_(1, self.rows, (x if scale is None else x * scale).to(target.dtype))
-        elif scale is None:
-            target[:, self.rows] = x
+        if isinstance(self.rows, slice):
+            place = target[:, self.rows].unflatten(1, (self.blocks, -1))
+            torch.mul(*(each.unflatten(0, (len(target), -1)) for each in (x, scale)), out=place)
         else:
-            torch.mul(x, scale, out=target[:, self.rows])
+            target.index_copy_(1, self.rows, (x * scale).reshape(len(target), -1, x.shape[2]).to(target.dtype))
+
+    def note(self, x: Tensor, target: Tensor) -> None:
+        """Write a number of each row, ``[.., rows, 1]``, to their places in ``[lists, rows]``."""
+        target = target[self.lists]
+        target[:, self.rows] = x.reshape(len(target), -1)
 
 
 def blocks(keys: Keys, course: Course, power: Power) -> Iterator[Block]:
@@ -106,14 +82,15 @@ def blocks(keys: Keys, course: Course, power: Power) -> Iterator[Block]:
         blocks, each row of each list in one of them.
     """
     several = max(1, course.plan.step_rows // max(1, len(course.plan.limit)))
+    alike = keys.alike
     for first in range(0, len(keys.key), several):
-        yield from _walk(keys, slice(first, first + several), course, power)
+        yield from _walk(keys, slice(first, first + several), course, power, alike)
 
 
-def _walk(keys: Keys, lists: slice, course: Course, power: Power) -> Iterator[Block]:
+def _walk(keys: Keys, lists: slice, course: Course, power: Power, alike: bool) -> Iterator[Block]:
     tops, end = course.tops[lists], 0
     base = tops[:, :1]
-    state = tops.new_zeros(len(tops), power.expanded(keys.key.shape[2]), keys.value.shape[2] + 1)
+    state = tops.new_zeros(len(tops), power.expanded(keys.key.shape[2]), keys.value.padded)
     for number, (step, apart, moved) in enumerate(zip(course.steps, course.apart, course.moved, strict=True), 1):
         before, base = base, tops[:, unit_at(step, apart), None]
         if moved:
@@ -122,12 +99,15 @@ def _walk(keys: Keys, lists: slice, course: Course, power: Power) -> Iterator[Bl
         while end < step.near.start:
             some = keys.of(lists, slice(end, min(end + course.plan.step_rows, step.near.start)))
             end += some.key.shape[1]
-            state.baddbmm_(power.expand(some.key.to(state.dtype)), some.scaled(some.scales.times(-base)))
+            key = power.keys(some.scaled(base / power.degree, alike))
+            state.baddbmm_(power.expand(key), some.value.together(state.dtype))
         near = keys.of(lists, step.near)
+        value = near.value.together(state.dtype)
         if apart:
-            yield _apart(step, near, (lists, course), (state, base))
+            yield _apart(step, (near, power, value), (lists, course), (state, base))
             continue
-        key, value = (_by_block(x, step.blocks) for x in (near.key.to(state.dtype), near.scaled(near.scales.times(-base))))
+        key = power.keys(_by_block(near.scaled(base / power.degree, alike), step.blocks))
+        value = _by_block(value, step.blocks)
         # nothing reads the state behind the last block
         added = step.blocks - (number == len(course.steps))
         states = _running(state, key, value, added, power)
@@ -137,12 +117,13 @@ def _walk(keys: Keys, lists: slice, course: Course, power: Power) -> Iterator[Bl
         yield _block(step, (lists, course), (states, None), (key, value, weight))
 
 
-def _apart(step: Step, near: Keys, place: tuple[slice, Course], state: tuple[Tensor, Tensor]) -> Block:
+def _apart(step: Step, near: tuple[Keys, Power, Tensor], place: tuple[slice, Course], state: tuple[Tensor, Tensor]) -> Block:
     """Weigh the near keys of one block whose rows each have a base, lest the largest scale of a later key drowns them."""
+    keys, power, value = near
     own = finite(place[1].top[place[0], step.rows])
-    raised = near.scales.exponent[:, None] - own[..., None]
+    raised = power.degree * keys.scales.exponent[..., None] - own[:, None]
     weight = raised.masked_fill(~_shown(place[1].plan, step), -torch.inf).exp2()
-    near_keys = near.key.to(weight.dtype), near.scaled(near.scales.factor), weight
+    near_keys = power.keys(keys.key * keys.scales.factor[..., None]), value, weight
     return _block(step, place, (state[0], (state[1] - own).clamp(max=0).exp2()[..., None]), near_keys)
 
 
@@ -154,14 +135,14 @@ def _block(
 ) -> Block:
     lists, order = place[0], place[1].plan.order
     rows = step.rows if order is None else order[step.rows]
-    return Block(lists, rows, (step.rows.stop - step.rows.start) // step.blocks, *states, *near)
+    return Block(lists, rows, step.blocks, *states, *near)
 
 
 def _shown(plan: Plan, step: Step) -> Tensor:
-    """Mark the near keys that each row sees, ``[blocks, rows, near]``."""
+    """Mark the near keys that each row sees, ``[blocks, near, rows]``."""
     rows, keys = ((x.stop - x.start) // step.blocks for x in (step.rows, step.near))
-    limit = plan.limit[step.rows].view(step.blocks, rows, 1) - step.near.start
-    key = torch.arange(keys * step.blocks, dtype=torch.int64, device=limit.device).view(step.blocks, 1, keys)
+    limit = plan.limit[step.rows].view(step.blocks, 1, rows) - step.near.start
+    key = torch.arange(keys * step.blocks, dtype=torch.int64, device=limit.device).view(step.blocks, keys, 1)
     return key < limit
 
 
@@ -176,8 +157,11 @@ def _running(state: Tensor, key: Tensor, value: Tensor, added: int, power: Power
     result = state.new_empty(added + 1, *state.shape)
     result[0] = state
     if added:
-        some, values = (x.unflatten(0, (lists, -1))[:, :added].transpose(0, 1).flatten(0, 1) for x in (key, value))
-        torch.bmm(power.expand(some), values, out=result[1:].flatten(0, 1))
+        expanded = power.expand(key)
+        if lists > 1:
+            expanded, value = (x.unflatten(0, (lists, -1)).transpose(0, 1) for x in (expanded, value))
+            expanded, value = expanded[:added].flatten(0, 1), value[:added].flatten(0, 1)
+        torch.bmm(expanded[: added * lists], value[: added * lists], out=result[1:].flatten(0, 1))
         before, *others = result.unbind(0)
         for state in others:
             before = state.add_(before)
@@ -185,13 +169,13 @@ def _running(state: Tensor, key: Tensor, value: Tensor, added: int, power: Power
 
 
 def product_of(block: Block, query: Tensor) -> Tensor:
-    """Multiply rows by their near keys, ``[.., rows, near]``."""
-    return query @ block.key.transpose(1, 2)
+    """Multiply near keys by upright rows, ``[.., near, rows]``."""
+    return torch.bmm(block.key, query)
 
 
-def _hide(weight: Tensor, block: Block) -> Tensor:
+def hide(weight: Tensor, block: Block) -> Tensor:
     """Multiply pairs by their weight, in place."""
-    return weight.tril_() if block.weight is None else weight.mul_(block.weight)
+    return weight.triu_() if block.weight is None else weight.mul_(block.weight)
 
 
 def read(block: Block, query: Tensor, product: Tensor, power: Power) -> Tensor:
@@ -201,7 +185,7 @@ def read(block: Block, query: Tensor, product: Tensor, power: Power) -> Tensor:
 
     Args:
         block: the rows.
-        query: their features, ``[.., rows, features]``.
+        query: their features, upright, ``[.., features, rows]``.
         product: `product_of` them; lost.
         power: of products of features.
 
@@ -211,24 +195,24 @@ def read(block: Block, query: Tensor, product: Tensor, power: Power) -> Tensor:
     total = power.read(query, block.state)
     if block.decay is not None:
         total = total * block.decay
-    return total.baddbmm_(_hide(power.weigh(product), block), block.value)
+    return total.baddbmm_(hide(power.weigh(product), block).transpose(1, 2), block.value)
 
 
-def pull(block: Block, query: Tensor, slope: Tensor, product: Tensor, power: Power) -> Tensor:
+def pull(block: Block, query: Tensor, slope: Tensor, product: Tensor | None, power: Power) -> Tensor:
     """Differentiate slope . `read` by the query.
 
     Args:
         block: the rows.
-        query: their features.
-        slope: of a loss in their sums, ``[.., rows, width]``.
-        product: `product_of` them.
+        query: their features, upright.
+        slope: of a loss in their sums, upright, ``[.., width, rows]``.
+        product: `product_of` them; the first power needs none.
         power: of products of features.
 
     Returns:
-        the gradient, ``[.., rows, features]``.
+        the gradient, upright.
     """
     total = power.pull(query, block.state, slope)
     if block.decay is not None:
-        total = total * block.decay
-    weight = _hide(power.slope(product, slope @ block.value.transpose(1, 2)), block)
-    return total.baddbmm_(weight, block.key)
+        total = total * block.decay.transpose(1, 2)
+    weight = hide(power.slope(product, torch.bmm(block.value, slope)), block)
+    return total.baddbmm_(block.key.transpose(1, 2), weight)

@@ -34,7 +34,8 @@ def cut_of(features: int, width: int, itemsize: int, power: int) -> Cut:
     """
     wide = max(padded(features), padded(width))
     piece = 1 if power == 1 else max(1, _EXPANDED // padded(features))
-    chunk = 128 if power == 1 else 512
+    # the fewer chunks, the fewer states to write, to scan one after the other and to read
+    chunk = 256 if power == 1 else 512
     if itemsize == 4:
         return Cut(chunk, 32, 16, piece, 4, 1)
     return Cut(chunk, 64, 32, piece, 4, 2) if wide <= 64 else Cut(chunk, 32, 32, piece, 8, 2)
@@ -43,7 +44,7 @@ def cut_of(features: int, width: int, itemsize: int, power: int) -> Cut:
 @triton.jit
 def _slopes_kernel(
     row_ptr, slope_ptr, row_last_ptr, row_log_ptr, key_ptr, value_ptr, last_ptr, log_ptr,
-    state_ptr, mass_ptr, top_ptr, grad_ptr, sum_ptr,
+    state_ptr, mass_ptr, top_ptr, grad_ptr, sum_ptr, scale_ptr,
     rows, keys, row_shift, key_shift, first_tile, tiles, chunks, row_group, key_group,
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, POWER: tl.constexpr,
@@ -134,6 +135,8 @@ def _slopes_kernel(
                 total = tl.dot(product.to(value.dtype), value, total, input_precision=PRECISION)
     tl.store(grad_ptr + row[:, None] * FEATURES + feature[None, :], grad.to(grad_ptr.dtype.element_ty), mask=in_features)
     if SUMS:
+        by_scale = tl.sum(grad * query.to(tl.float32), 1) / POWER
+        tl.store(scale_ptr + row, by_scale, mask=live)
         tl.store(sum_ptr + row[:, None] * WIDTH + column[None, :], total.to(sum_ptr.dtype.element_ty), mask=in_values)
 
 
@@ -167,16 +170,10 @@ def backward(
     slopes = grad_out.to(query.dtype).flatten(0, 1).contiguous(), last.flatten(0, 1).contiguous()
     rows = Side(query.flatten(0, 1).contiguous(), *slopes, share.flatten(0, 1).contiguous(), offset or 0)
     keys, group = keys_side(key, value, key_log_scale), query.shape[1] // key.shape[1]
-    # the gradient of the keys' scales is a sum over that of their features
-    found = [
-        torch.empty_like(rows.features),
-        torch.empty_like(keys.features, dtype=torch.float32),
-        torch.empty_like(keys.values),
-    ]
+    found = [torch.empty_like(x) for x in (rows.features, keys.features, keys.values, keys.log_scale)]
     for launch in launches_backward(rows, keys, found, group, offset, power, cut):
         launch.run()
-    grad_rows, grad_keys, grad_values = found
-    grad_scale = (keys.features.float() * grad_keys).sum(-1) / power
+    grad_rows, grad_keys, grad_values, grad_scale = found
     return (
         grad_rows.view(query.shape),
         grad_keys.view(key.shape).to(key.dtype),
@@ -194,8 +191,8 @@ def launches_backward(
     of_rows = states_of(rows, group=group, cut=cut, power=power, reverse=True)
     causal = offset is not None
     return [
-        launch_slopes(rows, keys, of_keys, (found[0], None), (group, 1), causal, power, cut),
-        launch_slopes(keys, rows, of_rows, (found[1], found[2]), (1, group), causal, power, cut),
+        launch_slopes(rows, keys, of_keys, (found[0], None, None), (group, 1), causal, power, cut),
+        launch_slopes(keys, rows, of_rows, (found[1], found[2], found[3]), (1, group), causal, power, cut),
     ]
 
 
@@ -203,7 +200,7 @@ def launch_slopes(
     rows: Side,
     keys: Side,
     states: States,
-    found: tuple[Tensor, Tensor | None],
+    found: tuple[Tensor, Tensor | None, Tensor | None],
     groups: tuple[int, int],
     causal: bool,
     power: int,
@@ -215,7 +212,7 @@ def launch_slopes(
         rows: what gradients are of.
         keys: what they are sums over.
         states: of the keys; summed from the end if `found` has sums.
-        found: gradients of features; sums of the values of `keys`, if wanted.
+        found: gradients of features; if wanted, sums of the values of `keys`, and gradients of log scales, in float32.
         groups: lists of rows, and of keys, that share states.
         causal: whether only some pairs count.
         power: of products of features.
@@ -231,6 +228,7 @@ def launch_slopes(
         "key_ptr": keys.features, "value_ptr": keys.values, "last_ptr": keys.last, "log_ptr": keys.log_scale,
         "state_ptr": states.state, "mass_ptr": states.mass, "top_ptr": states.top,
         "grad_ptr": found[0], "sum_ptr": found[0] if sums is None else sums,
+        "scale_ptr": rows.log_scale if found[2] is None else found[2],
         "rows": rows.features.shape[1], "keys": keys.features.shape[1], "row_shift": rows.shift, "key_shift": keys.shift,
         "first_tile": first, "tiles": tiles, "chunks": states.chunks, "row_group": groups[0], "key_group": groups[1],
         "FEATURES": features, "WIDTH": width, "WIDE": padded(features), "VALUE_WIDE": padded(width),
