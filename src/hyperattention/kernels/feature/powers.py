@@ -8,6 +8,7 @@ until pieces of 4, or of an odd size, are left, whose products are all kept: ``f
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,7 @@ PIECE = 4
 class Power(ABC):
     """A power of products of features."""
 
-    @property
-    @abstractmethod
-    def degree(self) -> int:
-        """Return the exponent."""
+    degree: ClassVar[int]
 
     @abstractmethod
     def padded(self, features: int) -> int:
@@ -63,7 +61,7 @@ class Power(ABC):
 class FirstPower(Power):
     """The products themselves."""
 
-    degree = 1
+    degree: ClassVar[int] = 1
 
     def padded(self, features: int) -> int:
         """As many as there are."""
@@ -102,7 +100,7 @@ class FirstPower(Power):
 class SecondPower(Power):
     """Squares of products."""
 
-    degree = 2
+    degree: ClassVar[int] = 2
 
     def padded(self, features: int) -> int:
         """A multiple of `MULTIPLE`."""

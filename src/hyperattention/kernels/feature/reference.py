@@ -106,7 +106,7 @@ def _attend(rows: Tensor, row_scale: Tensor, out: Tensor, lse: Tensor, keys: Key
         query = block.take(Columns(rows), power.padded(features))
         total = read(block, query, product_of(block, query), power)
         denominator = total[..., width : width + 1]
-        block.put(total[..., :width], denominator.reciprocal(), out)
+        block.put(total[..., :width], denominator, out, torch.div)
         block.note(denominator, lse)
     # features of either sign can cancel; a sum below the smallest normal number counts as 0. NaN stays NaN
     empty = lse < torch.finfo(lse.dtype).tiny

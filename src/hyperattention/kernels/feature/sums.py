@@ -5,7 +5,7 @@ keys between the limits of its rows are weighted pair by pair. Rows are held upr
 keys by rows: a product whose second factor is transposed takes twice as long as one whose first factor is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Block:
         decay: 2^(base of the state - base of each row), ``[.., rows, 1]``; None for 1.
         key: the scaled near keys, ``[.., near, features]``; no keys if rows see none beyond the state.
         value: their values, ``[.., near, width]``.
-        weight: what each pair's weight is multiplied by, 0 if hidden; ``[.., near, rows]``; None if row i sees i + 1.
+        weight: what each pair's weight is multiplied by, 0 if hidden; ``[.., near, rows]``, or one block for all.
     """
 
     lists: slice
@@ -41,7 +41,7 @@ class Block:
     decay: Tensor | None
     key: Tensor
     value: Tensor
-    weight: Tensor | None
+    weight: Tensor
 
     def take(self, x: Columns, padded: int) -> Tensor:
         """Select the rows, block by block, in the dtype of sums, upright: ``[.., padded, rows]``."""
@@ -55,14 +55,21 @@ class Block:
         x = x[:, self.rows] if isinstance(self.rows, slice) else x.index_select(1, self.rows)
         return x.reshape(len(self.state), -1, 1)
 
-    def put(self, x: Tensor, scale: Tensor, target: Tensor) -> None:
-        """Write rows ``[.., rows, width]`` times the scale of each to their places in ``[lists, rows, width]``."""
+    def put(self, x: Tensor, scale: Tensor, target: Tensor, operation: Callable[..., Tensor] = torch.mul) -> None:
+        """Write rows ``[.., rows, width]`` times the scale of each to their places in ``[lists, rows, width]``.
+
+        Args:
+            x: the rows of the blocks.
+            scale: of each, ``[.., rows, 1]``.
+            target: all rows of all lists.
+            operation: `torch.div` divides by the scale.
+        """
         target = target[self.lists]
         if isinstance(self.rows, slice):
             place = target[:, self.rows].unflatten(1, (self.blocks, -1))
-            torch.mul(*(each.unflatten(0, (len(target), -1)) for each in (x, scale)), out=place)
+            operation(*(each.unflatten(0, (len(target), -1)) for each in (x, scale)), out=place)
         else:
-            target.index_copy_(1, self.rows, (x * scale).reshape(len(target), -1, x.shape[2]).to(target.dtype))
+            target.index_copy_(1, self.rows, operation(x, scale).reshape(len(target), -1, x.shape[2]).to(target.dtype))
 
     def note(self, x: Tensor, target: Tensor) -> None:
         """Write a number of each row, ``[.., rows, 1]``, to their places in ``[lists, rows]``."""
@@ -112,7 +119,7 @@ def _walk(keys: Keys, lists: slice, course: Course, power: Power, alike: bool) -
         added = step.blocks - (number == len(course.steps))
         states = _running(state, key, value, added, power)
         state, end = states[added], end + added * key.shape[1]
-        weight = None if step.stairs else _shown(course.plan, step).to(state.dtype).repeat(len(tops), 1, 1)
+        weight = _weights(course.plan, step, state)
         states = states[: step.blocks].transpose(0, 1).flatten(0, 1)
         yield _block(step, (lists, course), (states, None), (key, value, weight))
 
@@ -131,7 +138,7 @@ def _block(
     step: Step,
     place: tuple[slice, Course],
     states: tuple[Tensor, Tensor | None],
-    near: tuple[Tensor, Tensor, Tensor | None],
+    near: tuple[Tensor, Tensor, Tensor],
 ) -> Block:
     lists, order = place[0], place[1].plan.order
     rows = step.rows if order is None else order[step.rows]
@@ -144,6 +151,15 @@ def _shown(plan: Plan, step: Step) -> Tensor:
     limit = plan.limit[step.rows].view(step.blocks, 1, rows) - step.near.start
     key = torch.arange(keys * step.blocks, dtype=torch.int64, device=limit.device).view(step.blocks, keys, 1)
     return key < limit
+
+
+def _weights(plan: Plan, step: Step, state: Tensor) -> Tensor:
+    """Return 1 for the near keys that each row sees and 0 for others, ``[lists * blocks or 1, near, rows]``."""
+    if step.stairs:
+        # `triu_` of all pairs takes five times as long as their product with this
+        size = (step.rows.stop - step.rows.start) // step.blocks
+        return state.new_ones(1, size, size).triu_()
+    return _shown(plan, step).to(state.dtype).repeat(len(state), 1, 1)
 
 
 def _by_block(x: Tensor, count: int) -> Tensor:
@@ -175,7 +191,7 @@ def product_of(block: Block, query: Tensor) -> Tensor:
 
 def hide(weight: Tensor, block: Block) -> Tensor:
     """Multiply pairs by their weight, in place."""
-    return weight.triu_() if block.weight is None else weight.mul_(block.weight)
+    return weight.mul_(block.weight)
 
 
 def read(block: Block, query: Tensor, product: Tensor, power: Power) -> Tensor:
