@@ -53,7 +53,10 @@ def decode_shape_of(rows: int, width: int, itemsize: int) -> DecodeShape:
     block = max(16, min(64, 16_384 // (width * itemsize)))
     if rows <= 16:
         return DecodeShape(block, 4, 3)
-    return DecodeShape(max(16, block // 2), 8, 2) if itemsize == 4 else DecodeShape(block, 4, 2)
+    if itemsize == 4:
+        return DecodeShape(max(16, block // 2), 8, 2)
+    # of narrow keys three blocks fit, and with two of them sm_80 spills 8 bytes
+    return DecodeShape(block, 4, 3 if width <= 64 else 2)
 
 
 def splits_of(lists: int, blocks: int, device: torch.device) -> int:
