@@ -42,7 +42,7 @@ test-heavy: $(READY) ## the heavy tests, which `make test` leaves out: compilers
 
 # two threads in one process at a time: an engine has the machine to itself
 test-vllm: $(VLLM)/.ready ## the plugin in the real engine of vLLM, in an environment of its own
-	OMP_WAIT_POLICY=passive $(VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm $(PYTEST_ARGS)
 
 demo: $(READY) ## near-linear attention on a real model: loss, retrieval, speed and measured error
 	# threads that wait by spinning lose to any other program on the same cores
