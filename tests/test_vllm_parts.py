@@ -7,7 +7,7 @@ import hyperattention as ha
 from hyperattention.files.fingerprint import Fingerprint
 from hyperattention.files.plan import Measured
 from hyperattention.integrations.vllm.choice import choose
-from hyperattention.integrations.vllm.counts import ServedCounter, pairs_of
+from hyperattention.integrations.vllm.counts import ServedCounter, is_audited, pairs_of
 from hyperattention.integrations.vllm.options import Options, read_options
 from hyperattention.integrations.vllm.pages import CachePages, KeyOrder, find_order
 from hyperattention.integrations.vllm.plugin import asked_on_cpu
@@ -37,7 +37,14 @@ def test_options_have_defaults_and_are_read():
         ({"layers": [-1]}, "whole number from 0"),
         ({"seed": True}, "whole number from 0"),
         ({"audit_rows": 0}, "whole number from 1"),
-        ({"decode": "top_pages"}, "only 'exact' decoding is possible"),
+        ({"decode": "top_pages"}, 'must be "exact", or an object such as'),
+        ({"decode": {}}, "decode.budget is missing"),
+        ({"decode": {"budget": 100}}, "leaves no slot besides 16 sinks and 128 window"),
+        ({"decode": {"budget": 150}}, "leaves no page of 8"),
+        ({"decode": {"budget": 512, "pages": 3}}, "only policy, budget, sinks, window, min_length, memory_gib"),
+        ({"decode": {"budget": 512, "memory_gib": -1}}, "finite number of at least 0"),
+        ({"decode": {"budget": 512, "policy": {"type": "Latest"}}}, "use TopPages"),
+        ({"decode": {"budget": 512, "policy": {"type": "TopPages", "draws": 8}}}, "leave `draws` and `share` out"),
         ([], "must be an object"),
     ],
     ids=str,
@@ -91,6 +98,11 @@ def test_queries_are_split_by_their_position_alone():
     assert split.approximate == (Piece(2, 79, 52, 180), Piece(3, 131, 50, 400), Piece(4, 181, 1, 900))
     assert split.exact == (Piece(0, 0, 1, 500), Piece(1, 1, 30, 30), Piece(2, 31, 48, 128))
     assert (split.decoding, split.short) == (1, 1)
+    # requests that generate: a short one, long ones, and several queries of a long one
+    split = split_step([0, 1, 2, 3, 8, 18], [99, 100, 500, 500, 500], [False, False, True, False, True], None, 100)
+    assert split.selected == (Piece(1, 1, 1, 100),)
+    assert split.exact == (Piece(0, 0, 1, 99), Piece(2, 2, 1, 500), Piece(3, 3, 5, 500), Piece(4, 8, 10, 500))
+    assert (split.approximate, split.decoding, split.short) == ((), 2, 2)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 200])
@@ -117,7 +129,7 @@ def test_pairs_are_those_of_a_sum_over_rows(piece):
 def test_counts_are_printed_in_one_line():
     counter = ServedCounter()
     assert str(counter.counts) == "0 of 0 attention calls approximated"
-    assert counter.counts.share_of_pairs == 1.0
+    assert counter.counts.prompts.share_of_pairs == 1.0
     counter.approximate((25.0, 100.0))
     counter.exactly("decoding", 3)
     counter.audit(0.25)
@@ -125,6 +137,25 @@ def test_counts_are_printed_in_one_line():
         "1 of 4 attention calls approximated, with 0.25 of their pairs; exact: decoding (3); mean relative error 0.25 in 1 "
         "audited calls"
     )
+    counter.approximate((10.0, 100.0), decoding=True)
+    counter.audit(0.5, decoding=True)
+    assert str(counter.counts) == (
+        "1 of 5 attention calls approximated, with 0.25 of their pairs; 1 calls decoded by their best pages, with 0.1 of "
+        "their pairs; exact: decoding (3); mean relative error 0.25 in 1 audited calls; decoding: mean relative error 0.5 "
+        "in 1 audited calls"
+    )
+
+
+def test_audits_visit_every_layer_alike():
+    # calls go round the layers: a number that they divide would always audit the same one
+    every, layers = 8, 4
+    drawn = [call for call in range(4096) if is_audited(call, every, 3)]
+    assert [call // every for call in drawn] == list(range(4096 // every))
+    counts = torch.bincount(torch.tensor(drawn) % layers, minlength=layers)
+    # four standard deviations of a binomial distribution
+    assert float((counts - 128).abs().max()) < 4 * (512 * 0.25 * 0.75) ** 0.5
+    assert not is_audited(0, 0, 3)
+    assert all(is_audited(call, 1, 3) for call in range(9))
 
 
 @pytest.mark.parametrize("order", [*KeyOrder, None], ids=str)

@@ -53,13 +53,27 @@ def run(case: dict) -> dict:
         "preemptions": metrics.get("vllm:num_preemptions"),
         "seconds": seconds,
         "cpu_seconds": computed,
-        "approximated": after.approximated - before.approximated,
+        "approximated": after.prompts.calls - before.prompts.calls,
         "exact": {reason: num - before.exact.get(reason, 0) for reason, num in after.exact.items()},
+        "listed_pairs": after.prompts.listed_pairs - before.prompts.listed_pairs,
+        "exact_pairs": after.prompts.exact_pairs - before.prompts.exact_pairs,
+        "ranks": ranks,
+        "audits": after.prompts.audits - before.prompts.audits,
+        "error": after.prompts.error if after.prompts.audits else None,
+        "decoding": decoding_between(before.decoding, after.decoding),
+    }
+
+
+def decoding_between(before, after) -> dict:
+    """Count what an engine decoded by the best pages of its requests."""
+    audits = after.audits - before.audits
+    error = after.error * after.audits - (before.error * before.audits if before.audits else 0.0) if audits else 0.0
+    return {
+        "calls": after.calls - before.calls,
         "listed_pairs": after.listed_pairs - before.listed_pairs,
         "exact_pairs": after.exact_pairs - before.exact_pairs,
-        "ranks": ranks,
-        "audits": after.audits - before.audits,
-        "error": after.error if after.audits else None,
+        "audits": audits,
+        "error": error / audits if audits else None,
     }
 
 
@@ -68,7 +82,7 @@ def worker_counts(_worker) -> list[float]:
     from hyperattention.integrations.vllm.metrics import read_counts
 
     counts = read_counts()
-    return [counts.approximated, counts.listed_pairs, counts.exact_pairs]
+    return [counts.prompts.calls, counts.prompts.listed_pairs, counts.prompts.exact_pairs]
 
 
 def _prompt(answer, case: dict) -> list:

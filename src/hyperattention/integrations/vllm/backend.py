@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hyperattention.integrations.vllm.builder import HyperAttentionBuilder
 from hyperattention.integrations.vllm.served_layers import LayerTraits
-from hyperattention.integrations.vllm.step import Step, attend
+from hyperattention.integrations.vllm.step import NOT_SERVED, Step, attend, decode
 from hyperattention.integrations.vllm.stock import stock_backend
 
 _STOCK: Any = stock_backend()
@@ -41,7 +41,7 @@ class HyperAttentionImplementation(_STOCK_IMPLEMENTATION):
         )  # fmt: skip
         self.traits = LayerTraits(
             str(getattr(attn_type, "value", attn_type)), sliding_window, bool(logits_soft_cap), alibi_slopes is not None,
-            sinks is not None, kv_cache_dtype, is_quantized_kv_cache(kv_cache_dtype),
+            sinks is not None, kv_cache_dtype, is_quantized_kv_cache(kv_cache_dtype), kv_sharing_target_layer_name,
         )  # fmt: skip
 
     def forward(
@@ -62,15 +62,21 @@ class HyperAttentionImplementation(_STOCK_IMPLEMENTATION):
         if attn_metadata is None:
             return run(layer, query, key, value, kv_cache, None, output, *scales)
         step = attn_metadata
-        number, method = step.layers.get(layer.layer_name, (0, None))
-        step.count(method is not None, self.traits.sliding_window is not None)
-        if method is None or not step.pieces:
-            return run(layer, query, key, value, kv_cache, step.whole, output, *scales)
-        if step.rest is not None:
-            rows = step.rest_rows
+        served = step.layers.get(layer.layer_name, NOT_SERVED)
+        step.count(served, self.traits.sliding_window is not None)
+        if served.summaries is not None and step.filled is not None and step.pages is not None:
+            served.summaries.renew(step.pages.views(kv_cache)[0], step.filled)
+        exact = step.exact[served.kind]
+        rows = exact.rows
+        if rows is None:
+            return run(layer, query, key, value, kv_cache, exact.metadata, output, *scales)
+        if exact.metadata is not None:
             part = output.new_empty((len(rows), *output.shape[1:]))
-            output[rows] = run(layer, query[rows], key[rows], value[rows], kv_cache, step.rest, part, *scales)
-        attend(step, number, method, query, kv_cache, output, self.scale)
+            output[rows] = run(layer, query[rows], key[rows], value[rows], kv_cache, exact.metadata, part, *scales)
+        if served.method is not None:
+            attend(step, served.number, served.method, query, kv_cache, output, self.scale)
+        if served.summaries is not None:
+            decode(step, served.summaries, query, kv_cache, output, self.scale)
         return output
 
 

@@ -7,23 +7,25 @@ from types import MappingProxyType
 
 from hyperattention.integrations.vllm.split import Piece
 from hyperattention.methods.base import AttentionMethod
+from hyperattention.random import hash_state
+
+# first counter of the draws of audits, so that they share no bits with those of a method under one seed
+_STREAM = 0x5E54ED
 
 
 @dataclass(frozen=True)
-class ServedCounts:
-    """Counts of attention calls, one for each layer, request and step: approximated, and exact by reason.
+class Approximated:
+    """Counts of the approximated calls of one kind: of prompts, or of requests that generate.
 
     Args:
-        approximated: calls that ran the method.
-        exact: calls that ran exact attention, by reason.
-        listed_pairs: pairs of query and key that the method listed, in approximated calls.
+        calls: calls that were approximated.
+        listed_pairs: pairs of query and key that were listed.
         exact_pairs: pairs that exact attention would have scored there.
         audits: audited calls.
         error: mean relative error of the audited rows; NaN without an audit.
     """
 
-    approximated: int
-    exact: Mapping[str, int]
+    calls: int
     listed_pairs: float
     exact_pairs: float
     audits: int
@@ -31,21 +33,74 @@ class ServedCounts:
 
     @property
     def share_of_pairs(self) -> float:
-        """Pairs listed relative to exact attention's, in the approximated calls; 1 if there was none."""
+        """Pairs listed relative to exact attention's; 1 if there was no call."""
         return self.listed_pairs / self.exact_pairs if self.exact_pairs else 1.0
+
+    @property
+    def audited(self) -> str:
+        """What the audits found, in words; empty without one."""
+        return f"mean relative error {self.error:.3g} in {self.audits} audited calls" if self.audits else ""
+
+
+@dataclass(frozen=True)
+class ServedCounts:
+    """Counts of attention calls, one for each layer, request and step: approximated, and exact by reason.
+
+    Args:
+        prompts: calls of prompts that ran the method.
+        decoding: calls of requests that generate, over their best pages.
+        exact: calls that ran exact attention, by reason.
+    """
+
+    prompts: Approximated
+    decoding: Approximated
+    exact: Mapping[str, int]
+
+    def of(self, *, decoding: bool) -> Approximated:
+        """Return the counts of one kind.
+
+        Args:
+            decoding: whether of requests that generate.
+
+        Returns:
+            the counts.
+        """
+        return self.decoding if decoding else self.prompts
+
+    @property
+    def approximated(self) -> int:
+        """Approximated calls of both kinds."""
+        return self.prompts.calls + self.decoding.calls
 
     def __str__(self) -> str:
         """Format the counts in one line."""
         total = self.approximated + sum(self.exact.values())
-        text = f"{self.approximated} of {total} attention calls approximated"
-        if self.approximated:
-            text += f", with {self.share_of_pairs:.3g} of their pairs"
+        text = f"{self.prompts.calls} of {total} attention calls approximated"
+        if self.prompts.calls:
+            text += f", with {self.prompts.share_of_pairs:.3g} of their pairs"
+        if self.decoding.calls:
+            share = self.decoding.share_of_pairs
+            text += f"; {self.decoding.calls} calls decoded by their best pages, with {share:.3g} of their pairs"
         if self.exact:
             ordered = sorted(self.exact.items(), key=lambda item: -item[1])
             text += "; exact: " + ", ".join(f"{reason} ({num})" for reason, num in ordered)
-        if self.audits:
-            text += f"; mean relative error {self.error:.3g} in {self.audits} audited calls"
+        if self.prompts.audits:
+            text += f"; {self.prompts.audited}"
+        if self.decoding.audits:
+            text += f"; decoding: {self.decoding.audited}"
         return text
+
+
+class _Tally:
+    """Sums of one kind of approximated calls."""
+
+    def __init__(self) -> None:
+        self.calls, self.audits, self.listed, self.pairs, self.error = 0, 0, 0.0, 0.0, 0.0
+
+    @property
+    def approximated(self) -> Approximated:
+        error = self.error / self.audits if self.audits else float("nan")
+        return Approximated(self.calls, self.listed, self.pairs, self.audits, error)
 
 
 class ServedCounter:
@@ -54,18 +109,19 @@ class ServedCounter:
     def __init__(self) -> None:
         """Make a counter without calls."""
         self._exact: Counter[str] = Counter()
-        self.approximated, self.audits = 0, 0
-        self._listed, self._pairs, self._error = 0.0, 0.0, 0.0
+        self._prompts, self._decoding = _Tally(), _Tally()
 
-    def approximate(self, pairs: tuple[float, float]) -> None:
+    def approximate(self, pairs: tuple[float, float], *, decoding: bool = False) -> None:
         """Count an approximated call.
 
         Args:
             pairs: pairs listed, and those of exact attention.
+            decoding: whether the request generates.
         """
-        self.approximated += 1
-        self._listed += pairs[0]
-        self._pairs += pairs[1]
+        tally = self._decoding if decoding else self._prompts
+        tally.calls += 1
+        tally.listed += pairs[0]
+        tally.pairs += pairs[1]
 
     def exactly(self, reason: str, calls: int = 1) -> None:
         """Count exact calls.
@@ -76,21 +132,40 @@ class ServedCounter:
         """
         self._exact[reason] += calls
 
-    def audit(self, error: float) -> None:
+    def audit(self, error: float, *, decoding: bool = False) -> None:
         """Count an audited call.
 
         Args:
             error: its mean relative error.
+            decoding: whether the request generates.
         """
-        self.audits += 1
-        self._error += error
+        tally = self._decoding if decoding else self._prompts
+        tally.audits += 1
+        tally.error += error
 
     @property
     def counts(self) -> ServedCounts:
         """Return a snapshot of the counts."""
-        error = self._error / self.audits if self.audits else float("nan")
         exact = MappingProxyType({reason: num for reason, num in self._exact.items() if num})
-        return ServedCounts(self.approximated, exact, self._listed, self._pairs, self.audits, error)
+        return ServedCounts(self._prompts.approximated, self._decoding.approximated, exact)
+
+
+def is_audited(call: int, every: int, seed: int) -> bool:
+    """Draw which calls are audited: one in each run of `every`, so that no layer is audited more often than another.
+
+    Args:
+        call: number of the call.
+        every: length of a run; 0 for no audits.
+        seed: seed of the draws.
+
+    Returns:
+        whether it is audited.
+    """
+    if not every:
+        return False
+    bits = hash_state((_STREAM, seed, call // every))
+    assert isinstance(bits, int)  # of integers
+    return bits * every >> 32 == call % every
 
 
 def pairs_of(method: AttentionMethod, piece: Piece, head_dim: int) -> tuple[float, float]:

@@ -8,7 +8,8 @@ from prometheus_client import Counter, Histogram  # pyright: ignore[reportMissin
 from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 
 from hyperattention.integrations.vllm.choice import Choice
-from hyperattention.integrations.vllm.counts import ServedCounter, ServedCounts
+from hyperattention.integrations.vllm.counts import ServedCounter, ServedCounts, is_audited
+from hyperattention.integrations.vllm.options import Options
 
 # seconds between two lines of the log, as vLLM's own
 _EVERY = 10.0
@@ -33,6 +34,11 @@ class ServedMetrics:
         self._error = Histogram(
             "hyperattention_relative_error", "Mean relative error of the rows of an audited call.", buckets=_ERRORS
         )
+        self._decoding_error = Histogram(
+            "hyperattention_decoding_relative_error",
+            "Mean relative error of the heads of an audited call of a request that generates.",
+            buckets=_ERRORS,
+        )
         atexit.register(self.say)
 
     @property
@@ -40,12 +46,16 @@ class ServedMetrics:
         """The counts so far."""
         return self._counter.counts
 
-    def approximate(self, pairs: tuple[float, float]) -> None:
-        """Count an approximated call, with its listed and exact pairs."""
-        self._counter.approximate(pairs)
-        self._calls.labels(kind="approximated").inc()
-        self._pairs.labels(kind="listed").inc(pairs[0])
-        self._pairs.labels(kind="exact").inc(pairs[1])
+    def approximate(self, pairs: tuple[float, float], options: Options, *, decoding: bool = False) -> bool:
+        """Count an approximated call, with its listed and exact pairs; return whether it is audited."""
+        # asked before the call is counted: the first call has number 0
+        audited = is_audited(self.counts.of(decoding=decoding).calls, options.audit_every, options.seed)
+        self._counter.approximate(pairs, decoding=decoding)
+        suffix = " decoding" if decoding else ""
+        self._calls.labels(kind=f"approximated{suffix}").inc()
+        self._pairs.labels(kind=f"listed{suffix}").inc(pairs[0])
+        self._pairs.labels(kind=f"exact{suffix}").inc(pairs[1])
+        return audited
 
     def exactly(self, reason: str, calls: int = 1) -> None:
         """Count exact calls for a reason."""
@@ -53,19 +63,19 @@ class ServedMetrics:
             self._counter.exactly(reason, calls)
             self._calls.labels(kind=reason).inc(calls)
 
-    def audit(self, error: float) -> None:
+    def audit(self, error: float, *, decoding: bool = False) -> None:
         """Count an audited call, with its mean relative error."""
-        self._counter.audit(error)
-        self._error.observe(error)
+        self._counter.audit(error, decoding=decoding)
+        (self._decoding_error if decoding else self._error).observe(error)
 
-    def describe(self, choice: Choice, layers: list[int], unread: str | None) -> None:
-        """Log what may be approximated, before any request."""
+    def describe(self, choice: Choice, layers: list[int], unread: str | None, *, decoding: str) -> None:
+        """Log what may be approximated, before any request; `decoding` says how tokens are generated."""
         if choice.min_length is None or not layers:
-            self._log.info("hyperattention: every layer of this group is exact")
+            self._log.info("hyperattention: prompts are exact in every layer of this group; %s", decoding)
             return
         self._log.info(
-            "hyperattention: queries of prompts from position %d on are approximated in layers %s by %r; decoding is exact",
-            choice.min_length, layers, choice.method,
+            "hyperattention: queries of prompts from position %d on are approximated in layers %s by %r; %s",
+            choice.min_length, layers, choice.method, decoding,
         )  # fmt: skip
         if unread is not None:
             self._log.warning("hyperattention: only the shape of the plan's model was compared: %s", unread)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hyperattention.files.fields import Field
 from hyperattention.files.method_table import method_from_json
+from hyperattention.integrations.vllm.decode_options import DecodeOptions, read_decode
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.random import SEED_LIMIT
 
@@ -28,7 +29,7 @@ class Options:
         seed: seed of every draw. It does not depend on the request, the batch or the process.
         audit_every: compare every so many approximated calls with exact rows; 0 for never.
         audit_rows: rows of each audited call.
-        decode: how tokens are generated; only "exact".
+        decode: how tokens are generated; None for exact attention.
     """
 
     method: str | AttentionMethod = "default"
@@ -38,7 +39,7 @@ class Options:
     seed: int = 0
     audit_every: int = 0
     audit_rows: int = 64
-    decode: str = "exact"
+    decode: DecodeOptions | None = None
 
 
 def read_options(additional_config: Any) -> Options:
@@ -66,7 +67,7 @@ def read_options(additional_config: Any) -> Options:
         "seed": lambda field: field.whole(0, SEED_LIMIT - 1),
         "audit_every": lambda field: field.whole(),
         "audit_rows": lambda field: field.whole(1),
-        "decode": _read_decode,
+        "decode": read_decode,
     }
     return Options(**{name: readers[name](field) for name, field in found.items()})
 
@@ -77,12 +78,3 @@ def _read_method(field: Field) -> str | AttentionMethod:
             field.refuse(f"it must be one of {', '.join(NAMES)}, or a method as in a plan file")
         return field.value
     return method_from_json(field)
-
-
-def _read_decode(field: Field) -> str:
-    if field.text() != "exact":
-        field.refuse(
-            "only 'exact' decoding is possible: a selection of pages such as TopPages needs bounds of each page's keys, "
-            "which vLLM's cache has no room for, and computing them again in each step would read all keys"
-        )
-    return field.text()

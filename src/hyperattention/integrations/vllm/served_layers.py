@@ -15,6 +15,7 @@ class LayerTraits:
         sinks: whether there are learned sinks.
         cache_dtype: vLLM's name of the dtype of the cache.
         quantised: whether the cache is quantised.
+        borrowed: name of the layer whose keys it reads; None if it has its own.
     """
 
     attention_type: str
@@ -24,14 +25,16 @@ class LayerTraits:
     sinks: bool
     cache_dtype: str
     quantised: bool
+    borrowed: str | None = None
 
 
-def check_layer(name: str, traits: LayerTraits) -> None:
+def check_layer(name: str, traits: LayerTraits, *, selects: bool = False) -> None:
     """Check that a layer can be approximated.
 
     Args:
         name: name of the layer.
         traits: what the model asks of it.
+        selects: whether it decodes by its best pages.
 
     Raises:
         ValueError: if it cannot; the message gives the layer, the reason and the remedy.
@@ -51,4 +54,9 @@ def check_layer(name: str, traits: LayerTraits) -> None:
         raise ValueError(
             f"{name} has {' and '.join(found)}, which no method approximates: name the layers without in `layers` of "
             "--additional-config, or start vLLM with its own attention backend"
+        )
+    if selects and traits.borrowed is not None:
+        raise ValueError(
+            f"{name} reads the keys of {traits.borrowed}, and has no summaries of their pages: name the layers with keys of "
+            'their own in `layers` of --additional-config, or set its `decode` to "exact"'
         )
