@@ -45,7 +45,7 @@ class Server:
 
     def decode(self, q, blocks, keys, options):
         (row,) = decoded_rows([Piece(0, 0, 1, keys)], blocks[None], BLOCK, options)
-        return attend_to_best_pages(q, *self.pages.views(self.cache), self.table, row, 0.5)
+        return attend_to_best_pages(q, self.pages, self.cache, self.table, row, 0.5)
 
 
 def drawn(count, seed):
@@ -155,11 +155,11 @@ def test_options_of_decoding_are_read():
 
     assert read("exact") is None
     assert read({"budget": 1024}) == DecodeOptions(CacheBudget(1024))
-    assert read({"budget": 1024}).least == 8192
+    assert DecodeOptions(CacheBudget(1024)).least == 8192
     given = {"budget": 512, "sinks": 8, "window": 64, "min_length": 3, "memory_gib": 0.5}
     found = read(given | {"policy": {"type": "TopPages", "page": 16, "by": {"type": "Midpoint"}}})
     assert found == DecodeOptions(CacheBudget(512, 8, 64), TopPages(Midpoint(), 16), 3, 0.5)
-    assert found.least == 3
+    assert DecodeOptions(CacheBudget(512), min_length=3).least == 3
 
 
 @pytest.mark.parametrize(

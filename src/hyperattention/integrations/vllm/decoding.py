@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hyperattention.integrations.vllm.decode_options import DecodeOptions
 from hyperattention.integrations.vllm.page_summaries import PageSummaries
+from hyperattention.integrations.vllm.pages import CachePages
 from hyperattention.integrations.vllm.split import Piece
 from hyperattention.kernels import coreset as coreset_torch
 from hyperattention.kernels.decode.page_plan import PagePlan
@@ -54,8 +55,8 @@ def decoded_rows(pieces: Sequence[Piece], table: Tensor, block_size: int, option
 
 def attend_to_best_pages(
     query: Float[Tensor, "heads head_dim"],
-    key: Float[Tensor, "blocks kv_heads block_size head_dim"],
-    value: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    pages: CachePages,
+    cache: Tensor,
     summaries: PageSummaries,
     row: DecodedRow,
     scale: float,
@@ -64,8 +65,8 @@ def attend_to_best_pages(
 
     Args:
         query: the query of each head.
-        key: the cache of keys.
-        value: the cache of values.
+        pages: how the cache holds keys.
+        cache: the cache of the layer.
         summaries: the side table.
         row: the request.
         scale: factor of the scores.
@@ -73,20 +74,17 @@ def attend_to_best_pages(
     Returns:
         the output of each head.
     """
-    plan, heads = row.plan, key.shape[1]
-    rows = query.reshape(heads, -1, query.shape[1])  # [kv_heads, group, head_dim]
-    pages = _chosen(rows, summaries, row, scale)
+    plan = row.plan
+    rows = query.reshape(cache.shape[1], -1, query.shape[1])  # [kv_heads, group, head_dim]
+    read = _chosen(rows, summaries, row, scale)
     weight = None
     if not row.complete:
-        weight = _weights(pages, plan)
-        pages = pages.clamp(min=0)
+        weight = _weights(read, plan)
+        read = read.clamp(min=0)
     each = summaries.held.shape[2]
-    block, place = row.blocks[pages // each], pages % each
-    head = torch.arange(heads, dtype=torch.int64, device=query.device)[:, None]
+    held = pages.gather(cache, row.blocks[read // each], read % each, plan.page)
     # the last page of the window is not full
-    k, v = (
-        x.unflatten(2, (each, plan.page))[block, head, place].flatten(1, 2)[:, : plan.slots] for x in (key, value)
-    )  # [kv_heads, slots, head_dim]
+    k, v = (x[:, : plan.slots] for x in held)  # [kv_heads, slots, head_dim]
     out, _ = coreset_torch.forward(rows[:, :, None], k, v, weight, scale)
     return out.reshape(query.shape)
 

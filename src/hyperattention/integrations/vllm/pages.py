@@ -16,7 +16,7 @@ class KeyOrder(Enum):
 
 @dataclass(frozen=True)
 class CachePages:
-    """The cache of one kind of layers.
+    """The cache of one kind of layers. Pages are vLLM's blocks here, and parts of them what `TopPages` calls pages.
 
     Args:
         head_dim: width of keys and values.
@@ -63,6 +63,35 @@ class CachePages:
         place = used.long()
         every = torch.arange(len(used), dtype=torch.int64, device=used.device)
         return key[place].contiguous(), value[place], every[None]
+
+    def gather(self, cache: Tensor, block: Tensor, part: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Copy parts of pages, each kv head its own.
+
+        Args:
+            cache: the cache of a layer.
+            block: pages, ``[kv_heads, parts]``.
+            part: which part of its page, ``[kv_heads, parts]``.
+            size: number of keys in a part; it divides those of a page.
+
+        Returns:
+            keys and values, ``[kv_heads, parts * size, head_dim]``, end to end.
+        """
+        heads, keys, width = cache.shape[1], cache.shape[2], self.head_dim
+        head = torch.arange(heads, dtype=torch.int64, device=cache.device)[:, None]
+        if self.order is None:
+            key, value = (x.unflatten(2, (-1, size))[block, head, part].flatten(1, 2) for x in self.views(cache))
+            return key, value
+        # whole runs of memory are copied several times as fast as single numbers: a part of values is one, and of keys one
+        # or, where the numbers of a coordinate are beside one another, one for each coordinate
+        parts, begin = keys // size, (block * heads + head) * (2 * keys // size) + part
+        held = cache.view(-1, size * width)
+        value = held.index_select(0, (begin + parts).flatten()).view(heads, -1, width)
+        if self.order is KeyOrder.ROWS:
+            return held.index_select(0, begin.flatten()).view(heads, -1, width), value
+        column = torch.arange(0, width * parts, parts, dtype=torch.int64, device=cache.device)
+        first = (begin - part) * width + part
+        pieces = (first[:, None] + column[:, None]).flatten()  # [kv_heads, head_dim, parts]
+        return cache.view(-1, size).index_select(0, pieces).view(heads, width, -1).transpose(1, 2), value
 
 
 def find_order(written: Tensor, key: Tensor) -> KeyOrder | None:

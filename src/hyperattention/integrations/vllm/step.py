@@ -151,10 +151,9 @@ def decode(step: Step, summaries: PageSummaries, query: Tensor, cache: Tensor, o
         scale: factor of the scores.
     """
     assert step.pages is not None  # there is a side table
-    key, value = step.pages.views(cache)
     for row in step.decoded:
         first = row.piece.first
-        out = attend_to_best_pages(query[first], key, value, summaries, row, scale)
+        out = attend_to_best_pages(query[first], step.pages, cache, summaries, row, scale)
         heads, keys = query.shape[1], row.piece.keys
         if step.metrics.approximate((row.plan.slots * heads, keys * heads), step.options, decoding=True):
             starts, lengths = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in ([0, 1], [keys]))

@@ -1,0 +1,146 @@
+"""Decoding by the best pages in vLLM: hidden digits found, and time per token, beside stock in turns on one machine.
+
+    make test-vllm PYTEST_ARGS=--collect-only      # makes .venv-vllm
+    .venv-vllm/bin/python benchmarks/vllm_decode.py --out benchmarks/records/vllm_decode.jsonl
+
+Every engine is a process of its own with the reference model, and reads the same document once, exactly. Then all are asked the
+same questions: a prompt ends before the sign between a key and its digits, so that every digit is decoded. For the times, the
+engines generate in turns after the whole document; a prompt alone is subtracted.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hyperattention import __version__
+from hyperattention.files.model_folder import WEIGHTS
+from hyperattention.reference.samples import samples_of_documents
+from hyperattention.reference.text import held_out_documents
+
+BLOCK = 128
+
+
+class Engine:
+    """An engine in a process of its own."""
+
+    def __init__(self, length: int, decode: dict | None) -> None:
+        options = None if decode is None else {"method": {"type": "Exact"}, "decode": decode}
+        environment = os.environ | {
+            "HYPERATTENTION_VLLM_CPU": str(int(decode is not None)), "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }  # fmt: skip
+        command = [sys.executable, __file__, "--serve", json.dumps({"length": length, "options": options})]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+        )
+
+    def ask(self, prompt: list[int], max_tokens: int) -> dict:
+        """Generate tokens; return them with the seconds, and what was counted since the engine began."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([prompt, max_tokens]) + "\n")
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the engine ended: {self.process.wait()}")
+
+    def token_seconds(self, prompt: list[int], num: int) -> tuple[float, float]:
+        """Time a generated token, on the clock and of the processor; the prompt is in the cache, and is subtracted."""
+        one, many = self.ask(prompt, 1), self.ask(prompt, 1 + num)
+        return (many["seconds"] - one["seconds"]) / num, (many["cpu_seconds"] - one["cpu_seconds"]) / num
+
+
+def serve(length: int, options: dict | None) -> None:
+    """Answer one question a line."""
+    from hyperattention.integrations.vllm.metrics import read_counts
+    from vllm import LLM, SamplingParams
+
+    extra = {} if options is None else {"additional_config": {"hyperattention": options}}
+    llm = LLM(
+        str(WEIGHTS), dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=length,
+        max_num_batched_tokens=8192, max_num_seqs=1, block_size=BLOCK, **extra,
+    )  # fmt: skip
+    for line in sys.stdin:
+        prompt, max_tokens = json.loads(line)
+        began, spent = time.perf_counter(), time.process_time()
+        asked = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, max_tokens=max_tokens)
+        (answer,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+        found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - spent}
+        decoding = read_counts().decoding
+        found |= {"tokens": list(answer.outputs[0].token_ids), "cached": answer.num_cached_tokens}
+        print(json.dumps(found | {"calls": decoding.calls, "share_of_pairs": decoding.share_of_pairs}), flush=True)
+
+
+def retrieval(engines: dict[str, Engine], sample, questions: int) -> dict[str, dict]:
+    """Ask all engines the same questions, spread over the second half of the document."""
+    tokens, size = sample.tokens.tolist(), sample.answer_size
+    late = [place for place in sample.answer_index if len(tokens) // 2 <= place <= len(tokens) - 2 * size]
+    places = [late[number * len(late) // questions] for number in range(questions)]
+    found = {name: {"digits": [], "answers": []} for name in engines}
+    for place in places:
+        for name, engine in engines.items():
+            answer = engine.ask(tokens[: place - 1], 1 + size)
+            right = [a == b for a, b in zip(answer["tokens"][1:], tokens[place : place + size], strict=True)]
+            found[name]["digits"] += right
+            found[name]["answers"].append(answer["tokens"])
+            found[name] |= {"calls": answer["calls"], "share_of_pairs": answer["share_of_pairs"]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=32_768)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        return serve(**json.loads(asked.serve))
+    (sample,) = samples_of_documents(held_out_documents(asked.length, 1, seed=3))
+    whole = sample.tokens[: asked.length - asked.tokens - 1].tolist()
+    decodes = {"stock": None} | {f"budget {each}": {"budget": each, "min_length": 4096} for each in asked.budgets}
+    engines = {name: Engine(asked.length, decode) for name, decode in decodes.items()}
+    for engine in engines.values():
+        engine.ask(whole, 1)
+    found = retrieval(engines, sample, asked.questions)
+    times = {name: [] for name in engines}
+    for _ in range(asked.turns):
+        for name, engine in engines.items():
+            times[name].append(engine.token_seconds(whole, asked.tokens))
+    for name, engine in engines.items():
+        engine.process.kill()
+        ratios = [ours[0] / theirs[0] for ours, theirs in zip(times[name], times["stock"], strict=True)]
+        digits = found[name].pop("digits")
+        answers = found[name].pop("answers")
+        record = {
+            "engine": name, "length": asked.length, "decode": decodes[name], "digits": len(digits), "right": sum(digits),
+            "same_answers_as_stock": sum(a == b for a, b in zip(answers, found["stock"].get("kept", answers), strict=True)),
+            "ms_per_token": [round(1000 * each[0], 2) for each in times[name]],
+            "cpu_ms_per_token": [round(1000 * each[1], 2) for each in times[name]],
+            "ratio_to_stock": round(statistics.median(ratios), 3), "turns": asked.turns, "tokens": asked.tokens,
+            **found[name], "threads": os.environ.get("OMP_NUM_THREADS"), "load": os.getloadavg()[0],
+            "machine": platform.machine(), "cores": os.cpu_count(),
+            "versions": {"torch": torch.__version__, "hyperattention": __version__},
+        }  # fmt: skip
+        found[name]["kept"] = answers
+        print(json.dumps(record))
+        if asked.out:
+            with asked.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()
