@@ -3,9 +3,9 @@
     make test-vllm PYTEST_ARGS=--collect-only      # makes .venv-vllm
     .venv-vllm/bin/python benchmarks/vllm_decode.py --out benchmarks/records/vllm_decode.jsonl
 
-Every engine is a process of its own with the reference model, and reads the same document once, exactly. Then all are asked the
-same questions: a prompt ends before the sign between a key and its digits, so that every digit is decoded. For the times, the
-engines generate in turns after the whole document; a prompt alone is subtracted.
+Every engine is a process of its own with the reference model, and reads the same document once, exactly. Then all are asked
+the same questions: a prompt ends before the sign between a key and its digits, so that every digit is decoded. For the
+times, the engines generate in turns after the whole document; a prompt alone is subtracted.
 """
 
 import argparse

@@ -188,7 +188,7 @@ def test_the_memory_of_all_tables_is_that_of_the_allocated_ones_and_is_limited()
     # an eighth of keys and values, with pages of eight
     assert table.memory_bytes == shape.memory_bytes(ENGINE, options) == 2 * 100 * 128 * 2 * 64 * 2 // 8
     assert check_memory([shape] * 3, ENGINE, options) == 3 * table.memory_bytes
-    with pytest.raises(ValueError, match=r"100 blocks in 20 layers take 0.0153 GiB .* allows 0.01: raise it"):
+    with pytest.raises(ValueError, match=r"100 blocks in 20 layers take 0.0153 GiB .* allows 0.01: give a larger `page`"):
         check_memory([shape] * 20, ENGINE, options)
 
 

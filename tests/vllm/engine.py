@@ -82,7 +82,7 @@ def worker_counts(_worker) -> list[float]:
     from hyperattention.integrations.vllm.metrics import read_counts
 
     counts = read_counts()
-    return [counts.prompts.calls, counts.prompts.listed_pairs, counts.prompts.exact_pairs]
+    return [counts.prompts.calls, counts.prompts.listed_pairs, counts.prompts.exact_pairs, counts.decoding.calls]
 
 
 def _prompt(answer, case: dict) -> list:

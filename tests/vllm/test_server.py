@@ -32,7 +32,8 @@ def served(tiny, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     environment.pop("TRITON_INTERPRET", None)
     stages = [{"type": "Sinks", "num": 4}, {"type": "Window", "size": 32}, {"type": "Draw", "num": 32}]
     method = {"type": "Method", "stages": stages, "tile": 16}
-    options = json.dumps({"hyperattention": {"method": method, "min_length": 64, "audit_every": 1}})
+    pages = {"budget": 64, "sinks": 4, "window": 16, "min_length": 326}
+    options = json.dumps({"hyperattention": {"method": method, "min_length": 64, "audit_every": 1, "decode": pages}})
     log = place / "log"
     with log.open("w") as file:
         # `vllm serve` of this build fails: it looks for a distribution of the name vllm
@@ -87,13 +88,23 @@ def test_a_client_is_answered_and_the_approximation_is_shown(served):
     answer = client.completions.create(model=model, prompt="def attention(query, key):\n" * 12, max_tokens=5, temperature=0)
     assert answer.usage.prompt_tokens == 324
     assert answer.usage.completion_tokens == 5
-    assert "2 of 2 attention calls approximated" in log.read_text()
+    said = log.read_text()
+    assert "2 of 2 attention calls approximated" in said
+    assert "requests that generate read 64 keys from 326 keys on, in layers [0, 1] by TopPages(" in said
+    assert "MiB beside vLLM's memory" in said
     page = urllib.request.urlopen(f"{address}/metrics", timeout=30).read().decode()
     values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("hyperattention_"))
     assert float(values['hyperattention_attention_calls_total{kind="approximated"}']) == 2
-    assert float(values['hyperattention_attention_calls_total{kind="decoding"}']) == 2 * 4
+    # four tokens of the answer are generated; the first of them sees one key fewer than `min_length` of `decode`
+    assert float(values['hyperattention_attention_calls_total{kind="decoding"}']) == 2
+    assert float(values['hyperattention_attention_calls_total{kind="approximated decoding"}']) == 2 * 3
     listed, exact = (float(values[f'hyperattention_attention_pairs_total{{kind="{kind}"}}']) for kind in ("listed", "exact"))
     assert 0.1 < listed / exact < 0.6
+    listed, exact = (
+        float(values[f'hyperattention_attention_pairs_total{{kind="{kind} decoding"}}']) for kind in ("listed", "exact")
+    )
+    assert 0.15 < listed / exact < 0.2
     assert float(values["hyperattention_relative_error_count"]) == 2
+    assert float(values["hyperattention_decoding_relative_error_count"]) == 2 * 3
     # a page of vLLM itself
     assert "vllm:prompt_tokens_total" in page

@@ -137,7 +137,7 @@ def check_memory(shapes: Sequence[TableShape], engine: EngineTraits, options: De
     if needed > options.memory_gib * _GIB:
         raise ValueError(
             f"the summaries of {engine.blocks} blocks in {len(shapes)} layers take {needed / _GIB:.3g} GiB beside vLLM's "
-            f"memory, and `memory_gib` of `decode` allows {options.memory_gib:g}: raise it if the machine has as much "
-            "memory left, give a larger `page`, or start vLLM with a smaller cache"
+            f"memory, and `memory_gib` of `decode` allows {options.memory_gib:g}: give a larger `page`, start vLLM with "
+            "a smaller cache, or raise `memory_gib` if so much is left"
         )
     return needed
