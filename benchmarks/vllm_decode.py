@@ -108,6 +108,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.serve:
         return serve(**json.loads(asked.serve))
+    import vllm
+
     (sample,) = samples_of_documents(held_out_documents(asked.length, 1, seed=3))
     whole = sample.tokens[: asked.length - asked.tokens - 1].tolist()
     decodes: dict[str, dict | None] = {"stock": None}
@@ -128,17 +130,17 @@ def main() -> None:
         engine.process.kill()
         pairs = list(zip(times[name], times["stock"], strict=True))
         clock, cpu = (statistics.median(ours[i] / theirs[i] for ours, theirs in pairs) for i in range(2))
-        digits = found[name].pop("digits")
-        answers = found[name].pop("answers")
+        digits, answers = found[name].pop("digits"), found[name].pop("answers")
         record = {
             "engine": name, "length": asked.length, "decode": decodes[name], "digits": len(digits), "right": sum(digits),
             "same_answers_as_stock": sum(a == b for a, b in zip(answers, found["stock"].get("kept", answers), strict=True)),
             "ms_per_token": [round(1000 * each[0], 2) for each in times[name]],
             "cpu_ms_per_token": [round(1000 * each[1], 2) for each in times[name]],
-            "ratio_to_stock": round(clock, 3), "cpu_ratio_to_stock": round(cpu, 3), "turns": asked.turns, "tokens": asked.tokens,
+            "ratio_to_stock": round(clock, 3), "cpu_ratio_to_stock": round(cpu, 3),
+            "turns": asked.turns, "tokens": asked.tokens,
             **found[name], "threads": os.environ.get("OMP_NUM_THREADS"), "load": os.getloadavg()[0],
             "machine": platform.machine(), "cores": os.cpu_count(),
-            "versions": {"torch": torch.__version__, "hyperattention": __version__},
+            "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "hyperattention": __version__},
         }  # fmt: skip
         found[name]["kept"] = answers
         print(json.dumps(record))

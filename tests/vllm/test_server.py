@@ -91,7 +91,7 @@ def test_a_client_is_answered_and_the_approximation_is_shown(served):
     said = log.read_text()
     assert "2 of 2 attention calls approximated" in said
     assert "requests that generate read 64 keys from 326 keys on, in layers [0, 1] by TopPages(" in said
-    assert "MiB beside vLLM's memory" in said
+    assert "MiB beside the memory of vLLM" in said
     page = urllib.request.urlopen(f"{address}/metrics", timeout=30).read().decode()
     values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("hyperattention_"))
     assert float(values['hyperattention_attention_calls_total{kind="approximated"}']) == 2

@@ -164,7 +164,7 @@ def _make_tables(
     numbers = sorted(extract_layer_index(name) for name in shapes)
     text = (
         f"requests that generate read {asked.budget.budget} keys from {asked.least} keys on, in layers {numbers} by "
-        f"{asked.policy!r}; the summaries of pages take {taken / 2**20:.1f} MiB beside vLLM's memory"
+        f"{asked.policy!r}; the summaries of pages take {taken / 2**20:.1f} MiB beside the memory of vLLM"
     )
     return {name: shape.allocate(engine, asked, device) for name, shape in shapes.items()}, text
 
