@@ -157,7 +157,8 @@ def test_options_of_decoding_are_read():
 
     assert read("exact") is None
     assert read({"budget": 1024}) == DecodeOptions(CacheBudget(1024))
-    assert DecodeOptions(CacheBudget(1024)).least == 16_384
+    assert DecodeOptions(CacheBudget(1024)).least == 20_480
+    assert DecodeOptions(CacheBudget(4096)).least == 32_768
     given = {"budget": 512, "sinks": 8, "window": 64, "min_length": 3, "memory_gib": 0.5}
     found = read(given | {"policy": {"type": "TopPages", "page": 16, "by": {"type": "Midpoint"}}})
     assert found == DecodeOptions(CacheBudget(512, 8, 64), TopPages(Midpoint(), 16), 3, 0.5)

@@ -10,7 +10,8 @@ from hyperattention.policies.top_pages import TopPages
 
 _KNOWN = ("policy", "budget", "sinks", "window", "min_length", "memory_gib")
 # a shorter request is decoded exactly: on a CPU 1,024 chosen keys take about as long as 18,000 in order
-_LEAST_BUDGETS = 16
+_LEAST_KEYS = 20_480
+_LEAST_BUDGETS = 8
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class DecodeOptions:
     Args:
         budget: number of keys that a step reads, and the sinks and the window among them. Sinks are rounded up to pages.
         policy: size of a page, and how pages are ranked.
-        min_length: number of keys from which on a request is approximated; None for sixteen budgets.
+        min_length: number of keys from which on a request is approximated; None for 20,480, or eight
+            budgets if they are more.
         memory_gib: most memory of the summaries of all layers in one process, in GiB.
     """
 
@@ -32,7 +34,9 @@ class DecodeOptions:
     @property
     def least(self) -> int:
         """Number of keys from which on a request is approximated."""
-        return _LEAST_BUDGETS * self.budget.budget if self.min_length is None else self.min_length
+        if self.min_length is not None:
+            return self.min_length
+        return max(_LEAST_KEYS, _LEAST_BUDGETS * self.budget.budget)
 
     def plan(self, keys: int) -> PagePlan:
         """Say what the query of the last key reads.
