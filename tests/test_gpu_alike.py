@@ -12,7 +12,8 @@ from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_first
-from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, NORMAL, AlikeScan, blocks_of
+from hyperattention.select.score.alike_product import HIDDEN
+from hyperattention.select.score.alike_scan import DEVIATIONS, NORMAL, AlikeScan, blocks_of
 from hyperattention.select.score.key_metric import KeyMetric
 from hyperattention.select.score.pooling import edges_of
 from hyperattention.select.stage import CoveredKeys

@@ -15,7 +15,8 @@ from hyperattention.select import DrawAlike
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.score import alike_fused, alike_scan
 from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_first
-from hyperattention.select.score.alike_scan import HIDDEN, AlikeScan, blocks_of
+from hyperattention.select.score.alike_product import HIDDEN
+from hyperattention.select.score.alike_scan import AlikeScan, blocks_of
 from hyperattention.select.score.key_metric import KeyMetric
 from hyperattention.select.score.pooling import edges_of
 from hyperattention.select.score.principal import principal_directions

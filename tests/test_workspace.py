@@ -11,7 +11,7 @@ import hyperattention as ha
 from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
-from hyperattention.select.score import alike_scan, pooling
+from hyperattention.select.score import pooling
 
 BOUND = 4 * 2**20
 
@@ -68,8 +68,6 @@ def test_alike_queries_are_sorted_and_scored_in_chunks(monkeypatch, stage, kv_he
         pytest.skip("no kernel scores so many averages")
     monkeypatch.setattr(draw_alike, "triton_reads", lambda *tensors: fused)
     monkeypatch.setattr(pooling, "DEVICE_SCORE_BYTES", BOUND)
-    # not the memory for scores that is reserved at once
-    monkeypatch.setattr(alike_scan, "_SCORES", 0)
     method = ha.Method(ha.Sinks(4), ha.Window(16), stage, tile=128)
     assert beside_the_result(method, 2048, kv_heads, causal) <= BOUND
 

@@ -97,16 +97,17 @@ def sort_alike(
     source, real = (x[part] for x in _rows(tiles))
     rows = source.shape[1]
     each = -(-rows // many)
-    q = problem.q.reshape(-1, problem.group * problem.num_queries, problem.q.shape[3])
-    x = q.index_select(1, source.flatten()).unflatten(1, source.shape)
+    q = problem.q.unflatten(1, (-1, problem.group))
+    # rows of these tiles alone are read, wherever the queries of a head lie
+    x = q[:, :, source // problem.num_queries, source % problem.num_queries].flatten(0, 1)
     x = x.to(torch.promote_types(x.dtype, torch.float32)) * problem.scale
     # rows that fill up repeat the last one: they change no direction for the worse, and are thrown away
     fill = torch.arange(many * each, dtype=torch.int64, device=x.device).clamp(max=rows - 1)
     x = torch.nan_to_num(x.index_select(2, fill), nan=0.0, posinf=0.0, neginf=0.0)
     compared = x if metric is None else x @ metric.to(x.dtype)
     few = _compared(compared.flatten(0, 1), begin)
-    order = _tree(few, _factors(many)).view(len(q), len(source), -1)
-    shape = (len(q), len(source), many, each, -1)
+    order = _tree(few, _factors(many)).view(len(x), len(source), -1)
+    shape = (len(x), len(source), many, each, -1)
     x, few = (_take(y, order.flatten(0, 1)).view(shape) for y in (x.flatten(0, 1), few))
     inside = order.clamp(max=rows - 1)
     index = torch.arange(len(source), dtype=torch.int64, device=x.device)[:, None] * rows + inside

@@ -32,8 +32,8 @@ from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
 from hyperattention.types import DrawnSlots, Runs, Selection
 
-# float32 numbers held for each key and list of queries, and for each slot, while drawing
-_NUMBERS, _SLOT_NUMBERS = 11, 12
+# float32 numbers held for each key before a hole, and each behind it, and list of queries; and for each slot, while drawing
+_NUMBERS, _SLOT_NUMBERS = 5, 12
 # the same for each number of a query while sorting, partly in float64
 _SORT_NUMBERS = 9
 
@@ -238,7 +238,8 @@ class DrawAlike(Stage):
         blocks, lists = min(self.most, problem.num_keys), problem.k.shape[0] * problem.k.shape[1]
         # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
         scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
-        held = many * (_NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
+        sides = 1 if problem.causal else 2
+        held = many * (sides * _NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
         # averages of the sorted queries, no more of them than queries, are held as well
         return held + held // (_SORT_NUMBERS - 1)
 

@@ -20,7 +20,8 @@ from hyperattention.kernels.choose.operator_alike import (
 from hyperattention.random import hash_state
 from hyperattention.select.alike import DIRECTIONS, POWER_STEPS, AlikeTiles
 from hyperattention.select.score import alike_scan
-from hyperattention.select.score.alike_scan import DEVIATIONS, HIDDEN, MOST_LOG_VALUE
+from hyperattention.select.score.alike_product import HIDDEN
+from hyperattention.select.score.alike_scan import DEVIATIONS, MOST_LOG_VALUE
 from hyperattention.select.score.groups import MEAN_STEPS
 from hyperattention.select.score.key_metric import GROWTH, RIDGE, KeyMetric
 from hyperattention.select.score.precision import dtype_of_estimates

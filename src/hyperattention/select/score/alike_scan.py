@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hyperattention.select.score.alike_product import AlikeProduct, largest_shares
 from hyperattention.select.score.eight_bits import EightBitKeys, rounded_queries
 from hyperattention.select.score.groups import grouped
 from hyperattention.select.score.mass import total_mass
@@ -15,8 +16,8 @@ from hyperattention.select.score.precision import for_estimates, integers_are_fa
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
-# scores in one product on a CPU: few enough to stay in the cache
-_SCORES = 2**21
+# blocks scored by one product on a CPU, for one tile: few enough scores to stay in the cache until they are compared
+_BLOCKS = 4096
 # blocks over which the scores of a query are taken for normal when it is normalised
 NORMAL = 64
 # float32 numbers held for each number of a key while keys are averaged
@@ -25,8 +26,6 @@ _KEY_NUMBERS = 6
 MOST_LOG_VALUE = 2.0
 # deviations by which a query may exceed the average of its group
 DEVIATIONS = 2.0
-# below any score, and far enough from the end of 32-bit integers to be subtracted from
-HIDDEN = -(2**29)
 
 
 @dataclass(frozen=True)
@@ -161,8 +160,7 @@ class AlikeScan:
         spread = torch.cat([apart, mean.square().mean(1) * 0.5], 1).unflatten(0, query.shape[:3])
         mean, rows = mean.unflatten(0, query.shape[:3]), rows.unflatten(0, query.shape[:3])
         log_rows = (rows / rows.mean(3, keepdim=True)).clamp(min=torch.finfo(rows.dtype).tiny).log() * 0.5
-        scores = Scratch(for_estimates(mean[:0]), _SCORES)
-        integers = Scratch(mean.new_empty(0, dtype=torch.int32), _SCORES if integers_are_fast(mean) else 0)
+        scores, integers = Scratch(for_estimates(mean[:0]), 0), Scratch(mean.new_empty(0, dtype=torch.int32), 0)
         return cls(tiles, mean, spread, log_rows, scores, integers, begin)
 
     def own(self, part: slice) -> slice:
@@ -171,21 +169,21 @@ class AlikeScan:
 
     def shares(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
         """Estimate the largest share that a query of each list gives a key of each of the first `num` blocks."""
-        lists, _, many, groups, _ = self.query.shape
-        best = self.query.new_zeros(lists, part.stop - part.start, many, num)
         known, seen = self.bars(part, blocks)
-        extra = self._allowance(part, blocks, num)
-        on_cpu = self.query.device.type == "cpu"
-        step = max(1, _SCORES // (many * groups * max(1, num))) if on_cpu else part.stop - part.start
-        for one in range(lists):
-            for at in range(0, part.stop - part.start, step):
-                some = slice(at, min(at + step, part.stop - part.start))
+        share, chunk = self._allowance(part, blocks, num), part.stop - part.start
+        tiles, stretch = (1, _BLOCKS) if self.query.device.type == "cpu" else (chunk, max(1, num))
+        for one in range(len(share)):
+            for at in range(0, chunk, tiles):
+                some = slice(at, min(at + tiles, chunk))
                 query = self.query[one, self.own(part)][some]
+                products = self._products(query, blocks, one, known[one, some], seen[one, some])
                 count = self._most_known(part, some, blocks.size, num)
-                if count:
-                    found = self._best(query, blocks, one, known[one, some], seen[one, some], count)
-                    best[one, some, :, :count] = found.add_(extra[one, some, :, :count]).clamp_(max=0.0).exp_()
-        return best
+                for begin in range(0, count, stretch):
+                    of = slice(begin, min(begin + stretch, count))
+                    best = largest_shares(products, of, known[one, some])
+                    share[one, some, :, of].add_(best).clamp_(max=0.0).exp_()
+                share[one, some, :, count:] = 0.0
+        return share
 
     def bars(
         self, part: slice, blocks: Blocks
@@ -236,49 +234,18 @@ class AlikeScan:
         sums = total_mass(score.sub_(top).exp_()).log_().add_(top)[..., 0]
         return torch.nan_to_num_(sums, nan=least, neginf=least).add_(blocks.log_size)
 
-    def _best(self, query: Tensor, blocks: Blocks, one: int, known: Tensor, seen: Tensor, count: int) -> Tensor:
-        """Find the logarithms of the largest shares for a few tiles of one list, ``[tiles, many, count]``."""
-        keys = blocks.keys[one, :count]
+    def _products(self, query: Tensor, blocks: Blocks, one: int, known: Tensor, seen: Tensor) -> tuple[AlikeProduct, ...]:
+        """Prepare products of a few tiles of one list: of floats, of integers, or of both where some tiles need floats."""
+        keys = blocks.keys[one]
+        one_each, all_tiles = query.new_ones(*query.shape[:2], 1), torch.ones_like(known, dtype=torch.bool)
+        floats = AlikeProduct.of(query.to(keys.dtype), keys, one_each, seen, all_tiles, self.scores)
         if blocks.integers is None:
-            return self._in_floats(query, keys, known, seen)
+            return (floats,)
         scaled = query * blocks.integers.step[one]
         precise = blocks.integers.precise(one, scaled, known)
         if not precise.any():
-            return self._in_floats(query, keys, known, seen)
+            return (floats,)
         rounded, unit = rounded_queries(scaled)
-        score = self.integers.take(query.shape[:3].numel(), count)
-        # the operator behind torch._int_mm, which torch has no other name for
-        torch.ops.aten._int_mm.out(rounded.flatten(0, 2), blocks.integers.keys[one, :count].T, out=score)
-        best = _log_shares(score.view(*query.shape[:3], count), unit, known, seen)
-        if precise.all():
-            return best
+        integers = AlikeProduct.of(rounded, blocks.integers.keys[one], unit, seen, precise, self.integers)
         # all tiles in both ways, so that no product's size depends on values
-        return torch.where(precise[:, None, None], best, self._in_floats(query, keys, known, seen))
-
-    def _in_floats(self, query: Tensor, keys: Tensor, known: Tensor, seen: Tensor) -> Tensor:
-        """Find the same by a product of floats."""
-        score = self.scores.take(query.shape[:3].numel(), len(keys))
-        torch.mm(query.flatten(0, 2).to(keys.dtype), keys.T, out=score)
-        unit = query.new_ones(*query.shape[:2], 1)
-        return _log_shares(score.view(*query.shape[:3], len(keys)), unit, known, seen)
-
-
-def _log_shares(score: Tensor, unit: Tensor, known: Tensor, seen: Tensor) -> Tensor:
-    """Normalise scores, in place, and find the largest of each list.
-
-    Args:
-        score: ``[tiles, many, groups, blocks]``, in units.
-        unit: the score that one stands for, ``[tiles, many, 1]``.
-        known: leading blocks that each tile may score.
-        seen: an estimate of each query's log-sum-exp, ``[tiles, many, groups]``.
-
-    Returns:
-        logarithms of shares, ``[tiles, many, blocks]``.
-    """
-    bar = (seen / unit).clamp(HIDDEN, -HIDDEN).to(score.dtype)
-    best = score.sub_(bar[..., None]).amax(2).to(unit.dtype) * unit
-    # on a CPU most blocks are known to all tiles
-    first = int(known.min()) if score.device.type == "cpu" else 0
-    hidden = torch.arange(first, score.shape[3], dtype=torch.int64, device=score.device) >= known[:, None]
-    best[..., first:].masked_fill_(hidden[:, None], -torch.inf)
-    return best
+        return (integers,) if precise.all() else (floats, integers)
