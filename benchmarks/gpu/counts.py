@@ -2,7 +2,7 @@
 
 python benchmarks/gpu/counts.py                    # the default method at 8k, 131k and 1M tokens
 python benchmarks/gpu/counts.py 65536 --largest 20 # one length, and the operators that move most
-python benchmarks/gpu/counts.py --alike            # the default method of a CPU, which draws for alike queries
+python benchmarks/gpu/counts.py --lean             # the lean method
 python benchmarks/gpu/counts.py --decode           # a decoding step of each store of a cache: decode_counts.py
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hyperattention import default_method
+from hyperattention import default_method, lean_method
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.problem import Problem
 from hyperattention.select import draw_alike, placed
@@ -73,8 +73,8 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def count(tokens: int, alike: bool) -> Count:
-    return count_launches(default_method(max(tokens, 65_536), device="cpu" if alike else "cuda"), tokens)
+def count(tokens: int, lean: bool = False) -> Count:
+    return count_launches(lean_method(65_536) if lean else default_method(65_536), tokens)
 
 
 def count_launches(method: AttentionMethod, tokens: int) -> Count:
@@ -88,14 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=int, nargs="*", default=[8192, 131_072, 1_048_576])
     parser.add_argument("--largest", type=int, default=0, help="operators to name, by bytes")
-    parser.add_argument("--alike", action="store_true", help="count what draws for alike queries take")
+    parser.add_argument("--lean", action="store_true", help="count what the lean method takes below 131,072 keys")
     parser.add_argument("--decode", action="store_true", help="count a decoding step of each store of a cache")
     options = parser.parse_args()
     if options.decode:
         runpy.run_path(str(Path(__file__).parent / "decode_counts.py"), run_name="__main__")
         return
     for tokens in options.tokens:
-        counted = count(tokens, options.alike)
+        counted = count(tokens, options.lean)
         print(f"{tokens:,} tokens: {counted.launches.total()} launches, {counted.bytes.total() / 1e9:.3g} GB")
         for name, moved in counted.bytes.most_common(options.largest):
             print(f"    {name}: {counted.launches[name]} launches, {moved / 1e9:.3g} GB")

@@ -7,7 +7,7 @@
 derived from `benchmarks/records/gpu_list.jsonl`, lists already flattened. The prices of scores and of passes over memory
 are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Masses are written and read
 once, two bytes each. Sorting and grouping wait for themselves: their times are cycles counted by hand, which no card has
-shown. Launches are those that `counts.py --alike` counts, on the device; the host needs five times as long for them.
+shown. Launches are those that `counts.py` counts, on the device; the host needs five times as long for them.
 """
 
 import argparse
