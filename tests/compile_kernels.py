@@ -198,17 +198,17 @@ def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[st
 
 def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
     begin, estimate = torch.empty(dim, 16), torch.bfloat16 if dtype == torch.float32 else dtype
-    for group in (1, 4, 8):
-        # lists of 64 rows out of tiles of 128 positions
-        q, many = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), 2 * group
-        limit, source = indices(1, TILES, 128), indices(2, TILES * many, 64)
-        live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES, 16, dim)
+    for group, parts in ((1, 1), (4, 1), (8, 2)):
+        # lists of 64 rows out of tiles of 128 positions; sixteen heads in two parts
+        q, many = torch.empty(1, 2 * parts * group, KEYS, dim, dtype=dtype), 2 * group
+        limit, source = indices(1, TILES, 128), indices(2, TILES * parts * many, 64)
+        live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES * parts, 16, dim)
         results = source, live, indices(*source.shape), indices(*source.shape), directions
         metric = torch.empty(2, 3, dim, dim), indices(2, TILES, 5)
         launch = triton_sort_alike.launch_sort(q, begin, metric, limit, results, 0, 0, 0.1, 4, 2, (640, 4))
-        yield f"alike sorting, {group} heads", launch
+        yield f"alike sorting, {group} heads{' of 16' if parts > 1 else ''}", launch
     for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
-        query, spread = (torch.empty(2, TILES, many, *last, dtype=estimate) for last in ((groups, dim), (2 * dim,)))
+        query, spread = (torch.empty(2, TILES * parts, many, *last, dtype=estimate) for last in ((groups, dim), (2 * dim,)))
         log_rows = torch.empty(query.shape[:4])
         launch = triton_group_alike.launch_group(q, source, directions, (query, spread, log_rows), 0.1, 2)
         yield f"alike grouping, {groups} groups", launch

@@ -131,6 +131,8 @@ def launch_shares(
     # queries, and keys that are on their way, share the memory of a multiprocessor
     lists = max(8, min(_MOST_LISTS, _ROWS // padded) // triton.cdiv(broad, 128))
     crowded = variance is not None
+    # half as many keys for each: several tensors of wide keys, and many wide averages
+    fewer = (1 + (crowded and broad > 128)) * (1 + (padded * broad > 2048))
     keys = keys.contiguous()
     return Launch(
         _kernel,
@@ -143,7 +145,7 @@ def launch_shares(
             "room": share.shape[2], "s_query": query.stride(0), "MANY": many, "OF_LIST": groups, "DIM": width,
             "MOMENTS": spread.shape[3], "DEVIATIONS": deviations, "WITHIN": crowded, "LISTS": lists, "GROUPS": padded,
             "WIDTH": broad,
-            "KEYS": _KEYS // 2 if crowded and broad > 128 else _KEYS,
+            "KEYS": _KEYS // fewer,
             # estimates are in bfloat16; only tests have wider ones
             "PRECISION": "ieee", "num_warps": 4, "num_stages": 2 if crowded or broad > 128 else 3,
         },

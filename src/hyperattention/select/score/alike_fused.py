@@ -66,6 +66,7 @@ class FusedSort:
         metric: what queries may be multiplied by before they are compared.
         edges: edges of all tiles, the last of which counts the keys that all of its queries see.
         many: lists of each tile.
+        parts: parts of the heads of a group that are sorted apart, each into equally many lists.
     """
 
     tiles: Tiles
@@ -75,11 +76,13 @@ class FusedSort:
     metric: KeyMetric
     edges: Int[Tensor, "lists all_tiles 5"]
     many: int
+    parts: int = 1
 
     @classmethod
     def empty(
-        cls, tiles: Tiles, many: int, metric: KeyMetric, begin: Float[Tensor, "head_dim 16"], edges: Int[Tensor, "lists _ 5"]
-    ) -> "FusedSort":
+        cls, tiles: Tiles, many: int, metric: KeyMetric, begin: Float[Tensor, "head_dim 16"],
+        edges: Int[Tensor, "lists _ 5"], parts: int = 1,
+    ) -> "FusedSort":  # fmt: skip
         """Ask for the memory; `metric` tells how different queries are to keys."""
         problem = tiles.problem
         rows = -(-tiles.size * problem.group // many)
@@ -87,7 +90,7 @@ class FusedSort:
         source, inside, row_limit = (problem.q.new_empty(shape, dtype=torch.int64) for _ in range(3))
         live = problem.q.new_empty(shape, dtype=torch.bool)
         heads = (problem.q.shape[0], problem.q.shape[1], problem.num_queries)
-        return cls(tiles, AlikeTiles(source, live, inside, heads), row_limit, begin, metric, edges, many)
+        return cls(tiles, AlikeTiles(source, live, inside, heads), row_limit, begin, metric, edges, many, parts)
 
     def averages(self, part: slice, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sort the queries of some tiles, and average those of each list in groups, in two launches.
@@ -100,13 +103,16 @@ class FusedSort:
             `query`, `spread` and `log_rows` as in `alike_scan.AlikeScan`.
         """
         q, scale, rows = self.tiles.problem.q, self.tiles.problem.scale, slice(part.start * self.many, part.stop * self.many)
-        results = (x[:, rows] for x in (self.alike.source, self.alike.live, self.alike.inside, self.row_limit))
-        source, live, inside, limit = results
+        results = [x[:, rows] for x in (self.alike.source, self.alike.live, self.alike.inside, self.row_limit)]
         rounds = 2 * ROUNDS if q.shape[3] > DIRECTIONS else 0
         given = q, self.begin, self.metric.factor, self.edges[:, part], self.tiles.limit
-        numbers = part.start, self.tiles.front, self.many, self.metric.first, GROWTH, scale, rounds, POWER_STEPS
-        directions = sort_alike(*given, source, live, inside, limit, *numbers)
-        return group_alike(q, source, directions, groups, scale, MEAN_STEPS, dtype_of_estimates(q.device))
+        many, first = self.many // self.parts, self.metric.first
+        numbers = part.start, self.tiles.front, many, first, GROWTH, scale, rounds, POWER_STEPS
+        directions = sort_alike(*given, *results, *numbers)
+        query, *rest = group_alike(q, results[0], directions, groups, scale, MEAN_STEPS, dtype_of_estimates(q.device))
+        # lists of all parts of a tile are its lists
+        spread, log_rows = (x.view(len(x), -1, self.many, x.shape[3]) for x in rest)
+        return query.view(len(query), -1, self.many, *query.shape[3:]), spread, log_rows
 
 
 def fused_metric(k: Tensor, centres: Tensor, first: int) -> KeyMetric:
