@@ -17,11 +17,10 @@ from hyperattention.select.locate.window import Window
 from hyperattention.select.score.alike_fused import (
     FusedBlocks,
     FusedSort,
-    fused_draws,
+    fused_choice,
     fused_first,
     fused_metric,
-    fused_numbers,
-    fused_shares,
+    fused_plan,
 )
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.block_sizes import BlockSizes, last_made
@@ -179,20 +178,14 @@ class DrawAlike(Stage):
         Returns:
             the sorted rows, how many keys each may see, first key and end of the keys of each list, and the keys' rows.
         """
-        problem, sizes, ends = tiles.problem, BlockSizes(self.most), edges_of(tiles, covered).of_tile
+        problem, edges = tiles.problem, edges_of(tiles, covered).of_tile
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
         centres, begin, noise, key_row = fused_first(k, v, self.num, tiles, many)
-        ordered = FusedSort.empty(tiles, many, fused_metric(k, centres, self.num), begin, ends, parts)
-        pooled, low = min(self.pooled, ordered.row_limit.shape[2]), results[0].new_empty(results[0].shape[:2])
-        high = torch.empty_like(low)
-        blocks = last_made(lambda size: FusedBlocks.of(k[:, : self.most * size], v[:, : self.most * size], centres, size))
-        numbers = fused_numbers(min(self.most, problem.num_keys), many, pooled, problem.q.shape[3], problem.device)
-        for part in chunks(tiles, numbers, sizes.seams(tiles)):
-            size, num = sizes.of(tiles, part)
-            rows, some = slice(part.start * many, part.stop * many), ends[:, part]
-            share = fused_shares(ordered.averages(part, pooled), blocks(size), some, num)
-            written = results[0][:, rows], results[1][:, rows], low[:, rows], high[:, rows]
-            fused_draws(share, size, some, noise[:, rows], written, self.uniform_share)
+        ordered = FusedSort.of(tiles, many, fused_metric(k, centres, self.num), begin, edges, parts)
+        plan = fused_plan(tiles, BlockSizes(self.most), many, min(self.pooled, ordered.row_limit.shape[2]))
+        low, high = (results[0].new_empty(results[0].shape[:2]) for _ in range(2))
+        blocks = FusedBlocks.of(k, v, centres, plan)
+        fused_choice(problem, ordered, edges, noise, blocks, (*results, low, high), plan, self.uniform_share)
         return ordered.alike, ordered.row_limit, low, high, key_row
 
     def _choose(

@@ -245,9 +245,9 @@ def sort_alike(
 
     Returns:
         the directions in which rows of a part were compared, times the factor, as rows: ``[lists, chunk * parts, 16,
-        head_dim]``, float32.
+        head_dim]``, in the dtype of the queries, in which they are multiplied.
     """
-    directions = begin.new_empty(source.shape[0], source.shape[1] // many, DIRECTIONS, q.shape[3])
+    directions = q.new_empty(source.shape[0], source.shape[1] // many, DIRECTIONS, q.shape[3])
     if source.numel():
         results = source, live, inside, row_limit, directions
         given = q, begin, (factor, edges), limit, results, first_tile, front
