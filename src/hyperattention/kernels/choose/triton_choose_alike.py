@@ -52,10 +52,10 @@ def _kernel(
     num, even, least, bound,
     GROUP: tl.constexpr, MANY: tl.constexpr, OF_PART: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
     OF_LIST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr, EDGES: tl.constexpr, NORMAL: tl.constexpr, AVERAGES: tl.constexpr, STRETCHES: tl.constexpr, PLAIN: tl.constexpr,
-    DEVIATIONS: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr,
-    SEVERAL: tl.constexpr, ROUGH: tl.constexpr,
+    STEPS: tl.constexpr, EDGES: tl.constexpr, NORMAL: tl.constexpr, AVERAGES: tl.constexpr, STRETCHES: tl.constexpr,
+    PLAIN: tl.constexpr, DEVIATIONS: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr, BLOCKS: tl.constexpr,
+    PLACED: tl.constexpr, SEVERAL: tl.constexpr, ROUGH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     query_ptr += program * LISTS * OF_LIST * DIM
