@@ -25,7 +25,7 @@ from hyperattention.problem import Problem
 from hyperattention.select import draw_alike, placed
 from hyperattention.select.score import alike_fused, hierarchical_search, search_fused
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+HEADS, KV_HEADS, HEAD_DIM = SIZES = 32, 8, 128
 # operators that are given all queries and read those of some tiles, and which argument has a row for each of these
 OF_QUERIES = {"sort_alike": 5, "group_alike": 1}
 # operators of several launches, and one that only compares types
@@ -77,10 +77,12 @@ def count(tokens: int, lean: bool = False) -> Count:
     return count_launches(lean_method(65_536) if lean else default_method(65_536), tokens)
 
 
-def count_launches(method: AttentionMethod, tokens: int) -> Count:
-    q, k = (torch.empty(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS))
+def count_launches(method: AttentionMethod, tokens: int, sizes: tuple[int, int, int] = SIZES) -> Count:
+    """Count what a choice takes, for so many heads, kv heads and numbers of a query."""
+    *heads, width = sizes
+    q, k = (torch.empty(1, number, tokens, width, dtype=torch.bfloat16, device="meta") for number in heads)
     with as_on_a_gpu(), torch.no_grad(), Count() as counted:
-        method.selections(Problem(q, k, k, HEAD_DIM**-0.5, causal=True))
+        method.selections(Problem(q, k, k, width**-0.5, causal=True))
     return counted
 
 
