@@ -9,7 +9,7 @@ import hyperattention as ha
 # what docs/performance.md tells, by tokens
 LEAN = {8192: 17, 131_072: 17, 1_048_576: 58}
 DEFAULT = {8192: 7, 16_384: 7, 32_768: 7, 131_072: 7, 1_048_576: 7}
-# the default at 131,072 tokens, by heads, kv heads and numbers of a query: large groups, which are sorted in parts; width 256,
+# the default at 131,072 tokens, by heads, kv heads and numbers of a query: large groups, sorted in parts; and width 256,
 # for which PyTorch factors the covariances of keys
 SHAPES = {(64, 4, 128): 7, (48, 4, 128): 7, (32, 1, 128): 7, (71, 1, 64): 7, (8, 4, 256): 66, (16, 1, 256): 66}
 
