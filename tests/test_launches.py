@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import hyperattention as ha
+from hyperattention import select
+from hyperattention.problem import Problem
+from test_workspace import Peak
 
 # what docs/performance.md tells, by tokens
 LEAN = {8192: 17, 131_072: 17, 1_048_576: 58}
@@ -12,6 +16,8 @@ DEFAULT = {8192: 7, 16_384: 7, 32_768: 7, 131_072: 7, 1_048_576: 7}
 # the default at 131,072 tokens, by heads, kv heads and numbers of a query: large groups, sorted in parts; and width 256,
 # for which PyTorch factors the covariances of keys
 SHAPES = {(64, 4, 128): 7, (48, 4, 128): 7, (32, 1, 128): 7, (71, 1, 64): 7, (8, 4, 256): 66, (16, 1, 256): 66}
+# bytes of blocks of keys, directions, memory of programs, and numbers of tiles: 32 heads on 8, width 128, causal
+BESIDE_THE_RESULT = {8192: 64_335_904, 131_072: 527_818_784, 1_048_576: 1_180_753_952}
 
 
 @pytest.mark.parametrize(
@@ -26,8 +32,8 @@ def test_a_choice_takes_as_many_launches_as_stated(lean, tokens, launches, monke
     # kernels of this package alone: no operator of PyTorch between them
     ours = {
         "place_tiles", "alike_first", "key_factors", "alike_blocks", "sort_alike", "choose_alike", "uniform_of_tiles",
-        "key_basis", "prepare_keys", "prepare_queries", "represent", "block_lse",
-        "block_mass", "open_blocks", "draw_leaves",
+        "key_basis", "prepare_keys", "prepare_queries", "represent",
+        "block_lse", "block_mass", "open_blocks", "draw_leaves",
     }  # fmt: skip
     assert {name for name, times in counted.items() if times} <= ours
     assert counted.total() == launches
@@ -41,3 +47,19 @@ def test_kernels_choose_for_the_shapes_of_common_models(sizes, launches, monkeyp
     counted = count_launches(ha.default_method(65_536), 131_072, sizes).launches
     assert counted["sort_alike"] == counted["choose_alike"] == 1
     assert counted.total() == launches
+
+
+@pytest.mark.parametrize("tokens", BESIDE_THE_RESULT)
+def test_what_a_choice_for_alike_queries_holds_beside_its_result_is_bounded(tokens, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.counts import as_on_a_gpu
+
+    heads, kv_heads, width = 32, 8, 128
+    q, k = (torch.empty(1, each, tokens, width, dtype=torch.bfloat16, device="meta") for each in (heads, kv_heads))
+    method = ha.Method(ha.Sinks(16), ha.Window(192), select.DrawAlike(640, pooled=16), tile=128)
+    with as_on_a_gpu(), torch.no_grad(), Peak() as peak:
+        kept = method.selections(Problem(q, k, k, width**-0.5, causal=True))
+        beside = peak.most - peak.now
+    assert kept
+    assert beside == BESIDE_THE_RESULT[tokens]
+    assert beside <= 512 * 2**20 or tokens > 131_072

@@ -26,8 +26,6 @@ from hyperattention.select import draw_alike, placed
 from hyperattention.select.score import alike_fused, hierarchical_search, search_fused
 
 HEADS, KV_HEADS, HEAD_DIM = SIZES = 32, 8, 128
-# operators that are given all queries and read those of some tiles, and which argument has a row for each of these
-OF_QUERIES = {"sort_alike": 5, "group_alike": 1}
 # operators of several launches, and one that only compares types
 LAUNCHES = {"key_factors": 2, "promote_types": 0}
 # operators that ask a tensor only where it is, and those that read its first rows only, as many as an argument says
@@ -47,9 +45,6 @@ class Count(TorchDispatchMode):
         # a view moves nothing, and memory is not touched by asking for it
         if not func.is_view and "empty" not in func.name() and "_unsafe_view" not in func.name():
             name = func.overloadpacket._qualified_op_name.split("::")[1]
-            if name in OF_QUERIES:
-                # a chunk's queries, not all
-                args = (args[0][..., : 1 + args[OF_QUERIES[name]][0].numel() * KV_HEADS // HEADS, :], *args[1:])
             if name in ASKED:
                 args = args[1:]
             if name in LEADING:

@@ -47,10 +47,10 @@ def _level(tile, first_tile, length, step, tile_size, keys, most, first, levels)
 def _kernel(
     q_ptr, source_ptr, directions_ptr, edges_ptr, noise_ptr, keys_ptr, variance_ptr, moments_ptr, log_value_ptr,
     index_ptr, weight_ptr, low_ptr, high_ptr, query_ptr, spread_ptr, log_rows_ptr, bar_ptr, share_ptr,
-    scale, queries, kv_heads, tiles, s_batch, s_head, s_query,
+    scale, queries, kv_heads, sorts, tiles, s_batch, s_head, s_query,
     first_tile, length, step, tile_size, keys, most, first, levels, blocks, stretches, span, lists, units, room,
     num, even, least, bound,
-    GROUP: tl.constexpr, MANY: tl.constexpr, OF_PART: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, MANY: tl.constexpr, SORTED: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
     OF_LIST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     STEPS: tl.constexpr, EDGES: tl.constexpr, NORMAL: tl.constexpr, AVERAGES: tl.constexpr, STRETCHES: tl.constexpr,
     PLAIN: tl.constexpr, DEVIATIONS: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr,
@@ -77,7 +77,7 @@ def _kernel(
         q_at = q_ptr + (one // kv_heads) * s_batch + (one % kv_heads) * GROUP * s_head
         for at in tl.range(begin, until):
             group_list(
-                q_at, source_ptr + (row + at) * EACH, directions_ptr + (row + at) // OF_PART * COLUMNS * DIM,
+                q_at, source_ptr + (row + at) * EACH, directions_ptr + (one * sorts + at // SORTED) * COLUMNS * DIM,
                 query_ptr + (at - begin) * OF_LIST * DIM, spread_ptr + (at - begin) * 2 * DIM,
                 log_rows_ptr + (at - begin) * OF_LIST, scale, queries, s_head, s_query,
                 EACH, ROWS, OF_LIST, PADDED, DIM, WIDTH, COLUMNS, STEPS, ROUGH,
@@ -125,6 +125,8 @@ def launch_choice(
     each, width, lists, num = source.shape[2], q.shape[3], query.shape[1], index.shape[2]
     padded, broad, long = (triton.next_power_of_2(x) for x in (plan.groups, max(16, width), max(16, each)))
     span, several = plan.span(lists), len(variance) > 0
+    # half as many keys at once for each: several tensors of wide keys, and many wide averages
+    fewer = (1 + (several and broad > 128)) * (1 + (padded * broad > 2048))
     return Launch(
         _kernel,
         (len(query),),
@@ -133,21 +135,21 @@ def launch_choice(
             "keys_ptr": keys, "variance_ptr": variance, "moments_ptr": moments, "log_value_ptr": log_value,
             "index_ptr": index, "weight_ptr": weight, "low_ptr": low, "high_ptr": high, "query_ptr": query,
             "spread_ptr": spread, "log_rows_ptr": log_rows, "bar_ptr": bar, "share_ptr": share,
-            "scale": scale, "queries": q.shape[2], "kv_heads": rows // q.shape[0], "tiles": tiles,
+            "scale": scale, "queries": q.shape[2], "kv_heads": rows // q.shape[0], "sorts": directions.shape[1],
+            "tiles": tiles,
             "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2), "first_tile": plan.first_tile,
             "length": plan.length, "step": plan.step, "tile_size": plan.size, "keys": plan.keys, "most": plan.most,
             "first": plan.first, "levels": plan.levels, "blocks": keys.shape[2], "stretches": moments.shape[2],
             "span": span, "lists": rows, "units": plan.units(rows, tiles, width), "room": share.shape[2], "num": num,
             "even": even, "least": least, "bound": bound, "GROUP": q.shape[1] * q.shape[0] // rows, "MANY": plan.many,
-            "OF_PART": source.shape[1] // directions.shape[1], "EACH": each, "ROWS": long, "OF_LIST": plan.groups,
-            "PADDED": max(_LEAST, padded), "DIM": width,
+            "SORTED": source.shape[1] // directions.shape[1],
+            "EACH": each, "ROWS": long, "OF_LIST": plan.groups, "PADDED": max(_LEAST, padded), "DIM": width,
             "WIDTH": broad, "COLUMNS": DIRECTIONS, "STEPS": plan.steps, "EDGES": edges.shape[2], "NORMAL": plan.normal,
             "AVERAGES": _ROWS if broad <= 128 else _ROWS // 2, "STRETCHES": _STRETCHES,
             "PLAIN": len(keys) - len(variance), "DEVIATIONS": deviations, "LISTS": lists, "GROUPS": padded,
-            # half as many keys for each: several tensors of wide keys, and many wide averages
-            "KEYS": _KEYS // (1 + (several and broad > 128)) // (1 + (padded * broad > 2048)),
-            "STAGES": 3 if broad <= 128 else 2, "ROUNDS": plan.rounds, "ALL": UNITS, "SHIFT": 62 - num.bit_length(),
-            "BLOCKS": _BLOCKS // lists, "PLACED": _PLACED // lists, "SEVERAL": several,
+            "KEYS": _KEYS // fewer, "STAGES": 3 if broad <= 128 else 2,
+            "ROUNDS": plan.rounds, "ALL": UNITS, "SHIFT": 62 - num.bit_length(), "BLOCKS": _BLOCKS // lists,
+            "PLACED": _PLACED // lists, "SEVERAL": several,
             # queries are estimates once they are compared; averages are in bfloat16, and only tests have wider ones
             "ROUGH": "ieee" if torch.version.hip else "tf32",
             "num_warps": 4 if long * broad * q.element_size() <= _BYTES else 8, "num_stages": 1,
