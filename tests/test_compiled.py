@@ -31,7 +31,9 @@ BASIS_SPILLS = {80: 16, 90: 0}
 SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # passes over the rows of a tile and slices of a factor, which stay in the cache, or over keys once a call: other programs
 # run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled
-PASSES = {"alike sorting": 8, "alike first": 3, "alike blocks": 2, "alike factors": 1}
+PASSES = {"alike sorting": 8, "alike first": 3, "alike blocks": 2, "alike factors": 1, "alike choice": 12}
+# blocks that the loops of a choice over keys, over stretches and over shares fetch in the background, by sizes of blocks
+BACKGROUND = {"keys": 19, "blocks": 23}
 
 
 def refuse_what_makes_gathers_slow(kernel: dict, capability: int) -> None:

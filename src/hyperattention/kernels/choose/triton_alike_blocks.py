@@ -31,13 +31,15 @@ def _length(x):
 def _kernel(
     k_ptr, v_ptr, centre_ptr, keys_ptr, variance_ptr, moments_ptr, log_value_ptr,
     count, blocks, stretches, most, first, s_list, s_key, s_value_list, s_value,
-    PLAIN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
+    PLAIN: tl.constexpr, SEVERAL: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     stretch, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # large blocks, which take longer, begin first
     level = tl.num_programs(2) - 1 - tl.program_id(2)
-    size = first << level
+    size = 1
+    if SEVERAL:
+        size = first << level
     count = tl.minimum(count, blocks * size)
     # keys of this size, of all lists
     of = level * tl.num_programs(1) + one
@@ -91,8 +93,9 @@ def launch_blocks(
             "centre_ptr": centres, "keys_ptr": keys, "variance_ptr": variance,
             "moments_ptr": moments, "log_value_ptr": log_value, "count": k.shape[1], "blocks": keys.shape[2],
             "stretches": moments.shape[2], "most": most, "first": size, "PLAIN": len(keys) - len(variance),
+            "SEVERAL": len(variance) > 0,
             "BLOCKS": normal, **shapes(k, v),
-            "num_warps": 4 if len(variance) == 0 and max(k.shape[2], v.shape[2]) <= 128 else 8, "num_stages": 2,
+            "num_warps": 8, "num_stages": 2,
         },
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from hyperattention.kernels.launch import Launch
 # keys read at once; averages whose bars are sought at once, and stretches of keys read for them
 _KEYS, _ROWS, _STRETCHES = 64, 64, 32
 # blocks of all lists of a program that are read at once, and whose draws are placed at once
-_BLOCKS, _PLACED = 2048, 1024
+_BLOCKS, _PLACED = 2048, 2048
 # averages, at least as many as a product has
 _LEAST = 16
 # bytes of a list's rows that four warps hold

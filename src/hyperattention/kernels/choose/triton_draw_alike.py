@@ -50,7 +50,7 @@ def _total(
 ):  # fmt: skip
     """Add up the shares of all keys, none above `most`."""
     total = tl.zeros([LISTS, BLOCKS], tl.float32)
-    for first in tl.range(0, stored, BLOCKS):
+    for first in tl.range(0, stored, BLOCKS, num_stages=4):
         room = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
         total += tl.minimum(_shares(share_at, first, stored, BLOCKS), most[:, None]) * room
     return tl.sum(total, 1)
@@ -132,7 +132,7 @@ def draw_lists(
     # the last block of which something is left
     blocks = tl.cdiv(tl.max(tl.where(hole_end < end, end, hole_begin), 0), size)
     in_all = tl.zeros([LISTS, BLOCKS], tl.int32)
-    for first in tl.range(0, blocks, BLOCKS):
+    for first in tl.range(0, blocks, BLOCKS, num_stages=4):
         share = _shares(share_at, first, stored, BLOCKS)
         rooms = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
         in_all += _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
@@ -144,10 +144,11 @@ def draw_lists(
     index_at, weight_at = (index_ptr + row * num)[:, None], (weight_ptr + row * num)[:, None]
     drawn = (there & (few == 0))[:, None]
     passed = tl.zeros([LISTS], tl.int32)
+    share_ahead = _shares(share_at, 0, stored, PLACED)
     # a slot is given its block, in the upper half, and the units before that
     for first in tl.range(0, blocks, PLACED):
         block = first + tl.arange(0, PLACED)[None, :]
-        share = _shares(share_at, first, stored, PLACED)
+        share, share_ahead = share_ahead, _shares(share_at, first + PLACED, stored, PLACED)
         rooms = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, PLACED)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         until = passed[:, None] + tl.cumsum(units, 1)
