@@ -40,7 +40,7 @@ from hyperattention.kernels.decode import triton_coreset, triton_pages, triton_p
 from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
-from hyperattention.kernels.list import triton_flat, triton_flatten
+from hyperattention.kernels.list import triton_flat, triton_flatten, triton_sorted
 from hyperattention.kernels.list import triton_forward as list_triton
 from hyperattention.kernels.list.flat_form import flat_form_of
 from hyperattention.kernels.list.reference import Lists
@@ -233,6 +233,17 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
         yield f"alike blocks, {sizes} sizes", launch
 
 
+def launches_of_sorted_rows(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    x, rows, lse = torch.empty(1, 8, KEYS, dim, dtype=dtype), torch.empty(2, 8, 64, dim, dtype=dtype), torch.empty(1, 8, KEYS)
+    source, live, of_rows = indices(2, 8, 64), torch.zeros(2, 8, 64, dtype=torch.bool), torch.empty(2, 8, 64)
+    for back in (False, True):
+        yield f"rows {'brought back' if back else 'sorted'}", triton_sorted.launch_move(x, rows, source, live, back=back)
+    yield "rows merged", triton_sorted.launch_merge(x, lse, (rows, of_rows), source, live, (x, lse))
+    results = x, lse, rows, of_rows
+    places = source, live
+    yield "rows merged, gradient", triton_sorted.launch_merge_backward((x, lse), x, lse, (rows, of_rows), places, results)
+
+
 def launches_of_places() -> Iterator[tuple[str, Launch]]:
     places = Places(1, 2, 4, TILES, 128, 0, 0, 128 * TILES, KEYS, TILES, TILES, 16, 192, 0, True, True)
     results = indices(10, 2, TILES), indices(2, TILES, 5), torch.empty(2, TILES, 1), indices(2, TILES, 512)
@@ -318,6 +329,7 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
         yield from launches_of_preparation(dtype, dim)
     yield from launches_of_alike_choice(dtype, dim)
     yield from launches_of_decoding(dtype, dim)
+    yield from launches_of_sorted_rows(dtype, dim)
     yield from launches_of_alike_sorting(dtype, dim)
     yield from launches_of_alike_keys(dtype, dim)
     if default and dim == 64:
