@@ -40,7 +40,7 @@ from hyperattention.kernels.decode import triton_coreset, triton_pages, triton_p
 from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
-from hyperattention.kernels.list import triton_flat, triton_flatten
+from hyperattention.kernels.list import triton_flat, triton_flatten, triton_sorted
 from hyperattention.kernels.list import triton_forward as list_triton
 from hyperattention.kernels.list.flat_form import flat_form_of
 from hyperattention.kernels.list.reference import Lists
@@ -206,15 +206,15 @@ def launches_of_alike_choice(dtype: torch.dtype, dim: int) -> Iterator[tuple[str
 
 def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
     begin = torch.empty(dim, 16)
-    for group in (1, 4, 8):
-        # lists of 64 rows out of tiles of 128 positions
-        q, many = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), 2 * group
-        limit, source = indices(1, TILES, 128), indices(2, TILES * many, 64)
-        live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES, 16, dim, dtype=dtype)
+    for group, parts in ((1, 1), (4, 1), (8, 2)):
+        # lists of 64 rows out of tiles of 128 positions; sixteen heads in two parts
+        q, many = torch.empty(1, 2 * parts * group, KEYS, dim, dtype=dtype), 2 * group
+        limit, source = indices(1, TILES, 128), indices(2, TILES * parts * many, 64)
+        live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES * parts, 16, dim, dtype=dtype)
         results = source, live, indices(*source.shape), indices(*source.shape), directions
         metric = torch.empty(2, 3, dim, dim), indices(2, TILES, 5)
         launch = triton_sort_alike.launch_sort(q, begin, metric, limit, results, 0, 0, 0.1, 4, 2, (640, 4))
-        yield f"alike sorting, {group} heads", launch
+        yield f"alike sorting, {group} heads{' of 16' if parts > 1 else ''}", launch
 
 
 def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
@@ -231,6 +231,17 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
         results = keys, keys[1:], moments, torch.empty(sizes, 2, KEYS)
         launch = triton_alike_blocks.launch_blocks(k, k, centres, results, 1, 64, 2.0)
         yield f"alike blocks, {sizes} sizes", launch
+
+
+def launches_of_sorted_rows(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    x, rows, lse = torch.empty(1, 8, KEYS, dim, dtype=dtype), torch.empty(2, 8, 64, dim, dtype=dtype), torch.empty(1, 8, KEYS)
+    source, live, of_rows = indices(2, 8, 64), torch.zeros(2, 8, 64, dtype=torch.bool), torch.empty(2, 8, 64)
+    for back in (False, True):
+        yield f"rows {'brought back' if back else 'sorted'}", triton_sorted.launch_move(x, rows, source, live, back=back)
+    yield "rows merged", triton_sorted.launch_merge(x, lse, (rows, of_rows), source, live, (x, lse))
+    results = x, lse, rows, of_rows
+    places = source, live
+    yield "rows merged, gradient", triton_sorted.launch_merge_backward((x, lse), x, lse, (rows, of_rows), places, results)
 
 
 def launches_of_places() -> Iterator[tuple[str, Launch]]:
@@ -318,6 +329,7 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
         yield from launches_of_preparation(dtype, dim)
     yield from launches_of_alike_choice(dtype, dim)
     yield from launches_of_decoding(dtype, dim)
+    yield from launches_of_sorted_rows(dtype, dim)
     yield from launches_of_alike_sorting(dtype, dim)
     yield from launches_of_alike_keys(dtype, dim)
     if default and dim == 64:

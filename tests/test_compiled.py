@@ -61,7 +61,7 @@ def compiled(capability: int, dtype: str, *dims: int, program: Path = PROGRAM) -
 )
 def test_default_sizes_fit_and_spill_nothing(dim, capability):
     kernels = compiled(capability, "bfloat16", dim)
-    assert len(kernels) == 2 * 7 + 4 * 2 + 5 + 6 + 11 + 7 + (3 * 3 + 11 + 2 + 2 if dim == 64 else 0)
+    assert len(kernels) == 2 * 7 + 4 * 2 + 5 + 3 + 4 + 8 + 7 + (3 * 3 + 11 + 2 if dim == 64 else 0)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
         # what tests labels as well, and groups of sixteen heads, may spill a little

@@ -7,7 +7,7 @@
 derived from `benchmarks/records/gpu_list.jsonl`, lists already flattened. The prices of scores and of passes over memory
 are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Masses are written and read
 once, two bytes each. Sorting and grouping wait for themselves: their times are cycles counted by hand, which no card has
-shown. Launches are those that `counts.py --alike` counts, on the device; the host needs five times as long for them.
+shown. Launches are those that `counts.py --call` counts, on the device; the host needs five times as long for them.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu.counts import count_launches
+from gpu.counts import count_call
 from hyperattention import Method, Sinks, Window
 from hyperattention.select import DrawAlike
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-PARTS = ("lists", "scores", "masses", "sorting", "launches")
+PARTS = ("lists", "scores", "masses", "sorting", "rows", "launches")
 RECORDS = Path(__file__).resolve().parents[1] / "records" / "gpu_list.jsonl"
 # products of a score and of an output, a multiplication and an addition for each number of a key and of a value
 FLOP_OF_A_PAIR = 2 * 2 * HEAD_DIM
@@ -63,14 +63,16 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
         "scores": HEADS * tokens * products * 2 * HEAD_DIM / FLOPS,
         "masses": masses * 2 * 2 / BYTES,
         "sorting": (tiles * SECONDS_OF_A_SORT + lists * SECONDS_OF_A_GROUPING) / PROGRAMS,
+        # queries read and written sorted; outputs of both lists read, and merged ones written
+        "rows": 5 * 2 * HEADS * HEAD_DIM * tokens / BYTES,
         "launches": launches(stage, tokens) * SECONDS_OF_A_LAUNCH,
     }
     return {"pairs": slots, "products": products} | {name: 1e3 * each for name, each in seconds.items()}
 
 
 def launches(stage: DrawAlike, tokens: int) -> int:
-    """Count the launches of a choice: see `counts.py`."""
-    return count_launches(Method(Sinks(16), Window(192), stage, tile=128), tokens).launches.total()
+    """Count the launches of a call: see `counts.py`."""
+    return count_call(Method(Sinks(16), Window(192), stage, tile=128), tokens).launches.total()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.kernels.backend import triton_reads
 from hyperattention.kernels.choose.operator import scores_alike
-from hyperattention.kernels.choose.operator_alike import sorts_alike
+from hyperattention.kernels.choose.operator_alike import parts_of
 from hyperattention.random import uniform
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.locate.sinks import Sinks
@@ -142,12 +142,17 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        many = -(-tiles.size * problem.group // self.rows)
+        parts = self._parts(tiles)
+        # rows of a list are of one part
+        many = (parts or 1) * -(-tiles.size * (problem.group // (parts or 1)) // self.rows)
         shape = (problem.k.shape[0] * problem.k.shape[1], len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
-        choose = self._choose_fused if self._fused(tiles) else self._choose
-        alike, row_limit, low, high, key_row = choose(tiles, many, covered, (index, weight))
+        drawn = index, weight
+        if parts is None:
+            alike, row_limit, low, high, key_row = self._choose(tiles, many, covered, drawn)
+        else:
+            alike, row_limit, low, high, key_row = self._choose_fused(tiles, many, parts, covered, drawn)
         runs = Runs(
             first=index,
             size=1,
@@ -159,15 +164,14 @@ class DrawAlike(Stage):
         )
         return ((alike, Selection((runs,), row_limit=row_limit, key_row=key_row)),), covered
 
-    def _fused(self, tiles: Tiles) -> bool:
-        """Return whether kernels choose."""
-        problem = tiles.problem
-        sizes = tiles.size * problem.group, self.rows, problem.q.shape[3]
-        supported = scores_alike(min(self.pooled, self.rows), sizes[2]) and sorts_alike(*sizes)
-        return supported and triton_reads(problem.q, problem.k, problem.v)
+    def _parts(self, tiles: Tiles) -> int | None:
+        """Tell into how many parts kernels divide the heads of a group; None where PyTorch chooses."""
+        problem, width = tiles.problem, tiles.problem.q.shape[3]
+        fused = scores_alike(min(self.pooled, self.rows), width) and triton_reads(problem.q, problem.k, problem.v)
+        return parts_of(tiles.size, problem.group, self.rows, width) if fused else None
 
     def _choose_fused(
-        self, tiles: Tiles, many: int, covered: CoveredKeys, results: tuple[Tensor, Tensor]
+        self, tiles: Tiles, many: int, parts: int, covered: CoveredKeys, results: tuple[Tensor, Tensor]
     ) -> tuple[AlikeTiles, Tensor, Tensor, Tensor, Tensor]:
         """Sort and draw in kernels, into `results`.
 
@@ -177,7 +181,7 @@ class DrawAlike(Stage):
         problem, edges = tiles.problem, edges_of(tiles, covered).of_tile
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
         centres, begin, noise, key_row = fused_first(k, v, self.num, tiles, many)
-        ordered = FusedSort.of(tiles, many, fused_metric(k, centres, self.num), begin, edges)
+        ordered = FusedSort.of(tiles, many, fused_metric(k, centres, self.num), begin, edges, parts)
         plan = fused_plan(tiles, BlockSizes(self.most), many, min(self.pooled, ordered.row_limit.shape[2]))
         low, high = (results[0].new_empty(results[0].shape[:2]) for _ in range(2))
         blocks = FusedBlocks.of(k, v, centres, plan)

@@ -8,7 +8,7 @@ from hyperattention.transforms import refuse_vmap
 # largest number of pooled queries of a tile that a program holds; with more of them PyTorch runs
 MOST_ROWS = 256
 # largest number of averages of a list of alike queries, and of numbers in them, that fit a program with those of eight lists
-_MOST_GROUPS, _MOST_NUMBERS = 16, 2048
+_MOST_GROUPS, _MOST_NUMBERS = 16, 4096
 
 
 def scores_alike(groups: int, width: int) -> bool:

@@ -33,6 +33,22 @@ def sorts_alike(rows: int, each: int, width: int) -> bool:
     return padded[0] <= _MOST_ROWS and many <= _MOST_LISTS and max(16, padded[1]) * padded[2] <= _MOST_NUMBERS
 
 
+def parts_of(size: int, group: int, each: int, width: int) -> int | None:
+    """Tell into how many parts the heads of a group are divided, so that kernels sort and group the queries of a part.
+
+    Args:
+        size: positions of a tile.
+        group: heads of a group.
+        each: queries of a list.
+        width: numbers in a query.
+
+    Returns:
+        the fewest parts of equally many heads; None where not even the queries of one head fit, which PyTorch sorts.
+    """
+    parts = (parts for parts in range(1, group + 1) if group % parts == 0)
+    return next((number for number in parts if sorts_alike(size * group // number, each, width)), None)
+
+
 def factors_keys(width: int) -> bool:
     """Return whether a kernel factors covariances of keys of this width; PyTorch factors larger ones."""
     return width <= _MOST_FACTORED

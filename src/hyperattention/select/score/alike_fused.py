@@ -59,17 +59,18 @@ class FusedSort:
     Args:
         alike: the sorted rows.
         row_limit: leading keys that each row may see.
-        directions: those in which the rows of each tile were compared.
+        directions: those in which the rows of each part of a tile were compared.
     """
 
     alike: AlikeTiles
     row_limit: Int[Tensor, "lists rows each"]
-    directions: Float[Tensor, "lists tiles 16 head_dim"]
+    directions: Float[Tensor, "lists parts 16 head_dim"]
 
     @classmethod
     def of(
-        cls, tiles: Tiles, many: int, metric: KeyMetric, begin: Float[Tensor, "head_dim 16"], edges: Int[Tensor, "lists _ 5"]
-    ) -> "FusedSort":
+        cls, tiles: Tiles, many: int, metric: KeyMetric, begin: Float[Tensor, "head_dim 16"],
+        edges: Int[Tensor, "lists _ 5"], parts: int = 1,
+    ) -> "FusedSort":  # fmt: skip
         """Sort the queries of all tiles, in one launch.
 
         Args:
@@ -78,6 +79,7 @@ class FusedSort:
             metric: what queries may be multiplied by before they are compared.
             begin: directions from which those in which queries differ are sought.
             edges: edges of all tiles, the last of which counts the keys that all of its queries see.
+            parts: parts of the heads of a group that are sorted apart, each into equally many lists.
 
         Returns:
             the lists.
@@ -89,7 +91,7 @@ class FusedSort:
         live = problem.q.new_empty(shape, dtype=torch.bool)
         rounds = 2 * ROUNDS if problem.q.shape[3] > DIRECTIONS else 0
         given = problem.q, begin, metric.factor, edges, tiles.limit, source, live, inside, row_limit
-        numbers = 0, tiles.front, many, metric.first, GROWTH, problem.scale, rounds, POWER_STEPS
+        numbers = 0, tiles.front, many // parts, metric.first, GROWTH, problem.scale, rounds, POWER_STEPS
         heads = (problem.q.shape[0], problem.q.shape[1], problem.num_queries)
         return cls(AlikeTiles(source, live, inside, heads), row_limit, sort_alike(*given, *numbers))
 
