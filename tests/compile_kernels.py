@@ -234,7 +234,11 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
 
 
 def launches_of_sorted_rows(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
-    x, rows, lse = torch.empty(1, 8, KEYS, dim, dtype=dtype), torch.empty(2, 8, 64, dim, dtype=dtype), torch.empty(1, 8, KEYS)
+    x, rows, lse = (
+        torch.empty(1, 8, KEYS, dim, dtype=dtype),
+        torch.empty(2, 8, 64, dim, dtype=dtype),
+        torch.empty(1, 8, KEYS),
+    )
     source, live, of_rows = indices(2, 8, 64), torch.zeros(2, 8, 64, dtype=torch.bool), torch.empty(2, 8, 64)
     for back in (False, True):
         yield f"rows {'brought back' if back else 'sorted'}", triton_sorted.launch_move(x, rows, source, live, back=back)
