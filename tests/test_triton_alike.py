@@ -141,7 +141,7 @@ def _draws(
     begin = tl.program_id(0) * 4
     draw_lists(
         share_ptr + begin * room, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin,
-        tl.minimum(begin + 4, lists), count, room, num, size, 0.2, 1e-30, 5, MANY, 4, 4, 2**30, 57, 64, 32,
+        tl.minimum(begin + 4, lists), count, room, num, size, 0.2, 1e-30, 5, MANY, 4, 4, 2**30, 57, 64, 32, 64,
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # averages that a key serves once it was read, out of how many lists at most
 _AVERAGES, _MOST_LISTS = 128, 32
+# rows of keys whose lists are taken in turn, so that every program has long and short lists
+_MOST_ROWS = 8
 # programs that a multiprocessor holds, and bytes that the shares of all programs may take: there are fewer if they take more
 _PROGRAMS, _BYTES = 2, 144 * 2**20
 # multiprocessors of a GPU that is not here
@@ -68,6 +70,10 @@ class AlikePlan:
     def span(self, lists: int) -> int:
         """Count the lists that a program takes at once, no more than `lists`, so that their blocks have one size."""
         return max(each for each in range(1, lists + 1) if all(seam * self.many % each == 0 for seam in self.seams))
+
+    def together(self, rows: int) -> int:
+        """Count the rows of keys, out of `rows`, whose lists programs take in turn."""
+        return max(each for each in range(1, _MOST_ROWS + 1) if rows % each == 0)
 
     def units(self, rows: int, tiles: int, width: int) -> int:
         """Count how often programs take lists, of `tiles` tiles on each of `rows` rows of keys."""

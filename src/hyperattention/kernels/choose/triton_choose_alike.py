@@ -21,8 +21,8 @@ from hyperattention.kernels.launch import Launch
 
 # keys read at once; averages whose bars are sought at once, and stretches of keys read for them
 _KEYS, _ROWS, _STRETCHES = 64, 64, 32
-# blocks of all lists of a program that are read at once, and whose draws are placed at once
-_BLOCKS, _PLACED = 2048, 2048
+# blocks of all lists of a program that are read at once, and whose draws are placed at once; slots written at once
+_BLOCKS, _PLACED, _SLOTS = 2048, 2048, 512
 # averages, at least as many as a product has
 _LEAST = 16
 # bytes of a list's rows that four warps hold
@@ -42,20 +42,32 @@ def _level(tile, first_tile, length, step, tile_size, keys, most, first, levels)
 
 
 @triton.jit(
-    do_not_specialize=["first_tile", "length", "step", "most", "first", "levels", "span", "lists", "units", "stretches"]
+    do_not_specialize=[
+        "first_tile",
+        "length",
+        "step",
+        "most",
+        "first",
+        "levels",
+        "span",
+        "together",
+        "lists",
+        "units",
+        "stretches",
+    ]
 )
 def _kernel(
     q_ptr, source_ptr, directions_ptr, edges_ptr, noise_ptr, keys_ptr, variance_ptr, moments_ptr, log_value_ptr,
     index_ptr, weight_ptr, low_ptr, high_ptr, query_ptr, spread_ptr, log_rows_ptr, bar_ptr, share_ptr,
     scale, queries, kv_heads, sorts, tiles, s_batch, s_head, s_query,
-    first_tile, length, step, tile_size, keys, most, first, levels, blocks, stretches, span, lists, units, room,
+    first_tile, length, step, tile_size, keys, most, first, levels, blocks, stretches, span, together, lists, units, room,
     num, even, least, bound,
     GROUP: tl.constexpr, MANY: tl.constexpr, SORTED: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
     OF_LIST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     STEPS: tl.constexpr, EDGES: tl.constexpr, NORMAL: tl.constexpr, AVERAGES: tl.constexpr, STRETCHES: tl.constexpr,
     PLAIN: tl.constexpr, DEVIATIONS: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr, BLOCKS: tl.constexpr,
-    PLACED: tl.constexpr, SEVERAL: tl.constexpr, ROUGH: tl.constexpr,
+    PLACED: tl.constexpr, SLOTS: tl.constexpr, SEVERAL: tl.constexpr, ROUGH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     query_ptr += program * LISTS * OF_LIST * DIM
@@ -65,17 +77,22 @@ def _kernel(
     share_ptr += program * LISTS * room
     each = units // lists
     # addresses that all of them share would take the registers of what computes
-    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), disable_licm=True):
-        one = (unit // each).to(tl.int64)
-        # the last lists, which see most, begin first
-        begin = (each - 1 - unit % each) * span
-        until = tl.minimum(begin + span, tiles * MANY)
+    for turn in tl.range(0, tl.cdiv(units, tl.num_programs(0)), disable_licm=True):
+        # the last lists, which see most, come first; who had the longest of a turn has the shortest of the next
+        place = tl.where(turn % 2 == 0, tl.program_id(0), tl.num_programs(0) - 1 - tl.program_id(0))
+        unit = turn * tl.num_programs(0) + place
+        # some rows of keys at a time, so that programs read the same keys at about the same time
+        within = unit % (each * together)
+        one = (unit // (each * together) * together + within % together).to(tl.int64)
+        begin = (each - 1 - within // together) * span
+        # nothing is left for some at last
+        until = tl.where(unit < units, tl.minimum(begin + span, tiles * MANY), begin)
         level = _level((until - 1) // MANY, first_tile, length, step, tile_size, keys, most, first, levels)
         size = first << level
         of = level * lists + one
         edges_at, row = edges_ptr + one * tiles * EDGES, one * tiles * MANY
         q_at = q_ptr + (one // kv_heads) * s_batch + (one % kv_heads) * GROUP * s_head
-        for at in tl.range(begin, until):
+        for at in tl.range(begin, until, disable_licm=True):
             group_list(
                 q_at, source_ptr + (row + at) * EACH, directions_ptr + (one * sorts + at // SORTED) * COLUMNS * DIM,
                 query_ptr + (at - begin) * OF_LIST * DIM, spread_ptr + (at - begin) * 2 * DIM,
@@ -107,7 +124,7 @@ def _kernel(
         draw_lists(
             share_ptr, edges_at, noise_ptr + row, index_ptr + row * num, weight_ptr + row * num, low_ptr + row,
             high_ptr + row, begin, until, count, room, num, size, even, least,
-            EDGES, MANY, LISTS, ROUNDS, ALL, SHIFT, BLOCKS, PLACED,
+            EDGES, MANY, LISTS, ROUNDS, ALL, SHIFT, BLOCKS, PLACED, SLOTS,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -140,7 +157,8 @@ def launch_choice(
             "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2), "first_tile": plan.first_tile,
             "length": plan.length, "step": plan.step, "tile_size": plan.size, "keys": plan.keys, "most": plan.most,
             "first": plan.first, "levels": plan.levels, "blocks": keys.shape[2], "stretches": moments.shape[2],
-            "span": span, "lists": rows, "units": plan.units(rows, tiles, width), "room": share.shape[2], "num": num,
+            "span": span, "together": plan.together(rows), "lists": rows, "units": plan.units(rows, tiles, width),
+            "room": share.shape[2], "num": num,
             "even": even, "least": least, "bound": bound, "GROUP": q.shape[1] * q.shape[0] // rows, "MANY": plan.many,
             "SORTED": source.shape[1] // directions.shape[1],
             "EACH": each, "ROWS": long, "OF_LIST": plan.groups, "PADDED": max(_LEAST, padded), "DIM": width,
@@ -149,7 +167,7 @@ def launch_choice(
             "PLAIN": len(keys) - len(variance), "DEVIATIONS": deviations, "LISTS": lists, "GROUPS": padded,
             "KEYS": _KEYS // fewer, "STAGES": 3 if broad <= 128 else 2,
             "ROUNDS": plan.rounds, "ALL": UNITS, "SHIFT": 62 - num.bit_length(), "BLOCKS": _BLOCKS // lists,
-            "PLACED": _PLACED // lists, "SEVERAL": several,
+            "PLACED": _PLACED // lists, "SLOTS": _SLOTS // lists, "SEVERAL": several,
             # queries are estimates once they are compared; averages are in bfloat16, and only tests have wider ones
             "ROUGH": "ieee" if torch.version.hip else "tf32",
             "num_warps": 4 if long * broad * q.element_size() <= _BYTES else 8, "num_stages": 1,

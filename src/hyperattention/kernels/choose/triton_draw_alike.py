@@ -75,7 +75,7 @@ def draw_lists(
     share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, until_list, count, room, num,
     size, even, least,
     EDGES: tl.constexpr, MANY: tl.constexpr, LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr,
-    SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Draw for some lists of queries that share a row of keys.
 
@@ -102,7 +102,8 @@ def draw_lists(
         ALL: the sum of a law in fixed point.
         SHIFT: binary digits of a point behind the comma.
         BLOCKS: blocks of each list read at once.
-        PLACED: blocks or slots of each list whose draws are placed at once.
+        PLACED: blocks of each list whose draws are placed at once.
+        SLOTS: slots of each list that are written at once.
     """
     number = tl.arange(0, LISTS)
     row = (begin_list + number).to(tl.int64)
@@ -163,8 +164,8 @@ def draw_lists(
     ratio = num / in_all.to(tl.float64)[:, None]
     begin, hole_begin, hole_end, end = begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None]
     left, few = left[:, None], few[:, None]
-    for first in tl.range(0, num, PLACED):
-        slot = first + tl.arange(0, PLACED)[None, :]
+    for first in tl.range(0, num, SLOTS):
+        slot = first + tl.arange(0, SLOTS)[None, :]
         inside = there[:, None] & (slot < num)
         given = tl.load(index_at + slot, mask=inside & drawn, other=0)
         block, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
