@@ -81,3 +81,14 @@ def test_a_whole_call_takes_as_many_launches_as_stated(tokens, monkeypatch):
     with as_on_a_gpu(), torch.no_grad():
         selected = ha.default_method(65_536).selections(Problem(q, k, k, 0.1, causal=True))
     assert all(flat_form_of(Lists(*fields(lists)), tokens, paged=False) for _, lists in selected)
+
+
+@pytest.mark.parametrize("tokens", [8192, 131_072])
+def test_an_audit_of_rows_takes_as_many_launches_as_stated_and_waits_for_none(tokens, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.audit_counts import count_audit
+
+    # tensors without values: the host can wait for none of them
+    counted = count_audit(tokens)
+    assert counted["launch_forward"] == counted["launch_merge"] == 1
+    assert counted.total() == 73

@@ -4,6 +4,7 @@ python benchmarks/gpu/counts.py                    # the default method at 8k, 1
 python benchmarks/gpu/counts.py 65536 --largest 20 # one length, and the operators that move most
 python benchmarks/gpu/counts.py --lean             # the lean method
 python benchmarks/gpu/counts.py --call             # a whole call, forward: the choice, attention to the lists, the merge
+python benchmarks/gpu/counts.py --audit            # an audit of 64 rows: audit_counts.py
 python benchmarks/gpu/counts.py --decode           # a decoding step of each store of a cache: decode_counts.py
 """
 
@@ -100,10 +101,12 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=0, help="operators to name, by bytes")
     parser.add_argument("--lean", action="store_true", help="count what the lean method takes below 131,072 keys")
     parser.add_argument("--call", action="store_true", help="count a whole call, not its choice alone")
+    parser.add_argument("--audit", action="store_true", help="count an audit of 64 rows")
     parser.add_argument("--decode", action="store_true", help="count a decoding step of each store of a cache")
     options = parser.parse_args()
-    if options.decode:
-        runpy.run_path(str(Path(__file__).parent / "decode_counts.py"), run_name="__main__")
+    if options.audit or options.decode:
+        script = "audit_counts.py" if options.audit else "decode_counts.py"
+        runpy.run_path(str(Path(__file__).parent / script), run_name="__main__")
         return
     for tokens in options.tokens:
         counted = count_call(method_of(options.lean), tokens) if options.call else count(tokens, options.lean)
