@@ -52,10 +52,10 @@ USUAL, LONGER, TOY = Size(32768, 3, 512), Size(131072, 1, 256, heads=2, head_dim
 
 
 def presets(length: int) -> dict[str, Method]:
-    """What runs above the crossovers; on a GPU the default is the list that the lean method is below 131,072 keys."""
+    """What runs above the crossovers, and at longer lengths the list that the lean method is below 131,072 keys."""
     found = {"default": default_method(LONG), "lean": lean_method(max(length, USUAL.length))}
     if length > USUAL.length:
-        found["default on a GPU"] = default_method(LONG, device="cuda")
+        found["lean, below 131,072 keys"] = lean_method(USUAL.length)
     else:
         found["thorough"] = thorough_method(LONG)
     return {name: method for name, method in found.items() if isinstance(method, Method)}

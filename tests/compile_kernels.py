@@ -18,14 +18,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from hyperattention.kernels.choose import (
-    triton_alike_bars,
     triton_alike_blocks,
     triton_alike_first,
-    triton_alike_shares,
     triton_block_mass,
-    triton_draw_alike,
+    triton_choose_alike,
     triton_draw_leaves,
-    triton_group_alike,
     triton_key_basis,
     triton_key_metric,
     triton_open_blocks,
@@ -35,6 +32,7 @@ from hyperattention.kernels.choose import (
     triton_sort_alike,
     triton_uniform,
 )
+from hyperattention.kernels.choose.alike_plan import AlikePlan, memory_of
 from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.kernels.choose.operator_alike import factors_keys
 from hyperattention.kernels.choose.places import Places
@@ -42,7 +40,7 @@ from hyperattention.kernels.decode import triton_coreset, triton_pages, triton_p
 from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
 from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
-from hyperattention.kernels.list import triton_flat, triton_flatten
+from hyperattention.kernels.list import triton_flat, triton_flatten, triton_sorted
 from hyperattention.kernels.list import triton_forward as list_triton
 from hyperattention.kernels.list.flat_form import flat_form_of
 from hyperattention.kernels.list.reference import Lists
@@ -183,38 +181,40 @@ def launches_of_draws() -> Iterator[tuple[str, Launch]]:
     yield "noise", triton_uniform.launch_uniform(None, indices(TILES), torch.empty(1, 2, TILES, dtype=torch.float64), 7, 0)
 
 
-def launches_of_alike_queries(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
-    edges, bar = indices(2, TILES, 5), torch.empty(2, TILES, 8, 16)
-    for groups in (groups for groups in (2, 8, 16) if scores_alike(groups, dim)):
-        query, keys = torch.empty(2, TILES, 8, groups, dim, dtype=dtype), torch.empty(2, KEYS, dim, dtype=dtype)
-        share, log_value = triton_alike_shares.empty_shares(query, KEYS), torch.empty(2, KEYS)
-        for size in (1, 2):
-            spread, variance = torch.empty(2, TILES, 8, size * dim, dtype=dtype), None if size == 1 else keys
-            launch = triton_alike_shares.launch_shares(
-                query, bar, spread, keys, variance, log_value, edges, share, size, 2.0
+def launches_of_alike_choice(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    # lists of 64 rows out of tiles of 128 positions and four heads
+    q, many, rows = torch.empty(1, 8, KEYS, dim, dtype=dtype), 8, TILES * 8
+    estimate = torch.bfloat16 if dtype == torch.float32 else dtype
+    given = q, indices(2, rows, 64), torch.empty(2, TILES, 16, dim, dtype=dtype), indices(2, TILES, 5)
+    noise = torch.empty(2, rows, dtype=torch.float64)
+    results = indices(2, rows, 640), torch.empty(2, rows, 640), indices(2, rows), indices(2, rows)
+    for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
+        # blocks of one key; of one, of two and of four; each takes long to compile
+        for sizes in (1, 3) if groups == 16 else (3,):
+            plan = AlikePlan(128, 0, TILES, TILES, KEYS, KEYS // 4, 1, many, groups, 64, 2, 4, (TILES // 2,) * (sizes - 1))
+            memory = memory_of(plan, q, plan.units(2, TILES, dim), estimate)
+            blocks = [torch.empty(sizes - without, 2, KEYS // 4, dim, dtype=estimate) for without in (0, 1)]
+            moments, log_value = (
+                torch.empty(sizes, 2, KEYS // 256, 2 * dim, dtype=estimate),
+                torch.empty(sizes, 2, KEYS // 4),
             )
-            yield f"alike shares, {groups} groups, blocks of {size}", launch
+            launch = triton_choose_alike.launch_choice(
+                (*given, noise), (*blocks, moments, log_value), results, memory, plan, 0.1, 2.0, 1e9, 0.1, 1e-30
+            )
+            yield f"alike choice, {groups} groups, {'blocks' if sizes > 1 else 'keys'}", launch
 
 
 def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
-    begin, estimate = torch.empty(dim, 16), torch.bfloat16 if dtype == torch.float32 else dtype
-    for group in (1, 4, 8):
-        # lists of 64 rows out of tiles of 128 positions
-        q, many = torch.empty(1, 2 * group, KEYS, dim, dtype=dtype), 2 * group
-        limit, source = indices(1, TILES, 128), indices(2, TILES * many, 64)
-        live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES, 16, dim)
+    begin = torch.empty(dim, 16)
+    for group, parts in ((1, 1), (4, 1), (8, 2)):
+        # lists of 64 rows out of tiles of 128 positions; sixteen heads in two parts
+        q, many = torch.empty(1, 2 * parts * group, KEYS, dim, dtype=dtype), 2 * group
+        limit, source = indices(1, TILES, 128), indices(2, TILES * parts * many, 64)
+        live, directions = torch.zeros_like(source, dtype=torch.bool), torch.empty(2, TILES * parts, 16, dim, dtype=dtype)
         results = source, live, indices(*source.shape), indices(*source.shape), directions
         metric = torch.empty(2, 3, dim, dim), indices(2, TILES, 5)
         launch = triton_sort_alike.launch_sort(q, begin, metric, limit, results, 0, 0, 0.1, 4, 2, (640, 4))
-        yield f"alike sorting, {group} heads", launch
-    for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
-        query, spread = (torch.empty(2, TILES, many, *last, dtype=estimate) for last in ((groups, dim), (2 * dim,)))
-        log_rows = torch.empty(query.shape[:4])
-        launch = triton_group_alike.launch_group(q, source, directions, (query, spread, log_rows), 0.1, 2)
-        yield f"alike grouping, {groups} groups", launch
-    moments, bar = torch.empty(2, KEYS // 64, 2 * dim, dtype=estimate), torch.empty_like(log_rows)
-    launch = triton_alike_bars.launch_bars(query, log_rows, moments, indices(2, TILES, 5), bar, 2, 64, 4.0, 1e9)
-    yield "alike bars", launch
+        yield f"alike sorting, {group} heads{' of 16' if parts > 1 else ''}", launch
 
 
 def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
@@ -226,21 +226,26 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
     if factors_keys(dim):
         factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
         yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
-    for size in (1, 2):
-        keys, moments = (torch.empty(2, KEYS // size, each, dtype=estimate) for each in (dim, 2 * dim))
-        results = keys, keys, moments, torch.empty(2, KEYS // size)
-        launch = triton_alike_blocks.launch_blocks(k, k, centres, results, size, 64, 2.0)
-        yield f"alike blocks of {size}", launch
+    for sizes in (1, 2):
+        keys, moments = torch.empty(sizes, 2, KEYS, dim, dtype=estimate), torch.empty(sizes, 2, 32, 2 * dim, dtype=estimate)
+        results = keys, keys[1:], moments, torch.empty(sizes, 2, KEYS)
+        launch = triton_alike_blocks.launch_blocks(k, k, centres, results, 1, 64, 2.0)
+        yield f"alike blocks, {sizes} sizes", launch
 
 
-def launches_of_alike_draws() -> Iterator[tuple[str, Launch]]:
-    edges, noise = indices(2, TILES, 5), torch.empty(2, TILES * 8, dtype=torch.float64)
-    share = torch.empty(2, TILES * 8, KEYS, dtype=torch.bfloat16)
-    lists = indices(2, TILES * 8), indices(2, TILES * 8)
-    results = indices(2, TILES * 8, 880), torch.empty(2, TILES * 8, 880), *lists
-    for size in (1, 2):
-        launch = triton_draw_alike.launch_draw(share, edges, noise, results, size, 0.1, 4, 1e-30)
-        yield f"alike draws, blocks of {size}", launch
+def launches_of_sorted_rows(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:
+    x, rows, lse = (
+        torch.empty(1, 8, KEYS, dim, dtype=dtype),
+        torch.empty(2, 8, 64, dim, dtype=dtype),
+        torch.empty(1, 8, KEYS),
+    )
+    source, live, of_rows = indices(2, 8, 64), torch.zeros(2, 8, 64, dtype=torch.bool), torch.empty(2, 8, 64)
+    for back in (False, True):
+        yield f"rows {'brought back' if back else 'sorted'}", triton_sorted.launch_move(x, rows, source, live, back=back)
+    yield "rows merged", triton_sorted.launch_merge(x, lse, (rows, of_rows), source, live, (x, lse))
+    results = x, lse, rows, of_rows
+    places = source, live
+    yield "rows merged, gradient", triton_sorted.launch_merge_backward((x, lse), x, lse, (rows, of_rows), places, results)
 
 
 def launches_of_places() -> Iterator[tuple[str, Launch]]:
@@ -326,10 +331,9 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
             yield f"{name}, {rows} rows", launch
     if default:
         yield from launches_of_preparation(dtype, dim)
-    # what is averaged is never in float32, and of the same size in float16
-    if dtype != torch.float32:
-        yield from launches_of_alike_queries(dtype, dim)
+    yield from launches_of_alike_choice(dtype, dim)
     yield from launches_of_decoding(dtype, dim)
+    yield from launches_of_sorted_rows(dtype, dim)
     yield from launches_of_alike_sorting(dtype, dim)
     yield from launches_of_alike_keys(dtype, dim)
     if default and dim == 64:
@@ -337,7 +341,6 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
             for name, launch in launches_of_masses(dtype, dim, rows):
                 yield f"{name}, {rows} rows", launch
         yield from launches_of_draws()
-        yield from launches_of_alike_draws()
         yield from launches_of_places()
 
 

@@ -55,7 +55,7 @@ SLOW_FILES = frozenset(
         "import", "paged", "pareto", "placed", "scatterbrain", "standard_error",
         "subgen", "subgen_store", "tolerance", "transformers",
         "transformers_use", "transforms", "triton", "triton_alike", "triton_decode", "triton_feature", "triton_flat",
-        "triton_search", "triton_selection", "triton_sort_alike",
+        "triton_parts", "triton_search", "triton_selection", "triton_sort_alike",
         "poly_sketch_attention", "polynomial_sketch",
     )
 )  # fmt: skip

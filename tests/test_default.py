@@ -30,10 +30,14 @@ def test_fewer_than_256_queries_are_served_exactly(choose) -> None:
 def test_what_runs_by_default_is_what_was_measured() -> None:
     measured = ha.Method(ha.Sinks(16), ha.Window(192), select.DrawAlike(640, rows=64, pooled=16, most=32_768), tile=128)
     assert ha.default_method(32_768) == ha.default_method(10**9) == measured
-    # on a GPU draws for alike queries take longer than exact attention
     search = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(688, by=ha.HierarchicalSearch()))
-    assert ha.default_method(65_536, device="cuda") == ha.default_method(10**9, device="cuda") == search
     assert lean_method(4096) == lean_method(131_071) == search != lean_method(131_072) == lean_method(10**9)
+
+
+@pytest.mark.parametrize("choose", LEAST, ids=lambda choose: choose.__name__)
+def test_one_method_serves_all_devices(choose) -> None:
+    for num_keys in (65_536, 10**9):
+        assert choose(num_keys, device="cuda") == choose(num_keys, device="mps") == choose(num_keys)
 
 
 def test_the_laws_are_tested_on_what_runs_by_default() -> None:

@@ -1,22 +1,23 @@
 """A choice for alike queries on a GPU, at real shapes: the kernels beside what PyTorch does on a CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import hyperattention as ha
+from alike_choice import choose
 from assertions import assert_same_bits
-from hyperattention.kernels.choose.operator_alike import alike_bars
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
-from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_first
+from hyperattention.select.score.alike_fused import fused_first
 from hyperattention.select.score.alike_product import HIDDEN
 from hyperattention.select.score.alike_scan import DEVIATIONS, NORMAL, AlikeScan, blocks_of
+from hyperattention.select.score.block_sizes import BlockSizes
 from hyperattention.select.score.key_metric import KeyMetric
-from hyperattention.select.score.pooling import edges_of
-from hyperattention.select.stage import CoveredKeys
 from hyperattention.synthetic import structured
 from hyperattention.tiling import Tiles, cut
 
@@ -43,15 +44,12 @@ def off_by(alike: AlikeTiles, problem: Problem) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 128), (5, 128), (8, 64), (4, 96), (4, 256), (2, 16)])
-def test_lists_are_as_alike_as_those_of_torch(group, head_dim, dtype):
+def test_lists_are_as_alike_as_those_of_torch(group, head_dim, dtype, monkeypatch):
     problem = given(3001, group, head_dim, dtype)
     tiles, many, groups = cut(problem, 128), 2 * group, 8
     metric = KeyMetric.of(problem.k.flatten(0, 1), 500)
-    edges, begin = edges_of(tiles, CoveredKeys()).of_tile, first_of(tiles, many, 500)[1]
-    ordered, count = FusedSort.empty(tiles, many, metric, begin, edges), len(tiles.index)
-    query, spread, log_rows = (torch.cat(x, 1) for x in zip(
-        *(ordered.averages(part, groups) for part in (slice(0, 3), slice(3, count))), strict=True
-    ))  # fmt: skip
+    made = choose(monkeypatch, tiles, many, groups, metric, 500)
+    ordered = made.ordered
     for source, live in zip(ordered.alike.source, ordered.alike.live, strict=True):
         assert_same_bits(source[live].sort()[0], torch.arange(group * problem.num_queries, device=DEVICE))
     assert_same_bits(ordered.alike.restore(ordered.alike.arrange(problem.q)), problem.q)
@@ -60,32 +58,44 @@ def test_lists_are_as_alike_as_those_of_torch(group, head_dim, dtype):
     assert off_by(ordered.alike, problem) <= 1.02 * off_by(alike, problem)
     scan = AlikeScan.of(tiles, x, few, groups)
     width = problem.q.shape[3]
-    assert spread[..., :width].double().mean() <= 1.05 * scan.spread[..., :width].double().mean()
+    assert made.spread[..., :width].double().mean() <= 1.05 * scan.spread[..., :width].double().mean()
     # every row is in one group; 8 groups of a list have one times the mean number of rows
-    assert ((2 * log_rows).exp().mean(3) - 1).abs().max() < 1e-4
-    assert torch.isfinite(query).all()
+    assert ((2 * made.log_rows).exp().mean(3) - 1).abs().max() < 1e-4
+    assert torch.isfinite(made.query).all()
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("most", [8192, 1024], ids=["keys", "blocks"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_what_scores_are_compared_with(size, head_dim):
+def test_what_scores_are_compared_with_and_the_shares(most, head_dim, monkeypatch):
     problem = given(4096 + 77, 4, head_dim, torch.bfloat16)
     tiles, k, v = cut(problem, 128), problem.k.flatten(0, 1), problem.v.flatten(0, 1)
-    blocks, expected = FusedBlocks.of(k, v, first_of(tiles, 1, 500)[0], size), blocks_of(k, v, size, 500)
-    eps = torch.finfo(torch.bfloat16).eps
-    for ours, theirs in ((blocks.keys, expected.keys), (blocks.moments, expected.moments)):
-        assert (ours.float() - theirs.float()).norm() <= eps * theirs.float().norm()
-    assert (blocks.log_value - expected.log_value).abs().max() < 1e-3
-    _, x, few = sort_alike(tiles, 8)
-    scan = AlikeScan.of(tiles, x, few, 8)
-    known, seen = scan.bars(slice(0, len(tiles.index)), expected)
-    log_size = expected.log_size
-    edges, query = edges_of(tiles, CoveredKeys()).of_tile, scan.query.bfloat16()
-    ours = alike_bars(query, scan.log_rows, blocks.moments, edges, size, NORMAL, log_size, float(-HIDDEN))
-    told = known >= NORMAL
-    # sums of products of bfloat16: a small part of a nat, beside which estimates allow for deviations
-    assert (ours[told] - seen[told]).abs().mean() < 0.05 * DEVIATIONS
-    assert (ours[~told] <= HIDDEN).all()
+    made, sizes, eps = (
+        choose(monkeypatch, tiles, 8, 8, num=500, most=most),
+        BlockSizes(most),
+        torch.finfo(torch.bfloat16).eps,
+    )
+    scan = AlikeScan.of(tiles, made.query[..., :1, :].float(), made.query[..., :1, :].float(), 1)
+    scan = replace(scan, query=made.query.float(), spread=made.spread.float(), log_rows=made.log_rows)
+    for level in range(made.plan.levels):
+        size = made.plan.first << level
+        expected = blocks_of(k[:, : most * size], v[:, : most * size], size, 500)
+        whole = expected.moments.shape[1]
+        pairs = (made.blocks.keys[level], expected.keys), (made.blocks.moments[level, :, :whole], expected.moments)
+        for ours, theirs in pairs:
+            assert (ours.float() - theirs.float()).norm() <= eps * theirs.float().norm()
+        assert (made.blocks.log_value[level] - expected.log_value).abs().max() < 1e-3
+        for tile in (0, 7, 9, 20, 32):
+            part = slice(tile, tile + 1)
+            if sizes.of(tiles, part)[0] != size:
+                continue
+            num = sizes.of(tiles, part)[1]
+            (known, seen), share = scan.bars(part, expected), scan.shares(part, expected, num)
+            ours, bar, told = made.share[:, part, :, :num].float(), made.bar[:, part], known >= NORMAL
+            # sums of products of bfloat16: a small part of a nat, beside which estimates allow for deviations
+            assert (bar[told] - seen[told]).abs().sum() <= 0.05 * DEVIATIONS * seen[told].numel()
+            assert (bar[~told] <= HIDDEN).all()
+            there = torch.arange(num, device=DEVICE).expand_as(ours) < known[..., None, None]
+            assert (ours[there] - share[there]).abs().sum() <= 0.05 * DEVIATIONS * share[there].sum()
 
 
 def test_what_is_drawn_at_first_has_the_bits_of_the_cpu():

@@ -176,8 +176,8 @@ def test_a_quick_look_measures_lengths_and_launches(tmp_path):
     for record in records:
         if record["part"] == "lengths":
             by_name = {each["name"]: each for each in record["contenders"]}
-            assert set(by_name) == {record["reference"], "ours", "control", "alike"}
-            assert all(by_name[name]["approximated"] for name in ("ours", "control", "alike"))
+            assert set(by_name) == {record["reference"], "ours", "control", "lean"}
+            assert all(by_name[name]["approximated"] for name in ("ours", "control", "lean"))
         if record["part"] == "launches":
             assert record["launches"] >= len(record["kernels"]) > 0
     assert len([record for record in records if record["part"] == "launches"]) == 4
@@ -210,6 +210,12 @@ def test_a_length_is_compared_with_its_last_record(monkeypatch):
     assert [each.strip().split(":")[0] for each in told] == ["131,072 ours", "131,072 control"]
     assert "10x, error 0.1 [0.05, 0.2]; before: 5x" in told[0]
     assert "not recorded" in quick.against([comparison("lengths", 4096, 0.1)], [])[0]
+    # another method of the same name, and the same one at other slots, are no earlier measurement
+    for change in ({"label": "another"}, {"pairs_per_query": 976}):
+        other = comparison("forward", 131072, 0.2)
+        other["contenders"] = [each | change for each in other["contenders"]]
+        now = comparison("lengths", 131072, 0.1) | {"shape": other["shape"]}
+        assert all("not recorded" in each for each in quick.against([now], [other]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no CUDA device")
@@ -245,6 +251,7 @@ except SystemExit as refused:
 def line(name: str, median_s: float, error: float, *, exact: bool = False, base: float = 1.0, over: float = 2.0) -> dict:
     return {
         "name": name, "label": name, "exact": exact, "approximated": not exact, "share_of_exact_pairs": 0.01,
+        "pairs_per_query": 960,
         "median_s": median_s, "quartiles_s": [median_s, median_s], "speedup": {"value": base / median_s}, "floor_s": 0.001,
         "error": {"mean": error, "low": error / 2, "high": error * 2}, "over_floor": over, "peak_memory_bytes": 2**20,
     }  # fmt: skip
@@ -377,9 +384,9 @@ def test_the_list_kernels_are_compared_and_a_wrong_one_leaves_no_record(tmp_path
     done = run_script("gpu/list_kernel.py", "--toy", "--out", path, "--commit", "abc")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["part"] for record in records] == ["list"] * 3 + ["profile", "sweep"]
+    assert [record["part"] for record in records] == ["list"] * 5 + ["profile", "sweep"]
     assert all(record["commit"] == "abc" and "triton" in record["versions"] for record in records)
-    for record in records[:3]:
+    for record in records[:5]:
         assert set(record["ms"]) == {"old", "new", "flatten", "new, flattened"}
         assert record["errors"]["new"] < ROUNDING
     # the script with a kernel that leaves out a factor

@@ -8,7 +8,7 @@ import torch
 
 from assertions import assert_same_bits
 from hyperattention.error.audit import sample_rows
-from hyperattention.error.interval import mean_interval, percentile_bound
+from hyperattention.error.interval import _least_ranks, mean_interval, percentile_bound
 
 POPULATION = 16384
 CASES = 400  # samples drawn from each population of row errors
@@ -156,3 +156,19 @@ def test_percentile_bound_needs_59_rows():
     live = every(64)
     live[:, :6] = False
     assert percentile_bound(errors, live).isnan().all()
+
+
+@pytest.mark.parametrize("p", [0.95, 0.5])
+def test_ranks_of_all_counts_are_the_least_of_each(p):
+    for count, rank in enumerate(_least_ranks(300, p)):
+        at_least = [1 - binomial_cdf(k - 1, count, p) for k in range(1, count + 1)]
+        # where a chance is 5% to rounding either rank would do; none is
+        assert rank == next((k for k, chance in enumerate(at_least, 1) if chance <= 0.05), 0)
+
+
+def test_rows_that_count_differ_between_batch_entries():
+    errors = torch.rand(2, 3, 100, generator=torch.Generator().manual_seed(0))
+    live = torch.arange(100) < torch.tensor([[100], [59]])
+    bound = percentile_bound(errors, live)
+    assert_same_bits(bound[1], errors[1, :, :59].amax(-1))
+    assert_same_bits(bound[0], percentile_bound(errors[:1], every(100))[0])

@@ -3,26 +3,92 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+import hyperattention as ha
+from hyperattention import select
+from hyperattention.kernels.list.flat_form import flat_form_of
+from hyperattention.kernels.list.operator import fields
+from hyperattention.kernels.list.reference import Lists
+from hyperattention.problem import Problem
+from test_workspace import Peak
 
 # what docs/performance.md tells, by tokens
 LEAN = {8192: 17, 131_072: 17, 1_048_576: 58}
-ALIKE = {8192: 10, 16_384: 10, 32_768: 20, 131_072: 62}
+DEFAULT = {8192: 7, 16_384: 7, 32_768: 7, 131_072: 7, 1_048_576: 7}
+# the default at 131,072 tokens, by heads, kv heads and numbers of a query: large groups, sorted in parts; and width 256,
+# for which PyTorch factors the covariances of keys
+SHAPES = {(64, 4, 128): 7, (48, 4, 128): 7, (32, 1, 128): 7, (71, 1, 64): 7, (8, 4, 256): 66, (16, 1, 256): 66}
+# bytes of blocks of keys, directions, memory of programs, and numbers of tiles: 32 heads on 8, width 128, causal
+BESIDE_THE_RESULT = {8192: 64_335_904, 131_072: 527_818_784, 1_048_576: 1_180_753_952}
 
 
 @pytest.mark.parametrize(
-    ("alike", "tokens", "launches"),
-    [(False, *each) for each in LEAN.items()] + [(True, *each) for each in ALIKE.items()],
+    ("lean", "tokens", "launches"),
+    [(True, *each) for each in LEAN.items()] + [(False, *each) for each in DEFAULT.items()],
 )
-def test_a_choice_takes_as_many_launches_as_stated(alike, tokens, launches, monkeypatch):
+def test_a_choice_takes_as_many_launches_as_stated(lean, tokens, launches, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from gpu.counts import count
 
-    counted = count(tokens, alike).launches
+    counted = count(tokens, lean).launches
     # kernels of this package alone: no operator of PyTorch between them
     ours = {
-        "place_tiles", "alike_first", "key_factors", "alike_blocks", "sort_alike", "group_alike", "alike_bars",
-        "alike_shares", "draw_alike", "uniform_of_tiles", "key_basis", "prepare_keys", "prepare_queries", "represent",
+        "place_tiles", "alike_first", "key_factors", "alike_blocks", "sort_alike", "choose_alike", "uniform_of_tiles",
+        "key_basis", "prepare_keys", "prepare_queries", "represent",
         "block_lse", "block_mass", "open_blocks", "draw_leaves",
     }  # fmt: skip
     assert {name for name, times in counted.items() if times} <= ours
     assert counted.total() == launches
+
+
+@pytest.mark.parametrize(("sizes", "launches"), SHAPES.items(), ids=str)
+def test_kernels_choose_for_the_shapes_of_common_models(sizes, launches, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.counts import count_launches
+
+    counted = count_launches(ha.default_method(65_536), 131_072, sizes).launches
+    assert counted["sort_alike"] == counted["choose_alike"] == 1
+    assert counted.total() == launches
+
+
+@pytest.mark.parametrize("tokens", BESIDE_THE_RESULT)
+def test_what_a_choice_for_alike_queries_holds_beside_its_result_is_bounded(tokens, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.counts import as_on_a_gpu
+
+    heads, kv_heads, width = 32, 8, 128
+    q, k = (torch.empty(1, each, tokens, width, dtype=torch.bfloat16, device="meta") for each in (heads, kv_heads))
+    method = ha.Method(ha.Sinks(16), ha.Window(192), select.DrawAlike(640, pooled=16), tile=128)
+    with as_on_a_gpu(), torch.no_grad(), Peak() as peak:
+        kept = method.selections(Problem(q, k, k, width**-0.5, causal=True))
+        beside = peak.most - peak.now
+    assert kept
+    assert beside == BESIDE_THE_RESULT[tokens]
+    assert beside <= 512 * 2**20 or tokens > 131_072
+
+
+@pytest.mark.parametrize("tokens", [8192, 32_768, 131_072])
+def test_a_whole_call_takes_as_many_launches_as_stated(tokens, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.counts import as_on_a_gpu, count_call
+
+    counted = count_call(ha.default_method(65_536), tokens).launches
+    choice = {"place_tiles": 1, "alike_first": 1, "key_factors": 2, "alike_blocks": 1, "sort_alike": 1, "choose_alike": 1}
+    assert +counted == choice | {"sort_rows": 1, "list_attention": 4, "merge_rows": 1}
+    # two launches for each list: what lays it out, and the fast kernel
+    q, k = (torch.empty(1, each, tokens, 128, dtype=torch.bfloat16, device="meta") for each in (32, 8))
+    with as_on_a_gpu(), torch.no_grad():
+        selected = ha.default_method(65_536).selections(Problem(q, k, k, 0.1, causal=True))
+    assert all(flat_form_of(Lists(*fields(lists)), tokens, paged=False) for _, lists in selected)
+
+
+@pytest.mark.parametrize("tokens", [8192, 131_072])
+def test_an_audit_of_rows_takes_as_many_launches_as_stated_and_waits_for_none(tokens, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.audit_counts import count_audit
+
+    # tensors without values: the host can wait for none of them
+    counted = count_audit(tokens)
+    assert counted["launch_forward"] == counted["launch_merge"] == 1
+    assert counted.total() == 73

@@ -4,18 +4,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperattention as ha
+from alike_choice import Chosen, choose
 from assertions import assert_exact, assert_same_bits
+from hyperattention.kernels.choose import alike_plan
+from hyperattention.kernels.choose.triton_draw_alike import draw_lists
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
-from hyperattention.select.alike import sort_alike
 from hyperattention.select.score import alike_fused, alike_scan
-from hyperattention.select.score.alike_fused import FusedBlocks, fused_draws, fused_shares
-from hyperattention.select.score.alike_scan import AlikeScan, Blocks, blocks_of
+from hyperattention.select.score.alike_scan import AlikeScan, blocks_of
+from hyperattention.select.score.block_sizes import BlockSizes
+from hyperattention.select.score.scratch import Scratch
 from hyperattention.select.score.stretches import stretches_of
-from hyperattention.tiling import Tiles, cut
+from hyperattention.tiling import cut
 from problems import problem, tensors
 
 pytestmark = pytest.mark.usefixtures("triton_kernel")
@@ -47,67 +53,68 @@ def strided(given: Problem) -> Problem:
     return replace(given, **{name: getattr(given, name).transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"})
 
 
-def scan_of(given: Problem, groups: int, many: int) -> tuple[Tiles, AlikeScan]:
+def scan_of(given: Problem, groups: int, many: int, most: int, monkeypatch) -> tuple[Chosen, AlikeScan]:
+    """A choice, and what PyTorch would score by its averages."""
     tiles = cut(given, TILE)
-    _, query, few = sort_alike(tiles, many)
-    return tiles, AlikeScan.of(tiles, query, few, groups)
+    made = choose(monkeypatch, tiles, many, groups, most=most)
+    # memory for scores, and all else is the kernel's
+    scan = AlikeScan.of(tiles, made.query[..., :1, :], made.query[..., :1, :], 1)
+    return made, replace(scan, query=made.query.float(), spread=made.spread.float(), log_rows=made.log_rows)
 
 
-def known_shares(scan: AlikeScan, part: slice, blocks: Blocks, num: int) -> torch.Tensor:
-    """Shares of the kernel as `AlikeScan.shares` gives them: 0 where nothing is known."""
-    own, width, dtype = scan.own(part), scan.query.shape[4], blocks.keys.dtype
-    known = scan._known(part, blocks.size)
-    edges = torch.zeros((*known.shape, 5), dtype=torch.int64)
-    # what is left of a block beside them does not count
-    edges[..., 4] = known * blocks.size + blocks.size - 1
-    averages = scan.query[:, own].to(dtype), scan.spread[:, own].to(dtype), scan.log_rows[:, own]
-    moments, variance = blocks.moments.to(dtype), blocks.squares[..., width:].to(dtype)
-    share = fused_shares(averages, FusedBlocks(blocks.size, blocks.keys, variance, moments, blocks.log_value), edges, num)
-    share = share[..., :num].unflatten(1, (known.shape[1], -1))
-    hidden = torch.arange(num) >= known[..., None, None]
-    assert torch.isfinite(share[~hidden.expand_as(share)]).all()
-    return share.masked_fill(hidden, 0.0)
-
-
-@pytest.mark.parametrize("size", [1, 4], ids=["keys", "blocks"])
 @pytest.mark.parametrize(
-    ("given", "groups", "many"),
+    ("given", "groups", "many", "most"),
     [
-        pytest.param(problem(100, heads=2, kv_heads=2, head_dim=64), 8, 2, id="one head in a group"),
-        pytest.param(chunk_of_a_prompt(problem(150, heads=3, kv_heads=1, head_dim=80), 37), 5, 3, id="three, a chunk"),
-        pytest.param(strided(problem(130, heads=8, head_dim=128, causal=False)), 4, 4, id="four, all keys, strided"),
-        pytest.param(masked(problem(200, heads=4, batch=2), 140), 3, 2, id="masked keys"),
+        pytest.param(problem(100, heads=1, kv_heads=1, head_dim=64), 8, 2, 99, id="one head in a group"),
+        pytest.param(chunk_of_a_prompt(problem(150, heads=3, kv_heads=1, head_dim=80), 37), 5, 3, 40, id="three, a chunk"),
+        pytest.param(
+            strided(problem(70, heads=4, kv_heads=1, head_dim=128, causal=False)), 4, 4, 99, id="all keys, strided"
+        ),
+        pytest.param(problem(70, heads=2, kv_heads=1, causal=False), 4, 2, 30, id="all keys in blocks"),
+        pytest.param(masked(problem(130, heads=2, kv_heads=1, batch=2), 90), 3, 2, 40, id="masked keys"),
     ],
 )
-def test_shares_are_those_of_the_cpu(given, groups, many, size):
-    tiles, scan = scan_of(given, groups, many)
-    # not all tiles, so that the averages of a list are not all there are
-    part, num = slice(1, len(tiles.index)), -(-given.num_keys // size)
-    blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
-    ours, expected = known_shares(scan, part, blocks, num), scan.shares(part, blocks, num)
+def test_shares_are_those_of_the_cpu(given, groups, many, most, monkeypatch):
+    made, scan = scan_of(given, groups, many, most, monkeypatch)
+    sizes, seen, inner, outer = BlockSizes(most), set(), 0, 0
+    for tile in range(len(scan.tiles.index)):
+        part = slice(tile, tile + 1)
+        size, num = sizes.of(scan.tiles, part)
+        blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
+        known, bar = scan.bars(part, blocks)
+        expected, ours = scan.shares(part, blocks, num), made.share[:, part, :, :num]
+        # a program writes zeros behind what a list knows, as far as any of its lists knows keys
+        hidden = (torch.arange(num) >= known[..., None, None]).expand_as(ours)
+        told = known >= alike_scan.NORMAL
+        assert_exact(made.bar[:, part][told], bar[told], size=1.0)
+        ours = ours.masked_fill(hidden, 0.0)
+        assert_same_bits(ours > 0, expected > 0)
+        # logarithms: each share to rounding, however small; the scores under it are sums of products this large
+        size_of_scores = (scan.query.norm(dim=-1).max() * blocks.keys.norm(dim=-1).max()).item()
+        there = expected > 0
+        assert_exact(ours[there].log(), expected[there].log(), size=1 + size_of_scores)
+        seen.add(size)
+        inner, outer = inner + (there & (expected < 1)).sum(), outer + there.sum()
     # most are neither unknown nor as large as a share can be
-    assert ((expected > 0) & (expected < 1)).sum() > 0.3 * (expected > 0).sum() > 0
-    assert_same_bits(ours > 0, expected > 0)
-    # logarithms: each share to rounding, however small; the scores under it are sums of products this large
-    size_of_scores = (scan.query.norm(dim=-1).max() * blocks.keys.norm(dim=-1).max()).item()
-    there = expected > 0
-    assert_exact(ours[there].log(), expected[there].log(), size=1 + size_of_scores)
+    assert inner > 0.3 * outer > 0
+    assert len(seen) > 1 or not given.causal
 
 
-def test_shares_are_rounded_by_a_few_steps_of_bfloat16():
+def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
+    monkeypatch.setattr(alike_fused, "dtype_of_estimates", lambda device: torch.bfloat16)
     given = problem(100, heads=4, head_dim=64)
-    tiles, scan = scan_of(given, 4, 2)
+    made, scan = scan_of(given, 4, 2, 2**20, monkeypatch)
+    # memory for scores of its own dtype
+    scan = replace(scan, scores=Scratch(scan.query[:0], 2**16))
     blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), 1, 24)
-    # what is not rounded below is rounded here: only squares, of averages as well, and shares remain
-    scan = replace(scan, query=scan.query.bfloat16().float(), spread=scan.spread.bfloat16().float())
-    keys, moments = blocks.keys.bfloat16(), blocks.moments.bfloat16().float()
-    plain = replace(blocks, keys=keys.float(), squares=keys.float().square(), moments=moments)
-    part = slice(0, len(tiles.index))
+    # what the kernel is given rounded is rounded here: only squares, of averages as well, and shares remain
+    keys, moments = (x[0].float() for x in (made.blocks.keys, made.blocks.moments))
+    plain = replace(blocks, keys=keys, squares=keys.square(), moments=moments)
+    part = slice(0, len(scan.tiles.index))
     expected, extra = scan.shares(part, plain, 100), scan._allowance(part, plain, 100)
-    ours = known_shares(scan, part, replace(blocks, keys=keys), 100)
-    assert ours.dtype == torch.bfloat16
+    assert made.share.dtype == torch.bfloat16
     there = expected > 0
-    off = (ours.float()[there].log() - expected[there].log()).abs()
+    off = (made.share[..., :100].float()[there].log() - expected[there].log()).abs()
     # a step for the share, one for the squares under the root of the allowance, and one for those of averages, of which half
     # the variance of a stretch's scores is made
     half = (scan.query.square().unsqueeze(4) * moments[:, None, None, None, :, 8 * 8 :]).sum(-1).amax()
@@ -123,6 +130,25 @@ EDGES = {
     "as many keys as draws": (5, 29, 29, 29),
     "nothing left": (0, 0, 0, 0),
 }
+
+
+@triton.jit
+def _draws(
+    share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, lists, count, room, num, size,
+    MANY: tl.constexpr,
+):  # fmt: skip
+    """Four lists at a time, few blocks at once."""
+    begin = tl.program_id(0) * 4
+    draw_lists(
+        share_ptr + begin * room, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin,
+        tl.minimum(begin + 4, lists), count, room, num, size, 0.2, 1e-30, 5, MANY, 4, 4, 2**30, 57, 64, 32, 64,
+    )  # fmt: skip
+
+
+def drawn(share: Tensor, size: int, edges: Tensor, noise: Tensor, *results: Tensor) -> None:
+    lists, room = share.shape
+    given = share.contiguous(), edges, noise, *results, lists, int(edges[0, 4]) // size, room, NUM, size
+    _draws[(-(-lists // 4),)](*given, POINTS)
 
 
 def masses(kind: str, blocks: int) -> torch.Tensor:
@@ -145,16 +171,16 @@ def test_draws_follow_the_law(size, kind):
     blocks, tiles = -(-100 // size), len(EDGES)
     left = tuple(torch.tensor(x)[None, :, None] for x in zip(*EDGES.values(), strict=True))
     share = masses(kind, blocks).expand(1, tiles, POINTS, -1)
-    # the last blocks are unknown: whatever stands there is not read
+    # the last blocks are unknown: whatever stands behind the zeros there is not read
     known = torch.full((1, tiles), blocks - 4)
     hidden = torch.arange(blocks) >= blocks - 4
     noise = ((torch.arange(POINTS) + 0.5) / POINTS).double().repeat(tiles)[None]
-    given = share.masked_fill(hidden, torch.nan).flatten(1, 2)
-    # both are parts of more memory: rows of another list follow
-    index, weight = (x.new_empty(1, tiles * POINTS + 3, NUM)[:, : tiles * POINTS] for x in (known, torch.empty(0)))
-    low, high = (known.new_empty(1, tiles * POINTS + 3)[:, : tiles * POINTS] for _ in range(2))
+    given = torch.nn.functional.pad(share.masked_fill(hidden, 0.0), (0, -blocks % 16)).flatten(1, 2)
+    given = torch.nn.functional.pad(given, (0, 16), value=torch.nan)
+    index, weight = (x.new_empty(1, tiles * POINTS, NUM) for x in (known, torch.empty(0)))
+    low, high = (known.new_empty(1, tiles * POINTS) for _ in range(2))
     ends = torch.cat([*left, (known * size)[..., None]], 2)
-    fused_draws(given, size, ends, noise, (index, weight, low, high), 0.2)
+    drawn(given[0], size, ends[0], noise[0], index[0], weight[0], low[0], high[0])
     assert_same_bits(low, left[0][..., 0].repeat_interleave(POINTS, 1))
     assert_same_bits(high, left[3][..., 0].repeat_interleave(POINTS, 1))
     law = stretches_of(share.masked_fill(hidden, 0.0).contiguous(), size, left, NUM, 0.2, True)
@@ -209,23 +235,15 @@ def test_a_fused_choice_is_that_of_the_cpu(given, stage, monkeypatch):
     assert_exact(weight[here], log_weight[here], size=10.0)
 
 
-@pytest.mark.heavy
-def test_chunks_of_the_device_change_no_bit(monkeypatch):
-    given, stage = problem(130, kv_heads=1), DrawAlike(24, 32, 4, most=70)
-    method = ha.Method(ha.Window(8), stage, tile=TILE)
+@pytest.mark.parametrize("most", [2**20, 40], ids=["keys", "blocks"])
+def test_the_number_of_programs_changes_no_bit(most, monkeypatch):
+    method = ha.Method(ha.Window(8), DrawAlike(24, 32, 4, most=most), tile=TILE)
     found = []
-    for tiles in (1, 3):
-        monkeypatch.setattr(
-            draw_alike, "chunks", lambda tiles, numbers, seams=(), step=tiles: chunks_of(len(tiles.index), seams, step)
-        )
-        found.append(chosen(method, given, fused=True, monkeypatch=monkeypatch))
+    for many in (1, 2**20):
+        monkeypatch.setattr(alike_plan, "_multiprocessors", lambda device, many=many: many)
+        found.append(chosen(method, problem(130, kv_heads=1), fused=True, monkeypatch=monkeypatch))
     for one, three in zip(*found, strict=True):
         assert_same_bits(one, three)
-
-
-def chunks_of(total: int, seams, step: int) -> list[slice]:
-    starts = sorted({*range(0, total, step), *(seam for seam in seams if seam < total)})
-    return [slice(at, end) for at, end in zip(starts, [*starts[1:], total], strict=True)]
 
 
 class Captured(TorchDispatchMode):
@@ -243,8 +261,8 @@ class Captured(TorchDispatchMode):
     ("pooled", "head_dim", "reads", "operators"),
     [
         # covariances of wide keys are factored by PyTorch
-        (16, 128, True, 8), (17, 128, True, 0), (8, 256, True, 7), (9, 192, True, 0), (32, 16, True, 0), (4, 8, False, 0),
-        (16, 8, True, 8),
+        (16, 128, True, 5), (17, 128, True, 0), (8, 256, True, 4), (9, 192, True, 4), (32, 16, True, 0), (4, 8, False, 0),
+        (16, 8, True, 5),
     ],
 )  # fmt: skip
 def test_kernels_run_where_they_support_the_call(pooled, head_dim, reads, operators, monkeypatch):
@@ -258,6 +276,6 @@ def test_kernels_run_where_they_support_the_call(pooled, head_dim, reads, operat
 def test_operators_are_registered_soundly(monkeypatch):
     with Captured() as captured:
         chosen(ha.Method(DrawAlike(24, 32, 4, most=40), tile=TILE), problem(64), fused=True, monkeypatch=monkeypatch)
-    assert len(captured.calls) == 8
+    assert len(captured.calls) == 5
     for operator, args in captured.calls.items():
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))

@@ -1,15 +1,16 @@
 """Sorting, grouping and averaging alike queries as a GPU does it: the same lists as PyTorch's, and the same estimates."""
 
 from dataclasses import replace
-from math import log
 
 import pytest
 import torch
 from torch import Tensor
 
+from alike_choice import choose
 from assertions import assert_exact, assert_same_bits
-from hyperattention.kernels.choose import triton_alike_bars
-from hyperattention.kernels.choose.operator_alike import alike_bars, sorts_alike
+from hyperattention.kernels.choose import triton_choose_alike
+from hyperattention.kernels.choose.alike_plan import AlikePlan
+from hyperattention.kernels.choose.operator_alike import sorts_alike
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
@@ -17,6 +18,7 @@ from hyperattention.select.score import alike_fused, alike_scan
 from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_first
 from hyperattention.select.score.alike_product import HIDDEN
 from hyperattention.select.score.alike_scan import AlikeScan, blocks_of
+from hyperattention.select.score.block_sizes import BlockSizes
 from hyperattention.select.score.key_metric import KeyMetric
 from hyperattention.select.score.pooling import edges_of
 from hyperattention.select.score.principal import principal_directions
@@ -51,7 +53,7 @@ def sorted_as_torch(tiles: Tiles, many: int) -> AlikeTiles:
 
 def sort_of(tiles: Tiles, many: int, metric: KeyMetric) -> FusedSort:
     edges = edges_of(tiles, CoveredKeys()).of_tile
-    return FusedSort.empty(tiles, many, metric, first_of(tiles, many)[1], edges)
+    return FusedSort.of(tiles, many, metric, first_of(tiles, many)[1], edges)
 
 
 def first_of(tiles: Tiles, many: int = 1, num: int = 24) -> tuple[Tensor, ...]:
@@ -62,13 +64,6 @@ def first_of(tiles: Tiles, many: int = 1, num: int = 24) -> tuple[Tensor, ...]:
 def centres_of(k: Tensor, v: Tensor, num: int) -> Tensor:
     """Averages alone: what else is computed depends on other things."""
     return first_of(cut(Problem(k[None], k[None], v[None], 1.0), TILE), 1, num)[0]
-
-
-def sorted_in_parts(tiles: Tiles, many: int, groups: int) -> tuple[FusedSort, tuple[Tensor, ...]]:
-    """Sort the first tile, then all others."""
-    ordered, count = sort_of(tiles, many, metric_of(tiles)), len(tiles.index)
-    parts = [ordered.averages(part, groups) for part in (slice(0, 1), slice(1, count))]
-    return ordered, tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
 
 
 def separated(given: Problem, many: int) -> Problem:
@@ -91,7 +86,7 @@ def separated(given: Problem, many: int) -> Problem:
 def test_queries_of_one_direction_share_a_list(given, many):
     given = separated(given, many)
     tiles = cut(given, TILE)
-    ordered, _ = sorted_in_parts(tiles, many, 3)
+    ordered = sort_of(tiles, many, metric_of(tiles))
     expected = sorted_as_torch(tiles, many)
     # inside a list any order will do
     assert_same_bits(ordered.alike.source.sort(2)[0], expected.source.sort(2)[0])
@@ -107,9 +102,7 @@ def test_directions_are_those_of_rounded_queries_far_from_the_origin():
     given = replace(given, q=(given.q * size + 40 * torch.ones(32)).bfloat16(), k=given.k.bfloat16(), v=given.v.bfloat16())
     tiles = cut(given, TILE)
     ordered = sort_of(tiles, 1, KeyMetric.of(given.k[0], 99))
-    results = ordered.alike.source, ordered.alike.live, ordered.alike.inside, ordered.row_limit
-    given_to_it = given.q, ordered.begin, ordered.metric.factor, ordered.edges, tiles.limit
-    directions = alike_fused.sort_alike(*given_to_it, *results, 0, 0, 1, 99, 4, given.scale, 4, 2)[0, 0]
+    directions = ordered.directions[0, 0].float()
     x = given.q[0].flatten(0, 1).float()
     x = x - x.mean(0)
     best = torch.linalg.svd(x)[2][:16]
@@ -123,11 +116,7 @@ def test_each_tile_takes_the_factor_of_the_most_keys_that_it_knows():
     tiles = cut(problem(128, kv_heads=1, head_dim=8), TILE)
     # 20 and 80 leading keys, of which tiles know 0, 32, 64 and 96
     metric = KeyMetric(torch.eye(8).expand(1, 3, -1, -1) * torch.tensor([1.0, 2.0, 4.0])[:, None, None], 20)
-    ordered = sort_of(tiles, 1, metric)
-    results = ordered.alike.source, ordered.alike.live, ordered.alike.inside, ordered.row_limit
-    given = tiles.problem.q, ordered.begin, metric.factor, ordered.edges, tiles.limit
-    directions = alike_fused.sort_alike(*given, *results, 0, 0, 1, 20, 4, 1.0, 0, 2)
-    assert directions.amax((0, 2, 3)).tolist() == [1.0, 2.0, 2.0, 4.0]
+    assert sort_of(tiles, 1, metric).directions.amax((0, 2, 3)).tolist() == [1.0, 2.0, 2.0, 4.0]
     assert metric.number(tiles.by_list(tiles.known))[0].tolist() == [0, 1, 1, 2]
 
 
@@ -147,9 +136,10 @@ def spoilt(given: Problem) -> Problem:
         pytest.param(problem(40, heads=2, kv_heads=1, causal=False), 4, id="all keys"),
     ],
 )
-def test_every_query_has_one_row(given, many):
+def test_every_query_has_one_row(given, many, monkeypatch):
     tiles = cut(given, TILE)
-    ordered, averages = sorted_in_parts(tiles, many, 2)
+    made = choose(monkeypatch, tiles, many, 2, metric_of(tiles))
+    ordered = made.ordered
     alike, group = ordered.alike, given.group
     expected = sorted_as_torch(tiles, many)
     assert alike.source.shape == expected.source.shape
@@ -165,21 +155,26 @@ def test_every_query_has_one_row(given, many):
     source = alike.source.unflatten(1, (-1, many)).flatten(2)
     assert_same_bits(source[live], (inside % group * given.num_queries + position)[live])
     assert_same_bits(alike.restore(alike.arrange(given.q)).nan_to_num(), given.q.nan_to_num())
-    assert all(torch.isfinite(x).all() for x in (averages[0], averages[2]))
+    assert all(torch.isfinite(x).all() for x in (made.query, made.log_rows))
+    assert (made.index >= 0).all()
 
 
-def test_averages_are_those_of_the_same_lists():
+def test_averages_are_those_of_the_same_lists(monkeypatch):
     given = problem(64, heads=4, kv_heads=2, head_dim=24)
     tiles, many, groups = cut(given, TILE), 2, 5
-    ordered, (query, spread, log_rows) = sorted_in_parts(tiles, many, groups)
-    rows = (ordered.alike.arrange(given.q) * given.scale).unflatten(1, (-1, many))
+    made = choose(monkeypatch, tiles, many, groups, metric_of(tiles))
+    rows = (made.ordered.alike.arrange(given.q) * given.scale).unflatten(1, (-1, many))
     # rows of lists in any order, which have the directions of their tile
     compared = rows @ metric_of(tiles).of_tiles(tiles.by_list(tiles.known))[:, :, None]
     directions = principal_directions(compared.flatten(2, 3).flatten(0, 1), 16).unflatten(0, rows.shape[:2])
     scan = AlikeScan.of(tiles, rows, compared @ directions[:, :, None], groups)
-    assert_exact(query, scan.query)
-    assert_exact(spread, scan.spread)
-    assert_exact(log_rows, scan.log_rows, size=1.0)
+    assert_exact(made.query, scan.query)
+    assert_exact(made.spread, scan.spread)
+    assert_exact(made.log_rows, scan.log_rows, size=1.0)
+
+
+def plan_of(keys: int, most: int, first: int, seams: tuple[int, ...]) -> AlikePlan:
+    return AlikePlan(TILE, 0, 1, 1, keys, most, first, 1, 1, STRETCH, 2, 4, seams)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -190,12 +185,18 @@ def test_blocks_are_those_of_the_cpu(size):
     # a value in the centre
     given.v[0, 0, 70] = given.v[0, 0, :24].mean(0)
     k, v = (x.flatten(0, 1) for x in (given.k, given.v))
-    ours, expected = FusedBlocks.of(k, v, centres_of(k, v, 24), size), blocks_of(k, v, size, 24)
-    assert_exact(ours.keys, expected.keys)
-    assert_exact(ours.moments, expected.moments)
-    assert_exact(ours.log_value, expected.log_value)
-    if size > 1:
-        assert_exact(ours.variance, expected.squares[..., 24:])
+    # two sizes, of which the first has the leading keys alone
+    most = 72 // (2 * size)
+    ours = FusedBlocks.of(k, v, centres_of(k, v, 24), plan_of(100, most, size, (1,)))
+    for level, each in enumerate((size, 2 * size)):
+        expected = blocks_of(k[:, : most * each], v[:, : most * each], each, 24)
+        count = expected.moments.shape[1]
+        assert count > 0
+        assert_exact(ours.keys[level], expected.keys)
+        assert_exact(ours.moments[level, :, :count], expected.moments)
+        assert_exact(ours.log_value[level], expected.log_value)
+        if each > 1:
+            assert_exact(ours.variance[level - (size == 1)], expected.squares[..., 24:])
 
 
 def test_blocks_need_no_usual_distance():
@@ -204,24 +205,25 @@ def test_blocks_need_no_usual_distance():
     v = torch.ones_like(given.v[0])
     v[0, 30] = 5.0
     k = given.k[0]
-    assert_exact(FusedBlocks.of(k, v, centres_of(k, v, 24), 1).log_value, blocks_of(k, v, 1, 24).log_value)
+    ours = FusedBlocks.of(k, v, centres_of(k, v, 24), plan_of(40, 40, 1, ()))
+    assert_exact(ours.log_value[0], blocks_of(k, v, 1, 24).log_value)
 
 
 @pytest.mark.parametrize("sharp", [1.0, 6.0])
 def test_bars_are_those_of_the_cpu(sharp, monkeypatch):
-    # more stretches than are read at once
-    monkeypatch.setattr(triton_alike_bars, "_STRETCHES", 16)
-    given = problem(390, heads=4, kv_heads=2, head_dim=24)
-    tiles, size = cut(replace(given, q=given.q * sharp), TILE), 2
-    _, query, few = sort_alike(tiles, 2)
-    scan, blocks = AlikeScan.of(tiles, query, few, 3), blocks_of(given.k[0], given.v[0], size, 24)
-    known, expected = scan.bars(slice(0, len(tiles.index)), blocks)
-    edges = edges_of(tiles, CoveredKeys()).of_tile
-    ours = alike_bars(scan.query, scan.log_rows, blocks.moments, edges, size, STRETCH, log(STRETCH * size), float(-HIDDEN))
+    # more stretches than are read at once, and a program has more averages than are compared at once
+    monkeypatch.setattr(triton_choose_alike, "_STRETCHES", 16)
+    given = problem(390, heads=2, kv_heads=1, head_dim=24)
+    tiles = cut(replace(given, q=given.q * sharp), TILE)
+    made = choose(monkeypatch, tiles, 1, 3, most=195)
+    scan = AlikeScan.of(tiles, made.query[..., :1, :], made.query[..., :1, :], 1)
+    scan, sizes = replace(scan, query=made.query, log_rows=made.log_rows), BlockSizes(195)
     # the first tile sees no whole stretch
-    assert (known[:, 0] == 0).all()
-    assert (ours[:, 0] == HIDDEN).all()
-    assert_exact(ours[:, 1:], expected[:, 1:])
+    assert (made.bar[:, 0] == HIDDEN).all()
+    for tile in (1, 5, 6, 12):
+        size, part = sizes.of(tiles, slice(tile, tile + 1))[0], slice(tile, tile + 1)
+        _, expected = scan.bars(part, blocks_of(given.k[0], given.v[0], size, 24))
+        assert_exact(made.bar[:, part], expected)
 
 
 def test_noise_has_the_same_bits():

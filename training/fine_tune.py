@@ -33,15 +33,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hyperattention as ha
-from hyperattention import select
-from hyperattention.bench.rows import control_of
+from hyperattention.bench.rows import control_of, find_default
 from hyperattention.files.records import environment
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.reference.model import load_reference
 
-# the default of a CPU, also below the length from which it runs by itself
-DEFAULT = ha.Method(ha.Sinks(16), ha.Window(192), select.DrawAlike(640, pooled=16), tile=128)
+# also below the length from which it runs by itself
+DEFAULT = find_default()
 METHODS: dict[str, AttentionMethod] = {"exact": ha.Exact(), "default": DEFAULT, "control": control_of(DEFAULT)}
 
 

@@ -74,7 +74,8 @@ def error_text(line: Mapping | None) -> str:
 
 def beside_text(record: Mapping | None) -> str:
     """Errors of the method judged, its control and exact attention in its own precision."""
-    parts = [f"error {error_text(candidate(record, 'ours'))}"]
+    ours = candidate(record, "ours")
+    parts = [f"{ours['label']}: error {error_text(ours)}" if ours else "error -"]
     if control := candidate(record, "control"):
         times = f", {control['speedup']['value']:.3g}x" if control.get("speedup") else ""
         parts.append(f"control, same slots: {error_text(control)}{times}")

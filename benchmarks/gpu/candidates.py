@@ -13,7 +13,7 @@ from gpu.session import Session, reason_of
 from gpu.tasks import Task, Tensors, make_tensors
 from gpu.timing import Call, seconds_of
 from hyperattention import Exact, Sinks, attention, default_method
-from hyperattention.bench.rows import Row, control_of
+from hyperattention.bench.rows import Row, control_of, find_default
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.method import Method
 
@@ -174,8 +174,9 @@ def candidate_of(session: Session, task: Task, name: str, label: str, method: At
 def our_candidates(session: Session, task: Task) -> list[Entry]:
     """Give the method judged, and the control that lists as many slots: sinks, window and uniform draws."""
     method = session.plan.method
+    label = "hyperattention, default" if method == find_default() else "hyperattention, as given"
     return [
-        candidate_of(session, task, "ours", "hyperattention", method),
+        candidate_of(session, task, "ours", label, method),
         candidate_of(session, task, "control", "control: + uniform draws", control_of(method)),
     ]
 

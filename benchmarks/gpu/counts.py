@@ -2,7 +2,9 @@
 
 python benchmarks/gpu/counts.py                    # the default method at 8k, 131k and 1M tokens
 python benchmarks/gpu/counts.py 65536 --largest 20 # one length, and the operators that move most
-python benchmarks/gpu/counts.py --alike            # the default method of a CPU, which draws for alike queries
+python benchmarks/gpu/counts.py --lean             # the lean method
+python benchmarks/gpu/counts.py --call             # a whole call, forward: the choice, attention to the lists, the merge
+python benchmarks/gpu/counts.py --audit            # an audit of 64 rows: audit_counts.py
 python benchmarks/gpu/counts.py --decode           # a decoding step of each store of a cache: decode_counts.py
 """
 
@@ -19,17 +21,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hyperattention import default_method
+from hyperattention import attention, default_method, lean_method
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.problem import Problem
-from hyperattention.select import draw_alike, placed
+from hyperattention.select import alike, draw_alike, placed
 from hyperattention.select.score import alike_fused, hierarchical_search, search_fused
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-# operators that are given all queries and read those of some tiles, and which argument has a row for each of these
-OF_QUERIES = {"sort_alike": 5, "group_alike": 1}
-# operators of several launches, and one that only compares types
-LAUNCHES = {"key_factors": 2, "promote_types": 0}
+HEADS, KV_HEADS, HEAD_DIM = SIZES = 32, 8, 128
+# operators of several launches, and one that only compares types; lists are laid out and read by the fast list kernel
+LAUNCHES = {"key_factors": 2, "list_attention": 2, "promote_types": 0}
 # operators that ask a tensor only where it is, and those that read its first rows only, as many as an argument says
 ASKED, LEADING = {"place_tiles"}, {"alike_first": 2, "key_basis": 1}
 
@@ -47,9 +47,6 @@ class Count(TorchDispatchMode):
         # a view moves nothing, and memory is not touched by asking for it
         if not func.is_view and "empty" not in func.name() and "_unsafe_view" not in func.name():
             name = func.overloadpacket._qualified_op_name.split("::")[1]
-            if name in OF_QUERIES:
-                # a chunk's queries, not all
-                args = (args[0][..., : 1 + args[OF_QUERIES[name]][0].numel() * KV_HEADS // HEADS, :], *args[1:])
             if name in ASKED:
                 args = args[1:]
             if name in LEADING:
@@ -66,21 +63,35 @@ class Count(TorchDispatchMode):
 def as_on_a_gpu() -> Iterator[None]:
     """Let the choice take the path of a GPU: the fused kernels, of which tensors without memory need only the shapes."""
     with ExitStack() as stack:
-        for module in (hierarchical_search, draw_alike, placed):
+        for module in (hierarchical_search, draw_alike, placed, alike):
             stack.enter_context(patch.object(module, "triton_reads", lambda *tensors: True))
         for module in (search_fused, alike_fused):
             stack.enter_context(patch.object(module, "dtype_of_estimates", lambda device: torch.bfloat16))
         yield
 
 
-def count(tokens: int, alike: bool) -> Count:
-    return count_launches(default_method(max(tokens, 65_536), device="cpu" if alike else "cuda"), tokens)
+def count(tokens: int, lean: bool = False) -> Count:
+    return count_launches(method_of(lean), tokens)
 
 
-def count_launches(method: AttentionMethod, tokens: int) -> Count:
+def method_of(lean: bool) -> AttentionMethod:
+    return lean_method(65_536) if lean else default_method(65_536)
+
+
+def count_call(method: AttentionMethod, tokens: int) -> Count:
+    """Count what a call takes, forward, without gradients."""
     q, k = (torch.empty(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS))
     with as_on_a_gpu(), torch.no_grad(), Count() as counted:
-        method.selections(Problem(q, k, k, HEAD_DIM**-0.5, causal=True))
+        attention(q, k, k, is_causal=True, enable_gqa=True, method=method)
+    return counted
+
+
+def count_launches(method: AttentionMethod, tokens: int, sizes: tuple[int, int, int] = SIZES) -> Count:
+    """Count what a choice takes, for so many heads, kv heads and numbers of a query."""
+    *heads, width = sizes
+    q, k = (torch.empty(1, number, tokens, width, dtype=torch.bfloat16, device="meta") for number in heads)
+    with as_on_a_gpu(), torch.no_grad(), Count() as counted:
+        method.selections(Problem(q, k, k, width**-0.5, causal=True))
     return counted
 
 
@@ -88,14 +99,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=int, nargs="*", default=[8192, 131_072, 1_048_576])
     parser.add_argument("--largest", type=int, default=0, help="operators to name, by bytes")
-    parser.add_argument("--alike", action="store_true", help="count what draws for alike queries take")
+    parser.add_argument("--lean", action="store_true", help="count what the lean method takes below 131,072 keys")
+    parser.add_argument("--call", action="store_true", help="count a whole call, not its choice alone")
+    parser.add_argument("--audit", action="store_true", help="count an audit of 64 rows")
     parser.add_argument("--decode", action="store_true", help="count a decoding step of each store of a cache")
     options = parser.parse_args()
-    if options.decode:
-        runpy.run_path(str(Path(__file__).parent / "decode_counts.py"), run_name="__main__")
+    if options.audit or options.decode:
+        script = "audit_counts.py" if options.audit else "decode_counts.py"
+        runpy.run_path(str(Path(__file__).parent / script), run_name="__main__")
         return
     for tokens in options.tokens:
-        counted = count(tokens, options.alike)
+        counted = count_call(method_of(options.lean), tokens) if options.call else count(tokens, options.lean)
         print(f"{tokens:,} tokens: {counted.launches.total()} launches, {counted.bytes.total() / 1e9:.3g} GB")
         for name, moved in counted.bytes.most_common(options.largest):
             print(f"    {name}: {counted.launches[name]} launches, {moved / 1e9:.3g} GB")

@@ -55,7 +55,7 @@ def why_wrong(tests: Sequence[Path], seconds: float) -> str | None:
 
 
 def lengths(session: Session) -> None:
-    """Causal forward passes: the defaults of a GPU and of a CPU beside exact attention and the control, at several lengths.
+    """Causal forward passes: the default, its control and the lean method beside exact attention, at several lengths.
 
     Only structured inputs, and only the exact kernel that is fastest here.
     """
@@ -63,8 +63,8 @@ def lengths(session: Session) -> None:
     fastest = next(iter(time_exact(session)))
     for length in sorted({plan.long, *plan.shorter, plan.probe}):
         task = Task(make_tensors(plan, "structured", length))
-        alike = candidate_of(session, task, "alike", "draws for alike queries", plan.alike)
-        entries = [*exact_candidates(task, [fastest]), *our_candidates(session, task), alike]
+        lean = candidate_of(session, task, "lean", "hyperattention, lean", plan.lean)
+        entries = [*exact_candidates(task, [fastest]), *our_candidates(session, task), lean]
         session.journal.write(compare(session, "lengths", scene_of(session, task), entries))
 
 
@@ -73,7 +73,7 @@ def launches(session: Session) -> None:
     plan = session.plan
     for length in sorted({plan.shorter[-1], plan.long}):
         task = Task(make_tensors(plan, "structured", length))
-        for name, method in (("ours", plan.method), ("alike", plan.alike)):
+        for name, method in (("ours", plan.method), ("lean", plan.lean)):
             session.journal.write(_profile(session, task, candidate_of(session, task, name, name, method)))
 
 
@@ -100,7 +100,7 @@ def _profile(session: Session, task: Task, one: Candidate) -> Record:
 
 
 def against(records: Records, before: Records) -> list[str]:
-    """Compare each length with the last record of the same length and candidate.
+    """Compare each length with the last record of the same length and method.
 
     Args:
         records: of this run.
@@ -113,19 +113,21 @@ def against(records: Records, before: Records) -> list[str]:
     for record in records:
         if record.get("part") != "lengths":
             continue
-        for name in ("ours", "alike", "control"):
+        for name in ("ours", "lean", "control"):
             if now := candidate(record, name):
-                then = _last(before, record, name)
+                then = _last(before, record, now)
                 old = f"{then['speedup']['value']:.3g}x, error {error_text(then)}" if then else "not recorded"
                 speed = f"{now['speedup']['value']:.3g}x" if now["speedup"] else "no exact kernel ran"
                 lines.append(f"{record['shape']['keys']:>9,} {name}: {speed}, error {error_text(now)}; before: {old}")
     return lines
 
 
-def _last(before: Records, record: Record, name: str) -> Record | None:
-    """The last line of a candidate on inputs of the same shape."""
+def _last(before: Records, record: Record, now: Record) -> Record | None:
+    """The last line of what has the same label and as many pairs, on inputs of the same shape."""
     for each in reversed(before):
-        alike = each.get("part") in _PARTS and (each.get("inputs"), each.get("shape")) == (record["inputs"], record["shape"])
-        if alike and not each.get("toy") and (found := candidate(each, name)) and found.get("speedup"):
-            return dict(found)
+        same = each.get("part") in _PARTS and (each.get("inputs"), each.get("shape")) == (record["inputs"], record["shape"])
+        for found in each["contenders"] if same and not each.get("toy") else ():
+            ran = not found.get("failed") and found.get("speedup")
+            if ran and all(found.get(key) == now[key] for key in ("label", "pairs_per_query")):
+                return dict(found)
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hyperattention import Draw, HierarchicalSearch, Method, Sinks, Window
+from hyperattention import Draw, HierarchicalSearch, Method, Sinks, Window, lean_method
 from hyperattention.bench.rows import find_default
 from hyperattention.files.records import environment, plain
 from hyperattention.select import DrawAlike
@@ -20,13 +20,21 @@ from hyperattention.select import DrawAlike
 Record = dict[str, object]
 
 
+def find_lean() -> Method:
+    """Return the lean method below 131,072 keys: the default of a GPU when an H100 was measured."""
+    method = lean_method(65_536, device="cuda")
+    if not isinstance(method, Method):
+        raise TypeError(f"the lean method is {method!r} at 65,536 keys: it must be a Method to be measured")
+    return method
+
+
 @dataclass(frozen=True)
 class Plan:
     """The sizes of one run: those of the issue by default."""
 
     method: Method = field(default_factory=lambda: find_default("cuda"))
-    # the default of a CPU
-    alike: Method = field(default_factory=lambda: find_default("cpu"))
+    # what --quick measures beside it
+    lean: Method = field(default_factory=find_lean)
     toy: bool = False
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
@@ -53,8 +61,8 @@ class Plan:
 
 
 TOY = Plan(
-    method=Method(Sinks(4), Window(32), Draw(28, by=HierarchicalSearch())), toy=True, device="cpu", dtype=torch.float32,
-    alike=Method(Sinks(4), Window(32), DrawAlike(28, rows=16, pooled=4)),
+    method=Method(Sinks(4), Window(32), DrawAlike(28, rows=16, pooled=4)), toy=True, device="cpu", dtype=torch.float32,
+    lean=Method(Sinks(4), Window(32), Draw(28, by=HierarchicalSearch())),
     heads=4, kv_heads=2, head_dim=32, long=1024, longest=2048, shorter=(512,), crossover=(512, 1024), probe=512, rounds=1,
     audit_rows=64, layers=2, hidden=64, mlp=128, mlp_chunk=256, batches=(1, 2), copied_bytes=2**22, matmul_size=256,
     peer_block=32, peer_exact_below=256,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperattention.problem import Problem
+from hyperattention.types import Partial
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class Tiles:
         batch, heads, count = self.problem.q.shape[:3]
         x = x.transpose(1, 2).reshape(batch, heads, len(self.index) * self.size, *x.shape[4:])
         return x[:, :, self.front : self.front + count]
+
+    def beside(self, earlier: tuple[Partial, ...], out: Tensor, lse: Tensor) -> tuple[Partial, ...]:
+        """Undo `split` for attention over the lists, and put it behind what is to be merged with it."""
+        return *earlier, Partial(self.join(out), self.join(lse))
 
 
 def cut(problem: Problem, size: int) -> Tiles:

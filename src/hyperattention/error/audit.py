@@ -119,8 +119,9 @@ def audit(
         found = judge(query, key, value, out, key_mask, sample)
     else:
         index = sample_rows(num_queries, rows, seed, query.device)
-        visible = visible_keys(num_queries, num_keys, is_causal, causal_align, query.device)
-        seen = index.new_full(index.shape, num_keys) if visible is None else visible[0, index]
+        # of these rows alone: see `visible_keys`
+        shift = 1 + (num_keys - num_queries if causal_align == "lower_right" else 0)
+        seen = (index + shift).clamp(0, num_keys) if is_causal else index.new_full(index.shape, num_keys)
         factor = scale_of(scale, query.shape[-1])
         found = misses(query, key, value, out, key_mask, index, seen, factor)
     share = None

@@ -1,6 +1,7 @@
 """Confidence intervals for errors measured on a sample of rows, with an allowance for the rows that were not sampled."""
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -129,18 +130,24 @@ def percentile_bound(
 
 
 def _bound_rank(live: Bool[Tensor, "batch rows"], percentile: float) -> Int[Tensor, " batch"]:
-    counts = [int(count) for count in live.sum(-1)]
-    ranks = {count: _least_rank(count, percentile) for count in set(counts)}
-    return torch.tensor([ranks[count] for count in counts], dtype=torch.int64, device=live.device)
+    # ranks of every possible count: the host does not wait for the device to tell one
+    ranks = torch.tensor(_least_ranks(live.shape[1], percentile), dtype=torch.int64, device=live.device)
+    return ranks[live.sum(-1)]
 
 
-def _least_rank(count: int, percentile: float) -> int:
-    """Find the least k with P(Binomial(count, percentile) >= k) <= 5%, or 0."""
-    above, rank = 0.0, 0
-    for successes in range(count, 0, -1):
+@lru_cache(maxsize=16)
+def _least_ranks(most: int, percentile: float) -> tuple[int, ...]:
+    """Find the least k with P(Binomial(count, percentile) >= k) <= 5%, or 0, for every count up to `most`."""
+
+    def chance(count: int, successes: int) -> float:
         log_ways = math.lgamma(count + 1) - math.lgamma(successes + 1) - math.lgamma(count - successes + 1)
-        above += math.exp(log_ways + successes * math.log(percentile) + (count - successes) * math.log1p(-percentile))
+        return math.exp(log_ways + successes * math.log(percentile) + (count - successes) * math.log1p(-percentile))
+
+    # one trial more adds p times the chance of one success less; no rank: one more than trials, which has no chance
+    ranks, rank, above = [0], 1, 0.0
+    for count in range(1, most + 1):
+        above += percentile * chance(count - 1, rank - 1)
         if above > 1 - _LEVEL:
-            break
-        rank = successes
-    return rank
+            above, rank = above - chance(count, rank), rank + 1
+        ranks.append(rank if rank <= count else 0)
+    return tuple(ranks)

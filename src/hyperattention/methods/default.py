@@ -10,7 +10,6 @@ from hyperattention.select.draw_alike import DrawAlike
 from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.score.hierarchical_search import HierarchicalSearch
-from hyperattention.select.score.key_scan import KeyScan
 from hyperattention.select.score.level import Level
 from hyperattention.select.score.representatives import Representatives
 
@@ -19,7 +18,9 @@ CROSSOVER = 32_768
 # the same for the thorough method, and for the lean one
 THOROUGH_CROSSOVER = 40_960
 LEAN_CROSSOVER = 4096
-# the same on a GPU: on an H100 0.80 times as fast as cuDNN at 32,768 keys, 2.2 times at 65,536 (records/gpu.jsonl)
+# the same of all three on a GPU: the lean method on an H100 was 0.80 times as fast as cuDNN at 32,768 keys, and 2.2 times at
+# 65,536 (records/gpu.jsonl). No card has run the default yet: four times the length from which it should save time by the
+# prices of docs/performance.md
 GPU_CROSSOVER = 65_536
 FEW_QUERIES = 256
 # keys from which the lean method searches with fewer products
@@ -33,19 +34,13 @@ _FEW_LEVELS = (
 )
 
 
-# the lists whose choice cards have run; those of draws for alike queries have kernels as well, which none has run yet
-_SEARCH = Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
-_SCAN = Method(Sinks(16), Window(128), Draw(611, by=KeyScan(32, beyond=HierarchicalSearch(pooled=32))))
-
-
 def default_method(
     num_keys: int, *, num_queries: int | None = None, device: torch.device | str | None = None
 ) -> AttentionMethod:
     """Return the method that `method=None` runs.
 
-    On a CPU queries that look for similar keys share draws (`DrawAlike`). On a GPU the list of the lean method runs, which
-    loses more of what a model knows, until a card has shown that the kernels of `DrawAlike` are faster than exact
-    attention (docs/performance.md).
+    On every device, queries that look for similar keys share draws (`DrawAlike`). A GPU sorts and draws in kernels, which no
+    card has run yet (docs/performance.md).
 
     Args:
         num_keys: keys of the call.
@@ -57,7 +52,7 @@ def default_method(
     """
     if not _pays(num_keys, num_queries, device, CROSSOVER):
         return Exact()
-    return _SEARCH if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(640, pooled=16), tile=128)
+    return Method(Sinks(16), Window(192), DrawAlike(640, pooled=16), tile=128)
 
 
 def thorough_method(
@@ -65,21 +60,17 @@ def thorough_method(
 ) -> AttentionMethod:
     """Return a method for calls where a missed key matters more than time: nearly twice as many draws as the default.
 
-    On a GPU, where no card has run the kernels of draws for alike queries, keys are scored by averages of two neighbouring
-    queries while a tile sees no more than 8,192; beyond that, blocks are opened by twice as many averaged queries as in the
-    lean method.
-
     Args:
         num_keys: keys of the call.
         num_queries: queries of the call, as many as keys if None.
         device: device of the call's tensors, the CPU if None.
 
     Returns:
-        exact attention below a crossover that is longer than the default method's; the list of stages from there on.
+        exact attention below a crossover, on a CPU a longer one than the default method's; the list of stages from there on.
     """
     if not _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
         return Exact()
-    return _SCAN if _on_gpu(device) else Method(Sinks(16), Window(192), DrawAlike(1216, pooled=16), tile=128)
+    return Method(Sinks(16), Window(192), DrawAlike(1216, pooled=16), tile=128)
 
 
 def lean_method(
@@ -102,15 +93,12 @@ def lean_method(
     if not _pays(num_keys, num_queries, device, LEAN_CROSSOVER):
         return Exact()
     if num_keys < _LEAN_LEVELS_FROM:
-        return _SEARCH
+        return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch()))
     return Method(Sinks(16), Window(256), Draw(688, by=HierarchicalSearch(_FEW_LEVELS, pooled=4)))
-
-
-def _on_gpu(device: torch.device | str | None) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
 
 
 def _pays(num_keys: int, num_queries: int | None, device: torch.device | str | None, crossover: int) -> bool:
     """Return whether approximate attention takes less time than exact attention."""
-    enough = num_keys >= (GPU_CROSSOVER if _on_gpu(device) else crossover)
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    enough = num_keys >= (GPU_CROSSOVER if on_gpu else crossover)
     return enough and (num_queries is None or num_queries >= FEW_QUERIES)

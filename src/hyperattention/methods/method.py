@@ -178,11 +178,11 @@ def attend_lists(problem: Problem, selected: tuple[tuple[Tiling, Selection], ...
     Returns:
         attention over the listed keys.
     """
-    (k, v, table), partials = problem.storage(), []
+    (k, v, table), partials = problem.storage(), ()
     for tiling, selection in selected:
         if selection.runs or len(selected) == 1:
             out, lse = list_attention(tiling.split(problem.q), k, v, selection, problem.scale, table)
-            partials.append(Partial(tiling.join(out), tiling.join(lse)))
+            partials = tiling.beside(partials, out, lse)
     return merge(partials)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperattention.check import positive
 from hyperattention.kernels.backend import triton_reads
 from hyperattention.kernels.choose.operator import scores_alike
-from hyperattention.kernels.choose.operator_alike import sorts_alike
+from hyperattention.kernels.choose.operator_alike import parts_of
 from hyperattention.random import uniform
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
 from hyperattention.select.locate.sinks import Sinks
@@ -17,11 +17,10 @@ from hyperattention.select.locate.window import Window
 from hyperattention.select.score.alike_fused import (
     FusedBlocks,
     FusedSort,
-    fused_draws,
+    fused_choice,
     fused_first,
     fused_metric,
-    fused_numbers,
-    fused_shares,
+    fused_plan,
 )
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.block_sizes import BlockSizes, last_made
@@ -143,12 +142,17 @@ class DrawAlike(Stage):
         problem = tiles.problem
         if not problem.k.shape[0] * problem.num_keys * problem.num_queries:
             return (), covered
-        many = -(-tiles.size * problem.group // self.rows)
+        parts = self._parts(tiles)
+        # rows of a list are of one part
+        many = (parts or 1) * -(-tiles.size * (problem.group // (parts or 1)) // self.rows)
         shape = (problem.k.shape[0] * problem.k.shape[1], len(tiles.index) * many, self.num)
         index = torch.empty(shape, dtype=torch.int64, device=problem.device)
         weight = torch.empty(shape, dtype=torch.promote_types(problem.q.dtype, torch.float32), device=problem.device)
-        choose = self._choose_fused if self._fused(tiles) else self._choose
-        alike, row_limit, low, high, key_row = choose(tiles, many, covered, (index, weight))
+        drawn = index, weight
+        if parts is None:
+            alike, row_limit, low, high, key_row = self._choose(tiles, many, covered, drawn)
+        else:
+            alike, row_limit, low, high, key_row = self._choose_fused(tiles, many, parts, covered, drawn)
         runs = Runs(
             first=index,
             size=1,
@@ -160,35 +164,28 @@ class DrawAlike(Stage):
         )
         return ((alike, Selection((runs,), row_limit=row_limit, key_row=key_row)),), covered
 
-    def _fused(self, tiles: Tiles) -> bool:
-        """Return whether kernels choose."""
-        problem = tiles.problem
-        sizes = tiles.size * problem.group, self.rows, problem.q.shape[3]
-        supported = scores_alike(min(self.pooled, self.rows), sizes[2]) and sorts_alike(*sizes)
-        return supported and triton_reads(problem.q, problem.k, problem.v)
+    def _parts(self, tiles: Tiles) -> int | None:
+        """Tell into how many parts kernels divide the heads of a group; None where PyTorch chooses."""
+        problem, width = tiles.problem, tiles.problem.q.shape[3]
+        fused = scores_alike(min(self.pooled, self.rows), width) and triton_reads(problem.q, problem.k, problem.v)
+        return parts_of(tiles.size, problem.group, self.rows, width) if fused else None
 
     def _choose_fused(
-        self, tiles: Tiles, many: int, covered: CoveredKeys, results: tuple[Tensor, Tensor]
+        self, tiles: Tiles, many: int, parts: int, covered: CoveredKeys, results: tuple[Tensor, Tensor]
     ) -> tuple[AlikeTiles, Tensor, Tensor, Tensor, Tensor]:
         """Sort and draw in kernels, into `results`.
 
         Returns:
             the sorted rows, how many keys each may see, first key and end of the keys of each list, and the keys' rows.
         """
-        problem, sizes, ends = tiles.problem, BlockSizes(self.most), edges_of(tiles, covered).of_tile
+        problem, edges = tiles.problem, edges_of(tiles, covered).of_tile
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
         centres, begin, noise, key_row = fused_first(k, v, self.num, tiles, many)
-        ordered = FusedSort.empty(tiles, many, fused_metric(k, centres, self.num), begin, ends)
-        pooled, low = min(self.pooled, ordered.row_limit.shape[2]), results[0].new_empty(results[0].shape[:2])
-        high = torch.empty_like(low)
-        blocks = last_made(lambda size: FusedBlocks.of(k[:, : self.most * size], v[:, : self.most * size], centres, size))
-        numbers = fused_numbers(min(self.most, problem.num_keys), many, pooled, problem.q.shape[3], problem.device)
-        for part in chunks(tiles, numbers, sizes.seams(tiles)):
-            size, num = sizes.of(tiles, part)
-            rows, some = slice(part.start * many, part.stop * many), ends[:, part]
-            share = fused_shares(ordered.averages(part, pooled), blocks(size), some, num)
-            written = results[0][:, rows], results[1][:, rows], low[:, rows], high[:, rows]
-            fused_draws(share, size, some, noise[:, rows], written, self.uniform_share)
+        ordered = FusedSort.of(tiles, many, fused_metric(k, centres, self.num), begin, edges, parts)
+        plan = fused_plan(tiles, BlockSizes(self.most), many, min(self.pooled, ordered.row_limit.shape[2]))
+        low, high = (results[0].new_empty(results[0].shape[:2]) for _ in range(2))
+        blocks = FusedBlocks.of(k, v, centres, plan)
+        fused_choice(problem, ordered, edges, noise, blocks, (*results, low, high), plan, self.uniform_share)
         return ordered.alike, ordered.row_limit, low, high, key_row
 
     def _choose(

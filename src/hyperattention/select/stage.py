@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperattention.tiling import Tiles
-from hyperattention.types import Labels, Runs, Selection
+from hyperattention.types import Labels, Partial, Runs, Selection
 
 
 class LookAhead(IntEnum):
@@ -100,6 +100,10 @@ class Tiling(Protocol):
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`, for rows of any width."""
+        ...
+
+    def beside(self, earlier: tuple[Partial, ...], out: Tensor, lse: Tensor) -> tuple[Partial, ...]:
+        """Undo `split` for attention over the lists, and put it behind what is to be merged with it."""
         ...
 
 

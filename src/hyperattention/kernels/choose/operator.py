@@ -8,7 +8,7 @@ from hyperattention.transforms import refuse_vmap
 # largest number of pooled queries of a tile that a program holds; with more of them PyTorch runs
 MOST_ROWS = 256
 # largest number of averages of a list of alike queries, and of numbers in them, that fit a program with those of eight lists
-_MOST_GROUPS, _MOST_NUMBERS = 16, 2048
+_MOST_GROUPS, _MOST_NUMBERS = 16, 4096
 
 
 def scores_alike(groups: int, width: int) -> bool:
@@ -19,7 +19,7 @@ def scores_alike(groups: int, width: int) -> bool:
         width: numbers in an average.
 
     Returns:
-        whether `alike_shares` supports them; numbers are padded to powers of two.
+        whether `choose_alike` supports them; numbers are padded to powers of two.
     """
     padded = 1 << (max(1, groups) - 1).bit_length(), 1 << (max(1, width) - 1).bit_length()
     return padded[0] <= _MOST_GROUPS and padded[0] * padded[1] <= _MOST_NUMBERS
@@ -102,50 +102,5 @@ def _(q, basis, dtype, tiles, first_tile, size, pooled, offset, kv_heads, scale)
     return q.new_empty((lists, tiles, group * -(-size // each), width), dtype=dtype)
 
 
-@torch.library.custom_op("hyperattention::alike_shares", mutates_args=())
-def alike_shares(
-    query: Tensor,
-    bar: Tensor,
-    spread: Tensor,
-    keys: Tensor,
-    variance: Tensor | None,
-    log_value: Tensor,
-    edges: Tensor,
-    size: int,
-    num: int,
-    deviations: float,
-) -> Tensor:
-    """See `triton_alike_shares.alike_shares`."""
-    from hyperattention.kernels.choose import triton_alike_shares
-
-    return triton_alike_shares.alike_shares(query, bar, spread, keys, variance, log_value, edges, size, num, deviations)
-
-
-@alike_shares.register_fake
-def _(query, bar, spread, keys, variance, log_value, edges, size, num, deviations):
-    # a row's places are a multiple of 16
-    return query.new_empty((query.shape[0], query.shape[1] * query.shape[2], -(-num // 16) * 16))
-
-
-@torch.library.custom_op("hyperattention::draw_alike", mutates_args=("index", "weight", "low", "high"))
-def draw_alike(
-    share: Tensor,
-    edges: Tensor,
-    noise: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    low: Tensor,
-    high: Tensor,
-    size: int,
-    even: float,
-    rounds: int,
-    least: float,
-) -> None:
-    """See `triton_draw_alike.draw_alike`."""
-    from hyperattention.kernels.choose import triton_draw_alike
-
-    triton_draw_alike.draw_alike(share, edges, noise, (index, weight, low, high), size, even, rounds, least)
-
-
-for _operator in (alike_shares, block_lse, block_mass, draw_alike, prepare_keys, prepare_queries):
+for _operator in (block_lse, block_mass, prepare_keys, prepare_queries):
     refuse_vmap(_operator, "choosing keys")

@@ -1,8 +1,11 @@
 """Sorting and averaging alike queries, and what they are compared with, as torch operators for GPUs: see `operator`."""
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.choose.alike_plan import AlikePlan, memory_of
 from hyperattention.transforms import refuse_vmap
 
 # largest tile whose rows fit the registers of a program, lists that it is cut into, and numbers in the rows of a list
@@ -22,12 +25,28 @@ def sorts_alike(rows: int, each: int, width: int) -> bool:
         width: numbers in a query.
 
     Returns:
-        whether `sort_alike` and `group_alike` support them; numbers are padded to powers of two.
+        whether `sort_alike` and `choose_alike` support them; numbers are padded to powers of two.
     """
     many = -(-rows // each)
     each = -(-rows // many)
     padded = [1 << (x - 1).bit_length() for x in (many * each, each, max(16, width))]
     return padded[0] <= _MOST_ROWS and many <= _MOST_LISTS and max(16, padded[1]) * padded[2] <= _MOST_NUMBERS
+
+
+def parts_of(size: int, group: int, each: int, width: int) -> int | None:
+    """Tell into how many parts the heads of a group are divided, so that kernels sort and group the queries of a part.
+
+    Args:
+        size: positions of a tile.
+        group: heads of a group.
+        each: queries of a list.
+        width: numbers in a query.
+
+    Returns:
+        the fewest parts of equally many heads; None where not even the queries of one head fit, which PyTorch sorts.
+    """
+    parts = (parts for parts in range(1, group + 1) if group % parts == 0)
+    return next((number for number in parts if sorts_alike(size * group // number, each, width)), None)
 
 
 def factors_keys(width: int) -> bool:
@@ -108,20 +127,46 @@ def _(k, centres, first, growth, ridge):
 
 @torch.library.custom_op("hyperattention::alike_blocks", mutates_args=())
 def alike_blocks(
-    k: Tensor, v: Tensor, centres: Tensor, size: int, normal: int, most: float, dtype: torch.dtype
+    k: Tensor, v: Tensor, centres: Tensor, size: int, levels: int, blocks: int, normal: int, most: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `triton_alike_blocks.alike_blocks`."""
+    """Average keys over blocks of `size` keys, of twice as many, and so on: see `alike_scan.blocks_of`.
+
+    Args:
+        k: keys, ``[lists, keys, width]``.
+        v: their values.
+        centres: from `alike_first`.
+        size: keys in the first blocks.
+        levels: number of sizes.
+        blocks: blocks of each size, of the leading keys.
+        normal: blocks of a stretch.
+        most: bound of the logarithms.
+        dtype: dtype of averages and variances.
+
+    Returns:
+        means of blocks, ``[levels, lists, blocks, width]``; variances inside those of several keys, likewise; means of
+        whole stretches beside half of their variances, ``[levels, lists, stretches, 2 * width]``; and logarithms of how far
+        values lie, ``[levels, lists, blocks]``, float32.
+    """
     from hyperattention.kernels.choose import triton_alike_blocks
 
-    return triton_alike_blocks.alike_blocks(k, v, centres, size, normal, most, dtype)
+    results = _empty_blocks(k, centres, size, levels, blocks, normal, dtype)
+    if results[0].numel():
+        triton_alike_blocks.launch_blocks(k, v, centres, results, size, normal, most).run()
+    return results
+
+
+def _empty_blocks(
+    k: Tensor, centres: Tensor, size: int, levels: int, blocks: int, normal: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keys = k.new_empty((levels, len(k), blocks, k.shape[2]), dtype=dtype)
+    variance = keys.new_empty((levels - (size == 1), *keys.shape[1:]))
+    moments = keys.new_empty((levels, len(k), blocks // normal, 2 * k.shape[2]))
+    return keys, variance, moments, centres.new_empty(keys.shape[:3])
 
 
 @alike_blocks.register_fake
-def _(k, v, centres, size, normal, most, dtype):
-    lists, count, width = k.shape
-    keys = k.new_empty((lists, -(-count // size), width), dtype=dtype)
-    moments = keys.new_empty((lists, count // (normal * size), 2 * width))
-    return keys, keys.new_empty(keys.shape if size > 1 else (0,)), moments, centres.new_empty(keys.shape[:2])
+def _(k, v, centres, size, levels, blocks, normal, most, dtype):
+    return _empty_blocks(k, centres, size, levels, blocks, normal, dtype)
 
 
 @torch.library.custom_op("hyperattention::sort_alike", mutates_args=("source", "live", "inside", "row_limit"))
@@ -154,40 +199,84 @@ def sort_alike(
 
 @sort_alike.register_fake
 def _(q, begin, factor, edges, limit, source, live, inside, row_limit, first_tile, front, many, *rest):
-    return begin.new_empty((source.shape[0], source.shape[1] // many, _DIRECTIONS, q.shape[3]))
+    return q.new_empty((source.shape[0], source.shape[1] // many, _DIRECTIONS, q.shape[3]))
 
 
-@torch.library.custom_op("hyperattention::group_alike", mutates_args=())
-def group_alike(
-    q: Tensor, source: Tensor, directions: Tensor, groups: int, scale: float, steps: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `triton_group_alike.group_alike`."""
-    from hyperattention.kernels.choose import triton_group_alike
+def choose_alike(
+    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    blocks: tuple[Tensor, Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    plan: AlikePlan,
+    scale: float,
+    estimates: tuple[float, float],
+    law: tuple[float, float],
+) -> tuple[Tensor, ...]:
+    """Group queries, score keys for them and draw, in one launch.
 
-    return triton_group_alike.group_alike(q, source, directions, groups, scale, steps, dtype)
+    Args:
+        given: queries, ``[batch, heads, queries, width]``; the query in each row of each list, counted over the heads of a
+            group, ``[lists, tiles * many, rows]``; directions from `sort_alike`; edges of what earlier stages left for each
+            tile, the last of which counts the keys that it may score, ``[lists, tiles, 5]``; where inside a slot each
+            list's points lie, ``[lists, tiles * many]``, float64.
+        blocks: from `alike_blocks`.
+        results: for the keys, ascending, and for their log-weights, ``[lists, tiles * many, draws]``; for begin and end of
+            what is left, ``[lists, tiles * many]``.
+        plan: how it is cut.
+        scale: factor of the queries.
+        estimates: deviations by which a query may exceed the average of its group, and the bound of what its scores are
+            compared with.
+        law: share of the draws that is spread evenly; sums below the second number count as 0.
+
+    Returns:
+        the memory of programs, from `alike_plan.memory_of`, as the last lists of each left it.
+    """
+    rows, tiles = given[3].shape[:2]
+    memory = memory_of(plan, given[0], plan.units(rows, tiles, given[0].shape[3]), blocks[0].dtype)
+    *numbers, seams = astuple(plan)
+    _choose_alike(*given, *blocks, *results, *memory, numbers, list(seams), scale, *estimates, *law)
+    return memory
 
 
-@group_alike.register_fake
-def _(q, source, directions, groups, scale, steps, dtype):
-    shape = (*directions.shape[:2], source.shape[1] // directions.shape[1])
-    query = q.new_empty((*shape, groups, q.shape[3]), dtype=dtype)
-    return query, q.new_empty((*shape, 2 * q.shape[3]), dtype=dtype), directions.new_empty((*shape, groups))
+@torch.library.custom_op(
+    "hyperattention::choose_alike",
+    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share"),
+)
+def _choose_alike(
+    q: Tensor,
+    source: Tensor,
+    directions: Tensor,
+    edges: Tensor,
+    noise: Tensor,
+    keys: Tensor,
+    variance: Tensor,
+    moments: Tensor,
+    log_value: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    query: Tensor,
+    spread: Tensor,
+    log_rows: Tensor,
+    bar: Tensor,
+    share: Tensor,
+    numbers: list[int],
+    seams: list[int],
+    scale: float,
+    deviations: float,
+    bound: float,
+    even: float,
+    least: float,
+) -> None:
+    from hyperattention.kernels.choose import triton_choose_alike
+
+    if index.numel():
+        given, blocks = (q, source, directions, edges, noise), (keys, variance, moments, log_value)
+        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share)
+        plan = AlikePlan(*numbers, seams=tuple(seams))
+        last = scale, deviations, bound, even, least
+        triton_choose_alike.launch_choice(given, blocks, results, memory, plan, *last).run()
 
 
-@torch.library.custom_op("hyperattention::alike_bars", mutates_args=())
-def alike_bars(
-    query: Tensor, log_rows: Tensor, moments: Tensor, edges: Tensor, size: int, normal: int, log_size: float, bound: float
-) -> Tensor:
-    """See `triton_alike_bars.alike_bars`."""
-    from hyperattention.kernels.choose import triton_alike_bars
-
-    return triton_alike_bars.alike_bars(query, log_rows, moments, edges, size, normal, log_size, bound)
-
-
-@alike_bars.register_fake
-def _(query, log_rows, *rest):
-    return torch.empty_like(log_rows)
-
-
-for _operator in (_alike_first, alike_bars, alike_blocks, group_alike, key_factors, sort_alike):
+for _operator in (_alike_first, _choose_alike, alike_blocks, key_factors, sort_alike):
     refuse_vmap(_operator, "choosing keys")

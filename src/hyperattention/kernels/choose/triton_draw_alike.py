@@ -1,171 +1,189 @@
 """Draw keys for lists of alike queries in Triton: the law of `select.score.stretches`, its running sum and its inversion.
 
-A program draws for one list. It reads the list's shares several times, a part at a time, mostly out of the cache.
+All lists of a program are drawn together, so that many loads are on their way at once. Their shares are read seven times,
+mostly out of the cache: what is done for each block is little, and all else is done for each draw.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from hyperattention.kernels.launch import Launch
-
-# blocks of keys read at once, or slots written where all keys are listed; and blocks whose draws are placed at once, which
-# take more registers, most of all where a block has several keys
-_BLOCKS, _PLACED, _PLACED_OF_SEVERAL = 1024, 512, 256
 # the sum of a law in fixed point, whose running sums are exact in any order
-_UNITS = 2**30
+UNITS = 2**30
 
 
 @triton.jit
-def _room(block, begin, hole_begin, hole_end, end, SIZE: tl.constexpr):
+def _sides(block, begin, hole_begin, hole_end, end, size):
     """Return how many keys of a block are left before the hole, and how many behind it."""
-    first = block * SIZE
-    before = tl.minimum(first + SIZE, hole_begin) - tl.maximum(first, begin)
-    behind = tl.minimum(first + SIZE, end) - tl.maximum(first, hole_end)
+    first = block * size
+    before = tl.minimum(first + size, hole_begin) - tl.maximum(first, begin)
+    behind = tl.minimum(first + size, end) - tl.maximum(first, hole_end)
     return tl.maximum(before, 0), tl.maximum(behind, 0)
 
 
 @triton.jit
-def _total(share_ptr, most, known, begin, hole_begin, hole_end, end, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
-    """Add up the shares of all keys, none above `most`."""
-    total = tl.zeros([BLOCKS], tl.float32)
-    for first in tl.range(0, known, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        share = tl.load(share_ptr + block, mask=block < known, other=0.0).to(tl.float32)
-        before, behind = _room(block, begin, hole_begin, hole_end, end, SIZE)
-        total += tl.minimum(share, most) * (before + behind).to(tl.float32)
-    return tl.sum(total, 0)
+def _rooms(first, begin, hole_begin, hole_end, end, size, LISTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return how many keys are left of the blocks from `first` on, for all lists."""
+    start, until = first * size, (first + BLOCKS) * size
+    before = (start >= tl.max(begin, 0)) & (until <= tl.min(hole_begin, 0))
+    behind = (start >= tl.max(hole_end, 0)) & (until <= tl.min(end, 0))
+    room = tl.zeros([LISTS, BLOCKS], tl.float32) + size
+    # nearly always all of them
+    if (before | behind) == 0:
+        block = first + tl.arange(0, BLOCKS)[None, :]
+        one, other = _sides(block, begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None], size)
+        room = (one + other).to(tl.float32)
+    return room
 
 
 @triton.jit
-def _units(share_ptr, block, known, room, most, scale, evenly, unit):
+def _shares(share_at, first, stored, BLOCKS: tl.constexpr):
+    """Load the shares of the blocks from `first` on; `stored`, a multiple of 16, are in memory."""
+    block = first + tl.arange(0, BLOCKS)[None, :]
+    return tl.load(share_at[:, None] + block, mask=block < stored, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _total(
+    share_at, stored, most, begin, hole_begin, hole_end, end, size, LISTS: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Add up the shares of all keys, none above `most`."""
+    total = tl.zeros([LISTS, BLOCKS], tl.float32)
+    for first in tl.range(0, stored, BLOCKS, num_stages=4):
+        room = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+        total += tl.minimum(_shares(share_at, first, stored, BLOCKS), most[:, None]) * room
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _units(share, room, most, scale, evenly, unit):
     """Return how often a block is to be listed, in fixed point: no key of it more than once, and each at times."""
-    share = tl.load(share_ptr + block, mask=block < known, other=0.0).to(tl.float32)
     each = tl.minimum(tl.minimum(share, most) * scale + evenly, 1.0)
-    units = (each * room.to(tl.float32) * unit + 0.5).to(tl.int32)
+    units = (each * room * unit + 0.5).to(tl.int32)
     return tl.where(room > 0, tl.maximum(units, 1), 0)
 
 
 @triton.jit
-def _kernel(
-    share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, room, num, even, least,
-    s_edges, s_noise, s_index, s_weight, s_low, EDGES: tl.constexpr,
-    MANY: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr, UNITS: tl.constexpr,
-    BLOCKS: tl.constexpr, PLACED: tl.constexpr,
+def _points(units, factor, offset, num, SHIFT: tl.constexpr):
+    """Count the points before a running sum of units: in integers, for float32 cannot place one to a part of a draw."""
+    return tl.minimum(((units.to(tl.int64) * factor + offset) >> SHIFT).to(tl.int32), num)
+
+
+@triton.jit
+def draw_lists(
+    share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, until_list, count, room, num,
+    size, even, least,
+    EDGES: tl.constexpr, MANY: tl.constexpr, LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    row, one = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    tile = row // MANY
-    edges_ptr += one * s_edges + tile * EDGES
-    begin = tl.load(edges_ptr)
-    end = tl.load(edges_ptr + 3)
-    tl.store(low_ptr + one * s_low + row, begin)
-    tl.store(high_ptr + one * s_low + row, end)
-    begin, end = begin.to(tl.int32), end.to(tl.int32)
-    hole_begin = tl.load(edges_ptr + 1).to(tl.int32)
-    hole_end = tl.load(edges_ptr + 2).to(tl.int32)
-    known = tl.load(edges_ptr + 4).to(tl.int32) // SIZE
-    count = hole_begin - begin + end - hole_end
-    share_ptr += (one * tl.num_programs(0) + row) * room
-    index_ptr += one * s_index + row * num
-    weight_ptr += one * s_weight + row * num
-    if count <= num:
-        # all that is left is listed
-        for first in tl.range(0, num, BLOCKS):
-            slot = first + tl.arange(0, BLOCKS)
-            key = begin + tl.minimum(slot, tl.maximum(count - 1, 0))
-            key += tl.where(key >= hole_begin, hole_end - hole_begin, 0)
-            tl.store(index_ptr + slot, key.to(tl.int64), mask=slot < num)
-            tl.store(weight_ptr + slot, tl.where(slot < count, 0.0, -float("inf")), mask=slot < num)
-    else:
-        weighted = (1.0 - even) * num
-        most = float("inf")
-        total = _total(share_ptr, most, known, begin, hole_begin, hole_end, end, SIZE, BLOCKS)
-        for _ in tl.static_range(ROUNDS):
-            most = total / weighted
-            total = _total(share_ptr, most, known, begin, hole_begin, hole_end, end, SIZE, BLOCKS)
-        scale = weighted / tl.maximum(total, least)
-        # where nothing was scored this is all there is, and all draws are even
-        evenly = even * num / count.to(tl.float32)
-        unit = UNITS / num
-        blocks = tl.cdiv(end, SIZE)
-        in_all = tl.zeros([BLOCKS], tl.int32)
-        for first in tl.range(0, blocks, BLOCKS):
-            block = first + tl.arange(0, BLOCKS)
-            before, behind = _room(block, begin, hole_begin, hole_end, end, SIZE)
-            in_all += _units(share_ptr, block, known, before + behind, most, scale, evenly, unit)
-        # draws of a unit; float64, for float32 cannot place a point to a small part of a draw
-        ratio = num / tl.sum(in_all, 0).to(tl.float64)
-        noise = tl.load(noise_ptr + one * s_noise + row)
-        passed_units = 0
-        for first in tl.range(0, blocks, PLACED):
-            block = first + tl.arange(0, PLACED)
-            before, behind = _room(block, begin, hole_begin, hole_end, end, SIZE)
-            units = _units(share_ptr, block, known, before + behind, most, scale, evenly, unit)
-            until = passed_units + tl.cumsum(units, 0)
-            # points before the block, and before its end
-            since = (until - units).to(tl.float64) * ratio - noise
-            slot = tl.minimum(tl.maximum(tl.ceil(since).to(tl.int32), 0), num)
-            ends = tl.minimum(tl.maximum(tl.ceil(until.to(tl.float64) * ratio - noise).to(tl.int32), 0), num)
-            # at least one, for what is never hit
-            left = tl.maximum(before + behind, 1).to(tl.float32)
-            listed = tl.maximum(units, 1).to(tl.float32) * ratio.to(tl.float32)
-            weight = -tl.log(listed / left)
-            lowest = tl.maximum(block * SIZE, begin)
-            beyond = tl.maximum(block * SIZE, hole_end)
-            hits = ends - slot
-            for again in tl.range(0, tl.max(hits, 0)):
-                key = lowest
-                if SIZE > 1:
-                    # the same share of the way through the block's keys
-                    inside = ((slot + again).to(tl.float64) - since).to(tl.float32) / listed
-                    inside = tl.minimum(tl.maximum((inside * left).to(tl.int32), 0), before + behind - 1)
-                    key = tl.where(inside < before, lowest + inside, beyond + inside - before)
-                hit = again < hits
-                tl.store(index_ptr + slot + again, key.to(tl.int64), mask=hit)
-                tl.store(weight_ptr + slot + again, weight, mask=hit)
-            passed_units += tl.sum(units, 0)
-
-
-def draw_alike(
-    share: Tensor, edges: Tensor, noise: Tensor, results: tuple[Tensor, Tensor, Tensor, Tensor], size: int, even: float,
-    rounds: int, least: float,
-) -> None:  # fmt: skip
-    """Draw keys for each list of queries: see `select.score.stretches`.
+    """Draw for some lists of queries that share a row of keys.
 
     Args:
-        share: shares of keys, ``[lists, tiles * many, room]``; not read beyond the known blocks.
-        edges: begin, hole begin, hole end and end of the keys that are left, and the number of keys that a tile may
-            score, ``[lists, tiles, 5]``.
-        noise: where inside a slot its point lies, in [0, 1), ``[lists, tiles * many]``, float64.
-        results: for the keys, ascending, and for their log-weights, ``[lists, tiles * many, draws]``; some lists of many
-            tiles may follow one another. For the begin and the end of the keys that are left, ``[lists, tiles * many]``.
-        size: number of keys in a block.
+        share_ptr: shares of blocks, ``[LISTS, room]``: 0 for the first `count` that a list does not know.
+        edges_ptr: edges of what is left for each tile, and the number of keys that it may score, ``[tiles, 5]``.
+        noise_ptr: where inside a slot each list's points lie, in [0, 1), float64.
+        index_ptr: for the keys, ascending, ``[lists, num]``.
+        weight_ptr: for their log-weights, float32.
+        low_ptr: for the begin of the keys that are left, of each list.
+        high_ptr: for their end.
+        begin_list: the first of these lists.
+        until_list: the end of these lists.
+        count: blocks that have shares.
+        room: places of a list in `share_ptr`.
+        num: draws of a list.
+        size: keys in a block.
         even: share of the draws that is spread evenly.
-        rounds: rounds of cutting listings to one a key.
         least: sums below this count as 0.
+        EDGES: numbers of a tile in `edges_ptr`.
+        MANY: lists of a tile.
+        LISTS: lists that are drawn together.
+        ROUNDS: rounds of cutting listings to one a key.
+        ALL: the sum of a law in fixed point.
+        SHIFT: binary digits of a point behind the comma.
+        BLOCKS: blocks of each list read at once.
+        PLACED: blocks of each list whose draws are placed at once.
+        SLOTS: slots of each list that are written at once.
     """
-    if results[0].numel():
-        launch_draw(share, edges, noise, results, size, even, rounds, least).run()
-
-
-def launch_draw(
-    share: Tensor, edges: Tensor, noise: Tensor, results: tuple[Tensor, Tensor, Tensor, Tensor], size: int, even: float,
-    rounds: int, least: float,
-) -> Launch:  # fmt: skip
-    """Prepare the launch of `draw_alike`, which writes into `results`."""
-    index, weight, low, high = results
-    return Launch(
-        _kernel,
-        (share.shape[1], share.shape[0]),
-        {
-            "share_ptr": share.contiguous(), "edges_ptr": edges, "noise_ptr": noise, "index_ptr": index,
-            "weight_ptr": weight, "low_ptr": low, "high_ptr": high, "EDGES": edges.shape[2],
-            "room": share.shape[2], "num": index.shape[2], "even": even,
-            "least": least, "s_edges": edges.stride(0), "s_noise": noise.stride(0), "s_index": index.stride(0),
-            "s_weight": weight.stride(0), "s_low": low.stride(0), "MANY": share.shape[1] // edges.shape[1],
-            "SIZE": size, "ROUNDS": rounds, "UNITS": _UNITS,
-            "BLOCKS": _BLOCKS, "PLACED": _PLACED if size == 1 else _PLACED_OF_SEVERAL, "num_warps": 4,
-        },
-    )  # fmt: skip
+    number = tl.arange(0, LISTS)
+    row = (begin_list + number).to(tl.int64)
+    there = row < until_list
+    edge_at = edges_ptr + row // MANY * EDGES
+    # a list that is not there has no keys
+    begin, end = tl.load(edge_at, mask=there, other=0), tl.load(edge_at + 3, mask=there, other=0)
+    tl.store(low_ptr + row, begin, mask=there)
+    tl.store(high_ptr + row, end, mask=there)
+    begin, end = begin.to(tl.int32), end.to(tl.int32)
+    hole_begin = tl.load(edge_at + 1, mask=there, other=0).to(tl.int32)
+    hole_end = tl.load(edge_at + 2, mask=there, other=0).to(tl.int32)
+    left = hole_begin - begin + end - hole_end
+    few = left <= num
+    share_at = share_ptr + number * room
+    stored = tl.cdiv(count, 16) * 16
+    weighted = (1.0 - even) * num
+    most = tl.full([LISTS], float("inf"), tl.float32)
+    total = _total(share_at, stored, most, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+    for _ in tl.range(0, ROUNDS):
+        most = total / weighted
+        total = _total(share_at, stored, most, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+    scale = weighted / tl.maximum(total, least)
+    # where nothing was scored this is all there is, and all draws are even
+    evenly = even * num / tl.maximum(left, 1).to(tl.float32)
+    unit = ALL / num
+    # the last block of which something is left
+    blocks = tl.cdiv(tl.max(tl.where(hole_end < end, end, hole_begin), 0), size)
+    in_all = tl.zeros([LISTS, BLOCKS], tl.int32)
+    for first in tl.range(0, blocks, BLOCKS, num_stages=4):
+        share = _shares(share_at, first, stored, BLOCKS)
+        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+        in_all += _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
+    in_all = tl.maximum(tl.sum(in_all, 1), 1)
+    noise = tl.load(noise_ptr + row, mask=there, other=0.0)
+    # rounded up, so that the last point lies before the end
+    factor = ((tl.full([LISTS], 1, tl.int64) * num << SHIFT) // in_all + 1)[:, None]
+    offset = ((1 << SHIFT) - 1 - (noise * (1 << SHIFT)).to(tl.int64))[:, None]
+    index_at, weight_at = (index_ptr + row * num)[:, None], (weight_ptr + row * num)[:, None]
+    drawn = (there & (few == 0))[:, None]
+    passed = tl.zeros([LISTS], tl.int32)
+    share_ahead = _shares(share_at, 0, stored, PLACED)
+    # a slot is given its block, in the upper half, and the units before that
+    for first in tl.range(0, blocks, PLACED):
+        block = first + tl.arange(0, PLACED)[None, :]
+        share, share_ahead = share_ahead, _shares(share_at, first + PLACED, stored, PLACED)
+        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, PLACED)
+        units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
+        until = passed[:, None] + tl.cumsum(units, 1)
+        slot = _points(until - units, factor, offset, num, SHIFT)
+        hits = tl.where(drawn, _points(until, factor, offset, num, SHIFT) - slot, 0)
+        for again in tl.range(0, tl.max(tl.max(hits, 1), 0)):
+            given = (block.to(tl.int64) << 32) | (until - units).to(tl.int64)
+            tl.store(index_at + slot + again, given, mask=again < hits)
+        passed += tl.sum(units, 1)
+    # read by other threads
+    tl.debug_barrier()
+    ratio = num / in_all.to(tl.float64)[:, None]
+    begin, hole_begin, hole_end, end = begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None]
+    left, few = left[:, None], few[:, None]
+    for first in tl.range(0, num, SLOTS):
+        slot = first + tl.arange(0, SLOTS)[None, :]
+        inside = there[:, None] & (slot < num)
+        given = tl.load(index_at + slot, mask=inside & drawn, other=0)
+        block, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
+        share = tl.load(share_at[:, None] + block, mask=inside & drawn & (block < stored), other=0.0).to(tl.float32)
+        before, behind = _sides(block, begin, hole_begin, hole_end, end, size)
+        rooms = (before + behind).to(tl.float32)
+        units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
+        listed = tl.maximum(units, 1).to(tl.float32) * ratio.to(tl.float32)
+        weight = -tl.log(listed / tl.maximum(rooms, 1.0))
+        # the same share of the way through the block's keys
+        way = (slot.to(tl.float64) + noise[:, None] - since).to(tl.float32) / listed
+        far = tl.minimum(tl.maximum((way * rooms).to(tl.int32), 0), tl.maximum(before + behind - 1, 0))
+        lowest, beyond = tl.maximum(block * size, begin), tl.maximum(block * size, hole_end)
+        key = tl.where(far < before, lowest + far, beyond + far - before)
+        # all that is left is listed where it is few
+        listed_key = begin + tl.minimum(slot, tl.maximum(left - 1, 0))
+        listed_key += tl.where(listed_key >= hole_begin, hole_end - hole_begin, 0)
+        key = tl.where(few, listed_key, key)
+        weight = tl.where(few, tl.where(slot < left, 0.0, -float("inf")), weight)
+        tl.store(index_at + slot, key.to(tl.int64), mask=inside)
+        tl.store(weight_at + slot, weight, mask=inside)

@@ -1,8 +1,9 @@
 """Sort the queries of a tile into lists of alike ones in Triton: one launch for all tiles, and no sorted numbers in memory.
 
-A program takes a tile of positions with all heads of a group. It finds the directions in which its rows differ most, and
-cuts them in halves along such directions, again and again: `select.alike.sort_alike` does the same in PyTorch. A row carries
-the number of its part, so that nothing is moved until all cuts are made.
+A program takes a tile of positions with all heads of a group, or with a part of them where they are many. It finds the
+directions in which its rows differ most, and cuts them in halves along such directions, again and again:
+`select.alike.sort_alike` does the same in PyTorch. A row carries the number of its part, so that nothing is moved until all
+cuts are made.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -124,15 +125,17 @@ def _multiplied(
 def _kernel(
     q_ptr, begin_ptr, factor_ptr, edges_ptr, limit_ptr, source_ptr, live_ptr, inside_ptr, row_limit_ptr, directions_ptr,
     scale, first_tile, front, queries, kv_heads, factors, leading, s_batch, s_head, s_query, s_list, s_edges, s_limit,
-    s_limit_tile, GROWTH: tl.constexpr, EDGES: tl.constexpr,
+    s_limit_tile, GROWTH: tl.constexpr, EDGES: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, EACH: tl.constexpr, LEAVES: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, SLICE: tl.constexpr,
     COLUMNS: tl.constexpr, ROUNDS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    place_of_tile, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    one, place_of_tile = tl.program_id(1).to(tl.int64), tl.program_id(0) // PARTS
+    # heads of the group before those of this part
+    before = tl.program_id(0) % PARTS * GROUP
     first = (first_tile + place_of_tile) * SIZE - front
-    q_ptr += (one // kv_heads) * s_batch + (one % kv_heads) * GROUP * s_head
-    directions_ptr += (one * tl.num_programs(0) + place_of_tile) * COLUMNS * DIM
+    q_ptr += (one // kv_heads) * s_batch + ((one % kv_heads) * PARTS * GROUP + before) * s_head
+    directions_ptr += (one * tl.num_programs(0) + tl.program_id(0)) * COLUMNS * DIM
     # the factor of the most leading keys among those that all queries of the tile see
     known = tl.load(edges_ptr + one * s_edges + place_of_tile * EDGES + EDGES - 1)
     number, edge = 0, leading
@@ -204,11 +207,12 @@ def _kernel(
     live = (row < GROUP * SIZE) & (position == query)
     limit_at = limit_ptr + (one // kv_heads) * s_limit + (first_tile + place_of_tile) * s_limit_tile + place // GROUP
     limit = tl.load(limit_at, mask=live, other=0)
-    out = one * s_list + place_of_tile.to(tl.int64) * full + number * EACH + rank
+    out = one * s_list + tl.program_id(0).to(tl.int64) * full + number * EACH + rank
+    head = before + place % GROUP
     inside = row < full
-    tl.store(source_ptr + out, (place % GROUP).to(tl.int64) * queries + query, mask=inside)
+    tl.store(source_ptr + out, head.to(tl.int64) * queries + query, mask=inside)
     tl.store(live_ptr + out, live, mask=inside)
-    tl.store(inside_ptr + out, place.to(tl.int64), mask=inside)
+    tl.store(inside_ptr + out, (place // GROUP * (PARTS * GROUP) + head).to(tl.int64), mask=inside)
     tl.store(row_limit_ptr + out, limit, mask=inside)
 
 
@@ -232,7 +236,7 @@ def sort_alike(
         row_limit: for the leading keys that each row may see.
         first_tile: place of the first tile.
         front: padding positions before the first query of the first tile of all.
-        many: lists of each tile.
+        many: lists of each part of a tile, of which a tile has as many as make up `source`: neighbouring heads of a group.
         leading: keys of the factor behind the identity; `growth` times as many of each that follows.
         growth: how many times as many.
         scale: factor of the queries.
@@ -240,9 +244,10 @@ def sort_alike(
         steps: steps towards the direction of a cut.
 
     Returns:
-        the directions in which rows were compared, times the factor, as rows: ``[lists, chunk, 16, head_dim]``, float32.
+        the directions in which rows of a part were compared, times the factor, as rows: ``[lists, chunk * parts, 16,
+        head_dim]``, in the dtype of the queries, in which they are multiplied.
     """
-    directions = begin.new_empty(source.shape[0], source.shape[1] // many, DIRECTIONS, q.shape[3])
+    directions = q.new_empty(source.shape[0], source.shape[1] // many, DIRECTIONS, q.shape[3])
     if source.numel():
         results = source, live, inside, row_limit, directions
         given = q, begin, (factor, edges), limit, results, first_tile, front
@@ -259,7 +264,7 @@ def launch_sort(
     factor, edges, limit = metric[0].contiguous(), metric[1], limit if limit.stride(2) == 1 else limit.contiguous()
     q, size = q if q.stride(3) == 1 else q.contiguous(), limit.shape[2]
     many, each, width = source.shape[1] // directions.shape[1], source.shape[2], triton.next_power_of_2(q.shape[3])
-    kv_heads = source.shape[0] // q.shape[0]
+    kv_heads, parts = source.shape[0] // q.shape[0], directions.shape[1] // edges.shape[1]
     rows, width = max(16, triton.next_power_of_2(many * each)), max(16, width)
     return Launch(
         _kernel,
@@ -273,7 +278,7 @@ def launch_sort(
             "leading": levels[0], "s_list": source.stride(0), "s_edges": edges.stride(0),
             "s_limit": limit.stride(0) if len(limit) > 1 else 0, "s_limit_tile": limit.stride(1), "GROWTH": levels[1],
             "EDGES": edges.shape[2],
-            "GROUP": q.shape[1] // kv_heads, "SIZE": size, "MANY": many, "EACH": each,
+            "PARTS": parts, "GROUP": q.shape[1] // kv_heads // parts, "SIZE": size, "MANY": many, "EACH": each,
             "LEAVES": triton.next_power_of_2(many), "ROWS": rows, "DIM": q.shape[3], "WIDTH": width,
             "PART": max(16, min(rows, _NUMBERS // width)), "SLICE": _SLICE, "COLUMNS": DIRECTIONS, "ROUNDS": rounds,
             "STEPS": steps, "PRECISION": "ieee" if torch.version.hip else "tf32",

@@ -1,4 +1,6 @@
-"""The list kernel in Triton, forward: one launch for an entire selection; long lists are split if there are few tiles.
+"""The list kernel in Triton, forward: one launch for a selection, and one to merge the parts of lists that are split.
+
+Long lists are split if there are few tiles.
 
 A program processes some rows of a tile and the tile's list block by block: compute key indices, load keys, score them, add
 log-weights, and update a running softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867). `reference` is the specification;
@@ -14,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyperattention.kernels.decode.triton_parts import launch_merge
 from hyperattention.kernels.launch import (
     Launch,
     StoredRows,
@@ -26,8 +29,6 @@ from hyperattention.kernels.launch import (
 )
 from hyperattention.kernels.list.reference import Lists
 from hyperattention.kernels.list.triton_slots import allowed, blocks_of, labels_of, places_of, slots_of, stored_at
-from hyperattention.merge import merge
-from hyperattention.types import Partial
 
 # lists are split if there are fewer programs than this per multiprocessor
 _WAVES = 2
@@ -205,10 +206,10 @@ def forward(
         launch_forward(q, store_of(k, table), store_of(v, table), (out, lse), lists, scale, cut, precise=precise).run()
     if splits == 1:
         return out[0].transpose(1, 2), lse[0].transpose(1, 2)
-    # merging uses only the last axis, for any order of heads and queries
-    parts = [Partial(o.flatten(0, 1), m.flatten(0, 1)) for o, m in zip(out, lse, strict=True)]
-    merged = merge(parts)
-    out, lse = (x.unflatten(0, shape[1:3]).transpose(1, 2) for x in (merged.out, merged.lse))
+    merged, merged_lse = out.new_empty(out.shape[1:]), lse.new_empty(shape[1:])
+    if merged.numel():
+        launch_merge((out, lse), (merged, merged_lse)).run()
+    out, lse = merged.transpose(1, 2), merged_lse.transpose(1, 2)
     return out if precise else out.to(q.dtype), lse
 
 

@@ -13,7 +13,7 @@ from hyperattention.select.locate.sinks import Sinks
 from hyperattention.select.locate.window import Window
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
-from hyperattention.types import Labels, Runs, Selection
+from hyperattention.types import Labels, Partial, Runs, Selection
 
 # codes are int64, and one value above all codes marks masked keys
 MOST_BITS = 62
@@ -70,6 +70,10 @@ class SortedTiles:
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
         return self.restore(x[:, :, 0])
+
+    def beside(self, earlier: tuple[Partial, ...], out: Tensor, lse: Tensor) -> tuple[Partial, ...]:
+        """Undo `split` for attention over the lists, and put it behind what is to be merged with it."""
+        return *earlier, Partial(self.join(out), self.join(lse))
 
     def take(self, x: Int[Tensor, "#batch #heads queries"]) -> Int[Tensor, "lists tiles rows"]:
         """Read the number of each row's query; 0 for padding."""

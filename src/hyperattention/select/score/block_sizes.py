@@ -43,6 +43,15 @@ class BlockSizes:
             size *= 2
         return seams
 
+    def doublings(self, tiles: Tiles) -> tuple[int, tuple[int, ...]]:
+        """Return how many keys the first tile's blocks have, and the first tile for each doubling of them."""
+        first, last = (self.size(seen_keys(tiles, slice(0, end))) for end in (1, len(tiles.index)))
+        seams, size = [], first
+        while size < last:
+            seams.append(tiles.before(self.most * size // tiles.size))
+            size *= 2
+        return first, tuple(seams)
+
 
 def last_made(make: Callable[[int], _Made]) -> Callable[[int], _Made]:
     """Make something for each size that is asked for; only the last one is kept, as tiles come in order."""
