@@ -30,7 +30,8 @@ BASIS_SPILLS = {80: 16, 90: 0}
 # older kernels whose loops wait for whole blocks, and how many of them each loop waits for: not yet rewritten
 SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # passes over the rows of a tile and slices of a factor, which stay in the cache, or over keys once a call: other programs
-# run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled
+# run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled. In a choice: queries
+# and averages, once for some lists, and shares while draws are placed, which are loaded a step ahead
 PASSES = {"alike sorting": 8, "alike first": 3, "alike blocks": 2, "alike factors": 1, "alike choice": 12}
 # blocks that the loops of a choice over keys, over stretches and over shares fetch in the background, by sizes of blocks
 BACKGROUND = {"keys": 19, "blocks": 23}
@@ -85,6 +86,8 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
             assert kernel["serialised"] == [], kernel
             allowed = next((count for name, count in PASSES.items() if kernel["kernel"].startswith(name)), 0)
             assert kernel["synchronous"] <= allowed, kernel
+        if kernel["kernel"].startswith("alike choice"):
+            assert kernel["asynchronous"] == BACKGROUND[kernel["kernel"].split()[-1]], kernel
         if kernel["kernel"].startswith("decoding"):
             assert kernel["serialised"] == [], kernel
             # the merge reads each part once, and few

@@ -5,8 +5,9 @@
 
 32 query heads on 8 kv heads, width 128, bfloat16, causal. The price of a slot is that of the list kernel on one H100,
 derived from `benchmarks/records/gpu_list.jsonl`, lists already flattened. The prices of scores and of passes over memory
-are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Masses are written and read
-once, two bytes each. Sorting and grouping wait for themselves: their times are cycles counted by hand, which no card has
+are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Shares are written and read
+once, two bytes each, or take the time of the instructions that draw by them, whichever is longer; that other programs score
+meanwhile is not counted. Sorting and grouping wait for themselves: their times are cycles counted by hand, which no card has
 shown. Launches are those that `counts.py --call` counts, on the device; the host needs five times as long for them.
 """
 
@@ -20,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu.counts import count_call
 from hyperattention import Method, Sinks, Window
 from hyperattention.select import DrawAlike
+from hyperattention.select.score.alike_scan import NORMAL
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-PARTS = ("lists", "scores", "masses", "sorting", "rows", "launches")
+PARTS = ("lists", "scores", "draws", "sorting", "rows", "launches")
 RECORDS = Path(__file__).resolve().parents[1] / "records" / "gpu_list.jsonl"
 # products of a score and of an output, a multiplication and an addition for each number of a key and of a value
 FLOP_OF_A_PAIR = 2 * 2 * HEAD_DIM
@@ -32,6 +34,9 @@ FLOPS = 375e12
 # bytes/s of a pass over memory, 1.2 ms for 2 GB: measured in the same way, and as little backed by a record; about half of
 # what a copy reaches (`ceilings` in records/gpu.jsonl)
 BYTES = 2e9 / 1.2e-3
+# instructions that draw by a share: seven passes, counted in what Triton 3.9 compiles for sm_90, with two draws of
+# the busiest block; and those that a GPU runs in a second, 128 a cycle on 132 multiprocessors
+INSTRUCTIONS, INSTRUCTIONS_A_SECOND = 118, 132 * 128 * 1.7e9
 # programs of a GPU that sort or group at once, two on a multiprocessor, and how long one takes: 75,000 cycles for a tile of
 # 512 rows (passes over them, 64 steps of Gram-Schmidt, 7 cuts) and 10,000 for a list of 64, counted by hand
 PROGRAMS, SECONDS_OF_A_SORT, SECONDS_OF_A_GROUPING = 2 * 132, 75e3 / 1.7e9, 10e3 / 1.7e9
@@ -55,13 +60,14 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
     method = Method(Sinks(16), Window(192), stage, tile=128)
     slots = method.cost(tokens).pairs
     products = stage.selection_pairs(tokens, method.tile, HEAD_DIM, True)
-    blocks = products * stage.rows / stage.pooled
-    masses = HEADS * tokens / stage.rows * blocks
+    # of the products of a block, those of averages with means of stretches and for the allowance tell no share
+    blocks = products * stage.rows / (stage.pooled * (1 + 2 / NORMAL) + 2)
+    shares = HEADS * tokens / stage.rows * blocks
     tiles, lists = KV_HEADS * tokens / method.tile, HEADS * tokens / stage.rows
     seconds = {
         "lists": tokens * slots * seconds_of_a_slot(64 if stage.rows >= 256 else 16),
         "scores": HEADS * tokens * products * 2 * HEAD_DIM / FLOPS,
-        "masses": masses * 2 * 2 / BYTES,
+        "draws": shares * max(2 * 2 / BYTES, INSTRUCTIONS / INSTRUCTIONS_A_SECOND),
         "sorting": (tiles * SECONDS_OF_A_SORT + lists * SECONDS_OF_A_GROUPING) / PROGRAMS,
         # queries read and written sorted; outputs of both lists read, and merged ones written
         "rows": 5 * 2 * HEADS * HEAD_DIM * tokens / BYTES,
