@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.workspace import Workspace
+
 # columns of values are padded with zeros to a multiple of this: a product as wide as 65 takes longer than one of 80
 MULTIPLE = 16
 
@@ -33,33 +35,48 @@ class Columns:
     @property
     def padded(self) -> int:
         """Count the columns of `together`."""
-        return self.main.shape[2] if self.last is None else -(-self.width // MULTIPLE) * MULTIPLE
+        return -(-self.width // MULTIPLE) * MULTIPLE
 
     def ordered(self, order: Tensor) -> "Columns":
         """Put the tokens of all lists into another order."""
         return Columns(self.main.index_select(1, order), None if self.last is None else self.last.index_select(1, order))
 
-    def together(self, dtype: torch.dtype) -> Tensor:
-        """Return all numbers and the zeros of the padding, ``[lists, tokens, padded]``; of a matrix alone no copy."""
-        if self.last is None:
-            return self.main.to(dtype)
-        result = self.last.new_empty(*self.last.shape, self.padded, dtype=dtype)
-        self._fill(result)
+    def together(self, scale: Tensor | None, work: Workspace) -> Tensor:
+        """Return all numbers times a scale of each token, and the zeros of the padding, ``[lists, tokens, padded]``.
+
+        Args:
+            scale: ``[lists, tokens]``; None for 1.
+            work: the memory of the result.
+
+        Returns:
+            the numbers.
+        """
+        width = self.main.shape[2]
+        result = work.take("value", *self.main.shape[:2], self.padded)
+        for x, place in ((self.main, slice(width)), (self.last, slice(width, self.width))):
+            if x is not None:
+                x, part = x.unsqueeze(2) if x.dim() < 3 else x, result[..., place]
+                part.copy_(x) if scale is None else torch.mul(x, scale[..., None], out=part)
+        result[..., self.width :] = 0
         return result
 
-    def upright(self, blocks: int, padded: int, dtype: torch.dtype) -> Tensor:
-        """Return numbers by number, then by token, in blocks of tokens: ``[lists * blocks, padded, tokens of a block]``."""
-        lists, tokens = self.main.shape[:2]
-        result = self.main.new_empty(lists, blocks, padded, tokens // blocks, dtype=dtype)
-        self._fill(result.transpose(2, 3), blocks)
-        return result.flatten(0, 1)
+    def upright(self, blocks: int, padded: int, name: str, work: Workspace) -> Tensor:
+        """Return numbers by number, then by token, in blocks of tokens: ``[lists * blocks, padded, tokens of a block]``.
 
-    def _fill(self, result: Tensor, blocks: int | None = None) -> None:
-        """Copy all numbers to the first columns, and zeros to the others."""
-        main, last = (x if blocks is None or x is None else x.unflatten(1, (blocks, -1)) for x in (self.main, self.last))
-        assert main is not None
-        result[..., : main.shape[-1]] = main
-        if last is not None:
-            result[..., main.shape[-1]] = last
-        if result.shape[-1] > self.width:
-            result[..., self.width :] = 0
+        Args:
+            blocks: number of blocks.
+            padded: numbers of a token in the result; zeros where there are fewer.
+            name: of the buffer.
+            work: the memory of the result.
+
+        Returns:
+            the numbers.
+        """
+        (lists, tokens), width = self.main.shape[:2], self.main.shape[2]
+        result = work.take(name, lists, blocks, padded, tokens // blocks)
+        result[:, :, :width] = self.main.unflatten(1, (blocks, -1)).transpose(2, 3)
+        if self.last is not None:
+            result[:, :, width] = self.last.unflatten(1, (blocks, -1))
+        if padded > self.width:
+            result[:, :, self.width :] = 0
+        return result.flatten(0, 1)
