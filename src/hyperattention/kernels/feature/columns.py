@@ -41,27 +41,30 @@ class Columns:
         """Put the tokens of all lists into another order."""
         return Columns(self.main.index_select(1, order), None if self.last is None else self.last.index_select(1, order))
 
-    def together(self, scale: Tensor | None, work: Workspace) -> Tensor:
-        """Return all numbers times a scale of each token, and the zeros of the padding, ``[lists, tokens, padded]``.
+    def together(self, scale: Tensor | None, blocks: int, work: Workspace) -> Tensor:
+        """Return all numbers times a scale of each token, in blocks of tokens: ``[blocks * lists, tokens of one, padded]``.
 
         Args:
             scale: ``[lists, tokens]``; None for 1.
+            blocks: number of blocks.
             work: the memory of the result.
 
         Returns:
-            the numbers.
+            the numbers, and zeros in the columns of the padding.
         """
-        width = self.main.shape[2]
-        result = work.take("value", *self.main.shape[:2], self.padded)
-        for x, place in ((self.main, slice(width)), (self.last, slice(width, self.width))):
+        (lists, tokens), width = self.main.shape[:2], self.main.shape[2]
+        result = work.take("value", blocks, lists, tokens // blocks, self.padded)
+        last = None if self.last is None else self.last.unsqueeze(2)
+        scale = None if scale is None else by_block(scale.unsqueeze(2), blocks)
+        for x, place in ((self.main, slice(width)), (last, slice(width, self.width))):
             if x is not None:
-                x, part = x.unsqueeze(2) if x.dim() < 3 else x, result[..., place]
-                part.copy_(x) if scale is None else torch.mul(x, scale[..., None], out=part)
+                x, part = by_block(x, blocks), result[..., place]
+                part.copy_(x) if scale is None else torch.mul(x, scale, out=part)
         result[..., self.width :] = 0
-        return result
+        return work.take("value", blocks * lists, tokens // blocks, self.padded)
 
     def upright(self, blocks: int, padded: int, name: str, work: Workspace) -> Tensor:
-        """Return numbers by number, then by token, in blocks of tokens: ``[lists * blocks, padded, tokens of a block]``.
+        """Return numbers by number, then by token, in blocks of tokens: ``[blocks * lists, padded, tokens of a block]``.
 
         Args:
             blocks: number of blocks.
@@ -73,10 +76,16 @@ class Columns:
             the numbers.
         """
         (lists, tokens), width = self.main.shape[:2], self.main.shape[2]
-        result = work.take(name, lists, blocks, padded, tokens // blocks)
-        result[:, :, :width] = self.main.unflatten(1, (blocks, -1)).transpose(2, 3)
+        result = work.take(name, blocks, lists, padded, tokens // blocks)
+        result[:, :, :width] = by_block(self.main, blocks).transpose(2, 3)
         if self.last is not None:
-            result[:, :, width] = self.last.unflatten(1, (blocks, -1))
+            result[:, :, width] = by_block(self.last.unsqueeze(2), blocks)[..., 0]
         if padded > self.width:
             result[:, :, self.width :] = 0
-        return result.flatten(0, 1)
+        return work.take(name, blocks * lists, padded, tokens // blocks)
+
+
+def by_block(x: Tensor, blocks: int) -> Tensor:
+    """View an axis of tokens as blocks: ``[lists, tokens, ...]`` as ``[blocks, lists, tokens of one, ...]``."""
+    lists, tokens, width = x.shape
+    return x.view(lists, blocks, tokens // blocks, width).transpose(0, 1)

@@ -18,7 +18,8 @@ class Keys:
         key: features, ``[lists, keys, features]``.
         value: what is summed, times the scale.
         scales: of each key, ``[lists, keys]``.
-        alike: whether all keys of a list have the same scale, a power of two: relative to it, each is 1.
+        alike: whether all keys of a list have the same scale, a power of two: relative to it, each is 1. Then some keys
+            have the scales of all.
     """
 
     key: Tensor
@@ -39,13 +40,22 @@ class Keys:
     def of(self, lists: slice, keys: slice) -> "Keys":
         """Select some keys of some lists."""
         at = lists, keys
-        return Keys(self.key[at], self.value[at], self.scales[at], self.alike)
+        return Keys(self.key[at], self.value[at], self.scales[lists if self.alike else at], self.alike)
 
     def ordered(self, order: Tensor) -> "Keys":
         """Put the keys of all lists into another order."""
         factor, exponent = (x.index_select(1, order) for x in (self.scales.factor, self.scales.exponent))
         return Keys(self.key.index_select(1, order), self.value.ordered(order), Scales(factor, exponent), self.alike)
 
-    def summed(self, base: Tensor, work: Workspace) -> Tensor:
-        """Multiply values by scales, relative to 2^base of each list, ``[lists, 1]``, which is theirs if `alike`."""
-        return self.value.together(None if self.alike else self.scales.times(-base), work)
+    def summed(self, base: Tensor, blocks: int, work: Workspace) -> Tensor:
+        """Multiply values by scales, relative to 2^base of each list, ``[lists, 1]``, which is theirs if `alike`.
+
+        Args:
+            base: the unit.
+            blocks: number of blocks.
+            work: the memory of the result.
+
+        Returns:
+            values as `Columns.together` returns them.
+        """
+        return self.value.together(None if self.alike else self.scales.times(-base), blocks, work)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.columns import Columns, by_block
 from hyperattention.kernels.feature.workspace import Workspace
 
 # features are padded with zeros to a multiple of this, so that they can be halved three times
@@ -35,8 +36,8 @@ class Power(ABC):
         """Count the expanded features."""
 
     @abstractmethod
-    def keys(self, key: Tensor, work: Workspace) -> Tensor:
-        """Pad keys ``[.., keys, features]``, in the dtype of sums, in any order in memory."""
+    def keys(self, key: Tensor, blocks: int, work: Workspace) -> Tensor:
+        """Cut keys ``[lists, keys, features]`` into blocks ``[blocks * lists, keys of one, padded]``, in any order in memory."""
 
     @abstractmethod
     def expand(self, key: Tensor, work: Workspace) -> Tensor:
@@ -73,9 +74,12 @@ class FirstPower(Power):
         """As many as there are."""
         return features
 
-    def keys(self, key: Tensor, work: Workspace) -> Tensor:
-        """Nothing to do but for another dtype."""
-        return work.cast("key", key)
+    def keys(self, key: Tensor, blocks: int, work: Workspace) -> Tensor:
+        """Copy them only if they lie in another order, or have another dtype than sums."""
+        key = by_block(key, blocks)
+        if key.dtype != work.dtype or min(key.shape[:2]) > 1:
+            key = work.take("key", *key.shape).copy_(key)
+        return key.flatten(0, 1)
 
     def expand(self, key: Tensor, work: Workspace) -> Tensor:
         """Nothing to do."""
@@ -112,14 +116,9 @@ class SecondPower(Power):
         """Pairs of different halves once, those of a piece as they are."""
         return sum(count * size * size for count, size in _levels(self.padded(features)))
 
-    def keys(self, key: Tensor, work: Workspace) -> Tensor:
+    def keys(self, key: Tensor, blocks: int, work: Workspace) -> Tensor:
         """Hold keys upright, as `expand` multiplies them."""
-        features = key.shape[2]
-        result = work.take("key", len(key), self.padded(features), key.shape[1])
-        result[:, :features] = key.transpose(1, 2)
-        if result.shape[1] > features:
-            result[:, features:] = 0
-        return result.transpose(1, 2)
+        return Columns(key).upright(blocks, self.padded(key.shape[2]), "key", work).transpose(1, 2)
 
     def expand(self, key: Tensor, work: Workspace) -> Tensor:
         """Multiply features by features; pairs of different halves stand for two, and are doubled."""

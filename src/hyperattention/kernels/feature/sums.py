@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperattention.kernels.feature.columns import Columns
+from hyperattention.kernels.feature.columns import Columns, by_block
 from hyperattention.kernels.feature.course import Course, unit_at
 from hyperattention.kernels.feature.keys import Keys
 from hyperattention.kernels.feature.plan import Plan, Step
@@ -22,7 +22,7 @@ from hyperattention.kernels.feature.workspace import Workspace
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of a step, and all they need; blocks of all lists are one axis, ``lists * blocks``.
+    """The rows of a step, and all they need; blocks of all lists are one axis, ``blocks * lists``.
 
     Args:
         lists: the lists.
@@ -48,15 +48,13 @@ class Block:
 
     def take(self, x: Columns, padded: int, name: str) -> Tensor:
         """Select the rows, block by block, in the dtype of sums, upright: ``[.., padded, rows]``."""
-        x = x[self.lists]
-        x = x[:, self.rows] if isinstance(self.rows, slice) else x.ordered(self.rows)
+        x = x[self.lists, self.rows] if isinstance(self.rows, slice) else x[self.lists].ordered(self.rows)
         return x.upright(self.blocks, padded, name, self.work)
 
     def part(self, x: Tensor) -> Tensor:
         """Select a number of each row of ``[lists, rows]``, ``[.., rows, 1]``."""
-        x = x[self.lists]
-        x = x[:, self.rows] if isinstance(self.rows, slice) else x.index_select(1, self.rows)
-        return x.reshape(len(self.state), -1, 1)
+        x = x[self.lists, self.rows]
+        return by_block(x.unsqueeze(2), self.blocks).reshape(self.blocks * x.shape[0], -1, 1)
 
     def put(self, x: Tensor, scale: Tensor, target: Tensor, operation: Callable[..., Tensor] = torch.mul) -> None:
         """Write rows ``[.., rows, width]`` times the scale of each to their places in ``[lists, rows, width]``.
@@ -67,17 +65,18 @@ class Block:
             target: all rows of all lists.
             operation: `torch.div` divides by the scale.
         """
-        target = target[self.lists]
         if isinstance(self.rows, slice):
-            place = target[:, self.rows].unflatten(1, (self.blocks, -1))
-            operation(*(each.unflatten(0, (len(target), -1)) for each in (x, scale)), out=place)
-        else:
-            target.index_copy_(1, self.rows, operation(x, scale).reshape(len(target), -1, x.shape[2]).to(target.dtype))
+            place = by_block(target[self.lists, self.rows], self.blocks)
+            operation(x.view(*place.shape), scale.view(*place.shape[:3], 1), out=place)
+            return
+        target, rows = target[self.lists], operation(x, scale).unflatten(0, (self.blocks, -1)).transpose(0, 1)
+        target.index_copy_(1, self.rows, rows.flatten(1, 2).to(target.dtype))
 
     def note(self, x: Tensor, target: Tensor) -> None:
         """Write a number of each row, ``[.., rows, 1]``, to their places in ``[lists, rows]``."""
         target = target[self.lists]
-        target[:, self.rows] = x.reshape(len(target), -1)
+        rows = x.unflatten(0, (self.blocks, -1)).transpose(0, 1)
+        target[:, self.rows] = rows.reshape(target.shape[0], -1)
 
 
 def blocks(keys: Keys, course: Course, power: Power, work: Workspace) -> Iterator[Block]:
@@ -98,10 +97,11 @@ def blocks(keys: Keys, course: Course, power: Power, work: Workspace) -> Iterato
 
 
 def _walk(keys: Keys, lists: slice, course: Course, power: Power, work: Workspace) -> Iterator[Block]:
-    plan, total, width = course.plan, keys.key.shape[1], keys.value.padded
-    tops, end = course.tops[lists], 0
+    keys, plan, tops, end = keys.of(lists, slice(None)), course.plan, course.tops[lists], 0
+    (count, total, features), width = keys.key.shape, keys.value.padded
     base = tops[:, :1]
-    state = work.take("carried", len(tops), power.expanded(keys.key.shape[2]), width).zero_()
+    state = work.take("carried", count, power.expanded(features), width).zero_()
+    whole = slice(None)
     for number, (step, apart, moved) in enumerate(zip(course.steps, course.apart, course.moved, strict=True), 1):
         before, base = base, tops[:, unit_at(step, apart), None]
         if moved:
@@ -109,21 +109,20 @@ def _walk(keys: Keys, lists: slice, course: Course, power: Power, work: Workspac
             state.mul_((before - base).clamp(max=0).exp2()[..., None])
         while end < step.near.start:
             until = min(end + plan.step_rows, step.near.start)
-            some = keys.of(lists, plan.place(slice(end, until), total))
+            some = keys.of(whole, plan.place(slice(end, until), total))
             end = until
-            state.baddbmm_(power.expand(power.keys(some.key, work), work), some.summed(base, work))
-        near = keys.of(lists, plan.place(step.near, total))
+            state.baddbmm_(power.expand(power.keys(some.key, 1, work), work), some.summed(base, 1, work))
+        near = keys.of(whole, plan.place(step.near, total))
         if apart:
             yield _apart(step, (near, power), (lists, course), (state, base), work)
             continue
-        key = power.keys(_by_block(near.key, step.blocks), work)
-        value = _by_block(near.summed(base, work), step.blocks)
-        # nothing reads the state behind the last block
+        key, value = power.keys(near.key, step.blocks, work), near.summed(base, step.blocks, work)
         states = state
-        if step.blocks > 1 or number < len(course.steps):
-            states = _running(state, power.expand(key, work), value, plan.mirrored, work)
+        # nothing reads the state behind the last block
+        if step.near.stop > step.near.start and (step.blocks > 1 or number < len(course.steps)):
+            states, state = _running(state, power.expand(key, work), value, plan.mirrored, work)
             end = step.near.stop
-        weight = _weights(plan, step, state)
+        weight = _weights(plan, step, count, work)
         yield _block(step, (lists, course), (states, None), (key, value, weight), work)
 
 
@@ -137,9 +136,9 @@ def _apart(
     raised = keys.scales.exponent[..., None] - own[:, None]
     weight = raised.masked_fill(~_shown(course.plan, step), -torch.inf).exp2()
     # the exponents are in the weights
-    value = keys.value.together(keys.scales.factor, work)
+    value = keys.value.together(keys.scales.factor, 1, work)
     decay = (state[1] - own).clamp(max=0).exp2()[..., None]
-    return _block(step, place, (state[0], decay), (power.keys(keys.key, work), value, weight), work)
+    return _block(step, place, (state[0], decay), (power.keys(keys.key, 1, work), value, weight), work)
 
 
 def _block(
@@ -150,7 +149,7 @@ def _block(
     work: Workspace,
 ) -> Block:
     lists, plan = place[0], place[1].plan
-    rows = plan.place(step.rows, len(plan.limit)) if plan.order is None else plan.order[step.rows]
+    rows = plan.place(step.rows, plan.limit.shape[0]) if plan.order is None else plan.order[step.rows]
     return Block(lists, rows, step.blocks, *states, *near, work)
 
 
@@ -163,33 +162,28 @@ def _shown(plan: Plan, step: Step) -> Tensor:
     return shown.flip((0, 1, 2)) if plan.mirrored else shown
 
 
-def _weights(plan: Plan, step: Step, state: Tensor) -> Tensor:
-    """Return 1 for the near keys that each row sees and 0 for others, ``[lists * blocks or 1, near, rows]``."""
+def _weights(plan: Plan, step: Step, lists: int, work: Workspace) -> Tensor:
+    """Return 1 for the near keys that each row sees and 0 for others, ``[blocks * lists or 1, near, rows]``."""
     if step.stairs:
-        # `triu_` of all pairs takes five times as long as their product with this
         size = (step.rows.stop - step.rows.start) // step.blocks
-        ones = state.new_ones(1, size, size)
-        return ones.tril_() if plan.mirrored else ones.triu_()
-    return _shown(plan, step).to(state.dtype).repeat(len(state), 1, 1)
+        return work.stairs(size, plan.mirrored)
+    return _shown(plan, step).to(work.dtype).repeat_interleave(lists, 0)
 
 
-def _by_block(x: Tensor, count: int) -> Tensor:
-    """Split an axis of keys: ``[lists, keys, ...]`` to ``[lists * blocks, keys of one, ...]``."""
-    return x.reshape(len(x) * count, x.shape[1] // count, x.shape[2])
-
-
-def _running(state: Tensor, expanded: Tensor, value: Tensor, mirrored: bool, work: Workspace) -> Tensor:
-    """Return the states before each block of keys, ``[lists * blocks, ...]``; the state becomes that behind all of them."""
-    lists, count, shape = len(state), len(value) // max(1, len(state)), state.shape[1:]
-    added = work.take("added", len(value), *shape)
-    torch.bmm(expanded, value, out=added)
-    result = work.take("states", len(value), *shape)
-    befores, each = (x.view(lists, count, *shape).unbind(1) for x in (result, added))
-    befores, each = (befores[::-1], each[::-1]) if mirrored else (befores, each)
-    befores[0].copy_(state)
-    for before, some, behind in zip(befores, each, (*befores[1:], state), strict=True):
-        torch.add(before, some, out=behind)
-    return result
+def _running(
+    state: Tensor, expanded: Tensor, value: Tensor, mirrored: bool, work: Workspace
+) -> tuple[Tensor, Tensor]:
+    """Return the states before each block of keys, ``[blocks * lists, ...]``, and that behind all of them."""
+    lists, total = state.shape[0], value.shape[0]
+    held = work.take("states", total + lists, *state.shape[1:])
+    # what a block adds goes where the state behind it will be
+    first, rest = (held[total:], held[:total]) if mirrored else (held[:lists], held[lists:])
+    first.copy_(state)
+    torch.bmm(expanded, value, out=rest)
+    before, *others = held.split(lists)[::-1] if mirrored else held.split(lists)
+    for each in others:
+        before = each.add_(before)
+    return held[lists:] if mirrored else held[:total], before
 
 
 def product_of(block: Block, query: Tensor) -> Tensor:

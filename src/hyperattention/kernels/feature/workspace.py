@@ -19,6 +19,8 @@ class Workspace:
     dtype: torch.dtype
     device: torch.device
     _held: dict[str, Tensor] = field(default_factory=dict)
+    # in the shapes asked for: a view takes as long as a dozen look-ups
+    _views: dict[tuple, Tensor] = field(default_factory=dict)
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Return the buffer of this name, in this shape; what it holds is lost.
@@ -30,11 +32,23 @@ class Workspace:
         Returns:
             memory without gaps.
         """
-        size, held = prod(shape), self._held.get(name)
-        if held is None or held.numel() < size:
-            held = self._held[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return held[:size].view(shape)
+        found = self._views.get((name, shape))
+        if found is None:
+            size, held = prod(shape), self._held.get(name)
+            if held is None or held.numel() < size:
+                held = self._held[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+                for key in [key for key in self._views if key[0] == name]:
+                    del self._views[key]
+            found = self._views[name, shape] = held[:size].view(shape)
+        return found
 
-    def cast(self, name: str, x: Tensor) -> Tensor:
-        """Return numbers in the dtype of sums; those that are in it already are not copied."""
-        return x if x.dtype == self.dtype else self.take(name, *x.shape).copy_(x)
+    def stairs(self, size: int, falling: bool) -> Tensor:
+        """Return ones on the diagonal and above it, or below it, and zeros elsewhere, ``[1, size, size]``."""
+        name = f"stairs, falling {falling}"
+        known = (name, (1, size, size)) in self._views
+        result = self.take(name, 1, size, size)
+        # `triu_` of all pairs of a step takes five times as long as their product with this
+        if not known:
+            result.fill_(1.0)
+            result.tril_() if falling else result.triu_()
+        return result
