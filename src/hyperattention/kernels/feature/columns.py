@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hyperattention.kernels.feature.workspace import Workspace
 
-# columns of values are padded with zeros to a multiple of this: a product as wide as 65 takes longer than one of 80
+# columns of values are padded to a multiple of this: a product as wide as 65 takes longer than one of 80
 MULTIPLE = 16
 
 
@@ -50,7 +50,7 @@ class Columns:
             work: the memory of the result.
 
         Returns:
-            the numbers, and zeros in the columns of the padding.
+            the numbers; columns of the padding hold anything, and nothing may read what becomes of them.
         """
         (lists, tokens), width = self.main.shape[:2], self.main.shape[2]
         result = work.take("value", blocks, lists, tokens // blocks, self.padded)
@@ -60,7 +60,6 @@ class Columns:
             if x is not None:
                 x, part = by_block(x, blocks), result[..., place]
                 part.copy_(x) if scale is None else torch.mul(x, scale, out=part)
-        result[..., self.width :] = 0
         return work.take("value", blocks * lists, tokens // blocks, self.padded)
 
     def upright(self, blocks: int, padded: int, name: str, work: Workspace) -> Tensor:

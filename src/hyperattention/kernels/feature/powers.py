@@ -140,31 +140,48 @@ class SecondPower(Power):
     def pull(self, query: Tensor, state: Tensor, slope: Tensor, work: Workspace) -> Tensor:
         """Slopes of pairs, by each feature times the other of its pair."""
         by_pair = torch.bmm(state, slope, out=work.take("pairs", len(query), state.shape[1], slope.shape[2]))
-        result, start = work.take("pulled", *query.shape).zero_(), 0
-        for count, size in _levels(query.shape[1]):
-            end = start + count * size * size
-            part = by_pair[:, start:end].view(query.shape[0], count, size, size, query.shape[2])
-            start = end
-            first, second = _halves(query, count, size)
-            into_first, into_second = _halves(result, count, size)
-            times = work.take("times", *part.shape)
-            into_first += torch.mul(part, second[:, :, None], out=times).sum(3)
-            into_second += part.mul_(first[:, :, :, None]).sum(2)
+        result = work.take("pulled", *query.shape).zero_()
+        for into, part, other in work.once(_key(query, by_pair, result), lambda: list(_terms(query, by_pair, result))):
+            into.addcmul_(part, other)
         return result
 
     def _pairs(self, x: Tensor, times: float, work: Workspace) -> Tensor:
         """Multiply features ``[.., features, rows]``, with `times` for pairs of different halves."""
-        result, start = work.take("pairs", x.shape[0], self.expanded(x.shape[1]), x.shape[2]), 0
+        result = work.take("pairs", x.shape[0], self.expanded(x.shape[1]), x.shape[2])
         others = x if times == 1.0 else torch.mul(x, times, out=work.take("times", *x.shape))
-        for count, size in _levels(x.shape[1]):
-            end = start + count * size * size
-            first, second = _halves(x, count, size)[0], _halves(others, count, size)[1]
-            if end == result.shape[1]:
-                second = _halves(x, count, size)[1]
-            part = result[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
-            torch.mul(first[:, :, :, None], second[:, :, None], out=part)
-            start = end
+        for first, second, part in work.once(_key(x, others, result), lambda: list(_factors(x, others, result))):
+            torch.mul(first, second, out=part)
         return result
+
+
+def _key(*tensors: Tensor) -> tuple:
+    return tuple((x.data_ptr(), x.shape) for x in tensors)
+
+
+def _factors(x: Tensor, others: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield both halves of features of each level, those of a second half from `others`, and the place of their pairs.
+
+    Halves are ``[.., count, size, 1, rows]`` and ``[.., count, 1, size, rows]``, pairs ``[.., count, size, size, rows]``.
+    """
+    start = 0
+    for count, size in _levels(x.shape[1]):
+        end = start + count * size * size
+        # pieces are paired with themselves, each pair twice
+        second = x if end == pairs.shape[1] else others
+        part = pairs[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
+        yield _halves(x, count, size)[0].unsqueeze(3), _halves(second, count, size)[1].unsqueeze(2), part
+        start = end
+
+
+def _terms(query: Tensor, by_pair: Tensor, result: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield where slopes of pairs times features are added, the slopes, and the other feature of each pair."""
+    for (first, second, part), (count, size) in zip(
+        _factors(query, query, by_pair), _levels(query.shape[1]), strict=True
+    ):
+        into_first, into_second = _halves(result, count, size)
+        for i in range(size):
+            yield into_first, part[:, :, :, i], second[:, :, :, i]
+            yield into_second, part[:, :, i], first[:, :, i]
 
 
 def _levels(features: int) -> Iterator[tuple[int, int]]:

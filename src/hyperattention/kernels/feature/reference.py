@@ -151,7 +151,10 @@ def backward(
     rows, row_scale, out, lse = (_by_list(x, kv_heads) for x in (query, query_log_scale, out, lse))
     grad_out, grad_lse = (_by_list(x, kv_heads).to(dtype) for x in grads)
     empty = lse == -torch.inf
-    grad_out, grad_lse = grad_out.masked_fill(empty[..., None], 0.0), grad_lse.masked_fill(empty, 0.0)
+    grad_lse = grad_lse.masked_fill(empty, 0.0)
+    # rarely, and a whole copy
+    if bool(empty.any()):
+        grad_out = grad_out.masked_fill(empty[..., None], 0.0)
     share = (row_scale.to(dtype) - lse).masked_fill(empty, -torch.inf)  # log r
     slope = grad_lse - (grad_out * out).sum(-1)
     keys, work = _keys(key, value, key_log_scale.to(dtype)), Workspace(dtype, key.device)

@@ -180,7 +180,8 @@ def _running(
     first, rest = (held[total:], held[:total]) if mirrored else (held[:lists], held[lists:])
     first.copy_(state)
     torch.bmm(expanded, value, out=rest)
-    before, *others = held.split(lists)[::-1] if mirrored else held.split(lists)
+    each = work.once(("states", held.data_ptr(), held.shape, lists), lambda: held.split(lists))
+    before, *others = each[::-1] if mirrored else each
     for each in others:
         before = each.add_(before)
     return held[lists:] if mirrored else held[:total], before
