@@ -9,8 +9,8 @@ from torch import Tensor
 BLOCK_KEYS = 64
 # expanded features of a large state
 LARGE = 256
-# rows read, or keys added, at once: their pairs take 512 KiB in float32. The more at once, the fewer calls of torch; the fewer
-# at once, the more stays in the cache of a core
+# rows read, or keys added, at once: their pairs take 512 KiB in float32. The more at once, the fewer calls of torch; the
+# fewer at once, the more stays in the cache of a core
 STEP_ROWS = 2048
 # numbers of expanded features at once, which bounds rows as well: 2.5 MiB in float32. A single block may have more
 STEP_NUMBERS = 5 << 17

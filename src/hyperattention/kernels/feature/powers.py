@@ -37,7 +37,7 @@ class Power(ABC):
 
     @abstractmethod
     def keys(self, key: Tensor, blocks: int, work: Workspace) -> Tensor:
-        """Cut keys ``[lists, keys, features]`` into blocks ``[blocks * lists, keys of one, padded]``, in any order in memory."""
+        """Cut keys ``[lists, keys, features]`` into blocks ``[blocks * lists, keys of one, padded]``, in any order."""
 
     @abstractmethod
     def expand(self, key: Tensor, work: Workspace) -> Tensor:
@@ -53,7 +53,7 @@ class Power(ABC):
 
     @abstractmethod
     def read(self, query: Tensor, state: Tensor, total: Tensor, work: Workspace) -> None:
-        """Write the product of expanded queries, given upright, and states ``[.., expanded, width]``: ``[.., rows, width]``."""
+        """Write expanded queries, given upright, times states ``[.., expanded, width]`` to ``[.., rows, width]``."""
 
     @abstractmethod
     def pull(self, query: Tensor, state: Tensor, slope: Tensor, work: Workspace) -> Tensor:
@@ -141,7 +141,8 @@ class SecondPower(Power):
         """Slopes of pairs, by each feature times the other of its pair."""
         by_pair = torch.bmm(state, slope, out=work.take("pairs", len(query), state.shape[1], slope.shape[2]))
         result = work.take("pulled", *query.shape).zero_()
-        for into, part, other in work.once(_key(query, by_pair, result), lambda: list(_terms(query, by_pair, result))):
+        key = "terms", *_key(query, by_pair, result)
+        for into, part, other in work.once(key, lambda: list(_terms(query, by_pair, result))):
             into.addcmul_(part, other)
         return result
 
@@ -149,7 +150,8 @@ class SecondPower(Power):
         """Multiply features ``[.., features, rows]``, with `times` for pairs of different halves."""
         result = work.take("pairs", x.shape[0], self.expanded(x.shape[1]), x.shape[2])
         others = x if times == 1.0 else torch.mul(x, times, out=work.take("times", *x.shape))
-        for first, second, part in work.once(_key(x, others, result), lambda: list(_factors(x, others, result))):
+        key = "factors", *_key(x, others, result)
+        for first, second, part in work.once(key, lambda: list(_factors(x, others, result))):
             torch.mul(first, second, out=part)
         return result
 
@@ -175,9 +177,7 @@ def _factors(x: Tensor, others: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor,
 
 def _terms(query: Tensor, by_pair: Tensor, result: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield where slopes of pairs times features are added, the slopes, and the other feature of each pair."""
-    for (first, second, part), (count, size) in zip(
-        _factors(query, query, by_pair), _levels(query.shape[1]), strict=True
-    ):
+    for (first, second, part), (count, size) in zip(_factors(query, query, by_pair), _levels(query.shape[1]), strict=True):
         into_first, into_second = _halves(result, count, size)
         for i in range(size):
             yield into_first, part[:, :, :, i], second[:, :, :, i]

@@ -195,9 +195,7 @@ def _gradients(rows: Keys, keys: Keys, limit: Tensor, power: Power, found: list[
     _slopes(keys, rows, plan_of(number.flip(0), expanded, mirrored=True), power, (found[1], found[2]), work)
 
 
-def _slopes(
-    rows: Keys, keys: Keys, plan: Plan, power: Power, found: tuple[Tensor, Tensor | None], work: Workspace
-) -> None:
+def _slopes(rows: Keys, keys: Keys, plan: Plan, power: Power, found: tuple[Tensor, Tensor | None], work: Workspace) -> None:
     """Write the gradient of rows' features; if wanted, the sums of the values of keys, without their last number, too."""
     course, (gradient, sums) = course_of(keys, plan), found
     # 0 if a row sees no key

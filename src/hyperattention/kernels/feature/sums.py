@@ -170,9 +170,7 @@ def _weights(plan: Plan, step: Step, lists: int, work: Workspace) -> Tensor:
     return _shown(plan, step).to(work.dtype).repeat_interleave(lists, 0)
 
 
-def _running(
-    state: Tensor, expanded: Tensor, value: Tensor, mirrored: bool, work: Workspace
-) -> tuple[Tensor, Tensor]:
+def _running(state: Tensor, expanded: Tensor, value: Tensor, mirrored: bool, work: Workspace) -> tuple[Tensor, Tensor]:
     """Return the states before each block of keys, ``[blocks * lists, ...]``, and that behind all of them."""
     lists, total = state.shape[0], value.shape[0]
     held = work.take("states", total + lists, *state.shape[1:])
@@ -180,7 +178,7 @@ def _running(
     first, rest = (held[total:], held[:total]) if mirrored else (held[:lists], held[lists:])
     first.copy_(state)
     torch.bmm(expanded, value, out=rest)
-    each = work.once(("states", held.data_ptr(), held.shape, lists), lambda: held.split(lists))
+    each = work.once(("each state", held.data_ptr(), held.shape, lists), lambda: held.split(lists))
     before, *others = each[::-1] if mirrored else each
     for each in others:
         before = each.add_(before)

@@ -33,10 +33,15 @@ class Workspace:
         Returns:
             memory without gaps.
         """
-        size, held = prod(shape), self._held.get(name)
-        if held is None or held.numel() < size:
-            held = self._held[name] = torch.zeros(size, dtype=self.dtype, device=self.device)
-        return self.once((name, held.data_ptr(), shape), lambda: held[:size].view(shape))
+        found = self._made.get((name, shape))
+        if found is None:
+            size, held = prod(shape), self._held.get(name)
+            if held is None or held.numel() < size:
+                held = self._held[name] = torch.zeros(size, dtype=self.dtype, device=self.device)
+                for key in [key for key in self._made if key[0] == name]:
+                    del self._made[key]
+            found = self._made[name, shape] = held[:size].view(shape)
+        return found
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:
         """Return what was made of buffers before: a view takes as long as a dozen look-ups.
