@@ -150,7 +150,9 @@ def measure(case: Case, rounds: int) -> Iterator[dict[str, object]]:
     for number in range(rounds + 1):
         for name, call in calls.items():
             begun = time.thread_time()
-            call()
+            # inside an operator there is nothing to record either
+            with torch.inference_mode():
+                call()
             # the first round warms up
             if number:
                 seconds[name].append(time.thread_time() - begun)

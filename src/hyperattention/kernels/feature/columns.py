@@ -54,6 +54,8 @@ class Columns:
         """
         (lists, tokens), width = self.main.shape[:2], self.main.shape[2]
         result = work.take("value", blocks, lists, tokens // blocks, self.padded)
+        # once is enough: nothing reads it, but numbers that are no normal ones would be slow
+        work.once(("padding", result.data_ptr(), result.shape), lambda: result[..., self.width :].zero_())
         last = None if self.last is None else self.last.unsqueeze(2)
         scale = None if scale is None else by_block(scale.unsqueeze(2), blocks)
         for x, place in ((self.main, slice(width)), (last, slice(width, self.width))):
@@ -61,6 +63,24 @@ class Columns:
                 x, part = by_block(x, blocks), result[..., place]
                 part.copy_(x) if scale is None else torch.mul(x, scale, out=part)
         return work.take("value", blocks * lists, tokens // blocks, self.padded)
+
+    def lying(self, name: str, work: Workspace) -> Tensor:
+        """Return numbers by token, in the dtype of sums, ``[lists, tokens, width]``; of a matrix alone no copy.
+
+        Args:
+            name: of the buffer.
+            work: the memory of the result.
+
+        Returns:
+            the numbers.
+        """
+        if self.last is None and self.main.dtype == work.dtype:
+            return self.main
+        result = work.take(name, *self.main.shape[:2], self.width)
+        result[..., : self.main.shape[2]] = self.main
+        if self.last is not None:
+            result[..., -1] = self.last
+        return result
 
     def upright(self, blocks: int, padded: int, name: str, work: Workspace) -> Tensor:
         """Return numbers by number, then by token, in blocks of tokens: ``[blocks * lists, padded, tokens of a block]``.

@@ -34,6 +34,7 @@ class Block:
         value: their scaled values, ``[.., near, width]``.
         weight: what each pair's weight is multiplied by, 0 if hidden; ``[.., near, rows]``, or one block for all.
         work: memory.
+        lying: whether rows are used as they lie: there are no near keys, and one product of features and state is all.
     """
 
     lists: slice
@@ -45,11 +46,12 @@ class Block:
     value: Tensor
     weight: Tensor
     work: Workspace
+    lying: bool
 
     def take(self, x: Columns, padded: int, name: str) -> Tensor:
         """Select the rows, block by block, in the dtype of sums, upright: ``[.., padded, rows]``."""
         x = x[self.lists, self.rows] if isinstance(self.rows, slice) else x[self.lists].ordered(self.rows)
-        return x.upright(self.blocks, padded, name, self.work)
+        return x.lying(name, self.work).transpose(1, 2) if self.lying else x.upright(self.blocks, padded, name, self.work)
 
     def part(self, x: Tensor) -> Tensor:
         """Select a number of each row of ``[lists, rows]``, ``[.., rows, 1]``."""
@@ -123,7 +125,8 @@ def _walk(keys: Keys, lists: slice, course: Course, power: Power, work: Workspac
             states, state = _running(state, power.expand(key, work), value, plan.mirrored, work)
             end = step.near.stop
         weight = _weights(plan, step, count, work)
-        yield _block(step, (lists, course), (states, None), (key, value, weight), work)
+        lying = power.degree == 1 and step.near.stop == step.near.start
+        yield _block(step, (lists, course), (states, None), (key, value, weight), work, lying)
 
 
 def _apart(
@@ -147,10 +150,11 @@ def _block(
     states: tuple[Tensor, Tensor | None],
     near: tuple[Tensor, Tensor, Tensor],
     work: Workspace,
+    lying: bool = False,
 ) -> Block:
     lists, plan = place[0], place[1].plan
     rows = plan.place(step.rows, plan.limit.shape[0]) if plan.order is None else plan.order[step.rows]
-    return Block(lists, rows, step.blocks, *states, *near, work)
+    return Block(lists, rows, step.blocks, *states, *near, work, lying)
 
 
 def _shown(plan: Plan, step: Step) -> Tensor:
@@ -213,6 +217,8 @@ def read(block: Block, query: Tensor, product: Tensor, power: Power, width: int)
     """
     total = block.work.take("total", len(query), query.shape[2], width)
     power.read(query, block.state[..., :width], total, block.work)
+    if block.lying:
+        return total
     if block.decay is not None:
         total.mul_(block.decay)
     return total.baddbmm_(hide(power.weigh(product), block).transpose(1, 2), block.value[..., :width])
@@ -232,6 +238,9 @@ def pull(block: Block, query: Tensor, slope: Tensor, product: Tensor | None, pow
         the gradient, upright.
     """
     width, rows = slope.shape[1:]
+    if block.lying:
+        total = block.work.take("pulled", query.shape[0], rows, query.shape[1])
+        return torch.bmm(slope.transpose(1, 2), block.state[..., :width].transpose(1, 2), out=total).transpose(1, 2)
     total = power.pull(query, block.state[..., :width], slope, block.work)
     if block.decay is not None:
         total.mul_(block.decay.transpose(1, 2))

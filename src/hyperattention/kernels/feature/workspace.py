@@ -24,7 +24,7 @@ class Workspace:
     _made: dict[tuple, Any] = field(default_factory=dict)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """Return the buffer of this name, in this shape; it holds what the last user of the name left there, or zeros.
+        """Return the buffer of this name, in this shape; what it holds is anything.
 
         Args:
             name: what it holds.
@@ -37,7 +37,7 @@ class Workspace:
         if found is None:
             size, held = prod(shape), self._held.get(name)
             if held is None or held.numel() < size:
-                held = self._held[name] = torch.zeros(size, dtype=self.dtype, device=self.device)
+                held = self._held[name] = torch.empty(size, dtype=self.dtype, device=self.device)
                 for key in [key for key in self._made if key[0] == name]:
                     del self._made[key]
             found = self._made[name, shape] = held[:size].view(shape)
