@@ -9,6 +9,7 @@ import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from hyperattention.kernels.feature import operator
 from hyperattention.kernels.feature.operator import feature_attention
+from hyperattention.nn import PolySketchAttention
 from problems import problem
 
 pytestmark = pytest.mark.usefixtures("triton_kernel")
@@ -191,3 +192,10 @@ def test_which_kernel_runs_scatterbrain(stages, served, causal, launched):
     assert ("_forward_kernel" in launched) == served
     truth = method.attend(replace(asked, q=asked.q.double(), k=asked.k.double(), v=asked.v.double())).out
     assert_exact(out, truth, size=4.0)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_which_kernel_runs_a_layer_of_sketches(local, launched):
+    layer = PolySketchAttention(16, 2, sketch_size=8, block=8, local=local)
+    layer(torch.randn(1, 24, 16))
+    assert ("_forward_kernel" in launched) != local
