@@ -135,6 +135,11 @@ def test_blocks_of_causal_rows_need_no_look_at_limits():
             assert plan._even_blocks(first, rows, 64) == plan._blocks(limit, 64, 128)
 
 
+def test_rows_that_skip_keys_are_not_causal():
+    tensors, limit = make(20, 41), torch.cat([torch.arange(1, 11), torch.arange(12, 32, 2)])[None]
+    assert_all_exact(both(attend, tensors, limit), both(row_by_row, tensors, limit))
+
+
 @POWERS
 def test_more_features_than_keys_of_a_block(power):
     features = 150 if power == 1 else 70
