@@ -124,7 +124,7 @@ def test_over_several_steps(kind, spread, power, monkeypatch):
     # steps share buffers, and gradients of keys walk from the end
     monkeypatch.setattr(plan, "STEP_ROWS", 128)
     # every row sees a key, for the sake of the gradient of the definition
-    tensors, limit = make(270, 301, spread=spread, batch=1), some_limits(kind, 1, 270, 301).clamp(min=1)
+    tensors, limit = make(270, 301, heads=1, spread=spread, batch=1), some_limits(kind, 1, 270, 301).clamp(min=1)
     assert_all_exact(both(attend, tensors, limit, 0, power), both(all_rows, tensors, limit, 0, power))
 
 
