@@ -118,6 +118,29 @@ def test_over_several_blocks(group, power):
 
 
 @POWERS
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+@pytest.mark.parametrize("kind", ["upper_left", "lower_right", "any"])
+def test_over_several_steps(kind, spread, power, monkeypatch):
+    # steps share buffers, and gradients of keys walk from the end
+    monkeypatch.setattr(plan, "STEP_ROWS", 128)
+    # every row sees a key, for the sake of the gradient of the definition
+    tensors, limit = make(270, 301, heads=1, spread=spread, batch=1), some_limits(kind, 1, 270, 301).clamp(min=1)
+    assert_all_exact(both(attend, tensors, limit, 0, power), both(all_rows, tensors, limit, 0, power))
+
+
+def test_blocks_of_causal_rows_need_no_look_at_limits():
+    for first in (1, 2, 63, 64, 65, 130):
+        for rows in (1, 2, 63, 64, 65, 200):
+            limit = torch.arange(first, first + rows)
+            assert plan._even_blocks(first, rows, 64) == plan._blocks(limit, 64, 128)
+
+
+def test_rows_that_skip_keys_are_not_causal():
+    tensors, limit = make(20, 41, heads=1), torch.cat([torch.arange(1, 11), torch.arange(12, 32, 2)])[None]
+    assert_all_exact(both(attend, tensors, limit), both(row_by_row, tensors, limit))
+
+
+@POWERS
 def test_more_features_than_keys_of_a_block(power):
     features = 150 if power == 1 else 70
     assert features > plan.BLOCK_KEYS

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IMAGES = pytest.mark.parametrize("images", ["digits"])
+IMAGES = pytest.mark.parametrize("images", ["digits", "mnist"])
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,16 @@
 """The feature kernel's Triton form, in the interpreter: which calls it serves, and that it computes what PyTorch's does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_same_math
 from hyperattention.kernels.feature import operator
 from hyperattention.kernels.feature.operator import feature_attention
+from hyperattention.nn import PolySketchAttention
+from problems import problem
 
 pytestmark = pytest.mark.usefixtures("triton_kernel")
 
@@ -166,3 +171,31 @@ def test_limits_of_each_row_and_mixed_dtypes_are_left_to_pytorch(launched):
     assert launched == []
     feature_attention(query, key, value)
     assert launched
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("stages", "served"),
+    [
+        ((), True),
+        ((ha.Sinks(4),), True),
+        # a listed key is subtracted in PyTorch, but the whole is a sum over declared rows
+        ((ha.Sinks(4), ha.TopBlocks(1, block_size=8)), True),
+        ((ha.Window(16),), False),
+    ],
+    ids=str,
+)
+def test_which_kernel_runs_scatterbrain(stages, served, causal, launched):
+    asked = problem(64, heads=2, causal=causal, dtype=torch.float32)
+    method = ha.Scatterbrain(*stages, num_features=8, tile=16)
+    out = method.attend(asked).out
+    assert ("_forward_kernel" in launched) == served
+    truth = method.attend(replace(asked, q=asked.q.double(), k=asked.k.double(), v=asked.v.double())).out
+    assert_exact(out, truth, size=4.0)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_which_kernel_runs_a_layer_of_sketches(local, launched):
+    layer = PolySketchAttention(16, 2, sketch_size=8, block=8, local=local)
+    layer(torch.randn(1, 24, 16))
+    assert ("_forward_kernel" in launched) != local

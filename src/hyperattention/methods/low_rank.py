@@ -71,13 +71,17 @@ class LowRank:
         Returns:
             rows, and lse without the log scales of the queries.
         """
+        causal = self.problem.causal
         first = Partial(
             *feature_attention(
                 self.query,
                 self.key,
                 self.value,
                 key_log_scale=self.key_log_scale,
-                row_limit=rest.before,
+                # declared sight needs no limits, which only the PyTorch kernel reads
+                row_limit=None if rest.plain else rest.before,
+                is_causal=rest.plain and causal,
+                first_query=self.problem.offset if rest.plain and causal else 0,
                 first_key=rest.begin,
             )
         )

@@ -37,6 +37,7 @@ class Rest:
         num_runs: runs that the leading stages list.
         known: leading keys that every row with a rest sees.
         surely_empty: whether no row has a rest, as far as positions tell without reading from the device.
+        plain: whether each row's first range ends where the row's sight does: with the row, or with the last key.
     """
 
     begin: int
@@ -46,6 +47,7 @@ class Rest:
     num_runs: int
     known: int
     surely_empty: bool
+    plain: bool = False
 
     @classmethod
     def of(cls, problem: Problem, stages: tuple[Stage, ...], tile: int) -> "Rest":
@@ -80,6 +82,7 @@ class Rest:
             num_runs,
             known,
             near or problem.num_keys <= covered.prefix,
+            covered.gap is None and all(x is None for x in (problem.rank, problem.key_mask, problem.spans)),
         )
 
     @property

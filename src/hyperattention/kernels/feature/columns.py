@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# columns of values are padded with zeros to a multiple of this: a product as wide as 65 takes longer than one of 80
+from hyperattention.kernels.feature.workspace import Workspace
+
+# columns of values are padded to a multiple of this: a product as wide as 65 takes longer than one of 80
 MULTIPLE = 16
 
 
@@ -33,33 +35,76 @@ class Columns:
     @property
     def padded(self) -> int:
         """Count the columns of `together`."""
-        return self.main.shape[2] if self.last is None else -(-self.width // MULTIPLE) * MULTIPLE
+        return -(-self.width // MULTIPLE) * MULTIPLE
 
     def ordered(self, order: Tensor) -> "Columns":
         """Put the tokens of all lists into another order."""
         return Columns(self.main.index_select(1, order), None if self.last is None else self.last.index_select(1, order))
 
-    def together(self, dtype: torch.dtype) -> Tensor:
-        """Return all numbers and the zeros of the padding, ``[lists, tokens, padded]``; of a matrix alone no copy."""
-        if self.last is None:
-            return self.main.to(dtype)
-        result = self.last.new_empty(*self.last.shape, self.padded, dtype=dtype)
-        self._fill(result)
+    def together(self, scale: Tensor | None, blocks: int, work: Workspace) -> Tensor:
+        """Return all numbers times a scale of each token, in blocks of tokens: ``[blocks * lists, tokens of one, padded]``.
+
+        Args:
+            scale: ``[lists, tokens]``; None for 1.
+            blocks: number of blocks.
+            work: the memory of the result.
+
+        Returns:
+            the numbers; columns of the padding hold anything, and nothing may read what becomes of them.
+        """
+        (lists, tokens), width = self.main.shape[:2], self.main.shape[2]
+        result = work.take("value", blocks, lists, tokens // blocks, self.padded)
+        # once is enough: nothing reads it, but numbers that are no normal ones would be slow
+        work.once(("padding", result.data_ptr(), result.shape), lambda: result[..., self.width :].zero_())
+        last = None if self.last is None else self.last.unsqueeze(2)
+        scale = None if scale is None else by_block(scale.unsqueeze(2), blocks)
+        for x, place in ((self.main, slice(width)), (last, slice(width, self.width))):
+            if x is not None:
+                x, part = by_block(x, blocks), result[..., place]
+                part.copy_(x) if scale is None else torch.mul(x, scale, out=part)
+        return work.take("value", blocks * lists, tokens // blocks, self.padded)
+
+    def lying(self, name: str, work: Workspace) -> Tensor:
+        """Return numbers by token, in the dtype of sums, ``[lists, tokens, width]``; of a matrix alone no copy.
+
+        Args:
+            name: of the buffer.
+            work: the memory of the result.
+
+        Returns:
+            the numbers.
+        """
+        if self.last is None and self.main.dtype == work.dtype:
+            return self.main
+        result = work.take(name, *self.main.shape[:2], self.width)
+        result[..., : self.main.shape[2]] = self.main
+        if self.last is not None:
+            result[..., -1] = self.last
         return result
 
-    def upright(self, blocks: int, padded: int, dtype: torch.dtype) -> Tensor:
-        """Return numbers by number, then by token, in blocks of tokens: ``[lists * blocks, padded, tokens of a block]``."""
-        lists, tokens = self.main.shape[:2]
-        result = self.main.new_empty(lists, blocks, padded, tokens // blocks, dtype=dtype)
-        self._fill(result.transpose(2, 3), blocks)
-        return result.flatten(0, 1)
+    def upright(self, blocks: int, padded: int, name: str, work: Workspace) -> Tensor:
+        """Return numbers by number, then by token, in blocks of tokens: ``[blocks * lists, padded, tokens of a block]``.
 
-    def _fill(self, result: Tensor, blocks: int | None = None) -> None:
-        """Copy all numbers to the first columns, and zeros to the others."""
-        main, last = (x if blocks is None or x is None else x.unflatten(1, (blocks, -1)) for x in (self.main, self.last))
-        assert main is not None
-        result[..., : main.shape[-1]] = main
-        if last is not None:
-            result[..., main.shape[-1]] = last
-        if result.shape[-1] > self.width:
-            result[..., self.width :] = 0
+        Args:
+            blocks: number of blocks.
+            padded: numbers of a token in the result; zeros where there are fewer.
+            name: of the buffer.
+            work: the memory of the result.
+
+        Returns:
+            the numbers.
+        """
+        (lists, tokens), width = self.main.shape[:2], self.main.shape[2]
+        result = work.take(name, blocks, lists, padded, tokens // blocks)
+        result[:, :, :width] = by_block(self.main, blocks).transpose(2, 3)
+        if self.last is not None:
+            result[:, :, width] = by_block(self.last.unsqueeze(2), blocks)[..., 0]
+        if padded > self.width:
+            result[:, :, self.width :] = 0
+        return work.take(name, blocks * lists, padded, tokens // blocks)
+
+
+def by_block(x: Tensor, blocks: int) -> Tensor:
+    """View an axis of tokens as blocks: ``[lists, tokens, ...]`` as ``[blocks, lists, tokens of one, ...]``."""
+    lists, tokens, width = x.shape
+    return x.view(lists, blocks, tokens // blocks, width).transpose(0, 1)

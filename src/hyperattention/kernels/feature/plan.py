@@ -9,9 +9,9 @@ from torch import Tensor
 BLOCK_KEYS = 64
 # expanded features of a large state
 LARGE = 256
-# rows read, or keys added, at once: their pairs take 1 MiB in float32. The more at once, the fewer calls of torch; the fewer
-# at once, the more stays in the cache of a core
-STEP_ROWS = 4096
+# rows read, or keys added, at once: their pairs take 512 KiB in float32. The more at once, the fewer calls of torch; the
+# fewer at once, the more stays in the cache of a core
+STEP_ROWS = 2048
 # numbers of expanded features at once, which bounds rows as well: 2.5 MiB in float32. A single block may have more
 STEP_NUMBERS = 5 << 17
 
@@ -69,31 +69,58 @@ class Plan:
         limit: of each row, ascending.
         steps: the steps.
         step_rows: rows and keys at once.
+        mirrored: whether rows and keys are counted from their ends.
     """
 
     order: Tensor | None
     limit: Tensor
     steps: list[Step]
     step_rows: int
+    mirrored: bool = False
+
+    def place(self, part: slice, total: int) -> slice:
+        """Return where rows or keys of the plan lie in memory, if there are `total`."""
+        return slice(total - part.stop, total - part.start) if self.mirrored else part
 
 
-def plan_of(limit: Tensor, expanded: int) -> Plan:
+def plan_of(limit: Tensor, expanded: int, *, mirrored: bool = False) -> Plan:
     """Order rows by limit, and cut them.
 
     Args:
-        limit: number of leading keys each row sees.
+        limit: number of leading keys each row sees; ascending if `mirrored`.
         expanded: number of expanded features.
+        mirrored: whether rows and keys are counted from their ends: the first limit is that of the last row, and counts
+            keys from the last one on.
 
     Returns:
         the plan.
     """
     size = block_keys(expanded)
     step_rows = max(1, min(STEP_ROWS, max(size, STEP_NUMBERS // max(1, expanded))))
-    order = None
-    if bool((limit[1:] < limit[:-1]).any()):
+    order, least, most = None, 1, 1
+    if len(limit) > 1:
+        least, most = torch.stack((limit[1:] - limit[:-1]).aminmax()).tolist()
+    if least < 0:
         limit, order = limit.sort(stable=True)
-    steps = _joined(_blocks(limit, size, step_rows), step_rows)
-    return Plan(order, limit, steps, step_rows)
+    first = int(limit[0]) if len(limit) else 0
+    if least == most == 1 and first > 0 and size <= step_rows:
+        blocks = _even_blocks(first, len(limit), size)
+    else:
+        blocks = _blocks(limit, size, step_rows)
+    return Plan(order, limit, _joined(blocks, step_rows), step_rows, mirrored)
+
+
+def _even_blocks(first: int, rows: int, size: int) -> list[list[int]]:
+    """Cut rows into the blocks of `_blocks` if each row sees one key more than the row before; the first sees `first`."""
+    blocks, row = [], 0
+    while row < rows:
+        start = (first + row - 1) // size * size
+        last = min(rows, start + size + 1 - first)
+        low, high = first + row, first + last - 1
+        near = start if low < high else low
+        blocks.append([row, last, near, high, int(near < low == start + 1)])
+        row = last
+    return blocks
 
 
 def _blocks(limit: Tensor, size: int, step_rows: int) -> list[list[int]]:

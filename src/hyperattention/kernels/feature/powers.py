@@ -13,6 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hyperattention.kernels.feature.columns import Columns, by_block
+from hyperattention.kernels.feature.workspace import Workspace
+
 # features are padded with zeros to a multiple of this, so that they can be halved three times
 MULTIPLE = 8
 # pieces of this size are not halved: what that saves in products, it costs in multiplications one after the other
@@ -33,11 +36,11 @@ class Power(ABC):
         """Count the expanded features."""
 
     @abstractmethod
-    def keys(self, key: Tensor) -> Tensor:
-        """Pad keys ``[.., keys, features]``, in any order in memory."""
+    def keys(self, key: Tensor, blocks: int, work: Workspace) -> Tensor:
+        """Cut keys ``[lists, keys, features]`` into blocks ``[blocks * lists, keys of one, padded]``, in any order."""
 
     @abstractmethod
-    def expand(self, key: Tensor) -> Tensor:
+    def expand(self, key: Tensor, work: Workspace) -> Tensor:
         """Expand keys, as `keys` returns them, to ``[.., expanded, keys]``."""
 
     @abstractmethod
@@ -49,11 +52,11 @@ class Power(ABC):
         """Differentiate the power of a product by the product, times `by`, in place of `by`."""
 
     @abstractmethod
-    def read(self, query: Tensor, state: Tensor) -> Tensor:
-        """Multiply expanded queries, given upright, by states ``[.., expanded, width]``: ``[.., rows, width]``."""
+    def read(self, query: Tensor, state: Tensor, total: Tensor, work: Workspace) -> None:
+        """Write expanded queries, given upright, times states ``[.., expanded, width]`` to ``[.., rows, width]``."""
 
     @abstractmethod
-    def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
+    def pull(self, query: Tensor, state: Tensor, slope: Tensor, work: Workspace) -> Tensor:
         """Differentiate slope . read(query, state) by the query, all upright, for `slope` of ``[.., width, rows]``."""
 
 
@@ -71,11 +74,14 @@ class FirstPower(Power):
         """As many as there are."""
         return features
 
-    def keys(self, key: Tensor) -> Tensor:
-        """Nothing to do."""
-        return key
+    def keys(self, key: Tensor, blocks: int, work: Workspace) -> Tensor:
+        """Copy them only if they lie in another order, or have another dtype than sums."""
+        key = by_block(key, blocks)
+        if key.dtype != work.dtype or min(key.shape[:2]) > 1:
+            key = work.take("key", *key.shape).copy_(key)
+        return key.flatten(0, 1)
 
-    def expand(self, key: Tensor) -> Tensor:
+    def expand(self, key: Tensor, work: Workspace) -> Tensor:
         """Nothing to do."""
         return key.transpose(1, 2)
 
@@ -87,13 +93,13 @@ class FirstPower(Power):
         """One."""
         return by
 
-    def read(self, query: Tensor, state: Tensor) -> Tensor:
+    def read(self, query: Tensor, state: Tensor, total: Tensor, work: Workspace) -> None:
         """One product."""
-        return torch.bmm(query.transpose(1, 2), state)
+        torch.bmm(query.transpose(1, 2), state, out=total)
 
-    def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
+    def pull(self, query: Tensor, state: Tensor, slope: Tensor, work: Workspace) -> Tensor:
         """One product."""
-        return torch.bmm(state, slope)
+        return torch.bmm(state, slope, out=work.take("pulled", *query.shape))
 
 
 @dataclass(frozen=True)
@@ -110,18 +116,13 @@ class SecondPower(Power):
         """Pairs of different halves once, those of a piece as they are."""
         return sum(count * size * size for count, size in _levels(self.padded(features)))
 
-    def keys(self, key: Tensor) -> Tensor:
+    def keys(self, key: Tensor, blocks: int, work: Workspace) -> Tensor:
         """Hold keys upright, as `expand` multiplies them."""
-        features = key.shape[2]
-        result = key.new_empty(len(key), self.padded(features), key.shape[1])
-        result[:, :features] = key.transpose(1, 2)
-        if result.shape[1] > features:
-            result[:, features:] = 0
-        return result.transpose(1, 2)
+        return Columns(key).upright(blocks, self.padded(key.shape[2]), "key", work).transpose(1, 2)
 
-    def expand(self, key: Tensor) -> Tensor:
+    def expand(self, key: Tensor, work: Workspace) -> Tensor:
         """Multiply features by features; pairs of different halves stand for two, and are doubled."""
-        return self._pairs(key.transpose(1, 2), 2.0)
+        return self._pairs(key.transpose(1, 2), 2.0, work)
 
     def weigh(self, product: Tensor) -> Tensor:
         """Square."""
@@ -132,37 +133,55 @@ class SecondPower(Power):
         assert product is not None, "the slope of a square needs the product"
         return by.mul_(product).mul_(2)
 
-    def read(self, query: Tensor, state: Tensor) -> Tensor:
+    def read(self, query: Tensor, state: Tensor, total: Tensor, work: Workspace) -> None:
         """One product, of pairs."""
-        return torch.bmm(self._pairs(query, 1.0).transpose(1, 2), state)
+        torch.bmm(self._pairs(query, 1.0, work).transpose(1, 2), state, out=total)
 
-    def pull(self, query: Tensor, state: Tensor, slope: Tensor) -> Tensor:
+    def pull(self, query: Tensor, state: Tensor, slope: Tensor, work: Workspace) -> Tensor:
         """Slopes of pairs, by each feature times the other of its pair."""
-        by_pair = torch.bmm(state, slope)
-        result, start = torch.zeros_like(query), 0
-        for count, size in _levels(query.shape[1]):
-            end = start + count * size * size
-            part = by_pair[:, start:end].view(query.shape[0], count, size, size, query.shape[2])
-            start = end
-            first, second = _halves(query, count, size)
-            into_first, into_second = _halves(result, count, size)
-            into_first += (part * second[:, :, None]).sum(3)
-            into_second += (part * first[:, :, :, None]).sum(2)
+        by_pair = torch.bmm(state, slope, out=work.take("pairs", len(query), state.shape[1], slope.shape[2]))
+        result = work.take("pulled", *query.shape).zero_()
+        key = "terms", *_key(query, by_pair, result)
+        for into, part, other in work.once(key, lambda: list(_terms(query, by_pair, result))):
+            into.addcmul_(part, other)
         return result
 
-    def _pairs(self, x: Tensor, times: float) -> Tensor:
+    def _pairs(self, x: Tensor, times: float, work: Workspace) -> Tensor:
         """Multiply features ``[.., features, rows]``, with `times` for pairs of different halves."""
-        result, start = x.new_empty(x.shape[0], self.expanded(x.shape[1]), x.shape[2]), 0
-        others = x if times == 1.0 else x * times
-        for count, size in _levels(x.shape[1]):
-            end = start + count * size * size
-            first, second = _halves(x, count, size)[0], _halves(others, count, size)[1]
-            if end == result.shape[1]:
-                second = _halves(x, count, size)[1]
-            part = result[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
-            torch.mul(first[:, :, :, None], second[:, :, None], out=part)
-            start = end
+        result = work.take("pairs", x.shape[0], self.expanded(x.shape[1]), x.shape[2])
+        others = x if times == 1.0 else torch.mul(x, times, out=work.take("times", *x.shape))
+        key = "factors", *_key(x, others, result)
+        for first, second, part in work.once(key, lambda: list(_factors(x, others, result))):
+            torch.mul(first, second, out=part)
         return result
+
+
+def _key(*tensors: Tensor) -> tuple:
+    return tuple((x.data_ptr(), x.shape) for x in tensors)
+
+
+def _factors(x: Tensor, others: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield both halves of features of each level, those of a second half from `others`, and the place of their pairs.
+
+    Halves are ``[.., count, size, 1, rows]`` and ``[.., count, 1, size, rows]``, pairs ``[.., count, size, size, rows]``.
+    """
+    start = 0
+    for count, size in _levels(x.shape[1]):
+        end = start + count * size * size
+        # pieces are paired with themselves, each pair twice
+        second = x if end == pairs.shape[1] else others
+        part = pairs[:, start:end].view(x.shape[0], count, size, size, x.shape[2])
+        yield _halves(x, count, size)[0].unsqueeze(3), _halves(second, count, size)[1].unsqueeze(2), part
+        start = end
+
+
+def _terms(query: Tensor, by_pair: Tensor, result: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield where slopes of pairs times features are added, the slopes, and the other feature of each pair."""
+    for (first, second, part), (count, size) in zip(_factors(query, query, by_pair), _levels(query.shape[1]), strict=True):
+        into_first, into_second = _halves(result, count, size)
+        for i in range(size):
+            yield into_first, part[:, :, :, i], second[:, :, :, i]
+            yield into_second, part[:, :, i], first[:, :, i]
 
 
 def _levels(features: int) -> Iterator[tuple[int, int]]:

@@ -27,8 +27,9 @@ from hyperattention.kernels.feature.course import course_of
 from hyperattention.kernels.feature.keys import Keys
 from hyperattention.kernels.feature.plan import Plan, plan_of
 from hyperattention.kernels.feature.powers import POWERS, Power
-from hyperattention.kernels.feature.scales import log_of, scales_of
+from hyperattention.kernels.feature.scales import log_of
 from hyperattention.kernels.feature.sums import blocks, product_of, pull, read
+from hyperattention.kernels.feature.workspace import Workspace
 
 
 def _by_list(x: Tensor, kv_heads: int) -> Tensor:
@@ -46,7 +47,8 @@ def _by_head(x: Tensor, kv_heads: int, like: Tensor) -> Tensor:
 def _limits(row_limit: Tensor, lists: int, group: int, keys: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the lists that share their limits, and the limit of each of their rows."""
     each = lists // max(1, len(row_limit))
-    for i, limit in enumerate(row_limit.clamp(0, keys).repeat_interleave(group, 1)):
+    limits = row_limit.clamp(0, keys)
+    for i, limit in enumerate(limits if group == 1 else limits.repeat_interleave(group, 1)):
         yield slice(i * each, (i + 1) * each), limit
 
 
@@ -81,30 +83,31 @@ def forward(
     """
     kv_heads, dtype = key.shape[1], accumulation_dtype(query, key, value)
     rows, row_scale = _by_list(query, kv_heads), _by_list(query_log_scale, kv_heads).to(dtype)
-    every = _keys(key, value, key_log_scale.to(dtype), POWERS[power])
+    every, work = _keys(key, value, key_log_scale.to(dtype)), Workspace(dtype, key.device)
     lse, out = torch.empty_like(row_scale), value.new_empty((*rows.shape[:2], value.shape[-1]))
     # sums rounded to bfloat16 would be useless after some thousand keys
     with torch.autocast(query.device.type, enabled=False):
         for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, key.shape[2]):
             results = rows[part], row_scale[part], out[part], lse[part]
-            _attend(*results, every.of(part, slice(None)), limit, POWERS[power])
+            _attend(*results, every.of(part, slice(None)), limit, POWERS[power], work)
     return _by_head(out, kv_heads, query), _by_head(lse, kv_heads, query)
 
 
-def _keys(key: Tensor, value: Tensor, log_scale: Tensor, power: Power) -> Keys:
+def _keys(key: Tensor, value: Tensor, log_scale: Tensor) -> Keys:
     # a value of one, whose weighted sum is the denominator
     one = torch.ones((), dtype=log_scale.dtype, device=log_scale.device).expand(len(log_scale.flatten(0, 1)), key.shape[2])
-    scales = scales_of(log_scale.flatten(0, 1) / power.degree)
-    return Keys(key.flatten(0, 1), Columns(value.flatten(0, 1), one), scales)
+    return Keys.of_log(key.flatten(0, 1), Columns(value.flatten(0, 1), one), log_scale.flatten(0, 1))
 
 
-def _attend(rows: Tensor, row_scale: Tensor, out: Tensor, lse: Tensor, keys: Keys, limit: Tensor, power: Power) -> None:
+def _attend(
+    rows: Tensor, row_scale: Tensor, out: Tensor, lse: Tensor, keys: Keys, limit: Tensor, power: Power, work: Workspace
+) -> None:
     """Write normalised rows and their lse for lists that share their limits."""
     features, width = rows.shape[2], out.shape[2]
-    course = course_of(keys.scales.exponent * power.degree, plan_of(limit, power.expanded(features)))
-    for block in blocks(keys, course, power):
-        query = block.take(Columns(rows), power.padded(features))
-        total = read(block, query, product_of(block, query), power)
+    course = course_of(keys, plan_of(limit, power.expanded(features)))
+    for block in blocks(keys, course, power, work):
+        query = block.take(Columns(rows), power.padded(features), "query")
+        total = read(block, query, product_of(block, query), power, keys.value.padded)
         denominator = total[..., width : width + 1]
         block.put(total[..., :width], denominator, out, torch.div)
         block.note(denominator, lse)
@@ -148,16 +151,19 @@ def backward(
     rows, row_scale, out, lse = (_by_list(x, kv_heads) for x in (query, query_log_scale, out, lse))
     grad_out, grad_lse = (_by_list(x, kv_heads).to(dtype) for x in grads)
     empty = lse == -torch.inf
-    grad_out, grad_lse = grad_out.masked_fill(empty[..., None], 0.0), grad_lse.masked_fill(empty, 0.0)
+    grad_lse = grad_lse.masked_fill(empty, 0.0)
+    # rarely, and a whole copy
+    if bool(empty.any()):
+        grad_out = grad_out.masked_fill(empty[..., None], 0.0)
     share = (row_scale.to(dtype) - lse).masked_fill(empty, -torch.inf)  # log r
     slope = grad_lse - (grad_out * out).sum(-1)
-    keys = _keys(key, value, key_log_scale.to(dtype), POWERS[power])
-    as_keys = Keys(rows, Columns(grad_out, slope), scales_of(share / power))
+    keys, work = _keys(key, value, key_log_scale.to(dtype)), Workspace(dtype, key.device)
+    as_keys = Keys.of_log(rows, Columns(grad_out, slope), share)
     found = [torch.empty_like(x, dtype=dtype) for x in (rows, keys.key, keys.value.main)]
     with torch.autocast(query.device.type, enabled=False):
         for part, limit in _limits(row_limit, len(rows), query.shape[1] // kv_heads, key.shape[2]):
             some = as_keys.of(part, slice(None)), keys.of(part, slice(None))
-            _gradients(*some, limit, POWERS[power], [x[part] for x in found])
+            _gradients(*some, limit, POWERS[power], [x[part] for x in found], work)
     grad_rows, grad_keys, grad_values = found
     return (
         _by_head(grad_rows, kv_heads, query).to(query.dtype),
@@ -168,7 +174,7 @@ def backward(
     )
 
 
-def _gradients(rows: Keys, keys: Keys, limit: Tensor, power: Power, found: list[Tensor]) -> None:
+def _gradients(rows: Keys, keys: Keys, limit: Tensor, power: Power, found: list[Tensor], work: Workspace) -> None:
     """Write gradients of rows, keys and values for lists that share their limits.
 
     Args:
@@ -177,26 +183,29 @@ def _gradients(rows: Keys, keys: Keys, limit: Tensor, power: Power, found: list[
         limit: of each row.
         power: of products of features.
         found: the gradients.
+        work: memory.
     """
-    expanded = power.expanded(rows.key.shape[2])
-    _slopes(rows, keys, plan_of(limit, expanded), power, found[0], None)
-    falling, order = limit.sort(descending=True)
-    # number of rows with a limit above each key
-    number = torch.arange(found[1].shape[1], dtype=torch.int64, device=limit.device)
-    _slopes(keys, rows.ordered(order), plan_of(torch.searchsorted(-falling, -number), expanded), power, found[1], found[2])
+    expanded, count = power.expanded(rows.key.shape[2]), found[1].shape[1]
+    plan = plan_of(limit, expanded)
+    _slopes(rows, keys, plan, power, (found[0], None), work)
+    if plan.order is not None:
+        rows = rows.ordered(plan.order)
+    # rows that see a key are the last ones: all but those with a limit up to it
+    number = len(limit) - torch.bincount(limit, minlength=count + 1)[:count].cumsum(0)
+    _slopes(keys, rows, plan_of(number.flip(0), expanded, mirrored=True), power, (found[1], found[2]), work)
 
 
-def _slopes(rows: Keys, keys: Keys, plan: Plan, power: Power, gradient: Tensor, sums: Tensor | None) -> None:
+def _slopes(rows: Keys, keys: Keys, plan: Plan, power: Power, found: tuple[Tensor, Tensor | None], work: Workspace) -> None:
     """Write the gradient of rows' features; if wanted, the sums of the values of keys, without their last number, too."""
-    course = course_of(keys.scales.exponent * power.degree, plan)
+    course, (gradient, sums) = course_of(keys, plan), found
     # 0 if a row sees no key
-    scale = rows.scales.times(course.base / power.degree) ** power.degree
+    scale = rows.scales.times(course.base)
     features, width = rows.key.shape[2], rows.value.main.shape[2]
-    for block in blocks(keys, course, power):
-        query = block.take(Columns(rows.key), power.padded(features))
-        slope = block.take(rows.value, keys.value.padded)
+    for block in blocks(keys, course, power, work):
+        query = block.take(Columns(rows.key), power.padded(features), "query")
+        slope = block.take(rows.value, rows.value.width, "slope")
         product = product_of(block, query) if power.degree > 1 or sums is not None else None
         some = block.part(scale)
         block.put(pull(block, query, slope, product, power)[:, :features].transpose(1, 2), some, gradient)
         if sums is not None and product is not None:
-            block.put(read(block, query, product, power)[..., :width], some, sums)
+            block.put(read(block, query, product, power, width), some, sums)
