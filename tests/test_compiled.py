@@ -32,7 +32,8 @@ SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # passes over the rows of a tile and slices of a factor, which stay in the cache, or over keys once a call: other programs
 # run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled. In a choice: queries
 # and averages, once for some lists, and shares while draws are placed, which are loaded a step ahead
-PASSES = {"alike sorting": 8, "alike first": 3, "alike blocks": 2, "alike factors": 1, "alike choice": 12}
+# (directions in 16 bits, too short for such loads, are one of sorting's)
+PASSES = {"alike sorting": 9, "alike first": 3, "alike blocks": 2, "alike factors": 1, "alike choice": 12}
 # blocks that the loops of a choice over keys, over stretches and over shares fetch in the background, by sizes of blocks
 BACKGROUND = {"keys": 19, "blocks": 23}
 

@@ -65,6 +65,6 @@ def bar_averages(
         base = tl.where(higher > -float("inf"), higher, 0.0)
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(score - base[:, None]), 1)
         largest = higher
-    seen = tl.where(total > 0, largest + tl.log(tl.maximum(total, 1e-38)) + log_size, -float("inf"))
+    seen = tl.where(total > 0, largest + tl.log(tl.maximum(total, 1.1754943508222875e-38)) + log_size, -float("inf"))
     bar = seen - tl.load(log_rows_ptr + average, mask=there, other=0.0)
     tl.store(bar_ptr + average, tl.minimum(tl.maximum(bar, -bound), bound), mask=there)

@@ -89,7 +89,7 @@ def _kernel(
     for step in tl.static_range(STEPS):
         at += tl.where(tl.gather(passed, at + (LEAVES >> (step + 1)) - 1, 0) <= slot, LEAVES >> (step + 1), 0)
     own = tl.gather(listings, at, 0)
-    inside = ((offset + slot / num) * total - tl.gather(running, at, 0) + own) / tl.maximum(own, 1e-38)
+    inside = ((offset + slot / num) * total - tl.gather(running, at, 0) + own) / tl.maximum(own, 1.1754943508222875e-38)
     inside = tl.minimum(tl.maximum(inside, 0.0), 1 - 1.1920929e-07)
     first, size = _leaf(firsts, at, at_tile, counts, opened, SIZES, EVERY)
     index = first + (inside * size.to(tl.float32)).to(tl.int64)

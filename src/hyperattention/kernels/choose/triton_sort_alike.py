@@ -50,7 +50,7 @@ def _orthonormal(columns, COLUMNS: tl.constexpr):
     """Make columns orthonormal, one after the other (Gram-Schmidt, modified); one that the others make up becomes 0."""
     to = tl.arange(0, COLUMNS)
     number = to[None, :]
-    columns /= tl.maximum(tl.max(tl.max(tl.abs(columns), 1), 0), 1e-38)
+    columns /= tl.maximum(tl.max(tl.max(tl.abs(columns), 1), 0), 1.1754943508222875e-38)
     columns /= tl.maximum(tl.sqrt(tl.sum(columns * columns, 0)), 1e-18)[None, :]
     for at in tl.range(0, COLUMNS):
         one = tl.sum(tl.where(number == at, columns, 0.0), 1)
@@ -95,7 +95,7 @@ def _axis(off, row, STEPS: tl.constexpr):
     along = tl.sum(off * axis[None, :], 1)
     for _ in tl.range(0, STEPS):
         axis = tl.sum(off * along[:, None], 0)
-        axis /= tl.maximum(tl.max(tl.abs(axis), 0), 1e-38)
+        axis /= tl.maximum(tl.max(tl.abs(axis), 0), 1.1754943508222875e-38)
         axis /= tl.maximum(tl.sqrt(tl.sum(axis * axis, 0)), 1e-18)
         along = tl.sum(off * axis[None, :], 1)
     return along
@@ -171,7 +171,7 @@ def _kernel(
                 along = tl.where((row < full)[:, None], along, 0.0).to(x.dtype)
                 image = tl.dot(tl.trans(x), along, image, input_precision=PRECISION)
             image = _finite(image)
-            image /= tl.maximum(tl.max(tl.max(tl.abs(image), 1), 0), 1e-38)
+            image /= tl.maximum(tl.max(tl.max(tl.abs(image), 1), 0), 1.1754943508222875e-38)
             image = _multiplied(factor_ptr, directions_ptr, image, dtype, True, DIM, WIDTH, SLICE, COLUMNS, PRECISION)
             directions = _finite(_orthonormal(image, COLUMNS))
     directions = _multiplied(factor_ptr, directions_ptr, directions, dtype, False, DIM, WIDTH, SLICE, COLUMNS, PRECISION)
