@@ -1,4 +1,4 @@
-"""Write the measured tables of the README and of three pages of docs/ from the records: no number is typed.
+"""Write the measured tables of the README and of pages of docs/ from the records: no number is typed.
 
 python benchmarks/report.py            # rewrite the parts between the markers, and plot the GPU records
 python benchmarks/report.py --check    # only tell, by the exit status, whether the tables are up to date
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import choosing_table
+import fine_tune_table
 import harder_tasks_table
 import head_kinds_table
 import long_context_table
@@ -23,6 +24,7 @@ REAL_MODEL = "<!-- real model: begin (benchmarks/report.py) -->", "<!-- real mod
 HEAD_KINDS_RECORDS = head_kinds_table.RECORDS, head_kinds_table.LONG_RECORDS
 HEAD_KINDS = "<!-- kinds of heads: begin (benchmarks/report.py) -->", "<!-- kinds of heads: end -->"
 HARDER_TASKS = "<!-- harder tasks: begin (benchmarks/report.py) -->", "<!-- harder tasks: end -->"
+FINE_TUNE = "<!-- fine-tuning: begin (benchmarks/report.py) -->", "<!-- fine-tuning: end -->"
 CHOOSING = "<!-- choosing: begin (benchmarks/report.py) -->", "<!-- choosing: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
 # records of benchmarks/gpu/run.py, which have a table of their own
@@ -148,6 +150,10 @@ def main() -> None:
         texts[args.performance] = replaced(args.performance, (write_gpu_table(gpu), GPU_FIGURES))
     if (choosing := args.measured.parent / "choosing.md").exists():
         texts[choosing] = replaced(choosing, (choosing_table.table(read_records(args.records)), CHOOSING))
+    if (training := args.measured.parent / "training.md").exists():
+        texts[training] = replaced(
+            training, (fine_tune_table.table(read_lines(args.records / fine_tune_table.RECORDS.name)), FINE_TUNE)
+        )
     if args.check:
         stale = [str(path) for path, text in texts.items() if text != path.read_text()]
         sys.exit(f"out of date: {', '.join(stale)}: run python benchmarks/report.py" if stale else 0)
