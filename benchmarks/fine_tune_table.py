@@ -6,7 +6,7 @@ from statistics import mean
 
 RECORDS = Path(__file__).parent / "records" / "fine_tune.jsonl"
 EXACT = "exact"
-NAMES = {EXACT: "exact attention", "default": "the default of a CPU", "control": "control: same slots, uniform draws"}
+NAMES = {EXACT: "exact attention", "default": "the default", "control": "control: same slots, uniform draws"}
 # the curve is told by means over a third of the steps: each step reads another document, some harder than others
 PARTS = 3
 
