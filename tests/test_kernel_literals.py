@@ -1,4 +1,7 @@
-"""Numbers written in kernels: Triton computes in float64 with one that float32 cannot hold as a normal number."""
+"""What is written in files of kernels and no interpreter minds: numbers that are no float32, and precisions that AMD lacks.
+
+Triton computes in float64 with a number that float32 cannot hold as a normal one, and refuses TF32 for most GPUs of AMD.
+"""
 
 import ast
 import math
@@ -29,3 +32,24 @@ def test_numbers_in_kernels_are_of_float32(path):
 
 def test_a_number_that_is_too_small_is_found():
     assert sorted(too_wide("x = max(y, 1e-38) + 1.2e-38 + 0.0 + 1e39")) == [1e-38, 1e39]
+
+
+def unguarded(source: str) -> Iterator[str]:
+    """Find TF32 that is asked for without a look at the kind of GPU."""
+    tree = ast.parse(source)
+    choices = [
+        node for node in ast.walk(tree) if isinstance(node, ast.IfExp) and "torch.version.hip" in ast.unparse(node.test)
+    ]
+    guarded = {id(node) for choice in choices for node in ast.walk(choice)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and str(node.value) in {"tf32", "tf32x3"} and id(node) not in guarded:
+            yield str(node.value)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_ask_for_precisions_that_the_gpu_has(path):
+    assert list(unguarded(path.read_text())) == []
+
+
+def test_a_precision_that_amd_lacks_is_found():
+    assert list(unguarded('x = "tf32"; y = "ieee" if torch.version.hip else "tf32x3"')) == ["tf32"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits
@@ -52,6 +53,30 @@ def test_heads_alone_draw_what_they_draw_among_all(heads):
     assert_same_bits(ours.out, all_heads.out.unflatten(1, (4, 2))[:, heads].flatten(1, 2))
     again = whole.of_heads([3, 1, 0]).of_heads([1, 2])
     assert again.heads == (1, 0)
+
+
+class NoIndex(TorchDispatchMode):
+    """Refuses an index, which a list of numbers becomes on its way to the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten.index.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+def test_numbers_of_heads_are_not_copied_from_the_host(monkeypatch):
+    """A GPU would make the host wait for such a copy, and no graph captures it."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("numbers of the host become a tensor")
+
+    whole, method = problem(150, heads=8, kv_heads=4), ha.ByHead((CONTROL, ha.Exact(), CONTROL, ha.Exact()))
+    with monkeypatch.context() as patch, NoIndex():
+        patch.setattr(torch, "tensor", refuse)
+        few, numbers = whole.of_heads([3, 0]), whole.of_heads([3, 0, 1]).head_index
+        joined = method._in_order([part.q for _, part in method._parts(whole)])
+    assert numbers.tolist() == [3, 0, 1]
+    assert torch.equal(few.q, whole.q[:, [6, 7, 0, 1]])
+    assert torch.equal(joined, whole.q)
 
 
 def test_every_head_gets_its_own_method():

@@ -71,11 +71,11 @@ class Problem:
     def head_index(self) -> Int[Tensor, " kv_heads"]:
         """Return the index of every kv head: the counter of its draws."""
         numbers = range(self.k.shape[1]) if self.heads is None else self.heads
-        return (
-            torch.tensor(numbers, dtype=torch.int64, device=self.device)
-            if self.heads
-            else torch.arange(len(numbers), dtype=torch.int64, device=self.device)
-        )
+        parts = [
+            torch.arange(each.start, each.stop, dtype=torch.int64, device=self.device)
+            for each in _ranges(numbers) or [range(0)]
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
     def position(self) -> Int[Tensor, " queries"]:
@@ -101,13 +101,13 @@ class Problem:
         if self.stored is not None:
             raise NotImplementedError("keys in pages cannot be split by head: use one method for all heads")
         numbers = tuple(range(self.k.shape[1]) if self.heads is None else self.heads)
-        first, count = min(kv_heads), len(kv_heads)
-        if list(kv_heads) == list(range(first, first + count)):
-            k, v = (x[:, first : first + count] for x in (self.k, self.v))
-            q = self.q[:, first * self.group : (first + count) * self.group]
-        else:
-            k, v = (x[:, list(kv_heads)] for x in (self.k, self.v))
-            q = self.q.unflatten(1, (self.k.shape[1], self.group))[:, list(kv_heads)].flatten(1, 2)
+        ranges = _ranges(kv_heads)
+
+        def kept(x: Tensor, group: int) -> Tensor:
+            parts = [x[:, each.start * group : each.stop * group] for each in ranges]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+        q, k, v = kept(self.q, self.group), kept(self.k, 1), kept(self.v, 1)
         return replace(self, q=q, k=k, v=v, heads=tuple(numbers[head] for head in kv_heads))
 
     def of_spans(self, first: int, length: int, step: int) -> "Problem":
@@ -186,3 +186,14 @@ def compact(k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Ten
     order = order[:, None, :, None]
     take = [x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])).masked_fill(dead, 0.0) for x in (k, v)]
     return take[0], take[1], key_mask.long().cumsum(1)
+
+
+def _ranges(numbers: Sequence[int]) -> list[range]:
+    """Cut integers into ranges of consecutive ones, which a device takes without a copy from the host."""
+    ranges: list[range] = []
+    for number in numbers:
+        if ranges and ranges[-1].stop == number:
+            ranges[-1] = range(ranges[-1].start, number + 1)
+        else:
+            ranges.append(range(number, number + 1))
+    return ranges

@@ -140,9 +140,10 @@ class ByHead(AttentionMethod):
         if len(parts) == 1:
             return parts[0]
         heads = [head for served in self.groups().values() for head in served]
-        order = torch.tensor(heads, dtype=torch.int64, device=parts[0].device).argsort()
+        # no numbers of heads are copied to the device, for which the host would wait
         joined = torch.cat(parts, 1)
-        return joined.unflatten(1, (len(heads), joined.shape[1] // len(heads))).index_select(1, order).flatten(1, 2)
+        rows = joined.unflatten(1, (len(heads), joined.shape[1] // len(heads))).unbind(1)
+        return torch.cat([rows[heads.index(head)] for head in range(len(heads))], 1)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
         """Return the cost, averaged over the heads.

@@ -5,6 +5,7 @@
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -139,7 +140,7 @@ def launches_of_factors(
             "k_ptr": k, "centre_ptr": centres, **shared, "s_list": k.stride(0), "s_key": k.stride(1),
             "s_centre": centres.stride(0), "KEYS": _KEYS,
             # the smallest variances would be lost in the rounding of a single product of the tensor cores
-            "PRECISION": "tf32x3", "num_warps": 8, "num_stages": 2,
+            "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 8, "num_stages": 2,
         },
     )  # fmt: skip
     factors = Launch(_factor_kernel, (1 + levels, lists), {**shared, "factor_ptr": factor, "ridge": ridge, "num_warps": 8})
