@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 import hyperattention as ha
 from hyperattention.bench.rows import control_of, find_default
-from hyperattention.files.records import environment
+from hyperattention.files.records import environment, find_commit
 from hyperattention.integrations.transformers import use
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.reference.model import load_reference
@@ -125,6 +125,8 @@ def trainer_of(given: argparse.Namespace, model: PreTrainedModel, batches: Batch
 def fine_tune(given: argparse.Namespace) -> list[Mapping[str, object]]:
     """Fine-tune, and return what ran and the loss of every step."""
     torch.manual_seed(given.seed)
+    # read now: the checkout may change while an hour of training runs
+    commit = find_commit()
     share = METHODS[given.method].cost(given.length).share_of_exact
     if given.method != "exact" and not share < 1:
         raise SystemExit(f"--length {given.length}: at this length the method lists all keys; give a longer one")
@@ -152,7 +154,7 @@ def fine_tune(given: argparse.Namespace) -> list[Mapping[str, object]]:
         "share_of_exact": share,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }  # fmt: skip
-    return [run | {"environment": environment()}] if trainer.is_world_process_zero() else []
+    return [run | {"environment": environment() | {"commit": commit}}] if trainer.is_world_process_zero() else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
