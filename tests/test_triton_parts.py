@@ -61,6 +61,7 @@ def chosen(
     return ordered, noise, results
 
 
+@pytest.mark.heavy  # many interpreted programs
 @pytest.mark.usefixtures("triton_kernel", "short_stretches")
 def test_a_part_is_chosen_for_as_if_its_keys_were_its_own():
     given, parts, many = problem(40, heads=6, kv_heads=1, head_dim=8, batch=2), 2, 6
@@ -84,6 +85,7 @@ def test_a_part_is_chosen_for_as_if_its_keys_were_its_own():
     assert_same_bits(ordered.alike.restore(ordered.alike.arrange(given.q)), given.q)
 
 
+@pytest.mark.heavy  # many interpreted programs
 @pytest.mark.usefixtures("triton_kernel", "short_stretches")
 def test_a_method_attends_to_what_parts_are_given(monkeypatch):
     """Lists of all keys in parts: attention is exact, whatever was sorted."""
