@@ -2,7 +2,7 @@
 
     python benchmarks/distributed.py bytes --tokens 131072 --ranks 8     # processes of this machine; the exchange is real
     python benchmarks/distributed.py error --tokens 32768                # structured inputs, one process
-    python benchmarks/long_context.py --methods pooled:1024:4096 control:1792 --out benchmarks/records/distributed.jsonl
+    python benchmarks/long_context.py --methods pooled:2048:16384:2048 control:2688 --out benchmarks/records/distributed.jsonl
     python benchmarks/distributed.py --show
 
 Every case adds lines to the file of records. In `bytes` all three ways run in one call of this script: the exchange of
@@ -71,7 +71,11 @@ def count(rank: int, options: argparse.Namespace, folder: Path, answers) -> None
     )
     mesh = init_device_mesh("cpu", (options.ranks,))
     q, k, v = torch.load(folder / f"{rank}.pt")
-    method, device, found = PooledChunks(chunk=options.chunk, num=options.num), torch.device("cpu"), {}
+    method, device, found = (
+        PooledChunks(chunk=options.chunk, num=options.num, averages=options.averages),
+        torch.device("cpu"),
+        {},
+    )
     segments = Contiguous().segments([q.shape[2]] * options.ranks)
     for name, run, gather in (("pooled", method, False), ("all-gather", ha.Exact(), True)):
         group, way, began = Group(mesh.get_group(), device), way_of(run, gather), time.perf_counter()
@@ -115,7 +119,7 @@ def run_bytes(options: argparse.Namespace) -> None:
             {
                 "kind": "bytes", "way": way, "tokens": options.tokens, "ranks": options.ranks, "heads": options.heads,
                 "heads_of": options.heads_of, "head_dim": HEAD_DIM, "dtype": "bfloat16",
-                "chunk": options.chunk, "num": options.num, "sent": sent,
+                "chunk": options.chunk, "num": options.num, "averages": options.averages, "sent": sent,
                 "received": received, "most": max(sent + received), "rounds": per_rank[0]["rounds"],
                 "by_purpose": [{side: each[side] for side in ("sent", "received")} for each in per_rank],
                 "seconds": max(each["seconds"] for each in per_rank),
@@ -125,7 +129,7 @@ def run_bytes(options: argparse.Namespace) -> None:
 
 def run_error(options: argparse.Namespace) -> None:
     made = inputs(options)
-    pooled = PooledChunks(chunk=options.chunk, num=options.num)
+    pooled = PooledChunks(chunk=options.chunk, num=options.num, averages=options.averages)
     pairs = pooled.cost(options.tokens).pairs
     control = ha.Method(ha.Sinks(16), ha.Window(192), ha.Draw(round(pairs) - 208), tile=128)
     methods = {"pooled": pooled, "control": control, "default": ha.default_method(10**9)}
@@ -172,7 +176,8 @@ def main() -> None:
     parser.add_argument("--heads-of", choices=tuple(KINDS), default="low-rank", help="kind of the structured heads")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=16_384)
-    parser.add_argument("--num", type=int, default=1024)
+    parser.add_argument("--num", type=int, default=2048)
+    parser.add_argument("--averages", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("--show", action="store_true", help="print what is recorded, and measure nothing")
     options = parser.parse_args()

@@ -6,9 +6,9 @@
     python benchmarks/long_context.py --show                                   # the table of what is recorded
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
-`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), `pooled:NUM:CHUNK`, or `rival:NAME:KEYS`, another method
-of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a line
-to the file of records at once; passes that are there are not run again.
+`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), `pooled:NUM:CHUNK:AVERAGES`, or `rival:NAME:KEYS`, another
+method of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a
+line to the file of records at once; passes that are there are not run again.
 """
 
 import argparse
@@ -83,8 +83,8 @@ def find_method(name: str) -> AttentionMethod:
         return alike(*map(int, name.split(":")[1:]))
     if name.startswith("pooled:"):
         # one machine runs what ranks of CHUNK tokens would, with pools of NUM keys
-        num, chunk = map(int, name.split(":")[1:])
-        return PooledChunks(_list(default_method(LONG)), chunk=chunk, num=num)
+        num, chunk, averages = map(int, name.split(":")[1:])
+        return PooledChunks(_list(default_method(LONG)), chunk=chunk, num=num, averages=averages)
     if name.startswith("control:"):
         # as many pairs as those drawn, sinks and the default's window
         return Method(Sinks(16), Window(256), Draw(int(name.split(":")[1])))
@@ -95,7 +95,7 @@ def find_method(name: str) -> AttentionMethod:
     if name not in METHODS:
         raise SystemExit(
             f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST, "
-            "pooled:NUM:CHUNK or control:NUM"
+            "pooled:NUM:CHUNK:AVERAGES or control:NUM"
         )
     return METHODS[name]
 

@@ -64,7 +64,7 @@ THREE = ha.HierarchicalSearch(
 )
 KEYS = ha.HierarchicalSearch((select.Level(8, 6), select.Level(1, 4)), pooled=4)
 SCAN = ha.KeyScan(32, beyond=ha.HierarchicalSearch(pooled=32))
-POOLED = ha.PooledChunks(CONTROL, chunk=32, num=32, averages=2, near=16, sinks=4)
+POOLED = ha.PooledChunks(CONTROL, chunk=32, num=32, averages=4, near=16, sinks=4)
 MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 
 USUAL = ha.Sinks(16), ha.Window(192)

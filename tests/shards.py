@@ -14,7 +14,7 @@ from hyperattention.select import DrawAlike
 
 IN_ORDER = shared.Contiguous()
 LOCAL = ha.Method(ha.Sinks(4), ha.Window(16), DrawAlike(24, rows=8, pooled=2), tile=16)
-POOLED = shared.PooledChunks(LOCAL, chunk=64, num=24, averages=2, near=16, sinks=4, block=32)
+POOLED = shared.PooledChunks(LOCAL, chunk=64, num=24, averages=4, near=16, sinks=4, block=32)
 # its budgets hold every key
 ALL = shared.PooledChunks(
     ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(400), tile=16), chunk=64, num=400, averages=2, near=16, sinks=4

@@ -1,16 +1,22 @@
 """Chunks that share a pool: unbiased, exact when the budget covers, the same whoever holds the tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_bits, assert_unbiased
 from hyperattention.compiled import write_method
+from hyperattention.pooled.averages import packed, unpacked
 from hyperattention.pooled.law import CERTAIN, NUM_SIZES, draw, histogram, replies
+from hyperattention.pooled.layout import Cell, Grid
+from hyperattention.pooled.pool import Near
+from hyperattention.pooled.scores import near_sums
 from problems import problem, tensors
 
 LOCAL = ha.Method(ha.Sinks(4), ha.Window(16), ha.Draw(16), tile=16)
-POOLED = ha.PooledChunks(LOCAL, chunk=48, num=20, averages=2, near=16, sinks=4)
+POOLED = ha.PooledChunks(LOCAL, chunk=48, num=20, averages=6, near=16, sinks=4)
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
 
@@ -96,6 +102,14 @@ def test_about_as_many_keys_as_slots(keys):
     assert histogram(share, eligible)[0, :NUM_SIZES].sum() == keys
 
 
+def test_a_key_just_below_an_edge_is_certain_where_there_is_room_for_all():
+    share = torch.full((1, 20), 0.5, dtype=torch.float64)
+    share[0, 7] = 0.25 * (1 - 1e-9)
+    noise = torch.tensor([0.5], dtype=torch.float64)
+    (found,) = _of_owners([slice(0, 20)], share, torch.ones(1, 20, dtype=torch.bool), noise)
+    assert [x[1:] for x in found] == [(key, 1.0) for key in range(20)]
+
+
 def test_masked_keys_change_nothing_and_sinks_are_the_first_live_keys():
     q, k, v = tensors(150, heads=4, batch=2)
     live = torch.ones(2, 150, dtype=torch.bool)
@@ -105,6 +119,55 @@ def test_masked_keys_change_nothing_and_sinks_are_the_first_live_keys():
         k, v = (x.masked_fill(~live[:, None, :, None], hole) for x in (k, v))
         found.append(ha.attention(q, k, v, is_causal=True, enable_gqa=True, method=POOLED, key_mask=live))
     assert_same_bits(*found)
+
+
+def test_averages_travel_in_eight_bits():
+    mean = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 7
+    mean[0, 1], mean[1, 2, 3] = 0.0, 100.0
+    log_rows = torch.tensor([-torch.inf, 0.5, -1.25, 0.0, 2.0], dtype=torch.float64).expand(2, -1)
+    data = packed(mean, log_rows)
+    assert data.shape == (2, 5, 24 + 4)
+    found = unpacked(data, torch.float64)
+    # three bits behind the first one, or a step of the smallest numbers; what is cut off if the unit was rounded down
+    step = mean.abs().amax(2, keepdim=True) / 448 * 2**-9
+    assert ((found[..., :-1] - mean).abs() <= mean.abs() / 16 + step).all()
+    assert_same_bits(found[..., -1], log_rows.contiguous())
+
+
+@both_masks
+def test_a_query_that_looks_for_a_key_alone_is_not_hidden_by_an_average(causal):
+    whole = problem(192, heads=2, kv_heads=1, causal=causal, dtype=torch.float64)
+    # one query of the last chunk looks for one key of the first; all others look for little
+    q, k, query = whole.q * 0.1, whole.k, 170
+    q[:, 1, query] = 20 * k[:, 0, 21] / k[:, 0, 21].norm()
+    # queries differ most where all keys are alike, and that changes no weight
+    k[..., -1], q[..., -1] = 1.0, 1e3 * whole.q[..., -1]
+    whole = replace(whole, q=q, k=k)
+    pooled = ha.PooledChunks(ha.Method(ha.Draw(64), tile=16), chunk=64, num=12, averages=8, near=16, sinks=4, block=64)
+    exact = ha.Exact().attend(whole).out[:, 1, query]
+
+    def error(method: ha.PooledChunks) -> float:
+        """The largest of eight pools, each with a slot for one key in ten."""
+        found = [method.attend(replace(whole, seed=seed)).out[:, 1, query] for seed in range(8)]
+        return max(float((out - exact).norm() / exact.norm()) for out in found)
+
+    # the rest of the weight is estimated; without the key nearly all is lost
+    assert error(pooled) < 0.1
+    assert error(replace(pooled, averages=1)) > 0.5
+
+
+def test_sums_over_keys_near_a_block_count_what_its_last_query_sees():
+    grid = Grid(chunk=32, near=8, tile=16, num_keys=80, causal=True)
+    cell, generator = Cell(0, 64, 80, 64), torch.Generator().manual_seed(4)
+    k = torch.randn(2, 2, 24, 8, generator=generator, dtype=torch.float64)
+    own = torch.randn(4, 3, 9, generator=generator, dtype=torch.float64)
+    live = torch.rand(2, 24, generator=generator) > 0.3
+    found = near_sums(Near(k, live), 0, cell, grid, own)
+    score = (own[..., :-1] @ k.flatten(0, 1).mT).masked_fill(~live.repeat_interleave(2, 0)[:, None], -torch.inf)
+    assert_exact(found, score.logsumexp(2))
+    # a block that ends before the cell does not see what is behind it
+    early = near_sums(Near(k, None), 0, Cell(0, 64, 80, 64), replace(grid, tile=8), own.repeat(1, 2, 1))
+    assert_exact(early[:, :3], (own[..., :-1] @ k.flatten(0, 1)[:, :16].mT).logsumexp(2))
 
 
 def test_cost_and_description():

@@ -14,7 +14,7 @@ from hyperattention.inputs import autocast_device
 from hyperattention.methods.pooled_chunks import hidden
 from hyperattention.methods.pooled_reader import Reader, near_route
 from hyperattention.pooled.choose import choose
-from hyperattention.pooled.pool import Choice, Shard
+from hyperattention.pooled.pool import Choice, Near, Shard
 from hyperattention.pooled.route import Route
 from hyperattention.problem import Problem
 from hyperattention.types import Partial
@@ -48,22 +48,22 @@ class Exchange:
         if self.problem.key_mask is not None:
             live = self.plan.align(group, self.problem.key_mask[:, None, :, None], "key mask").x[:, 0, :, 0]
             kv = hidden(kv, live)
-        k = kv[..., : q.shape[3]]
-        choice = None
+        rows, shape = kv.flatten(0, 2), (*kv.shape[:2], -1, kv.shape[3])
+        route = near_route(group, layout, kv.shape[0] * kv.shape[1], kv.shape[2], group.device)
+        near, near_live = group.move(route, rows).view(shape), None
+        if live is not None:
+            masks = near_route(group, layout, len(live), kv.shape[2], group.device)
+            masks = replace(masks, purpose="key mask")
+            near_live = group.move(masks, live.reshape(-1, 1)).view(len(live), -1)
+        choice, pool = None, None
         if self.way.sizes is not None and layout.owners:
             problem = self.problem
             before = None if live is None else self._live_before(live)
             numbers = problem.scale, problem.seed, problem.layer, problem.head_index
-            choice = choose(group, layout, Shard(q, k, live, before, *numbers), self.way.sizes)
-        rows, shape = kv.flatten(0, 2), (*kv.shape[:2], -1, kv.shape[3])
-        route = near_route(group, layout, kv.shape[0] * kv.shape[1], kv.shape[2], group.device)
-        near = group.move(route, rows).view(shape)
-        pool = None if choice is None else group.move(choice.route, rows).view(shape)
-        if live is not None:
-            masks = near_route(group, layout, len(live), kv.shape[2], group.device)
-            masks = replace(masks, purpose="key mask")
-            live = group.move(masks, live.reshape(-1, 1)).view(len(live), -1)
-        return _Read(near, pool, live, route, choice)
+            shard = Shard(q, kv[..., : q.shape[3]], live, before, *numbers)
+            choice = choose(group, layout, shard, Near(near[..., : q.shape[3]], near_live), self.way.sizes)
+            pool = group.move(choice.route, rows).view(shape)
+        return _Read(near, pool, near_live, route, choice)
 
     def _live_before(self, live: Bool[Tensor, "batch keys"]) -> Int[Tensor, "cells batch"]:
         """Count the live keys before each of this rank's cells of keys."""

@@ -1,6 +1,7 @@
 """Chunks of queries that read their own keys by a method, and of all other keys a few that they share: the pool."""
 
 from dataclasses import dataclass, field, replace
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from hyperattention.methods.method import Method
 from hyperattention.methods.pooled_reader import Reader, near_route
 from hyperattention.pooled.choose import choose
 from hyperattention.pooled.layout import Grid, Layout, cut
-from hyperattention.pooled.pool import Shard, Sizes
+from hyperattention.pooled.pool import Near, Shard, Sizes
 from hyperattention.pooled.route import Alone
 from hyperattention.problem import Problem
 from hyperattention.select.draw_alike import DrawAlike
@@ -20,6 +21,9 @@ from hyperattention.select.locate.window import Window
 from hyperattention.select.stage import LookAhead
 from hyperattention.transforms import refuse_transforms
 from hyperattention.types import Partial
+
+# positions in a block of averaged queries
+_BLOCK = 1024
 
 
 def _usual() -> Method:
@@ -31,7 +35,10 @@ class PooledChunks(AttentionMethod):
     """Read the keys of a query's own chunk by a method, and of all other keys `num` that the whole chunk shares.
 
     p_j ~ min(1, max_g n_g^(1/2) exp(q_g . k_j - z_g)):   q_g is the average of n_g alike queries of a block, z_g
-    the logarithm of its sum over all keys that are drawn from. Keys of the largest shares are listed for certain.
+    the logarithm of its sum over all keys, also those near. Keys of the largest shares are listed for certain.
+
+    Queries are alike if keys score them alike, and groups form around those farthest from one another: a query that looks
+    for a key of its own stands alone, and no average hides it.
 
     Made for a sequence that several machines hold (`hyperattention.distributed`): a chunk of queries sends its averages to
     the owners of other keys, and gets `num` keys with values and weights, however long the sequence is. The estimator does
@@ -40,20 +47,22 @@ class PooledChunks(AttentionMethod):
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Gonzalez, 1985, centres far from one another. Differs: two levels, of which the first is
     drawn once for a chunk of thousands of queries.
-    Cost: the slots of `local` and `num` more; choosing takes 2 * averages / block products for each key outside the chunk.
+    Cost: the slots of `local` and `num` more; choosing takes 2 * averages / chunk products a query for each key outside the
+    chunk.
     Guarantee: numerator and denominator unbiased, whatever the averages say; a key that a single query of the chunk needs
-    is drawn seldom, because it counts for one average of many.
+    is drawn seldom where an average hides this query.
 
     Args:
         local: the method over the keys of the chunk.
         chunk: positions in a chunk, a multiple of the tile of `local`; on several machines, what each of them holds.
         num: keys in the pool of each chunk and kv head.
-        averages: averaged groups of each block of queries.
+        averages: averaged groups of a chunk's queries, equally many in each block. On several machines each is sent to
+            every other one, in head_dim + 4 bytes.
         near: keys before a chunk that its queries read as if they were in it, a multiple of the tile; at least a window.
         sinks: leading keys that every pool holds.
         uniform_share: share of the draws that is spread evenly.
-        block: positions in a block, a multiple of the tile of `local` that divides `chunk`; None for the tile. Longer blocks
-            keep the number of averages of a longer chunk, and with it what crosses the wire.
+        block: positions of queries that are grouped together, a multiple of the tile of `local` that divides `chunk`; None
+            for 1,024, or less where that does not divide it. Tokens of a block are brought to one machine.
 
     Raises:
         TypeError: if `local` is no list of stages.
@@ -66,8 +75,8 @@ class PooledChunks(AttentionMethod):
 
     local: Method = field(default_factory=_usual)
     chunk: int = 16_384
-    num: int = 1024
-    averages: int = 4
+    num: int = 2048
+    averages: int = 2048
     near: int = 256
     sinks: int = 16
     uniform_share: float = 0.1
@@ -118,13 +127,17 @@ class PooledChunks(AttentionMethod):
 
     @property
     def positions(self) -> int:
-        """Positions in a block of averaged queries."""
-        return self.local.tile if self.block is None else self.block
+        """Positions of queries that are grouped together."""
+        if self.block is not None:
+            return self.block
+        tile = self.local.tile
+        return tile * gcd(self.chunk // tile, max(1, _BLOCK // tile))
 
     @property
     def sizes(self) -> Sizes:
         """The sizes of pools."""
-        return Sizes(self.num, self.averages, self.sinks, self.uniform_share)
+        groups = -(-self.averages // (self.chunk // self.positions))
+        return Sizes(self.num, groups, self.sinks, self.uniform_share)
 
     def grid(self, num_keys: int, causal: bool) -> Grid:
         """Return how a sequence is cut into chunks."""
@@ -152,17 +165,18 @@ class PooledChunks(AttentionMethod):
         world, count = Alone(), problem.num_keys
         ends = (0, problem.offset, problem.offset + problem.num_queries, 0)
         layout = Layout(self.grid(count, problem.causal), cut([(0, 0, count, 0)], self.chunk), cut([ends], self.chunk))
-        shard = shard_of(problem, layout)
-        choice = choose(world, layout, shard, self.sizes) if layout.owners else None
         rows = torch.cat([problem.k, problem.v], 3).flatten(0, 2)
-        batch, kv_heads = problem.k.shape[:2]
-        route = near_route(world, layout, shard.lists, count, problem.device)
-        near = world.move(route, rows).view(batch, kv_heads, -1, rows.shape[1])
-        pool = None if choice is None else world.move(choice.route, rows).view(batch, kv_heads, -1, rows.shape[1])
-        live = None
+        batch, kv_heads, _, head_dim = problem.k.shape
+        route = near_route(world, layout, batch * kv_heads, count, problem.device)
+        near, live = world.move(route, rows).view(batch, kv_heads, -1, rows.shape[1]), None
         if problem.key_mask is not None:
             masks = near_route(world, layout, batch, count, problem.device)
             live = world.move(masks, problem.key_mask.reshape(-1, 1)).view(batch, -1)
+        choice, pool = None, None
+        if layout.owners:
+            shard = shard_of(problem, layout)
+            choice = choose(world, layout, shard, Near(near[..., :head_dim], live), self.sizes)
+            pool = world.move(choice.route, rows).view(batch, kv_heads, -1, rows.shape[1])
         return Reader(layout, layout.queries, self.local, problem, choice).attend(problem.q, near, pool, live)
 
     def cost(self, num_keys: int, *, is_causal: bool = True, head_dim: int = 64) -> Cost:
@@ -181,7 +195,7 @@ class PooledChunks(AttentionMethod):
         chunks = -(-num_keys // self.chunk)
         far = (num_keys - near) / (2 if is_causal else 1) if chunks > 1 else 0.0
         pool = self.num if chunks > 1 else 0
-        selection = own.selection_pairs + 2 * self.averages / self.positions * far
+        selection = own.selection_pairs + self.averages / self.chunk * (2 * far + (near if chunks > 1 else 0))
         memory_bytes = chunks * (own.memory_bytes + 8 * pool * head_dim)
         return Cost(own.pairs + pool, selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)
 

@@ -7,34 +7,37 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from hyperattention.pooled.averages import averages
+from hyperattention.pooled.averages import averages, unpacked
 from hyperattention.pooled.law import CERTAIN, NUM_REPLY, NUM_SIZES, Drawn, draw, histogram, replies
 from hyperattention.pooled.layout import Cell, Layout
-from hyperattention.pooled.pool import Choice, Shard, Sizes
+from hyperattention.pooled.pool import Choice, Near, Shard, Sizes
 from hyperattention.pooled.route import Move, Route, World, columns, joined, route_of
-from hyperattention.pooled.scores import best_shares, log_sums
+from hyperattention.pooled.scores import best_shares, log_sums, near_sums
 
 
 @torch.no_grad()
-def choose(world: World, layout: Layout, shard: Shard, sizes: Sizes) -> Choice:
+def choose(world: World, layout: Layout, shard: Shard, near: Near, sizes: Sizes) -> Choice:
     """Choose the keys of the pools of this rank's chunks, and of its own keys those that other pools get.
 
     Six exchanges: averages of queries go to the owners of the keys that they do not read directly; sums over each owner's
-    scores come back, and their total goes out, so that shares are shares of all keys; counts of keys by the size of their
-    share go to the first holder of a chunk, which replies how many each owner lists; then chances travel.
+    scores come back, and their total, with that of the keys read directly, goes out, so that shares are shares of all keys;
+    counts of keys by the size of their share go to the first holder of a chunk, which replies how many each owner lists;
+    then chances travel.
 
     Args:
         world: the ranks.
         layout: who holds which tokens.
         shard: this rank's tokens.
+        near: the keys that this rank's queries read directly.
         sizes: the sizes of pools.
 
     Returns:
         the pools of this rank.
     """
     book = _Book.of(world, layout, sizes)
-    asked = _ask(world, book, shard)
-    totals = _totals(world, book, shard, asked)
+    own = {cell: averages(shard, layout, world.rank, cell, sizes.groups) for cell in book.begins(world.rank)}
+    asked = _ask(world, book, shard, own)
+    totals = _totals(world, book, shard, asked, _near(book, shard, near, own))
     shares = [
         best_shares(
             shard, cell, book.own_of(asked, chunk), book.own_of(totals, chunk), shard.eligible(layout, chunk, cell)
@@ -114,17 +117,27 @@ def _widths(book: _Book) -> tuple[int, int]:
     return sum(map(book.count, own)), sum(map(book.total, asked))
 
 
-def _ask(world: World, book: _Book, shard: Shard) -> Tensor:
+def _ask(world: World, book: _Book, shard: Shard, own: dict[Cell, Tensor]) -> Tensor:
     """Send averages to the owners of keys; give those that reached this rank, ``[lists, averages, head_dim + 1]``."""
-    grid, sizes, device = book.layout.grid, book.sizes, shard.k.device
-    own = [averages(shard.q, shard.k.shape[1], cell, grid, sizes.groups, shard.scale) for cell in book.begins(world.rank)]
-    x = torch.cat(own, 1) if own else shard.q.new_empty(shard.lists, 0, shard.q.shape[3] + 1)
+    device = shard.k.device
+    nothing = torch.empty(shard.lists, 0, shard.q.shape[3] + 4, dtype=torch.uint8, device=device)
     route = route_of("averages", world, _outward(book, world.size), shard.lists, _widths(book), device)
-    return columns(world, route, x).to(shard.dtype)
+    return unpacked(columns(world, route, torch.cat([nothing, *own.values()], 1)), shard.dtype)
 
 
-def _totals(world: World, book: _Book, shard: Shard, asked: Tensor) -> Tensor:
-    """Add up the sums of all owners for every average; give those of the averages that reached this rank."""
+def _near(book: _Book, shard: Shard, near: Near, own: dict[Cell, Tensor]) -> Tensor:
+    """Add up each own average's scores over the keys that its queries read directly, ``[lists, averages]``."""
+    grid, begin, sums = book.layout.grid, 0, [shard.k.new_empty(shard.lists, 0, dtype=shard.dtype)]
+    for cell in (cell for cell in book.layout.queries if cell.rank == book.rank):
+        if cell in own:
+            sums.append(near_sums(near, begin, cell, grid, unpacked(own[cell], shard.dtype)))
+        low, high = grid.local(cell)
+        begin += high - low
+    return torch.cat(sums, 1)
+
+
+def _totals(world: World, book: _Book, shard: Shard, asked: Tensor, near: Tensor) -> Tensor:
+    """Add up the sums of all owners for every average, and of the keys near it; give those of the averages here."""
     layout, device = book.layout, shard.k.device
     own = [
         log_sums(shard, cell, book.own_of(asked, chunk), shard.eligible(layout, chunk, cell)) for chunk, cell in book.pairs
@@ -138,7 +151,7 @@ def _totals(world: World, book: _Book, shard: Shard, asked: Tensor) -> Tensor:
         some = returned[:, at : at + owners * book.count(cell)].unflatten(1, (owners, -1))
         totals.append(some.double().logsumexp(1).to(shard.dtype))
         at += owners * book.count(cell)
-    total = torch.cat(totals, 1) if totals else asked.new_empty(shard.lists, 0)
+    total = torch.logaddexp(torch.cat(totals, 1), near) if totals else asked.new_empty(shard.lists, 0)
     route = route_of("totals", world, _outward(book, world.size), shard.lists, _widths(book), device)
     return columns(world, route, total[..., None])[..., 0]
 

@@ -76,7 +76,8 @@ def replies(
     edge = torch.cat([torch.zeros_like(_edges(count.device)[:1]), _edges(count.device)])
     bar = torch.maximum(all_shares / room.clamp(min=1e-9), edge).clamp(min=torch.finfo(torch.float64).tiny)
     expected = (all_certain + all_shares / bar).masked_fill(room <= 0, -1.0)
-    expected[:, 0] = torch.where(keys <= num, keys, -1.0)
+    # no other edge comes as close as rounding where there is room for every key
+    expected[:, 0] = torch.where(keys <= num, torch.inf, -1.0)
     # the largest edge of those with the most; in steps, so that rounding decides nothing
     expected = (expected * _STEPS).round()
     best = expected.shape[1] - 1 - expected.flip(1).argmax(1, keepdim=True)

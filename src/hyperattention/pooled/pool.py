@@ -20,7 +20,7 @@ class Sizes:
 
     Args:
         num: slots of each pool.
-        groups: averages of each tile of queries.
+        groups: averages of each block of queries.
         sinks: leading live keys that are always listed.
         even: share of the draws that is spread evenly.
     """
@@ -89,6 +89,19 @@ class Shard:
             return (position < sinks).expand(self.lists, -1)
         rank = self.live[:, cell.base : cell.base + cell.size].cumsum(1) + self.before[number][:, None]
         return (rank <= sinks).repeat_interleave(self.k.shape[1], 0)
+
+
+@dataclass(frozen=True)
+class Near:
+    """The keys that a rank's queries read directly, cell by cell.
+
+    Args:
+        k: the keys, in the order of `near_route`.
+        live: which of them may be attended to; None for all.
+    """
+
+    k: Float[Tensor, "batch kv_heads near head_dim"]
+    live: Bool[Tensor, "batch near"] | None
 
 
 @dataclass(frozen=True)

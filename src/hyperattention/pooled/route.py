@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
@@ -127,7 +127,7 @@ def joined(rows: list[list[Tensor]], device: torch.device) -> tuple[Int[Tensor, 
     return tuple(torch.cat(each) if each else torch.empty(0, dtype=torch.int64, device=device) for each in rows)
 
 
-def columns(world: World, route: Route, x: Float[Tensor, "lists columns width"]) -> Float[Tensor, "lists moved width"]:
+def columns(world: World, route: Route, x: Shaped[Tensor, "lists columns width"]) -> Shaped[Tensor, "lists moved width"]:
     """Move columns of every list along a route of `route_of`.
 
     Args:

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hyperattention.pooled.law import MOST
-from hyperattention.pooled.layout import Cell
-from hyperattention.pooled.pool import Shard
+from hyperattention.pooled.layout import Cell, Grid
+from hyperattention.pooled.pool import Near, Shard
 
 # scores in one product: few enough to stay in the cache of a CPU
 _SCORES = 2**21
@@ -47,7 +47,7 @@ def best_shares(
         shard: the rank's keys.
         cell: the cell of keys.
         asked: as for `log_sums`.
-        totals: logarithms of each average's sum over the keys of all owners.
+        totals: logarithms of each average's sum over all keys, also those that its queries read directly.
         eligible: which keys count.
 
     Returns:
@@ -61,6 +61,37 @@ def best_shares(
         best[one, keys] = score.add_(bar[one, :, None]).amax(0).exp_()
     best = torch.nan_to_num(best, nan=0.0, posinf=MOST).clamp_(max=MOST)
     return best.masked_fill_(~eligible, 0.0)
+
+
+def near_sums(
+    near: Near, begin: int, cell: Cell, grid: Grid, own: Float[Tensor, "lists averages width"]
+) -> Float[Tensor, "lists averages"]:
+    """Sum up the exponentials of every average's scores over the keys that its queries read directly.
+
+    Args:
+        near: the keys near this rank's queries.
+        begin: the first of those near this cell.
+        cell: the cell of queries.
+        grid: the blocks.
+        own: the averages of the cell, block by block, each followed by the logarithm of its queries.
+
+    Returns:
+        logarithms; an average counts what the last query of its block sees.
+    """
+    low, high = grid.local(cell)
+    first, blocks = cell.start // grid.tile, own.unflatten(1, (grid.tiles(cell), -1))
+    sums = own.new_empty(blocks.shape[:3])
+    for block in range(blocks.shape[1]):
+        end = min(high, (first + block + 1) * grid.tile) if grid.causal else high
+        part = slice(begin, begin + max(0, end - low))
+        for one in range(len(own)):
+            batch, head = divmod(one, near.k.shape[1])
+            keys = torch.nan_to_num(near.k[batch, head, part].to(own.dtype), nan=0.0, posinf=0.0, neginf=0.0)
+            score = blocks[one, block, :, :-1] @ keys.T
+            if near.live is not None:
+                score.masked_fill_(~near.live[batch, part], -torch.inf)
+            sums[one, block] = score.logsumexp(1)
+    return torch.nan_to_num(sums, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(1)
 
 
 def _scores(shard: Shard, cell: Cell, asked: Tensor) -> Iterator[tuple[int, slice, Tensor]]:

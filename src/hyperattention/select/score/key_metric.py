@@ -80,11 +80,22 @@ class KeyMetric:
 
 
 def _factors(eye: Tensor, covariances: list[Tensor]) -> Tensor:
-    """Factor covariances, relative to their mean variance; no error and no synchronisation where one has no factor."""
+    """Factor covariances, behind the identity."""
     if not covariances:
         return eye[:, None]
-    covariance = torch.stack(covariances, 1)
+    return torch.cat([eye[:, None], factor_of(torch.stack(covariances, 1))], 1)
+
+
+def factor_of(covariance: Float[Tensor, "lists sets head_dim head_dim"]) -> Float[Tensor, "lists sets head_dim head_dim"]:
+    """Factor covariances, relative to their mean variance; no error and no synchronisation where one has no factor.
+
+    Args:
+        covariance: the covariances, in float64.
+
+    Returns:
+        lower triangles; the identity where a covariance has no factor.
+    """
+    eye = torch.eye(covariance.shape[2], dtype=covariance.dtype, device=covariance.device)
     variance = covariance.diagonal(dim1=2, dim2=3).mean(2)[..., None, None].clamp(min=torch.finfo(covariance.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(covariance / variance + RIDGE * eye[:, None])
-    factor = torch.where((info == 0)[..., None, None], factor, eye[:, None])
-    return torch.cat([eye[:, None], factor], 1)
+    factor, info = torch.linalg.cholesky_ex(covariance / variance + RIDGE * eye)
+    return torch.where((info == 0)[..., None, None], factor, eye)
