@@ -1,8 +1,9 @@
-"""Context parallelism: the bytes that cross the wire, beside ring attention and an all-gather; and what few bytes cost.
+r"""Context parallelism: the bytes that cross the wire, beside ring attention and an all-gather; and what few bytes cost.
 
     python benchmarks/distributed.py bytes --tokens 131072 --ranks 8     # processes of this machine; the exchange is real
     python benchmarks/distributed.py error --tokens 32768                # structured inputs, one process
-    python benchmarks/long_context.py --methods pooled:2048:16384:2048 control:2688 --out benchmarks/records/distributed.jsonl
+    python benchmarks/long_context.py --documents 4 --methods pooled:2048:16384:2048 control:2688 \
+        --out benchmarks/records/distributed.jsonl
     python benchmarks/distributed.py --show
 
 Every case adds lines to the file of records. In `bytes` all three ways run in one call of this script: the exchange of
