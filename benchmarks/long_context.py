@@ -134,7 +134,9 @@ def depths_of(done: Pass, length: int) -> list[tuple[float, int]]:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Read the passes of a file, which may hold records of other kinds as well."""
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [record for record in records if record["kind"] == "long_context"]
 
 
 def _key(record: Mapping[str, object]) -> str:
