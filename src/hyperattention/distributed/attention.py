@@ -151,8 +151,7 @@ def measured_attention(
     found = Exchange(group, plan, way, _problem(call, place.first_head(call))).run()
     size = call.key.shape[0] * call.key.shape[1] * (call.key.shape[3] + call.value.shape[3]) * call.key.element_size()
     ring = (sum(lengths) - lengths[group.rank]) * size
-    traffic = Traffic(dict(group.sent), dict(group.received), group.rounds, ring)
-    return DistributedResult(found.out, found.lse, traffic)
+    return DistributedResult(found.out, found.lse, Traffic.of(group.rounds, ring))
 
 
 @dataclass(frozen=True)

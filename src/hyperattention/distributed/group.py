@@ -1,6 +1,5 @@
 """The world of a process group: rows as bytes, counted, with a time limit."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -12,6 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from hyperattention.distributed.errors import ExchangeError
+from hyperattention.distributed.traffic import Round
 from hyperattention.pooled.route import Route, World
 
 # groups in which an exchange failed. Their ranks are out of step: a message of a later call would be taken for one of the
@@ -34,9 +34,7 @@ class Group(World):
         self.timeout = timeout
         # of the ranks of the group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent: Counter[str] = Counter()
-        self.received: Counter[str] = Counter()
-        self.rounds = 0
+        self.rounds: list[Round] = []
 
     @property
     def rank(self) -> int:
@@ -101,9 +99,7 @@ class Group(World):
         others = [part for rank, part in enumerate(parts) if rank != own]
         data = torch.cat(others).contiguous().view(-1).view(torch.uint8)
         buffer = torch.empty(sum(into), dtype=torch.uint8, device=self.device)
-        self.sent[purpose] += sum(out)
-        self.received[purpose] += sum(into)
-        self.rounds += 1
+        self.rounds.append(Round(purpose, tuple(out), tuple(into)))
         self._wait(purpose, lambda: dist.all_to_all_single(buffer, data, into, out, group=self.group, async_op=True))
         found = [part.view(like.dtype).view(-1, like.shape[1]) for part in buffer.split(into)]
         found[own] = like
