@@ -57,10 +57,9 @@ def ring(group: Group, kv: Tensor) -> None:
     """Pass keys and values around the ring, as ring attention does; what is there after each round is not read here."""
     rows, nothing = torch.arange(len(kv)), torch.empty(0, dtype=torch.int64)
     after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    sent, received = ([len(kv) * (rank == other) for rank in range(group.size)] for other in (after, before))
     for _ in range(group.size - 1):
-        send = tuple(rows if rank == after else nothing for rank in range(group.size))
-        place = tuple(rows if rank == before else nothing for rank in range(group.size))
-        kv = group.move(Route("ring", send, place, len(kv)), kv)
+        kv = group.move(Route("ring", rows, tuple(sent), rows, tuple(received), nothing, nothing, len(kv)), kv)
 
 
 def inputs(options: argparse.Namespace) -> Inputs:

@@ -1,5 +1,6 @@
 """The exchange of one call, forward and backward: one node of the graph, so that ranks always take part together."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,36 +51,35 @@ class Exchange:
             kv = hidden(kv, live)
         k = kv[..., : q.shape[3]]
         choice = None
-        if self.way.sizes is not None and layout.owners:
+        if self.way.sizes is not None and layout.drawing:
             problem = self.problem
             before = None if live is None else self._live_before(live)
             numbers = problem.scale, problem.seed, problem.layer, problem.head_index
             choice = choose(group, layout, Shard(q, k, live, before, *numbers), self.way.sizes)
         rows, shape = kv.flatten(0, 2), (*kv.shape[:2], -1, kv.shape[3])
-        route = near_route(group, layout, kv.shape[0] * kv.shape[1], kv.shape[2], group.device)
+        route = near_route(group, layout, kv.shape[0] * kv.shape[1], group.device)
         near = group.move(route, rows).view(shape)
         pool = None if choice is None else group.move(choice.route, rows).view(shape)
         if live is not None:
-            masks = near_route(group, layout, len(live), kv.shape[2], group.device)
+            masks = near_route(group, layout, len(live), group.device)
             masks = replace(masks, purpose="key mask")
             live = group.move(masks, live.reshape(-1, 1)).view(len(live), -1)
         return _Read(near, pool, live, route, choice)
 
     def _live_before(self, live: Bool[Tensor, "batch keys"]) -> Int[Tensor, "cells batch"]:
         """Count the live keys before each of this rank's cells of keys."""
-        cells = self.plan.layout.keys
-        most = max([sum(cell.rank == rank for cell in cells) for rank in range(self.group.size)], default=0)
-        counts = torch.zeros(most, len(live), dtype=torch.int64, device=live.device)
+        held: Counter[int] = Counter()
+        place = []
+        for cell in self.plan.layout.keys:
+            place.append((cell.rank, held[cell.rank]))
+            held[cell.rank] += 1
+        counts = torch.zeros(max(held.values(), default=0), len(live), dtype=torch.int64, device=live.device)
         for at, cell in enumerate(self.plan.cells):
             counts[at] = live[:, cell.base : cell.base + cell.size].sum(1)
-        of_rank = [part.view(most, -1) for part in self.group.gather("live keys", counts.flatten())]
-        at, total, own = [0] * self.group.size, counts.new_zeros(len(live)), []
-        for cell in cells:
-            if cell.rank == self.group.rank:
-                own.append(total)
-            total = total + of_rank[cell.rank][at[cell.rank]]
-            at[cell.rank] += 1
-        return torch.stack(own) if own else counts[:0]
+        of_ranks = self.group.gather("live keys", counts.flatten()).unflatten(1, counts.shape)
+        rank, at = torch.tensor(place, dtype=torch.int64, device=live.device).view(-1, 2).unbind(1)
+        count = of_ranks[rank, at]
+        return (count.cumsum(0) - count)[rank == self.group.rank]
 
     def reader(self, choice: Choice | None) -> Reader:
         """Return what computes attention once all keys are here."""

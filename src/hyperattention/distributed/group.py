@@ -48,11 +48,9 @@ class Group(World):
 
     def move(self, route: Route, x: Shaped[Tensor, "rows width"]) -> Shaped[Tensor, "moved width"]:
         """Send rows, and receive others, without a gradient."""
-        parts = self._exchange(route.purpose, [x.index_select(0, rows) for rows in route.send], list(map(len, route.place)))
-        moved = x.new_zeros(route.rows, x.shape[1])
-        for rows, part in zip(route.place, parts, strict=True):
-            moved.index_copy_(0, rows, part)
-        return moved
+        came = self._exchange(route.purpose, x.index_select(0, route.send), route.sent, route.received)
+        moved = x.new_zeros(route.rows, x.shape[1]).index_copy_(0, route.place, came)
+        return moved.index_copy_(0, route.put, x.index_select(0, route.kept))
 
     def move_back(
         self, route: Route, purpose: str, gradient: Shaped[Tensor, "moved width"], rows: int
@@ -68,13 +66,14 @@ class Group(World):
         Returns:
             the gradient of what was sent from.
         """
-        parts = self._exchange(purpose, [gradient.index_select(0, at) for at in route.place], list(map(len, route.send)))
-        total = gradient.new_zeros(rows, gradient.shape[1])
-        for at, part in zip(route.send, parts, strict=True):
-            total.index_add_(0, at, part)
-        return total
+        came = self._exchange(purpose, gradient.index_select(0, route.place), route.received, route.sent)
+        # one sum in the order of the ranks, this rank among them
+        at = sum(route.sent[: self.rank])
+        row = torch.cat([route.send[:at], route.kept, route.send[at:]])
+        given = torch.cat([came[:at], gradient.index_select(0, route.put), came[at:]])
+        return gradient.new_zeros(rows, gradient.shape[1]).index_add_(0, row, given)
 
-    def gather(self, purpose: str, x: Shaped[Tensor, " numbers"]) -> list[Tensor]:
+    def gather(self, purpose: str, x: Shaped[Tensor, " numbers"]) -> Shaped[Tensor, "ranks numbers"]:
         """Give every rank the numbers of every rank, equally many.
 
         Args:
@@ -84,26 +83,23 @@ class Group(World):
         Returns:
             those of each rank.
         """
-        return [part[:, 0] for part in self._exchange(purpose, [x[:, None]] * self.size, [len(x)] * self.size)]
+        counts = tuple(0 if rank == self.rank else len(x) for rank in range(self.size))
+        came = self._exchange(purpose, x.repeat(self.size - 1)[:, None], counts, counts).view(self.size - 1, len(x))
+        return torch.cat([came[: self.rank], x[None], came[self.rank :]])
 
-    def _exchange(self, purpose: str, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-        """Send one tensor of rows to each rank, and receive as many rows from each as `counts` says."""
-        like, own = parts[self.rank], self.rank
+    def _exchange(self, purpose: str, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send rows to the other ranks, by rank, and receive as many from each as `received` says."""
         if self.size == 1:
-            return [like]
+            return data
         if self.group in _FAILED:
             raise ExchangeError(self._message(purpose, "an earlier exchange of this process group failed"))
-        each = like.shape[1] * like.element_size()
-        out = [0 if rank == own else len(part) * each for rank, part in enumerate(parts)]
-        into = [0 if rank == own else count * each for rank, count in enumerate(counts)]
-        others = [part for rank, part in enumerate(parts) if rank != own]
-        data = torch.cat(others).contiguous().view(-1).view(torch.uint8)
+        each = data.shape[1] * data.element_size()
+        out, into = ([count * each for count in counts] for counts in (sent, received))
+        own = data.contiguous().view(-1).view(torch.uint8)
         buffer = torch.empty(sum(into), dtype=torch.uint8, device=self.device)
         self.rounds.append(Round(purpose, tuple(out), tuple(into)))
-        self._wait(purpose, lambda: dist.all_to_all_single(buffer, data, into, out, group=self.group, async_op=True))
-        found = [part.view(like.dtype).view(-1, like.shape[1]) for part in buffer.split(into)]
-        found[own] = like
-        return found
+        self._wait(purpose, lambda: dist.all_to_all_single(buffer, own, into, out, group=self.group, async_op=True))
+        return buffer.view(data.dtype).view(-1, data.shape[1])
 
     def _wait(self, purpose: str, begin: Callable[[], dist.Work | None]) -> None:
         """Run an exchange; whatever goes wrong in it says what was exchanged."""

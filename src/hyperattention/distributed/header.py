@@ -59,7 +59,7 @@ def agree(group: Group, own: Header) -> list[int]:
         ValueError: if another rank refused its arguments, or ranks differ in what must be the same.
     """
     words = torch.tensor(own._words(), dtype=torch.int64, device=group.device)
-    found = [part.tolist() for part in group.gather("headers", words)]
+    found = group.gather("headers", words).tolist()
     if own.error:
         # this rank raises its own error
         return []

@@ -153,15 +153,15 @@ class PooledChunks(AttentionMethod):
         ends = (0, problem.offset, problem.offset + problem.num_queries, 0)
         layout = Layout(self.grid(count, problem.causal), cut([(0, 0, count, 0)], self.chunk), cut([ends], self.chunk))
         shard = shard_of(problem, layout)
-        choice = choose(world, layout, shard, self.sizes) if layout.owners else None
+        choice = choose(world, layout, shard, self.sizes) if layout.drawing else None
         rows = torch.cat([problem.k, problem.v], 3).flatten(0, 2)
         batch, kv_heads = problem.k.shape[:2]
-        route = near_route(world, layout, shard.lists, count, problem.device)
+        route = near_route(world, layout, shard.lists, problem.device)
         near = world.move(route, rows).view(batch, kv_heads, -1, rows.shape[1])
         pool = None if choice is None else world.move(choice.route, rows).view(batch, kv_heads, -1, rows.shape[1])
         live = None
         if problem.key_mask is not None:
-            masks = near_route(world, layout, batch, count, problem.device)
+            masks = near_route(world, layout, batch, problem.device)
             live = world.move(masks, problem.key_mask.reshape(-1, 1)).view(batch, -1)
         return Reader(layout, layout.queries, self.local, problem, choice).attend(problem.q, near, pool, live)
 
