@@ -4,7 +4,8 @@
     python benchmarks/distributed_model.py              # the table, and docs/distributed.png; all of it is derived
 
 The model, for one kv head of width d, R ranks with one chunk of n / R tokens each, M slots a pool, A averages a chunk, H
-keys before a chunk, b bytes a number. The busiest rank is the first or the second one. Through them go
+keys before a chunk, b bytes a number. The busiest rank is the first or the second one. Through them go, besides 16 bytes for
+the seal of every message,
 
     first, received:   (R - 1) (A ((d + 1) b + 4) + 48 + 832)                 averages, their totals, replies, headers
     first, sent:       S (2 d b + 4) + H 2 d b + (R - 1) (4 A + 1248 + 832)   drawn keys, the halo, sums, counts, headers
@@ -34,12 +35,13 @@ import torch
 from distributed import HEAD_DIM, RECORDS
 from matplotlib.figure import Figure
 
+from hyperattention.distributed.seal import SIZE
 from hyperattention.report.picture import save_picture
 
 PICTURE = Path(__file__).parent.parent / "docs" / "distributed.png"
 RANKS = (8, 64, 1024)
 TOKENS = (10**6, 10**7, 10**8)
-HEADER, COUNTS, REPLY = 832, 1248, 48
+HEADER, COUNTS, REPLY = 832 + SIZE, 1248 + SIZE, 48 + SIZE
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,28 @@ class Case:
     def rounds(self, given: float) -> list[Round]:
         """List the rounds of `PooledChunks` if the first rank gives so many keys to pools."""
         others, pairs = self.ranks - 1, self.ranks * (self.ranks - 1) // 2
-        averages = self.averages * (self.head_dim + 1) * self.bytes_each
         # the first rank has something of every later chunk; the last one asks all earlier ranks
-        of_pairs = {"averages": averages, "sums": 4 * self.averages, "totals": 4 * self.averages}
-        of_pairs |= {"counts": COUNTS, "replies": REPLY}
+        of_pairs = {"averages": self.asked, "sums": self.number, "totals": self.number, "counts": COUNTS, "replies": REPLY}
+        # each rank gives to all later ones, and gets a whole pool
         listed, most = others * self.num, max(given, self.num)
+        halo = self.halo * self.key + SIZE
         return [
             Round("headers", others * HEADER, 2 * pairs * HEADER, others, both_ways=True),
             *(Round(name, others * size, pairs * size, others) for name, size in of_pairs.items()),
-            Round("weights", 4 * most, 4 * listed, others),
-            Round("near", self.halo * self.key, others * self.halo * self.key, 1),
-            Round("pool", most * self.key, listed * self.key, others),
+            Round("weights", 4 * most + others * SIZE, 4 * listed + pairs * SIZE, others),
+            Round("near", halo, others * halo, 1),
+            Round("pool", most * self.key + others * SIZE, listed * self.key + pairs * SIZE, others),
         ]
+
+    @property
+    def asked(self) -> int:
+        """Bytes of the averages of a chunk."""
+        return self.averages * (self.head_dim + 1) * self.bytes_each + SIZE
+
+    @property
+    def number(self) -> int:
+        """Bytes of one number for each average of a chunk."""
+        return 4 * self.averages + SIZE
 
     @property
     def ring(self) -> list[Round]:
@@ -136,13 +148,12 @@ class Case:
     @property
     def received(self) -> int:
         """Bytes that the first rank receives."""
-        each = self.averages * ((self.head_dim + 1) * self.bytes_each + 4) + REPLY
-        return (self.ranks - 1) * (each + HEADER)
+        return (self.ranks - 1) * (self.asked + self.number + REPLY + HEADER)
 
     def sent(self, given: float) -> float:
         """Bytes that the first rank sends, if it gives so many keys to pools."""
-        each = 4 * self.averages + COUNTS + HEADER
-        return given * (self.key + 4) + self.halo * self.key + (self.ranks - 1) * each
+        each = self.number + COUNTS + HEADER + 2 * SIZE
+        return given * (self.key + 4) + self.halo * self.key + SIZE + (self.ranks - 1) * each
 
     @property
     def alike(self) -> float:
@@ -161,8 +172,9 @@ class Case:
 
     def most(self, given: float) -> float:
         """Bytes through the busiest rank, sent or received, whichever are more."""
-        second = replace(self, ranks=self.ranks - 1).received + HEADER
-        second += (self.num + self.halo) * self.key + 4 * self.num + 4 * self.averages + COUNTS
+        # of the keys of its own pool, and of the halo
+        own = (self.num + self.halo) * self.key + 4 * self.num + 3 * SIZE
+        second = replace(self, ranks=self.ranks - 1).received + HEADER + own + self.number + COUNTS
         return max(self.received, self.sent(given), second)
 
 

@@ -100,47 +100,57 @@ class _Read:
 class _Exchanged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Exchange) -> tuple[Tensor, Tensor]:
-        learning = any(ctx.needs_input_grad[:3])
-        queries = call.plan.align(call.group, q, "queries")
-        keys = call.plan.align(call.group, torch.cat([k, v], 3), "keys")
-        read = call.read(queries.x, keys.x)
-        leaves = [x for x in (queries.x, read.near, read.pool) if x is not None]
-        with torch.enable_grad(), torch.autocast(autocast_device(q), enabled=False):
-            leaves = [x.detach().requires_grad_(learning) for x in leaves]
-            found = call.reader(read.choice).attend(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, read.live)
-        out = call.plan.restore(call.group, found.out.detach().to(q.dtype), queries.route, "outputs")
-        lse = call.plan.restore(call.group, found.lse.detach()[..., None], queries.route, "lse")[..., 0]
-        if learning:
-            ctx.call, ctx.kept = call, (leaves, found, read, queries.route, keys.route)
-            ctx.tokens, ctx.width = keys.x.shape[2], k.shape[3]
-        return out.clone(), lse.clone()
+        with call.group.together():
+            return _forward(ctx, q, k, v, call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        call, (leaves, found, read, queries, keys) = ctx.call, ctx.kept
-        group, plan = call.group, call.plan
-        # the same way that queries went, so that all ranks take part
-        out = _sent(group, plan, grad_out, queries, "gradient of outputs of cut tiles")
-        lse = _sent(group, plan, grad_lse[..., None], queries, "gradient of lse of cut tiles")[..., 0]
-        wanted = [(x, g) for x, g in ((found.out, out), (found.lse, lse)) if x.requires_grad]
-        grads = [torch.zeros_like(x) for x in leaves]
-        if wanted:
-            ends, weights = zip(*((x, g.to(x.dtype)) for x, g in wanted), strict=True)
-            given = torch.autograd.grad(ends, leaves, weights, retain_graph=True, allow_unused=True)
-            grads = [zero if x is None else x for x, zero in zip(given, grads, strict=True)]
-        batch, kv_heads, _, width = grads[1].shape
-        rows = batch * kv_heads * ctx.tokens
-        total = group.move_back(read.route, "gradient of near", grads[1].reshape(-1, width), rows)
-        if read.choice is not None:
-            total = total + group.move_back(read.choice.route, "gradient of pool", grads[2].reshape(-1, width), rows)
-        moved = plan.restore(group, total.view(batch, kv_heads, ctx.tokens, width), keys, "gradient of keys")
-        return (
-            plan.restore(group, grads[0], queries, "gradient of queries"),
-            moved[..., : ctx.width],
-            moved[..., ctx.width :],
-            None,
-        )
+        with ctx.call.group.together():
+            return _backward(ctx, grad_out, grad_lse)
+
+
+def _forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Exchange) -> tuple[Tensor, Tensor]:
+    learning = any(ctx.needs_input_grad[:3])
+    queries = call.plan.align(call.group, q, "queries")
+    keys = call.plan.align(call.group, torch.cat([k, v], 3), "keys")
+    read = call.read(queries.x, keys.x)
+    leaves = [x for x in (queries.x, read.near, read.pool) if x is not None]
+    with torch.enable_grad(), torch.autocast(autocast_device(q), enabled=False):
+        leaves = [x.detach().requires_grad_(learning) for x in leaves]
+        found = call.reader(read.choice).attend(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, read.live)
+    out = call.plan.restore(call.group, found.out.detach().to(q.dtype), queries.route, "outputs")
+    lse = call.plan.restore(call.group, found.lse.detach()[..., None], queries.route, "lse")[..., 0]
+    if learning:
+        ctx.call, ctx.kept = call, (leaves, found, read, queries.route, keys.route)
+        ctx.tokens, ctx.width = keys.x.shape[2], k.shape[3]
+    return out.clone(), lse.clone()
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    call, (leaves, found, read, queries, keys) = ctx.call, ctx.kept
+    group, plan = call.group, call.plan
+    # the same way that queries went, so that all ranks take part
+    out = _sent(group, plan, grad_out, queries, "gradient of outputs of cut tiles")
+    lse = _sent(group, plan, grad_lse[..., None], queries, "gradient of lse of cut tiles")[..., 0]
+    wanted = [(x, g) for x, g in ((found.out, out), (found.lse, lse)) if x.requires_grad]
+    grads = [torch.zeros_like(x) for x in leaves]
+    if wanted:
+        ends, weights = zip(*((x, g.to(x.dtype)) for x, g in wanted), strict=True)
+        given = torch.autograd.grad(ends, leaves, weights, retain_graph=True, allow_unused=True)
+        grads = [zero if x is None else x for x, zero in zip(given, grads, strict=True)]
+    batch, kv_heads, _, width = grads[1].shape
+    rows = batch * kv_heads * ctx.tokens
+    total = group.move_back(read.route, "gradient of near", grads[1].reshape(-1, width), rows)
+    if read.choice is not None:
+        total = total + group.move_back(read.choice.route, "gradient of pool", grads[2].reshape(-1, width), rows)
+    moved = plan.restore(group, total.view(batch, kv_heads, ctx.tokens, width), keys, "gradient of keys")
+    return (
+        plan.restore(group, grads[0], queries, "gradient of queries"),
+        moved[..., : ctx.width],
+        moved[..., ctx.width :],
+        None,
+    )
 
 
 def _sent(group: Group, plan: Plan, gradient: Tensor, route: Route | None, purpose: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The world of a process group: rows as bytes, counted, with a time limit."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from weakref import WeakSet
 
@@ -11,6 +11,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from hyperattention.distributed.errors import ExchangeError
+from hyperattention.distributed.numbers import number_of
+from hyperattention.distributed.seal import SIZE, Seals
 from hyperattention.distributed.traffic import Round
 from hyperattention.pooled.route import Route, World
 
@@ -35,6 +37,8 @@ class Group(World):
         # of the ranks of the group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self.rounds: list[Round] = []
+        # of the plan that all ranks must share; every seal holds it
+        self.plan = 0
 
     @property
     def rank(self) -> int:
@@ -93,13 +97,21 @@ class Group(World):
             return data
         if self.group in _FAILED:
             raise ExchangeError(self._message(purpose, "an earlier exchange of this process group failed"))
+        with self.together():
+            return self._sealed(purpose, data, sent, received)
+
+    def _sealed(self, purpose: str, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        number = number_of(f"{purpose}, round {len(self.rounds)}, {data.shape[1]} of {data.dtype}, plan {self.plan}")
+        seals = Seals(number, self.rank)
         each = data.shape[1] * data.element_size()
-        out, into = ([count * each for count in counts] for counts in (sent, received))
-        own = data.contiguous().view(-1).view(torch.uint8)
-        buffer = torch.empty(sum(into), dtype=torch.uint8, device=self.device)
-        self.rounds.append(Round(purpose, tuple(out), tuple(into)))
+        out, into = (tuple(count and count * each + SIZE for count in counts) for counts in (sent, received))
+        own, buffer = seals.close(data, sent), torch.zeros(sum(into), dtype=torch.uint8, device=self.device)
+        self.rounds.append(Round(purpose, out, into))
         self._wait(purpose, lambda: dist.all_to_all_single(buffer, own, into, out, group=self.group, async_op=True))
-        return buffer.view(data.dtype).view(-1, data.shape[1])
+        rows, damaged = seals.open(buffer, received, data)
+        if damaged:
+            raise ExchangeError(self._message(purpose, f"what came from ranks {damaged} is not what they were to send"))
+        return rows
 
     def _wait(self, purpose: str, begin: Callable[[], dist.Work | None]) -> None:
         """Run an exchange; whatever goes wrong in it says what was exchanged."""
@@ -109,14 +121,23 @@ class Group(World):
                 return
             done = work.wait() if self.timeout is None else work.wait(self.timeout)
         except RuntimeError as error:
-            self._abort()
             raise ExchangeError(self._message(purpose, str(error))) from error
         if done is False:
-            self._abort()
             raise ExchangeError(self._message(purpose, "the exchange did not end"))
 
-    def _abort(self) -> None:
-        """Close the group: it cannot be used on, and where the backend can, whoever waits for this rank raises as well."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run what all ranks run: after an error in the middle of it this rank is out of step with the others."""
+        try:
+            yield
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        """Give the group up: it cannot be used on, and where the backend can, whoever waits for this rank raises as well."""
+        if self.size == 1 or self.group in _FAILED:
+            return
         _FAILED.add(self.group)
         # a backend that has no abort raises RuntimeError; its ranks then wait for their own time limit
         with suppress(RuntimeError):

@@ -1,6 +1,5 @@
 """The first, small exchange of a call: every rank learns whether all ranks agree, before anyone waits for data."""
 
-import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,16 +32,6 @@ class Header:
         numbers = [bool(text), self.tokens, *self.same.values()]
         numbers += [0] * (_NUMBERS - len(numbers))
         return numbers + list(struct.unpack(f"<{_TEXT}q", padded))
-
-
-def number_of(text: str) -> int:
-    """Return a number that tells texts apart."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-
-
-def number_of_float(value: float) -> int:
-    """Return the bits of a float."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def agree(group: Group, own: Header) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hyperattention.distributed.align import aligned, held, moves_between
 from hyperattention.distributed.group import Group
+from hyperattention.distributed.numbers import number_of
 from hyperattention.distributed.order import Segment
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
@@ -86,12 +87,14 @@ class Plan:
         cells: this rank's cells, by position.
         tokens: tokens of this rank once tiles are whole.
         moved: moves that make tiles whole; None if they are.
+        number: tells plans apart; ranks that share a plan have the same.
     """
 
     layout: Layout
     cells: tuple[Cell, ...]
     tokens: int
     moved: Moves | None
+    number: int
 
     @classmethod
     def of(cls, world: World, way: Way, segments: list[list[Segment]], causal: bool) -> "Plan":
@@ -134,7 +137,9 @@ def _planned(rank: int, tile: int, grid: Grid, segments: tuple[tuple[Segment, ..
     cells = cut([(cell.rank, cell.start, cell.stop, cell.base) for cell in after], grid.chunk)
     own = tuple(cell for cell in cells if cell.rank == rank)
     moved = None if before == after else moves_between(before, after, rank)
-    return Plan(Layout(grid, cells, cells), own, sum(cell.size for cell in own), moved)
+    return Plan(
+        Layout(grid, cells, cells), own, sum(cell.size for cell in own), moved, number_of(repr((tile, grid, segments)))
+    )
 
 
 @dataclass(frozen=True)
