@@ -155,6 +155,10 @@ class Case:
         each = self.number + COUNTS + HEADER + 2 * SIZE
         return given * (self.key + 4) + self.halo * self.key + SIZE + (self.ranks - 1) * each
 
+    def given(self, pool_bytes: int) -> int:
+        """Tell how many keys so many bytes are; the seals of a few messages are shorter than a key."""
+        return pool_bytes // self.key
+
     @property
     def alike(self) -> float:
         """Keys that the first rank gives if pools take keys from everywhere alike."""
@@ -231,7 +235,7 @@ def rounds_of(record: dict) -> list[Round]:
     """Give the rounds of a measured case; of `PooledChunks`, for the keys that its first rank gave."""
     case = Case(record["tokens"], record["ranks"], record["num"], record["tokens"] // record["ranks"] // 32)
     if record["way"] == "pooled":
-        return case.rounds(record["sent"][0][record["purposes"].index("pool")] / case.key)
+        return case.rounds(case.given(record["sent"][0][record["purposes"].index("pool")]))
     return case.ring if record["way"] == "ring" else case.gather
 
 
@@ -255,7 +259,7 @@ def check() -> None:
             continue
         case = Case(record["tokens"], record["ranks"], record["num"], record["chunk"] // 32)
         first = record["by_purpose"][0]
-        given = first["sent"]["pool"] / case.key
+        given = case.given(first["sent"]["pool"])
         print(
             f"{case.tokens} tokens, {case.ranks} ranks: {record['most']} bytes counted, {case.most(given):.0f} by the model "
             f"for the {given:.0f} keys that the first rank gave,\n  {case.most(case.alike):.0f} if pools took keys from "

@@ -8,7 +8,8 @@ Each way exchanges once for real, and its messages are noted. Then they are sent
 rounds, in turn with rounds of two plain patterns: the first rank sends as much to each other one (`spread`), and every rank
 does (`alike`). A time is that of the last rank, from the moment when all had begun. The loopback device has no rate of its
 own: all bytes pass the cores that the processes share. With `--links` every process is in a network namespace of its own,
-behind a token bucket in each direction (`tc`, of iproute2), so that each has a link to a switch, as GPUs have.
+behind a token bucket in each direction (`tc`, of iproute2), so that each has a link to a switch, as GPUs have. On a machine
+that others use, `chrt -f 1` before `python` lets the ranks run as soon as a message wakes them.
 """
 
 import argparse
@@ -37,8 +38,8 @@ from hyperattention.synthetic import structured
 PATTERNS = ("alike", "spread")
 RANKS, TOKENS, NUM = (2, 4), (8192, 16_384, 32_768), 1024
 SIZES = tuple(2**power for power in range(10, 25))
-# rounds of one size that follow one another: more if they are short
-FEW, MANY, SHORT = 2, 16, 2**17
+# rounds of one size that follow one another, and bytes of all of them: many times what a token bucket holds
+FEW, MANY, TOGETHER = 2, 32, 2**22
 NEW_NETWORK = 0x40000000
 
 
@@ -111,7 +112,7 @@ def plain(pattern: str, size: int, rank: int, ranks: int) -> list[tuple[list[int
     """Give the rounds of a rank in which so many bytes pass the first one, each way or only out."""
     each = size // (ranks - 1)
     matrix = [[each * (to != own and (pattern == "alike" or own == 0)) for to in range(ranks)] for own in range(ranks)]
-    return [(matrix[rank], [row[rank] for row in matrix])] * (MANY if size <= SHORT else FEW)
+    return [(matrix[rank], [row[rank] for row in matrix])] * max(FEW, min(MANY, TOGETHER // size))
 
 
 def work(rank: int, ranks: int, options: argparse.Namespace, folder: Path, answers, plugged) -> None:
