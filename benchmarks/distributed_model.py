@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 from distributed import HEAD_DIM, RECORDS
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hyperattention.distributed.seal import SIZE
@@ -303,9 +304,9 @@ def table(wire: Wire) -> list[dict[str, float]]:
 
 
 def draw(rows: list[dict[str, float]]) -> None:
-    """Plot bytes through the busiest rank against tokens."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    sides = figure.subplots(1, 2)
+    """Plot projected bytes and times against tokens, and predicted times of small cases against measured ones."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    sides = figure.subplots(1, 3)
     for axes, ours, ring, label in ((sides[0], "MB", "MB of a ring", "MB"), (sides[1], "ms", "ms of a ring", "ms")):
         for number, ranks in enumerate(RANKS):
             of_ranks = [row for row in rows if row["ranks"] == ranks]
@@ -314,9 +315,28 @@ def draw(rows: list[dict[str, float]]) -> None:
             axes.plot(tokens, [row[ring] for row in of_ranks], f"C{number}x--", label=f"ring, {ranks} GPUs")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{label} a kv head and layer")
     sides[0].set_title("bytes through the busiest rank (derived)")
-    sides[1].set_title("time on the wire: 50 GB/s, 20 us a round, 1 us a message (derived)")
+    sides[1].set_title("time: 50 GB/s, 20 us a round, 1 us a message (derived)", fontsize=10)
     sides[0].legend(fontsize=7)
+    draw_check(sides[2])
     save_picture(figure, PICTURE, 110)
+
+
+def draw_check(axes: Axes) -> None:
+    """Plot what `check` prints of times."""
+    found = [each for records in runs() for each in compared(records)]
+    for number, way in enumerate(("pooled", "ring", "all-gather")):
+        for mark, wire in (("o", "loopback"), ("x", "links of 1000 Mbit/s")):
+            some = [each for each in found if (each.record["way"], each.record["wire"]) == (way, wire)]
+            measured, predicted = (
+                [1e3 * value for value in values]
+                for values in zip(*((each.record["median_s"], each.seconds) for each in some), strict=True)
+            )
+            axes.plot(measured, predicted, f"C{number}{mark}", label=f"{way}, {wire}")
+    ends = [1, 200]
+    axes.plot(ends, ends, "k-", linewidth=0.5)
+    axes.set(xscale="log", yscale="log", xlabel="ms, measured", ylabel="ms, predicted")
+    axes.set_title("2 and 4 processes, 8k to 32k tokens (measured)")
+    axes.legend(fontsize=7)
 
 
 def main() -> None:

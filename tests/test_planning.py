@@ -96,6 +96,7 @@ def steps(call: Callable[[], object]) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("length", [64, 60], ids=["whole", "cut"])
 def test_steps_grow_as_the_ranks_do(place, length):
