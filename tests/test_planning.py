@@ -96,6 +96,14 @@ def steps(call: Callable[[], object]) -> int:
     return count
 
 
+def test_a_plan_made_in_inference_mode_serves_training():
+    segments = shared.Contiguous().segments([80] * 6)
+    with torch.inference_mode():
+        routes(Rank(2, 6), segments, True, 1)
+    for route in routes(Rank(2, 6), segments, True, 1).values():
+        assert not any(each.is_inference() for each in (route.send, route.place, route.kept, route.put))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("length", [64, 60], ids=["whole", "cut"])

@@ -104,7 +104,7 @@ class Moves:
 
 
 def _sorted(runs: Iterable[Run]) -> Int[Tensor, "runs 3"]:
-    return torch.tensor(sorted(runs, key=lambda run: run[0]), dtype=torch.int64).view(-1, 3)
+    return torch.tensor(sorted(runs, key=lambda run: run[0]), dtype=torch.int64, device="cpu").view(-1, 3)
 
 
 def route_of(purpose: str, world: World, moves: Moves, lists: int, device: torch.device) -> Route:
@@ -146,7 +146,7 @@ def counted(rank: Int[Tensor, " runs"], rows: Int[Tensor, " runs"], ranks: int) 
 
 def _rows(runs: Int[Tensor, "runs 3"], lists: int, width: int, device: torch.device) -> Int[Tensor, " rows"]:
     """Number the rows of some columns of every list, run by run."""
-    start = runs[:, 1, None] + torch.arange(lists, dtype=torch.int64) * width
+    start = runs[:, 1, None] + torch.arange(lists, dtype=torch.int64, device=runs.device) * width
     count = runs[:, 2, None].expand(-1, lists)
     return spread(start.flatten().to(device), count.flatten().to(device), int(count.sum()))
 
