@@ -17,6 +17,7 @@ import os
 import socket
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +31,9 @@ import hyperattention as ha
 from hyperattention.distributed import Contiguous, PooledChunks
 from hyperattention.distributed.exchange import Exchange
 from hyperattention.distributed.group import Group
+from hyperattention.distributed.header import Header, agree
 from hyperattention.distributed.plan import Plan, way_of
+from hyperattention.distributed.traffic import Round, Traffic
 from hyperattention.files.records import environment
 from hyperattention.pooled.route import Route
 from hyperattention.problem import Problem
@@ -47,22 +50,54 @@ def write(path: Path, record: dict) -> None:
     print(json.dumps(record), flush=True)
 
 
+def loopback() -> str:
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
 def ring(group: Group, kv: Tensor) -> None:
     """Pass keys and values around the ring, as ring attention does; what is there after each round is not read here."""
     rows, nothing = torch.arange(len(kv)), torch.empty(0, dtype=torch.int64)
     after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    sent, received = ([len(kv) * (rank == other) for rank in range(group.size)] for other in (after, before))
     for _ in range(group.size - 1):
-        send = tuple(rows if rank == after else nothing for rank in range(group.size))
-        place = tuple(rows if rank == before else nothing for rank in range(group.size))
-        kv = group.move(Route("ring", send, place, len(kv)), kv)
-
-
-def moved(group: Group) -> dict[str, object]:
-    return {"sent": dict(group.sent), "received": dict(group.received), "rounds": group.rounds}
+        kv = group.move(Route("ring", rows, tuple(sent), rows, tuple(received), nothing, nothing, len(kv)), kv)
 
 
 def inputs(options: argparse.Namespace) -> Inputs:
     return structured(options.tokens, heads=options.heads, head_dim=HEAD_DIM, kind=KINDS[options.heads_of])
+
+
+def save_shards(made: Inputs, ranks: int, folder: Path) -> None:
+    tensors = [torch.tensor_split(x.to(torch.bfloat16), ranks, 2) for x in (made.q, made.k, made.v)]
+    for rank, own in enumerate(zip(*tensors, strict=True)):
+        torch.save([x.contiguous() for x in own], folder / f"{rank}.pt")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The rounds of one way, and the seconds that it took with its arithmetic."""
+
+    rounds: list[Round]
+    seconds: float
+
+
+def three_ways(process_group: dist.ProcessGroup, method: PooledChunks, shard: list[Tensor]) -> dict[str, Ran]:
+    """Exchange for real; no way computes attention."""
+    q, k, v = shard
+    device, found = torch.device("cpu"), {}
+    for name, run, gather in (("pooled", method, False), ("all-gather", ha.Exact(), True)):
+        group, way, began = Group(process_group, device), way_of(run, gather), time.perf_counter()
+        plan = Plan.of(group, way, Contiguous().segments([q.shape[2]] * group.size), not gather)
+        problem = Problem(q, k, v, HEAD_DIM**-0.5, causal=not gather)
+        if not gather:
+            # every call begins so
+            agree(group, Header(q.shape[2], {}))
+        with torch.no_grad():
+            Exchange(group, plan, way, problem).read(q, torch.cat([k, v], 3))
+        found[name] = Ran(group.rounds, time.perf_counter() - began)
+    group, began = Group(process_group, device), time.perf_counter()
+    ring(group, torch.cat([k, v], 3).flatten(0, 2))
+    return found | {"ring": Ran(group.rounds, time.perf_counter() - began)}
 
 
 def count(rank: int, options: argparse.Namespace, folder: Path, answers) -> None:
@@ -71,38 +106,22 @@ def count(rank: int, options: argparse.Namespace, folder: Path, answers) -> None
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=options.ranks, timeout=timedelta(minutes=30)
     )
     mesh = init_device_mesh("cpu", (options.ranks,))
-    q, k, v = torch.load(folder / f"{rank}.pt")
-    method, device, found = (
+    ways = three_ways(
+        mesh.get_group(),
         PooledChunks(chunk=options.chunk, num=options.num, averages=options.averages),
-        torch.device("cpu"),
-        {},
+        torch.load(folder / f"{rank}.pt"),
     )
-    segments = Contiguous().segments([q.shape[2]] * options.ranks)
-    for name, run, gather in (("pooled", method, False), ("all-gather", ha.Exact(), True)):
-        group, way, began = Group(mesh.get_group(), device), way_of(run, gather), time.perf_counter()
-        plan = Plan.of(group, way, segments, not gather)
-        problem = Problem(q, k, v, HEAD_DIM**-0.5, causal=not gather)
-        with torch.no_grad():
-            Exchange(group, plan, way, problem).read(q, torch.cat([k, v], 3))
-        found[name] = moved(group) | {"seconds": time.perf_counter() - began}
-    group, began = Group(mesh.get_group(), device), time.perf_counter()
-    ring(group, torch.cat([k, v], 3).flatten(0, 2))
-    found["ring"] = moved(group) | {"seconds": time.perf_counter() - began}
-    answers.put((rank, found))
+    answers.put((rank, {name: (Traffic.of(ran.rounds, 0), ran.seconds) for name, ran in ways.items()}))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def run_bytes(options: argparse.Namespace) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", next(name for _, name in socket.if_nameindex() if name.startswith("lo")))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        made = inputs(options)
-        tensors = [torch.tensor_split(x.to(torch.bfloat16), options.ranks, 2) for x in (made.q, made.k, made.v)]
-        for rank, own in enumerate(zip(*tensors, strict=True)):
-            torch.save([x.contiguous() for x in own], Path(folder) / f"{rank}.pt")
-        del made, tensors
+        save_shards(inputs(options), options.ranks, Path(folder))
         processes = [
             context.Process(target=count, args=(rank, options, Path(folder), answers), daemon=True)
             for rank in range(options.ranks)
@@ -113,17 +132,19 @@ def run_bytes(options: argparse.Namespace) -> None:
         for process in processes:
             process.join()
     for way in ("pooled", "all-gather", "ring"):
-        per_rank = [found[rank][way] for rank in range(options.ranks)]
-        sent, received = ([sum(each[side].values()) for each in per_rank] for side in ("sent", "received"))
+        traffic, seconds = zip(*(found[rank][way] for rank in range(options.ranks)), strict=True)
+        sent, received = (
+            [sum(side.values()) for side in sides] for sides in zip(*((x.sent, x.received) for x in traffic), strict=True)
+        )
         write(
             options.out,
             {
                 "kind": "bytes", "way": way, "tokens": options.tokens, "ranks": options.ranks, "heads": options.heads,
                 "heads_of": options.heads_of, "head_dim": HEAD_DIM, "dtype": "bfloat16",
                 "chunk": options.chunk, "num": options.num, "averages": options.averages, "sent": sent,
-                "received": received, "most": max(sent + received), "rounds": per_rank[0]["rounds"],
-                "by_purpose": [{side: each[side] for side in ("sent", "received")} for each in per_rank],
-                "seconds": max(each["seconds"] for each in per_rank),
+                "received": received, "most": max(sent + received), "rounds": traffic[0].rounds,
+                "by_purpose": [{"sent": each.sent, "received": each.received} for each in traffic],
+                "seconds": max(seconds),
             },
         )  # fmt: skip
 

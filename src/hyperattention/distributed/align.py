@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hyperattention.distributed.order import Segment
 from hyperattention.pooled.layout import Cell, parts
-from hyperattention.pooled.route import Move
+from hyperattention.pooled.route import Moves
 
 
 def held(segments: Sequence[Sequence[Segment]]) -> tuple[Cell, ...]:
@@ -44,18 +44,26 @@ def _up(position: int, tile: int) -> int:
     return -(-position // tile) * tile
 
 
-def moves_between(source: Sequence[Cell], target: Sequence[Cell]) -> list[Move]:
-    """List what moves when tokens change hands.
+def moves_between(source: Sequence[Cell], target: Sequence[Cell], rank: int) -> Moves:
+    """List what a rank sends and receives when tokens change hands.
 
     Args:
         source: who holds tokens before, by position.
         target: who holds them afterwards, by position.
+        rank: the rank.
 
     Returns:
-        all moves, what stays on its rank among them.
+        the moves, what stays on the rank among them.
     """
-    return [
-        Move(cell.rank, cell.base + low - cell.start, cell.base + high - cell.start, to.rank, to.base + low - to.start)
-        for to in target
+    before, after = ([cell for cell in cells if cell.rank == rank] for cells in (source, target))
+    send = [
+        (to.rank, cell.base + low - cell.start, high - low)
+        for cell in before
+        for to, low, high in parts(target, cell.start, cell.stop)
+    ]
+    place = [
+        (cell.rank, to.base + low - to.start, high - low)
+        for to in after
         for cell, low, high in parts(source, to.start, to.stop)
     ]
+    return Moves.of(send, place, (sum(cell.size for cell in before), sum(cell.size for cell in after)))

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from hyperattention.call import Call, Masking, checked_call
 from hyperattention.distributed.exchange import Exchange
 from hyperattention.distributed.group import Group
-from hyperattention.distributed.header import Header, agree, number_of, number_of_float
+from hyperattention.distributed.header import Header, agree
+from hyperattention.distributed.numbers import number_of, number_of_float
 from hyperattention.distributed.order import Contiguous, Order
 from hyperattention.distributed.plan import Plan, Way, way_of
 from hyperattention.distributed.traffic import DistributedResult, Traffic
@@ -148,11 +149,11 @@ def measured_attention(
         raise
     lengths = agree(group, Header(call.query.shape[2], _same(call, way, order, gather)))
     plan = Plan.of(group, way, order.segments(lengths), is_causal)
+    group.plan = plan.number
     found = Exchange(group, plan, way, _problem(call, place.first_head(call))).run()
     size = call.key.shape[0] * call.key.shape[1] * (call.key.shape[3] + call.value.shape[3]) * call.key.element_size()
     ring = (sum(lengths) - lengths[group.rank]) * size
-    traffic = Traffic(dict(group.sent), dict(group.received), group.rounds, ring)
-    return DistributedResult(found.out, found.lse, traffic)
+    return DistributedResult(found.out, found.lse, Traffic.of(group.rounds, ring))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The world of a process group: rows as bytes, counted, with a time limit."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from weakref import WeakSet
 
@@ -12,6 +11,9 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from hyperattention.distributed.errors import ExchangeError
+from hyperattention.distributed.numbers import number_of
+from hyperattention.distributed.seal import SIZE, Seals
+from hyperattention.distributed.traffic import Round
 from hyperattention.pooled.route import Route, World
 
 # groups in which an exchange failed. Their ranks are out of step: a message of a later call would be taken for one of the
@@ -34,9 +36,9 @@ class Group(World):
         self.timeout = timeout
         # of the ranks of the group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent: Counter[str] = Counter()
-        self.received: Counter[str] = Counter()
-        self.rounds = 0
+        self.rounds: list[Round] = []
+        # of the plan that all ranks must share; every seal holds it
+        self.plan = 0
 
     @property
     def rank(self) -> int:
@@ -50,11 +52,9 @@ class Group(World):
 
     def move(self, route: Route, x: Shaped[Tensor, "rows width"]) -> Shaped[Tensor, "moved width"]:
         """Send rows, and receive others, without a gradient."""
-        parts = self._exchange(route.purpose, [x.index_select(0, rows) for rows in route.send], list(map(len, route.place)))
-        moved = x.new_zeros(route.rows, x.shape[1])
-        for rows, part in zip(route.place, parts, strict=True):
-            moved.index_copy_(0, rows, part)
-        return moved
+        came = self._exchange(route.purpose, x.index_select(0, route.send), route.sent, route.received)
+        moved = x.new_zeros(route.rows, x.shape[1]).index_copy_(0, route.place, came)
+        return moved.index_copy_(0, route.put, x.index_select(0, route.kept))
 
     def move_back(
         self, route: Route, purpose: str, gradient: Shaped[Tensor, "moved width"], rows: int
@@ -70,13 +70,14 @@ class Group(World):
         Returns:
             the gradient of what was sent from.
         """
-        parts = self._exchange(purpose, [gradient.index_select(0, at) for at in route.place], list(map(len, route.send)))
-        total = gradient.new_zeros(rows, gradient.shape[1])
-        for at, part in zip(route.send, parts, strict=True):
-            total.index_add_(0, at, part)
-        return total
+        came = self._exchange(purpose, gradient.index_select(0, route.place), route.received, route.sent)
+        # one sum in the order of the ranks, this rank among them
+        at = sum(route.sent[: self.rank])
+        row = torch.cat([route.send[:at], route.kept, route.send[at:]])
+        given = torch.cat([came[:at], gradient.index_select(0, route.put), came[at:]])
+        return gradient.new_zeros(rows, gradient.shape[1]).index_add_(0, row, given)
 
-    def gather(self, purpose: str, x: Shaped[Tensor, " numbers"]) -> list[Tensor]:
+    def gather(self, purpose: str, x: Shaped[Tensor, " numbers"]) -> Shaped[Tensor, "ranks numbers"]:
         """Give every rank the numbers of every rank, equally many.
 
         Args:
@@ -86,28 +87,31 @@ class Group(World):
         Returns:
             those of each rank.
         """
-        return [part[:, 0] for part in self._exchange(purpose, [x[:, None]] * self.size, [len(x)] * self.size)]
+        counts = tuple(0 if rank == self.rank else len(x) for rank in range(self.size))
+        came = self._exchange(purpose, x.repeat(self.size - 1)[:, None], counts, counts).view(self.size - 1, len(x))
+        return torch.cat([came[: self.rank], x[None], came[self.rank :]])
 
-    def _exchange(self, purpose: str, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-        """Send one tensor of rows to each rank, and receive as many rows from each as `counts` says."""
-        like, own = parts[self.rank], self.rank
+    def _exchange(self, purpose: str, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send rows to the other ranks, by rank, and receive as many from each as `received` says."""
         if self.size == 1:
-            return [like]
+            return data
         if self.group in _FAILED:
             raise ExchangeError(self._message(purpose, "an earlier exchange of this process group failed"))
-        each = like.shape[1] * like.element_size()
-        out = [0 if rank == own else len(part) * each for rank, part in enumerate(parts)]
-        into = [0 if rank == own else count * each for rank, count in enumerate(counts)]
-        others = [part for rank, part in enumerate(parts) if rank != own]
-        data = torch.cat(others).contiguous().view(-1).view(torch.uint8)
-        buffer = torch.empty(sum(into), dtype=torch.uint8, device=self.device)
-        self.sent[purpose] += sum(out)
-        self.received[purpose] += sum(into)
-        self.rounds += 1
-        self._wait(purpose, lambda: dist.all_to_all_single(buffer, data, into, out, group=self.group, async_op=True))
-        found = [part.view(like.dtype).view(-1, like.shape[1]) for part in buffer.split(into)]
-        found[own] = like
-        return found
+        with self.together():
+            return self._sealed(purpose, data, sent, received)
+
+    def _sealed(self, purpose: str, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        number = number_of(f"{purpose}, round {len(self.rounds)}, {data.shape[1]} of {data.dtype}, plan {self.plan}")
+        seals = Seals(number, self.rank)
+        each = data.shape[1] * data.element_size()
+        out, into = (tuple(count and count * each + SIZE for count in counts) for counts in (sent, received))
+        own, buffer = seals.close(data, sent), torch.zeros(sum(into), dtype=torch.uint8, device=self.device)
+        self.rounds.append(Round(purpose, out, into))
+        self._wait(purpose, lambda: dist.all_to_all_single(buffer, own, into, out, group=self.group, async_op=True))
+        rows, damaged = seals.open(buffer, received, data)
+        if damaged:
+            raise ExchangeError(self._message(purpose, f"what came from ranks {damaged} is not what they were to send"))
+        return rows
 
     def _wait(self, purpose: str, begin: Callable[[], dist.Work | None]) -> None:
         """Run an exchange; whatever goes wrong in it says what was exchanged."""
@@ -117,14 +121,23 @@ class Group(World):
                 return
             done = work.wait() if self.timeout is None else work.wait(self.timeout)
         except RuntimeError as error:
-            self._abort()
             raise ExchangeError(self._message(purpose, str(error))) from error
         if done is False:
-            self._abort()
             raise ExchangeError(self._message(purpose, "the exchange did not end"))
 
-    def _abort(self) -> None:
-        """Close the group: it cannot be used on, and where the backend can, whoever waits for this rank raises as well."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run what all ranks run: after an error in the middle of it this rank is out of step with the others."""
+        try:
+            yield
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        """Give the group up: it cannot be used on, and where the backend can, whoever waits for this rank raises as well."""
+        if self.size == 1 or self.group in _FAILED:
+            return
         _FAILED.add(self.group)
         # a backend that has no abort raises RuntimeError; its ranks then wait for their own time limit
         with suppress(RuntimeError):

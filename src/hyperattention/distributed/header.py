@@ -1,6 +1,5 @@
 """The first, small exchange of a call: every rank learns whether all ranks agree, before anyone waits for data."""
 
-import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,16 +34,6 @@ class Header:
         return numbers + list(struct.unpack(f"<{_TEXT}q", padded))
 
 
-def number_of(text: str) -> int:
-    """Return a number that tells texts apart."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-
-
-def number_of_float(value: float) -> int:
-    """Return the bits of a float."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
 def agree(group: Group, own: Header) -> list[int]:
     """Exchange headers: all ranks go on, or all raise.
 
@@ -59,7 +48,7 @@ def agree(group: Group, own: Header) -> list[int]:
         ValueError: if another rank refused its arguments, or ranks differ in what must be the same.
     """
     words = torch.tensor(own._words(), dtype=torch.int64, device=group.device)
-    found = [part.tolist() for part in group.gather("headers", words)]
+    found = group.gather("headers", words).tolist()
     if own.error:
         # this rank raises its own error
         return []

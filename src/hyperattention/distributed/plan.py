@@ -1,13 +1,14 @@
 """Who computes what in one call, and the routes of all that moves; made alike on every rank from the lengths alone."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hyperattention.distributed.align import aligned, held, moves_between
 from hyperattention.distributed.group import Group
+from hyperattention.distributed.numbers import number_of
 from hyperattention.distributed.order import Segment
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.methods.exact import Exact
@@ -15,7 +16,7 @@ from hyperattention.methods.method import Method
 from hyperattention.methods.pooled_chunks import PooledChunks
 from hyperattention.pooled.layout import Cell, Grid, Layout, cut
 from hyperattention.pooled.pool import Sizes
-from hyperattention.pooled.route import Route, route_of
+from hyperattention.pooled.route import Moves, Route, World, route_of
 from hyperattention.select.stage import LookAhead
 
 
@@ -86,21 +87,21 @@ class Plan:
         cells: this rank's cells, by position.
         tokens: tokens of this rank once tiles are whole.
         moved: moves that make tiles whole; None if they are.
-        widths: tokens of this rank before and after.
+        number: tells plans apart; ranks that share a plan have the same.
     """
 
     layout: Layout
     cells: tuple[Cell, ...]
     tokens: int
-    moved: Sequence | None
-    widths: tuple[int, int]
+    moved: Moves | None
+    number: int
 
     @classmethod
-    def of(cls, group: Group, way: Way, segments: list[list[Segment]], causal: bool) -> "Plan":
-        """Plan a call.
+    def of(cls, world: World, way: Way, segments: list[list[Segment]], causal: bool) -> "Plan":
+        """Plan a call; a plan of the same shards is made once.
 
         Args:
-            group: the ranks.
+            world: the ranks.
             way: how the method runs.
             segments: what each rank holds.
             causal: whether queries see only earlier keys.
@@ -108,33 +109,37 @@ class Plan:
         Returns:
             the plan.
         """
-        whole = aligned(segments, way.tile)
         total = sum(stop - start for own in segments for start, stop in own)
-        before, after = held(segments), held(whole)
-        grid = way.grid(total, causal)
-        cells = cut([(cell.rank, cell.start, cell.stop, cell.base) for cell in after], grid.chunk)
-        own = tuple(cell for cell in cells if cell.rank == group.rank)
-        widths = [sum(stop - start for start, stop in each[group.rank]) for each in (segments, whole)]
-        moved = None if segments == whole else moves_between(before, after)
-        return cls(Layout(grid, cells, cells), own, widths[1], moved, (widths[0], widths[1]))
+        return _planned(world.rank, way.tile, way.grid(total, causal), tuple(map(tuple, segments)))
 
     def align(self, group: Group, x: Tensor, purpose: str) -> "Aligned":
         """Bring a tensor ``[batch, heads, tokens, width]`` into whole tiles."""
         if self.moved is None:
             return Aligned(x, None)
         lists = x.shape[0] * x.shape[1]
-        route = route_of(f"{purpose} of cut tiles", group, self.moved, lists, self.widths, group.device)
+        route = route_of(f"{purpose} of cut tiles", group, self.moved, lists, group.device)
         rows = group.move(route, x.reshape(-1, x.shape[3]))
         return Aligned(rows.view(*x.shape[:2], self.tokens, x.shape[3]), route)
 
     def restore(self, group: Group, x: Tensor, route: Route | None, purpose: str) -> Tensor:
         """Undo `align`, for rows of any width; of gradients as well."""
-        if route is None:
+        if route is None or self.moved is None:
             return x
-        rows = group.move_back(
-            route, f"{purpose} of cut tiles", x.reshape(-1, x.shape[3]), x.shape[0] * x.shape[1] * self.widths[0]
-        )
-        return rows.view(*x.shape[:2], self.widths[0], x.shape[3])
+        width = self.moved.widths[0]
+        rows = group.move_back(route, f"{purpose} of cut tiles", x.reshape(-1, x.shape[3]), x.shape[0] * x.shape[1] * width)
+        return rows.view(*x.shape[:2], width, x.shape[3])
+
+
+@lru_cache(maxsize=16)
+def _planned(rank: int, tile: int, grid: Grid, segments: tuple[tuple[Segment, ...], ...]) -> Plan:
+    whole = aligned(segments, tile)
+    before, after = held(segments), held(whole)
+    cells = cut([(cell.rank, cell.start, cell.stop, cell.base) for cell in after], grid.chunk)
+    own = tuple(cell for cell in cells if cell.rank == rank)
+    moved = None if before == after else moves_between(before, after, rank)
+    return Plan(
+        Layout(grid, cells, cells), own, sum(cell.size for cell in own), moved, number_of(repr((tile, grid, segments)))
+    )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,26 @@
 """What a call sent and received, and what other ways of context parallelism would have."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Round:
+    """Bytes of one exchange in which all ranks took part, as one of them saw it.
+
+    Args:
+        purpose: what moved.
+        sent: bytes sent to each rank; 0 to itself.
+        received: bytes received from each rank.
+    """
+
+    purpose: str
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,26 @@ class Traffic:
     received: Mapping[str, int] = field(default_factory=dict)
     rounds: int = 0
     ring: int = 0
+
+    @classmethod
+    def of(cls, rounds: Iterable[Round], ring: int) -> "Traffic":
+        """Add up rounds.
+
+        Args:
+            rounds: the exchanges of a call.
+            ring: bytes that ring attention would have moved.
+
+        Returns:
+            the traffic.
+        """
+        sent: Counter[str] = Counter()
+        received: Counter[str] = Counter()
+        count = 0
+        for each in rounds:
+            sent[each.purpose] += sum(each.sent)
+            received[each.purpose] += sum(each.received)
+            count += 1
+        return cls(dict(sent), dict(received), count, ring)
 
     @property
     def most(self) -> int:

@@ -167,13 +167,13 @@ class PooledChunks(AttentionMethod):
         layout = Layout(self.grid(count, problem.causal), cut([(0, 0, count, 0)], self.chunk), cut([ends], self.chunk))
         rows = torch.cat([problem.k, problem.v], 3).flatten(0, 2)
         batch, kv_heads, _, head_dim = problem.k.shape
-        route = near_route(world, layout, batch * kv_heads, count, problem.device)
+        route = near_route(world, layout, batch * kv_heads, problem.device)
         near, live = world.move(route, rows).view(batch, kv_heads, -1, rows.shape[1]), None
         if problem.key_mask is not None:
-            masks = near_route(world, layout, batch, count, problem.device)
+            masks = near_route(world, layout, batch, problem.device)
             live = world.move(masks, problem.key_mask.reshape(-1, 1)).view(batch, -1)
         choice, pool = None, None
-        if layout.owners:
+        if layout.drawing:
             shard = shard_of(problem, layout)
             choice = choose(world, layout, shard, Near(near[..., :head_dim], live), self.sizes)
             pool = world.move(choice.route, rows).view(batch, kv_heads, -1, rows.shape[1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -13,7 +14,7 @@ from hyperattention.merge import merge
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.pooled.layout import Cell, Layout, parts
 from hyperattention.pooled.pool import Choice
-from hyperattention.pooled.route import Move, Route, World, route_of
+from hyperattention.pooled.route import Moves, Route, Run, World, route_of
 from hyperattention.problem import Problem, compact
 from hyperattention.random import SEED_LIMIT
 from hyperattention.types import Partial
@@ -22,26 +23,36 @@ from hyperattention.types import Partial
 _SEED_STEP = 0x9E3779B97F4A7C15
 
 
-def near_route(world: World, layout: Layout, lists: int, num_keys: int, device: torch.device) -> Route:
+def near_route(world: World, layout: Layout, lists: int, device: torch.device) -> Route:
     """Make the route of the keys that each cell of queries reads directly: cell by cell, by position.
 
     Args:
         world: the ranks.
         layout: who holds which tokens.
         lists: lists of keys.
-        num_keys: keys of this rank.
         device: device of the keys.
 
     Returns:
         the route.
     """
-    moves, got = [], [0] * world.size
+    return route_of("near", world, _near_moves(layout, world.rank), lists, device)
+
+
+@lru_cache(maxsize=32)
+def _near_moves(layout: Layout, rank: int) -> Moves:
+    own = layout.keys_of(rank)
+    send: list[Run] = []
+    place: list[Run] = []
+    got = 0
     for query in layout.queries:
-        for cell, low, high in parts(layout.keys, *layout.grid.local(query)):
-            start = cell.base + low - cell.start
-            moves.append(Move(cell.rank, start, start + high - low, query.rank, got[query.rank]))
-            got[query.rank] += high - low
-    return route_of("near", world, moves, lists, (num_keys, got[world.rank]), device)
+        near = layout.grid.local(query)
+        for cell, low, high in parts(own, *near):
+            send.append((query.rank, cell.base + low - cell.start, high - low))
+        if query.rank == rank:
+            for cell, low, high in parts(layout.keys, *near):
+                place.append((cell.rank, got, high - low))
+                got += high - low
+    return Moves.of(send, place, (sum(cell.size for cell in own), got))
 
 
 @dataclass(frozen=True)

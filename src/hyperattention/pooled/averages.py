@@ -1,10 +1,12 @@
 """A small summary of a chunk's queries: averages of alike queries, block by block, as bytes."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from hyperattention.pooled.layout import Cell, Grid, Layout
+from hyperattention.pooled.layout import Cell, Grid
 from hyperattention.pooled.pool import Shard
 from hyperattention.select.score.groups import grouped
 from hyperattention.select.score.key_metric import factor_of
@@ -15,7 +17,9 @@ _KINDS = torch.float8_e4m3fn, torch.bfloat16, torch.bfloat16
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-def averages(shard: Shard, layout: Layout, rank: int, cell: Cell, groups: int) -> UInt8[Tensor, "lists averages bytes"]:
+def averages(
+    shard: Shard, grid: Grid, keys: Sequence[Cell], cell: Cell, groups: int
+) -> UInt8[Tensor, "lists averages bytes"]:
     """Average the queries of each block of a cell in groups, around those that are farthest from one another.
 
     How far two queries are from one another is how much their scores differ over the keys of their block: the distance in
@@ -23,15 +27,15 @@ def averages(shard: Shard, layout: Layout, rank: int, cell: Cell, groups: int) -
 
     Args:
         shard: the rank's tokens.
-        layout: who holds which tokens.
-        rank: this rank.
+        grid: the blocks.
+        keys: the rank's cells of keys.
         cell: the cell of queries.
         groups: groups of each block; the queries of all heads of a group of heads share them.
 
     Returns:
         the averages, packed: what travels is what a single rank uses as well.
     """
-    grid, kv_heads = layout.grid, shard.k.shape[1]
+    kv_heads = shard.k.shape[1]
     position = _positions(grid, cell, shard.q.device)
     inside = position.clamp(cell.start, cell.stop - 1)
     x = shard.q.index_select(2, inside - cell.start + cell.base).unflatten(1, (kv_heads, -1))
@@ -40,7 +44,7 @@ def averages(shard: Shard, layout: Layout, rank: int, cell: Cell, groups: int) -
     x = torch.nan_to_num(x.to(shard.dtype) * shard.scale, nan=0.0, posinf=0.0, neginf=0.0)
     live = (inside == position).view(-1, grid.tile, 1).expand(-1, -1, x.shape[3]).flatten(1).to(x.dtype)
     x, sets = x.flatten(2, 3), x.shape[:2]
-    scored = x @ _factors(shard, layout, rank, cell, position)
+    scored = x @ _factors(shard, grid, keys, cell, position)
     one_of = grouped(scored.flatten(0, 1), groups).unflatten(0, sets) * live[..., None]
     count = one_of.sum(2)  # [lists, blocks, groups]
     mean = one_of.transpose(2, 3) @ x / count.clamp(min=1)[..., None]
@@ -88,18 +92,17 @@ def _positions(grid: Grid, cell: Cell, device: torch.device) -> Tensor:
 
 
 def _factors(
-    shard: Shard, layout: Layout, rank: int, queries: Cell, position: Tensor
+    shard: Shard, grid: Grid, keys: Sequence[Cell], queries: Cell, position: Tensor
 ) -> Float[Tensor, "lists blocks head_dim head_dim"]:
     """Factor the covariance of the keys at each block's positions, as far as there are any."""
-    tile = layout.grid.tile
-    begin = queries.start // tile * tile
-    cell = next((cell for cell in layout.keys_of(rank) if cell.start <= begin < cell.stop), None)
+    begin = queries.start // grid.tile * grid.tile
+    cell = next((cell for cell in keys if cell.start <= begin < cell.stop), None)
     if cell is None:
         one = torch.eye(shard.k.shape[3], dtype=shard.dtype, device=shard.k.device)
-        return one.expand(shard.lists, layout.grid.tiles(queries), -1, -1)
-    there = (position < cell.stop).double().view(-1, tile, 1)
+        return one.expand(shard.lists, grid.tiles(queries), -1, -1)
+    there = (position < cell.stop).double().view(-1, grid.tile, 1)
     row = (position - cell.start + cell.base).clamp(max=cell.base + cell.size - 1)
-    keys = shard.k.flatten(0, 1).index_select(1, row).double()
-    keys = torch.nan_to_num(keys, nan=0.0, posinf=0.0, neginf=0.0).unflatten(1, (-1, tile))
-    off = (keys - (keys * there).sum(2, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)) * there
+    x = shard.k.flatten(0, 1).index_select(1, row).double()
+    x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).unflatten(1, (-1, grid.tile))
+    off = (x - (x * there).sum(2, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)) * there
     return factor_of(off.transpose(2, 3) @ off).to(shard.dtype)

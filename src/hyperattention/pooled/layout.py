@@ -1,6 +1,7 @@
 """Who holds which tokens: cells of consecutive positions, and the other keys that a chunk of queries reads directly."""
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,9 +73,9 @@ class Grid:
         return -(-cell.stop // self.tile) - cell.start // self.tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """All tokens of a sequence, cut into cells.
+    """All tokens of a sequence, cut into cells. A layout equals only itself, so that what is planned for it can be kept.
 
     Args:
         grid: the chunks.
@@ -89,17 +90,29 @@ class Layout:
     @cached_property
     def chunks(self) -> dict[int, tuple[Cell, ...]]:
         """The cells of queries of each chunk, by the number of the chunk."""
-        found: dict[int, tuple[Cell, ...]] = {}
+        found: dict[int, list[Cell]] = {}
         for cell in self.queries:
-            number = self.grid.number(cell)
-            found[number] = (*found.get(number, ()), cell)
-        return found
+            found.setdefault(self.grid.number(cell), []).append(cell)
+        return {number: tuple(cells) for number, cells in found.items()}
 
     @cached_property
-    def owners(self) -> dict[int, tuple[Cell, ...]]:
-        """The cells of keys that each chunk draws from, by position; chunks that draw from none are left out."""
-        found = {chunk: tuple(cell for cell in self.keys if self.grid.pools(cell, chunk)) for chunk in self.chunks}
-        return {chunk: cells for chunk, cells in found.items() if cells}
+    def drawing(self) -> tuple[int, ...]:
+        """The chunks that draw from some keys, by position."""
+        return tuple(chunk for chunk in self.chunks if any(self._owners(chunk)))
+
+    def owners(self, chunk: int) -> tuple[Cell, ...]:
+        """Return the cells of keys that a chunk draws from, by position."""
+        before, behind = self._owners(chunk)
+        return self.keys[: len(before)] + self.keys[behind.start :]
+
+    def _owners(self, chunk: int) -> tuple[range, range]:
+        """Number the cells of keys that a chunk draws from: those that begin before its own keys, or end behind them."""
+        before = bisect_left(self.keys, self.grid.low(chunk), key=lambda cell: cell.start)
+        count = len(self.keys)
+        if self.grid.causal:
+            return range(before), range(count, count)
+        behind = bisect_right(self.keys, self.grid.high(chunk), key=lambda cell: cell.stop)
+        return range(before), range(max(before, behind), count)
 
     def holders(self, chunk: int) -> tuple[int, ...]:
         """Return the ranks that hold queries of a chunk; the first of them decides how much each owner draws."""
@@ -111,7 +124,8 @@ class Layout:
 
     def drawn_from(self, rank: int) -> tuple[tuple[int, Cell], ...]:
         """Return the pairs of a chunk and one of a rank's own cells of keys that the chunk draws from."""
-        return tuple((chunk, cell) for chunk, cells in self.owners.items() for cell in cells if cell.rank == rank)
+        own = self.keys_of(rank)
+        return tuple((chunk, cell) for chunk in self.drawing for cell in own if self.grid.pools(cell, chunk))
 
 
 def cut(ranges: Iterable[tuple[int, int, int, int]], chunk: int) -> tuple[Cell, ...]:
@@ -134,7 +148,7 @@ def cut(ranges: Iterable[tuple[int, int, int, int]], chunk: int) -> tuple[Cell, 
     return tuple(sorted(cells, key=lambda cell: cell.start))
 
 
-def parts(cells: Sequence[Cell], start: int, stop: int) -> list[tuple[Cell, int, int]]:
+def parts(cells: Sequence[Cell], start: int, stop: int) -> Iterator[tuple[Cell, int, int]]:
     """Find who holds a range of positions.
 
     Args:
@@ -142,8 +156,12 @@ def parts(cells: Sequence[Cell], start: int, stop: int) -> list[tuple[Cell, int,
         start: first position.
         stop: end.
 
-    Returns:
+    Yields:
         each cell that holds some of the range, with the first and the end of what it holds of it.
     """
-    shared = [(cell, max(start, cell.start), min(stop, cell.stop)) for cell in cells]
-    return [(cell, low, high) for cell, low, high in shared if low < high]
+    for number in range(bisect_right(cells, start, key=lambda cell: cell.stop), len(cells)):
+        cell = cells[number]
+        low, high = max(start, cell.start), min(stop, cell.stop)
+        if low >= high:
+            return
+        yield cell, low, high
