@@ -24,7 +24,7 @@ from hyperattention.distributed.plan import Plan, Way, way_of
 from hyperattention.methods.pooled_reader import near_route
 from hyperattention.pooled.book import book_of
 from hyperattention.pooled.choose import choose
-from hyperattention.pooled.pool import Shard
+from hyperattention.pooled.pool import Near, Shard
 from hyperattention.pooled.route import Route, World, route_of
 
 RANKS, TOKENS = (8, 64, 256, 1024), 128
@@ -58,7 +58,7 @@ def routes(world: Nowhere, way: Way, tokens: int) -> list[Route]:
     """Plan a call whose shards hold so many tokens; another number is another layout."""
     layout = plan_of(world, way, tokens).layout
     assert way.pooled is not None
-    book = book_of(layout, world.rank, way.pooled.averages)
+    book = book_of(layout, world.rank, way.pooled.sizes.groups)
     moves = {"averages": book.outward, "sums": book.inward, "totals": book.outward}
     moves |= {"counts": book.forward, "replies": book.back}
     found = [route_of(name, world, each, 1, CPU) for name, each in moves.items()]
@@ -72,18 +72,20 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(world: Nowhere, turns: int) -> dict[str, Timing]:
-    way = way_of(PooledChunks(chunk=TOKENS, num=1024, near=TOKENS), False)
+    way = way_of(PooledChunks(chunk=TOKENS, num=1024, averages=4, near=TOKENS), False)
     assert way.sizes is not None
     sizes, layout = way.sizes, plan_of(world, way, TOKENS).layout
     q = torch.randn(1, 1, TOKENS, HEAD_DIM)
     shard = Shard(q, q, None, None, 1.0, 0, 0, torch.zeros(1, dtype=torch.int64))
+    spans = [layout.grid.local(cell) for cell in layout.queries if cell.rank == world.rank]
+    near = Near(torch.randn(1, 1, sum(high - low for low, high in spans), HEAD_DIM), None)
     found: dict[str, list[float]] = {"planned": [], "again": [], "choice": []}
     for turn in range(turns):
         # fewer tokens are no whole chunk, so every turn has a layout of its own
         new = TOKENS * (turn + 2)
         found["planned"].append(seconds(lambda new=new: routes(world, way, new)))
         found["again"].append(seconds(lambda new=new: routes(world, way, new)))
-        found["choice"].append(seconds(lambda: choose(world, layout, shard, sizes)))
+        found["choice"].append(seconds(lambda: choose(world, layout, shard, near, sizes)))
     return {name: Timing(tuple(each)) for name, each in found.items()}
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/distributed_times.py                            # processes over the loopback device
     unshare -n python benchmarks/distributed_times.py --links 1000    # as root: links of 1000 Mbit/s each way
-    python benchmarks/distributed_model.py --check                    # predicts the second from the first
+    python benchmarks/distributed_check.py                            # predicts the second from the first
 
 Each way exchanges once for real, and its messages are noted. Then they are sent again, byte for byte, with nothing between
 rounds, in turn with rounds of two plain patterns: the first rank sends as much to each other one (`spread`), and every rank
@@ -36,7 +36,7 @@ from hyperattention.distributed.traffic import Round
 from hyperattention.synthetic import structured
 
 PATTERNS = ("alike", "spread")
-RANKS, TOKENS, NUM = (2, 4), (8192, 16_384, 32_768), 1024
+RANKS, TOKENS, NUM, AVERAGES = (2, 4), (8192, 16_384, 32_768), 1024, 1024
 SIZES = tuple(2**power for power in range(10, 25))
 # rounds of one size that follow one another, and bytes of all of them: many times what a token bucket holds
 FEW, MANY, TOGETHER = 2, 32, 2**22
@@ -131,7 +131,7 @@ def work(rank: int, ranks: int, options: argparse.Namespace, folder: Path, answe
     noted: dict[tuple[str, int], list[Round]] = {}
     for tokens in TOKENS:
         shard = torch.load(folder / str(tokens) / f"{rank}.pt")
-        ways = three_ways(group, PooledChunks(chunk=tokens // ranks, num=NUM), shard)
+        ways = three_ways(group, PooledChunks(chunk=tokens // ranks, num=NUM, averages=AVERAGES), shard)
         noted |= {(way, tokens): ran.rounds for way, ran in ways.items()}
     sequences = {
         name: Sequence.of((list(each.sent), list(each.received)) for each in rounds) for name, rounds in noted.items()
@@ -187,7 +187,7 @@ def run(ranks: int, options: argparse.Namespace) -> None:
         timing, rounds = seconds_of(found, (way, tokens)), [noted[way, tokens] for _, noted in found]
         # by rank: bytes of each round
         moved = {side: [[sum(getattr(each, side)) for each in own] for own in rounds] for side in ("sent", "received")}
-        part = {"way": way, "tokens": tokens, "num": NUM, "rounds": len(rounds[0])} | moved
+        part = {"way": way, "tokens": tokens, "num": NUM, "averages": AVERAGES, "rounds": len(rounds[0])} | moved
         part["most"] = max(Traffic.of(own, 0).most for own in rounds)
         part["purposes"] = [each.purpose for each in rounds[0]]
         write(options.out, fixed | part | {"median_s": timing.median, "quartiles_s": timing.quartiles})

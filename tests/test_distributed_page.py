@@ -1,9 +1,10 @@
 """docs/distributed.md: its tables are what the records and the model say."""
 
-import importlib.util
+import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,16 +16,11 @@ FACTOR = 1.5
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch):
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import a module of the benchmarks."""
     pytest.importorskip("matplotlib", reason="the projection draws a picture")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("distributed_model", ROOT / "benchmarks" / "distributed_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "distributed_model", module)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module
 
 
 def of_kind(kind: str) -> list[dict]:
@@ -54,14 +50,15 @@ def test_errors_and_the_model():
         assert f"| {record['nats_per_byte']:.4f} | {record['retrieval']:.3f} |" in row
 
 
-def test_the_model_gives_the_counted_bytes_and_the_projected_ones(model):
+def test_the_model_gives_the_counted_bytes_and_the_projected_ones(module):
+    case_of, projected = module("distributed_case"), module("distributed_model")
     for record in of_kind("bytes"):
         if record["way"] == "pooled":
-            case = model.Case(record["tokens"], record["ranks"], record["num"], record["chunk"] // 32)
+            case = case_of.Case(record["tokens"], record["ranks"], record["num"], record["averages"])
             given = case.given(record["by_purpose"][0]["sent"]["pool"])
             assert case.most(given) == record["most"]
             assert len(case.rounds(given)) == record["rounds"]
-    for row in model.table(model.Wire()):
+    for row in projected.table(case_of.Wire()):
         shown = f"| {row['ranks']:,} | {row['tokens'] // 10**6}M | "
         (line,) = (line for line in PAGE.splitlines() if line.startswith(shown))
         cells = [float(cell.replace(",", "")) for cell in line.strip("| ").split("|")[2:]]
@@ -70,7 +67,8 @@ def test_the_model_gives_the_counted_bytes_and_the_projected_ones(model):
         assert cells == pytest.approx([row[name] for name in wanted], rel=0.04)
 
 
-def test_the_model_gives_the_bytes_of_every_round(model):
+def test_the_model_gives_the_bytes_of_every_round(module):
+    model = module("distributed_check")
     for record in (record for record in of_kind("times") if record["way"] == "pooled"):
         both = [[max(sent, received) for sent, received in zip(*sides, strict=True)] for sides in _sides(record)]
         for number, each in enumerate(model.rounds_of(record)):
@@ -83,7 +81,8 @@ def _sides(record: dict) -> list[tuple[list[int], list[int]]]:
     return list(zip(record["sent"], record["received"], strict=True))
 
 
-def test_the_model_predicts_the_measured_times(model):
+def test_the_model_predicts_the_measured_times(module):
+    model = module("distributed_check")
     runs = model.runs()
     assert {(each[0]["wire"], each[0]["ranks"]) for each in runs} == {
         (wire, ranks) for wire in ("loopback", "links of 1000 Mbit/s") for ranks in (2, 4)
