@@ -39,15 +39,42 @@ def test_counted_bytes():
     assert bytes_of[131_072, 8, "ring"]["most"] >= 20 * bytes_of[131_072, 8, "pooled"]["most"]
 
 
-def test_errors_and_the_model():
-    rows = {line.split("|")[1].strip(): line for line in PAGE.splitlines() if line.startswith("|")}
-    names = {"pooled": "`PooledChunks(chunk=4096, num=1024)`", "control": "control: uniform draws at as many slots"}
-    names["default"] = "default on one machine (`DrawAlike`)"
+NAMES = {
+    "exact": "exact",
+    "default": "default on one machine (`DrawAlike`)",
+    "pooled": "`PooledChunks()`: chunks of 16,384, 2,048 slots, 2,048 averages",
+    "pooled:2048:16384:2048": "`PooledChunks()`: chunks of 16,384, 2,048 slots, 2,048 averages",
+    "pooled:2048:4096:1024": "`PooledChunks(chunk=4096, averages=1024)`, as on 8 ranks",
+    "control": "control: uniform draws at as many slots",
+    "control:2688": "control: uniform draws at as many slots",
+}
+
+
+def row_of(name: str) -> list[str]:
+    """Find the row of a method in the table of what few bytes cost."""
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in PAGE.splitlines() if line.startswith("|")]
+    (row,) = (each for each in cells if each[0] == NAMES[name])
+    return row
+
+
+def test_errors():
     for record in of_kind("error"):
-        assert f"| {record['pairs']:,.0f} | {record['error']:.3f} |" in rows[names[record["name"]]]
-    for record in of_kind("long_context"):
-        row = rows[names[record["name"].partition(":")[0]]]
-        assert f"| {record['nats_per_byte']:.4f} | {record['retrieval']:.3f} |" in row
+        assert row_of(record["name"])[1:3] == [f"{record['pairs']:,.0f}", f"{record['error']:.3f}"]
+
+
+def test_loss_and_retrieval():
+    alone = [json.loads(line) for line in (ROOT / "benchmarks/records/long_context.jsonl").read_text().splitlines()]
+    alone = [each for each in alone if (each["model"], each["length"], each["run_on"]) == ("reference", 32_768, "cpu")]
+    passes = [each for each in alone if each["name"] in ("exact", "default")] + of_kind("long_context")
+    found = {(each["name"], each["document"]): each for each in passes if each["seed"] == 0}
+    for name in ("exact", "default", "pooled:2048:16384:2048", "pooled:2048:4096:1024", "control:2688"):
+        of_documents = [found[name, document] for document in range(4)]
+        if name != "exact":
+            assert all(each["approximated"] == each["calls"] > 0 and each["share_of_exact"] < 1 for each in of_documents)
+        exact = [found["exact", document]["nats_per_byte"] for document in range(4)]
+        added = sum(each["nats_per_byte"] - other for each, other in zip(of_documents, exact, strict=True)) / 4
+        right = sum(each["retrieval"] for each in of_documents) / 4
+        assert row_of(name)[3:] == ["0" if name == "exact" else f"+{added:.4f}", f"{right:.3f}"]
 
 
 def test_the_model_gives_the_counted_bytes_and_the_projected_ones(module):
