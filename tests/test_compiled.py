@@ -15,8 +15,13 @@ FEATURES = Path(__file__).parent / "compile_feature_kernels.py"
 # 8.6 and 8.9 run what 8.0 does, with less shared memory
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
 # bytes that the fast list kernel may spill: accumulators of 128 rows and 128 numbers take half of a thread's registers, and
-# what spills is touched once a program or a few times a block. Compiled: 112 under Triton 3.6.0, 80 under 3.9.0
-FAST_SPILLS = {("flat forward, 128 rows", 90, 128): 128, ("flat forward, 256 rows", 90, 128): 128}
+# what spills is touched once a program or a few times a block. Compiled: 136 under Triton 3.6.0, 64 under 3.9.0
+FAST_SPILLS = {
+    ("flat forward, 128 rows", 90, 128): 64, ("flat forward, 256 rows", 90, 128): 64,
+    ("flat forward, sinks and window", 90, 128): 40,
+}  # fmt: skip
+# blocks of keys and of values in each loop: two over ranges, and two over a list, which lists need not all have
+FAST_LOOPS = {"flat forward, drawn keys": 2, "flat forward, sinks and window": 3}
 # the conversion to a flat list runs once a tile; on sm_80 a thread of it has fewer registers
 FLATTEN_SPILLS = {80: 8, 90: 0}
 # a few numbers of a thread, which its loops hardly touch, so that a multiprocessor holds two programs
@@ -41,8 +46,7 @@ BACKGROUND = {"keys": 19, "blocks": 23}
 def refuse_what_makes_gathers_slow(kernel: dict, capability: int) -> None:
     """The fast list kernel: everything gathered in the background, no products that wait for one another, no spills."""
     assert kernel["synchronous"] == 0, kernel
-    # keys and values in each of four loops
-    assert kernel["asynchronous"] == 8, kernel
+    assert kernel["asynchronous"] == 2 * FAST_LOOPS.get(kernel["kernel"], 4), kernel
     assert kernel["serialised"] == [], kernel
     assert kernel["spilled"] <= FAST_SPILLS.get((kernel["kernel"], capability, kernel["dim"]), 0), kernel
 
@@ -63,7 +67,7 @@ def compiled(capability: int, dtype: str, *dims: int, program: Path = PROGRAM) -
 )
 def test_default_sizes_fit_and_spill_nothing(dim, capability):
     kernels = compiled(capability, "bfloat16", dim)
-    assert len(kernels) == 2 * 7 + 4 * 2 + 5 + 3 + 4 + 8 + 7 + (3 * 3 + 11 + 2 if dim == 64 else 0)
+    assert len(kernels) == 2 * 7 + 4 * 2 + 2 + 5 + 3 + 4 + 8 + 7 + (3 * 3 + 11 + 2 if dim == 64 else 0)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
         # what tests labels as well, and groups of sixteen heads, may spill a little
