@@ -289,9 +289,9 @@ def launches_of_decoding(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, La
         if pages == MOST_PAGES:
             yield "decoding, page scores", triton_rank.launch_rank(q, summary, scores, 0.1, 0.5, None)
         of_pages, chosen = (q, k, k, indices(1), None), indices(8, 1, 64).int()
-        launch = triton_pages.launch_pages(of_pages, scores, chosen, parts, plan, 0.1, cut, softcap=None)
+        launch = triton_pages.launch_pages(of_pages, scores, chosen, parts, results, plan, 0.1, cut, softcap=None)
         yield f"decoding, best of {pages} pages", launch
-    launch = triton_pages.launch_pages(of_pages, None, chosen, parts, plan, 0.1, cut, softcap=None)
+    launch = triton_pages.launch_pages(of_pages, None, chosen, parts, None, plan, 0.1, cut, softcap=None)
     yield "decoding, chosen pages", launch
 
 

@@ -95,8 +95,9 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
             assert kernel["asynchronous"] == BACKGROUND[kernel["kernel"].split()[-1]], kernel
         if kernel["kernel"].startswith("decoding"):
             assert kernel["serialised"] == [], kernel
-            # the merge reads each part once, and few
-            assert kernel["synchronous"] <= (kernel["kernel"] == "decoding, merge"), kernel
+            # a merge reads each part once, and few
+            merges = "merge" in kernel["kernel"] or "best" in kernel["kernel"]
+            assert kernel["synchronous"] <= 3 * merges, kernel
         if kernel["kernel"].startswith(("forward", "backward", "keys", "queries")):
             allowed = next((count for name, count in SYNCHRONOUS.items() if kernel["kernel"].startswith(name)), 0)
             assert kernel["synchronous"] <= allowed, kernel
