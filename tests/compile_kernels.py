@@ -34,7 +34,6 @@ from hyperattention.kernels.choose import (
 )
 from hyperattention.kernels.choose.alike_plan import AlikePlan, memory_of
 from hyperattention.kernels.choose.operator import scores_alike
-from hyperattention.kernels.choose.operator_alike import factors_keys
 from hyperattention.kernels.choose.places import Places
 from hyperattention.kernels.decode import triton_coreset, triton_pages, triton_parts, triton_rank
 from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
@@ -237,9 +236,8 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
     noise = torch.empty(2, TILES * 8, dtype=torch.float64)
     results = centres, torch.empty(dim, 16), noise, indices(2)
     yield "alike first", triton_alike_first.launch_first(k, k, indices(TILES), None, results, 640, 2, (7, 2**32 - 5))
-    if factors_keys(dim):
-        factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
-        yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
+    factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
+    yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
     for sizes in (1, 2):
         keys, moments = torch.empty(sizes, 2, KEYS, dim, dtype=estimate), torch.empty(sizes, 2, 32, 2 * dim, dtype=estimate)
         results = keys, keys[1:], moments, torch.empty(sizes, 2, KEYS)

@@ -27,7 +27,7 @@ FLATTEN_SPILLS = {80: 8, 90: 0}
 # a few numbers of a thread, which its loops hardly touch, so that a multiprocessor holds two programs
 SORTING_SPILLS = {80: 0, 90: 56}
 # two numbers of a thread, at width 128
-FACTOR_SPILLS = {80: 0, 90: 8}
+FACTOR_SPILLS = {80: 8, 90: 0}
 # two numbers of a thread: at 128 registers a multiprocessor holds the next program, which is worth more
 MASS_SPILLS = {80: 8, 90: 0}
 # directions of keys, in float32

@@ -87,9 +87,9 @@ class Ladder:
 def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -> Ladder:
     """Return the ladder that `tolerance` uses if none is given.
 
-    From `ALIKE_CROSSOVER` keys on, rungs draw for alike queries (`DrawAlike`), on every device. Below that length rungs are the
-    lean method with fewer and with more draws. If a tile sees few keys, eight averaged queries scan all of them there, in
-    place of the hierarchical search.
+    From `ALIKE_CROSSOVER` keys on, rungs draw for alike queries (`DrawAlike`), on every device. Below that length rungs are
+    the lean method with fewer and with more draws. If a tile sees few keys, eight averaged queries scan all of them there,
+    in place of the hierarchical search.
 
     A rung may run if its share of exact attention's pairs is at most that of a method at its crossover, where both take
     equal time. While all keys are scored one by one, products grow like exact attention's pairs do, so that this share is
