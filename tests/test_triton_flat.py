@@ -256,6 +256,11 @@ def test_what_the_fast_kernel_does_not_read_is_left_to_the_general_one(launched)
     assert flat_form_of(lists_of(selection), 2**31, paged=False) is None
     for unread in (labels, gaps, long):
         assert flat_form_of(lists_of(unread), KEYS, paged=False) is None
+    drawn = make_lying_selections()["drawn"].runs[0]
+    drawn = replace(drawn, **{name: getattr(drawn, name).repeat(1, 1, 40) for name in ("first", "log_weight")})
+    for causal, read in ((False, True), (True, False)):
+        several = replace(selection, runs=(replace(drawn, causal=causal),))
+        assert (flat_form_of(lists_of(several), KEYS, paged=False) is not None) == read
     x = make_tensors(torch.float32)
     for unread in (labels, gaps):
         list_attention(*x, unread, SCALE)

@@ -74,8 +74,8 @@ class FlatForm:
 def flat_form_of(lists: Lists, num_keys: int, *, paged: bool) -> FlatForm | None:
     """Lay a selection out for the fast kernel, if that kernel reads it.
 
-    It does not read labels (of a hash), gaps, keys in pages, lists of more than 4,096 slots beside two ranges, and keys
-    whose numbers do not fit int32.
+    It does not read labels (of a hash), gaps, keys in pages, keys whose numbers do not fit int32, and more than 4,096 slots
+    beside two ranges, unless they are read as they lie.
 
     Args:
         lists: the selection.
@@ -97,7 +97,7 @@ def flat_form_of(lists: Lists, num_keys: int, *, paged: bool) -> FlatForm | None
     ranges = sorted(longest, key=lambda group: (lists.causal[group], group))
     listed = sorted((group for group in range(len(slots)) if group not in ranges), key=lambda g: (not lists.causal[g], g))
     form = FlatForm(_reordered(lists, [*ranges, *listed]), len(ranges))
-    return form if _listed(form.lists, form.num_ranges) <= _MOST_SLOTS else None
+    return None if form.to_lay_out and _listed(form.lists, form.num_ranges) > _MOST_SLOTS else form
 
 
 def _listed(lists: Lists, num_ranges: int) -> int:
