@@ -26,8 +26,6 @@ FAST_LOOPS = {"flat forward, drawn keys": 2, "flat forward, sinks and window": 3
 FLATTEN_SPILLS = {80: 8, 90: 0}
 # a few numbers of a thread, which its loops hardly touch, so that a multiprocessor holds two programs
 SORTING_SPILLS = {80: 0, 90: 56}
-# two numbers of a thread, at width 128
-FACTOR_SPILLS = {80: 8, 90: 0}
 # two numbers of a thread: at 128 registers a multiprocessor holds the next program, which is worth more
 MASS_SPILLS = {80: 8, 90: 0}
 # directions of keys, in float32
@@ -38,7 +36,7 @@ SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled. In a choice: queries
 # and averages, once for some lists, and shares while draws are placed, which are loaded a step ahead
 # (directions in 16 bits, too short for such loads, are one of sorting's)
-PASSES = {"alike sorting": 9, "alike first": 3, "alike blocks": 2, "alike factors": 1, "alike choice": 12}
+PASSES = {"alike sorting": 9, "alike first": 3, "alike blocks": 2, "alike factors": 3, "alike choice": 12}
 # blocks that the loops of a choice over keys, over stretches and over shares fetch in the background, by sizes of blocks
 BACKGROUND = {"keys": 19, "blocks": 23}
 
@@ -77,8 +75,6 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
             assert kernel["spilled"] <= FLATTEN_SPILLS[capability], kernel
         elif kernel["kernel"].startswith("alike sorting"):
             assert kernel["spilled"] <= SORTING_SPILLS[capability], kernel
-        elif kernel["kernel"].startswith("alike factors"):
-            assert kernel["spilled"] <= FACTOR_SPILLS[capability], kernel
         elif kernel["kernel"] == "block mass, blocks of 256, 64 rows":
             assert kernel["spilled"] <= MASS_SPILLS[capability], kernel
         elif kernel["kernel"].startswith("key basis"):

@@ -7,7 +7,9 @@ import torch
 
 import hyperattention as ha
 from hyperattention import select
+from hyperattention.kernels import backend
 from hyperattention.problem import Problem
+from hyperattention.tiling import cut
 from test_workspace import Peak
 
 # what docs/performance.md tells, by tokens
@@ -15,6 +17,11 @@ LEAN = {8192: 17, 131_072: 17, 1_048_576: 58}
 DEFAULT = {8192: 7, 16_384: 7, 32_768: 7, 131_072: 7, 1_048_576: 7}
 # heads, kv heads and numbers of a query: large groups, sorted in parts, and wide keys
 SHAPES = [(64, 4, 128), (48, 4, 128), (32, 1, 128), (71, 1, 64), (8, 4, 256), (16, 1, 256)]
+# operators that choose keys in kernels
+OURS = {
+    "place_tiles", "alike_first", "key_factors", "alike_blocks", "sort_alike", "choose_alike", "uniform_of_tiles",
+    "key_basis", "prepare_keys", "prepare_queries", "represent", "block_lse", "block_mass", "open_blocks", "draw_leaves",
+}  # fmt: skip
 # bytes of blocks of keys, directions, memory of programs, and numbers of tiles: 32 heads on 8, width 128, causal
 BESIDE_THE_RESULT = {8192: 64_335_904, 131_072: 527_818_784, 1_048_576: 1_180_753_952}
 
@@ -29,12 +36,7 @@ def test_a_choice_takes_as_many_launches_as_stated(lean, tokens, launches, monke
 
     counted = count(tokens, lean).launches
     # kernels of this package alone: no operator of PyTorch between them
-    ours = {
-        "place_tiles", "alike_first", "key_factors", "alike_blocks", "sort_alike", "choose_alike", "uniform_of_tiles",
-        "key_basis", "prepare_keys", "prepare_queries", "represent",
-        "block_lse", "block_mass", "open_blocks", "draw_leaves",
-    }  # fmt: skip
-    assert {name for name, times in counted.items() if times} <= ours
+    assert {name for name, times in counted.items() if times} <= OURS
     assert counted.total() == launches
 
 
@@ -48,6 +50,28 @@ def test_kernels_choose_for_the_shapes_of_common_models(sizes, rung, monkeypatch
     counted = count_launches(method, 131_072, sizes).launches
     assert counted["sort_alike"] == counted["choose_alike"] == 1
     assert counted.total() == 7
+
+
+@pytest.mark.parametrize("method", [ha.default_method(65_536), ha.lean_method(65_536)], ids=["default", "lean"])
+def test_more_lists_than_a_grid_holds_are_left_to_torch(method, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.counts import count_launches
+
+    # kv heads of all batch rows
+    for most, fused in ((8, True), (7, False)):
+        monkeypatch.setattr(backend, "_MOST_LISTS", most)
+        assert bool(OURS & set(count_launches(method, 2048).launches)) == fused
+
+
+def test_more_numbers_of_blocks_than_int32_counts_are_left_to_torch(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu.counts import as_on_a_gpu
+
+    stage = select.DrawAlike(16, most=2**30)
+    with as_on_a_gpu():
+        for keys, parts in ((2**22, 1), (2**23, None)):
+            k = torch.empty(1, 1, keys, 128, dtype=torch.bfloat16, device="meta")
+            assert stage._parts(cut(Problem(k[:, :, -128:], k, k, 0.1, causal=True, offset=keys - 128), 128)) == parts
 
 
 @pytest.mark.parametrize("tokens", BESIDE_THE_RESULT)

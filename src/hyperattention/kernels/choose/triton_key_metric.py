@@ -133,7 +133,7 @@ def _factor_kernel(
         panel = (panel / count - mean[:, None] * across[None, :]) / tl.maximum(variance, 1e-37)
         panel = tl.where((row < DIM)[:, None] & (column < DIM)[None, :], panel, 0.0)
         panel += tl.where(row[:, None] == column[None, :], tl.where(row < DIM, ridge, 1.0)[:, None], 0.0)
-        for before in tl.range(0, begin, PANEL):
+        for before in tl.range(0, begin, PANEL, num_stages=1):
             earlier = _panel_of(factor_ptr, row, before + inside, DIM)
             own = _panel_of(factor_ptr, column, before + inside, DIM)
             panel -= tl.dot(earlier, tl.trans(own), input_precision=PRECISION)

@@ -217,7 +217,11 @@ def _flat_kernel(
         if LAID_OUT or not CAUSAL[RANGES]:
             last = tl.maximum(tl.cdiv(end, BLOCK) - 1, 0) * BLOCK
             # the numbers of a block are here before the block before it is read
-            index, weight = _block_of(index_at, weight_at, tl.minimum(begin, last), LAID_OUT, RUN, BLOCK)
+            if LAID_OUT:
+                index, weight = _block_of(index_at, weight_at, tl.minimum(begin, last), LAID_OUT, RUN, BLOCK)
+            else:
+                # a group may have fewer slots than a block
+                index, weight = _some_of(group, tile, num_tiles, 0, last_key, RUN, HOLED[RANGES], BLOCK)
             for at in tl.range(begin, end, BLOCK):
                 following = tl.minimum(at + BLOCK, last)
                 next_index, next_weight = _block_of(index_at, weight_at, following, LAID_OUT, RUN, BLOCK)
