@@ -57,6 +57,7 @@ def make_lying_selections(*, seed: int = 0, keys: int = 200, rows: int = 18) -> 
     groups = {
         "drawn": [whole_runs(generator, 1, 150, keys)],
         "few drawn": [replace(few, log_weight=few.log_weight.masked_fill(slot >= number, -torch.inf))],
+        "fewer than a block": [whole_runs(generator, 1, 20, keys)],
         "some slots empty": [make_runs(generator, 1, 150, keys)],
         "blocks": [whole_runs(generator, 5, 30, keys)],
         "blocks around a hole": [make_runs(generator, 5, 30, keys, hole=(hole, hole + 40))],
