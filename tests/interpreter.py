@@ -51,10 +51,12 @@ def refuse_other_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         begin = np.array(sorted(storages), dtype=np.uint64)
         spans[:] = begin, begin + np.array([storages[int(x)] for x in begin], dtype=np.uint64)
         run(self)
+        spans.clear()
 
     def check(ptrs, mask) -> None:
         live = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)
-        if not live.any():
+        # tests run kernels of their own without a launch
+        if not spans or not live.any():
             return
         begin, end = spans
         # of the lowest and the highest address alone, where both lie in one argument
