@@ -34,7 +34,6 @@ from hyperattention.kernels.choose import (
 )
 from hyperattention.kernels.choose.alike_plan import AlikePlan, memory_of
 from hyperattention.kernels.choose.operator import scores_alike
-from hyperattention.kernels.choose.operator_alike import factors_keys
 from hyperattention.kernels.choose.places import Places
 from hyperattention.kernels.decode import triton_coreset, triton_pages, triton_parts, triton_rank
 from hyperattention.kernels.decode.page_plan import MOST_PAGES, PagePlan
@@ -42,12 +41,14 @@ from hyperattention.kernels.launch import Launch, store_of
 from hyperattention.kernels.list import triton_backward as list_triton_backward
 from hyperattention.kernels.list import triton_flat, triton_flatten, triton_sorted
 from hyperattention.kernels.list import triton_forward as list_triton
-from hyperattention.kernels.list.flat_form import flat_form_of
+from hyperattention.kernels.list.flat_form import FlatForm, FlatLists, flat_form_of
 from hyperattention.kernels.list.reference import Lists
 
 TILES, KEYS = 4, 2048
-# the default method's groups, and blocks with a hole: first keys, and keys in a run
+# groups of every kind: first keys, and keys in a run
 GROUPS = ((1, 16, True), (1, 256, False), (1, 64, True), (688, 1, False), (8, 16, False))
+# the default method's, which are read as they lie, and rows of a tile: lists of alike queries, and those of positions
+LYING = {"drawn keys": (64, GROUPS[3:4]), "sinks and window": (512, GROUPS[:3])}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -71,21 +72,21 @@ def indices(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
-def lists_of(rows: int, *, labelled: bool = False) -> Lists:
-    none, many = indices(0), len(GROUPS)
-    firsts = [indices(1, TILES, runs) for runs, _, _ in GROUPS]
-    holes = [indices(2, 1, TILES) if size == 16 else none for _, size, _ in GROUPS]
+def lists_of(rows: int, groups: tuple[tuple[int, int, bool], ...] = GROUPS, *, labelled: bool = False) -> Lists:
+    none, many = indices(0), len(groups)
+    firsts = [indices(1, TILES, runs) for runs, _, _ in groups]
+    holes = [indices(2, 1, TILES) if size == 16 and runs > 1 else none for runs, size, _ in groups]
     tests = (indices(1, TILES, rows), indices(1, KEYS), *[indices(1, TILES, rows)] * 2) if labelled else (None,) * 4
     return Lists(
         indices(1),
         indices(1, TILES, rows),
         firsts,
-        [size for _, size, _ in GROUPS],
+        [size for _, size, _ in groups],
         [x.float() for x in firsts],
         [indices(1, TILES)] * many,
         [indices(1, TILES)] * many,
         holes,
-        [causal for _, _, causal in GROUPS],
+        [causal for _, _, causal in groups],
         [labelled] * many,
         *tests,
     )
@@ -115,15 +116,27 @@ def launches_of_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) 
 
 
 def launches_of_flat_lists(dtype: torch.dtype, dim: int, rows: int, capability: int) -> Iterator[tuple[str, Launch]]:
+    form = flat_form_of(lists_of(rows), KEYS, paged=False)
+    flat = triton_flatten.empty_flat(form)
+    yield "flatten", triton_flatten.launch_flatten(form, flat)
+    yield "flat forward", flat_launch(dtype, dim, rows, capability, form, flat)
+
+
+def launches_of_lists_as_they_lie(dtype: torch.dtype, dim: int, capability: int) -> Iterator[tuple[str, Launch]]:
+    for name, (rows, groups) in LYING.items():
+        form = flat_form_of(lists_of(rows, groups), KEYS, paged=False)
+        assert not form.to_lay_out
+        yield f"flat forward, {name}", flat_launch(dtype, dim, rows, capability, form, None)
+
+
+def flat_launch(
+    dtype: torch.dtype, dim: int, rows: int, capability: int, form: FlatForm, flat: FlatLists | None
+) -> Launch:  # fmt: skip
     size = min(rows, 64)
     q, k = torch.empty(1, TILES, rows // size, size, dim, dtype=dtype), torch.empty(1, KEYS, dim, dtype=dtype)
     results = torch.empty(1, rows // size, TILES, size, dim, dtype=dtype), torch.empty(1, rows // size, TILES, size)
-    form = flat_form_of(lists_of(rows), KEYS, paged=False)
-    flat, store = triton_flatten.empty_flat(form), store_of(k, None)
-    cut = triton_flat.flat_shape_of(rows, dim, q.element_size(), capability // 10)
-    yield "flatten", triton_flatten.launch_flatten(form, flat)
-    carry = triton_flat.carries(cut)
-    yield "flat forward", triton_flat.launch_flat(q, store, store, results, form, flat, 0.1, cut, carry=carry)
+    cut, store = triton_flat.flat_shape_of(rows, dim, q.element_size(), capability // 10), store_of(k, None)
+    return triton_flat.launch_flat(q, store, store, results, form, flat, 0.1, cut, carry=triton_flat.carries(cut))
 
 
 def launches_of_masses(dtype: torch.dtype, dim: int, rows: int) -> Iterator[tuple[str, Launch]]:
@@ -223,9 +236,8 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
     noise = torch.empty(2, TILES * 8, dtype=torch.float64)
     results = centres, torch.empty(dim, 16), noise, indices(2)
     yield "alike first", triton_alike_first.launch_first(k, k, indices(TILES), None, results, 640, 2, (7, 2**32 - 5))
-    if factors_keys(dim):
-        factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
-        yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
+    factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
+    yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
     for sizes in (1, 2):
         keys, moments = torch.empty(sizes, 2, KEYS, dim, dtype=estimate), torch.empty(sizes, 2, 32, 2 * dim, dtype=estimate)
         results = keys, keys[1:], moments, torch.empty(sizes, 2, KEYS)
@@ -275,9 +287,9 @@ def launches_of_decoding(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, La
         if pages == MOST_PAGES:
             yield "decoding, page scores", triton_rank.launch_rank(q, summary, scores, 0.1, 0.5, None)
         of_pages, chosen = (q, k, k, indices(1), None), indices(8, 1, 64).int()
-        launch = triton_pages.launch_pages(of_pages, scores, chosen, parts, plan, 0.1, cut, softcap=None)
+        launch = triton_pages.launch_pages(of_pages, scores, chosen, parts, results, plan, 0.1, cut, softcap=None)
         yield f"decoding, best of {pages} pages", launch
-    launch = triton_pages.launch_pages(of_pages, None, chosen, parts, plan, 0.1, cut, softcap=None)
+    launch = triton_pages.launch_pages(of_pages, None, chosen, parts, None, plan, 0.1, cut, softcap=None)
     yield "decoding, chosen pages", launch
 
 
@@ -329,6 +341,7 @@ def launches(capability: int, dtype: torch.dtype, dim: int) -> Iterator[tuple[st
     for rows in (16, 64, 128, 256) if default else (256,):
         for name, launch in launches_of_flat_lists(dtype, dim, rows, capability):
             yield f"{name}, {rows} rows", launch
+    yield from launches_of_lists_as_they_lie(dtype, dim, capability)
     if default:
         yield from launches_of_preparation(dtype, dim)
     yield from launches_of_alike_choice(dtype, dim)

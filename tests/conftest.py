@@ -123,7 +123,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.fixture
 def triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the Triton kernels read CPU tensors, in the interpreter; what they should have written and did not is NaN."""
+    """Let the Triton kernels read CPU tensors, in the interpreter.
+
+    What they should have written and did not is NaN, and they may touch nothing but their arguments.
+    """
     pytest.importorskip("triton", reason="the test extra installs Triton, which CPU builds of torch do not bring")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled where there is a GPU: tests/test_gpu.py runs them there")
@@ -131,6 +134,7 @@ def triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     interpreter.read_cpu_tensors(monkeypatch)
     interpreter.poison_fresh_memory(monkeypatch)
+    interpreter.refuse_other_addresses(monkeypatch)
 
 
 @pytest.fixture

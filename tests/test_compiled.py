@@ -15,14 +15,17 @@ FEATURES = Path(__file__).parent / "compile_feature_kernels.py"
 # 8.6 and 8.9 run what 8.0 does, with less shared memory
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
 # bytes that the fast list kernel may spill: accumulators of 128 rows and 128 numbers take half of a thread's registers, and
-# what spills is touched once a program or a few times a block. Compiled: 112 under Triton 3.6.0, 80 under 3.9.0
-FAST_SPILLS = {("flat forward, 128 rows", 90, 128): 128, ("flat forward, 256 rows", 90, 128): 128}
+# what spills is touched once a program or a few times a block. Compiled: 136 under Triton 3.6.0, 64 under 3.9.0
+FAST_SPILLS = {
+    ("flat forward, 128 rows", 90, 128): 64, ("flat forward, 256 rows", 90, 128): 64,
+    ("flat forward, sinks and window", 90, 128): 40,
+}  # fmt: skip
+# blocks of keys and of values in each loop: two over ranges, and two over a list, which lists need not all have
+FAST_LOOPS = {"flat forward, drawn keys": 2, "flat forward, sinks and window": 3}
 # the conversion to a flat list runs once a tile; on sm_80 a thread of it has fewer registers
 FLATTEN_SPILLS = {80: 8, 90: 0}
 # a few numbers of a thread, which its loops hardly touch, so that a multiprocessor holds two programs
 SORTING_SPILLS = {80: 0, 90: 56}
-# two numbers of a thread, at width 128
-FACTOR_SPILLS = {80: 0, 90: 8}
 # two numbers of a thread: at 128 registers a multiprocessor holds the next program, which is worth more
 MASS_SPILLS = {80: 8, 90: 0}
 # directions of keys, in float32
@@ -33,7 +36,7 @@ SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled. In a choice: queries
 # and averages, once for some lists, and shares while draws are placed, which are loaded a step ahead
 # (directions in 16 bits, too short for such loads, are one of sorting's)
-PASSES = {"alike sorting": 9, "alike first": 3, "alike blocks": 2, "alike factors": 1, "alike choice": 12}
+PASSES = {"alike sorting": 9, "alike first": 3, "alike blocks": 2, "alike factors": 3, "alike choice": 12}
 # blocks that the loops of a choice over keys, over stretches and over shares fetch in the background, by sizes of blocks
 BACKGROUND = {"keys": 19, "blocks": 23}
 
@@ -41,8 +44,7 @@ BACKGROUND = {"keys": 19, "blocks": 23}
 def refuse_what_makes_gathers_slow(kernel: dict, capability: int) -> None:
     """The fast list kernel: everything gathered in the background, no products that wait for one another, no spills."""
     assert kernel["synchronous"] == 0, kernel
-    # keys and values in each of four loops
-    assert kernel["asynchronous"] == 8, kernel
+    assert kernel["asynchronous"] == 2 * FAST_LOOPS.get(kernel["kernel"], 4), kernel
     assert kernel["serialised"] == [], kernel
     assert kernel["spilled"] <= FAST_SPILLS.get((kernel["kernel"], capability, kernel["dim"]), 0), kernel
 
@@ -63,7 +65,7 @@ def compiled(capability: int, dtype: str, *dims: int, program: Path = PROGRAM) -
 )
 def test_default_sizes_fit_and_spill_nothing(dim, capability):
     kernels = compiled(capability, "bfloat16", dim)
-    assert len(kernels) == 2 * 7 + 4 * 2 + 5 + 3 + 4 + 8 + 7 + (3 * 3 + 11 + 2 if dim == 64 else 0)
+    assert len(kernels) == 2 * 7 + 4 * 2 + 2 + 5 + 3 + 4 + 8 + 7 + (3 * 3 + 11 + 2 if dim == 64 else 0)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
         # what tests labels as well, and groups of sixteen heads, may spill a little
@@ -73,8 +75,6 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
             assert kernel["spilled"] <= FLATTEN_SPILLS[capability], kernel
         elif kernel["kernel"].startswith("alike sorting"):
             assert kernel["spilled"] <= SORTING_SPILLS[capability], kernel
-        elif kernel["kernel"].startswith("alike factors"):
-            assert kernel["spilled"] <= FACTOR_SPILLS[capability], kernel
         elif kernel["kernel"] == "block mass, blocks of 256, 64 rows":
             assert kernel["spilled"] <= MASS_SPILLS[capability], kernel
         elif kernel["kernel"].startswith("key basis"):
@@ -91,8 +91,9 @@ def test_default_sizes_fit_and_spill_nothing(dim, capability):
             assert kernel["asynchronous"] == BACKGROUND[kernel["kernel"].split()[-1]], kernel
         if kernel["kernel"].startswith("decoding"):
             assert kernel["serialised"] == [], kernel
-            # the merge reads each part once, and few
-            assert kernel["synchronous"] <= (kernel["kernel"] == "decoding, merge"), kernel
+            # a merge reads each part once, and few
+            merges = "merge" in kernel["kernel"] or "best" in kernel["kernel"]
+            assert kernel["synchronous"] <= 3 * merges, kernel
         if kernel["kernel"].startswith(("forward", "backward", "keys", "queries")):
             allowed = next((count for name, count in SYNCHRONOUS.items() if kernel["kernel"].startswith(name)), 0)
             assert kernel["synchronous"] <= allowed, kernel

@@ -15,7 +15,7 @@ STEPS = {
     "uniform sample": (4, 2, 12),
     "latest keys": (4, 2, 12),
     "heavy hitters": (20, 2, 28),  # each key's share of attention is counted
-    "best pages": (5, 3, 30),
+    "best pages": (4, 2, 30),
     "pages of the layer above": (4, 2, 20),
 }
 

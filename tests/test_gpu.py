@@ -128,6 +128,34 @@ def test_the_fast_list_kernel(tile, group, width, dtype, num_tokens):
         assert_same_math(a, b, c)
 
 
+@pytest.mark.parametrize(("group", "width", "dtype"), [
+    (4, 128, torch.bfloat16), (1, 64, torch.float16), (2, 256, torch.bfloat16), (4, 128, torch.float32),
+], ids=str)  # fmt: skip
+def test_lists_that_are_read_as_they_lie(group, width, dtype):
+    """Those of the default method, beside float64 and the general kernel: few keys left, and many."""
+    from hyperattention.kernels.list import triton_choice, triton_forward
+    from hyperattention.kernels.list.operator import fields
+    from hyperattention.kernels.list.reference import Lists
+    from hyperattention.problem import Problem
+
+    x = tensors(4096 - 5, batch=2, heads=8 * group, kv_heads=8, head_dim=width, dtype=dtype)
+    problem = Problem(*on_gpu(x), width**-0.5, causal=True)
+    for tiles, selection in DEFAULT.selections(problem):
+        lists, q, (k, v) = (
+            Lists(*fields(selection)),
+            tiles.split(problem.q),
+            (x.flatten(0, 1) for x in (problem.k, problem.v)),
+        )
+        form = triton_choice.flat_form_for(q, k, v, lists)
+        assert form is not None
+        assert not form.to_lay_out
+        ours = triton_choice.forward(q, k, v, lists, problem.scale)
+        plain = triton_forward.forward(q, k, v, lists, problem.scale)
+        wide = list_attention(*(t.double() for t in (q, k, v)), selection, problem.scale)
+        for a, b, c in zip(ours, wide, plain, strict=True):
+            assert_same_math(a, b, c)
+
+
 def _to(x, device: str):
     if isinstance(x, Tensor):
         return x.to(device)

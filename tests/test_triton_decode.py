@@ -233,14 +233,14 @@ def stores() -> dict[str, tuple[Store, list[str]]]:
     above_room = replace(ROOM, budget=ROOM.sinks + ROOM.window + 4 * 8)
     return {
         "coreset": (CompressingStore(ClusterMeans(), ROOM), ["_coreset_kernel", "_merge_kernel"]),
-        "pages": (TopPages().store(ROOM, 0, 0, None), ["_rank_kernel", "_pages_kernel", "_merge_kernel"]),
+        "pages": (TopPages().store(ROOM, 0, 0, None), ["_rank_kernel", "_pages_kernel"]),
         "two levels": (TopPages(by=TwoLevels()).store(ROOM, 0, 0, None), ["_pages_kernel", "_merge_kernel"]),
         "borrowed": (TopPages(share=2, first=0).store(above_room, 1, 0, above), ["_pages_kernel", "_merge_kernel"]),
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["borrowed", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("coreset", "pages", "two levels"))]
+    "name", ["borrowed", "pages", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("coreset", "two levels"))]
 )
 def test_a_step_of_a_store_takes_its_kernels_and_no_others(name: str, launched: list[str], split, monkeypatch) -> None:
     split(3)

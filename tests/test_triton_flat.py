@@ -9,7 +9,7 @@ import torch
 
 import hyperattention as ha
 from assertions import assert_exact, assert_same_math
-from flat_lists import make_flat_selection
+from flat_lists import make_flat_selection, make_lying_selections
 from front_door import with_lse
 from hyperattention.kernels.list import operator as operator
 from hyperattention.kernels.list.flat_form import BLOCK, flat_form_of
@@ -64,6 +64,25 @@ def test_forward_is_that_of_the_pytorch_kernel(dtype, causal, ranges, group, lau
     plain = in_pytorch(lambda: list_attention(*x, selection, SCALE))
     for a, b, c in zip(ours, truth, plain, strict=True):
         assert_same_math(a, b, c)
+
+
+@pytest.mark.parametrize("kind", make_lying_selections())
+@pytest.mark.parametrize(("dtype", "rows", "group"), [(torch.float32, 6, 2), (torch.bfloat16, 150, 1)], ids=str)
+def test_one_group_beside_ranges_is_read_as_it_lies(dtype, rows, group, kind, launched, in_pytorch):
+    x, selection = make_tensors(dtype, 2, KEYS, rows, (20, 5)), make_lying_selections(rows=rows)[kind]
+    x = x[0].unflatten(2, (group, -1)), *x[1:]
+    ours = list_attention(*x, selection, SCALE)
+    assert launched == ["_flat_kernel"]
+    truth = list_attention(*(t.double() for t in x), selection, SCALE)
+    plain = in_pytorch(lambda: list_attention(*x, selection, SCALE))
+    for a, b, c in zip(ours, truth, plain, strict=True):
+        assert_same_math(a, b, c)
+
+
+def test_a_causal_group_of_several_blocks_is_laid_out(launched):
+    x, selection = make_tensors(torch.float32, 1, KEYS, 6, (20, 5)), make_lying_selections(rows=6)["drawn"]
+    list_attention(*x, replace(selection, runs=(replace(selection.runs[0], causal=True),)), SCALE)
+    assert launched == ["_flatten_kernel", "_flat_kernel"]
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:
@@ -160,17 +179,24 @@ def test_flat_lists_name_what_the_selection_names(seed, causal):
             assert index[place] in index[:listed]
 
 
-def test_keys_that_are_not_listed_may_be_anything():
+@pytest.mark.parametrize("kind", ["laid out", *make_lying_selections()])
+def test_keys_that_are_not_listed_may_be_anything(kind):
     x, selection = make_tensors(torch.float32, 1, KEYS, 5, (20, 5)), make_flat_selection(rows=5, causal=False)
-    listed = torch.zeros(2, KEYS, dtype=torch.bool)
-    for run in selection.runs:
-        one = expand(run)
-        for row, source in enumerate(selection.key_row.tolist()):
-            listed[source, one.first[row][one.log_weight[row] > -torch.inf]] = True
-    assert not listed.all()
-    poisoned = (x[0], *(t.masked_fill(~listed[..., None], torch.nan) for t in x[1:]))
-    for a, b in zip(list_attention(*poisoned, selection, SCALE), list_attention(*x, selection, SCALE), strict=True):
-        assert torch.equal(a, b)
+    if kind != "laid out":
+        selection = make_lying_selections(rows=5)[kind]
+    for at in ((0, 0), (1, 2)):
+        # a tile by itself: what no other tile lists may be anything as well
+        listed, row = torch.zeros(KEYS, dtype=torch.bool), selection.key_row[at[0]]
+        for run in selection.runs:
+            one = expand(run)
+            listed[one.first[at][one.log_weight[at] > -torch.inf]] = True
+        assert not listed.all()
+        poisoned = [t.clone() for t in x[1:]]
+        for t in poisoned:
+            t[row, ~listed] = torch.nan
+        ours, plain = (list_attention(x[0], *y, selection, SCALE) for y in (poisoned, x[1:]))
+        for a, b in zip(ours, plain, strict=True):
+            assert torch.equal(a[at], b[at])
 
 
 @pytest.mark.parametrize("nothing", ["limits of 0", "no key that counts", "empty slots"])
@@ -230,6 +256,11 @@ def test_what_the_fast_kernel_does_not_read_is_left_to_the_general_one(launched)
     assert flat_form_of(lists_of(selection), 2**31, paged=False) is None
     for unread in (labels, gaps, long):
         assert flat_form_of(lists_of(unread), KEYS, paged=False) is None
+    drawn = make_lying_selections()["drawn"].runs[0]
+    drawn = replace(drawn, **{name: getattr(drawn, name).repeat(1, 1, 40) for name in ("first", "log_weight")})
+    for causal, read in ((False, True), (True, False)):
+        several = replace(selection, runs=(replace(drawn, causal=causal),))
+        assert (flat_form_of(lists_of(several), KEYS, paged=False) is not None) == read
     x = make_tensors(torch.float32)
     for unread in (labels, gaps):
         list_attention(*x, unread, SCALE)

@@ -38,7 +38,7 @@ def short_stretches(monkeypatch):
 
 @pytest.mark.parametrize(
     ("group", "width", "parts"),
-    [(1, 128, 1), (8, 256, 1), (9, 128, 3), (16, 128, 2), (16, 256, 2), (32, 128, 4), (71, 64, 71), (4, 512, None)],
+    [(1, 128, 1), (8, 256, 1), (9, 128, 3), (16, 128, 2), (16, 256, 2), (32, 128, 4), (71, 64, 71), (4, 1024, None)],
 )
 def test_groups_of_more_than_eight_heads_are_divided(group, width, parts):
     assert parts_of(128, group, 64, width) == parts

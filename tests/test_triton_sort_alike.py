@@ -159,7 +159,9 @@ def test_every_query_has_one_row(given, many, monkeypatch):
     assert (made.index >= 0).all()
 
 
-def test_averages_are_those_of_the_same_lists(monkeypatch):
+@pytest.mark.parametrize("numbers", [2**13, 2**9], ids=["whole queries", "slices of them"])
+def test_averages_are_those_of_the_same_lists(numbers, monkeypatch):
+    monkeypatch.setattr(triton_choose_alike, "_NUMBERS", numbers)
     given = problem(64, heads=4, kv_heads=2, head_dim=24)
     tiles, many, groups = cut(given, TILE), 2, 5
     made = choose(monkeypatch, tiles, many, groups, metric_of(tiles))
@@ -247,14 +249,14 @@ def test_directions_to_begin_with_have_the_same_bits():
 
 @pytest.mark.parametrize(
     ("rows", "each", "width", "sorts"),
-    [(512, 64, 128, True), (512, 64, 256, True), (640, 64, 128, True), (1024, 64, 128, True), (1025, 64, 64, False),
-     (512, 16, 128, False), (256, 256, 64, True), (256, 256, 128, False), (1, 64, 8, True)],
+    [(512, 64, 128, True), (512, 128, 256, True), (640, 64, 128, True), (1024, 64, 128, True), (1025, 64, 64, False),
+     (512, 16, 128, False), (256, 256, 128, True), (256, 256, 256, False), (1, 64, 8, True)],
 )  # fmt: skip
 def test_large_tiles_are_left_to_torch(rows, each, width, sorts):
     assert sorts_alike(rows, each, width) == sorts
 
 
-@pytest.mark.parametrize("dim", [5, 16, 24])
+@pytest.mark.parametrize("dim", [5, 16, 24, 40, 144])
 def test_factors_of_leading_keys_are_those_of_torch(dim):
     g = torch.Generator().manual_seed(dim)
     k = torch.randn(2, 150, dim, generator=g) * torch.linspace(0.5, 3, dim) + 4

@@ -22,14 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hyperattention import attention, default_method, lean_method
+from hyperattention.kernels.list.flat_form import flat_form_of
+from hyperattention.kernels.list.reference import Lists
 from hyperattention.methods.base import AttentionMethod
 from hyperattention.problem import Problem
 from hyperattention.select import alike, draw_alike, placed
 from hyperattention.select.score import alike_fused, hierarchical_search, search_fused
 
 HEADS, KV_HEADS, HEAD_DIM = SIZES = 32, 8, 128
-# operators of several launches, and one that only compares types; lists are laid out and read by the fast list kernel
-LAUNCHES = {"key_factors": 2, "list_attention": 2, "promote_types": 0}
+# operators of several launches, and one that only compares types
+LAUNCHES = {"key_factors": 2, "promote_types": 0}
 # operators that ask a tensor only where it is, and those that read its first rows only, as many as an argument says
 ASKED, LEADING = {"place_tiles"}, {"alike_first": 2, "key_basis": 1}
 
@@ -54,9 +56,17 @@ class Count(TorchDispatchMode):
                     x[:, : args[LEADING[name]]].clone() if isinstance(x, Tensor) and x.ndim == 3 else x for x in args
                 )
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.launches[name] += LAUNCHES.get(name, 1)
+            self.launches[name] += launches_of_lists(*args) if name == "list_attention" else LAUNCHES.get(name, 1)
             self.bytes[name] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
         return result
+
+
+def launches_of_lists(q, k, v, *fields) -> int:
+    """Count the launches of the fast list kernel: of itself, and of what lays lists out that it cannot read as they lie."""
+    *of_lists, table, _ = fields
+    form = flat_form_of(Lists(*of_lists), k.shape[1], paged=table is not None)
+    assert form is not None, "the general form reads these lists"
+    return 1 + form.to_lay_out
 
 
 @contextmanager

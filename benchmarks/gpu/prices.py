@@ -4,7 +4,7 @@
     python benchmarks/gpu/prices.py 1216:16:8 --tokens 32768
 
 32 query heads on 8 kv heads, width 128, bfloat16, causal. The price of a slot is that of the list kernel on one H100,
-derived from `benchmarks/records/gpu_list.jsonl`, lists already flattened. The prices of scores and of passes over memory
+derived from `benchmarks/records/gpu_list.jsonl`, without what lays lists out. The prices of scores and of passes over memory
 are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Shares are written and read
 once, two bytes each, or take the time of the instructions that draw by them, whichever is longer; that other programs score
 meanwhile is not counted. Sorting and grouping wait for themselves: their times are cycles counted by hand, which no card has

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # a wider key would not fit a program's registers
 WIDEST = 256
+# programs along any but the first axis of a grid
+_MOST_LISTS = 65_535
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -17,6 +19,18 @@ TRITON_INSTALLED = find_spec("triton") is not None
 def capable(index: int) -> bool:
     """Return whether Triton compiles for a CUDA device: NVIDIA GPUs from compute capability 8.0 on, and AMD GPUs."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def grid_holds(lists: int) -> bool:
+    """Return whether a grid has room for kernels that choose keys: each list of a batch is a place on its second axis.
+
+    Args:
+        lists: kv heads of all batch rows.
+
+    Returns:
+        whether it has; PyTorch chooses otherwise.
+    """
+    return lists <= _MOST_LISTS
 
 
 def triton_reads(*tensors: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.backend import grid_holds, triton_reads
 from hyperattention.kernels.list.operator_sorted import merge_rows, sort_rows
 from hyperattention.problem import Problem
 from hyperattention.select.score.principal import principal_directions, random_directions
@@ -46,7 +46,7 @@ class AlikeTiles:
 
     def arrange(self, x: Float[Tensor, "batch heads queries width"]) -> Float[Tensor, "lists tiles rows width"]:
         """Sort rows into tiles: on a GPU in one launch."""
-        if triton_reads(x):
+        if grid_holds(len(self.source)) and triton_reads(x):
             return sort_rows(x, self.source, self.live)
         flat = x.reshape(len(self.source), -1, x.shape[-1])
         base = torch.arange(len(flat), dtype=torch.int64, device=x.device)[:, None, None] * flat.shape[1]
@@ -76,7 +76,7 @@ class AlikeTiles:
 
     def beside(self, earlier: tuple[Partial, ...], out: Tensor, lse: Tensor) -> tuple[Partial, ...]:
         """Undo `split` for attention over the lists, and put it behind what is to be merged, or merge it in one launch."""
-        if len(earlier) == 1 and triton_reads(out, earlier[0].out):
+        if len(earlier) == 1 and grid_holds(len(out)) and triton_reads(out, earlier[0].out):
             rows = out[:, :, 0], lse[:, :, 0]
             return (Partial(*merge_rows(earlier[0].out, earlier[0].lse, rows, self.source, self.live)),)
         return *earlier, Partial(self.join(out), self.join(lse))

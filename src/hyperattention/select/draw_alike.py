@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.backend import grid_holds, triton_reads
 from hyperattention.kernels.choose.operator import scores_alike
 from hyperattention.kernels.choose.operator_alike import parts_of
 from hyperattention.random import uniform
@@ -167,7 +167,10 @@ class DrawAlike(Stage):
     def _parts(self, tiles: Tiles) -> int | None:
         """Tell into how many parts kernels divide the heads of a group; None where PyTorch chooses."""
         problem, width = tiles.problem, tiles.problem.q.shape[3]
-        fused = scores_alike(min(self.pooled, self.rows), width) and triton_reads(problem.q, problem.k, problem.v)
+        # numbers of blocks are counted in int32
+        fits = min(self.most, problem.num_keys) * width < 2**30 and grid_holds(problem.k.shape[0] * problem.k.shape[1])
+        scores = fits and scores_alike(min(self.pooled, self.rows), width)
+        fused = scores and triton_reads(problem.q, problem.k, problem.v)
         return parts_of(tiles.size, problem.group, self.rows, width) if fused else None
 
     def _choose_fused(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.backend import grid_holds, triton_reads
 from hyperattention.kernels.choose.operator_place import place_tiles
 from hyperattention.kernels.choose.places import Places
 from hyperattention.problem import Problem
@@ -52,7 +52,8 @@ def placed(problem: Problem, stages: tuple[Stage, ...], size: int) -> Placed:
     Returns:
         the tiles, and what leading stages took; nothing, with all stages still to run, where PyTorch cuts the tiles.
     """
-    if problem.q.numel() and triton_reads(problem.q, problem.k, problem.v):
+    fits = problem.q.numel() and grid_holds(problem.k.shape[0] * problem.k.shape[1])
+    if fits and triton_reads(problem.q, problem.k, problem.v):
         return _in_one_launch(problem, stages, size)
     tiles = cut(problem, size)
     limit = tiles.by_list(tiles.limit).repeat(1, 1, problem.group)

@@ -87,14 +87,15 @@ class Ladder:
 def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -> Ladder:
     """Return the ladder that `tolerance` uses if none is given.
 
-    On a CPU from `ALIKE_CROSSOVER` keys on, rungs draw for alike queries (`DrawAlike`). On a GPU, where no card has run the
-    kernels of these yet, and on a CPU below that length, rungs are the lean method with fewer and with more draws. If a tile
-    sees few keys, eight averaged queries scan all of them there, in place of the hierarchical search.
+    From `ALIKE_CROSSOVER` keys on, rungs draw for alike queries (`DrawAlike`), on every device. Below that length rungs are
+    the lean method with fewer and with more draws. If a tile sees few keys, eight averaged queries scan all of them there,
+    in place of the hierarchical search.
 
-    A rung may run if its share of exact attention's pairs is at most that of a method at its measured crossover, where
-    both take equal time. While all keys are scored one by one, products grow like exact attention's pairs do, so that this
-    share is the same at every length. Rungs for alike queries may take a quarter more time than exact attention: they serve
-    heads that no cheaper one serves, and most heads of a call take less.
+    A rung may run if its share of exact attention's pairs is at most that of a method at its crossover, where both take
+    equal time. While all keys are scored one by one, products grow like exact attention's pairs do, so that this share is
+    the same at every length. A GPU has the longer crossover of `default_method`, because no card has run these rungs
+    yet. Rungs for alike queries may take a quarter more time than exact attention: they serve heads that no cheaper one
+    serves, and most heads of a call take less.
 
     Args:
         num_keys: keys of the call; no rung draws more.
@@ -104,14 +105,14 @@ def default_ladder(num_keys: int, *, device: torch.device | str | None = None) -
         rungs whose draws double every second rung.
     """
     on_gpu = device is not None and torch.device(device).type == "cuda"
-    if on_gpu or num_keys < ALIKE_CROSSOVER:
-        return _lean_ladder(num_keys, GPU_CROSSOVER if on_gpu else LEAN_CROSSOVER, device)
-    return _around(_ALIKE, ALIKE_CROSSOVER, num_keys, _ALIKE_FIRST, _ALIKE_OVERTIME)
+    if num_keys < ALIKE_CROSSOVER:
+        return _lean_ladder(num_keys, GPU_CROSSOVER if on_gpu else LEAN_CROSSOVER)
+    return _around(_ALIKE, GPU_CROSSOVER if on_gpu else ALIKE_CROSSOVER, num_keys, _ALIKE_FIRST, _ALIKE_OVERTIME)
 
 
-def _lean_ladder(num_keys: int, crossover: int, device: torch.device | str | None) -> Ladder:
+def _lean_ladder(num_keys: int, crossover: int) -> Ladder:
     """Make the ladder of the lean method, with a scan where it searches."""
-    method = lean_method(crossover, device=device)
+    method = lean_method(crossover)
     if not isinstance(method, Method) or not isinstance(method.stages[-1], Draw):
         raise TypeError(f"the lean method is {method!r}: a ladder needs a method that ends in a Draw")
     ladder = _around(method, crossover, num_keys, _LEAN_FIRST)

@@ -9,9 +9,7 @@ from hyperattention.kernels.choose.alike_plan import AlikePlan, memory_of
 from hyperattention.transforms import refuse_vmap
 
 # largest tile whose rows fit the registers of a program, lists that it is cut into, and numbers in the rows of a list
-_MOST_ROWS, _MOST_LISTS, _MOST_NUMBERS = 1024, 16, 16_384
-# widest matrix that fits the registers of a program
-_MOST_FACTORED = 128
+_MOST_ROWS, _MOST_LISTS, _MOST_NUMBERS = 1024, 16, 32_768
 # directions in which rows are compared: what a product of a GPU has at least
 _DIRECTIONS = 16
 
@@ -47,11 +45,6 @@ def parts_of(size: int, group: int, each: int, width: int) -> int | None:
     """
     parts = (parts for parts in range(1, group + 1) if group % parts == 0)
     return next((number for number in parts if sorts_alike(size * group // number, each, width)), None)
-
-
-def factors_keys(width: int) -> bool:
-    """Return whether a kernel factors covariances of keys of this width; PyTorch factors larger ones."""
-    return width <= _MOST_FACTORED
 
 
 def alike_first(

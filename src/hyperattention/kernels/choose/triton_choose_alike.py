@@ -25,6 +25,8 @@ _KEYS, _ROWS, _STRETCHES = 64, 64, 32
 _BLOCKS, _PLACED, _SLOTS = 2048, 2048, 512
 # averages, at least as many as a product has
 _LEAST = 16
+# numbers of the queries of a list that are held at once
+_NUMBERS = 8192
 # bytes of a list's rows that four warps hold
 _BYTES = 16_384
 
@@ -63,11 +65,11 @@ def _kernel(
     first_tile, length, step, tile_size, keys, most, first, levels, blocks, stretches, span, together, lists, units, room,
     num, even, least, bound,
     GROUP: tl.constexpr, MANY: tl.constexpr, SORTED: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
-    OF_LIST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr, EDGES: tl.constexpr, NORMAL: tl.constexpr, AVERAGES: tl.constexpr, STRETCHES: tl.constexpr,
-    PLAIN: tl.constexpr, DEVIATIONS: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr, BLOCKS: tl.constexpr,
-    PLACED: tl.constexpr, SLOTS: tl.constexpr, SEVERAL: tl.constexpr, ROUGH: tl.constexpr,
+    OF_LIST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+    COLUMNS: tl.constexpr, STEPS: tl.constexpr, EDGES: tl.constexpr, NORMAL: tl.constexpr, AVERAGES: tl.constexpr,
+    STRETCHES: tl.constexpr, PLAIN: tl.constexpr, DEVIATIONS: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCKS: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr, SEVERAL: tl.constexpr, ROUGH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     query_ptr += program * LISTS * OF_LIST * DIM
@@ -97,7 +99,7 @@ def _kernel(
                 q_at, source_ptr + (row + at) * EACH, directions_ptr + (one * sorts + at // SORTED) * COLUMNS * DIM,
                 query_ptr + (at - begin) * OF_LIST * DIM, spread_ptr + (at - begin) * 2 * DIM,
                 log_rows_ptr + (at - begin) * OF_LIST, scale, queries, s_head, s_query,
-                EACH, ROWS, OF_LIST, PADDED, DIM, WIDTH, COLUMNS, STEPS, ROUGH,
+                EACH, ROWS, OF_LIST, PADDED, DIM, WIDTH, SLICE, COLUMNS, STEPS, ROUGH,
             )  # fmt: skip
         # what is written is read by other threads, here and below
         tl.debug_barrier()
@@ -162,7 +164,8 @@ def launch_choice(
             "even": even, "least": least, "bound": bound, "GROUP": q.shape[1] * q.shape[0] // rows, "MANY": plan.many,
             "SORTED": source.shape[1] // directions.shape[1],
             "EACH": each, "ROWS": long, "OF_LIST": plan.groups, "PADDED": max(_LEAST, padded), "DIM": width,
-            "WIDTH": broad, "COLUMNS": DIRECTIONS, "STEPS": plan.steps, "EDGES": edges.shape[2], "NORMAL": plan.normal,
+            "WIDTH": broad, "SLICE": min(broad, max(16, _NUMBERS // long)), "COLUMNS": DIRECTIONS, "STEPS": plan.steps,
+            "EDGES": edges.shape[2], "NORMAL": plan.normal,
             "AVERAGES": _ROWS if broad <= 128 else _ROWS // 2, "STRETCHES": _STRETCHES,
             "PLAIN": len(keys) - len(variance), "DEVIATIONS": deviations, "LISTS": lists, "GROUPS": padded,
             "KEYS": _KEYS // fewer, "STAGES": 3 if broad <= 128 else 2,

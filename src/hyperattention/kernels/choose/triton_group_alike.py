@@ -39,10 +39,18 @@ def _nearest(few, centre, live, GROUPS: tl.constexpr, PADDED: tl.constexpr, PREC
 
 
 @triton.jit
+def _slice_of(q_at, live, first, DIM: tl.constexpr, SLICE: tl.constexpr):
+    """Read some numbers of each query, and tell which."""
+    column = first + tl.arange(0, SLICE)
+    inside = live[:, None] & (column < DIM)[None, :]
+    return _finite(tl.load(q_at[:, None] + column[None, :], mask=inside, other=0.0)), column
+
+
+@triton.jit
 def group_list(
     q_ptr, source_ptr, directions_ptr, query_ptr, spread_ptr, log_rows_ptr, scale, queries, s_head, s_query,
     EACH: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, SLICE: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Group the queries of a list, and average those of every group: see `AlikeScan.of`.
 
@@ -63,19 +71,22 @@ def group_list(
         PADDED: `GROUPS`, padded: at least what a product has.
         DIM: numbers of a query.
         WIDTH: `DIM`, padded.
+        SLICE: numbers of a query that are held at once.
         COLUMNS: number of directions.
         STEPS: times that groups are formed anew around their means.
         PRECISION: of products.
     """
-    row, column, to, group = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, COLUMNS), tl.arange(0, PADDED)
+    row, to, group = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, PADDED)
     live = row < EACH
     source = tl.load(source_ptr + row, mask=live, other=0)
-    q_at = source // queries * s_head + source % queries * s_query
-    inside = live[:, None] & (column < DIM)[None, :]
-    x = _finite(tl.load(q_ptr + q_at[:, None] + column[None, :], mask=inside, other=0.0))
-    way_at = directions_ptr + to[None, :] * DIM + column[:, None]
-    way = tl.load(way_at, mask=(column < DIM)[:, None], other=0.0).to(x.dtype)
-    few = _finite(tl.dot(x, way, input_precision=PRECISION) * scale)
+    q_at = q_ptr + source // queries * s_head + source % queries * s_query
+    few = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, WIDTH, SLICE):
+        x, column = _slice_of(q_at, live, first, DIM, SLICE)
+        way_at = directions_ptr + to[None, :] * DIM + column[:, None]
+        way = tl.load(way_at, mask=(column < DIM)[:, None], other=0.0).to(x.dtype)
+        few = tl.dot(x, way, few, input_precision=PRECISION)
+    few = _finite(few * scale)
     few = tl.where(live[:, None], few - (tl.sum(few, 0) / EACH)[None, :], 0.0)
     centre = _far_apart(few, live, GROUPS, ROWS, PADDED, COLUMNS)
     for _ in tl.range(0, STEPS):
@@ -85,16 +96,18 @@ def group_list(
         centre = tl.where(count > 0, mean, centre)
     one_of = _nearest(few, centre, live, GROUPS, PADDED, PRECISION)
     rows = tl.sum(one_of, 0)
-    # what is averaged is exact, as are its factors
-    average = tl.dot(tl.trans(one_of.to(x.dtype)), x, input_precision=PRECISION)
-    average *= (scale / tl.maximum(rows, 1.0))[:, None]
-    off = x.to(tl.float32) * scale - tl.dot(one_of, average, input_precision=PRECISION)
-    there = (group < GROUPS)[:, None] & (column < DIM)[None, :]
-    kept = average.to(query_ptr.dtype.element_ty)
-    tl.store(query_ptr + group[:, None] * DIM + column[None, :], kept, mask=there)
-    spread_at = spread_ptr + column
-    apart, half = tl.sum(off * off, 0) / EACH, tl.sum(average * average, 0) * (0.5 / GROUPS)
-    tl.store(spread_at, apart.to(spread_ptr.dtype.element_ty), mask=column < DIM)
-    tl.store(spread_at + DIM, half.to(spread_ptr.dtype.element_ty), mask=column < DIM)
+    for first in tl.range(0, WIDTH, SLICE):
+        x, column = _slice_of(q_at, live, first, DIM, SLICE)
+        # what is averaged is exact, as are its factors
+        average = tl.dot(tl.trans(one_of.to(x.dtype)), x, input_precision=PRECISION)
+        average *= (scale / tl.maximum(rows, 1.0))[:, None]
+        off = x.to(tl.float32) * scale - tl.dot(one_of, average, input_precision=PRECISION)
+        there = (group < GROUPS)[:, None] & (column < DIM)[None, :]
+        kept = average.to(query_ptr.dtype.element_ty)
+        tl.store(query_ptr + group[:, None] * DIM + column[None, :], kept, mask=there)
+        spread_at = spread_ptr + column
+        apart, half = tl.sum(off * off, 0) / EACH, tl.sum(average * average, 0) * (0.5 / GROUPS)
+        tl.store(spread_at, apart.to(spread_ptr.dtype.element_ty), mask=column < DIM)
+        tl.store(spread_at + DIM, half.to(spread_ptr.dtype.element_ty), mask=column < DIM)
     log_rows = 0.5 * tl.log(tl.maximum(rows * GROUPS / EACH, 1.1754943508222875e-38))
     tl.store(log_rows_ptr + group, log_rows, mask=group < GROUPS)

@@ -16,6 +16,8 @@ from hyperattention.kernels.launch import Launch
 # keys read at once, and programs that share the keys of one covariance: fewer where there are many lists, so that their sums
 # take little memory
 _KEYS, _MOST_SLICES, _PROGRAMS = 32, 16, 512
+# rows and columns of the products that a program sums up, and columns of a covariance that are factored at once
+_BLOCK, _PANEL = 128, 32
 
 
 @triton.jit
@@ -28,80 +30,133 @@ def _edge(level, first, GROWTH: tl.constexpr):
 
 
 @triton.jit
+def _centred(k_ptr, centre_ptr, key, end, s_key, column, DIM: tl.constexpr):
+    """Read some numbers of some keys, without their mean over the first keys."""
+    read = (key < end)[:, None] & (column < DIM)[None, :]
+    centre = tl.load(centre_ptr + column, mask=column < DIM, other=0.0)
+    x = tl.load(k_ptr + key.to(tl.int64)[:, None] * s_key + column[None, :], mask=read, other=0.0)
+    return tl.where(read, _finite(x.to(tl.float32) - centre[None, :]), 0.0)
+
+
+@triton.jit
 def _sums_kernel(
     k_ptr, centre_ptr, products_ptr, sums_ptr, first, levels, s_list, s_key, s_centre,
-    GROWTH: tl.constexpr, SLICES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, SLICES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    part, level, one = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    column = tl.arange(0, WIDTH)
+    part, level, one = tl.program_id(0) % SLICES, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    below, number = 0, 0
+    if WIDTH > BLOCK:
+        # blocks on the diagonal and below it, row by row
+        number = tl.program_id(0) // SLICES
+        while number > below:
+            below += 1
+            number -= below
+        row, column = row + below * BLOCK, column + number * BLOCK
     end = _edge(level, first, GROWTH)
     begin = tl.where(level == 0, 0, end // GROWTH)
     # the same keys in the same order whatever follows them
     each = tl.cdiv(tl.cdiv(end - begin, SLICES), KEYS) * KEYS
     begin += part * each
     end = tl.minimum(end, begin + each)
-    centre = tl.load(centre_ptr + one * s_centre + column, mask=column < DIM, other=0.0)
-    products, sums = tl.zeros([WIDTH, WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    k_ptr += one * s_list
+    centre_ptr += one * s_centre
+    products, sums = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for at in tl.range(begin, end, KEYS):
         key = at + tl.arange(0, KEYS)
-        read = (key < end)[:, None] & (column < DIM)[None, :]
-        x = tl.load(k_ptr + one * s_list + key.to(tl.int64)[:, None] * s_key + column[None, :], mask=read, other=0.0)
-        x = tl.where(read, _finite(x.to(tl.float32) - centre[None, :]), 0.0)
-        products = tl.dot(tl.trans(x), x, products, input_precision=PRECISION)
+        x = _centred(k_ptr, centre_ptr, key, end, s_key, column, DIM)
+        y = _centred(k_ptr, centre_ptr, key, end, s_key, row, DIM) if WIDTH > BLOCK else x
+        products = tl.dot(tl.trans(y), x, products, input_precision=PRECISION)
         sums += tl.sum(x, 0)
     at = (one * levels + level) * SLICES + part
-    tl.store(products_ptr + (at * WIDTH + column)[:, None] * WIDTH + column[None, :], products)
-    tl.store(sums_ptr + at * WIDTH + column, sums)
+    tl.store(products_ptr + (at * WIDTH + row)[:, None] * WIDTH + column[None, :], products)
+    if below == number:
+        tl.store(sums_ptr + at * WIDTH + column, sums)
+
+
+@triton.jit
+def _panel_of(factor_ptr, row, column, DIM: tl.constexpr):
+    """Read some rows and columns of a factor, as far as they are written."""
+    inside = (row < DIM)[:, None] & (column < DIM)[None, :] & (row[:, None] >= column[None, :])
+    return tl.load(factor_ptr + row[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _factored(panel, row, begin, count, ridge, PANEL: tl.constexpr):
+    """Factor the columns from `begin` on, of which all earlier ones are subtracted, one after the other."""
+    number, along = tl.arange(0, PANEL)[None, :], row[:, None]
+    for at in tl.range(0, count):
+        # what is left is symmetric: its column and its row are the same numbers in two layouts
+        down = tl.sum(tl.where(number == at, panel, 0.0), 1)
+        right = tl.sum(tl.where(along == begin + at, panel, 0.0), 0)
+        # the ridge is the least that there is: where rounding leaves less, all that is left of the column is rounding, which
+        # would be divided by it, and grow from column to column
+        pivot = tl.sum(tl.where(row == begin + at, down, 0.0), 0)
+        inverse = 1.0 / tl.sqrt(tl.maximum(pivot, ridge))
+        below = tl.where(pivot >= ridge, inverse, 0.0)
+        down = tl.where(row > begin + at, down * below, tl.where(row == begin + at, 1.0 / inverse, 0.0))
+        left = panel - down[:, None] * (right * inverse)[None, :]
+        panel = tl.where(number > at, left, tl.where(number == at, down[:, None], panel))
+    return panel
 
 
 @triton.jit
 def _factor_kernel(
     products_ptr, sums_ptr, factor_ptr, first, levels, ridge,
-    GROWTH: tl.constexpr, SLICES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    GROWTH: tl.constexpr, SLICES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PANEL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     number, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, WIDTH)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    along = tl.arange(0, WIDTH)
-    total, sums = tl.zeros([WIDTH, WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    row, inside = tl.arange(0, WIDTH), tl.arange(0, PANEL)
+    factor_ptr += (one * (levels + 1) + number) * DIM * DIM
+    products_ptr += one * levels * SLICES * WIDTH * WIDTH
+    sums_ptr += one * levels * SLICES * WIDTH
     # the first factor is the identity
-    for part in tl.range(0, number * SLICES):
-        at = one * levels * SLICES + part
-        total += tl.load(products_ptr + (at * WIDTH + row) * WIDTH + column)
-        sums += tl.load(sums_ptr + at * WIDTH + along)
+    parts = number * SLICES
     count = _edge(tl.maximum(number - 1, 0), first, GROWTH).to(tl.float32)
-    # the mean in both layouts, without a product of the device
-    across = tl.sum(tl.where(row == column, sums[None, :], 0.0), 1)
-    total = total / count - (across / count)[:, None] * (sums / count)[None, :]
-    variance = tl.sum(tl.sum(tl.where(row == column, total, 0.0), 1), 0) / DIM
-    # relative to the mean variance; what pads the matrix stands apart from the rest
-    total = tl.where((row < DIM) & (column < DIM), total / tl.maximum(variance, 1e-37), 0.0)
-    total += tl.where(row == column, tl.where(row < DIM, ridge, 1.0), 0.0)
-    for at in tl.range(0, DIM):
-        # what is left is symmetric: its column and its row are the same numbers in two layouts
-        down = tl.sum(tl.where(column == at, total, 0.0), 1)
-        right = tl.sum(tl.where(row == at, total, 0.0), 0)
-        pivot = tl.sum(tl.where(along == at, down, 0.0), 0)
-        # rounding may leave less than the ridge, which is the least that there is
-        inverse = 1.0 / tl.sqrt(tl.maximum(pivot, ridge))
-        down = tl.where(along > at, down, tl.where(along == at, tl.maximum(pivot, ridge), 0.0)) * inverse
-        right = tl.where(along > at, right, 0.0) * inverse
-        left = total - down[:, None] * right[None, :]
-        total = tl.where(column > at, left, tl.where(column == at, down[:, None], total))
-    total = tl.where(row >= column, total, 0.0)
+    variance, mean = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    for part in tl.range(0, parts):
+        variance += tl.load(products_ptr + part * WIDTH * WIDTH + row * (WIDTH + 1))
+        mean += tl.load(sums_ptr + part * WIDTH + row) / count
+    variance = tl.sum(variance / count - mean * mean, 0) / DIM
+    wrong = number * 0
+    for begin in tl.range(0, DIM, PANEL):
+        column = begin + inside
+        lower = row[:, None] >= column[None, :]
+        panel, across = tl.zeros([WIDTH, PANEL], tl.float32), tl.zeros([PANEL], tl.float32)
+        for part in tl.range(0, parts):
+            at = part * WIDTH * WIDTH + row[:, None] * WIDTH + column[None, :]
+            panel += tl.load(products_ptr + at, mask=row[:, None] >= begin, other=0.0)
+            across += tl.load(sums_ptr + part * WIDTH + column) / count
+        # relative to the mean variance; what pads the matrix stands apart from the rest
+        panel = (panel / count - mean[:, None] * across[None, :]) / tl.maximum(variance, 1e-37)
+        panel = tl.where((row < DIM)[:, None] & (column < DIM)[None, :], panel, 0.0)
+        panel += tl.where(row[:, None] == column[None, :], tl.where(row < DIM, ridge, 1.0)[:, None], 0.0)
+        for before in tl.range(0, begin, PANEL, num_stages=1):
+            earlier = _panel_of(factor_ptr, row, before + inside, DIM)
+            own = _panel_of(factor_ptr, column, before + inside, DIM)
+            panel -= tl.dot(earlier, tl.trans(own), input_precision=PRECISION)
+        panel = _factored(panel, row, begin, tl.minimum(DIM - begin, PANEL), ridge, PANEL)
+        wrong += tl.sum(tl.sum(tl.where(lower & ~(tl.abs(panel) < float("inf")), 1, 0), 1), 0)
+        out_at = factor_ptr + row[:, None] * DIM + column[None, :]
+        tl.store(out_at, tl.where(lower, panel, 0.0), mask=(row < DIM)[:, None] & (column < DIM)[None, :])
+        # what is written is read by other threads
+        tl.debug_barrier()
     # keys so large that their products are not finite tell nothing
-    wrong = tl.sum(tl.sum(tl.where(tl.abs(total) < float("inf"), 0, 1), 1), 0) > 0
-    total = tl.where(wrong | (number == 0), tl.where(row == column, 1.0, 0.0), total)
-    out = factor_ptr + ((one * (levels + 1) + number) * DIM + row) * DIM + column
-    tl.store(out, total, mask=(row < DIM) & (column < DIM))
+    if (wrong > 0) | (number == 0):
+        for begin in tl.range(0, DIM, PANEL):
+            column = begin + inside
+            one_of = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
+            out_at = factor_ptr + row[:, None] * DIM + column[None, :]
+            tl.store(out_at, one_of, mask=(row < DIM)[:, None] & (column < DIM)[None, :])
 
 
 def key_factors(k: Tensor, centres: Tensor, first: int, growth: int, ridge: float) -> Tensor:
     """Factor the covariances of `first`, `growth` times `first`, ... leading keys: see `KeyMetric.of`.
 
     Args:
-        k: keys, ``[lists, keys, width]``, up to 128 wide.
+        k: keys, ``[lists, keys, width]``, up to 256 wide.
         centres: mean of the first keys, and more numbers behind it, ``[lists, at least width]``, float32.
         first: leading keys of the first covariance.
         growth: how many times as many the next one has.
@@ -126,22 +181,29 @@ def launches_of_factors(
     """Prepare the launches of `key_factors`, which write into `factor`: one where there is only the identity."""
     k = k if k.stride(2) == 1 else k.contiguous()
     lists, levels, dim = k.shape[0], factor.shape[1] - 1, k.shape[2]
-    width, slices = max(16, triton.next_power_of_2(dim)), max(1, min(_MOST_SLICES, _PROGRAMS // max(1, lists)))
+    width = max(16, triton.next_power_of_2(dim))
+    block, panel = min(width, _BLOCK), min(width, _PANEL)
+    # what fewer programs sum up longer is read sooner; wide keys have more programs for each slice
+    slices, blocks = max(1, min(_MOST_SLICES * block // width, _PROGRAMS // max(1, lists))), width // block
     products = centres.new_empty(max(1, lists * levels * slices), width, width)
     sums = centres.new_empty(max(1, lists * levels * slices), width)
     shared = {
         "products_ptr": products, "sums_ptr": sums, "first": first, "levels": levels, "GROWTH": growth, "SLICES": slices,
         "DIM": dim, "WIDTH": width,
+        # the smallest variances would be lost in the rounding of a single product of the tensor cores
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3",
     }  # fmt: skip
     add = Launch(
         _sums_kernel,
-        (slices, levels, lists),
+        (slices * (blocks * (blocks + 1) // 2), levels, lists),
         {
             "k_ptr": k, "centre_ptr": centres, **shared, "s_list": k.stride(0), "s_key": k.stride(1),
-            "s_centre": centres.stride(0), "KEYS": _KEYS,
-            # the smallest variances would be lost in the rounding of a single product of the tensor cores
-            "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 8, "num_stages": 2,
+            "s_centre": centres.stride(0), "BLOCK": block, "KEYS": _KEYS, "num_warps": 8, "num_stages": 2,
         },
     )  # fmt: skip
-    factors = Launch(_factor_kernel, (1 + levels, lists), {**shared, "factor_ptr": factor, "ridge": ridge, "num_warps": 8})
+    factors = Launch(
+        _factor_kernel,
+        (1 + levels, lists),
+        {**shared, "factor_ptr": factor, "ridge": ridge, "PANEL": panel, "num_warps": 4 if width <= 128 else 8},
+    )
     return (add, factors) if levels else (factors,)

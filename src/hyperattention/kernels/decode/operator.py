@@ -85,7 +85,7 @@ def decode_best_pages(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank and choose pages, and compute attention over sinks, chosen pages and window: three launches.
+    """Rank and choose pages, and compute attention over sinks, chosen pages and window: two launches.
 
     Args:
         q: queries, ``[batch, heads, queries, head_dim]``.

@@ -2,7 +2,8 @@
 
 A program takes one query of a kv head, with all query heads of the group. It finds the pages of the best scores among all
 (`triton_rank` wrote the scores), and reads its share of the keys where they lie. Programs that share a list choose the same
-pages. A page's score is the largest over the heads of the group, each after its softmax over all pages.
+pages, and the last of them merges what all have written. A page's score is the largest over the heads of the group, each
+after its softmax over all pages.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -17,9 +18,11 @@ from hyperattention.kernels.decode.triton_parts import (
     DecodeShape,
     begun,
     decode_shape_of,
+    done_last,
     empty_results,
     finished,
     launch_merge,
+    merge_parts,
     scores_of,
     splits_of,
     taken,
@@ -30,8 +33,8 @@ from hyperattention.kernels.list.triton_forward import widest
 
 # scores of pages that a warp holds in registers while it chooses
 _PAGES_OF_A_WARP = 1024
-# numbers of chosen pages written at once
-_WRITTEN = 64
+# numbers of chosen pages written at once, and numbers of parts that a warp holds while it merges them
+_WRITTEN, _MERGED_BY_A_WARP = 64, 1024
 
 
 @triton.jit
@@ -55,12 +58,13 @@ def _key_of(slot, chosen_ptr, num, begin, sinks, recent, seen, PAGE: tl.constexp
 # numbers that grow from step to step are not compiled for
 @triton.jit(do_not_specialize=["pages", "blocks", "recent", "seen", "splits"])
 def _pages_kernel(
-    q_ptr, k_ptr, v_ptr, score_ptr, block_ptr, chosen_ptr, begin_ptr, sink_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, score_ptr, block_ptr, done_ptr, chosen_ptr, begin_ptr, sink_ptr, out_ptr, lse_ptr,
+    merged_ptr, merged_lse_ptr,
     scale, cap, pages, blocks, num, sinks, recent, seen, kv_heads, group, queries, splits,
     q_batch, q_head, q_query, k_batch, k_head, v_batch, v_head,
     KS: tl.constexpr, VS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
-    CHOOSE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    PAGES: tl.constexpr, WRITTEN: tl.constexpr,
+    CHOOSE: tl.constexpr, MERGE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    PAGES: tl.constexpr, WRITTEN: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -111,6 +115,15 @@ def _pages_kernel(
     out_at = out_ptr + stored[:, None] * VALUE_DIM + value_columns[None, :]
     in_value = inside[:, None] & (value_columns[None, :] < VALUE_DIM)
     tl.store(out_at, mean.to(out_ptr.dtype.element_ty), mask=in_value)
+    if MERGE:  # noqa: SIM102 - known to the compiler, and the other is not
+        if done_last(done_ptr + tile, splits):
+            of_group = tl.arange(0, HEADS)
+            merged_row = (list_number.to(tl.int64) * group + of_group) * queries + query
+            rows = lists * group * queries
+            merge_parts(
+                out_ptr, lse_ptr, merged_ptr, merged_lse_ptr, merged_row, of_group < group, splits, rows,
+                HEADS, VALUE_DIM, VALUE_WIDTH, PARTS,
+            )  # fmt: skip
 
 
 def decode_pages(
@@ -153,22 +166,26 @@ def decode_pages(
     if not results[1].numel():
         return results
     scores = None
+    # who ranks pages counts from 0 how many programs of a list are done
+    merged = None
     if ranked is not None:
         summary, reach = ranked
         scores = empty_scores(q, k.shape[1], summary.shape[2])
         if summary.shape[2]:
             launch_rank(q, summary, scores, scale, reach, softcap).run()
-    launch_pages((q, k, v, begin, sinks), scores, chosen, parts, plan, scale, cut, softcap=softcap).run()
-    if splits > 1:
+            merged = results if splits > 1 else None
+    launch_pages((q, k, v, begin, sinks), scores, chosen, parts, merged, plan, scale, cut, softcap=softcap).run()
+    if splits > 1 and merged is None:
         launch_merge(parts, results).run()
     return results
 
 
 def launch_pages(
     given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    scores: tuple[Tensor, Tensor] | None,
+    scores: tuple[Tensor, Tensor, Tensor] | None,
     chosen: Tensor,
     parts: tuple[Tensor, Tensor],
+    merged: tuple[Tensor, Tensor] | None,
     plan: PagePlan,
     scale: float,
     cut: DecodeShape,
@@ -182,6 +199,7 @@ def launch_pages(
         scores: of pages, as `triton_rank` wrote them; None if pages are chosen.
         chosen: chosen pages, contiguous; written if there are scores.
         parts: out ``[splits, batch, heads, queries, value_dim]`` and lse without its last axis, to be written.
+        merged: for out and lse, merged by the last program of each list; None leaves it to another launch. It takes scores.
         plan: what is read.
         scale: factor of the scores.
         cut: shape of a program.
@@ -193,13 +211,18 @@ def launch_pages(
     q, k, v, begin, sinks = given
     (batch, heads, queries, head_dim), kv_heads, value_dim = q.shape, k.shape[1], v.shape[3]
     group = heads // kv_heads
-    pages, blocks = (0, 0) if scores is None else (scores[0].shape[2], scores[1].shape[2])
+    # for what is not read the queries are passed
+    score, block, done = scores or (q, q, q)
+    out, lse = merged or (q, q)
+    pages, blocks = (0, 0) if scores is None else (score.shape[2], block.shape[2])
+    width, value_width = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
+    warps, heads_at_once = max(cut.warps, min(16, most_pages(pages) // _PAGES_OF_A_WARP)), triton.next_power_of_2(group)
     return Launch(
         _pages_kernel,
         (batch * kv_heads * queries, len(parts[1])),
         {
             "q_ptr": q, "k_ptr": k, "v_ptr": v,
-            "score_ptr": q if scores is None else scores[0], "block_ptr": q if scores is None else scores[1],
+            "score_ptr": score, "block_ptr": block, "done_ptr": done, "merged_ptr": out, "merged_lse_ptr": lse,
             "chosen_ptr": chosen, "begin_ptr": begin, "sink_ptr": begin if sinks is None else sinks,
             "out_ptr": parts[0], "lse_ptr": parts[1], "scale": scale, "cap": softcap or 1.0,
             "pages": pages, "blocks": blocks, "num": plan.num, "sinks": plan.sinks, "recent": plan.recent,
@@ -207,10 +230,12 @@ def launch_pages(
             **{f"q_{name}": q.stride(axis) for axis, name in enumerate(("batch", "head", "query"))},
             "k_batch": k.stride(0), "k_head": k.stride(1), "v_batch": v.stride(0), "v_head": v.stride(1),
             "KS": k.stride(2), "VS": v.stride(2), "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "PAGE": plan.page,
-            "CHOOSE": scores is not None, "CAPPED": softcap is not None, "SINKS": sinks is not None,
+            "CHOOSE": scores is not None, "MERGE": merged is not None,
+            "CAPPED": softcap is not None, "SINKS": sinks is not None,
             "PRECISION": precision_of(q), "PAGES": most_pages(pages), "WRITTEN": _WRITTEN,
             "ROWS": max(16, triton.next_power_of_2(group)), "BLOCK": cut.block,
-            "WIDTH": max(16, triton.next_power_of_2(head_dim)), "VALUE_WIDTH": max(16, triton.next_power_of_2(value_dim)),
-            "num_warps": max(cut.warps, min(16, most_pages(pages) // _PAGES_OF_A_WARP)), "num_stages": cut.stages,
+            "HEADS": heads_at_once, "PARTS": max(1, _MERGED_BY_A_WARP * warps // (heads_at_once * value_width)),
+            "WIDTH": width, "VALUE_WIDTH": value_width,
+            "num_warps": warps, "num_stages": cut.stages,
         },
     )  # fmt: skip

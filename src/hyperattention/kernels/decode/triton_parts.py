@@ -1,7 +1,7 @@
 """Shared parts of the Triton kernels of a decoding step: one block of a running softmax, and the merge of splits.
 
-There are few queries, so that the keys of a list are split between programs. Each program writes its part in float32, and a
-second launch merges the parts by their log-sum-exp.
+There are few queries, so that the keys of a list are split between programs. Each program writes its part in float32, and
+parts are merged by their log-sum-exp, in a launch of their own or by the program of a list that is done last.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -117,31 +117,55 @@ def finished(top, total, mean):
 
 
 @triton.jit
-def _merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, rows,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, PARTS: tl.constexpr,
+def merge_parts(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, row, inside, splits, rows,
+    ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Merge the parts of some rows, of which there are `rows` in all, `PARTS` at a time."""
     columns = tl.arange(0, VALUE_WIDTH)
-    top, total = -float("inf"), 0.0
-    mean = tl.zeros([VALUE_WIDTH], tl.float32)
+    top, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    mean = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     for first in tl.range(0, splits, PARTS):
         part = first + tl.arange(0, PARTS)
-        there = part < splits
-        at = part.to(tl.int64) * rows + row
-        lse = tl.load(part_lse_ptr + at, mask=there, other=-float("inf"))
-        seen = (there & (lse != -float("inf")))[:, None] & (columns[None, :] < VALUE_DIM)
-        out = tl.load(part_ptr + at[:, None] * VALUE_DIM + columns[None, :], mask=seen, other=0.0)
+        there = (part < splits)[:, None] & inside[None, :]
+        at = part.to(tl.int64)[:, None] * rows + row[None, :]
+        # other programs have written it: not what a multiprocessor may still hold
+        lse = tl.load(part_lse_ptr + at, mask=there, other=-float("inf"), cache_modifier=".cg")
+        out_at = part_ptr + at[:, :, None] * VALUE_DIM + columns[None, None, :]
+        inner = there[:, :, None] & (columns < VALUE_DIM)[None, None, :]
+        out = tl.load(out_at, mask=inner, other=0.0, cache_modifier=".cg")
+        out = tl.where((lse != -float("inf"))[:, :, None], out, 0.0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         centre = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight, shrink = tl.exp(lse - centre), tl.exp(top - centre)
-        mean = mean * shrink + tl.sum(out * weight[:, None], 0)
+        weight, shrink = tl.exp(lse - centre[None, :]), tl.exp(top - centre)
+        mean = mean * shrink[:, None] + tl.sum(out * weight[:, :, None], 0)
         total = total * shrink + tl.sum(weight, 0)
         top = new_top
     empty = total == 0
     whole = tl.where(empty, 1.0, total)
-    tl.store(lse_ptr + row, tl.where(empty, -float("inf"), top + tl.log(whole)))
-    tl.store(out_ptr + row * VALUE_DIM + columns, (mean / whole).to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
+    tl.store(lse_ptr + row, tl.where(empty, -float("inf"), top + tl.log(whole)), mask=inside)
+    merged = (mean / whole[:, None]).to(out_ptr.dtype.element_ty)
+    in_value = inside[:, None] & (columns < VALUE_DIM)[None, :]
+    tl.store(out_ptr + row[:, None] * VALUE_DIM + columns[None, :], merged, mask=in_value)
+
+
+@triton.jit
+def _merge_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, rows,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    merge_parts(
+        part_ptr, part_lse_ptr, out_ptr, lse_ptr, row, row < rows, splits, rows, 1, VALUE_DIM, VALUE_WIDTH, PARTS
+    )  # fmt: skip
+
+
+@triton.jit
+def done_last(done_ptr, splits):
+    """Tell whether a program is the last of `splits` ones to come here, which may read what all of them have written."""
+    # what other threads of this program have written comes before the count
+    tl.debug_barrier()
+    return tl.atomic_add(done_ptr, 1, sem="acq_rel") == splits - 1
 
 
 def launch_merge(parts: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> Launch:

@@ -1,7 +1,8 @@
 """Scores of pages for the queries of a decoding step in Triton, one launch: `cache.page_rank.Bounds` and `Midpoint`.
 
 A program scores some pages for the query heads of a kv head, which share the summaries it fetches. Beside the scores it
-writes the log of their summed exponentials, from which the softmax over all pages is computed later.
+writes the log of their summed exponentials, from which the softmax over all pages is computed later, and a count of 0, by
+which the programs that read the keys find out who is the last.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
@@ -21,13 +22,15 @@ _PAGES = 64
 # numbers that grow from step to step are not compiled for
 @triton.jit(do_not_specialize=["pages", "blocks"])
 def _rank_kernel(
-    q_ptr, summary_ptr, score_ptr, block_ptr, scale, cap, reach, pages, blocks, kv_heads, group, queries,
+    q_ptr, summary_ptr, score_ptr, block_ptr, done_ptr, scale, cap, reach, pages, blocks, kv_heads, group, queries,
     q_batch, q_head, q_query, s_batch, s_head,
     SS: tl.constexpr, HEAD_DIM: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, PAGES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile, block = tl.program_id(0), tl.program_id(1)
     list_number, query = tile // queries, (tile % queries).to(tl.int64)
+    if block == 0:
+        tl.store(done_ptr + tile, 0)
     batch, kv_head = (list_number // kv_heads).to(tl.int64), (list_number % kv_heads).to(tl.int64)
     row = tl.arange(0, ROWS)
     inside = row < group
@@ -68,7 +71,7 @@ def pages_at_once(head_dim: int, itemsize: int) -> int:
     return max(16, _PAGES * 256 // max(256, head_dim * itemsize))
 
 
-def empty_scores(q: Tensor, kv_heads: int, pages: int) -> tuple[Tensor, Tensor]:
+def empty_scores(q: Tensor, kv_heads: int, pages: int) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate what `launch_rank` writes.
 
     Args:
@@ -77,19 +80,20 @@ def empty_scores(q: Tensor, kv_heads: int, pages: int) -> tuple[Tensor, Tensor]:
         pages: number of pages.
 
     Returns:
-        scores ``[lists * queries, group, pages]``, and the log-sum-exp of each block of pages.
+        scores ``[lists * queries, group, pages]``; the log-sum-exp of each block of pages; and for each list and query how
+        many programs have read their share of its keys, ``[lists * queries]``, int32: none yet.
     """
     batch, heads, queries, head_dim = q.shape
     shape = (batch * kv_heads * queries, heads // kv_heads)
     blocks = triton.cdiv(pages, pages_at_once(head_dim, q.element_size()))
     score, of_blocks = (q.new_empty((*shape, count), dtype=torch.float32) for count in (pages, blocks))
-    return score, of_blocks
+    return score, of_blocks, q.new_empty(shape[:1], dtype=torch.int32)
 
 
 def launch_rank(
     q: Tensor,
     summary: Tensor,
-    results: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor],
     scale: float,
     reach: float,
     softcap: float | None,
@@ -113,7 +117,7 @@ def launch_rank(
         _rank_kernel,
         (batch * kv_heads * queries, triton.cdiv(pages, at_once)),
         {
-            "q_ptr": q, "summary_ptr": summary, "score_ptr": results[0], "block_ptr": results[1],
+            "q_ptr": q, "summary_ptr": summary, "score_ptr": results[0], "block_ptr": results[1], "done_ptr": results[2],
             "scale": scale, "cap": softcap or 1.0, "reach": reach, "pages": pages, "blocks": results[1].shape[2],
             "kv_heads": kv_heads, "group": group, "queries": queries,
             **{f"q_{name}": q.stride(axis) for axis, name in enumerate(("batch", "head", "query"))},

@@ -1,7 +1,8 @@
 """Which selections the fast list kernel reads, and how each becomes two ranges of keys and one flat list a tile.
 
-The fast kernel (`triton_flat`) knows no groups. A tile reads a *range* first, keys that follow one another and need no list,
-and then one flat list: every other key with its log-weight. `triton_flatten` writes both from a selection.
+The loops of the fast kernel (`triton_flat`) know no groups. A tile reads a *range* first, keys that follow one another and
+need no list, and then one flat list: every other key with its log-weight. `triton_flatten` writes both from a selection,
+unless it has no more than one group beside ranges, which is such a list already.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ _MOST_SLOTS = 4096
 
 @dataclass(frozen=True)
 class FlatLists:
-    """A selection as the fast kernel reads it; log-weights are in base 2.
+    """A selection laid out for the fast kernel; log-weights are in base 2.
 
     Args:
         header: eight numbers a tile, ``[tiles, 8]``, int32: first key of the first range; its length; first key of the
@@ -35,21 +36,17 @@ class FlatLists:
         range_weight: log-weight of the keys of each range, ``[tiles, 2]``, float32.
         index: the flat lists, ``[tiles, slots]``, int32; up to a whole block, slots that are empty repeat a listed key.
         log_weight: their log-weights, ``[tiles, slots]``, float32; -inf in empty slots.
-        ranges: whether any tile may have a range.
-        tested: whether any pair may be tested.
     """
 
     header: Tensor
     range_weight: Tensor
     index: Tensor
     log_weight: Tensor
-    ranges: bool
-    tested: bool
 
 
 @dataclass(frozen=True)
 class FlatForm:
-    """How a selection is laid out as ranges and flat lists.
+    """How a selection is read as ranges and flat lists.
 
     Args:
         lists: the selection, its groups in the order in which they are read: ranges, then groups whose pairs are tested.
@@ -60,6 +57,15 @@ class FlatForm:
     num_ranges: int
 
     @property
+    def to_lay_out(self) -> bool:
+        """Whether flat lists are written first: for several groups beside ranges, and for a long one that is tested.
+
+        A flat list tells which of its keys every row sees; a group as it lies is tested throughout.
+        """
+        tested, slots = self.lists.causal[self.num_ranges :], _listed(self.lists, self.num_ranges)
+        return len(tested) > 1 or (any(tested) and slots > BLOCK)
+
+    @property
     def capacity(self) -> int:
         """Slots of a flat list, in whole blocks."""
         return max(BLOCK, -(-_listed(self.lists, self.num_ranges) // BLOCK) * BLOCK)
@@ -68,8 +74,8 @@ class FlatForm:
 def flat_form_of(lists: Lists, num_keys: int, *, paged: bool) -> FlatForm | None:
     """Lay a selection out for the fast kernel, if that kernel reads it.
 
-    It does not read labels (of a hash), gaps, keys in pages, lists of more than 4,096 slots beside two ranges, and keys
-    whose numbers do not fit int32.
+    It does not read labels (of a hash), gaps, keys in pages, keys whose numbers do not fit int32, and more than 4,096 slots
+    beside two ranges, unless they are read as they lie.
 
     Args:
         lists: the selection.
@@ -91,7 +97,7 @@ def flat_form_of(lists: Lists, num_keys: int, *, paged: bool) -> FlatForm | None
     ranges = sorted(longest, key=lambda group: (lists.causal[group], group))
     listed = sorted((group for group in range(len(slots)) if group not in ranges), key=lambda g: (not lists.causal[g], g))
     form = FlatForm(_reordered(lists, [*ranges, *listed]), len(ranges))
-    return form if _listed(form.lists, form.num_ranges) <= _MOST_SLOTS else None
+    return None if form.to_lay_out and _listed(form.lists, form.num_ranges) > _MOST_SLOTS else form
 
 
 def _listed(lists: Lists, num_ranges: int) -> int:

@@ -1,4 +1,6 @@
-"""The fast list kernel in Triton, forward: one loop over ranges of keys, one over a flat list, and nothing else in them.
+"""The fast list kernel in Triton, forward: one loop over ranges of keys, one over a list, and nothing else in them.
+
+A selection of several lists is laid out as one first (`triton_flatten`); a single list is read as it lies.
 
 What makes it fast, and what the general kernel (`triton_forward`) cannot do with its groups:
 
@@ -12,6 +14,7 @@ What makes it fast, and what the general kernel (`triton_forward`) cannot do wit
 """
 # what a kernel may write is Triton's language, which its own stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false
 
 import math
 
@@ -20,12 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperattention.kernels.launch import Launch, StoredRows, by_head, precision_of, store_of
-from hyperattention.kernels.list.flat_form import FlatForm, FlatLists
+from hyperattention.kernels.launch import Launch, StoredRows, by_head, groups_of, precision_of, store_of
+from hyperattention.kernels.list.flat_form import BLOCK, FlatForm, FlatLists
 from hyperattention.kernels.list.triton_flatten import flatten
 from hyperattention.kernels.list.triton_forward import Shape, capability_of, shape_of, widest
-from hyperattention.kernels.list.triton_slots import stored_at
+from hyperattention.kernels.list.triton_slots import LOG2_E, NEVER, ranges_of, slots_of, stored_at
 
+# groups of a selection as arguments, and slots of one that are looked at at once
+_GROUPS = "firsts", "weights", "lows", "highs", "holes", "slots", "RUNS", "HOLED", "CAUSAL"
+_CHUNK = 1024
 HEADER = tl.constexpr(8)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -79,12 +85,51 @@ def _accumulate(
 
 
 @triton.jit
+def _named(group, tile, num_tiles, RUN: tl.constexpr, HOLED: tl.constexpr, BLOCK: tl.constexpr):
+    """Tell up to which slot a group names keys of a tile, how many slots do, and the last of these keys."""
+    first, weight, low, high, hole, slots = group
+    until, count, last = tile.to(tl.int32) * 0, tile.to(tl.int32) * 0, tile.to(tl.int32) * 0
+    for at in tl.range(0, slots, BLOCK):
+        index, bias = slots_of(first, weight, low, high, hole, tile, num_tiles, at, slots, RUN, HOLED, BLOCK)
+        live = bias != -float("inf")
+        until = tl.maximum(until, tl.max(tl.where(live, at + tl.arange(0, BLOCK) + 1, 0), 0))
+        count += tl.sum(live.to(tl.int32), 0)
+        last = tl.maximum(last, tl.max(tl.where(live, index, 0), 0))
+    return until, count, last
+
+
+@triton.jit
+def _some_of(group, tile, num_tiles, at, last, RUN: tl.constexpr, HOLED: tl.constexpr, BLOCK: tl.constexpr):
+    """Fetch a block of a group as it lies; slots that name no key are given the key `last`."""
+    first, weight, low, high, hole, slots = group
+    index, bias = slots_of(first, weight, low, high, hole, tile, num_tiles, at, slots, RUN, HOLED, BLOCK)
+    return tl.where(bias == -float("inf"), last, index), bias * LOG2_E
+
+
+@triton.jit
+def _block_of(index_at, weight_at, at, LAID_OUT: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """Fetch a block of a flat list, or of a group whose slots all name keys."""
+    slot = at + tl.arange(0, BLOCK)
+    if LAID_OUT:
+        index, weight = tl.load(index_at + slot), tl.load(weight_at + slot)
+    elif RUN == 0:
+        index, weight = tl.load(index_at).to(tl.int32) + slot, tl.load(weight_at + slot * 0) * LOG2_E
+    else:
+        index = tl.load(index_at + slot // RUN).to(tl.int32) + slot % RUN
+        weight = tl.load(weight_at + slot // RUN) * LOG2_E
+    return index, weight
+
+
+@triton.jit
 def _flat_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_row_ptr, limit_ptr, header_ptr, range_weight_ptr, index_ptr, weight_ptr,
-    scale, tiles, rows, size, kp, vp,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_row_ptr, limit_ptr, header_ptr, range_weight_ptr,
+    index_ptr, weight_ptr, firsts, weights, lows, highs, holes, slots,
+    scale, tiles, num_tiles, rows, size, kp, vp,
     KS: tl.constexpr, VS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    RANGED: tl.constexpr, TESTED: tl.constexpr, CAPACITY: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    RUNS: tl.constexpr, HOLED: tl.constexpr, CAUSAL: tl.constexpr, LAID_OUT: tl.constexpr, RANGES: tl.constexpr,
+    TESTED: tl.constexpr, CAPACITY: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     slabs = tl.cdiv(rows, ROWS)
     tile = (tl.program_id(0) // slabs).to(tl.int64)
@@ -100,17 +145,22 @@ def _flat_kernel(
     if TESTED:
         limit = tl.load(limit_ptr + tile * rows + row, mask=inside, other=0).to(tl.int32)
     k_base, v_base = k_ptr + key_row * kp + columns[None, :], v_ptr + key_row * vp + value_columns[None, :]
-    header_ptr += tile * HEADER
-    slot = tl.arange(0, BLOCK)
 
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
-    if RANGED:
-        begin, length = tl.load(header_ptr), tl.load(header_ptr + 1)
-        jump, count = tl.load(header_ptr + 2) - length, tl.load(header_ptr + 3)
-        special, causal_from = tl.minimum(tl.load(header_ptr + 4), count), tl.load(header_ptr + 5)
-        first_weight, second_weight = tl.load(range_weight_ptr + tile * 2), tl.load(range_weight_ptr + tile * 2 + 1)
+    if RANGES:
+        if LAID_OUT:
+            header_at, range_at = header_ptr + tile * HEADER, range_weight_ptr + tile * 2
+            begin, length, begin_2 = tl.load(header_at), tl.load(header_at + 1), tl.load(header_at + 2)
+            count, special, causal_from = tl.load(header_at + 3), tl.load(header_at + 4), tl.load(header_at + 5)
+            first_weight, second_weight = tl.load(range_at), tl.load(range_at + 1)
+        else:
+            least = tl.min(tl.where(inside, limit, NEVER), 0) if TESTED else tile.to(tl.int32) * 0 + NEVER
+            begin, length, begin_2, count, special, causal_from, first_weight, second_weight = ranges_of(
+                firsts, weights, lows, highs, slots, tile, least, CAUSAL, RANGES
+            )
+        jump, special = begin_2 - length, tl.minimum(special, count)
         for phase in tl.static_range(2):
             # whole blocks of one weight that every row sees, then those that need a closer look
             edge = special // BLOCK * BLOCK
@@ -132,41 +182,59 @@ def _flat_kernel(
                 top, total, mean = _accumulate(
                     score, v_base, index, in_value, top, total, mean, VS, VALUE_DIM == VALUE_WIDTH, PRECISION
                 )
-    if CAPACITY:
-        listed, num_tested = tl.load(header_ptr + 6), tl.load(header_ptr + 7)
-        index_at, weight_at = index_ptr + tile * CAPACITY, weight_ptr + tile * CAPACITY
-        begin = num_tested * 0
-        if TESTED:
-            # a block or two of a few tiles: the keys of a list that not every row of its tile sees
-            begin = tl.cdiv(num_tested, BLOCK) * BLOCK
-            for at in tl.range(0, begin, HALF):
-                part = at + tl.arange(0, HALF)
-                index = tl.load(index_at + part)
+    if LAID_OUT or len(RUNS) > RANGES:
+        RUN: tl.constexpr = 1 if LAID_OUT else RUNS[RANGES]
+        # slots from `look` to `until` are tested; those from `begin` to `end` all name keys that every row sees
+        if LAID_OUT:
+            listed, num_tested = tl.load(header_ptr + tile * HEADER + 6), tl.load(header_ptr + tile * HEADER + 7)
+            index_at, weight_at = index_ptr + tile * CAPACITY, weight_ptr + tile * CAPACITY
+            begin, end = tl.cdiv(num_tested, BLOCK) * BLOCK, listed
+            look, until = 0, begin
+        else:
+            group = firsts[RANGES], weights[RANGES], lows[RANGES], highs[RANGES], holes[RANGES], slots[RANGES]
+            until, count, last_key = _named(group, tile, num_tiles, RUN, HOLED[RANGES], CHUNK)
+            runs = 1 if RUN == 0 else slots[RANGES] // RUN
+            index_at, weight_at = firsts[RANGES] + tile * runs, weights[RANGES] + tile * runs
+            look = until * 0 if CAUSAL[RANGES] else tl.where(count == until, until // BLOCK * BLOCK, 0)
+            begin, end = until * 0, look
+        if TESTED or not LAID_OUT:
+            # a block or two of a few tiles, or the last block of a list that ends within it
+            for at in tl.range(look, until, HALF):
+                tested = at + tl.arange(0, HALF)
+                if LAID_OUT:
+                    index, weight = _block_of(index_at, weight_at, at, LAID_OUT, RUN, HALF)
+                    tested = tl.where(tested < num_tested, index, -1)
+                else:
+                    index, weight = _some_of(group, tile, num_tiles, at, last_key, RUN, HOLED[RANGES], HALF)
+                    tested = index if CAUSAL[RANGES] else tested * 0 - 1
                 score = _products(q, k_base, index, in_key, KS, HEAD_DIM == WIDTH, PRECISION) * scale
-                score += tl.load(weight_at + part)[None, :]
-                tested = tl.where(part < num_tested, index, -1)
-                score = tl.where(tested[None, :] < limit[:, None], score, -float("inf"))
+                score += weight[None, :]
+                if TESTED:
+                    score = tl.where(tested[None, :] < limit[:, None], score, -float("inf"))
                 top, total, mean = _accumulate(
                     score, v_base, index, in_value, top, total, mean, VS, VALUE_DIM == VALUE_WIDTH, PRECISION
                 )
-        last = tl.maximum(tl.cdiv(listed, BLOCK) - 1, 0) * BLOCK
-        # the numbers of a block are here before the block before it is read
-        index = tl.load(index_at + tl.minimum(begin, last) + slot)
-        weight = tl.load(weight_at + tl.minimum(begin, last) + slot)
-        for at in tl.range(begin, listed, BLOCK):
-            following = tl.minimum(at + BLOCK, last)
-            next_index = tl.load(index_at + following + slot)
-            next_weight = weight
-            if CARRY:
-                next_weight = tl.load(weight_at + following + slot)
-            score = _products(q, k_base, index, in_key, KS, HEAD_DIM == WIDTH, PRECISION) * scale
-            if not CARRY:
-                weight = tl.load(weight_at + at + slot)
-            score += weight[None, :]
-            top, total, mean = _accumulate(
-                score, v_base, index, in_value, top, total, mean, VS, VALUE_DIM == VALUE_WIDTH, PRECISION
-            )
-            index, weight = next_index, next_weight
+        if LAID_OUT or not CAUSAL[RANGES]:
+            last = tl.maximum(tl.cdiv(end, BLOCK) - 1, 0) * BLOCK
+            # the numbers of a block are here before the block before it is read
+            if LAID_OUT:
+                index, weight = _block_of(index_at, weight_at, tl.minimum(begin, last), LAID_OUT, RUN, BLOCK)
+            else:
+                # a group may have fewer slots than a block
+                index, weight = _some_of(group, tile, num_tiles, 0, last_key, RUN, HOLED[RANGES], BLOCK)
+            for at in tl.range(begin, end, BLOCK):
+                following = tl.minimum(at + BLOCK, last)
+                next_index, next_weight = _block_of(index_at, weight_at, following, LAID_OUT, RUN, BLOCK)
+                score = _products(q, k_base, index, in_key, KS, HEAD_DIM == WIDTH, PRECISION) * scale
+                if not CARRY:
+                    _, weight = _block_of(index_at, weight_at, at, LAID_OUT, RUN, BLOCK)
+                score += weight[None, :]
+                top, total, mean = _accumulate(
+                    score, v_base, index, in_value, top, total, mean, VS, VALUE_DIM == VALUE_WIDTH, PRECISION
+                )
+                index = next_index
+                if CARRY:
+                    weight = next_weight
 
     # a total that is not a number stays so
     empty = total == 0
@@ -174,7 +242,7 @@ def _flat_kernel(
     lse = tl.where(empty, -float("inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
     # rows are numbered again, by what the compiler cannot know to be 0: kept, their numbers would take 50 registers from the
     # loops, and spill
-    row = first_row + tl.minimum(tl.load(header_ptr + 3, volatile=True), 0) + tl.arange(0, ROWS)
+    row = first_row + tl.minimum(tl.load(key_row_ptr, volatile=True), 0).to(tl.int32) + tl.arange(0, ROWS)
     inside = row < rows
     stored = stored_at(tile, row, tiles, rows, size)
     tl.store(lse_ptr + stored, lse, mask=inside)
@@ -183,13 +251,13 @@ def _flat_kernel(
 
 
 def flat_forward(q: Tensor, k: Tensor, v: Tensor, form: FlatForm, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend from every tile to the keys on its list: `list_torch.forward` on a GPU, in two launches.
+    """Attend from every tile to the keys on its list: `list_torch.forward` on a GPU, in one launch, or two.
 
     Args:
         q: queries by tile, ``[lists, tiles, group, size, head_dim]``.
         k: keys, ``[key_rows, keys, head_dim]``.
         v: values, laid out as the keys.
-        form: the selection, laid out.
+        form: the selection.
         scale: factor of the scores.
 
     Returns:
@@ -201,7 +269,8 @@ def flat_forward(q: Tensor, k: Tensor, v: Tensor, form: FlatForm, scale: float) 
     out = q.new_empty((*lse.shape, v.shape[-1]))
     cut = flat_shape_of(group * size, widest(q, v), q.element_size(), capability_of(q))
     stores = store_of(k, None), store_of(v, None)
-    launch_flat(q, *stores, (out, lse), form, flatten(form), scale, cut, carry=carries(cut)).run()
+    flat = flatten(form) if form.to_lay_out else None
+    launch_flat(q, *stores, (out, lse), form, flat, scale, cut, carry=carries(cut)).run()
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
@@ -211,7 +280,7 @@ def launch_flat(
     v: StoredRows,
     results: tuple[Tensor, Tensor],
     form: FlatForm,
-    flat: FlatLists,
+    flat: FlatLists | None,
     scale: float,
     cut: Shape,
     *,
@@ -224,8 +293,8 @@ def launch_flat(
         k: keys.
         v: values.
         results: out ``[lists, group, tiles, size, value_dim]`` and lse without its last axis, to be written.
-        form: the selection, laid out.
-        flat: the selection, as the kernel reads it.
+        form: the selection.
+        flat: the selection, laid out; None for one that is read as it lies.
         scale: factor of the scores.
         cut: how a program is cut.
         carry: whether log-weights are fetched one block ahead.
@@ -234,20 +303,25 @@ def launch_flat(
         the launch.
     """
     num_lists, tiles, group, size, head_dim = q.shape
-    rows, value_dim = group * size, v.data.shape[-1]
+    rows, value_dim, limit = group * size, v.data.shape[-1], form.lists.row_limit.contiguous()
     width, value_width = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
+    # for what is not read the limit is passed
+    laid_out = (limit,) * 4 if flat is None else (flat.header, flat.range_weight, flat.index, flat.log_weight)
+    groups = groups_of(form.lists, BLOCK)
     return Launch(
         _flat_kernel,
         (num_lists * tiles * triton.cdiv(rows, cut.rows),),
         {
             "q_ptr": by_head(q), "k_ptr": k.data, "v_ptr": v.data, "out_ptr": results[0], "lse_ptr": results[1],
-            "key_row_ptr": form.lists.key_row.contiguous(), "limit_ptr": form.lists.row_limit.contiguous(),
-            "header_ptr": flat.header, "range_weight_ptr": flat.range_weight, "index_ptr": flat.index,
-            "weight_ptr": flat.log_weight, "scale": scale / math.log(2), "tiles": tiles, "rows": rows, "size": size,
+            "key_row_ptr": form.lists.key_row.contiguous(), "limit_ptr": limit,
+            "header_ptr": laid_out[0], "range_weight_ptr": laid_out[1], "index_ptr": laid_out[2], "weight_ptr": laid_out[3],
+            **{name: groups[name] if flat is None else () for name in _GROUPS},
+            "scale": scale / math.log(2), "tiles": tiles, "num_tiles": num_lists * tiles, "rows": rows, "size": size,
             "kp": k.strides[0], "vp": v.strides[0], "KS": k.strides[2], "VS": v.strides[2],
-            "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "RANGED": flat.ranges, "TESTED": flat.tested,
-            "CAPACITY": form.capacity, "CARRY": carry, "PRECISION": precision_of(q),
-            "ROWS": cut.rows, "BLOCK": cut.block, "HALF": max(16, cut.block // 2),
+            "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "LAID_OUT": flat is not None, "RANGES": form.num_ranges,
+            "TESTED": any(form.lists.causal),
+            "CAPACITY": 0 if flat is None else form.capacity, "CARRY": carry, "PRECISION": precision_of(q),
+            "ROWS": cut.rows, "BLOCK": cut.block, "HALF": max(16, cut.block // 2), "CHUNK": _CHUNK,
             "WIDTH": width, "VALUE_WIDTH": value_width,
             "num_warps": cut.warps, "num_stages": cut.stages,
         },

@@ -12,15 +12,12 @@ import triton.language as tl
 
 from hyperattention.kernels.launch import Launch, groups_of
 from hyperattention.kernels.list.flat_form import BLOCK, FlatForm, FlatLists
-from hyperattention.kernels.list.triton_slots import slots_of
+from hyperattention.kernels.list.triton_slots import LOG2_E, NEVER, ranges_of, slots_of
 
 # slots that a program takes at a time
 _CHUNK = 1024
 _ROWS = 256
 HEADER = tl.constexpr(8)
-# beyond every key and every place
-NEVER = tl.constexpr(2**31 - 1)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -39,25 +36,9 @@ def _flatten_kernel(
             limit = tl.load(limit_ptr + tile * rows + row, mask=row < rows, other=NEVER)
             least = tl.minimum(least, tl.min(limit, 0)).to(tl.int32)
 
-    begin, length, begin_2, total = least * 0, least * 0, least * 0, least * 0
-    special, causal_from = least * 0 + NEVER, least * 0 + NEVER
-    weight, weight_2 = 0.0, 0.0
-    for g in tl.static_range(RANGES):
-        start = tl.maximum(tl.load(firsts[g] + tile), tl.load(lows[g] + tile)).to(tl.int32)
-        end = tl.minimum(tl.load(firsts[g] + tile) + slots[g], tl.load(highs[g] + tile)).to(tl.int32)
-        log_weight = tl.load(weights[g] + tile) * LOG2_E
-        count = tl.where(log_weight == -float("inf"), 0, tl.maximum(end - start, 0))
-        if CAUSAL[g]:
-            causal_from = tl.minimum(causal_from, total)
-            reached = tl.where(end > least, total + tl.maximum(least - start, 0), NEVER)
-            special = tl.minimum(special, tl.where(count > 0, reached, NEVER))
-        if g == 0:
-            begin, length, weight, weight_2 = start, count, log_weight, log_weight
-        else:
-            begin_2, weight_2 = start, log_weight
-            special = tl.minimum(special, tl.where((count > 0) & (weight_2 != weight), total, NEVER))
-        total += count
-
+    begin, length, begin_2, total, special, causal_from, weight, weight_2 = ranges_of(
+        firsts, weights, lows, highs, slots, tile, least, CAUSAL, RANGES
+    )
     index_ptr += tile * CAPACITY
     weight_ptr += tile * CAPACITY
     listed, tested, last = least * 0, least * 0, least * 0
@@ -128,7 +109,7 @@ def empty_flat(form: FlatForm) -> FlatLists:
     range_weight = limit.new_empty((tiles, 2), dtype=torch.float32)
     index = limit.new_empty((tiles, form.capacity), dtype=torch.int32)
     log_weight = limit.new_empty((tiles, form.capacity), dtype=torch.float32)
-    return FlatLists(header, range_weight, index, log_weight, form.num_ranges > 0, any(form.lists.causal))
+    return FlatLists(header, range_weight, index, log_weight)
 
 
 def launch_flatten(form: FlatForm, flat: FlatLists) -> Launch:
@@ -152,7 +133,7 @@ def launch_flatten(form: FlatForm, flat: FlatLists) -> Launch:
             **groups, "CHUNKS": chunks, "limit_ptr": limit,
             "header_ptr": flat.header, "range_weight_ptr": flat.range_weight, "index_ptr": flat.index,
             "weight_ptr": flat.log_weight, "num_tiles": len(flat.header), "rows": limit.shape[2],
-            "TESTED": flat.tested, "RANGES": form.num_ranges, "CAPACITY": form.capacity, "PAD": BLOCK,
+            "TESTED": any(form.lists.causal), "RANGES": form.num_ranges, "CAPACITY": form.capacity, "PAD": BLOCK,
             "ROWS": min(_ROWS, max(16, triton.next_power_of_2(limit.shape[2]))), "num_warps": 4,
         },
     )  # fmt: skip

@@ -10,6 +10,10 @@ first key.
 import triton
 import triton.language as tl
 
+# beyond every key and every place
+NEVER = tl.constexpr(2**31 - 1)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def stored_at(tile, row, tiles, rows, size):
@@ -37,6 +41,35 @@ def slots_of(
         live &= (index < tl.load(hole + tile)) | (index >= tl.load(hole + num_tiles + tile))
     bias = tl.where(live, bias, -float("inf"))
     return tl.where(live, index, 0), bias
+
+
+@triton.jit
+def ranges_of(
+    firsts, weights, lows, highs, slots, tile, least, CAUSAL: tl.constexpr, RANGES: tl.constexpr
+):  # fmt: skip
+    """Return the ranges of keys of a tile, its leading groups, and their log-weights: see `flat_form.FlatLists`.
+
+    Keys before `least` are seen by every row.
+    """
+    begin, length, begin_2, total = least * 0, least * 0, least * 0, least * 0
+    special, causal_from = least * 0 + NEVER, least * 0 + NEVER
+    weight, weight_2 = 0.0, 0.0
+    for g in tl.static_range(RANGES):
+        start = tl.maximum(tl.load(firsts[g] + tile), tl.load(lows[g] + tile)).to(tl.int32)
+        end = tl.minimum(tl.load(firsts[g] + tile) + slots[g], tl.load(highs[g] + tile)).to(tl.int32)
+        log_weight = tl.load(weights[g] + tile) * LOG2_E
+        count = tl.where(log_weight == -float("inf"), 0, tl.maximum(end - start, 0))
+        if CAUSAL[g]:
+            causal_from = tl.minimum(causal_from, total)
+            reached = tl.where(end > least, total + tl.maximum(least - start, 0), NEVER)
+            special = tl.minimum(special, tl.where(count > 0, reached, NEVER))
+        if g == 0:
+            begin, length, weight, weight_2 = start, count, log_weight, log_weight
+        else:
+            begin_2, weight_2 = start, log_weight
+            special = tl.minimum(special, tl.where((count > 0) & (weight_2 != weight), total, NEVER))
+        total += count
+    return begin, length, begin_2, total, special, causal_from, weight, weight_2
 
 
 @triton.jit

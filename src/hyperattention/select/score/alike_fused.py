@@ -11,7 +11,6 @@ from hyperattention.kernels.choose.operator_alike import (
     alike_blocks,
     alike_first,
     choose_alike,
-    factors_keys,
     key_factors,
     sort_alike,
 )
@@ -99,8 +98,6 @@ class FusedSort:
 
 def fused_metric(k: Tensor, centres: Tensor, first: int) -> KeyMetric:
     """Factor covariances as `KeyMetric.of` does, in two launches; `centres` begin with the mean of the first keys."""
-    if not factors_keys(k.shape[2]):
-        return KeyMetric.of(k, first)
     return KeyMetric(key_factors(k, centres, first, GROWTH, RIDGE), first)
 
 

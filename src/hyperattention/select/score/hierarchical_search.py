@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.check import positive
-from hyperattention.kernels.backend import triton_reads
+from hyperattention.kernels.backend import grid_holds, triton_reads
 from hyperattention.kernels.choose.operator import MOST_ROWS
 from hyperattention.select.density import Density, Distribution
 from hyperattention.select.score.blocks import KeySketch
@@ -162,8 +162,9 @@ class HierarchicalSearch(Density):
 
     def _fused(self, tiles: Tiles) -> bool:
         """Return whether kernels search."""
-        rows = tiles.problem.group * min(self.pooled, tiles.size)
-        return rows <= MOST_ROWS and triton_reads(tiles.problem.q, tiles.problem.k)
+        problem = tiles.problem
+        fits = problem.group * min(self.pooled, tiles.size) <= MOST_ROWS
+        return fits and grid_holds(problem.k.shape[0] * problem.k.shape[1]) and triton_reads(problem.q, problem.k)
 
     def _levels(self, num: int, num_keys: int) -> tuple[tuple[Level, ...], int]:
         """Return the levels of a call, and the keys in whole blocks."""
