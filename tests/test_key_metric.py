@@ -35,6 +35,16 @@ def test_lengths_are_what_scores_differ_by():
         torch.testing.assert_close(found, score.square().mean(-1) / variance, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_that_span_few_directions_have_factors():
+    g = torch.Generator().manual_seed(2)
+    k = torch.randn(1, 4096, 3, generator=g) @ torch.randn(3, 32, generator=g)
+    metric = KeyMetric.of(k, 256)
+    for at, count in enumerate((256, 1024, 4096), 1):
+        covariance = k[0, :count].T.double().cov(correction=0)
+        found = metric.factor[0, at].double() @ metric.factor[0, at].double().T
+        torch.testing.assert_close(found, covariance / covariance.diagonal().mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_tile_takes_the_last_covariance_of_keys_that_all_its_queries_see():
     metric = KeyMetric.of(keys(200), 6)
     known = torch.tensor([[0, 5, 6, 23, 24, 95, 96, 200]] * 2)

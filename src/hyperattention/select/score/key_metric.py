@@ -13,8 +13,9 @@ from hyperattention.select.score.pooling import score_bytes
 GROWTH = 4
 # a share of the trace is added to a covariance, so that its factor exists even if keys span too few directions
 RIDGE = 1e-6
-# float32 numbers held for each number of a key while products are summed
-_KEY_NUMBERS = 4
+# float32 numbers held for each number of a key while products are summed, in float64: in float32, rounding would leave keys
+# that span few directions without a factor
+_KEY_NUMBERS = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class KeyMetric:
         products, total, covariances = torch.zeros_like(eye), eye.new_zeros(len(k), 1, k.shape[2]), []
         for begin, end in pairwise(edges):
             for at in range(begin, end, step):
-                part = k[:, at : min(at + step, end)].to(wide) - centre
+                part = k[:, at : min(at + step, end)].double() - centre
                 part = torch.nan_to_num_(part, nan=0.0, posinf=0.0, neginf=0.0)
                 products = products + part.transpose(1, 2) @ part
                 total = total + part.sum(1, keepdim=True)
