@@ -79,6 +79,12 @@ def test_presets_begin_where_they_pay_and_at_an_edge_of_a_tile():
     assert choose(Options(), None, max_length=4096, device=torch.device("cuda")).min_length == 32_768
 
 
+@pytest.mark.parametrize("min_length", [None, 100])
+def test_exact_prompts_begin_nowhere(min_length):
+    found = choose(Options(method=ha.Exact(), min_length=min_length), None, max_length=4096, device=CPU)
+    assert found.min_length is found.of(0, (0, 2)) is None
+
+
 def test_a_method_that_reads_a_whole_prompt_is_refused():
     for method in (ha.HyperAttention(), ha.Method(ha.HashBuckets(16), ha.Draw(8))):
         with pytest.raises(ValueError, match="computes in chunks"):

@@ -93,6 +93,8 @@ def choose(options: Options, plan: Plan | None, *, max_length: int, device: torc
     least = options.min_length
     if least is None and crossover is not None:
         least = crossover // 2
+    if isinstance(method, Exact):
+        least = None
     return Choice(method, layers, None if least is None else -(-least // tile) * tile, tile)
 
 
