@@ -13,71 +13,29 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from served_engine import Engine
 
 from hyperattention import __version__
-from hyperattention.files.model_folder import WEIGHTS
 from hyperattention.reference.samples import samples_of_documents
 from hyperattention.reference.text import held_out_documents
 
 BLOCK = 128
 
 
-class Engine:
-    """An engine in a process of its own."""
-
-    def __init__(self, length: int, decode: dict | None) -> None:
-        options = None if decode is None else {"method": {"type": "Exact"}, "decode": decode}
-        environment = os.environ | {
-            "HYPERATTENTION_VLLM_CPU": str(int(decode is not None)), "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }  # fmt: skip
-        command = [sys.executable, __file__, "--serve", json.dumps({"length": length, "options": options})]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
-        )
-
-    def ask(self, prompt: list[int], max_tokens: int) -> dict:
-        """Generate tokens; return them with the seconds, and what was counted since the engine began."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([prompt, max_tokens]) + "\n")
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"the engine ended: {self.process.wait()}")
-
-    def token_seconds(self, prompt: list[int], num: int) -> tuple[float, float]:
-        """Time a generated token, on the clock and of the processor; the prompt is in the cache, and is subtracted."""
-        one, many = self.ask(prompt, 1), self.ask(prompt, 1 + num)
-        return (many["seconds"] - one["seconds"]) / num, (many["cpu_seconds"] - one["cpu_seconds"]) / num
+def engine_of(length: int, decode: dict | None) -> Engine:
+    """Start an engine, and approximate decoding alone."""
+    options = None if decode is None else {"method": {"type": "Exact"}, "decode": decode}
+    return Engine(options, max_model_len=length, max_num_batched_tokens=8192, block_size=BLOCK)
 
 
-def serve(length: int, options: dict | None) -> None:
-    """Answer one question a line."""
-    from hyperattention.integrations.vllm.metrics import read_counts
-    from vllm import LLM, SamplingParams
-
-    extra = {} if options is None else {"additional_config": {"hyperattention": options}}
-    llm = LLM(
-        str(WEIGHTS), dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=length,
-        max_num_batched_tokens=8192, max_num_seqs=1, block_size=BLOCK, **extra,
-    )  # fmt: skip
-    for line in sys.stdin:
-        prompt, max_tokens = json.loads(line)
-        began, spent = time.perf_counter(), time.process_time()
-        asked = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, max_tokens=max_tokens)
-        (answer,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
-        found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - spent}
-        decoding = read_counts().decoding
-        found |= {"tokens": list(answer.outputs[0].token_ids), "cached": answer.num_cached_tokens}
-        print(json.dumps(found | {"calls": decoding.calls, "share_of_pairs": decoding.share_of_pairs}), flush=True)
+def token_seconds(engine: Engine, prompt: list[int], num: int) -> tuple[float, float]:
+    """Time a generated token, on the clock and of the processor; the prompt is in the cache, and is subtracted."""
+    one, many = engine.ask(prompt, 1), engine.ask(prompt, 1 + num)
+    return (many["seconds"] - one["seconds"]) / num, (many["cpu_seconds"] - one["cpu_seconds"]) / num
 
 
 def retrieval(engines: dict[str, Engine], sample, questions: int) -> dict[str, dict]:
@@ -92,7 +50,7 @@ def retrieval(engines: dict[str, Engine], sample, questions: int) -> dict[str, d
             right = [a == b for a, b in zip(answer["tokens"][1:], tokens[place : place + size], strict=True)]
             found[name]["digits"] += right
             found[name]["answers"].append(answer["tokens"])
-            found[name] |= {"calls": answer["calls"], "share_of_pairs": answer["share_of_pairs"]}
+            found[name] |= {key: answer["decoding"][key] for key in ("calls", "share_of_pairs")}
     return found
 
 
@@ -104,10 +62,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.serve:
-        return serve(**json.loads(asked.serve))
     import vllm
 
     (sample,) = samples_of_documents(held_out_documents(asked.length, 1, seed=3))
@@ -118,16 +73,16 @@ def main() -> None:
         decodes[f"budget {budget}, pages of {page}"] = {
             "budget": budget, "min_length": 4096, "policy": {"type": "TopPages", "page": page},
         }  # fmt: skip
-    engines = {name: Engine(asked.length, decode) for name, decode in decodes.items()}
-    for engine in engines.values():
-        engine.ask(whole, 1)
-    found = retrieval(engines, sample, asked.questions)
-    times = {name: [] for name in engines}
-    for _ in range(asked.turns):
-        for name, engine in engines.items():
-            times[name].append(engine.token_seconds(whole, asked.tokens))
-    for name, engine in engines.items():
-        engine.process.kill()
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(engine_of(asked.length, each)) for name, each in decodes.items()}
+        for engine in engines.values():
+            engine.ask(whole, 1)
+        found = retrieval(engines, sample, asked.questions)
+        times = {name: [] for name in engines}
+        for _ in range(asked.turns):
+            for name, engine in engines.items():
+                times[name].append(token_seconds(engine, whole, asked.tokens))
+    for name in decodes:
         pairs = list(zip(times[name], times["stock"], strict=True))
         clock, cpu = (statistics.median(ours[i] / theirs[i] for ours, theirs in pairs) for i in range(2))
         digits, answers = found[name].pop("digits"), found[name].pop("answers")
@@ -147,7 +102,6 @@ def main() -> None:
         if asked.out:
             with asked.out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-    return None
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import torch
 import hyperattention as ha
 from hyperattention.files.fingerprint import Fingerprint
 from hyperattention.files.plan import Measured
-from hyperattention.integrations.vllm.choice import choose
+from hyperattention.integrations.vllm.choice import choose, unreached
 from hyperattention.integrations.vllm.counts import ServedCounter, is_audited, pairs_of
 from hyperattention.integrations.vllm.options import Options, read_options
 from hyperattention.integrations.vllm.pages import CachePages, KeyOrder, find_order
 from hyperattention.integrations.vllm.plugin import asked_on_cpu
-from hyperattention.integrations.vllm.served_layers import LayerTraits, check_layer
+from hyperattention.integrations.vllm.served_layers import LayerTraits, check_layer, check_listed
 from hyperattention.integrations.vllm.split import Piece, split_step
 
 CPU = torch.device("cpu")
@@ -38,7 +38,10 @@ def test_options_have_defaults_and_are_read():
         ({"seed": True}, "whole number from 0"),
         ({"audit_rows": 0}, "whole number from 1"),
         ({"decode": "top_pages"}, 'must be "exact", or an object such as'),
-        ({"decode": {}}, "decode.budget is missing"),
+        ({"decode": {}}, r'must be "exact", or an object such as \{"budget": 1024\}'),
+        ({"decode": None}, 'must be "exact", or an object such as'),
+        ({"decode": {"budget": 0}}, "^--additional-config: hyperattention.decode.budget is 0: it must be a whole number"),
+        ({"method": None}, "must be one of default, thorough, lean, or a method"),
         ({"decode": {"budget": 100}}, "leaves no slot besides 16 sinks and 128 window"),
         ({"decode": {"budget": 150}}, "leaves no page of 8"),
         ({"decode": {"budget": 512, "pages": 3}}, "only policy, budget, sinks, window, min_length, memory_gib"),
@@ -55,6 +58,16 @@ def test_wrong_options_are_refused_with_the_remedy(given, message):
     assert "docs/vllm.md" in str(found.value)
 
 
+@pytest.mark.parametrize(
+    "given", [{"method": "lean"}, {"hyperatention": {"method": "lean"}}, {"HyperAttention": {}, "other": 1}], ids=str
+)
+def test_options_that_would_not_be_read_are_refused(given):
+    with pytest.raises(ValueError, match=r'options are read from the key .* write \{"hyperattention": \{...\}\}'):
+        read_options(given)
+    assert read_options({"hyperattention": {}} | given) == Options()
+    assert read_options({"method": "lean", "other": 1}) == Options()
+
+
 def test_presets_begin_where_they_pay_and_at_an_edge_of_a_tile():
     found = choose(Options(min_length=100, method=DRAWN), None, max_length=4096, device=CPU)
     assert (found.min_length, found.tile) == (144, 48)
@@ -64,6 +77,12 @@ def test_presets_begin_where_they_pay_and_at_an_edge_of_a_tile():
     # the same list of stages at every length, chosen by the longest
     assert choose(Options("lean"), None, max_length=200_000, device=CPU).method == ha.lean_method(200_000)
     assert choose(Options(), None, max_length=4096, device=torch.device("cuda")).min_length == 32_768
+
+
+@pytest.mark.parametrize("min_length", [None, 100])
+def test_exact_prompts_begin_nowhere(min_length):
+    found = choose(Options(method=ha.Exact(), min_length=min_length), None, max_length=4096, device=CPU)
+    assert found.min_length is found.of(0, (0, 2)) is None
 
 
 def test_a_method_that_reads_a_whole_prompt_is_refused():
@@ -198,6 +217,29 @@ def test_layers_that_no_method_approximates_are_refused(changes, message):
     check_layer("model.layers.0", LayerTraits(**plain))
     with pytest.raises(ValueError, match=f"model.layers.0 .*{message}"):
         check_layer("model.layers.0", LayerTraits(**(plain | changes)))
+
+
+def test_layers_that_the_model_does_not_have_are_refused():
+    check_listed(None, 4)
+    check_listed(frozenset({0, 3}), 4)
+    with pytest.raises(ValueError, match=r"layers \[4, 9\] are not in the model: list some of 0 to 3 in `layers`"):
+        check_listed(frozenset({1, 4, 9}), 4)
+    with pytest.raises(ValueError, match="no layer is listed"):
+        check_listed(frozenset(), 4)
+
+
+def test_what_no_request_is_long_enough_for_is_said():
+    options = read_options({"hyperattention": {"method": "lean", "decode": {"budget": 1024}}})
+    lean = choose(options, None, max_length=20_480, device=CPU)
+    assert unreached(lean, options, 20_480) is None
+    short = unreached(lean, options, 20_479)
+    assert short is not None
+    assert short.startswith("no request decodes by its best pages, because these begin at 20480 keys; requests end at 20479")
+    both = unreached(lean, options, 2048)
+    assert both is not None
+    assert both.startswith("no prompt is approximated, because the method begins at position 2048; no request decodes")
+    # the last query of 2,049 tokens is at position 2,048
+    assert unreached(lean, Options("lean"), 2049) is None
 
 
 def test_the_cpu_is_asked_for_in_words(monkeypatch):

@@ -8,6 +8,9 @@ import json
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from unittest import mock
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING"
@@ -25,14 +28,15 @@ def run(case: dict) -> dict:
     from vllm import LLM, SamplingParams
 
     options = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "disable_log_stats": False}
-    before = read_counts()
+    before, graphs = read_counts(), graphs_seen()
     try:
-        llm = LLM(case["model"], **(options | case.get("llm", {})))
+        with cut_into_pieces() if case.get("pieces") else nullcontext():
+            llm = LLM(case["model"], **(options | case.get("llm", {})))
     except Exception as error:
         cleanup_dist_env_and_memory()
         return {"error": f"{type(error).__name__}: {error}"}
     asked = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **case.get("sampling", {}))
-    answers, seconds, computed = [], [], []
+    answers, seconds, computed, started = [], [], [], graphs_seen()
     # batches one after another: later ones find the prefixes of earlier ones
     for batch in case["batches"]:
         began, spent = time.perf_counter(), time.process_time()
@@ -42,6 +46,7 @@ def run(case: dict) -> dict:
     # each process of a group counts its own heads' calls
     ranks = llm.collective_rpc(worker_counts) if case["llm"].get("tensor_parallel_size", 1) > 1 else []
     after, metrics = read_counts(), {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    prompts = approximated_between(before.prompts, after.prompts)
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
@@ -53,19 +58,51 @@ def run(case: dict) -> dict:
         "preemptions": metrics.get("vllm:num_preemptions"),
         "seconds": seconds,
         "cpu_seconds": computed,
-        "approximated": after.prompts.calls - before.prompts.calls,
+        "approximated": prompts["calls"],
         "exact": {reason: num - before.exact.get(reason, 0) for reason, num in after.exact.items()},
-        "listed_pairs": after.prompts.listed_pairs - before.prompts.listed_pairs,
-        "exact_pairs": after.prompts.exact_pairs - before.prompts.exact_pairs,
+        "listed_pairs": prompts["listed_pairs"],
+        "exact_pairs": prompts["exact_pairs"],
         "ranks": ranks,
-        "audits": after.prompts.audits - before.prompts.audits,
-        "error": after.prompts.error if after.prompts.audits else None,
-        "decoding": decoding_between(before.decoding, after.decoding),
+        "audits": prompts["audits"],
+        "error": prompts["error"],
+        "decoding": approximated_between(before.decoding, after.decoding),
+        "compiled": {name: num - graphs[name] for name, num in started.items()},
+        "compiled_later": {name: num - started[name] for name, num in graphs_seen().items()},
     }
 
 
-def decoding_between(before, after) -> dict:
-    """Count what an engine decoded by the best pages of its requests."""
+def graphs_seen() -> dict[str, int]:
+    """Count what this process compiled: graphs of a model, their pieces with and without attention, and breaks."""
+    from torch._dynamo.utils import counters
+    from vllm.compilation.counter import compilation_counter as counted
+
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "pieces": counted.num_piecewise_graphs_seen,
+        "compiled pieces": counted.num_piecewise_capturable_graphs_seen,
+    }
+
+
+def cut_into_pieces() -> AbstractContextManager:
+    """Let vLLM cut a model's graph at attention, as it does on a GPU: on a CPU it sets another mode, whatever is asked."""
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def keep(config: Any) -> None:
+        update(config)
+        compilation = config.compilation_config
+        # the other settings belong to a GPU: passes with its operators, and sizes of its graphs
+        compilation.mode, compilation.backend, compilation.compile_sizes = CompilationMode.VLLM_COMPILE, "eager", []
+        compilation.pass_config.fuse_norm_quant = compilation.pass_config.fuse_act_quant = False
+
+    return mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(keep))
+
+
+def approximated_between(before, after) -> dict:
+    """Count what an engine approximated: of prompts, or of requests that generate."""
     audits = after.audits - before.audits
     error = after.error * after.audits - (before.error * before.audits if before.audits else 0.0) if audits else 0.0
     return {

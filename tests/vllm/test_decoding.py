@@ -52,6 +52,8 @@ def test_tokens_are_those_of_stock_where_the_pages_cover(stock, decoded):
     # three long requests in two layers; the first token of an answer is computed with the prompt
     assert found["calls"] == 2 * 3 * 39
     assert found["listed_pairs"] == found["exact_pairs"]
+    # chunks of 128: the reason of all prompts is the method
+    assert set(ours["exact"]) == {"decoding", "prompts"}
     assert ours["exact"]["decoding"] == 2 * 39
     assert ours["approximated"] == 0
     assert found["audits"] in range(found["calls"] // 2, found["calls"] // 2 + 2)

@@ -43,6 +43,8 @@ def started(tiny, llama, tmp_path_factory):
     cases = {f"plan {name}": (llama, {"plan": str(folder / f"{name}.json")}, {}) for name in files}
     cases |= {
         "option": (llama, {"budget": 3}, {}),
+        "unknown layers": (llama, {"layers": [0, 2]}, {}),
+        "misplaced": (llama, {}, {"additional_config": {"method": "lean"}}),
         "layers": (llama, {"method": "lean", "min_length": 64, "layers": [1]}, {}),
         "scheduler": (llama, {}, {"scheduler_cls": "hyperattention.integrations.vllm.scheduler.AlignedScheduler"}),
         "quantised": (llama, {"min_length": 64}, {"kv_cache_dtype": "fp8"}),
@@ -72,6 +74,8 @@ def started(tiny, llama, tmp_path_factory):
     [
         ("plan deeper", "this plan was made for another model: num layers 3 there and 2 here"),
         ("plan other weights", "this plan was made for another model: other weights in the same shape"),
+        ("unknown layers", "layers [2] are not in the model: list some of 0 to 1"),
+        ("misplaced", "options are read from the key 'hyperattention' alone"),
         ("option", "no such option is known, only method"),
         ("quantised", "start vLLM without --kv-cache-dtype"),
         ("capped", "has capped scores, which no method approximates"),

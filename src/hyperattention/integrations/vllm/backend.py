@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from hyperattention.integrations.vllm.builder import HyperAttentionBuilder
+from hyperattention.integrations.vllm.options import read_options
 from hyperattention.integrations.vllm.served_layers import LayerTraits
 from hyperattention.integrations.vllm.step import NOT_SERVED, Step, attend, decode
 from hyperattention.integrations.vllm.stock import stock_backend
@@ -33,8 +34,11 @@ class HyperAttentionImplementation(_STOCK_IMPLEMENTATION):
         sinks: Tensor | None = None,
         **other: Any,
     ) -> None:
+        from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]
         from vllm.utils.torch_utils import is_quantized_kv_cache  # pyright: ignore[reportMissingImports]
 
+        # wrong options are refused before weights are read and the model is compiled
+        read_options(get_current_vllm_config().additional_config)
         super().__init__(
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
             attn_type, kv_sharing_target_layer_name, sinks=sinks, **other,

@@ -9,13 +9,13 @@ from vllm.config import get_layers_from_vllm_config  # pyright: ignore[reportMis
 from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.models.utils import extract_layer_index  # pyright: ignore[reportMissingImports]
 
-from hyperattention.integrations.vllm.choice import Choice, choose, read_plan
+from hyperattention.integrations.vllm.choice import Choice, choose, read_plan, unreached
 from hyperattention.integrations.vllm.decoding import decoded_rows
 from hyperattention.integrations.vllm.metrics import served_metrics
 from hyperattention.integrations.vllm.options import Options, read_options
 from hyperattention.integrations.vllm.page_summaries import PageSummaries, filled_pages
 from hyperattention.integrations.vllm.plan_model import check_plan
-from hyperattention.integrations.vllm.served_layers import check_layer
+from hyperattention.integrations.vllm.served_layers import check_layer, check_listed
 from hyperattention.integrations.vllm.side_tables import EngineTraits, TableShape, check_engine, check_memory
 from hyperattention.integrations.vllm.split import Piece, Split, split_step
 from hyperattention.integrations.vllm.step import NOT_SERVED, ExactRows, ServedLayer, Step
@@ -42,6 +42,7 @@ class HyperAttentionBuilder(_STOCK_BUILDER):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         model = vllm_config.model_config
         self.options, self.metrics = read_options(vllm_config.additional_config), served_metrics()
+        check_listed(self.options.layers, model.get_total_num_hidden_layers())
         plan = read_plan(self.options)
         unread = None if plan is None else check_plan(plan, model.hf_config, model.model)
         self.choice = choose(self.options, plan, max_length=model.max_model_len, device=device)
@@ -58,7 +59,8 @@ class HyperAttentionBuilder(_STOCK_BUILDER):
         # no kernel writes keys where nothing is read
         self.pages = cache_pages(kv_cache_spec, getattr(self, "isa", None)) if self.layers else None
         numbers = sorted(extract_layer_index(name) for name in methods)
-        self.metrics.describe(self.choice, numbers, unread, decoding=decoding)
+        short = unreached(self.choice, self.options, model.max_model_len)
+        self.metrics.describe(self.choice, numbers, unread, decoding=decoding, unreached=short)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
         """Prepare a step.

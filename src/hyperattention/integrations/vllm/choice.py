@@ -93,7 +93,33 @@ def choose(options: Options, plan: Plan | None, *, max_length: int, device: torc
     least = options.min_length
     if least is None and crossover is not None:
         least = crossover // 2
+    if isinstance(method, Exact):
+        least = None
     return Choice(method, layers, None if least is None else -(-least // tile) * tile, tile)
+
+
+def unreached(choice: Choice, options: Options, max_length: int) -> str | None:
+    """Say what no request is long enough for.
+
+    Args:
+        choice: what runs in each layer.
+        options: the options of the server.
+        max_length: the longest sequence that is served.
+
+    Returns:
+        the text; None if some request can be approximated in every way that was asked for.
+    """
+    found = []
+    if choice.min_length is not None and choice.min_length >= max_length:
+        found.append(f"no prompt is approximated, because the method begins at position {choice.min_length}")
+    if options.decode is not None and options.decode.least > max_length:
+        found.append(f"no request decodes by its best pages, because these begin at {options.decode.least} keys")
+    if not found:
+        return None
+    return (
+        f"{'; '.join(found)}; requests end at {max_length} tokens: raise --max-model-len, or give a smaller `min_length` if "
+        "it pays for your model"
+    )
 
 
 def read_plan(options: Options) -> Plan | None:

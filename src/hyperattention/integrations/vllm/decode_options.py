@@ -61,28 +61,24 @@ def read_decode(whole: Field) -> DecodeOptions | None:
         whole: its value: "exact", or an object.
 
     Returns:
-        the options; None for exact decoding.
-
-    Raises:
-        ValueError: for a wrong value; the message names the rule and the remedy.
+        the options; None for exact decoding. A wrong value raises a ValueError that names the rule and the remedy.
     """
-    if isinstance(whole.value, str):
-        if whole.value != "exact":
-            whole.refuse('it must be "exact", or an object such as {"budget": 1024} to decode by the best pages')
+    if whole.value == "exact":
         return None
+    if not isinstance(whole.value, dict) or "budget" not in whole.value:
+        whole.refuse('it must be "exact", or an object such as {"budget": 1024} to decode by the best pages')
     found = whole.parts()
     for name in found:
         if name not in _KNOWN:
             found[name].refuse(f"no such option of decoding is known, only {', '.join(_KNOWN)}")
     policy = _read_policy(found["policy"]) if "policy" in found else TopPages()
     sizes = {name: found[name].whole() for name in ("sinks", "window") if name in found}
+    keys = found["budget"].whole(1)
     try:
-        budget = CacheBudget(whole.part("budget").whole(1), **sizes)
+        budget = CacheBudget(keys, **sizes)
         # the policy's own check that a page fits
         policy.store(budget, 0, 0, None)
     except ValueError as error:
-        if "budget" not in found:
-            raise
         whole.refuse(str(error))
     return DecodeOptions(
         budget,

@@ -68,8 +68,12 @@ class ServedMetrics:
         self._counter.audit(error, decoding=decoding)
         (self._decoding_error if decoding else self._error).observe(error)
 
-    def describe(self, choice: Choice, layers: list[int], unread: str | None, *, decoding: str) -> None:
-        """Log what may be approximated, before any request; `decoding` says how tokens are generated."""
+    def describe(
+        self, choice: Choice, layers: list[int], unread: str | None, *, decoding: str, unreached: str | None
+    ) -> None:
+        """Log what may be approximated, before any request; how tokens are generated; and what no request can reach."""
+        if unreached is not None:
+            self._log.warning("hyperattention: %s", unreached)
         if choice.min_length is None or not layers:
             self._log.info("hyperattention: prompts are exact in every layer of this group; %s", decoding)
             return

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,14 @@ def read_options(additional_config: Any) -> Options:
         additional_config: the configuration; without our key, all options have their defaults.
 
     Returns:
-        the options; an unknown key or a wrong value raises a ValueError that names the key, the rule and the remedy.
+        the options; an unknown key or a wrong value raises a ValueError that names the key, the rule and the remedy. So
+        do options outside our key, and a key much like ours.
     """
-    given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
-    whole = Field(given, "--additional-config", KEY, _REMEDY)
-    found, known = whole.parts(), [each.name for each in fields(Options)]
+    given = additional_config if isinstance(additional_config, Mapping) else {}
+    known = [each.name for each in fields(Options)]
+    if KEY not in given:
+        _refuse_misplaced(Field(dict(given), "--additional-config", "", _REMEDY), known)
+    found = Field(given.get(KEY, {}), "--additional-config", KEY, _REMEDY).parts()
     for name in found:
         if name not in known:
             found[name].refuse(f"no such option is known, only {', '.join(known)}")
@@ -72,9 +76,17 @@ def read_options(additional_config: Any) -> Options:
     return Options(**{name: readers[name](field) for name, field in found.items()})
 
 
+def _refuse_misplaced(whole: Field, known: list[str]) -> None:
+    """Refuse options that would not be read; other keys belong to other plugins."""
+    found = whole.parts()
+    alike = get_close_matches(KEY, [name.lower() for name in found], n=1, cutoff=0.8)
+    if alike or (found and found.keys() <= set(known)):
+        whole.refuse(f'options are read from the key {KEY!r} alone: write {{"{KEY}": {{...}}}}')
+
+
 def _read_method(field: Field) -> str | AttentionMethod:
-    if isinstance(field.value, str):
-        if field.value not in NAMES:
-            field.refuse(f"it must be one of {', '.join(NAMES)}, or a method as in a plan file")
-        return field.value
-    return method_from_json(field)
+    if isinstance(field.value, Mapping):
+        return method_from_json(field)
+    if not isinstance(field.value, str) or field.value not in NAMES:
+        field.refuse(f"it must be one of {', '.join(NAMES)}, or a method as in a plan file")
+    return field.value

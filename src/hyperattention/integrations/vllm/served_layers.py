@@ -28,6 +28,26 @@ class LayerTraits:
     borrowed: str | None = None
 
 
+def check_listed(layers: frozenset[int] | None, num_layers: int) -> None:
+    """Check that the listed layers are in the model.
+
+    Args:
+        layers: their indices; None for all.
+        num_layers: number of layers of the model.
+
+    Raises:
+        ValueError: if one is not, or none is listed.
+    """
+    if layers is None:
+        return
+    unknown = sorted(each for each in layers if each >= num_layers)
+    if unknown or not layers:
+        found = f"layers {unknown} are not in the model" if unknown else "no layer is listed"
+        raise ValueError(
+            f"{found}: list some of 0 to {num_layers - 1} in `layers` of --additional-config, or leave `layers` out for all"
+        )
+
+
 def check_layer(name: str, traits: LayerTraits, *, selects: bool = False) -> None:
     """Check that a layer can be approximated.
 
