@@ -16,6 +16,7 @@ import hyperattention.distributed as shared
 from assertions import assert_exact
 from faults import Fault, flipped, lengthened, lost, raised, repeated, shortened, swapped
 from hyperattention.pooled import choose
+from hyperattention.pooled.averages import packed, unpacked
 from ranks import Raised, run_ranks
 from shards import ALL, Scenario, on_one, on_rank
 
@@ -24,16 +25,16 @@ pytestmark = pytest.mark.slow
 SCENARIO = Scenario((64, 64, 64))
 # seconds that an exchange may take
 LIMIT = 2.0
-# exchanges of a call by number: headers, averages, sums, totals, counts, replies, weights, near, pool; backward has two more
+# exchanges of a call by number: headers, near, averages, sums, totals, counts, replies, weights, pool; backward has two more
 FAULTS = {
     "a bit of the headers": Fault(0, flipped),
     "headers of each other": Fault(0, swapped),
-    "a bit of the averages": Fault(1, flipped),
-    "sums cut short": Fault(2, shortened),
-    "averages in place of totals": Fault(3, repeated),
-    "replies lost": Fault(5, lost),
+    "a bit of the averages": Fault(2, flipped),
+    "sums cut short": Fault(3, shortened),
+    "averages in place of totals": Fault(4, repeated),
+    "replies lost": Fault(6, lost),
     "a bit of drawn keys": Fault(8, flipped),
-    "a failure in the middle": Fault(4, raised),
+    "a failure in the middle": Fault(5, raised),
     "a bit of a gradient": Fault(9, flipped),
 }
 
@@ -111,7 +112,7 @@ def _ended(rank: int) -> None:
     mesh, began = _mesh(), time.perf_counter()
     try:
         if rank == 1:
-            with Fault(2, lengthened).planted():
+            with Fault(3, lengthened).planted():
                 on_rank(rank, mesh, SCENARIO)
         on_rank(rank, mesh, SCENARIO)
     except shared.ExchangeError as error:
@@ -130,6 +131,12 @@ def test_a_message_that_is_too_long_ends_the_call():
         assert float(seconds) < 2 * LIMIT
 
 
+def _times(data: torch.Tensor, number: float) -> torch.Tensor:
+    """Multiply packed averages."""
+    mean, log_rows = unpacked(data, torch.float64).split([data.shape[2] - 4, 1], 2)
+    return packed(mean * number, log_rows[..., 0])
+
+
 def _misled(rank: int) -> dict[str, object]:
     """Rank 1 takes another rank to hold fewer tokens, or has averages that are no numbers."""
     front, spoiled = import_module("hyperattention.distributed.attention"), rank == 1
@@ -142,7 +149,7 @@ def _misled(rank: int) -> dict[str, object]:
         found["lengths"] = _attempt(rank, _mesh())
     dist.barrier()
     for name, number in (("nan", torch.nan), ("infinity", torch.inf)):
-        other = mock.patch.object(choose, "averages", lambda *given, number=number: averages(*given) * number)
+        other = mock.patch.object(choose, "averages", lambda *given, number=number: _times(averages(*given), number))
         with other if spoiled else nullcontext():
             found[name] = on_rank(rank, _mesh(), Scenario(SCENARIO.lengths, ALL))[0]
     mesh, bad = init_device_mesh("cpu", (3,)), SCENARIO.tensors[0].clone()

@@ -73,7 +73,9 @@ class Seals:
     def _seals(self, data: Tensor, counts: Sequence[int], sender: Tensor, receiver: Tensor) -> Int[Tensor, "ranks 2"]:
         count = torch.tensor(counts, dtype=torch.int64, device=data.device)
         what = self.what + sender * _BY_SENDER + receiver * _BY_RECEIVER + count * _BY_ROWS
-        message = torch.arange(len(counts), device=data.device).repeat_interleave(count, output_size=len(data))
+        message = torch.arange(len(counts), dtype=torch.int64, device=data.device).repeat_interleave(
+            count, output_size=len(data)
+        )
         place = torch.arange(len(data), dtype=torch.int64, device=data.device) - (count.cumsum(0) - count)[message]
         words = data.view(_WORDS[data.element_size()]).sum(1, dtype=torch.int64)
         total = torch.zeros_like(count).index_add_(0, message, words * (place * 2 * _BY_PLACE + 1))

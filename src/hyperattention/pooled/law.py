@@ -77,7 +77,7 @@ def replies(
     bar = torch.maximum(all_shares / room.clamp(min=1e-9), edge).clamp(min=torch.finfo(torch.float64).tiny)
     expected = (all_certain + all_shares / bar).masked_fill(room <= 0, -1.0)
     # no other edge comes as close as rounding where there is room for every key
-    expected[:, 0] = torch.where(keys <= num, torch.inf, -1.0)
+    expected[:, 0] = torch.full_like(keys, -1.0).masked_fill_(keys <= num, torch.inf)
     # the largest edge of those with the most; in steps, so that rounding decides nothing
     expected = (expected * _STEPS).round()
     best = expected.shape[1] - 1 - expected.flip(1).argmax(1, keepdim=True)
