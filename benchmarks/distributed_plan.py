@@ -81,7 +81,7 @@ def measure(world: Nowhere, turns: int) -> dict[str, Timing]:
     near = Near(torch.randn(1, 1, sum(high - low for low, high in spans), HEAD_DIM), None)
     found: dict[str, list[float]] = {"planned": [], "again": [], "choice": []}
     for turn in range(turns):
-        # fewer tokens are no whole chunk, so every turn has a layout of its own
+        # two to six chunks a rank: every turn has a layout of its own
         new = TOKENS * (turn + 2)
         found["planned"].append(seconds(lambda new=new: routes(world, way, new)))
         found["again"].append(seconds(lambda new=new: routes(world, way, new)))

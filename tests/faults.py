@@ -1,4 +1,4 @@
-"""Faults planted in the messages of one rank: what it hands to the wire is damaged, lost, cut, late or another message."""
+"""Faults planted in the messages of one rank: what it hands to the wire is damaged, lost, cut, longer or another message."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

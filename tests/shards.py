@@ -33,6 +33,7 @@ class Scenario:
         masked: whether some keys are masked.
         gather: whether keys and values are gathered.
         dtype: dtype of the tensors.
+        head_dim: width of queries and keys.
     """
 
     lengths: tuple[int, ...]
@@ -42,12 +43,13 @@ class Scenario:
     masked: bool = False
     gather: bool = False
     dtype: torch.dtype = torch.float64
+    head_dim: int = 16
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values, and what outputs are multiplied by for a gradient; the same in every process."""
         draw, n = torch.Generator().manual_seed(5), sum(self.lengths)
-        shapes = ((4, 16), (2, 16), (2, 8), (4, 8))
+        shapes = ((4, self.head_dim), (2, self.head_dim), (2, 8), (4, 8))
         q, k, v, slope = (
             torch.randn(2, heads, n, width, generator=draw, dtype=torch.float64).to(self.dtype) for heads, width in shapes
         )

@@ -22,6 +22,7 @@ FOUR = {
     "both sides, masks": Scenario((80, 80, 80, 11), causal=False, masked=True),
     "all keys": Scenario((101, 50, 93, 50), ALL),
     "all keys, both sides, masks": Scenario((80, 50, 80, 50), ALL, causal=False, masked=True),
+    "an odd width": Scenario((101, 7, 93, 40), head_dim=15),
     "one chunk": Scenario((20, 20, 10, 14)),
     "gathered": Scenario((60, 33, 80, 21), LOCAL, gather=True),
     "gathered, exact": Scenario((60, 33, 80, 21), ha.Exact(), causal=False, masked=True, gather=True),

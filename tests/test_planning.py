@@ -47,7 +47,7 @@ def plan_of(world: Rank, segments: list[list[Segment]], causal: bool = True) -> 
 
 def routes(world: Rank, segments: list[list[Segment]], causal: bool, lists: int) -> dict[str, Route]:
     plan = plan_of(world, segments, causal)
-    book = book_of(plan.layout, world.rank, METHOD.averages)
+    book = book_of(plan.layout, world.rank, METHOD.sizes.groups)
     moves: dict[str, Moves | None] = {
         "outward": book.outward, "inward": book.inward, "forward": book.forward, "back": book.back, "cut": plan.moved
     }  # fmt: skip

@@ -132,6 +132,10 @@ def test_averages_travel_in_eight_bits():
     step = mean.abs().amax(2, keepdim=True) / 448 * 2**-9
     assert ((found[..., :-1] - mean).abs() <= mean.abs() / 16 + step).all()
     assert_same_bits(found[..., -1], log_rows.contiguous())
+    # an odd width, where few numbers, or none, came
+    for lists, count in ((1, 1), (2, 0), (2, 3)):
+        few, none = mean[:lists, :count, :15], log_rows[:lists, :count]
+        assert_same_bits(unpacked(packed(few, none), torch.float64)[..., -1], none.contiguous())
 
 
 @both_masks
@@ -173,7 +177,11 @@ def test_sums_over_keys_near_a_block_count_what_its_last_query_sees():
 def test_cost_and_description():
     pooled = ha.PooledChunks(chunk=4096, num=1024)
     assert pooled.cost(131_072).pairs == pooled.cost(8 * 131_072).pairs == pooled.local.cost(4096).pairs + 1024
+    assert pooled.cost(131_072).pairs == 2000.0
     assert pooled.cost(4096).pairs == pooled.local.cost(4096).pairs
+    # 8 groups in each block of 64 positions, however many were asked for
+    rounded = replace(POOLED, chunk=128, averages=9, block=64)
+    assert rounded.cost(1024).selection_pairs == replace(rounded, averages=10).cost(1024).selection_pairs
     assert pooled.complete
     assert not ha.PooledChunks(ha.Method(ha.Window(16)), near=64).complete
     assert pooled.looks_ahead == ha.LookAhead.SEQUENCE

@@ -71,7 +71,7 @@ class Group(World):
             the gradient of what was sent from.
         """
         came = self._exchange(purpose, gradient.index_select(0, route.place), route.received, route.sent)
-        # one sum in the order of the ranks, this rank among them
+        # one sum, on a CPU in the order of the ranks, this rank among them
         at = sum(route.sent[: self.rank])
         row = torch.cat([route.send[:at], route.kept, route.send[at:]])
         given = torch.cat([came[:at], gradient.index_select(0, route.put), came[at:]])

@@ -1,4 +1,4 @@
-"""A seal behind every message, its kind and a sum over it: no damaged, cut or misplaced message is read as another."""
+"""A seal behind every message: its kind, and a sum over it, so that what was damaged, cut or misplaced is not read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

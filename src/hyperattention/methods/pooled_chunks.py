@@ -38,7 +38,7 @@ class PooledChunks(AttentionMethod):
     the logarithm of its sum over all keys, also those near. Keys of the largest shares are listed for certain.
 
     Queries are alike if keys score them alike, and groups form around those farthest from one another: a query that looks
-    for a key of its own stands alone, and no average hides it.
+    for a key of its own stands alone, as long as there are more averages in a block than such queries.
 
     Made for a sequence that several machines hold (`hyperattention.distributed`): a chunk of queries sends its averages to
     the owners of other keys, and gets `num` keys with values and weights, however long the sequence is. The estimator does
@@ -48,7 +48,7 @@ class PooledChunks(AttentionMethod):
     1949, evenly spaced points; Gonzalez, 1985, centres far from one another. Differs: two levels, of which the first is
     drawn once for a chunk of thousands of queries.
     Cost: the slots of `local` and `num` more; choosing takes 2 * averages / chunk products a query for each key outside the
-    chunk.
+    chunk, and half as many for each near key.
     Guarantee: numerator and denominator unbiased, whatever the averages say; a key that a single query of the chunk needs
     is drawn seldom where an average hides this query.
 
@@ -57,12 +57,13 @@ class PooledChunks(AttentionMethod):
         chunk: positions in a chunk, a multiple of the tile of `local`; on several machines, what each of them holds.
         num: keys in the pool of each chunk and kv head.
         averages: averaged groups of a chunk's queries, equally many in each block. On several machines each is sent to
-            every other one, in head_dim + 4 bytes.
+            the owners of keys outside its chunk (of earlier ones, if causal), in head_dim + 4 bytes.
         near: keys before a chunk that its queries read as if they were in it, a multiple of the tile; at least a window.
         sinks: leading keys that every pool holds.
         uniform_share: share of the draws that is spread evenly.
         block: positions of queries that are grouped together, a multiple of the tile of `local` that divides `chunk`; None
-            for 1,024, or less where that does not divide it. Tokens of a block are brought to one machine.
+            for 1,024 or the tile, whichever is longer, or less where that does not divide the chunk. Tokens of a block are
+            brought to one machine.
 
     Raises:
         TypeError: if `local` is no list of stages.
@@ -70,7 +71,7 @@ class PooledChunks(AttentionMethod):
 
     Example:
         >>> PooledChunks(chunk=4096, num=1024).cost(131_072).pairs
-        1872.0
+        2000.0
     """
 
     local: Method = field(default_factory=_usual)
@@ -195,7 +196,9 @@ class PooledChunks(AttentionMethod):
         chunks = -(-num_keys // self.chunk)
         far = (num_keys - near) / (2 if is_causal else 1) if chunks > 1 else 0.0
         pool = self.num if chunks > 1 else 0
-        selection = own.selection_pairs + self.averages / self.chunk * (2 * far + (near if chunks > 1 else 0))
+        averages = self.sizes.groups / self.positions
+        read = (near / 2 if is_causal else near) if chunks > 1 else 0.0
+        selection = own.selection_pairs + averages * (2 * far + read)
         memory_bytes = chunks * (own.memory_bytes + 8 * pool * head_dim)
         return Cost(own.pairs + pool, selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)
 

@@ -19,7 +19,7 @@ class Book:
     Args:
         layout: who holds which tokens.
         rank: the rank.
-        groups: averages of each tile of queries.
+        groups: averages of each block of queries.
     """
 
     layout: Layout
@@ -148,7 +148,7 @@ def book_of(layout: Layout, rank: int, groups: int) -> Book:
     Args:
         layout: who holds which tokens.
         rank: the rank.
-        groups: averages of each tile of queries.
+        groups: averages of each block of queries.
 
     Returns:
         the plan.

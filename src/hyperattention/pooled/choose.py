@@ -128,10 +128,10 @@ def _pools(world: World, book: Book, shard: Shard, sizes: Sizes, drawn: list[Dra
     for each, (chunk, cell) in zip(drawn, book.pairs, strict=True):
         slot = torch.arange(each.index.shape[1], dtype=torch.int64, device=device)
         listed = slot < each.points[:, None]
-        rows = (lists * shard.k.shape[2] + cell.base + each.index)[listed]
+        rows, chances = (lists * shard.k.shape[2] + cell.base + each.index)[listed], each.chance[listed]
         for rank in layout.holders(chunk):
             send[rank].append(rows)
-            chance[rank].append(each.chance[listed])
+            chance[rank].append(chances)
     owners = [(number, owner.rank) for number, chunk in enumerate(book.chunks) for owner in layout.owners(chunk)]
     number, rank = torch.tensor(owners, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
     # [lists, owners]

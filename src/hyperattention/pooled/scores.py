@@ -81,15 +81,16 @@ def near_sums(
     low, high = grid.local(cell)
     first, blocks = cell.start // grid.tile, own.unflatten(1, (grid.tiles(cell), -1))
     sums = own.new_empty(blocks.shape[:3])
-    for block in range(blocks.shape[1]):
-        end = min(high, (first + block + 1) * grid.tile) if grid.causal else high
-        part = slice(begin, begin + max(0, end - low))
-        for one in range(len(own)):
-            batch, head = divmod(one, near.k.shape[1])
-            keys = torch.nan_to_num(near.k[batch, head, part].to(own.dtype), nan=0.0, posinf=0.0, neginf=0.0)
-            score = blocks[one, block, :, :-1] @ keys.T
+    for one in range(len(own)):
+        batch, head = divmod(one, near.k.shape[1])
+        keys = near.k[batch, head, begin : begin + high - low].to(own.dtype)
+        keys = torch.nan_to_num(keys, nan=0.0, posinf=0.0, neginf=0.0)
+        for block in range(blocks.shape[1]):
+            end = min(high, (first + block + 1) * grid.tile) if grid.causal else high
+            seen = max(0, end - low)
+            score = blocks[one, block, :, :-1] @ keys[:seen].T
             if near.live is not None:
-                score.masked_fill_(~near.live[batch, part], -torch.inf)
+                score.masked_fill_(~near.live[batch, begin : begin + seen], -torch.inf)
             sums[one, block] = score.logsumexp(1)
     return torch.nan_to_num(sums, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(1)
 
