@@ -48,7 +48,7 @@ class PooledChunks(AttentionMethod):
     1949, evenly spaced points; Gonzalez, 1985, centres far from one another. Differs: two levels, of which the first is
     drawn once for a chunk of thousands of queries.
     Cost: the slots of `local` and `num` more; choosing takes 2 * averages / chunk products a query for each key outside the
-    chunk, and half as many for each near key.
+    chunk, and at most half as many for each near key.
     Guarantee: numerator and denominator unbiased, whatever the averages say; a key that a single query of the chunk needs
     is drawn seldom where an average hides this query.
 
@@ -197,8 +197,8 @@ class PooledChunks(AttentionMethod):
         far = (num_keys - near) / (2 if is_causal else 1) if chunks > 1 else 0.0
         pool = self.num if chunks > 1 else 0
         averages = self.sizes.groups / self.positions
-        read = (near / 2 if is_causal else near) if chunks > 1 else 0.0
-        selection = own.selection_pairs + averages * (2 * far + read)
+        # all near keys: an upper bound, since an average counts those that the last query of its block sees
+        selection = own.selection_pairs + averages * (2 * far + (near if chunks > 1 else 0))
         memory_bytes = chunks * (own.memory_bytes + 8 * pool * head_dim)
         return Cost(own.pairs + pool, selection, exact_pairs(num_keys, is_causal), memory_bytes, self.complete)
 
