@@ -29,28 +29,38 @@ def around(hook: Generator, body: Callable[[], object]) -> None:
         hook.send(None)
 
 
+# seconds that are long here: ten ticks of the clock of processes, so that the odd tick of another thread decides nothing
+LONG = 0.1
+
+
 def rest() -> None:
-    time.sleep(0.1)
+    time.sleep(2 * LONG)
 
 
 def in_a_child() -> None:
-    subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True)
+    subprocess.run([sys.executable, "-c", f"import time\nwhile time.process_time() < {3 * LONG}: pass"], check=True)
+
+
+def spin() -> None:
+    begun = time.thread_time()
+    while time.thread_time() < begun + 3 * LONG:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
 
 
 def in_a_thread() -> None:
-    thread = Thread(target=lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000))
+    thread = Thread(target=spin)
     thread.start()
     thread.join()
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """Set up and run a test, where 10 ms are long."""
+    """Set up and run a test, where a tenth of a second is long."""
 
     def run(item: Item, setup: Callable[[], object], body: Callable[[], object]) -> None:
         # undone here: the hooks stand around this test as well
         with monkeypatch.context() as patch:
-            patch.setattr(conftest, "LONGEST", 0.01)
+            patch.setattr(conftest, "LONGEST", LONG)
             around(conftest.pytest_runtest_setup(item), setup)
             around(conftest.pytest_runtest_call(item), body)
 
