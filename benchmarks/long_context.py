@@ -3,6 +3,7 @@
     python benchmarks/long_context.py --methods exact default --documents 1
     python benchmarks/long_context.py --documents 4 --seeds 3                  # all methods; resumes
     python benchmarks/long_context.py --device cuda --dtype bfloat16
+    python benchmarks/long_context.py --length 65536 --out benchmarks/records/longer_context.jsonl   # beyond training, by YaRN
     python benchmarks/long_context.py --show                                   # the table of what is recorded
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
@@ -145,7 +146,9 @@ def _key(record: Mapping[str, object]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    judged = load_reference(options.model) if options.model else load_reference()
+    judged = load_reference(*([options.model] if options.model else []))
+    if (options.length or 0) > judged.max_length:
+        judged = load_reference(*([options.model] if options.model else []), max_length=options.length)
     judged.model.to(options.device, getattr(torch, options.dtype))  # pyright: ignore[reportCallIssue]
     name_of_model = options.model.name if options.model else "reference"
     length = options.length or judged.max_length
@@ -194,7 +197,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first document")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--length", type=int, help="tokens of a document; the model's own limit if left out")
+    parser.add_argument("--length", type=int, help="tokens of a document, by default the model's own limit; beyond it positions are stretched")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--audit-rows", type=int, default=64)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyperattention.files.model_folder import WEIGHTS, check_model_folder, check_reference_folder
 from hyperattention.integrations.transformers.trained_length import trained_length
@@ -35,11 +35,13 @@ class LoadedModel:
         return length
 
 
-def load_reference(folder: Path = WEIGHTS) -> LoadedModel:
+def load_reference(folder: Path = WEIGHTS, *, max_length: int | None = None) -> LoadedModel:
     """Load the reference model, a small byte-level Llama, in float32.
 
     Args:
         folder: the folder of ``config.json`` and ``model.safetensors``; by default the folder inside the package.
+        max_length: read up to so many bytes, more than in training: rotary positions are stretched by YaRN (Peng et al.,
+            2023, arXiv:2309.00071), as transformers does it, without training. None keeps the positions of training.
 
     Returns:
         the model.
@@ -47,10 +49,20 @@ def load_reference(folder: Path = WEIGHTS) -> LoadedModel:
     A folder without weights raises a FileNotFoundError.
 
     Raises:
-        ValueError: if the vocabulary of the model is not 256 bytes.
+        ValueError: if the vocabulary of the model is not 256 bytes, or `max_length` is shorter than its trained length.
     """
     check_reference_folder(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    trained = config.max_position_embeddings
+    if max_length is not None and max_length < trained:
+        raise ValueError(
+            f"max_length={max_length}: the reference model was trained at {trained} bytes, and stretched positions reach "
+            "further; leave max_length out for shorter texts"
+        )
+    if max_length is not None and max_length > trained:
+        yarn = {"rope_type": "yarn", "factor": max_length / trained, "original_max_position_embeddings": trained}
+        config.rope_parameters = {**config.rope_parameters, **yarn}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True).eval()
     if model.config.vocab_size != 256:
         raise ValueError(
             f"the model in {folder} has {model.config.vocab_size} tokens, but the reference model reads 256 bytes: give "
