@@ -3,12 +3,12 @@
     python benchmarks/long_context.py --methods exact default --documents 1
     python benchmarks/long_context.py --documents 4 --seeds 3                  # all methods; resumes
     python benchmarks/long_context.py --device cuda --dtype bfloat16
-    python benchmarks/long_context.py --length 65536 --out benchmarks/records/longer_context.jsonl   # beyond training, by YaRN
+    python benchmarks/long_context.py --length 65536 --out longer.jsonl        # beyond training, positions stretched by YaRN
     python benchmarks/long_context.py --show                                   # the table of what is recorded
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
-`alike:NUM:ROWS:POOLED:MOST` (what is left out keeps its default), `pooled:NUM:CHUNK:AVERAGES`, or `rival:NAME:KEYS`, another
-method of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a
+`alike:NUM:ROWS:POOLED:MOST:CANDIDATES:COARSE` (what is left out keeps its default), `pooled:NUM:CHUNK:AVERAGES`, or
+`rival:NAME:KEYS`, another method of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a
 line to the file of records at once; passes that are there are not run again.
 """
 
@@ -50,8 +50,11 @@ LONG = 10**9
 ALL = 10**6
 
 
-def alike(*numbers: int) -> Method:
-    return Method(Sinks(16), Window(192), DrawAlike(*numbers), tile=128)
+def alike(
+    num: int, rows: int = 64, pooled: int = 8, most: int = 32_768, candidates: int | None = None, coarse: int = 32
+) -> Method:
+    stage = DrawAlike(num, rows, pooled, most, candidates=candidates, coarse=coarse)
+    return Method(Sinks(16), Window(192), stage, tile=128)
 
 
 def scan(num: int, tile: int, pooled: int) -> Method:
@@ -95,7 +98,7 @@ def find_method(name: str) -> AttentionMethod:
         return next(row.method for row in rivals(slots) if row.name == rival)
     if name not in METHODS:
         raise SystemExit(
-            f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST, "
+            f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST:CANDIDATES:COARSE, "
             "pooled:NUM:CHUNK:AVERAGES or control:NUM"
         )
     return METHODS[name]
@@ -193,11 +196,13 @@ def show(records: Iterable[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of another model of bytes: config.json and model.safetensors")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:ROWS:POOLED:MOST")
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:ROWS:POOLED:MOST:CANDIDATES:COARSE"
+    )
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first document")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--length", type=int, help="tokens of a document, by default the model's own limit; beyond it positions are stretched")
+    parser.add_argument("--length", type=int, help="tokens of a document; beyond the model's own limit by YaRN")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--audit-rows", type=int, default=64)

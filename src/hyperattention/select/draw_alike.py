@@ -24,16 +24,21 @@ from hyperattention.select.score.alike_fused import (
 )
 from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, Blocks, blocks_of
 from hyperattention.select.score.block_sizes import BlockSizes, last_made
+from hyperattention.select.score.candidates import Candidates, candidates_of
 from hyperattention.select.score.key_metric import KeyMetric
-from hyperattention.select.score.pooling import chunks, edges, edges_of
-from hyperattention.select.score.stretches import draws_of
+from hyperattention.select.score.pooling import chunks, edges, edges_of, seen_keys
+from hyperattention.select.score.stretches import draws_of, stretches_of
 from hyperattention.select.stage import CoveredKeys, LookAhead, Stage, Tiling
 from hyperattention.tiling import Tiles
 from hyperattention.types import DrawnSlots, Runs, Selection
 
 # float32 numbers held for each key before a hole, and each behind it, and list of queries; and for each slot, while drawing
 _NUMBERS, _SLOT_NUMBERS = 5, 12
-# the same for each number of a query while sorting, partly in float64
+# the same for each key and tile while candidates are found
+_COARSE_NUMBERS = 6
+# multiple of `most` up to which all coarse averages score keys
+_WHOLE = 4
+# float32 numbers held for each number of a query while sorting, partly in float64
 _SORT_NUMBERS = 9
 
 
@@ -50,13 +55,16 @@ class DrawAlike(Stage):
     of the tile see (`KeyMetric`). Inside a list they are grouped around those that are farthest from one
     another, so that a query unlike all others is not averaged. A share of the draws is spread evenly, so that no weight
     exceeds keys / (share * draws) however wrong the estimate. Keys are scored one by one while a tile sees no more than
-    `most` of them; beyond that blocks of 2, 4, 8, ... are, by their means and variances, so that products stay bounded.
+    `most` of them. Beyond that, `candidates` are: few averages of the whole tile, groups of those of its lists, score every
+    key, and the keys of the largest shares are candidates; all other keys share the even draws. Without candidates, blocks
+    of 2, 4, 8, ... keys are scored, by their means and variances: a key that is unlike its neighbours is lost in them.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Derrida, 1981, sums of few large scores; Friedman et al., 1977, cuts at medians; Gonzalez,
     1985, centres far from one another; Roy et al., 2020 (arXiv:2003.05997), queries that
     share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
-    Cost: `num` slots a query, and pooled / rows * min(keys seen, `most`) products.
+    Cost: `num` slots a query, and pooled / rows * min(keys seen, `most`) products; with candidates, pooled / rows *
+    `candidates` beyond `most`, and those of the averages of a tile, no more than `coarse` * 4 `most` for all its queries.
     Guarantee: numerator and denominator unbiased, whatever the estimate.
 
     Args:
@@ -64,8 +72,11 @@ class DrawAlike(Stage):
         rows: queries, of all heads of a group, that share a list; the fewer the better they are served, and the more is
             gathered. 64 fill the units of a GPU.
         pooled: averaged groups of each list.
-        most: keys that a tile may see to be scored one by one.
+        most: keys that a tile may see to be scored one by one, all of them.
         uniform_share: share of the draws that is spread evenly.
+        candidates: keys that the lists of a tile score where it sees more; None scores blocks of keys there.
+        coarse: averages of a tile that score all keys to find candidates; beyond 4 `most` keys half as many, beyond 8
+            `most` a quarter, and so on, so that products stay bounded.
 
     Raises:
         ValueError: if a number is not positive, or the share is not between 0 and 1.
@@ -76,9 +87,13 @@ class DrawAlike(Stage):
     pooled: int = 8
     most: int = 32_768
     uniform_share: float = 0.1
+    candidates: int | None = None
+    coarse: int = 32
 
     def __post_init__(self) -> None:
-        positive("DrawAlike", num=self.num, rows=self.rows, pooled=self.pooled, most=self.most)
+        positive("DrawAlike", num=self.num, rows=self.rows, pooled=self.pooled, most=self.most, coarse=self.coarse)
+        if self.candidates is not None:
+            positive("DrawAlike", candidates=self.candidates)
         if not 0.0 < self.uniform_share < 1.0:
             raise ValueError(
                 f"DrawAlike(uniform_share={self.uniform_share}): it must lie between 0 and 1 to bound the weights"
@@ -121,17 +136,22 @@ class DrawAlike(Stage):
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
         """Count products of averages with blocks, their deviations and their means."""
-        visible, products, many = num_keys / (2 if causal else 1), 0.0, -(-tile // self.rows)
+        visible, many = num_keys / (2 if causal else 1), -(-tile // self.rows)
+        products, fewer = 0.0, 0.0
         # the mean over tiles, by the share of them that sees each size of block
         edge, size = 0, 1
         while edge < num_keys:
             until = min(num_keys, self.most * size)
-            if causal:
-                products += (until - edge) / num_keys * (edge + until) / 2 / size
-            elif until == num_keys:
-                products = visible / size
+            share, seen = ((until - edge) / num_keys, (edge + until) / 2) if causal else (float(until == num_keys), visible)
+            if size > 1 and self.candidates is not None:
+                products += share * min(seen, self.candidates)
+                # averages of the tile, with their stretches and deviations, and the stretches of those of its lists
+                coarse = max(1, self.coarse * _WHOLE // max(_WHOLE, size))
+                fewer += share * seen * (coarse * (1 + 2 / NORMAL) + 2 + self.pooled * many * 2 / NORMAL)
+            else:
+                products += share * seen / size
             edge, size = until, size * 2
-        return products * (self.pooled * many * (1 + 2 / NORMAL) + 2 * many) / tile
+        return (products * (self.pooled * many * (1 + 2 / NORMAL) + 2 * many) + fewer) / tile
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Take nothing in tiles of positions."""
@@ -170,6 +190,8 @@ class DrawAlike(Stage):
         # numbers of blocks are counted in int32
         fits = min(self.most, problem.num_keys) * width < 2**30 and grid_holds(problem.k.shape[0] * problem.k.shape[1])
         scores = fits and scores_alike(min(self.pooled, self.rows), width)
+        # no kernel looks for candidates
+        scores = scores and (self.candidates is None or problem.num_keys <= self.most)
         fused = scores and triton_reads(problem.q, problem.k, problem.v)
         return parts_of(tiles.size, problem.group, self.rows, width) if fused else None
 
@@ -195,18 +217,19 @@ class DrawAlike(Stage):
         self, tiles: Tiles, many: int, covered: CoveredKeys, results: tuple[Tensor, Tensor]
     ) -> tuple[AlikeTiles, Tensor, Tensor, Tensor, Tensor]:
         """Do the same by operators of PyTorch."""
-        problem, sizes, alike, left = tiles.problem, BlockSizes(self.most), [], edges(tiles, covered)
+        problem, alike, left = tiles.problem, [], edges(tiles, covered)
         begin, noise = first_directions(problem), self._noise(tiles, many)
         known = tiles.by_list(tiles.known)
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
         metric = KeyMetric.of(k, self.num)
         # no tile with blocks of this size sees more; while no more keys than draws are left all are listed, so that those
         # keys may tell of the others
-        blocks = last_made(lambda size: blocks_of(k[:, : self.most * size], v[:, : self.most * size], size, self.num))
+        reach = k.shape[1] if self.candidates is not None else self.most
+        blocks = last_made(lambda size: blocks_of(k[:, : reach * size], v[:, : reach * size], size, self.num))
         # what is sorted at once is scored at once or in parts
         width = problem.q.shape[3]
         sorts = chunks(tiles, (_SORT_NUMBERS * problem.group * tiles.size + width) * width)
-        parts = chunks(tiles, self._numbers(tiles, many), [*sizes.seams(tiles), *(at.start for at in sorts)])
+        parts = chunks(tiles, self._numbers(tiles, many), [*BlockSizes(self.most).seams(tiles), *(at.start for at in sorts)])
         for whole in sorts:
             ordered, query, few = sort_alike(tiles, many, whole, begin, metric.of_tiles(known[:, whole]))
             scan = AlikeScan.of(tiles, query, few, min(self.pooled, query.shape[3]), whole.start)
@@ -235,11 +258,14 @@ class DrawAlike(Stage):
     def _numbers(self, tiles: Tiles, many: int) -> int:
         """Count the numbers held for each tile of positions while drawing, in each list of keys."""
         problem = tiles.problem
-        blocks, lists = min(self.most, problem.num_keys), problem.k.shape[0] * problem.k.shape[1]
+        lists, seen = problem.k.shape[0] * problem.k.shape[1], problem.num_keys
+        blocks = min(seen, max(self.most, self.candidates or 0))
         # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
         scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
         sides = 1 if problem.causal else 2
         held = many * (sides * _NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
+        # shares of all keys by the averages of a tile, and a tile's candidates
+        held += 0 if self.candidates is None else _COARSE_NUMBERS * seen
         # averages of the sorted queries, no more of them than queries, are held as well
         return held + held // (_SORT_NUMBERS - 1)
 
@@ -249,6 +275,19 @@ class DrawAlike(Stage):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Draw for a chunk of tiles: keys and log-weights, ``[lists, chunk * many, num]``."""
         size, num = BlockSizes(self.most).of(scan.tiles, part)
+        if size > 1 and self.candidates is not None:
+            law = self._among_candidates(scan, blocks(1), left, part, size)
+            return draws_of(law, left, noise, self.num)
         share = scan.shares(part, blocks(size), num)
         to_the_end = not (scan.tiles.problem.causal and covered.gap is not None)
-        return draws_of(share, size, left, noise, self.num, self.uniform_share, to_the_end)
+        law = stretches_of(share, size, left, self.num, self.uniform_share, to_the_end)
+        return draws_of(law, left, noise, self.num)
+
+    def _among_candidates(
+        self, scan: AlikeScan, keys: Blocks, left: tuple[Tensor, ...], part: slice, doubled: int
+    ) -> Candidates:
+        """Return the law of draws where tiles see up to `doubled` times `most` keys."""
+        coarse = scan.of_tiles(part).coarser(max(1, self.coarse * _WHOLE // max(_WHOLE, doubled)))
+        share = coarse.shares(part, keys, seen_keys(scan.tiles, part))[:, :, 0]
+        found = candidates_of(share, left, self.candidates or 0)
+        return Candidates.of(scan.shares_among(part, keys, found), found, left, self.num, self.uniform_share)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hyperattention.select.score.scratch import Scratch
@@ -49,15 +49,9 @@ class AlikeProduct:
         return best.to(self.unit.dtype).mul_(self.unit)
 
 
-def largest_shares(
-    products: tuple[AlikeProduct, ...], of: slice, known: Int[Tensor, " tiles"]
-) -> Float[Tensor, "tiles many blocks"]:
+def largest_shares(products: tuple[AlikeProduct, ...], of: slice) -> Float[Tensor, "tiles many blocks"]:
     """Find the logarithms of the largest shares of blocks, by the last product that is precise enough for a tile."""
     best = products[0].largest(of)
     for product in products[1:]:
         best = torch.where(product.valid[:, None, None], product.largest(of), best)
-    # on a CPU most blocks are known to all tiles
-    if known.device.type == "cpu" and of.stop <= int(known.min()):
-        return best
-    hidden = torch.arange(of.start, of.stop, dtype=torch.int64, device=known.device) >= known[:, None]
-    return best.masked_fill_(hidden[:, None], -torch.inf)
+    return best

@@ -1,6 +1,6 @@
 """Score blocks of keys by averages of alike queries, and allow for what averages hide."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -16,8 +16,9 @@ from hyperattention.select.score.precision import for_estimates, integers_are_fa
 from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
-# blocks scored by one product on a CPU, for one tile: few enough scores to stay in the cache until they are compared
-_BLOCKS = 4096
+# blocks and averages scored by one product on a CPU, or for one tile: few enough scores to stay in the cache until they are
+# compared
+_BLOCKS, _AVERAGES = 4096, 128
 # blocks over which the scores of a query are taken for normal when it is normalised
 NORMAL = 64
 # float32 numbers held for each number of a key while keys are averaged
@@ -49,6 +50,17 @@ class Blocks:
     moments: Float[Tensor, "lists stretches moments"]
     log_size: float
     log_value: Float[Tensor, "lists blocks"]
+
+    def at(self, one: int, index: Int[Tensor, " some"]) -> "Blocks":
+        """Take some blocks of one list; stretches are those of all."""
+        integers = self.integers
+        if integers is not None:
+            few = integers.keys[one].index_select(0, index)[None]
+            integers = EightBitKeys(few, integers.step[one][None], integers.fit[one][None])
+        keys, squares, log_value = (x[one].index_select(0, index)[None] for x in (self.keys, self.squares, self.log_value))
+        return replace(
+            self, keys=keys, integers=integers, squares=squares, moments=self.moments[one][None], log_value=log_value
+        )
 
 
 def blocks_of(k: Float[Tensor, "lists keys width"], v: Float[Tensor, "lists keys value_dim"], size: int, num: int) -> Blocks:
@@ -122,6 +134,7 @@ class AlikeScan:
             of the averages: what they leave out of their scores' variance, and how much that inside blocks counts.
         log_rows: half the logarithm of the queries in each group, relative to their mean number: the variance of a draw adds
             up over queries.
+        compared: averages of each group in the directions by which queries are grouped.
         scores: memory for scores.
         integers: memory for scores in 8-bit integers.
         begin: place of the first tile in `query`.
@@ -131,6 +144,7 @@ class AlikeScan:
     query: Float[Tensor, "lists tiles many groups width"]
     spread: Float[Tensor, "lists tiles many moments"]
     log_rows: Float[Tensor, "lists tiles many groups"]
+    compared: Float[Tensor, "lists tiles many groups directions"]
     scores: Scratch
     integers: Scratch
     begin: int
@@ -155,13 +169,46 @@ class AlikeScan:
         one_of = grouped(few.flatten(0, 2), groups)  # [sets, rows, groups]
         rows = one_of.sum(1)
         share = one_of / rows[:, None].clamp(min=1)
-        mean = share.transpose(1, 2) @ query.flatten(0, 2)
+        mean, compared = (share.transpose(1, 2) @ x.flatten(0, 2) for x in (query, few))
         apart = (query.flatten(0, 2) - one_of @ mean).square().mean(1)
-        spread = torch.cat([apart, mean.square().mean(1) * 0.5], 1).unflatten(0, query.shape[:3])
-        mean, rows = mean.unflatten(0, query.shape[:3]), rows.unflatten(0, query.shape[:3])
+        return cls._made(tiles, begin, *(x.unflatten(0, query.shape[:3]) for x in (mean, apart, rows, compared)))
+
+    @classmethod
+    def _made(cls, tiles: Tiles, begin: int, mean: Tensor, apart: Tensor, rows: Tensor, compared: Tensor) -> "AlikeScan":
+        """Put averages beside what they leave out."""
+        spread = torch.cat([apart, mean.square().mean(3) * 0.5], 3)
         log_rows = (rows / rows.mean(3, keepdim=True)).clamp(min=torch.finfo(rows.dtype).tiny).log() * 0.5
         scores, integers = Scratch(for_estimates(mean[:0]), 0), Scratch(mean.new_empty(0, dtype=torch.int32), 0)
-        return cls(tiles, mean, spread, log_rows, scores, integers, begin)
+        return cls(tiles, mean, spread, log_rows, compared, scores, integers, begin)
+
+    def coarser(self, groups: int) -> "AlikeScan":
+        """Group the averages of all lists of each tile, and average those of every group.
+
+        Args:
+            groups: groups of each tile.
+
+        Returns:
+            a scan with one list for each tile.
+        """
+        query, compared = (x.flatten(2, 3).flatten(0, 1) for x in (self.query, self.compared))
+        # queries in each, relative to their mean number
+        rows = (2 * self.log_rows).exp_().flatten(2).flatten(0, 1)[..., None]
+        one_of = grouped(compared, min(groups, query.shape[1]))
+        share = one_of * rows
+        count = share.sum(1)
+        share /= count[:, None].clamp(min=torch.finfo(rows.dtype).tiny)
+        mean, compared = (share.transpose(1, 2) @ x for x in (query, compared))
+        apart = ((query - one_of @ mean).square() * rows).sum(1) / rows.sum(1)
+        # what the averages left out before
+        apart += self.spread[..., : query.shape[2]].mean(2).flatten(0, 1)
+        whole = (x.unflatten(0, (len(self.query), -1))[:, :, None] for x in (mean, apart, count, compared))
+        return AlikeScan._made(self.tiles, self.begin, *whole)
+
+    def of_tiles(self, part: slice) -> "AlikeScan":
+        """Take some tiles alone."""
+        own = self.own(part)
+        some = {name: getattr(self, name)[:, own] for name in ("query", "spread", "log_rows", "compared")}
+        return replace(self, **some, begin=part.start)
 
     def own(self, part: slice) -> slice:
         """Tell where tiles stand in `query`."""
@@ -171,7 +218,9 @@ class AlikeScan:
         """Estimate the largest share that a query of each list gives a key of each of the first `num` blocks."""
         known, seen = self.bars(part, blocks)
         share, chunk = self._allowance(part, blocks, num), part.stop - part.start
-        tiles, stretch = (1, _BLOCKS) if self.query.device.type == "cpu" else (chunk, max(1, num))
+        tiles, stretch = chunk, max(1, num)
+        if self.query.device.type == "cpu":
+            tiles, stretch = max(1, _AVERAGES // self.query.shape[2:4].numel()), _BLOCKS
         for one in range(len(share)):
             for at in range(0, chunk, tiles):
                 some = slice(at, min(at + tiles, chunk))
@@ -180,10 +229,42 @@ class AlikeScan:
                 count = self._most_known(part, some, blocks.size, num)
                 for begin in range(0, count, stretch):
                     of = slice(begin, min(begin + stretch, count))
-                    best = largest_shares(products, of, known[one, some])
+                    best = largest_shares(products, of)
+                    # on a CPU most blocks are known to all tiles
+                    if known.device.type != "cpu" or of.stop > int(known[one, some].min()):
+                        number = torch.arange(of.start, of.stop, dtype=torch.int64, device=known.device)
+                        best.masked_fill_((number >= known[one, some, None])[:, None], -torch.inf)
                     share[one, some, :, of].add_(best).clamp_(max=0.0).exp_()
                 share[one, some, :, count:] = 0.0
         return share
+
+    def shares_among(
+        self, part: slice, keys: Blocks, index: Int[Tensor, "lists chunk some"]
+    ) -> Float[Tensor, "lists chunk many some"]:
+        """Estimate the largest share that a query of each list gives some keys of each tile; 0 beyond those it knows.
+
+        Args:
+            part: the tiles.
+            keys: all keys, blocks of one key each.
+            index: numbers of the keys to score.
+
+        Returns:
+            the shares.
+        """
+        known, seen = self.bars(part, keys)
+        share = self.query.new_empty(*index.shape[:2], self.query.shape[2], index.shape[2])
+        query = self.query[:, self.own(part)]
+        for one in range(len(index)):
+            for at in range(index.shape[1]):
+                tile = slice(at, at + 1)
+                some = keys.at(one, index[one, at].clamp(max=keys.keys.shape[1] - 1))
+                own = share[one, at]
+                own.copy_(self._excess(self.spread[one : one + 1, self.own(part)][:, tile], some, index.shape[2])[0, 0])
+                products = self._products(query[one, tile], some, 0, known[one, tile], seen[one, tile])
+                for begin in range(0, index.shape[2], _BLOCKS):
+                    of = slice(begin, min(begin + _BLOCKS, index.shape[2]))
+                    own[:, of].add_(largest_shares(products, of)[0]).clamp_(max=0.0).exp_()
+        return share.masked_fill_((index >= known[..., None])[:, :, None], 0.0)
 
     def bars(
         self, part: slice, blocks: Blocks
@@ -206,12 +287,17 @@ class AlikeScan:
 
     def _allowance(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
         """Tell by how much a draw may count for more than an average does: by deviations, and by how far its value lies."""
-        width = self.query.shape[4]
-        moments, spread = blocks.squares[:, :num].transpose(1, 2), self.spread[:, self.own(part)].flatten(1, 2)
+        return self._excess(self.spread[:, self.own(part)], blocks, num)
+
+    @staticmethod
+    def _excess(spread: Tensor, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
+        """Do so for lists of which `spread` is known."""
+        width, many = blocks.keys.shape[2], spread.shape[2]
+        moments, spread = blocks.squares[:, :num].transpose(1, 2), spread.flatten(1, 2)
         extra = (spread[..., :width] * DEVIATIONS**2 @ moments[:, :width]).sqrt_()
         if blocks.size > 1:
             extra.baddbmm_(spread[..., width:], moments[:, width:])
-        return extra.add_(blocks.log_value[:, None, :num]).unflatten(1, (-1, self.query.shape[2]))
+        return extra.add_(blocks.log_value[:, None, :num]).unflatten(1, (-1, many))
 
     def _log_sums(self, part: slice, blocks: Blocks, known: Tensor) -> Float[Tensor, "lists chunk many groups"]:
         """Estimate each query's log-sum-exp over whole stretches before its tile, scores inside one taken for normal."""

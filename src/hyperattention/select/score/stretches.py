@@ -83,45 +83,65 @@ def stretches_of(
     sides = [(begin, hole_begin), (hole_end, end)] if to_the_end else [(begin, hole_begin)]
     edges = [torch.minimum(torch.maximum(edge, low), high) for low, high in sides]
     first, size = (torch.cat(x, 2) for x in zip(*((at[..., :-1], at.diff(dim=-1)) for at in edges), strict=True))
+    mass = torch.cat([share, share], 3) if to_the_end else share
+    return Stretches(first, size, listings_of(mass, size, keys_left(left), num, even, block_size)[0])
+
+
+def keys_left(left: tuple[Tensor, ...]) -> Int[Tensor, "lists tiles 1"]:
+    """Count the keys that earlier stages left to each tile."""
+    begin, hole_begin, hole_end, end = left
+    return hole_begin - begin + end - hole_end
+
+
+def listings_of(
+    share: Float[Tensor, "lists tiles many stretches"], size: Int[Tensor, "lists tiles stretches"],
+    count: Int[Tensor, "lists tiles 1"], num: int, even: float, largest: int,
+) -> tuple[Float[Tensor, "lists tiles many stretches"], Float[Tensor, "lists tiles many 1"]]:  # fmt: skip
+    """Return how often each stretch of keys is to be listed: by its share, but no key more than once; the rest evenly.
+
+    Args:
+        share: the largest share that a query of each of `many` lists gives a key of each stretch; overwritten.
+        size: keys left of each.
+        count: keys left in all.
+        num: draws of each list.
+        even: share of the draws that is spread evenly over all keys left.
+        largest: most keys in a stretch.
+
+    Returns:
+        expected listings up to a factor, and those of a single key by even draws alone.
+    """
     room, weighted = size[:, :, None].to(share.dtype), (1 - even) * num
-    mass = (torch.cat([share, share], 3) if to_the_end else share).mul_(room)
-    count = (hole_begin - begin + end - hole_end).clamp(min=1)[:, :, None].to(mass.dtype)
+    mass, count = share.mul_(room), count.clamp(min=1)[:, :, None].to(share.dtype)
     for _ in range(CLIP_ROUNDS):
         most = total_mass(mass) / weighted
-        torch.minimum(mass, most if block_size == 1 else room * most, out=mass)
+        torch.minimum(mass, most if largest == 1 else room * most, out=mass)
     total = total_mass(mass)
     # where nothing was scored all draws are even
     evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
     mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(room, evenly)
     # what an even draw adds to keys listed for certain is worth more to others
-    torch.minimum(mass, room, out=mass)
-    return Stretches(first, size, mass)
+    return torch.minimum(mass, room, out=mass), evenly
 
 
 def draws_of(
-    share: Float[Tensor, "lists tiles many blocks"], block_size: int, left: tuple[Tensor, ...], noise: Tensor, num: int,
-    even: float, to_the_end: bool,
-) -> tuple[Int[Tensor, "lists rows num"], Float[Tensor, "lists rows num"]]:  # fmt: skip
-    """Draw from the law of `stretches_of`, or list all keys where they are few.
+    law: Distribution, left: tuple[Tensor, ...], noise: Tensor, num: int
+) -> tuple[Int[Tensor, "lists rows num"], Float[Tensor, "lists rows num"]]:
+    """Draw from a law, or list all keys where they are few.
 
     Args:
-        share: as for `stretches_of`; overwritten.
-        block_size: keys in a block.
-        left: as for `stretches_of`.
+        law: how often keys are to be listed, for ``tiles * many`` lists.
+        left: what earlier stages left, from `edges`, for each tile.
         noise: where inside a slot each list's points lie, ``[lists, tiles * many, 1]``.
         num: draws of each list.
-        even: share of the draws that is spread evenly over the keys.
-        to_the_end: whether something may be left beyond the hole.
 
     Returns:
         keys and their log-weights.
     """
-    law = stretches_of(share, block_size, left, num, even, to_the_end)
     slot = torch.arange(num, dtype=torch.int64, device=noise.device)
     index, chance = law.draw((slot + noise) / num)
     # a law with nothing to draw from drew keys to which it gives no chance: empty slots
     weight = (-(chance * num).log()).masked_fill(chance == 0, -torch.inf)
-    begin, hole_begin, hole_end, end = (x.repeat_interleave(share.shape[2], 1) for x in left)
+    begin, hole_begin, hole_end, end = (x.repeat_interleave(noise.shape[1] // x.shape[1], 1) for x in left)
     evenly = Even((begin, hole_begin, hole_end, end))
     few = evenly.count <= num
     all_of_them = evenly.at((slot.double() + 0.5) / evenly.count.clamp(min=1))
