@@ -8,8 +8,8 @@
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
 `alike:NUM:ROWS:POOLED:MOST:CANDIDATES:COARSE` (what is left out keeps its default), `pooled:NUM:CHUNK:AVERAGES`, or
-`rival:NAME:KEYS`, another method of `hyperattention.bench.rivals` with so many keys a query, by default as many as the default lists. Every pass adds a
-line to the file of records at once; passes that are there are not run again.
+`rival:NAME:KEYS`, another method of `hyperattention.bench.rivals` with so many keys a query, by default as many as the
+default lists. Every pass adds a line to the file of records at once; passes that are there are not run again.
 """
 
 import argparse
@@ -51,7 +51,7 @@ ALL = 10**6
 
 
 def alike(
-    num: int, rows: int = 64, pooled: int = 8, most: int = 32_768, candidates: int | None = None, coarse: int = 32
+    num: int, rows: int = 64, pooled: int = 8, most: int = 32_768, candidates: int | None = None, coarse: int = 4
 ) -> Method:
     stage = DrawAlike(num, rows, pooled, most, candidates=candidates, coarse=coarse)
     return Method(Sinks(16), Window(192), stage, tile=128)

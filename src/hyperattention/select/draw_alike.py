@@ -36,8 +36,6 @@ from hyperattention.types import DrawnSlots, Runs, Selection
 _NUMBERS, _SLOT_NUMBERS = 5, 12
 # the same for each key and tile while candidates are found
 _COARSE_NUMBERS = 6
-# multiple of `most` up to which all coarse averages score keys
-_WHOLE = 4
 # float32 numbers held for each number of a query while sorting, partly in float64
 _SORT_NUMBERS = 9
 
@@ -64,7 +62,7 @@ class DrawAlike(Stage):
     1985, centres far from one another; Roy et al., 2020 (arXiv:2003.05997), queries that
     share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
     Cost: `num` slots a query, and pooled / rows * min(keys seen, `most`) products; with candidates, pooled / rows *
-    `candidates` beyond `most`, and those of the averages of a tile, no more than `coarse` * 4 `most` for all its queries.
+    `candidates` beyond `most`, and coarse / rows * keys seen by averages of the tile, but no more than at `most`.
     Guarantee: numerator and denominator unbiased, whatever the estimate.
 
     Args:
@@ -75,8 +73,8 @@ class DrawAlike(Stage):
         most: keys that a tile may see to be scored one by one, all of them.
         uniform_share: share of the draws that is spread evenly.
         candidates: keys that the lists of a tile score where it sees more; None scores blocks of keys there.
-        coarse: averages of a tile that score all keys to find candidates; beyond 4 `most` keys half as many, beyond 8
-            `most` a quarter, and so on, so that products stay bounded.
+        coarse: averages of a tile, for each of its lists, that score all keys to find candidates; fewer where that would
+            take more products than all averages take for `most` keys.
 
     Raises:
         ValueError: if a number is not positive, or the share is not between 0 and 1.
@@ -88,7 +86,7 @@ class DrawAlike(Stage):
     most: int = 32_768
     uniform_share: float = 0.1
     candidates: int | None = None
-    coarse: int = 32
+    coarse: int = 4
 
     def __post_init__(self) -> None:
         positive("DrawAlike", num=self.num, rows=self.rows, pooled=self.pooled, most=self.most, coarse=self.coarse)
@@ -145,9 +143,9 @@ class DrawAlike(Stage):
             share, seen = ((until - edge) / num_keys, (edge + until) / 2) if causal else (float(until == num_keys), visible)
             if size > 1 and self.candidates is not None:
                 products += share * min(seen, self.candidates)
-                # averages of the tile, with their stretches and deviations, and the stretches of those of its lists
-                coarse = max(1, self.coarse * _WHOLE // max(_WHOLE, size))
-                fewer += share * seen * (coarse * (1 + 2 / NORMAL) + 2 + self.pooled * many * 2 / NORMAL)
+                # averages of the tile with its deviations, and stretches by those of its lists as well
+                averages = self._coarse(many, size) * (1 + 2 / NORMAL) + self.pooled * many * 2 / NORMAL
+                fewer += share * seen * (averages + 2)
             else:
                 products += share * seen / size
             edge, size = until, size * 2
@@ -283,11 +281,15 @@ class DrawAlike(Stage):
         law = stretches_of(share, size, left, self.num, self.uniform_share, to_the_end)
         return draws_of(law, left, noise, self.num)
 
+    def _coarse(self, many: int, doubled: int) -> int:
+        """Count the averages that score all keys of a tile: no more products than where it sees `most` keys."""
+        return max(1, min(self.coarse * many, self.pooled * many // doubled))
+
     def _among_candidates(
         self, scan: AlikeScan, keys: Blocks, left: tuple[Tensor, ...], part: slice, doubled: int
     ) -> Candidates:
         """Return the law of draws where tiles see up to `doubled` times `most` keys."""
-        coarse = scan.of_tiles(part).coarser(max(1, self.coarse * _WHOLE // max(_WHOLE, doubled)))
+        coarse = scan.of_tiles(part).coarser(self._coarse(scan.query.shape[2], doubled))
         share = coarse.shares(part, keys, seen_keys(scan.tiles, part))[:, :, 0]
         found = candidates_of(share, left, self.candidates or 0)
         return Candidates.of(scan.shares_among(part, keys, found), found, left, self.num, self.uniform_share)
