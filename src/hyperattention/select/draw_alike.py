@@ -263,7 +263,7 @@ class DrawAlike(Stage):
         sides = 1 if problem.causal else 2
         held = many * (sides * _NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
         # shares of all keys by the averages of a tile, and a tile's candidates
-        held += 0 if self.candidates is None else _COARSE_NUMBERS * seen
+        held += 0 if self.candidates is None or seen <= self.most else _COARSE_NUMBERS * seen
         # averages of the sorted queries, no more of them than queries, are held as well
         return held + held // (_SORT_NUMBERS - 1)
 
