@@ -108,6 +108,7 @@ OURS = (
     _alike("draws for alike queries", *NEAR, stage=select.DrawAlike(24, rows=8, pooled=2), tile=16, exact_up_to=31),
     _alike("alike queries, no window", stage=select.DrawAlike(32, 8, 4, uniform_share=0.2), tile=24, exact_up_to=32),
     _alike("alike queries, blocks of keys", *NEAR, stage=select.DrawAlike(24, 16, 2, 40), tile=16, exact_up_to=31),
+    _alike("alike queries, candidates", *NEAR, stage=select.DrawAlike(24, 16, 4, 40, 0.1, 30), tile=16, exact_up_to=31),
     _alike("alike queries, odd parts", ha.Window(7), stage=select.DrawAlike(24, 5, 5, 50), tile=15, exact_up_to=30),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("pooled chunks", POOLED, exact_up_to=16),

@@ -290,6 +290,6 @@ class DrawAlike(Stage):
     ) -> Candidates:
         """Return the law of draws where tiles see up to `doubled` times `most` keys."""
         coarse = scan.of_tiles(part).coarser(self._coarse(scan.query.shape[2], doubled))
-        share = coarse.shares(part, keys, seen_keys(scan.tiles, part))[:, :, 0]
+        share = coarse.log_shares(part, keys, seen_keys(scan.tiles, part))[:, :, 0]
         found = candidates_of(share, left, self.candidates or 0)
         return Candidates.of(scan.shares_among(part, keys, found), found, left, self.num, self.uniform_share)

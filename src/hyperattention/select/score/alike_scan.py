@@ -216,6 +216,10 @@ class AlikeScan:
 
     def shares(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
         """Estimate the largest share that a query of each list gives a key of each of the first `num` blocks."""
+        return self.log_shares(part, blocks, num).clamp_(max=0.0).exp_()
+
+    def log_shares(self, part: slice, blocks: Blocks, num: int) -> Float[Tensor, "lists chunk many num"]:
+        """Estimate the logarithms of the same; rough estimates may exceed 0, and blocks that no query knows have -inf."""
         known, seen = self.bars(part, blocks)
         share, chunk = self._allowance(part, blocks, num), part.stop - part.start
         tiles, stretch = chunk, max(1, num)
@@ -234,8 +238,8 @@ class AlikeScan:
                     if known.device.type != "cpu" or of.stop > int(known[one, some].min()):
                         number = torch.arange(of.start, of.stop, dtype=torch.int64, device=known.device)
                         best.masked_fill_((number >= known[one, some, None])[:, None], -torch.inf)
-                    share[one, some, :, of].add_(best).clamp_(max=0.0).exp_()
-                share[one, some, :, count:] = 0.0
+                    share[one, some, :, of].add_(best)
+                share[one, some, :, count:] = -torch.inf
         return share
 
     def shares_among(
