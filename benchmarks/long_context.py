@@ -51,9 +51,10 @@ ALL = 10**6
 
 
 def alike(
-    num: int, rows: int = 64, pooled: int = 8, most: int = 32_768, candidates: int | None = None, coarse: int = 4
+    num: int, rows: int = 64, pooled: int = 8, most: int = 32_768, candidates: int | None = 12, coarse: int = 4
 ) -> Method:
-    stage = DrawAlike(num, rows, pooled, most, candidates=candidates, coarse=coarse)
+    # 0 candidates: blocks of keys
+    stage = DrawAlike(num, rows, pooled, most, candidates=candidates or None, coarse=coarse)
     return Method(Sinks(16), Window(192), stage, tile=128)
 
 

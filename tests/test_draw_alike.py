@@ -138,7 +138,7 @@ def test_a_key_that_one_query_looks_for_is_listed_for_certain():
 
 def test_parts_that_do_not_come_out_even_leave_the_weights_unbiased():
     given = problem(130, causal=True, heads=3, kv_heads=1)
-    method = ha.Method(ha.Window(8), DrawAlike(40, rows=12, pooled=5, most=48), tile=15)
+    method = ha.Method(ha.Window(8), DrawAlike(40, rows=12, pooled=5, most=48, candidates=None), tile=15)
     seen = dense.visible(130, 130, causal=True).double()
     place = torch.arange(130)
     bins = (place * 8 // 130 == torch.arange(8)[:, None]).double()
@@ -152,7 +152,7 @@ def test_parts_that_do_not_come_out_even_leave_the_weights_unbiased():
 
 
 def test_products_are_counted_and_bounded():
-    stage = DrawAlike(688, rows=64, pooled=8, most=32_768)
+    stage = DrawAlike(688, rows=64, pooled=8, most=32_768, candidates=None)
     # for each list of 64 queries eight averages, with every key seen and the means of 64, and two for their deviations
     assert stage.selection_pairs(32_768, 256, 64, True) == pytest.approx(16_384 * (8 * (1 + 2 / 64) + 2) / 64)
     million, more = (stage.selection_pairs(2**n, 256, 64, True) for n in (20, 23))

@@ -18,7 +18,8 @@ FIRST, LENGTH = 64, 512
 STAGES = {
     "scan": ha.Draw(FIRST, by=ha.KeyScan(16)),
     "alike": DrawAlike(FIRST, rows=16, pooled=8),
-    "alike, blocks": DrawAlike(FIRST, rows=16, pooled=8, most=200),
+    "alike, blocks": DrawAlike(FIRST, rows=16, pooled=8, most=200, candidates=None),
+    "alike, candidates": DrawAlike(FIRST, rows=16, pooled=8, most=200, candidates=2),
 }
 SIZES = {
     "later keys larger": (0.01, 1.0),

@@ -110,7 +110,7 @@ def test_what_is_drawn_at_first_has_the_bits_of_the_cpu():
 @pytest.mark.parametrize("group", [4, 6])
 def test_the_error_is_that_of_lists_that_torch_chooses(monkeypatch, tokens, most, group):
     problem = given(tokens, group, 128, torch.bfloat16)
-    method = ha.Method(ha.Sinks(16), ha.Window(192), DrawAlike(440, most=most), tile=128)
+    method = ha.Method(ha.Sinks(16), ha.Window(192), DrawAlike(440, most=most, candidates=None), tile=128)
     q, k, v = problem.q, problem.k, problem.v
     exact = scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
     errors = []

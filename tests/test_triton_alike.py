@@ -217,7 +217,9 @@ def chosen(method: ha.Method, given: Problem, *, fused: bool, monkeypatch) -> tu
     [
         pytest.param(problem(90, heads=3, kv_heads=1), DrawAlike(24, 24, 5), id="causal"),
         pytest.param(problem(70, causal=False, batch=2, kv_heads=1), DrawAlike(24, 32, 4), id="all keys"),
-        pytest.param(chunk_of_a_prompt(problem(150), 37), DrawAlike(24, 16, 3, most=40), id="a chunk, blocks of keys"),
+        pytest.param(
+            chunk_of_a_prompt(problem(150), 37), DrawAlike(24, 16, 3, 40, candidates=None), id="a chunk, blocks of keys"
+        ),
         pytest.param(masked(problem(100), 75), DrawAlike(24, 32, 4), id="masked keys"),
     ],
 )
@@ -237,7 +239,7 @@ def test_a_fused_choice_is_that_of_the_cpu(given, stage, monkeypatch):
 
 @pytest.mark.parametrize("most", [2**20, 40], ids=["keys", "blocks"])
 def test_the_number_of_programs_changes_no_bit(most, monkeypatch):
-    method = ha.Method(ha.Window(8), DrawAlike(24, 32, 4, most=most), tile=TILE)
+    method = ha.Method(ha.Window(8), DrawAlike(24, 32, 4, most=most, candidates=None), tile=TILE)
     found = []
     for many in (1, 2**20):
         monkeypatch.setattr(alike_plan, "_multiprocessors", lambda device, many=many: many)
@@ -274,7 +276,8 @@ def test_kernels_run_where_they_support_the_call(pooled, head_dim, reads, operat
 
 def test_operators_are_registered_soundly(monkeypatch):
     with Captured() as captured:
-        chosen(ha.Method(DrawAlike(24, 32, 4, most=40), tile=TILE), problem(64), fused=True, monkeypatch=monkeypatch)
+        method = ha.Method(DrawAlike(24, 32, 4, most=40, candidates=None), tile=TILE)
+        chosen(method, problem(64), fused=True, monkeypatch=monkeypatch)
     assert len(captured.calls) == 5
     for operator, args in captured.calls.items():
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))

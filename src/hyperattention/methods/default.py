@@ -52,7 +52,7 @@ def default_method(
     """
     if not _pays(num_keys, num_queries, device, CROSSOVER):
         return Exact()
-    return Method(Sinks(16), Window(192), DrawAlike(640, pooled=16, candidates=8192), tile=128)
+    return Method(Sinks(16), Window(192), DrawAlike(640, pooled=16), tile=128)
 
 
 def thorough_method(
@@ -70,7 +70,7 @@ def thorough_method(
     """
     if not _pays(num_keys, num_queries, device, THOROUGH_CROSSOVER):
         return Exact()
-    return Method(Sinks(16), Window(192), DrawAlike(1216, pooled=16, candidates=8192), tile=128)
+    return Method(Sinks(16), Window(192), DrawAlike(1216, pooled=16), tile=128)
 
 
 def lean_method(

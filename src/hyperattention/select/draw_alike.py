@@ -53,16 +53,16 @@ class DrawAlike(Stage):
     of the tile see (`KeyMetric`). Inside a list they are grouped around those that are farthest from one
     another, so that a query unlike all others is not averaged. A share of the draws is spread evenly, so that no weight
     exceeds keys / (share * draws) however wrong the estimate. Keys are scored one by one while a tile sees no more than
-    `most` of them. Beyond that, `candidates` are: few averages of the whole tile, groups of those of its lists, score every
-    key, and the keys of the largest shares are candidates; all other keys share the even draws. Without candidates, blocks
-    of 2, 4, 8, ... keys are scored, by their means and variances: a key that is unlike its neighbours is lost in them.
+    `most` of them. Beyond that, few averages of the whole tile, groups of those of its lists, score every key; the keys of
+    the largest shares are candidates, which all averages score, and the others share the even draws. Without candidates,
+    blocks of 2, 4, 8, ... keys are scored, by their means and variances: a key unlike its neighbours is lost in them.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Derrida, 1981, sums of few large scores; Friedman et al., 1977, cuts at medians; Gonzalez,
     1985, centres far from one another; Roy et al., 2020 (arXiv:2003.05997), queries that
     share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
     Cost: `num` slots a query, and pooled / rows * min(keys seen, `most`) products; with candidates, pooled / rows *
-    `candidates` beyond `most`, and coarse / rows * keys seen by averages of the tile, but no more than at `most`.
+    num * candidates beyond `most`, and coarse / rows * keys seen by averages of the tile, but no more than at `most`.
     Guarantee: numerator and denominator unbiased, whatever the estimate.
 
     Args:
@@ -72,7 +72,7 @@ class DrawAlike(Stage):
         pooled: averaged groups of each list.
         most: keys that a tile may see to be scored one by one, all of them.
         uniform_share: share of the draws that is spread evenly.
-        candidates: keys that the lists of a tile score where it sees more; None scores blocks of keys there.
+        candidates: keys, for each draw, that the lists of a tile score where it sees more; None scores blocks of keys there.
         coarse: averages of a tile, for each of its lists, that score all keys to find candidates; fewer where that would
             take more products than all averages take for `most` keys.
 
@@ -85,7 +85,7 @@ class DrawAlike(Stage):
     pooled: int = 8
     most: int = 32_768
     uniform_share: float = 0.1
-    candidates: int | None = None
+    candidates: int | None = 12
     coarse: int = 4
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class DrawAlike(Stage):
             until = min(num_keys, self.most * size)
             share, seen = ((until - edge) / num_keys, (edge + until) / 2) if causal else (float(until == num_keys), visible)
             if size > 1 and self.candidates is not None:
-                products += share * min(seen, self.candidates)
+                products += share * min(seen, self.num * self.candidates)
                 # averages of the tile with its deviations, and stretches by those of its lists as well
                 averages = self._coarse(many, size) * (1 + 2 / NORMAL) + self.pooled * many * 2 / NORMAL
                 fewer += share * seen * (averages + 2)
@@ -257,13 +257,13 @@ class DrawAlike(Stage):
         """Count the numbers held for each tile of positions while drawing, in each list of keys."""
         problem = tiles.problem
         lists, seen = problem.k.shape[0] * problem.k.shape[1], problem.num_keys
-        blocks = min(seen, max(self.most, self.candidates or 0))
+        blocks, sides = min(seen, max(self.most, self.num * (self.candidates or 0))), 1 if problem.causal else 2
+        held, scored = many * (sides * _NUMBERS * blocks + _SLOT_NUMBERS * self.num), many * self.pooled * blocks
+        if self.candidates is not None and seen > self.most:
+            # shares of all keys by the averages of a tile
+            held, scored = held + _COARSE_NUMBERS * seen, max(scored, many * self.coarse * seen)
         # scores are held for one list of keys at a time; on a CPU a few tiles at a time as well
-        scores = 0 if problem.device.type == "cpu" else -(-many * self.pooled * blocks // lists)
-        sides = 1 if problem.causal else 2
-        held = many * (sides * _NUMBERS * blocks + _SLOT_NUMBERS * self.num) + scores
-        # shares of all keys by the averages of a tile, and a tile's candidates
-        held += 0 if self.candidates is None or seen <= self.most else _COARSE_NUMBERS * seen
+        held += 0 if problem.device.type == "cpu" else -(-scored // lists)
         # averages of the sorted queries, no more of them than queries, are held as well
         return held + held // (_SORT_NUMBERS - 1)
 
@@ -274,7 +274,7 @@ class DrawAlike(Stage):
         """Draw for a chunk of tiles: keys and log-weights, ``[lists, chunk * many, num]``."""
         size, num = BlockSizes(self.most).of(scan.tiles, part)
         if size > 1 and self.candidates is not None:
-            law = self._among_candidates(scan, blocks(1), left, part, size)
+            law = self._among_candidates(scan, blocks(1), left, part, size, self.num * self.candidates)
             return draws_of(law, left, noise, self.num)
         share = scan.shares(part, blocks(size), num)
         to_the_end = not (scan.tiles.problem.causal and covered.gap is not None)
@@ -286,10 +286,10 @@ class DrawAlike(Stage):
         return max(1, min(self.coarse * many, self.pooled * many // doubled))
 
     def _among_candidates(
-        self, scan: AlikeScan, keys: Blocks, left: tuple[Tensor, ...], part: slice, doubled: int
+        self, scan: AlikeScan, keys: Blocks, left: tuple[Tensor, ...], part: slice, doubled: int, count: int
     ) -> Candidates:
-        """Return the law of draws where tiles see up to `doubled` times `most` keys."""
+        """Return the law of draws from `count` candidates and all others, where tiles see `doubled` times `most` keys."""
         coarse = scan.of_tiles(part).coarser(self._coarse(scan.query.shape[2], doubled))
         share = coarse.log_shares(part, keys, seen_keys(scan.tiles, part))[:, :, 0]
-        found = candidates_of(share, left, self.candidates or 0)
+        found = candidates_of(share, left, count)
         return Candidates.of(scan.shares_among(part, keys, found), found, left, self.num, self.uniform_share)
