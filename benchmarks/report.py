@@ -24,6 +24,8 @@ REAL_MODEL = "<!-- real model: begin (benchmarks/report.py) -->", "<!-- real mod
 HEAD_KINDS_RECORDS = head_kinds_table.RECORDS, head_kinds_table.LONG_RECORDS
 HEAD_KINDS = "<!-- kinds of heads: begin (benchmarks/report.py) -->", "<!-- kinds of heads: end -->"
 HARDER_TASKS = "<!-- harder tasks: begin (benchmarks/report.py) -->", "<!-- harder tasks: end -->"
+LONGER_RECORDS = "longer_context.jsonl"
+LONGER = "<!-- longer context: begin (benchmarks/report.py) -->", "<!-- longer context: end -->"
 FINE_TUNE = "<!-- fine-tuning: begin (benchmarks/report.py) -->", "<!-- fine-tuning: end -->"
 CHOOSING = "<!-- choosing: begin (benchmarks/report.py) -->", "<!-- choosing: end -->"
 GPU_FIGURES = "<!-- gpu figures: begin -->", "<!-- gpu figures: end -->"
@@ -57,6 +59,18 @@ def write_long_context(records: list[dict]) -> str:
         return "Nothing is recorded yet: run `python benchmarks/long_context.py`."
     commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in found))
     return f"{long_context_table.table(found)}\n\nMeasured at {longest:,} tokens, on a CPU, float32; commits {commits}."
+
+
+def write_longer_context(records: list[dict]) -> str:
+    """Write a table for each length beyond the packaged model's own."""
+    if not records:
+        return "Nothing is recorded yet: run `python benchmarks/long_context.py --length 65536`."
+    lengths: dict[int, list[dict]] = {}
+    for record in records:
+        lengths.setdefault(record["length"], []).append(record)
+    tables = [f"{length:,} bytes:\n\n{long_context_table.table(found)}" for length, found in sorted(lengths.items())]
+    commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in records))
+    return "\n\n".join([*tables, f"Measured on a CPU, float32; commits {commits}."])
 
 
 def write_head_kinds(records: list[dict]) -> str:
@@ -144,6 +158,7 @@ def main() -> None:
                 HEAD_KINDS,
             ),
             (write_harder_tasks(read_lines(args.records / harder_tasks_table.RECORDS.name)), HARDER_TASKS),
+            (write_longer_context(read_lines(args.records / LONGER_RECORDS)), LONGER),
         ),
     }
     if args.performance.exists():
