@@ -59,7 +59,10 @@ def scan_of(given: Problem, groups: int, many: int, most: int, monkeypatch) -> t
     made = choose(monkeypatch, tiles, many, groups, most=most)
     # memory for scores, and all else is the kernel's
     scan = AlikeScan.of(tiles, made.query[..., :1, :], made.query[..., :1, :], 1)
-    return made, replace(scan, query=made.query.float(), spread=made.spread.float(), log_rows=made.log_rows)
+    # nothing here is compared, but in as many averages
+    compared = scan.compared.expand_as(made.query[..., : scan.compared.shape[-1]])
+    own = {"query": made.query.float(), "spread": made.spread.float(), "log_rows": made.log_rows, "compared": compared}
+    return made, replace(scan, **own)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +143,8 @@ def _draws(
     """Four lists at a time, few blocks at once."""
     begin = tl.program_id(0) * 4
     draw_lists(
-        share_ptr + begin * room, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin,
-        tl.minimum(begin + 4, lists), count, room, num, size, 0.2, 1e-30, 5, MANY, 4, 4, 2**30, 57, 64, 32, 64,
+        share_ptr + begin * room, share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin,
+        tl.minimum(begin + 4, lists), count, room, num, size, 0.2, 1e-30, 5, MANY, 4, 4, 2**30, 57, 64, 32, 64, 0,
     )  # fmt: skip
 
 

@@ -186,10 +186,9 @@ class DrawAlike(Stage):
         """Tell into how many parts kernels divide the heads of a group; None where PyTorch chooses."""
         problem, width = tiles.problem, tiles.problem.q.shape[3]
         # numbers of blocks are counted in int32
-        fits = min(self.most, problem.num_keys) * width < 2**30 and grid_holds(problem.k.shape[0] * problem.k.shape[1])
+        blocks = problem.num_keys if self.candidates is not None else min(self.most, problem.num_keys)
+        fits = blocks * width < 2**30 and grid_holds(problem.k.shape[0] * problem.k.shape[1])
         scores = fits and scores_alike(min(self.pooled, self.rows), width)
-        # no kernel looks for candidates
-        scores = scores and (self.candidates is None or problem.num_keys <= self.most)
         fused = scores and triton_reads(problem.q, problem.k, problem.v)
         return parts_of(tiles.size, problem.group, self.rows, width) if fused else None
 
@@ -205,7 +204,9 @@ class DrawAlike(Stage):
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
         centres, begin, noise, key_row = fused_first(k, v, self.num, tiles, many)
         ordered = FusedSort.of(tiles, many, fused_metric(k, centres, self.num), begin, edges, parts)
-        plan = fused_plan(tiles, BlockSizes(self.most), many, min(self.pooled, ordered.row_limit.shape[2]))
+        groups = min(self.pooled, ordered.row_limit.shape[2])
+        candidates = self.candidates, self.coarse, self.pooled
+        plan = fused_plan(tiles, BlockSizes(self.most), many, groups, candidates, parts)
         low, high = (results[0].new_empty(results[0].shape[:2]) for _ in range(2))
         blocks = FusedBlocks.of(k, v, centres, plan)
         fused_choice(problem, ordered, edges, noise, blocks, (*results, low, high), plan, self.uniform_share)

@@ -1,0 +1,71 @@
+"""Find candidates in Triton: the keys of a tile's largest shares, without a sort.
+
+`select.score.candidates.candidates_of` does the same in PyTorch, where equal shares may be chosen in another order.
+"""
+# kernels are written in Triton's language, which its type stubs do not describe
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _bits(share_ptr, first, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Read shares as integers of the same order: none is above 1, and those below 0 are no candidates."""
+    key = first + tl.arange(0, BLOCK)
+    share = tl.load(share_ptr + key, mask=key < count, other=-1.0)
+    return key, share.to(tl.int32 if BITS > 16 else tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def find_candidates(
+    share_ptr, numbers_ptr, count, candidates,
+    BITS: tl.constexpr, DIGIT: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the numbers of the largest shares, ascending; of equal ones the first.
+
+    Args:
+        share_ptr: shares, ``[count]``, between 0 and 1; below 0 for keys that may be none.
+        numbers_ptr: for the numbers, int32.
+        count: keys that have shares.
+        candidates: most numbers.
+        BITS: bits of a share.
+        DIGIT: bits of the threshold that are found in one pass over all shares.
+        COUNTED: shares that are compared at once.
+        BLOCK: shares that are placed at once.
+
+    Returns:
+        how many numbers were written.
+    """
+    digit = tl.arange(0, 1 << DIGIT)
+    # the largest threshold that enough shares reach, and how many lie above it
+    least, above = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    # neither the sign nor the next bit, which numbers from 2 on have
+    steps: tl.constexpr = (BITS - 2 + DIGIT - 1) // DIGIT
+    for step in tl.range(0, steps):
+        shift = (steps - 1 - step) * DIGIT
+        bar = least + (digit << shift)
+        passed = tl.zeros([1 << DIGIT, COUNTED], tl.int32)
+        for first in tl.range(0, count, COUNTED, num_stages=3):
+            _, bits = _bits(share_ptr, first, count, BITS, COUNTED)
+            passed += (bits[None, :] >= bar[:, None]).to(tl.int32)
+        total = tl.sum(passed, 1)
+        one = tl.sum(((total >= candidates) & (digit > 0)).to(tl.int32), 0)
+        # shares from the next threshold on
+        above = tl.maximum(above, tl.sum(tl.where(digit == one + 1, total, 0), 0))
+        least += one << shift
+    ties, written = tl.maximum(candidates - above, 0), tl.zeros([], tl.int32)
+    seen = tl.zeros([], tl.int32)
+    for first in tl.range(0, count, BLOCK, num_stages=3):
+        key, bits = _bits(share_ptr, first, count, BITS, BLOCK)
+        larger, equal = (bits > least).to(tl.int32), (bits == least).to(tl.int32)
+        # both running sums at once
+        running = tl.cumsum(larger | (equal << 16), 0)
+        tied = seen + (running >> 16)
+        place = written + (running & 0xFFFF) + tl.minimum(tied, ties) - tl.minimum(seen, ties)
+        taken = (larger > 0) | ((equal > 0) & (tied <= ties))
+        tl.store(numbers_ptr + place - 1, key, mask=taken)
+        ties_here = tl.sum(equal, 0)
+        written += tl.sum(larger, 0) + tl.minimum(seen + ties_here, ties) - tl.minimum(seen, ties)
+        seen += ties_here
+    return written
