@@ -34,7 +34,7 @@ def share_keys(
         until: the end of these lists.
         room: places of a list in `share_ptr`, a multiple of `KEYS`.
         size: keys in a block.
-        given: keys to score; not used without `TOGETHER` or `AMONG`, where these are all that a list knows.
+        given: keys to score; not used without `AMONG`, where these are all that a list knows.
         EDGES: numbers of a tile in `edges_ptr`.
         MANY: lists of a tile.
         OF_LIST: averages of a list.
@@ -48,7 +48,7 @@ def share_keys(
         STAGES: blocks of keys that are on their way.
         PRECISION: of products.
         TOGETHER: whether lists are parts of one, which has a single row of `spread_ptr` and of shares: its share of a key is
-            the largest of theirs, and -1 where earlier stages left none.
+            the largest of theirs, may exceed 1, and is -1 for keys that it does not know or that earlier stages took.
         AMONG: whether keys are given by their numbers.
 
     Returns:
@@ -74,7 +74,7 @@ def share_keys(
     query, spread = tl.trans(query), tl.trans(spread)
     share_at = share_ptr + one[None, :] * room
     count = tl.max(known, 0)
-    if TOGETHER or AMONG:
+    if AMONG:
         count = given
     if TOGETHER:
         left_begin, left_end = tl.load(edges_ptr).to(tl.int32), tl.load(edges_ptr + 3).to(tl.int32)
@@ -96,13 +96,14 @@ def share_keys(
             extra = tl.dot(variance, tl.trans(half), extra, input_precision=PRECISION)
         log_value = tl.load(log_value_ptr + key, mask=inside_list, other=0.0)
         log_share = best + extra + log_value[:, None]
-        share = tl.exp2(tl.minimum(log_share, 0.0) * 1.4426950408889634)
+        share = tl.exp2(tl.minimum(log_share, 80.0 if TOGETHER else 0.0) * 1.4426950408889634)
         told = key[:, None] < known[None, :]
         if AMONG:
             told = told & inside_list[:, None]
-        share = tl.where(told, share, 0.0)
+        share = tl.where(told, share, -1.0 if TOGETHER else 0.0)
         if TOGETHER:
             left = ((key >= left_begin) & (key < hole_begin)) | ((key >= hole_end) & (key < left_end))
+            # a share of 80 nats or more is as good as any
             largest = tl.where(left, tl.max(share, 1), -1.0)
             tl.store(share_ptr + place, largest.to(share_ptr.dtype.element_ty))
         else:

@@ -11,10 +11,12 @@ import triton.language as tl
 
 @triton.jit
 def _bits(share_ptr, first, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Read shares as integers of the same order: none is above 1, and those below 0 are no candidates."""
+    """Read shares as integers of the same order; those below 0 are no candidates."""
     key = first + tl.arange(0, BLOCK)
     share = tl.load(share_ptr + key, mask=key < count, other=-1.0)
-    return key, share.to(tl.int32 if BITS > 16 else tl.int16, bitcast=True).to(tl.int32)
+    # wide enough for the largest threshold
+    bits = share.to(tl.int32, bitcast=True).to(tl.int64) if BITS > 16 else share.to(tl.int16, bitcast=True).to(tl.int32)
+    return key, bits
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def find_candidates(
     """Write the numbers of the largest shares, ascending; of equal ones the first.
 
     Args:
-        share_ptr: shares, ``[count]``, between 0 and 1; below 0 for keys that may be none.
+        share_ptr: shares, ``[count]``; below 0 for keys that may be none.
         numbers_ptr: for the numbers, int32.
         count: keys that have shares.
         candidates: most numbers.
@@ -39,12 +41,11 @@ def find_candidates(
     """
     digit = tl.arange(0, 1 << DIGIT)
     # the largest threshold that enough shares reach, and how many lie above it
-    least, above = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    # neither the sign nor the next bit, which numbers from 2 on have
-    steps: tl.constexpr = (BITS - 2 + DIGIT - 1) // DIGIT
+    least, above = tl.zeros([], tl.int64 if BITS > 16 else tl.int32), tl.zeros([], tl.int32)
+    steps: tl.constexpr = (BITS - 1 + DIGIT - 1) // DIGIT
     for step in tl.range(0, steps):
         shift = (steps - 1 - step) * DIGIT
-        bar = least + (digit << shift)
+        bar = least + (digit.to(least.dtype) << shift)
         passed = tl.zeros([1 << DIGIT, COUNTED], tl.int32)
         for first in tl.range(0, count, COUNTED, num_stages=3):
             _, bits = _bits(share_ptr, first, count, BITS, COUNTED)
@@ -53,7 +54,7 @@ def find_candidates(
         one = tl.sum(((total >= candidates) & (digit > 0)).to(tl.int32), 0)
         # shares from the next threshold on
         above = tl.maximum(above, tl.sum(tl.where(digit == one + 1, total, 0), 0))
-        least += one << shift
+        least += one.to(least.dtype) << shift
     ties, written = tl.maximum(candidates - above, 0), tl.zeros([], tl.int32)
     seen = tl.zeros([], tl.int32)
     for first in tl.range(0, count, BLOCK, num_stages=3):

@@ -78,12 +78,9 @@ def _among_candidates(
         EDGES, 1, COARSE, NORMAL, DIM, COARSE, WIDTH, STRETCHES, "ieee",
     )  # fmt: skip
     tl.debug_barrier()
-    # the last key that is left
-    before_hole, behind = tl.load(edge_at + 1), tl.load(edge_at + 3)
-    last = tl.where(tl.load(edge_at + 2) < behind, behind, before_hole).to(tl.int32)
     count = share_keys(
         coarse_ptr, coarse_bar_ptr, coarse_spread_ptr, keys_ptr, keys_ptr, log_value_ptr, edge_at, share_ptr, numbers_ptr,
-        0, LISTS, room, size, last,
+        0, LISTS, room, size, 0,
         EDGES, LISTS, COARSE // LISTS, DIM, DEVIATIONS, False, LISTS, COARSE // LISTS, WIDTH, KEYS, STAGES, "ieee",
         True, False,
     )  # fmt: skip

@@ -64,8 +64,9 @@ def group_averages(
     # queries in each, relative to their mean number
     rows = tl.exp(2.0 * tl.load(log_rows_ptr + row, mask=live, other=-float("inf")))
     in_all = tl.sum(rows, 0)
-    few -= (tl.sum(few * rows[:, None], 0) / in_all)[None, :]
-    # averages of no query stand in the middle of all queries
+    # averages of no query stand where queries are compared from: in the middle of all, or with few numbers at 0
+    if DIM > COLUMNS:
+        few -= (tl.sum(few * rows[:, None], 0) / in_all)[None, :]
     few = tl.where((rows > 1e-30)[:, None], few, 0.0)
     few = tl.where(live[:, None], few - (tl.sum(few, 0) / count)[None, :], 0.0)
     centre = far_apart(few, live, groups, ROWS, PADDED, COLUMNS)
