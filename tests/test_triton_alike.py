@@ -204,7 +204,7 @@ def _draws(
     begin = tl.program_id(0) * 4
     draw_lists(
         share_ptr + begin * room, share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin,
-        tl.minimum(begin + 4, lists), count, room, num, size, 0.2, 1e-30, 5, MANY, 4, 4, 2**30, 57, 64, 32, 64, 0,
+        tl.minimum(begin + 4, lists), count, room, num, size, 0, 0.2, 1e-30, 5, MANY, 4, 4, 2**30, 57, 64, 32, 64, 0,
     )  # fmt: skip
 
 
@@ -221,9 +221,10 @@ def _draws_among(
 ):  # fmt: skip
     """The lists of a tile at a time."""
     tile = tl.program_id(0)
+    count = tl.load(counts_ptr + tile)
     draw_lists(
         share_ptr + tile * MANY * room, numbers_ptr + tile * most, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr,
-        high_ptr, tile * MANY, (tile + 1) * MANY, tl.load(counts_ptr + tile), room, num, 1, 0.2, 1e-30,
+        high_ptr, tile * MANY, (tile + 1) * MANY, count, room, num, 1, 1, 0.2, 1e-30,
         5, MANY, 16, 4, 2**30, 57, 16, 16, 16, 6,
     )  # fmt: skip
 

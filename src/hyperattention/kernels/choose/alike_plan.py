@@ -141,7 +141,9 @@ def memory_of(
     """
     width = like.shape[3]
     lists, room, units = plan.lists(width), plan.room(width, tiles), plan.units(rows, tiles, width)
-    programs = min(units, _PROGRAMS * _multiprocessors(like.device), max(1, _BYTES // (lists * room * dtype.itemsize)))
+    # at least one for each multiprocessor: where rows of shares are longest, at half a million keys or more
+    fit = max(_multiprocessors(like.device), _BYTES // (lists * room * dtype.itemsize))
+    programs = min(units, _PROGRAMS * _multiprocessors(like.device), fit)
     held = lists + -(-plan.coarse_averages(width) // plan.groups)
     query, spread = (like.new_empty((programs, held, *each), dtype=dtype) for each in ((plan.groups, width), (2 * width,)))
     log_rows, bar = (like.new_empty((programs, held, plan.groups), dtype=torch.float32) for _ in range(2))

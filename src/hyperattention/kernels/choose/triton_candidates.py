@@ -43,13 +43,15 @@ def find_candidates(
     # the largest threshold that enough shares reach, and how many lie above it
     least, above = tl.zeros([], tl.int64 if BITS > 16 else tl.int32), tl.zeros([], tl.int32)
     steps: tl.constexpr = (BITS - 1 + DIGIT - 1) // DIGIT
+    sign: tl.constexpr = 63 if BITS > 16 else 31
     for step in tl.range(0, steps):
         shift = (steps - 1 - step) * DIGIT
         bar = least + (digit.to(least.dtype) << shift)
         passed = tl.zeros([1 << DIGIT, COUNTED], tl.int32)
         for first in tl.range(0, count, COUNTED, num_stages=3):
             _, bits = _bits(share_ptr, first, count, BITS, COUNTED)
-            passed += (bits[None, :] >= bar[:, None]).to(tl.int32)
+            # the sign of the difference, which is cheaper than a comparison
+            passed -= ((bar[:, None] - 1 - bits[None, :]) >> sign).to(tl.int32)
         total = tl.sum(passed, 1)
         one = tl.sum(((total >= candidates) & (digit > 0)).to(tl.int32), 0)
         # shares from the next threshold on
@@ -59,14 +61,13 @@ def find_candidates(
     seen = tl.zeros([], tl.int32)
     for first in tl.range(0, count, BLOCK, num_stages=3):
         key, bits = _bits(share_ptr, first, count, BITS, BLOCK)
-        larger, equal = (bits > least).to(tl.int32), (bits == least).to(tl.int32)
+        larger, equal = bits > least, bits == least
         # both running sums at once
-        running = tl.cumsum(larger | (equal << 16), 0)
-        tied = seen + (running >> 16)
-        place = written + (running & 0xFFFF) + tl.minimum(tied, ties) - tl.minimum(seen, ties)
-        taken = (larger > 0) | ((equal > 0) & (tied <= ties))
-        tl.store(numbers_ptr + place - 1, key, mask=taken)
-        ties_here = tl.sum(equal, 0)
-        written += tl.sum(larger, 0) + tl.minimum(seen + ties_here, ties) - tl.minimum(seen, ties)
-        seen += ties_here
+        of_key = larger.to(tl.int32) | (equal.to(tl.int32) << 16)
+        running, in_all = tl.cumsum(of_key, 0), tl.sum(of_key, 0)
+        tied, before = seen + (running >> 16), tl.minimum(seen, ties)
+        place = written - before + (running & 0xFFFF) + tl.minimum(tied, ties)
+        tl.store(numbers_ptr + place - 1, key, mask=larger | (equal & (tied <= ties)))
+        seen += in_all >> 16
+        written += (in_all & 0xFFFF) + tl.minimum(seen, ties) - before
     return written

@@ -35,7 +35,7 @@ _LEAST = 16
 _NUMBERS = 8192
 # numbers of all averages of a tile that are held at once; bits of a threshold found in a pass over shares of keys, and
 # shares that are compared, or placed, at once
-_OF_AVERAGES, _DIGIT, _COUNTED, _TAKEN = 4096, 3, 512, 2048
+_OF_AVERAGES, _DIGIT, _COUNTED, _TAKEN = 2048, 3, 1024, 1024
 # bytes of a list's rows that four warps hold
 _BYTES = 16_384
 
@@ -158,10 +158,12 @@ def _kernel(
         level = _level((until - 1) // MANY, first_tile, length, step, tile_size, keys, most, first, levels)
         size = first << level
         of = level * lists + one
+        among = 0
         if AMONG:
-            doubled = size
+            among = ((begin >= plain) & (begin < until)).to(tl.int32)
+            # keys are averaged nowhere
+            doubled, level, of = size, among, one
             size = tl.full([], 1, tl.int32)
-            of = one
         edges_at, row = edges_ptr + one * tiles * EDGES, one * tiles * MANY
         q_at = q_ptr + (one // kv_heads) * s_batch + (one % kv_heads) * GROUP * s_head
         for at in tl.range(begin, until, disable_licm=True):
@@ -182,7 +184,7 @@ def _kernel(
         keys_at, log_value_at = keys_ptr + of * blocks * DIM, log_value_ptr + of * blocks
         variance_at = variance_ptr + (of - PLAIN * lists) * blocks * DIM
         count = 0
-        if AMONG and (begin >= plain) & (begin < until):
+        if AMONG and among > 0:
             groups = tl.maximum(tl.minimum(tl.minimum(coarse * own, averages * own // doubled), OF_LIST * own), 1)
             count = _among_candidates(
                 query_ptr, spread_ptr, log_rows_ptr, bar_ptr,
@@ -192,14 +194,6 @@ def _kernel(
                 EDGES, MANY, OF_LIST, DIM, WIDTH, COLUMNS, STEPS, NORMAL, STRETCHES, DEVIATIONS, LISTS, GROUPS, COARSE,
                 OF_AVERAGES, KEYS, STAGES, BITS, DIGIT, COUNTED, TAKEN, ROUGH,
             )  # fmt: skip
-            tl.debug_barrier()
-            draw_lists(
-                share_ptr, numbers_ptr, edges_at, noise_ptr + row, index_ptr + row * num, weight_ptr + row * num,
-                low_ptr + row, high_ptr + row, begin, until, count, room, num, size, even, least,
-                EDGES, MANY, LISTS, ROUNDS, ALL, SHIFT, BLOCKS, PLACED, SLOTS, AMONG,
-            )  # fmt: skip
-            # no list is left for what follows
-            until, count = begin, 0
         if level < PLAIN:
             count = share_keys(
                 query_ptr, bar_ptr, spread_ptr, keys_at, keys_at, log_value_at, edges_at, share_ptr, numbers_ptr,
@@ -215,8 +209,8 @@ def _kernel(
         tl.debug_barrier()
         draw_lists(
             share_ptr, numbers_ptr, edges_at, noise_ptr + row, index_ptr + row * num, weight_ptr + row * num, low_ptr + row,
-            high_ptr + row, begin, until, count, room, num, size, even, least,
-            EDGES, MANY, LISTS, ROUNDS, ALL, SHIFT, BLOCKS, PLACED, SLOTS, 0,
+            high_ptr + row, begin, until, count, room, num, size, among, even, least,
+            EDGES, MANY, LISTS, ROUNDS, ALL, SHIFT, BLOCKS, PLACED, SLOTS, AMONG,
         )  # fmt: skip
         tl.debug_barrier()
 

@@ -76,13 +76,10 @@ def group_averages(
         mean = tl.dot(tl.trans(one_of), few, input_precision=PRECISION) / tl.maximum(members, 1.0)
         centre = tl.where(members > 0, mean, centre)
     one_of = nearest(few, centre, live, groups, PADDED, PRECISION)
-    share = one_of * rows[:, None]
-    total = tl.sum(share, 0)
-    least = 1.1754943508222875e-38
-    share = share / tl.maximum(total, least)[None, :]
+    total = tl.maximum(tl.sum(one_of * rows[:, None], 0), 1.1754943508222875e-38)
     for first in tl.range(0, WIDTH, SLICE):
         x, column = _averages(query_ptr, row, live, first, DIM, SLICE)
-        average = tl.dot(tl.trans(share), x, input_precision=PRECISION)
+        average = tl.dot(tl.trans(one_of), x * rows[:, None], input_precision=PRECISION) / total[:, None]
         off = x - tl.dot(one_of, average, input_precision=PRECISION)
         there = column < DIM
         kept = average.to(coarse_ptr.dtype.element_ty)
@@ -93,5 +90,5 @@ def group_averages(
         before = tl.load(before_at, mask=(one < lists)[:, None] & there[None, :], other=0.0).to(tl.float32)
         apart += tl.sum(before, 0) / lists
         tl.store(coarse_spread_ptr + column, apart.to(coarse_spread_ptr.dtype.element_ty), mask=there)
-    log_rows = 0.5 * tl.log(tl.maximum(total * groups / in_all, least))
+    log_rows = 0.5 * tl.log(total * groups / in_all)
     tl.store(coarse_rows_ptr + group, tl.where(group < groups, log_rows, -bound))

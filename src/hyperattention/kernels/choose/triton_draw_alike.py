@@ -24,24 +24,25 @@ def _sides(block, begin, hole_begin, hole_end, end, size):
 
 @triton.jit
 def _rooms(
-    first, begin, hole_begin, hole_end, end, size, count, others,
+    first, begin, hole_begin, hole_end, end, size, among, count, others,
     LISTS: tl.constexpr, BLOCKS: tl.constexpr, AMONG: tl.constexpr,
 ):  # fmt: skip
     """Return how many keys are left of the blocks from `first` on, for all lists; candidates are followed by all others."""
     start, until = first * size, (first + BLOCKS) * size
     before = (start >= tl.max(begin, 0)) & (until <= tl.min(hole_begin, 0))
     behind = (start >= tl.max(hole_end, 0)) & (until <= tl.min(end, 0))
-    room = tl.zeros([LISTS, BLOCKS], tl.float32) + size
-    block = first + tl.arange(0, BLOCKS)[None, :]
-    # nearly always all of them
+    whole = before | behind
     if AMONG:
-        if first + BLOCKS > count:
+        whole = tl.where(among > 0, until <= count, whole)
+    room = tl.zeros([LISTS, BLOCKS], tl.float32) + size
+    # nearly always all of them
+    if whole == 0:
+        block = first + tl.arange(0, BLOCKS)[None, :]
+        one, other = _sides(block, begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None], size)
+        room = (one + other).to(tl.float32)
+        if AMONG:
             last = tl.where(block == count, others[:, None], 0)
-            room = tl.where(block < count, 1, last).to(tl.float32)
-    else:
-        if (before | behind) == 0:
-            one, other = _sides(block, begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None], size)
-            room = (one + other).to(tl.float32)
+            room = tl.where(among > 0, tl.where(block < count, 1, last).to(tl.float32), room)
     return room
 
 
@@ -54,13 +55,13 @@ def _shares(share_at, first, stored, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _total(
-    share_at, stored, most, begin, hole_begin, hole_end, end, size, count, others,
+    share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others,
     LISTS: tl.constexpr, BLOCKS: tl.constexpr, AMONG: tl.constexpr,
 ):  # fmt: skip
     """Add up the shares of all keys, none above `most`."""
     total = tl.zeros([LISTS, BLOCKS], tl.float32)
     for first in tl.range(0, stored, BLOCKS, num_stages=4):
-        room = _rooms(first, begin, hole_begin, hole_end, end, size, count, others, LISTS, BLOCKS, AMONG)
+        room = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG)
         total += tl.minimum(_shares(share_at, first, stored, BLOCKS), most[:, None]) * room
     return tl.sum(total, 1)
 
@@ -99,7 +100,7 @@ def _other(numbers_ptr, count, rank, asked, begin, hole_begin, hole_end, DIGITS:
 @triton.jit
 def draw_lists(
     share_ptr, numbers_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, until_list, count,
-    room, num, size, even, least,
+    room, num, size, among, even, least,
     EDGES: tl.constexpr, MANY: tl.constexpr, LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr,
     SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr, AMONG: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +121,7 @@ def draw_lists(
         room: places of a list in `share_ptr`.
         num: draws of a list.
         size: keys in a block.
+        among: 1 where blocks are candidates, else 0; not read without `AMONG`.
         even: share of the draws that is spread evenly.
         least: sums below this count as 0.
         EDGES: numbers of a tile in `edges_ptr`.
@@ -131,8 +133,8 @@ def draw_lists(
         BLOCKS: blocks of each list read at once.
         PLACED: blocks of each list whose draws are placed at once.
         SLOTS: slots of each list that are written at once.
-        AMONG: 0 where blocks are those of all keys; else these are candidates, keys of one tile, all of them left, and fewer
-            than 2 to the power of this number. All other keys that are left share even draws: see `Candidates`.
+        AMONG: 0 where blocks never are candidates: keys of one tile, all of them left, and fewer than 2 to the power of this
+            number. All other keys that are left share even draws: see `Candidates`.
     """
     number = tl.arange(0, LISTS)
     row = (begin_list + number).to(tl.int64)
@@ -152,10 +154,14 @@ def draw_lists(
     stored = tl.cdiv(count, 16) * 16
     weighted = (1.0 - even) * num
     most = tl.full([LISTS], float("inf"), tl.float32)
-    total = _total(share_at, stored, most, begin, hole_begin, hole_end, end, size, count, others, LISTS, BLOCKS, AMONG)
+    total = _total(
+        share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG
+    )
     for _ in tl.range(0, ROUNDS):
         most = total / weighted
-        total = _total(share_at, stored, most, begin, hole_begin, hole_end, end, size, count, others, LISTS, BLOCKS, AMONG)
+        total = _total(
+            share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG
+        )
     scale = weighted / tl.maximum(total, least)
     # where nothing was scored this is all there is, and all draws are even
     evenly = even * num / tl.maximum(left, 1).to(tl.float32)
@@ -163,11 +169,11 @@ def draw_lists(
     # the last block of which something is left
     blocks = tl.cdiv(tl.max(tl.where(hole_end < end, end, hole_begin), 0), size)
     if AMONG:
-        blocks = count + 1
+        blocks = tl.where(among > 0, count + 1, blocks)
     in_all = tl.zeros([LISTS, BLOCKS], tl.int32)
     for first in tl.range(0, blocks, BLOCKS, num_stages=4):
         share = _shares(share_at, first, stored, BLOCKS)
-        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, count, others, LISTS, BLOCKS, AMONG)
+        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG)
         in_all += _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
     in_all = tl.maximum(tl.sum(in_all, 1), 1)
     noise = tl.load(noise_ptr + row, mask=there, other=0.0)
@@ -182,7 +188,7 @@ def draw_lists(
     for first in tl.range(0, blocks, PLACED):
         block = first + tl.arange(0, PLACED)[None, :]
         share, share_ahead = share_ahead, _shares(share_at, first + PLACED, stored, PLACED)
-        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, count, others, LISTS, PLACED, AMONG)
+        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, PLACED, AMONG)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         until = passed[:, None] + tl.cumsum(units, 1)
         slot = _points(until - units, factor, offset, num, SHIFT)
@@ -202,12 +208,10 @@ def draw_lists(
         given = tl.load(index_at + slot, mask=inside & drawn, other=0)
         block, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
         share = tl.load(share_at[:, None] + block, mask=inside & drawn & (block < stored), other=0.0).to(tl.float32)
+        before, behind = _sides(block, begin, hole_begin, hole_end, end, size)
+        keys_of = before + behind
         if AMONG:
-            one_of_others = block == count
-            keys_of = tl.where(one_of_others, others, 1)
-        else:
-            before, behind = _sides(block, begin, hole_begin, hole_end, end, size)
-            keys_of = before + behind
+            keys_of = tl.where(among > 0, tl.where(block == count, others, 1), keys_of)
         rooms = keys_of.to(tl.float32)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         listed = tl.maximum(units, 1).to(tl.float32) * ratio.to(tl.float32)
@@ -215,14 +219,15 @@ def draw_lists(
         # the same share of the way through the block's keys
         way = (slot.to(tl.float64) + noise[:, None] - since).to(tl.float32) / listed
         far = tl.minimum(tl.maximum((way * rooms).to(tl.int32), 0), tl.maximum(keys_of - 1, 0))
+        lowest, beyond = tl.maximum(block * size, begin), tl.maximum(block * size, hole_end)
+        key = tl.where(far < before, lowest + far, beyond + far - before)
         if AMONG:
-            some = inside & drawn
-            key = tl.load(numbers_ptr + block, mask=some & (block < count), other=0)
-            other = _other(numbers_ptr, count, far, some & one_of_others, begin, hole_begin, hole_end, AMONG)
-            key = tl.where(one_of_others, other, key)
-        else:
-            lowest, beyond = tl.maximum(block * size, begin), tl.maximum(block * size, hole_end)
-            key = tl.where(far < before, lowest + far, beyond + far - before)
+            # no block is before or at it where there are no candidates
+            last = tl.where(among > 0, count, -1)
+            one = tl.load(numbers_ptr + block, mask=inside & drawn & (block < last), other=0)
+            asked = inside & drawn & (block == last)
+            other = _other(numbers_ptr, count, far, asked, begin, hole_begin, hole_end, AMONG)
+            key = tl.where(among > 0, tl.where(block == count, other, one), key)
         # all that is left is listed where it is few
         listed_key = begin + tl.minimum(slot, tl.maximum(left - 1, 0))
         listed_key += tl.where(listed_key >= hole_begin, hole_end - hole_begin, 0)
