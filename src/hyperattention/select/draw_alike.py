@@ -56,6 +56,8 @@ class DrawAlike(Stage):
     `most` of them. Beyond that, few averages of the whole tile, groups of those of its lists, score every key; the keys of
     the largest shares are candidates, which all averages score, and the others share the even draws. Without candidates,
     blocks of 2, 4, 8, ... keys are scored, by their means and variances: a key unlike its neighbours is lost in them.
+    On a GPU the averages, and so the candidates, are of those lists of a tile that a program holds: all of up to 8 of
+    default size, which are those of 4 heads of a group; the lists of larger groups are cut into equal shares.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Derrida, 1981, sums of few large scores; Friedman et al., 1977, cuts at medians; Gonzalez,
@@ -205,7 +207,8 @@ class DrawAlike(Stage):
         centres, begin, noise, key_row = fused_first(k, v, self.num, tiles, many)
         ordered = FusedSort.of(tiles, many, fused_metric(k, centres, self.num), begin, edges, parts)
         groups = min(self.pooled, ordered.row_limit.shape[2])
-        candidates = self.candidates, self.coarse, self.pooled
+        count = None if self.candidates is None else self.num * self.candidates
+        candidates = count, self.coarse, self.pooled
         plan = fused_plan(tiles, BlockSizes(self.most), many, groups, candidates, parts)
         low, high = (results[0].new_empty(results[0].shape[:2]) for _ in range(2))
         blocks = FusedBlocks.of(k, v, centres, plan)

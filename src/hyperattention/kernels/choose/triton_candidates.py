@@ -43,7 +43,7 @@ def find_candidates(
     # the largest threshold that enough shares reach, and how many lie above it
     least, above = tl.zeros([], tl.int64 if BITS > 16 else tl.int32), tl.zeros([], tl.int32)
     steps: tl.constexpr = (BITS - 1 + DIGIT - 1) // DIGIT
-    sign: tl.constexpr = 63 if BITS > 16 else 31
+    sign: tl.constexpr = 2 * BITS - 1
     for step in tl.range(0, steps):
         shift = (steps - 1 - step) * DIGIT
         bar = least + (digit.to(least.dtype) << shift)
