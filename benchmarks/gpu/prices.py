@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/prices.py                       # a few settings at 8k to a million tokens
     python benchmarks/gpu/prices.py 1216:16:8 --tokens 32768
-    python benchmarks/gpu/prices.py 640:64:16:32768:8192  # the default: with candidates
+    python benchmarks/gpu/prices.py 640:64:16:32768:12  # the default: twelve candidates a draw
 
 32 query heads on 8 kv heads, width 128, bfloat16, causal. The price of a slot is that of the list kernel on one H100,
 derived from `benchmarks/records/gpu_list.jsonl`, without what lays lists out. The prices of scores and of passes over memory
@@ -78,9 +78,9 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
     shares, finding = HEADS * products / each, 0.0
     if plain < tokens:
         beyond, seen = HEADS * (tokens - plain) / stage.rows, (tokens + plain) / 2
-        shares += beyond * (stage.candidates or 0)
+        shares += beyond * stage.num * (stage.candidates or 0)
         # each list scores its candidates, and the means of all stretches
-        among = (stage.candidates or 0) * (stage.pooled + 2) + seen * stage.pooled * 2 / NORMAL
+        among = stage.num * (stage.candidates or 0) * (stage.pooled + 2) + seen * stage.pooled * 2 / NORMAL
         products += (tokens - plain) / stage.rows * among
         finding = seconds_of_candidates(stage, KV_HEADS * (tokens - plain) / TILE * seen)
     tiles, lists = KV_HEADS * tokens / TILE, HEADS * tokens / stage.rows
@@ -101,7 +101,7 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
 def seconds_of_candidates(stage: DrawAlike, keys: float) -> float:
     """What finding candidates takes, for so many keys of all tiles that see too many: padded products, and a threshold."""
     many = HEADS // KV_HEADS * TILE // stage.rows
-    numbers = many, stage.pooled, NORMAL, 0, 0, stage.candidates or 0, stage.coarse, stage.pooled, 1
+    numbers = many, stage.pooled, NORMAL, 0, 0, stage.num, stage.coarse, stage.pooled, 1
     plan = AlikePlan(TILE, 0, 1, 1, 1, stage.most, 1, *numbers, ())
     # averages, and one column for each list of a program: the allowance
     columns = plan.coarse_averages(HEAD_DIM) + plan.lists(HEAD_DIM)
@@ -117,7 +117,7 @@ def launches(stage: DrawAlike, tokens: int) -> int:
 def stage_of(text: str) -> DrawAlike:
     """Read ``num:rows:pooled:most:candidates:coarse``, of which the last may be missing."""
     numbers = [int(x) for x in text.split(":")]
-    candidates = dict(zip(("candidates", "coarse"), numbers[4:], strict=False))
+    candidates = {"candidates": None} | dict(zip(("candidates", "coarse"), numbers[4:], strict=False))
     return DrawAlike(*numbers[:4], **candidates)
 
 
