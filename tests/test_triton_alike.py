@@ -361,6 +361,10 @@ def chosen(method: ha.Method, given: Problem, *, fused: bool, monkeypatch) -> tu
             DrawAlike(16, 32, 4, most=40, candidates=12),
             id="candidates, all in one list",
         ),
+        # two programs take the lists of a tile; all keys are candidates, whatever averages find them
+        pytest.param(
+            problem(90, heads=8, kv_heads=1), DrawAlike(12, 16, 9, most=40, candidates=12), id="candidates, lists cut in two"
+        ),
     ],
 )
 def test_a_fused_choice_is_that_of_the_cpu(given, stage, monkeypatch):
