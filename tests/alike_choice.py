@@ -35,7 +35,8 @@ class Chosen:
         spread: what they leave out, ``[lists, tiles, many, 2 * width]``.
         log_rows: half the logarithm of their rows, ``[lists, tiles, many, groups]``.
         bar: what their scores are compared with.
-        share: shares of keys, ``[lists, tiles, many, room]``.
+        share: shares of keys, ``[lists, tiles, many, room]``; of candidates where there are some.
+        numbers: numbers of candidates, ``[lists, tiles, candidates]``; what stands behind them is not written.
     """
 
     ordered: FusedSort
@@ -47,6 +48,7 @@ class Chosen:
     log_rows: Tensor
     bar: Tensor
     share: Tensor
+    numbers: Tensor
 
 
 def sorted_by_torch(tiles: Tiles, many: int) -> FusedSort:
@@ -57,22 +59,27 @@ def sorted_by_torch(tiles: Tiles, many: int) -> FusedSort:
 
 
 def choose(
-    monkeypatch, tiles: Tiles, many: int, groups: int, metric: KeyMetric | None = None, num: int = 24, most: int = 2**20
-) -> Chosen:
+    monkeypatch, tiles: Tiles, many: int, groups: int, metric: KeyMetric | None = None, num: int = 24, most: int = 2**20,
+    candidates: tuple[int | None, int, int] = (None, 1, 1),
+) -> Chosen:  # fmt: skip
+    """Choose keys; with candidates, those of all tiles, each of which has to see more than `most` keys."""
     # no program takes lists again
     monkeypatch.setattr(alike_plan, "_multiprocessors", lambda device: 2**20)
     problem, edges = tiles.problem, edges_of(tiles, CoveredKeys()).of_tile
     k, v = (x.flatten(0, 1) for x in (problem.k, problem.v))
     centres, begin, noise, _ = fused_first(k, v, num, tiles, many)
     ordered = sorted_by_torch(tiles, many) if metric is None else FusedSort.of(tiles, many, metric, begin, edges)
-    plan = fused_plan(tiles, BlockSizes(most), many, groups)
+    plan = fused_plan(tiles, BlockSizes(most), many, groups, candidates)
     blocks = FusedBlocks.of(k, v, centres, plan)
     shape = (len(k), len(tiles.index) * many)
     index, low, high = (torch.empty(x, dtype=torch.int64, device=k.device) for x in ((*shape, num), shape, shape))
     weight = torch.empty((*shape, num), device=k.device)
     memory = fused_choice(problem, ordered, edges, noise, blocks, (index, weight, low, high), plan, 0.1)
-    span = plan.span(plan.lists(problem.q.shape[3]))
+    width = problem.q.shape[3]
+    assert candidates[0] is None or (plan.plain(len(tiles.index)) == 0 and plan.own(width) == many)
+    span = many if plan.candidates else plan.span(plan.lists(width))
     # the last lists begin first, and rows of keys take turns
     by_row = (x.unflatten(0, (-1, len(memory[0]) // len(k), plan.together(len(k)))).transpose(1, 2) for x in memory)
-    of_lists = (x.flatten(0, 1)[:, :, :span].flip(1).flatten(1, 2)[:, : shape[1]] for x in by_row)
-    return Chosen(ordered, blocks, plan, index, *(x.unflatten(1, (-1, many)) for x in of_lists))
+    *of_units, numbers = (x.flatten(0, 1).flip(1) for x in by_row)
+    of_lists = (x[:, :, :span].flatten(1, 2)[:, : shape[1]].unflatten(1, (-1, many)) for x in of_units)
+    return Chosen(ordered, blocks, plan, index, *of_lists, numbers)

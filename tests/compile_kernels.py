@@ -202,19 +202,21 @@ def launches_of_alike_choice(dtype: torch.dtype, dim: int) -> Iterator[tuple[str
     noise = torch.empty(2, rows, dtype=torch.float64)
     results = indices(2, rows, 640), torch.empty(2, rows, 640), indices(2, rows), indices(2, rows)
     for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
-        # blocks of one key; of one, of two and of four; each takes long to compile
-        for sizes in (1, 3) if groups == 16 else (3,):
-            plan = AlikePlan(128, 0, TILES, TILES, KEYS, KEYS // 4, 1, many, groups, 64, 2, 4, (TILES // 2,) * (sizes - 1))
-            memory = memory_of(plan, q, plan.units(2, TILES, dim), estimate)
-            blocks = [torch.empty(sizes - without, 2, KEYS // 4, dim, dtype=estimate) for without in (0, 1)]
-            moments, log_value = (
-                torch.empty(sizes, 2, KEYS // 256, 2 * dim, dtype=estimate),
-                torch.empty(sizes, 2, KEYS // 4),
-            )
+        # blocks of one key; of one, of two and of four; candidates; each takes long to compile
+        for kind, seams, candidates in (("keys", 0, 0), ("blocks", 2, 0), ("candidates", 2, 256)):
+            if groups == 8 and kind != "blocks":
+                continue
+            numbers = TILES, TILES, KEYS, KEYS // 4, 1, many, groups, 64, 2, 4, candidates, 4, groups, 1
+            plan = AlikePlan(128, 0, *numbers, (TILES // 2,) * seams)
+            memory = memory_of(plan, q, 2, TILES, estimate)
+            _, sizes, count = plan.sizes
+            blocks = [torch.empty(sizes - without, 2, count, dim, dtype=estimate) for without in (0, 1)]
+            moments = torch.empty(sizes, 2, count // 64, 2 * dim, dtype=estimate)
+            of_keys = *blocks, moments, torch.empty(sizes, 2, count)
             launch = triton_choose_alike.launch_choice(
-                (*given, noise), (*blocks, moments, log_value), results, memory, plan, 0.1, 2.0, 1e9, 0.1, 1e-30
+                (*given, noise), of_keys, results, memory, plan, 0.1, 2.0, 1e9, 0.1, 1e-30
             )
-            yield f"alike choice, {groups} groups, {'blocks' if sizes > 1 else 'keys'}", launch
+            yield f"alike choice, {groups} groups, {kind}", launch
 
 
 def launches_of_alike_sorting(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:

@@ -56,6 +56,8 @@ class DrawAlike(Stage):
     `most` of them. Beyond that, few averages of the whole tile, groups of those of its lists, score every key; the keys of
     the largest shares are candidates, which all averages score, and the others share the even draws. Without candidates,
     blocks of 2, 4, 8, ... keys are scored, by their means and variances: a key unlike its neighbours is lost in them.
+    On a GPU the averages, and so the candidates, are of those lists of a tile that a program holds: all of up to 8 of
+    default size, which are those of 4 heads of a group; the lists of larger groups are cut into equal shares.
 
     Source: Han et al., 2023 (arXiv:2310.05869), its idea; Hansen and Hurwitz, 1943, sampling in proportion to size; Madow,
     1949, evenly spaced points; Derrida, 1981, sums of few large scores; Friedman et al., 1977, cuts at medians; Gonzalez,
@@ -186,10 +188,9 @@ class DrawAlike(Stage):
         """Tell into how many parts kernels divide the heads of a group; None where PyTorch chooses."""
         problem, width = tiles.problem, tiles.problem.q.shape[3]
         # numbers of blocks are counted in int32
-        fits = min(self.most, problem.num_keys) * width < 2**30 and grid_holds(problem.k.shape[0] * problem.k.shape[1])
+        blocks = problem.num_keys if self.candidates is not None else min(self.most, problem.num_keys)
+        fits = blocks * width < 2**30 and grid_holds(problem.k.shape[0] * problem.k.shape[1])
         scores = fits and scores_alike(min(self.pooled, self.rows), width)
-        # no kernel looks for candidates
-        scores = scores and (self.candidates is None or problem.num_keys <= self.most)
         fused = scores and triton_reads(problem.q, problem.k, problem.v)
         return parts_of(tiles.size, problem.group, self.rows, width) if fused else None
 
@@ -205,7 +206,10 @@ class DrawAlike(Stage):
         k, v = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
         centres, begin, noise, key_row = fused_first(k, v, self.num, tiles, many)
         ordered = FusedSort.of(tiles, many, fused_metric(k, centres, self.num), begin, edges, parts)
-        plan = fused_plan(tiles, BlockSizes(self.most), many, min(self.pooled, ordered.row_limit.shape[2]))
+        groups = min(self.pooled, ordered.row_limit.shape[2])
+        count = None if self.candidates is None else self.num * self.candidates
+        candidates = count, self.coarse, self.pooled
+        plan = fused_plan(tiles, BlockSizes(self.most), many, groups, candidates, parts)
         low, high = (results[0].new_empty(results[0].shape[:2]) for _ in range(2))
         blocks = FusedBlocks.of(k, v, centres, plan)
         fused_choice(problem, ordered, edges, noise, blocks, (*results, low, high), plan, self.uniform_share)

@@ -34,7 +34,11 @@ class AlikePlan:
         normal: blocks of a stretch.
         steps: times that groups are formed anew around their means.
         rounds: rounds of cutting listings to one a key.
-        seams: the first tiles that have larger blocks, once for each doubling.
+        candidates: keys that lists score where a tile sees more than `most`; 0 scores larger blocks there.
+        coarse: averages, for each list, that score all keys to find them.
+        averages: the same at most in a tile that sees `most` keys; half of that where it sees twice as many, and so on.
+        parts: parts of the heads of a group, whose lists are sorted apart.
+        seams: the first tiles that see more than `most` blocks of `first` keys, twice as many, and so on.
     """
 
     size: int
@@ -49,17 +53,23 @@ class AlikePlan:
     normal: int
     steps: int
     rounds: int
+    candidates: int
+    coarse: int
+    averages: int
+    parts: int
     seams: tuple[int, ...]
 
     @property
     def levels(self) -> int:
-        """Sizes of blocks."""
+        """Doublings of the keys that tiles see, with none."""
         return 1 + len(self.seams)
 
     @property
-    def blocks(self) -> int:
-        """Blocks of each size, at most."""
-        return min(self.most, -(-self.keys // self.first))
+    def sizes(self) -> tuple[int, int, int]:
+        """Keys in the first blocks, how many sizes there are, and blocks of each: of one key where there are candidates."""
+        if self.candidates:
+            return 1, 1, self.keys
+        return self.first, self.levels, min(self.most, -(-self.keys // self.first))
 
     def lists(self, width: int) -> int:
         """Count the lists of a program, whose averages are `width` wide: their scores fill its registers."""
@@ -69,6 +79,8 @@ class AlikePlan:
 
     def span(self, lists: int) -> int:
         """Count the lists that a program takes at once, no more than `lists`, so that their blocks have one size."""
+        if self.candidates:
+            return lists
         return max(each for each in range(1, lists + 1) if all(seam * self.many % each == 0 for seam in self.seams))
 
     def together(self, rows: int) -> int:
@@ -77,32 +89,67 @@ class AlikePlan:
 
     def units(self, rows: int, tiles: int, width: int) -> int:
         """Count how often programs take lists, of `tiles` tiles on each of `rows` rows of keys."""
-        return rows * -(-tiles * self.many // self.span(self.lists(width)))
+        plain, lists = self.plain(tiles), self.lists(width)
+        return rows * (-(-plain * self.many // self.span(lists)) + (tiles - plain) * self.many // self.own(width))
+
+    def plain(self, tiles: int) -> int:
+        """Count the tiles, out of `tiles`, that have no candidates."""
+        if not self.candidates:
+            return tiles
+        return 0 if self.first > 1 else min((tiles, *self.seams))
+
+    def own(self, width: int) -> int:
+        """Count the lists of a tile that share candidates: all that a program has room for, equally many, of one part."""
+        return max(each for each in range(1, self.lists(width) + 1) if self.many // self.parts % each == 0)
+
+    def coarse_averages(self, width: int) -> int:
+        """Count the places for averages that find candidates, padded: whole lists of them; 0 where there are none."""
+        if not self.candidates:
+            return 0
+        own = self.own(width)
+        most = max(1, min(self.coarse * own, self.averages * own // 2, self.groups * own))
+        return max(16, self.lists(width), 1 << (most - 1).bit_length())
+
+    def room(self, width: int, tiles: int) -> int:
+        """Count the places for shares that a list of a program has, out of `tiles` tiles."""
+        _, _, blocks = self.sizes
+        if self.candidates:
+            plain = min(self.most, self.keys) if self.plain(tiles) else 0
+            # all lists of a program together have places for the shares of all keys
+            blocks = max(plain, min(self.candidates, self.keys) + 1, -(-self.keys // self.lists(width)))
+        return -(-blocks // _ALIGNED) * _ALIGNED
 
 
 def memory_of(
-    plan: AlikePlan, like: Tensor, units: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    plan: AlikePlan, like: Tensor, rows: int, tiles: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Ask for the memory of all programs.
 
     Args:
         plan: what is chosen.
         like: queries.
-        units: times that a program takes some lists, over all programs.
+        rows: rows of keys.
+        tiles: tiles of each.
         dtype: dtype of averages and shares.
 
     Returns:
         for each program, memory for averages, ``[programs, lists, groups, width]``; for what they leave out beside half of
         their squares, ``[programs, lists, 2 * width]``; for half the logarithm of the queries in each, and for what their
-        scores are compared with, ``[programs, lists, groups]``, float32; and for shares, ``[programs, lists, room]``.
+        scores are compared with, ``[programs, lists, groups]``, float32; for shares, ``[programs, lists, room]``; and for
+        the numbers of candidates, ``[programs, candidates]``, int32. Averages that find candidates stand behind those of
+        lists, as if of more lists.
     """
-    lists, width, room = plan.lists(like.shape[3]), like.shape[3], -(-plan.blocks // _ALIGNED) * _ALIGNED
-    programs = min(units, _PROGRAMS * _multiprocessors(like.device), max(1, _BYTES // (lists * room * dtype.itemsize)))
-    query, spread, share = (
-        like.new_empty((programs, lists, *each), dtype=dtype) for each in ((plan.groups, width), (2 * width,), (room,))
-    )
-    log_rows, bar = (like.new_empty((programs, lists, plan.groups), dtype=torch.float32) for _ in range(2))
-    return query, spread, log_rows, bar, share
+    width = like.shape[3]
+    lists, room, units = plan.lists(width), plan.room(width, tiles), plan.units(rows, tiles, width)
+    # at least one for each multiprocessor: where rows of shares are longest, at half a million keys or more
+    fit = max(_multiprocessors(like.device), _BYTES // (lists * room * dtype.itemsize))
+    programs = min(units, _PROGRAMS * _multiprocessors(like.device), fit)
+    held = lists + -(-plan.coarse_averages(width) // plan.groups)
+    query, spread = (like.new_empty((programs, held, *each), dtype=dtype) for each in ((plan.groups, width), (2 * width,)))
+    log_rows, bar = (like.new_empty((programs, held, plan.groups), dtype=torch.float32) for _ in range(2))
+    share = like.new_empty((programs, lists, room), dtype=dtype)
+    numbers = like.new_empty((programs, min(plan.candidates, plan.keys)), dtype=torch.int32)
+    return query, spread, log_rows, bar, share, numbers
 
 
 def _multiprocessors(device: torch.device) -> int:

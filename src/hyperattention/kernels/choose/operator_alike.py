@@ -224,7 +224,7 @@ def choose_alike(
         the memory of programs, from `alike_plan.memory_of`, as the last lists of each left it.
     """
     rows, tiles = given[3].shape[:2]
-    memory = memory_of(plan, given[0], plan.units(rows, tiles, given[0].shape[3]), blocks[0].dtype)
+    memory = memory_of(plan, given[0], rows, tiles, blocks[0].dtype)
     *numbers, seams = astuple(plan)
     _choose_alike(*given, *blocks, *results, *memory, numbers, list(seams), scale, *estimates, *law)
     return memory
@@ -232,7 +232,7 @@ def choose_alike(
 
 @torch.library.custom_op(
     "hyperattention::choose_alike",
-    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share"),
+    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share", "numbers"),
 )
 def _choose_alike(
     q: Tensor,
@@ -253,7 +253,8 @@ def _choose_alike(
     log_rows: Tensor,
     bar: Tensor,
     share: Tensor,
-    numbers: list[int],
+    numbers: Tensor,
+    of_plan: list[int],
     seams: list[int],
     scale: float,
     deviations: float,
@@ -265,8 +266,8 @@ def _choose_alike(
 
     if index.numel():
         given, blocks = (q, source, directions, edges, noise), (keys, variance, moments, log_value)
-        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share)
-        plan = AlikePlan(*numbers, seams=tuple(seams))
+        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share, numbers)
+        plan = AlikePlan(*of_plan, seams=tuple(seams))
         last = scale, deviations, bound, even, least
         triton_choose_alike.launch_choice(given, blocks, results, memory, plan, *last).run()
 

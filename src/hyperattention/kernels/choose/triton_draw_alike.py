@@ -23,17 +23,26 @@ def _sides(block, begin, hole_begin, hole_end, end, size):
 
 
 @triton.jit
-def _rooms(first, begin, hole_begin, hole_end, end, size, LISTS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return how many keys are left of the blocks from `first` on, for all lists."""
+def _rooms(
+    first, begin, hole_begin, hole_end, end, size, among, count, others,
+    LISTS: tl.constexpr, BLOCKS: tl.constexpr, AMONG: tl.constexpr,
+):  # fmt: skip
+    """Return how many keys are left of the blocks from `first` on, for all lists; candidates are followed by all others."""
     start, until = first * size, (first + BLOCKS) * size
     before = (start >= tl.max(begin, 0)) & (until <= tl.min(hole_begin, 0))
     behind = (start >= tl.max(hole_end, 0)) & (until <= tl.min(end, 0))
+    whole = before | behind
+    if AMONG:
+        whole = tl.where(among > 0, until <= count, whole)
     room = tl.zeros([LISTS, BLOCKS], tl.float32) + size
     # nearly always all of them
-    if (before | behind) == 0:
+    if whole == 0:
         block = first + tl.arange(0, BLOCKS)[None, :]
         one, other = _sides(block, begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None], size)
         room = (one + other).to(tl.float32)
+        if AMONG:
+            last = tl.where(block == count, others[:, None], 0)
+            room = tl.where(among > 0, tl.where(block < count, 1, last).to(tl.float32), room)
     return room
 
 
@@ -46,12 +55,13 @@ def _shares(share_at, first, stored, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _total(
-    share_at, stored, most, begin, hole_begin, hole_end, end, size, LISTS: tl.constexpr, BLOCKS: tl.constexpr
+    share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others,
+    LISTS: tl.constexpr, BLOCKS: tl.constexpr, AMONG: tl.constexpr,
 ):  # fmt: skip
     """Add up the shares of all keys, none above `most`."""
     total = tl.zeros([LISTS, BLOCKS], tl.float32)
     for first in tl.range(0, stored, BLOCKS, num_stages=4):
-        room = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+        room = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG)
         total += tl.minimum(_shares(share_at, first, stored, BLOCKS), most[:, None]) * room
     return tl.sum(total, 1)
 
@@ -71,19 +81,37 @@ def _points(units, factor, offset, num, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _other(numbers_ptr, count, rank, asked, begin, hole_begin, hole_end, DIGITS: tl.constexpr):
+    """Number the keys that are no candidates: the one before which `rank` others stand, where it is asked for."""
+    before_hole = hole_begin - begin
+    # candidates before which no more others stand than that
+    low, high = tl.zeros(rank.shape, tl.int32), tl.zeros(rank.shape, tl.int32) + count
+    # slots of other keys come last
+    for _ in tl.range(0, tl.where(tl.max(tl.max(asked.to(tl.int32), 1), 0) > 0, DIGITS, 0)):
+        middle = (low + high) // 2
+        key = tl.load(numbers_ptr + middle, mask=asked & (low < high), other=0)
+        place = tl.where(key < hole_begin, key - begin, key - hole_end + before_hole)
+        passed = (low < high) & (place - middle <= rank)
+        low, high = tl.where(passed, middle + 1, low), tl.where(passed, high, tl.minimum(high, middle))
+    place = rank + low
+    return tl.where(place < before_hole, begin + place, place - before_hole + hole_end)
+
+
+@triton.jit
 def draw_lists(
-    share_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, until_list, count, room, num,
-    size, even, least,
+    share_ptr, numbers_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, until_list, count,
+    room, num, size, among, even, least,
     EDGES: tl.constexpr, MANY: tl.constexpr, LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr,
-    SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr, AMONG: tl.constexpr,
 ):  # fmt: skip
     """Draw for some lists of queries that share a row of keys.
 
     Args:
         share_ptr: shares of blocks, ``[LISTS, room]``: 0 for the first `count` that a list does not know.
+        numbers_ptr: numbers of candidates, ascending; not read without `AMONG`.
         edges_ptr: edges of what is left for each tile, and the number of keys that it may score, ``[tiles, 5]``.
         noise_ptr: where inside a slot each list's points lie, in [0, 1), float64.
-        index_ptr: for the keys, ascending, ``[lists, num]``.
+        index_ptr: for the keys, ``[lists, num]``: ascending, but that all other keys follow candidates.
         weight_ptr: for their log-weights, float32.
         low_ptr: for the begin of the keys that are left, of each list.
         high_ptr: for their end.
@@ -93,6 +121,7 @@ def draw_lists(
         room: places of a list in `share_ptr`.
         num: draws of a list.
         size: keys in a block.
+        among: 1 where blocks are candidates, else 0; not read without `AMONG`.
         even: share of the draws that is spread evenly.
         least: sums below this count as 0.
         EDGES: numbers of a tile in `edges_ptr`.
@@ -104,6 +133,8 @@ def draw_lists(
         BLOCKS: blocks of each list read at once.
         PLACED: blocks of each list whose draws are placed at once.
         SLOTS: slots of each list that are written at once.
+        AMONG: 0 where blocks never are candidates: keys of one tile, all of them left, and fewer than 2 to the power of this
+            number. All other keys that are left share even draws: see `Candidates`.
     """
     number = tl.arange(0, LISTS)
     row = (begin_list + number).to(tl.int64)
@@ -118,24 +149,31 @@ def draw_lists(
     hole_end = tl.load(edge_at + 2, mask=there, other=0).to(tl.int32)
     left = hole_begin - begin + end - hole_end
     few = left <= num
+    others = tl.maximum(left - count, 0)
     share_at = share_ptr + number * room
     stored = tl.cdiv(count, 16) * 16
     weighted = (1.0 - even) * num
     most = tl.full([LISTS], float("inf"), tl.float32)
-    total = _total(share_at, stored, most, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+    total = _total(
+        share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG
+    )
     for _ in tl.range(0, ROUNDS):
         most = total / weighted
-        total = _total(share_at, stored, most, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+        total = _total(
+            share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG
+        )
     scale = weighted / tl.maximum(total, least)
     # where nothing was scored this is all there is, and all draws are even
     evenly = even * num / tl.maximum(left, 1).to(tl.float32)
     unit = ALL / num
     # the last block of which something is left
     blocks = tl.cdiv(tl.max(tl.where(hole_end < end, end, hole_begin), 0), size)
+    if AMONG:
+        blocks = tl.where(among > 0, count + 1, blocks)
     in_all = tl.zeros([LISTS, BLOCKS], tl.int32)
     for first in tl.range(0, blocks, BLOCKS, num_stages=4):
         share = _shares(share_at, first, stored, BLOCKS)
-        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, BLOCKS)
+        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG)
         in_all += _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
     in_all = tl.maximum(tl.sum(in_all, 1), 1)
     noise = tl.load(noise_ptr + row, mask=there, other=0.0)
@@ -150,7 +188,7 @@ def draw_lists(
     for first in tl.range(0, blocks, PLACED):
         block = first + tl.arange(0, PLACED)[None, :]
         share, share_ahead = share_ahead, _shares(share_at, first + PLACED, stored, PLACED)
-        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, LISTS, PLACED)
+        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, PLACED, AMONG)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         until = passed[:, None] + tl.cumsum(units, 1)
         slot = _points(until - units, factor, offset, num, SHIFT)
@@ -163,7 +201,7 @@ def draw_lists(
     tl.debug_barrier()
     ratio = num / in_all.to(tl.float64)[:, None]
     begin, hole_begin, hole_end, end = begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None]
-    left, few = left[:, None], few[:, None]
+    left, few, others = left[:, None], few[:, None], others[:, None]
     for first in tl.range(0, num, SLOTS):
         slot = first + tl.arange(0, SLOTS)[None, :]
         inside = there[:, None] & (slot < num)
@@ -171,15 +209,25 @@ def draw_lists(
         block, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
         share = tl.load(share_at[:, None] + block, mask=inside & drawn & (block < stored), other=0.0).to(tl.float32)
         before, behind = _sides(block, begin, hole_begin, hole_end, end, size)
-        rooms = (before + behind).to(tl.float32)
+        keys_of = before + behind
+        if AMONG:
+            keys_of = tl.where(among > 0, tl.where(block == count, others, 1), keys_of)
+        rooms = keys_of.to(tl.float32)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         listed = tl.maximum(units, 1).to(tl.float32) * ratio.to(tl.float32)
         weight = -tl.log(listed / tl.maximum(rooms, 1.0))
         # the same share of the way through the block's keys
         way = (slot.to(tl.float64) + noise[:, None] - since).to(tl.float32) / listed
-        far = tl.minimum(tl.maximum((way * rooms).to(tl.int32), 0), tl.maximum(before + behind - 1, 0))
+        far = tl.minimum(tl.maximum((way * rooms).to(tl.int32), 0), tl.maximum(keys_of - 1, 0))
         lowest, beyond = tl.maximum(block * size, begin), tl.maximum(block * size, hole_end)
         key = tl.where(far < before, lowest + far, beyond + far - before)
+        if AMONG:
+            # no block is before or at it where there are no candidates
+            last = tl.where(among > 0, count, -1)
+            one = tl.load(numbers_ptr + block, mask=inside & drawn & (block < last), other=0)
+            asked = inside & drawn & (block == last)
+            other = _other(numbers_ptr, count, far, asked, begin, hole_begin, hole_end, AMONG)
+            key = tl.where(among > 0, tl.where(block == count, other, one), key)
         # all that is left is listed where it is few
         listed_key = begin + tl.minimum(slot, tl.maximum(left - 1, 0))
         listed_key += tl.where(listed_key >= hole_begin, hole_end - hole_begin, 0)

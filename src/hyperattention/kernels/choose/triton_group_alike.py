@@ -14,27 +14,27 @@ from hyperattention.kernels.choose.triton_sort_alike import _finite
 
 
 @triton.jit
-def _far_apart(few, live, GROUPS: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr):
+def far_apart(few, live, groups, ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr):
     """Choose the row farthest from the mean, and one after the other the row farthest from those chosen."""
     row, group = tl.arange(0, ROWS), tl.arange(0, PADDED)
-    distance, nearest = tl.sum(few * few, 1), tl.full([ROWS], float("inf"), tl.float32)
+    distance, least = tl.sum(few * few, 1), tl.full([ROWS], float("inf"), tl.float32)
     centre = tl.zeros([PADDED, COLUMNS], tl.float32)
-    for at in tl.range(0, GROUPS):
+    for at in tl.range(0, groups):
         far = tl.argmax(tl.where(live, distance, -1.0), 0)
         one = tl.sum(tl.where((row == far)[:, None], few, 0.0), 0)
         centre = tl.where((group == at)[:, None], one[None, :], centre)
         off = few - one[None, :]
-        nearest = tl.minimum(nearest, tl.sum(off * off, 1))
-        distance = nearest
+        least = tl.minimum(least, tl.sum(off * off, 1))
+        distance = least
     return centre
 
 
 @triton.jit
-def _nearest(few, centre, live, GROUPS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
+def nearest(few, centre, live, groups, PADDED: tl.constexpr, PRECISION: tl.constexpr):
     """Return 1 where a group's centre is the nearest to a row."""
     group = tl.arange(0, PADDED)[None, :]
     cross = tl.dot(few, tl.trans(centre), input_precision=PRECISION)
-    distance = tl.where(group < GROUPS, tl.sum(centre * centre, 1)[None, :] - 2.0 * cross, float("inf"))
+    distance = tl.where(group < groups, tl.sum(centre * centre, 1)[None, :] - 2.0 * cross, float("inf"))
     return ((tl.argmin(distance, 1)[:, None] == group) & live[:, None]).to(tl.float32)
 
 
@@ -88,13 +88,13 @@ def group_list(
         few = tl.dot(x, way, few, input_precision=PRECISION)
     few = _finite(few * scale)
     few = tl.where(live[:, None], few - (tl.sum(few, 0) / EACH)[None, :], 0.0)
-    centre = _far_apart(few, live, GROUPS, ROWS, PADDED, COLUMNS)
+    centre = far_apart(few, live, GROUPS, ROWS, PADDED, COLUMNS)
     for _ in tl.range(0, STEPS):
-        one_of = _nearest(few, centre, live, GROUPS, PADDED, PRECISION)
+        one_of = nearest(few, centre, live, GROUPS, PADDED, PRECISION)
         count = tl.sum(one_of, 0)[:, None]
         mean = tl.dot(tl.trans(one_of), few, input_precision=PRECISION) / tl.maximum(count, 1.0)
         centre = tl.where(count > 0, mean, centre)
-    one_of = _nearest(few, centre, live, GROUPS, PADDED, PRECISION)
+    one_of = nearest(few, centre, live, GROUPS, PADDED, PRECISION)
     rows = tl.sum(one_of, 0)
     for first in tl.range(0, WIDTH, SLICE):
         x, column = _slice_of(q_at, live, first, DIM, SLICE)

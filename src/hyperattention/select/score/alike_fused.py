@@ -48,8 +48,8 @@ class FusedBlocks:
     @classmethod
     def of(cls, k: Tensor, v: Tensor, centres: Tensor, plan: AlikePlan) -> "FusedBlocks":
         """Average keys over blocks, in one launch: see `alike_scan.blocks_of`."""
-        sizes, dtype = (plan.first, plan.levels, plan.blocks), dtype_of_estimates(k.device)
-        return cls(*alike_blocks(k, v, centres, *sizes, plan.normal, MOST_LOG_VALUE, dtype))
+        dtype = dtype_of_estimates(k.device)
+        return cls(*alike_blocks(k, v, centres, *plan.sizes, plan.normal, MOST_LOG_VALUE, dtype))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,10 @@ def fused_first(k: Tensor, v: Tensor, num: int, tiles: Tiles, many: int) -> tupl
     return alike_first(k, v, num, tiles.index, many, heads, problem.k.shape[1], states)
 
 
-def fused_plan(tiles: Tiles, sizes: BlockSizes, many: int, groups: int) -> AlikePlan:
+def fused_plan(
+    tiles: Tiles, sizes: BlockSizes, many: int, groups: int, candidates: tuple[int | None, int, int] = (None, 1, 1),
+    parts: int = 1,
+) -> AlikePlan:  # fmt: skip
     """Tell kernels how a choice is cut.
 
     Args:
@@ -129,15 +132,21 @@ def fused_plan(tiles: Tiles, sizes: BlockSizes, many: int, groups: int) -> Alike
         sizes: of blocks.
         many: lists of each tile.
         groups: averages of a list.
+        candidates: keys that a list scores where a tile sees more than the sizes allow, None for larger blocks there;
+            averages, for each list, that find them; and how many of them may take their products while all keys are scored.
+        parts: parts of the heads of a group, whose lists are sorted apart.
 
     Returns:
         numbers that the host knows.
     """
     problem, (first, seams) = tiles.problem, sizes.doublings(tiles)
+    # where none sees too many keys there are no candidates
+    number, coarse, averages = candidates
+    more = 0 if number is None or (first == 1 and not seams) else number
     length, step = (len(tiles.index),) * 2 if problem.spans is None else (x // tiles.size for x in problem.spans)
     return AlikePlan(
         tiles.size, tiles.number(0), length, step, problem.num_keys, sizes.most, first, many, groups, alike_scan.NORMAL,
-        MEAN_STEPS, CLIP_ROUNDS, seams,
+        MEAN_STEPS, CLIP_ROUNDS, more, coarse, averages, parts, seams,
     )  # fmt: skip
 
 
