@@ -65,6 +65,7 @@ class DrawAlike(Stage):
     share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
     Cost: `num` slots a query, and pooled / rows * min(keys seen, `most`) products; with candidates, pooled / rows *
     num * candidates beyond `most`, and coarse / rows * keys seen by averages of the tile, but no more than at `most`.
+    Each key seen is read once a tile to find candidates, so beyond that time grows with the square of the length.
     Guarantee: numerator and denominator unbiased, whatever the estimate.
 
     Args:
