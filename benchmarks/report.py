@@ -66,10 +66,14 @@ def write_longer_context(records: list[dict]) -> str:
     if not records:
         return "Nothing is recorded yet: run `python benchmarks/long_context.py --length 65536`."
     lengths: dict[int, list[dict]] = {}
-    for record in records:
+    found = [record for record in records if record["model"] == "reference" and record["run_on"] == "cpu"]
+    for record in sorted(found, key=lambda record: record["pairs"]):
         lengths.setdefault(record["length"], []).append(record)
-    tables = [f"{length:,} bytes:\n\n{long_context_table.table(found)}" for length, found in sorted(lengths.items())]
-    commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in records))
+    tables = [f"{length:,} bytes:\n\n{long_context_table.table(passes)}" for length, passes in sorted(lengths.items())]
+    of_each = (record["commit"].partition("+") for record in found)
+    commits = ", ".join(
+        dict.fromkeys(f"{commit[:10]}{' with changes' if changed else ''}" for commit, _, changed in of_each)
+    )
     return "\n\n".join([*tables, f"Measured on a CPU, float32; commits {commits}."])
 
 

@@ -85,6 +85,35 @@ def test_every_key_that_is_left_has_a_weight_of_one_on_average():
         assert (mean[~there(tile)] == 0).all()
 
 
+def test_keys_that_no_query_knows_are_among_the_others():
+    # fewer keys are known than may be candidates, and more are left than are known
+    log = shares()[:, :, 0].log()
+    log[..., 12:] = -torch.inf
+    found = candidates_of(log, LEFT, 16)
+    assert (found == 30).any()
+    same = shares().gather(3, found[:, :, None].clamp(max=29)).expand(-1, -1, 500, -1).clone()
+    same.masked_fill_((found == 30)[:, :, None], 0.0)
+    noise = ((torch.arange(500, dtype=torch.float64) + 0.5) / 500).repeat(2)[None, :, None]
+    index, chance = Candidates.of(same, found, LEFT, 8, 0.25).draw((torch.arange(8) + noise) / 8)
+    weight = torch.zeros(1000, 30, dtype=torch.float64).scatter_add(1, index[0], 1 / (chance[0] * 8))
+    for tile, mean in enumerate(weight.unflatten(0, (2, 500)).mean(1)):
+        assert (mean[there(tile)] - 1).abs().max() < 0.05
+        assert (mean[~there(tile)] == 0).all()
+
+
+def test_each_of_a_million_other_keys_can_be_drawn():
+    keys, num, offsets = 2**20, 640, 4096
+    left = tuple(torch.tensor([[[x]]]) for x in (0, keys, keys, keys))
+    found = torch.arange(0, keys, keys // 1024)[None, None]
+    share = torch.full((1, 1, offsets, 1024), 1e-3)
+    noise = ((torch.arange(offsets, dtype=torch.float64) + 0.5) / offsets)[None, :, None]
+    index, chance = Candidates.of(share, found, left, num, 0.1).draw((torch.arange(num) + noise) / num)
+    others = index[chance < chance.max() / 2]
+    # points of one slot lie 4 keys apart: no two of them meet, as they would in steps of float32
+    assert others.bincount().max() == 1
+    assert len(others) > 60 * offsets
+
+
 def test_drawn_keys_have_the_chance_that_is_told():
     index, chance = law().draw(((torch.arange(16) + 0.5) / 16).expand(1, 6, -1))
     assert_exact(law().share(index), chance)

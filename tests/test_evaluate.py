@@ -215,6 +215,17 @@ def test_pooled_intervals_add_in_squares() -> None:
     assert isinstance(pooled, Error)
 
 
+def test_longer_texts_are_read_by_stretched_positions() -> None:
+    usual, longer = load_reference(), load_reference(max_length=131_072)
+    assert (usual.max_length, longer.max_length) == (32_768, 131_072)
+    near, far = (loaded.model.get_submodule("model.rotary_emb").inv_freq for loaded in (usual, longer))
+    # short waves tell neighbours apart as before, the longest reach four times as far
+    assert near[0] == far[0]
+    assert near[-1] == pytest.approx(4 * float(far[-1]))
+    with pytest.raises(ValueError, match="max_length=100: only rotary positions .* trained length, here 32768"):
+        load_reference(max_length=100)
+
+
 def test_missing_or_foreign_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no reference model in"):
         load_reference(tmp_path)

@@ -106,11 +106,14 @@ def test_what_is_drawn_at_first_has_the_bits_of_the_cpu():
     assert (begin - first_directions(tiles.problem)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(8192, 32_768), (8192, 2048)], ids=["keys", "blocks"])
+@pytest.mark.parametrize(
+    ("most", "candidates"), [(32_768, None), (2048, None), (2048, 3)], ids=["keys", "blocks", "candidates"]
+)
 @pytest.mark.parametrize("group", [4, 6])
-def test_the_error_is_that_of_lists_that_torch_chooses(monkeypatch, tokens, most, group):
+def test_the_error_is_that_of_lists_that_torch_chooses(monkeypatch, most, candidates, group):
+    tokens = 8192
     problem = given(tokens, group, 128, torch.bfloat16)
-    method = ha.Method(ha.Sinks(16), ha.Window(192), DrawAlike(440, most=most, candidates=None), tile=128)
+    method = ha.Method(ha.Sinks(16), ha.Window(192), DrawAlike(440, most=most, candidates=candidates), tile=128)
     q, k, v = problem.q, problem.k, problem.v
     exact = scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
     errors = []

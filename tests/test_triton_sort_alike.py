@@ -176,7 +176,7 @@ def test_averages_are_those_of_the_same_lists(numbers, monkeypatch):
 
 
 def plan_of(keys: int, most: int, first: int, seams: tuple[int, ...]) -> AlikePlan:
-    return AlikePlan(TILE, 0, 1, 1, keys, most, first, 1, 1, STRETCH, 2, 4, seams)
+    return AlikePlan(TILE, 0, 1, 1, keys, most, first, 1, 1, STRETCH, 2, 4, 0, 1, 1, 1, seams)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -219,7 +219,8 @@ def test_bars_are_those_of_the_cpu(sharp, monkeypatch):
     tiles = cut(replace(given, q=given.q * sharp), TILE)
     made = choose(monkeypatch, tiles, 1, 3, most=195)
     scan = AlikeScan.of(tiles, made.query[..., :1, :], made.query[..., :1, :], 1)
-    scan, sizes = replace(scan, query=made.query, log_rows=made.log_rows), BlockSizes(195)
+    scan = replace(scan, query=made.query, log_rows=made.log_rows, compared=made.query)
+    sizes = BlockSizes(195)
     # the first tile sees no whole stretch
     assert (made.bar[:, 0] == HIDDEN).all()
     for tile in (1, 5, 6, 12):

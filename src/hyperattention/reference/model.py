@@ -53,13 +53,13 @@ def load_reference(folder: Path = WEIGHTS, *, max_length: int | None = None) -> 
     """
     check_reference_folder(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    trained = config.max_position_embeddings
-    if max_length is not None and max_length < trained:
-        raise ValueError(
-            f"max_length={max_length}: the reference model was trained at {trained} bytes, and stretched positions reach "
-            "further; leave max_length out for shorter texts"
-        )
-    if max_length is not None and max_length > trained:
+    if max_length is not None:
+        trained = trained_length(config)
+        if trained is None or getattr(config, "rope_parameters", None) is None or max_length < trained:
+            raise ValueError(
+                f"max_length={max_length}: only rotary positions can be stretched, and only beyond the trained length, here "
+                f"{trained}; leave max_length out"
+            )
         yarn = {"rope_type": "yarn", "factor": max_length / trained, "original_max_position_embeddings": trained}
         config.rope_parameters = {**config.rope_parameters, **yarn}
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True).eval()

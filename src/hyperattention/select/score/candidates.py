@@ -85,7 +85,8 @@ class Candidates(Distribution):
         Returns:
             keys and their probabilities in a single draw, of the same shape.
         """
-        at, inside = inverse(self.listings, point.unflatten(1, self.listings.shape[1:3]))
+        # in float64: one step of float32 can be more than a key where others are many
+        at, inside = inverse(self.listings.double(), point.unflatten(1, self.listings.shape[1:3]))
         others, last = self._others[:, :, None], self.key.shape[2]
         one = self.key.gather(2, at.clamp(max=last - 1).flatten(2)).view_as(at)
         key = torch.where(at < last, one, self._other((inside * others).long().clamp(max=others - 1)))
@@ -116,7 +117,9 @@ class Candidates(Distribution):
     def _other(self, rank: Tensor) -> Tensor:
         """Number the keys that are no candidates: the one before which so many others stand."""
         begin, hole_begin, hole_end, _ = (x[:, :, None] for x in self.left)
-        # so many others stand before each candidate
-        before = self.place - torch.arange(self.place.shape[2], dtype=torch.int64, device=rank.device)
+        # so many others stand before each candidate; all of them, and more than any rank, before places without one
+        count = keys_left(self.left)
+        number = torch.arange(self.place.shape[2], dtype=torch.int64, device=rank.device)
+        before = torch.where(self.place < count, self.place - number, count)
         place = rank + torch.searchsorted(before, rank.flatten(2), right=True).view_as(rank)
         return torch.where(place < hole_begin - begin, begin + place, place - (hole_begin - begin) + hole_end)
