@@ -106,12 +106,15 @@ def test_each_of_a_million_other_keys_can_be_drawn():
     left = tuple(torch.tensor([[[x]]]) for x in (0, keys, keys, keys))
     found = torch.arange(0, keys, keys // 1024)[None, None]
     share = torch.full((1, 1, offsets, 1024), 1e-3)
-    noise = ((torch.arange(offsets, dtype=torch.float64) + 0.5) / offsets)[None, :, None]
+    # a slot of the others has 16,384 keys: points lie a quarter of a key apart
+    noise = ((torch.arange(offsets, dtype=torch.float64) + 0.5) / 2**16)[None, :, None]
     index, chance = Candidates.of(share, found, left, num, 0.1).draw((torch.arange(num) + noise) / num)
     others = index[chance < chance.max() / 2]
-    # points of one slot lie 4 keys apart: no two of them meet, as they would in steps of float32
-    assert others.bincount().max() == 1
+    count = others.bincount()
+    # four of each, but for the ends; steps of float32 are larger than a key here
+    assert count.max() <= 5
     assert len(others) > 60 * offsets
+    assert (count > 0).sum() > 0.95 * len(others) / 4
 
 
 def test_drawn_keys_have_the_chance_that_is_told():
