@@ -112,7 +112,7 @@ OURS = (
     _alike("alike queries, no window", stage=select.DrawAlike(32, 8, 4, uniform_share=0.2), tile=24, exact_up_to=32),
     _alike("alike queries, blocks of keys", *NEAR, stage=BLOCKS_OF_KEYS, tile=16, exact_up_to=31),
     _alike("alike queries, candidates", *NEAR, stage=select.DrawAlike(24, 16, 4, 40, candidates=1), tile=16, exact_up_to=31),
-    _alike("candidates, no window", stage=select.DrawAlike(24, 16, 4, 40, candidates=3), tile=64, exact_up_to=24),
+    _alike("candidates, no window", stage=select.DrawAlike(32, 8, 4, 40, 0.3, 2), tile=24, exact_up_to=32),
     _alike("alike queries, odd parts", ha.Window(7), stage=ODD_PARTS, tile=15, exact_up_to=30),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),
     Case("pooled chunks", POOLED, exact_up_to=16),
