@@ -43,6 +43,7 @@ from hyperattention.kernels.list import triton_flat, triton_flatten, triton_sort
 from hyperattention.kernels.list import triton_forward as list_triton
 from hyperattention.kernels.list.flat_form import FlatForm, FlatLists, flat_form_of
 from hyperattention.kernels.list.reference import Lists
+from hyperattention.select.score.alike_scan import NORMAL
 
 TILES, KEYS = 4, 2048
 # groups of every kind: first keys, and keys in a run
@@ -206,12 +207,12 @@ def launches_of_alike_choice(dtype: torch.dtype, dim: int) -> Iterator[tuple[str
         for kind, seams, candidates in (("keys", 0, 0), ("blocks", 2, 0), ("candidates", 2, 256)):
             if groups == 8 and kind != "blocks":
                 continue
-            numbers = TILES, TILES, KEYS, KEYS // 4, 1, many, groups, 64, 2, 4, candidates, 4, groups, 1
+            numbers = TILES, TILES, KEYS, KEYS // 4, 1, many, groups, NORMAL, 2, 4, candidates, 4, groups, 1
             plan = AlikePlan(128, 0, *numbers, (TILES // 2,) * seams)
             memory = memory_of(plan, q, 2, TILES, estimate)
             _, sizes, count = plan.sizes
             blocks = [torch.empty(sizes - without, 2, count, dim, dtype=estimate) for without in (0, 1)]
-            moments = torch.empty(sizes, 2, count // 64, 2 * dim, dtype=estimate)
+            moments = torch.empty(sizes, 2, count // NORMAL, 2 * dim, dtype=estimate)
             of_keys = *blocks, moments, torch.empty(sizes, 2, count)
             launch = triton_choose_alike.launch_choice(
                 (*given, noise), of_keys, results, memory, plan, 0.1, 2.0, 1e9, 0.1, 1e-30
@@ -243,7 +244,7 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
     for sizes in (1, 2):
         keys, moments = torch.empty(sizes, 2, KEYS, dim, dtype=estimate), torch.empty(sizes, 2, 32, 2 * dim, dtype=estimate)
         results = keys, keys[1:], moments, torch.empty(sizes, 2, KEYS)
-        launch = triton_alike_blocks.launch_blocks(k, k, centres, results, 1, 64, 2.0)
+        launch = triton_alike_blocks.launch_blocks(k, k, centres, results, 1, NORMAL, 2.0)
         yield f"alike blocks, {sizes} sizes", launch
 
 

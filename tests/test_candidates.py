@@ -16,7 +16,7 @@ from hyperattention.reference.text import held_out_documents
 from hyperattention.select import DrawAlike
 from hyperattention.select.alike import sort_alike
 from hyperattention.select.score import pooling
-from hyperattention.select.score.alike_scan import AlikeScan, blocks_of
+from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, blocks_of
 from hyperattention.select.score.candidates import Candidates, candidates_of
 from hyperattention.tiling import cut
 from problems import problem
@@ -196,12 +196,12 @@ def test_products_are_counted_and_bounded():
     )
     # the second half: sixteen averages a list for candidates with two for deviations, four for every key with their
     # stretches and a tile's deviations, and the stretches of the sixteen
-    second = (7680 * (16 * (1 + 2 / 64) + 2) * 4 + 49_152 * (16 * (1 + 2 / 64) + 2 + 64 * 2 / 64)) / 256
+    second = (7680 * (16 * (1 + 2 / NORMAL) + 2) * 4 + 49_152 * (16 * (1 + 2 / NORMAL) + 2 + 64 * 2 / NORMAL)) / 256
     half = stage.selection_pairs(32_768, 256, 64, True) / 2
     assert stage.selection_pairs(65_536, 256, 64, True) == pytest.approx(half + second / 2)
     # all averages of a tile take as many products for `most` keys; what is left grows by stretches and deviations alone
     million, more = (stage.selection_pairs(2**n, 256, 64, True) for n in (20, 21))
-    assert million < 32_768 * 16 / 64 + 7680 * 19 / 64 + 2**19 * (2 + 64 * 2 / 64) / 256
+    assert million < 32_768 * 16 / 64 + 7680 * 19 / 64 + 2**19 * (2 + 64 * 2 / NORMAL) / 256
     assert more < 2 * million
 
 

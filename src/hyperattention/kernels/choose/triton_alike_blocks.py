@@ -1,7 +1,7 @@
 """Blocks of keys for scores by alike queries in Triton: one launch centres keys, averages them and weighs their values.
 
-A program takes a stretch of blocks of one size; each size is twice the one before. `select.score.alike_scan.blocks_of` does
-the same in PyTorch.
+A program takes some stretches of blocks of one size; each size is twice the one before.
+`select.score.alike_scan.blocks_of` does the same in PyTorch.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from hyperattention.kernels.choose.triton_sort_alike import _finite
 from hyperattention.kernels.launch import Launch
+
+# blocks of a program at least
+_BLOCKS = 64
 
 
 @triton.jit
@@ -32,9 +35,9 @@ def _kernel(
     k_ptr, v_ptr, centre_ptr, keys_ptr, variance_ptr, moments_ptr, log_value_ptr,
     count, blocks, stretches, most, first, s_list, s_key, s_value_list, s_value,
     PLAIN: tl.constexpr, SEVERAL: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    NORMAL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    stretch, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    program, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # large blocks, which take longer, begin first
     level = tl.num_programs(2) - 1 - tl.program_id(2)
     size = 1
@@ -50,7 +53,7 @@ def _kernel(
     centre = tl.load(centre_ptr + column, mask=column < DIM, other=0.0)[None, :]
     value_centre = tl.load(centre_ptr + DIM + value_column, mask=value_column < VALUE_DIM, other=0.0)[None, :]
     usual = tl.load(centre_ptr + DIM + VALUE_DIM)
-    block = stretch * BLOCKS + tl.arange(0, BLOCKS)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
     total, squares = tl.zeros([BLOCKS, WIDTH], tl.float32), tl.zeros([BLOCKS, WIDTH], tl.float32)
     far = tl.zeros([BLOCKS], tl.float32)
     for at in tl.range(0, size):
@@ -73,12 +76,16 @@ def _kernel(
         within = out - PLAIN * tl.num_programs(1).to(tl.int64) * blocks * DIM
         tl.store(variance_ptr + within, variance.to(variance_ptr.dtype.element_ty), mask=there)
     tl.store(log_value_ptr + of * blocks + block, far / size, mask=block < blocks)
-    if stretch < stretches:
-        middle = tl.sum(total, 0) / (BLOCKS * size)
-        half = 0.5 * tl.maximum(tl.sum(squares, 0) / (BLOCKS * size) - middle * middle, 0.0)
-        moments_at = moments_ptr + (of * stretches + stretch) * (2 * DIM) + column
-        tl.store(moments_at, middle.to(moments_ptr.dtype.element_ty), mask=column < DIM)
-        tl.store(moments_at + DIM, half.to(moments_ptr.dtype.element_ty), mask=column < DIM)
+    # sums over whole stretches
+    together: tl.constexpr = (BLOCKS // NORMAL, NORMAL, WIDTH)
+    middle = tl.sum(tl.reshape(total, together), 1) / (NORMAL * size)
+    square = tl.sum(tl.reshape(squares, together), 1) / (NORMAL * size)
+    half = 0.5 * tl.maximum(square - middle * middle, 0.0)
+    stretch = program * (BLOCKS // NORMAL) + tl.arange(0, BLOCKS // NORMAL)
+    moments_at = moments_ptr + (of * stretches + stretch)[:, None] * (2 * DIM) + column[None, :]
+    whole = (stretch < stretches)[:, None] & (column < DIM)[None, :]
+    tl.store(moments_at, middle.to(moments_ptr.dtype.element_ty), mask=whole)
+    tl.store(moments_at + DIM, half.to(moments_ptr.dtype.element_ty), mask=whole)
 
 
 def launch_blocks(
@@ -88,13 +95,13 @@ def launch_blocks(
     keys, variance, moments, log_value = results
     return Launch(
         _kernel,
-        (triton.cdiv(keys.shape[2], normal), k.shape[0], len(keys)),
+        (triton.cdiv(keys.shape[2], max(_BLOCKS, normal)), k.shape[0], len(keys)),
         {
             "centre_ptr": centres, "keys_ptr": keys, "variance_ptr": variance,
             "moments_ptr": moments, "log_value_ptr": log_value, "count": k.shape[1], "blocks": keys.shape[2],
             "stretches": moments.shape[2], "most": most, "first": size, "PLAIN": len(keys) - len(variance),
             "SEVERAL": len(variance) > 0,
-            "BLOCKS": normal, **shapes(k, v),
+            "BLOCKS": max(_BLOCKS, normal), "NORMAL": normal, **shapes(k, v),
             "num_warps": 8, "num_stages": 2,
         },
     )  # fmt: skip

@@ -19,8 +19,8 @@ from hyperattention.tiling import Tiles
 # blocks and averages scored by one product on a CPU, or for one tile: few enough scores to stay in the cache until they are
 # compared
 _BLOCKS, _AVERAGES = 4096, 128
-# blocks over which the scores of a query are taken for normal when it is normalised
-NORMAL = 64
+# blocks over which the scores of a query are taken for normal when it is normalised: the fewer, the better its shares
+NORMAL = 16
 # float32 numbers held for each number of a key while keys are averaged
 _KEY_NUMBERS = 6
 # bound of the logarithm of relative distances of values: estimates only, which must not starve a key
