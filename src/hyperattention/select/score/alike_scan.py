@@ -305,24 +305,16 @@ class AlikeScan:
 
     def _log_sums(self, part: slice, blocks: Blocks, known: Tensor) -> Float[Tensor, "lists chunk many groups"]:
         """Estimate each query's log-sum-exp over whole stretches before its tile, scores inside one taken for normal."""
-        query, width = self.query[:, self.own(part)], self.query.shape[4]
-        stretches = self._most_known(part, slice(0, part.stop - part.start), blocks.size * NORMAL, blocks.moments.shape[1])
-        moments = blocks.moments[:, :stretches]
-        score, half = (
-            (x.flatten(1, 3) @ y.transpose(1, 2)).view(*query.shape[:4], -1)
-            for x, y in zip((query, query.square()), moments.split(width, 2), strict=True)
-        )
-        # n normal scores of deviation s sum up to n exp(s^2 / 2) while s < sqrt(2 log n); beyond, the largest few make the
-        # sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); a sharp query would overshoot without bound
-        most = (2 * blocks.log_size) ** 0.5
-        score += torch.where(half <= blocks.log_size, half, (2 * half).sqrt_() * most - blocks.log_size)
-        hidden = torch.arange(score.shape[4], dtype=torch.int64, device=score.device) >= known[..., None]
-        score.masked_fill_(hidden[:, :, None, None], -torch.inf)
-        least = torch.finfo(score.dtype).min
-        top = score.amax(-1, keepdim=True) if score.shape[4] else score.new_full((*score.shape[:4], 1), least)
-        # added up so that hidden stretches change no bit: a chunk may see more or fewer
-        sums = total_mass(score.sub_(top).exp_()).log_().add_(top)[..., 0]
-        return torch.nan_to_num_(sums, nan=least, neginf=least).add_(blocks.log_size)
+        query, chunk, moments = self.query[:, self.own(part)], part.stop - part.start, blocks.moments
+        sums, tiles = query.new_empty(query.shape[:4]), chunk
+        if query.device.type == "cpu":
+            tiles = max(1, _AVERAGES // query.shape[2:4].numel())
+        for one in range(len(sums)):
+            for at in range(0, chunk, tiles):
+                some = slice(at, min(at + tiles, chunk))
+                count = self._most_known(part, some, blocks.size * NORMAL, moments.shape[1])
+                sums[one, some] = _log_sums(query[one, some], moments[one, :count], known[one, some], blocks.log_size)
+        return sums
 
     def _products(self, query: Tensor, blocks: Blocks, one: int, known: Tensor, seen: Tensor) -> tuple[AlikeProduct, ...]:
         """Prepare products of a few tiles of one list: of floats, of integers, or of both where some tiles need floats."""
@@ -339,3 +331,25 @@ class AlikeScan:
         integers = AlikeProduct.of(rounded, blocks.integers.keys[one], unit, seen, precise, self.integers)
         # all tiles in both ways, so that no product's size depends on values
         return (integers,) if precise.all() else (floats, integers)
+
+
+def _log_sums(
+    query: Float[Tensor, "tiles many groups width"], moments: Float[Tensor, "stretches moments"],
+    known: Int[Tensor, " tiles"], log_size: float,
+) -> Float[Tensor, "tiles many groups"]:  # fmt: skip
+    """Estimate log-sum-exps over the first `known` stretches, each of exp(`log_size`) keys."""
+    rows, (mean, variance) = query.flatten(0, 2), moments.split(query.shape[3], 1)
+    score, half = rows @ mean.T, rows.square() @ variance.T
+    # n normal scores of deviation s sum up to n exp(s^2 / 2) while s < sqrt(2 log n); beyond, the largest few make the
+    # sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); a sharp query would overshoot without bound.
+    # That is s^2 / 2 less half of the square of what s is more than sqrt(2 log n)
+    score += half
+    score -= half.mul_(1 / log_size).sqrt_().sub_(1).clamp_(min=0).square_().mul_(log_size)
+    score = score.view(*query.shape[:3], -1)
+    hidden = torch.arange(score.shape[3], dtype=torch.int64, device=score.device) >= known[:, None]
+    score.masked_fill_(hidden[:, None, None], -torch.inf)
+    least = torch.finfo(score.dtype).min
+    top = score.amax(-1, keepdim=True) if score.shape[3] else score.new_full((*score.shape[:3], 1), least)
+    # added up so that hidden stretches change no bit: some tiles may see more or fewer
+    sums = total_mass(score.sub_(top).exp_()).log_().add_(top)[..., 0]
+    return torch.nan_to_num_(sums, nan=least, neginf=least).add_(log_size)
