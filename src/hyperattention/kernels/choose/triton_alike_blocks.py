@@ -77,9 +77,8 @@ def _kernel(
         tl.store(variance_ptr + within, variance.to(variance_ptr.dtype.element_ty), mask=there)
     tl.store(log_value_ptr + of * blocks + block, far / size, mask=block < blocks)
     # sums over whole stretches
-    together: tl.constexpr = (BLOCKS // NORMAL, NORMAL, WIDTH)
-    middle = tl.sum(tl.reshape(total, together), 1) / (NORMAL * size)
-    square = tl.sum(tl.reshape(squares, together), 1) / (NORMAL * size)
+    middle = tl.sum(tl.reshape(total, (BLOCKS // NORMAL, NORMAL, WIDTH)), 1) / (NORMAL * size)
+    square = tl.sum(tl.reshape(squares, (BLOCKS // NORMAL, NORMAL, WIDTH)), 1) / (NORMAL * size)
     half = 0.5 * tl.maximum(square - middle * middle, 0.0)
     stretch = program * (BLOCKS // NORMAL) + tl.arange(0, BLOCKS // NORMAL)
     moments_at = moments_ptr + (of * stretches + stretch)[:, None] * (2 * DIM) + column[None, :]
