@@ -113,6 +113,23 @@ def test_no_query_knows_of_keys_in_its_tile_or_after():
         assert (share.transpose(2, 3)[:, ~ahead] > 0).all()
 
 
+def test_sums_are_exact_where_runs_of_sixteen_keys_are_alike():
+    given = problem(1024, causal=True, heads=2, kv_heads=2)
+    # sharp: a sum is that of a few runs
+    given.k.copy_(4 * given.k[:, :, ::16].repeat_interleave(16, 2))
+    tiles = cut(given, TILE)
+    _, query, few = sort_alike(tiles, 2)
+    scan, part = AlikeScan.of(tiles, query, few, 4), slice(16, 32)
+    keys = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), 1, 24)
+    _, bar = scan.bars(part, keys)
+    centred = given.k - given.k[:, :, :24].mean(2, keepdim=True)
+    for tile in range(16):
+        # whole runs before the tile: all keys
+        before = centred.transpose(0, 1)[:, :, : (16 + tile) * TILE]
+        exact = (scan.query[:, 16 + tile] @ before.transpose(2, 3)).logsumexp(-1)
+        assert (bar[:, tile] + scan.log_rows[:, 16 + tile] - exact).abs().max() < 1e-3
+
+
 def test_a_row_unlike_all_others_has_a_group_of_its_own():
     x = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0))
     x[:, 7] = 30.0
