@@ -341,10 +341,10 @@ def _log_sums(
     rows, (mean, variance) = query.flatten(0, 2), moments.split(query.shape[3], 1)
     score, half = rows @ mean.T, rows.square() @ variance.T
     # n normal scores of deviation s sum up to n exp(s^2 / 2) while s < sqrt(2 log n); beyond, the largest few make the
-    # sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); a sharp query would overshoot without bound.
-    # That is s^2 / 2 less half of the square of what s is more than sqrt(2 log n)
-    score += half
-    score -= half.mul_(1 / log_size).sqrt_().sub_(1).clamp_(min=0).square_().mul_(log_size)
+    # sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); a sharp query would overshoot without bound
+    beyond = half.mul_(1 / log_size).sqrt_()  # s relative to sqrt(2 log n)
+    within = beyond.clamp(max=1)
+    score.add_(beyond.sub_(within), alpha=2 * log_size).add_(within.square_(), alpha=log_size)
     score = score.view(*query.shape[:3], -1)
     hidden = torch.arange(score.shape[3], dtype=torch.int64, device=score.device) >= known[:, None]
     score.masked_fill_(hidden[:, None, None], -torch.inf)
