@@ -50,11 +50,8 @@ LONG = 10**9
 ALL = 10**6
 
 
-def alike(
-    num: int, rows: int = 64, pooled: int = 8, most: int = 32_768, candidates: int | None = 12, coarse: int = 4
-) -> Method:
-    # 0 candidates: blocks of keys
-    stage = DrawAlike(num, rows, pooled, most, candidates=candidates or None, coarse=coarse)
+def alike(num: int, rows: int = 64, pooled: int = 8, most: int = 8192, candidates: int = 8) -> Method:
+    stage = DrawAlike(num, rows, pooled, most, candidates=candidates)
     return Method(Sinks(16), Window(192), stage, tile=128)
 
 

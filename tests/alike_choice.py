@@ -35,8 +35,8 @@ class Chosen:
         spread: what they leave out, ``[lists, tiles, many, 2 * width]``.
         log_rows: half the logarithm of their rows, ``[lists, tiles, many, groups]``.
         bar: what their scores are compared with.
-        share: shares of keys, ``[lists, tiles, many, room]``; of candidates where there are some.
-        numbers: numbers of candidates, ``[lists, tiles, candidates]``; what stands behind them is not written.
+        share: shares of candidates, ``[lists, tiles, many, room]``.
+        numbers: numbers of candidates, ``[lists, tiles, units]``; what stands behind them are others.
     """
 
     ordered: FusedSort
@@ -60,12 +60,12 @@ def sorted_by_torch(tiles: Tiles, many: int) -> FusedSort:
 
 def choose(
     monkeypatch, tiles: Tiles, many: int, groups: int, metric: KeyMetric | None = None, num: int = 24, most: int = 2**20,
-    candidates: tuple[int | None, int, int] = (None, 1, 1),
+    candidates: int = 2**20, covered: CoveredKeys | None = None,
 ) -> Chosen:  # fmt: skip
-    """Choose keys; with candidates, those of all tiles, each of which has to see more than `most` keys."""
+    """Choose keys."""
     # no program takes lists again
     monkeypatch.setattr(alike_plan, "_multiprocessors", lambda device: 2**20)
-    problem, edges = tiles.problem, edges_of(tiles, CoveredKeys()).of_tile
+    problem, edges = tiles.problem, edges_of(tiles, covered or CoveredKeys()).of_tile
     k, v = (x.flatten(0, 1) for x in (problem.k, problem.v))
     centres, begin, noise, _ = fused_first(k, v, num, tiles, many)
     ordered = sorted_by_torch(tiles, many) if metric is None else FusedSort.of(tiles, many, metric, begin, edges)
@@ -75,11 +75,8 @@ def choose(
     index, low, high = (torch.empty(x, dtype=torch.int64, device=k.device) for x in ((*shape, num), shape, shape))
     weight = torch.empty((*shape, num), device=k.device)
     memory = fused_choice(problem, ordered, edges, noise, blocks, (index, weight, low, high), plan, 0.1)
-    width = problem.q.shape[3]
-    assert candidates[0] is None or (plan.plain(len(tiles.index)) == 0 and plan.own(width) == many)
-    span = many if plan.candidates else plan.span(plan.lists(width))
+    assert plan.own(problem.q.shape[3]) == many
     # the last lists begin first, and rows of keys take turns
     by_row = (x.unflatten(0, (-1, len(memory[0]) // len(k), plan.together(len(k)))).transpose(1, 2) for x in memory)
-    *of_units, numbers = (x.flatten(0, 1).flip(1) for x in by_row)
-    of_lists = (x[:, :, :span].flatten(1, 2)[:, : shape[1]].unflatten(1, (-1, many)) for x in of_units)
-    return Chosen(ordered, blocks, plan, index, *of_lists, numbers)
+    *of_units, numbers, _ = (x.flatten(0, 1).flip(1) for x in by_row)
+    return Chosen(ordered, blocks, plan, index, *(x[:, :, :many] for x in of_units), numbers)

@@ -43,7 +43,6 @@ from hyperattention.kernels.list import triton_flat, triton_flatten, triton_sort
 from hyperattention.kernels.list import triton_forward as list_triton
 from hyperattention.kernels.list.flat_form import FlatForm, FlatLists, flat_form_of
 from hyperattention.kernels.list.reference import Lists
-from hyperattention.select.score.alike_scan import NORMAL
 
 TILES, KEYS = 4, 2048
 # groups of every kind: first keys, and keys in a run
@@ -203,17 +202,14 @@ def launches_of_alike_choice(dtype: torch.dtype, dim: int) -> Iterator[tuple[str
     noise = torch.empty(2, rows, dtype=torch.float64)
     results = indices(2, rows, 640), torch.empty(2, rows, 640), indices(2, rows), indices(2, rows)
     for groups in (groups for groups in (8, 16) if scores_alike(groups, dim)):
-        # blocks of one key; of one, of two and of four; candidates; each takes long to compile
-        for kind, seams, candidates in (("keys", 0, 0), ("blocks", 2, 0), ("candidates", 2, 256)):
-            if groups == 8 and kind != "blocks":
+        # keys alone, and blocks that are opened twice; each takes long to compile
+        for kind, levels in (("keys", 1), ("opened", 3)):
+            if groups == 8 and kind != "opened":
                 continue
-            numbers = TILES, TILES, KEYS, KEYS // 4, 1, many, groups, NORMAL, 2, 4, candidates, 4, groups, 1
-            plan = AlikePlan(128, 0, *numbers, (TILES // 2,) * seams)
+            plan = AlikePlan(128, 0, TILES, TILES, KEYS, KEYS // 16, levels, many, groups, 2, 4, 256, 3, 1)
             memory = memory_of(plan, q, 2, TILES, estimate)
-            _, sizes, count = plan.sizes
-            blocks = [torch.empty(sizes - without, 2, count, dim, dtype=estimate) for without in (0, 1)]
-            moments = torch.empty(sizes, 2, count // NORMAL, 2 * dim, dtype=estimate)
-            of_keys = *blocks, moments, torch.empty(sizes, 2, count)
+            keys = torch.empty(2, plan.blocks, dim, dtype=estimate)
+            of_keys = keys, keys[:, KEYS:].contiguous(), torch.empty(2, plan.blocks)
             launch = triton_choose_alike.launch_choice(
                 (*given, noise), of_keys, results, memory, plan, 0.1, 2.0, 1e9, 0.1, 1e-30
             )
@@ -241,11 +237,9 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
     yield "alike first", triton_alike_first.launch_first(k, k, indices(TILES), None, results, 640, 2, (7, 2**32 - 5))
     factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
     yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
-    for sizes in (1, 2):
-        keys, moments = torch.empty(sizes, 2, KEYS, dim, dtype=estimate), torch.empty(sizes, 2, 32, 2 * dim, dtype=estimate)
-        results = keys, keys[1:], moments, torch.empty(sizes, 2, KEYS)
-        launch = triton_alike_blocks.launch_blocks(k, k, centres, results, 1, NORMAL, 2.0)
-        yield f"alike blocks, {sizes} sizes", launch
+    keys = torch.empty(2, KEYS + KEYS // 4, dim, dtype=estimate)
+    results = keys, keys[:, KEYS:].contiguous(), torch.empty(keys.shape[:2])
+    yield "alike blocks", triton_alike_blocks.launch_blocks(k, k, centres, results, 2, 2.0)
 
 
 def launches_of_sorted_rows(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Launch]]:

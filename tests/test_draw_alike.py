@@ -1,4 +1,4 @@
-"""Queries that look for similar keys share a list: how they are sorted, what is scored, and where blocks take over."""
+"""Queries that look for similar keys share a list: how they are sorted and grouped, and what is drawn for them."""
 
 from dataclasses import replace
 
@@ -11,10 +11,11 @@ from assertions import assert_exact, assert_same_bits, assert_unbiased
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike
 from hyperattention.select.alike import sort_alike
-from hyperattention.select.score import alike_scan
-from hyperattention.select.score.alike_scan import NORMAL, AlikeScan, blocks_of
+from hyperattention.select.score.alike_scan import AlikeScan
 from hyperattention.select.score.groups import grouped
-from hyperattention.select.score.stretches import stretches_of
+from hyperattention.select.score.key_blocks import blocks_of
+from hyperattention.select.score.pooling import edges
+from hyperattention.select.stage import CoveredKeys
 from hyperattention.tiling import cut
 from problems import problem
 
@@ -51,83 +52,26 @@ def test_queries_that_look_the_same_way_share_a_list():
     assert len(shared[:, 0].unique()) == 4
 
 
-def test_listings_are_those_of_the_formula():
-    share = torch.rand(1, 2, 3, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64).pow(6)
-    share[0, 0, 0] = 0.0
-    left = tuple(torch.tensor(x)[None, :, None] for x in ([3, 3], [13, 17], [25, 30], [29, 30]))
-    num, even = 12, 0.25
-    law = stretches_of(share.clone(), 3, left, num, even, True)
-    chance = law.share(torch.arange(30).expand(1, 6, -1))
-    for tile in range(2):
-        begin, hole_begin, hole_end, end = (int(x[0, tile, 0]) for x in left)
-        key = torch.arange(30)
-        there = ((key >= begin) & (key < hole_begin)) | ((key >= hole_end) & (key < end))
-        for one in range(3):
-            mass = share[0, tile, one].repeat_interleave(3) * there
-            for _ in range(4):
-                mass = mass.clamp(max=mass.sum().item() / ((1 - even) * num))
-            weighted = mass / mass.sum().clamp(min=1e-30) * (1 - even) * num
-            mass = (weighted + there * (even if mass.any() else 1) * num / there.sum()).clamp(max=1)
-            assert_exact((chance[0, 3 * tile + one]).float(), (mass / mass.sum()).float())
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_drawn_keys_have_the_chance_that_is_told(causal):
-    given = problem(140, causal=causal)
-    tiles = cut(given, 20)
-    _, query, few = sort_alike(tiles, 2)
-    part, keys, values = slice(0, len(tiles.index)), given.k.flatten(0, 1), given.v.flatten(0, 1)
-    share = AlikeScan.of(tiles, query, few, 5).shares(part, blocks_of(keys, values, 4, 16), 35)
-    end = tiles.by_list(tiles.visible_end)[..., None]
-    law = stretches_of(share, 4, (end * 0, end, end, end), 16, 0.2, False)
-    points = ((torch.arange(16) + 0.5) / 16).expand(2, 2 * len(tiles.index), -1)
-    index, chance = law.draw(points)
-    assert_exact(law.share(index), chance)
-    assert (index < end.repeat_interleave(2, 1)).all()
-
-
-@pytest.mark.parametrize("size", [1, 4])
-def test_rounding_hardly_moves_the_shares(monkeypatch, size):
-    given = problem(200, causal=True, heads=4)
-    found = {}
-    for fast in (True, False):
-        monkeypatch.setattr(alike_scan, "integers_are_fast", lambda x, fast=fast: fast)
-        monkeypatch.setattr(alike_scan, "for_estimates", lambda x: x)
-        tiles = cut(given, TILE)
-        _, query, few = sort_alike(tiles, 4)
-        blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
-        found[fast] = AlikeScan.of(tiles, query, few, 4).shares(slice(0, len(tiles.index)), blocks, -(-200 // size))
-    assert (found[True] - found[False]).abs().mean() < 0.05 * found[False].std()
-
-
-def test_no_query_knows_of_keys_in_its_tile_or_after():
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_no_query_knows_of_keys_in_its_tile_or_after(size):
     given = problem(200, causal=True)
-    tiles = cut(given, TILE)
-    _, query, few = sort_alike(tiles, 4)
-    for size in (1, 8):
-        blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), size, 24)
-        share = AlikeScan.of(tiles, query, few, 4).shares(slice(0, 7), blocks, -(-200 // size))
-        first = torch.arange(share.shape[3]) * size
-        ahead = first + size > (torch.arange(7) * TILE)[:, None]
-        assert (share.transpose(2, 3)[:, ahead] == 0).all()
-        assert (share.transpose(2, 3)[:, ~ahead] > 0).all()
-
-
-def test_sums_are_exact_where_runs_of_sixteen_keys_are_alike():
-    given = problem(1024, causal=True, heads=2, kv_heads=2)
-    # sharp: a sum is that of a few runs
-    given.k.copy_(4 * given.k[:, :, ::16].repeat_interleave(16, 2))
-    tiles = cut(given, TILE)
-    _, query, few = sort_alike(tiles, 2)
-    scan, part = AlikeScan.of(tiles, query, few, 4), slice(16, 32)
-    keys = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), 1, 24)
-    _, bar = scan.bars(part, keys)
-    centred = given.k - given.k[:, :, :24].mean(2, keepdim=True)
-    for tile in range(16):
-        # whole runs before the tile: all keys
-        before = centred.transpose(0, 1)[:, :, : (16 + tile) * TILE]
-        exact = (scan.query[:, 16 + tile] @ before.transpose(2, 3)).logsumexp(-1)
-        assert (bar[:, tile] + scan.log_rows[:, 16 + tile] - exact).abs().max() < 1e-3
+    later = replace(given, k=given.k.clone(), v=given.v.clone())
+    tile = 4
+    later.k[:, :, tile * TILE :], later.v[:, :, tile * TILE :] = 9.0, 5.0
+    found = []
+    for each in (given, later):
+        tiles = cut(each, TILE)
+        _, query, few = sort_alike(tiles, 4)
+        blocks = blocks_of(each.k.flatten(0, 1), each.v.flatten(0, 1), (1, 4, 16), 24)
+        part = slice(tile, tile + 1)
+        left = tuple(x[:, part] for x in edges(tiles, CoveredKeys()))
+        found.append(AlikeScan.of(tiles, query, few, 4).shares(part, blocks, left, size, 40))
+    (index, share), (same, as_before) = found
+    assert_same_bits(same, index)
+    assert_same_bits(as_before, share)
+    known = index[index < 200]
+    assert (known < tile * TILE).all()
+    assert len(known) == len(index) * (tile * TILE if size == 1 else 40)
 
 
 def test_a_row_unlike_all_others_has_a_group_of_its_own():
@@ -155,7 +99,7 @@ def test_a_key_that_one_query_looks_for_is_listed_for_certain():
 
 def test_parts_that_do_not_come_out_even_leave_the_weights_unbiased():
     given = problem(130, causal=True, heads=3, kv_heads=1)
-    method = ha.Method(ha.Window(8), DrawAlike(40, rows=12, pooled=5, most=48, candidates=None), tile=15)
+    method = ha.Method(ha.Window(8), DrawAlike(40, rows=12, pooled=5, most=12, candidates=1), tile=15)
     seen = dense.visible(130, 130, causal=True).double()
     place = torch.arange(130)
     bins = (place * 8 // 130 == torch.arange(8)[:, None]).double()
@@ -166,14 +110,6 @@ def test_parts_that_do_not_come_out_even_leave_the_weights_unbiased():
         statistics.append(((weight - seen).mean(0).sum(0) @ bins.T) / (seen.sum(0) @ bins.T))
     # all keys of some tiles are listed, in every draw
     assert_unbiased(torch.stack(statistics), 0.0, largest_error=0.05, rounding=1e-6)
-
-
-def test_products_are_counted_and_bounded():
-    stage = DrawAlike(688, rows=64, pooled=8, most=32_768, candidates=None)
-    # for each list of 64 queries eight averages with every key seen and the moments of stretches, and two for deviations
-    assert stage.selection_pairs(32_768, 256, 64, True) == pytest.approx(16_384 * (8 * (1 + 2 / NORMAL) + 2) / 64)
-    million, more = (stage.selection_pairs(2**n, 256, 64, True) for n in (20, 23))
-    assert more < 1.1 * million < 1.2 * 32_768 * 11 / 64
 
 
 def test_bad_arguments_are_refused():

@@ -9,17 +9,13 @@ import hyperattention as ha
 from assertions import assert_same_bits
 from dense import reference
 from hyperattention.problem import Problem
-from hyperattention.select import DrawAlike
-from hyperattention.select.score import alike_scan, scan
+from hyperattention.select.score import scan
 from hyperattention.select.score.eight_bits import EightBitKeys, rounded_queries
 from hyperattention.select.stage import Stage
 
 FIRST, LENGTH = 64, 512
 STAGES = {
     "scan": ha.Draw(FIRST, by=ha.KeyScan(16)),
-    "alike": DrawAlike(FIRST, rows=16, pooled=8),
-    "alike, blocks": DrawAlike(FIRST, rows=16, pooled=8, most=200, candidates=None),
-    "alike, candidates": DrawAlike(FIRST, rows=16, pooled=8, most=200, candidates=2),
 }
 SIZES = {
     "later keys larger": (0.01, 1.0),
@@ -40,9 +36,8 @@ def grown(first: float, later: float) -> Problem:
 
 
 def set_integers(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
-    for module in (scan, alike_scan):
-        monkeypatch.setattr(module, "integers_are_fast", lambda x: fast)
-        monkeypatch.setattr(module, "for_estimates", lambda x: x)
+    monkeypatch.setattr(scan, "integers_are_fast", lambda x: fast)
+    monkeypatch.setattr(scan, "for_estimates", lambda x: x)
 
 
 def error_of(method: ha.Method, given: Problem) -> float:

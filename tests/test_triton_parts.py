@@ -12,7 +12,7 @@ from hyperattention.kernels.choose import operator_alike
 from hyperattention.kernels.choose.operator_alike import parts_of
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike, draw_alike
-from hyperattention.select.score import alike_fused, alike_scan
+from hyperattention.select.score import alike_fused
 from hyperattention.select.score.alike_fused import (
     FusedBlocks,
     FusedSort,
@@ -31,8 +31,7 @@ TILE, NUM, GROUPS = 32, 24, 3
 
 
 @pytest.fixture
-def short_stretches(monkeypatch):
-    monkeypatch.setattr(alike_scan, "NORMAL", 8)
+def one_precision(monkeypatch):
     monkeypatch.setattr(alike_fused, "dtype_of_estimates", lambda device: torch.float32)
 
 
@@ -52,7 +51,7 @@ def chosen(
     edges, k, v = edges_of(tiles, CoveredKeys()).of_tile, given.k.flatten(0, 1), given.v.flatten(0, 1)
     centres, begin, own_noise, _ = fused_first(k, v, NUM, tiles, many)
     ordered = FusedSort.of(tiles, many, fused_metric(k, centres, NUM), begin, edges, parts)
-    plan = fused_plan(tiles, BlockSizes(32), many, GROUPS)
+    plan = fused_plan(tiles, BlockSizes(10), many, GROUPS, 6, parts)
     shape = (len(k), len(tiles.index) * many)
     index, low, high = (torch.empty(x, dtype=torch.int64) for x in ((*shape, NUM), shape, shape))
     results = index, torch.empty((*shape, NUM)), low, high
@@ -62,7 +61,7 @@ def chosen(
 
 
 @pytest.mark.heavy  # many interpreted programs
-@pytest.mark.usefixtures("triton_kernel", "short_stretches")
+@pytest.mark.usefixtures("triton_kernel", "one_precision")
 def test_a_part_is_chosen_for_as_if_its_keys_were_its_own():
     given, parts, many = problem(40, heads=6, kv_heads=1, head_dim=8, batch=2), 2, 6
     apart = replace(given, k=given.k.repeat_interleave(parts, 1), v=given.v.repeat_interleave(parts, 1))
@@ -86,7 +85,7 @@ def test_a_part_is_chosen_for_as_if_its_keys_were_its_own():
 
 
 @pytest.mark.heavy  # many interpreted programs
-@pytest.mark.usefixtures("triton_kernel", "short_stretches")
+@pytest.mark.usefixtures("triton_kernel", "one_precision")
 def test_a_method_attends_to_what_parts_are_given(monkeypatch):
     """Lists of all keys in parts: attention is exact, whatever was sorted."""
     monkeypatch.setattr(operator_alike, "_MOST_ROWS", 64)

@@ -14,11 +14,10 @@ from hyperattention.kernels.choose.operator_alike import sorts_alike
 from hyperattention.problem import Problem
 from hyperattention.select import DrawAlike
 from hyperattention.select.alike import AlikeTiles, first_directions, sort_alike
-from hyperattention.select.score import alike_fused, alike_scan
-from hyperattention.select.score.alike_fused import FusedBlocks, FusedSort, fused_first
-from hyperattention.select.score.alike_product import HIDDEN
-from hyperattention.select.score.alike_scan import AlikeScan, blocks_of
-from hyperattention.select.score.block_sizes import BlockSizes
+from hyperattention.select.score import alike_fused
+from hyperattention.select.score.alike_fused import BOUND, FusedBlocks, FusedSort, fused_first
+from hyperattention.select.score.alike_scan import AlikeScan
+from hyperattention.select.score.key_blocks import blocks_of
 from hyperattention.select.score.key_metric import KeyMetric
 from hyperattention.select.score.pooling import edges_of
 from hyperattention.select.score.principal import principal_directions
@@ -27,14 +26,12 @@ from hyperattention.tiling import Tiles, cut
 from problems import problem
 
 pytestmark = pytest.mark.usefixtures("triton_kernel")
-TILE, STRETCH = 32, 8
+TILE = 32
 
 
 @pytest.fixture(autouse=True)
 def one_precision(monkeypatch):
-    """Estimates in float32 on both sides, over short stretches, so that short problems have some."""
-    monkeypatch.setattr(alike_scan, "NORMAL", STRETCH)
-    monkeypatch.setattr(alike_scan, "for_estimates", lambda x: x)
+    """Estimates in float32 on both sides."""
     monkeypatch.setattr(alike_fused, "dtype_of_estimates", lambda device: torch.float32)
 
 
@@ -175,30 +172,30 @@ def test_averages_are_those_of_the_same_lists(numbers, monkeypatch):
     assert_exact(made.log_rows, scan.log_rows, size=1.0)
 
 
-def plan_of(keys: int, most: int, first: int, seams: tuple[int, ...]) -> AlikePlan:
-    return AlikePlan(TILE, 0, 1, 1, keys, most, first, 1, 1, STRETCH, 2, 4, 0, 1, 1, 1, seams)
+def plan_of(keys: int, levels: int) -> AlikePlan:
+    return AlikePlan(TILE, 0, 1, 1, keys, 8, levels, 1, 1, 2, 4, 8, 3, 1)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_blocks_are_those_of_the_cpu(size):
-    given = problem(100, kv_heads=2, head_dim=24, value_dim=40)
+def test_blocks_are_those_of_the_cpu():
+    given = problem(299, kv_heads=2, head_dim=24, value_dim=40)
     given.k[0, 0, 50] = torch.inf
     given.v[0, 1, 60] = torch.nan
     # a value in the centre
     given.v[0, 0, 70] = given.v[0, 0, :24].mean(0)
     k, v = (x.flatten(0, 1) for x in (given.k, given.v))
-    # two sizes, of which the first has the leading keys alone
-    most = 72 // (2 * size)
-    ours = FusedBlocks.of(k, v, centres_of(k, v, 24), plan_of(100, most, size, (1,)))
-    for level, each in enumerate((size, 2 * size)):
-        expected = blocks_of(k[:, : most * each], v[:, : most * each], each, 24)
-        count = expected.moments.shape[1]
-        assert count > 0
-        assert_exact(ours.keys[level], expected.keys)
-        assert_exact(ours.moments[level, :, :count], expected.moments)
-        assert_exact(ours.log_value[level], expected.log_value)
-        if each > 1:
-            assert_exact(ours.variance[level - (size == 1)], expected.squares[..., 24:])
+    ours = FusedBlocks.of(k, v, centres_of(k, v, 24), plan_of(299, 4))
+    expected, before = blocks_of(k, v, (1, 4, 16, 64), 24), 0
+    for size, blocks in expected.items():
+        # whole blocks alone
+        behind = before + 299 // size
+        assert_exact(ours.keys[:, before:behind], blocks.mean)
+        assert_exact(ours.log_value[:, before:behind], blocks.log_value)
+        if blocks.variance is not None:
+            assert_exact(ours.variance[:, before - 299 : behind - 299], blocks.variance)
+            direct = k[1, : 299 // size * size].unflatten(0, (-1, size)).double().var(1, unbiased=False)
+            assert_exact(blocks.variance[1], direct.float())
+        before = behind
+    assert ours.keys.shape[1] == before
 
 
 def test_blocks_need_no_usual_distance():
@@ -207,26 +204,30 @@ def test_blocks_need_no_usual_distance():
     v = torch.ones_like(given.v[0])
     v[0, 30] = 5.0
     k = given.k[0]
-    ours = FusedBlocks.of(k, v, centres_of(k, v, 24), plan_of(40, 40, 1, ()))
-    assert_exact(ours.log_value[0], blocks_of(k, v, 1, 24).log_value)
+    ours = FusedBlocks.of(k, v, centres_of(k, v, 24), plan_of(40, 1))
+    assert_exact(ours.log_value, blocks_of(k, v, (1,), 24)[1].log_value)
 
 
 @pytest.mark.parametrize("sharp", [1.0, 6.0])
-def test_bars_are_those_of_the_cpu(sharp, monkeypatch):
-    # more stretches than are read at once, and a program has more averages than are compared at once
-    monkeypatch.setattr(triton_choose_alike, "_STRETCHES", 16)
+@pytest.mark.parametrize("most", [390, 40, 6], ids=["keys", "opened", "three times opened"])
+def test_bars_are_sums_over_closed_blocks_and_keys_of_opened_ones(most, sharp, monkeypatch):
+    # more blocks than are read at once, and a program has more averages than are compared at once
+    monkeypatch.setattr(triton_choose_alike, "_SUMMED", 16)
+    monkeypatch.setattr(triton_choose_alike, "_ROWS", 16)
     given = problem(390, heads=2, kv_heads=1, head_dim=24)
     tiles = cut(replace(given, q=given.q * sharp), TILE)
-    made = choose(monkeypatch, tiles, 1, 3, most=195)
-    scan = AlikeScan.of(tiles, made.query[..., :1, :], made.query[..., :1, :], 1)
-    scan = replace(scan, query=made.query, log_rows=made.log_rows, compared=made.query)
-    sizes = BlockSizes(195)
-    # the first tile sees no whole stretch
-    assert (made.bar[:, 0] == HIDDEN).all()
-    for tile in (1, 5, 6, 12):
-        size, part = sizes.of(tiles, slice(tile, tile + 1))[0], slice(tile, tile + 1)
-        _, expected = scan.bars(part, blocks_of(given.k[0], given.v[0], size, 24))
-        assert_exact(made.bar[:, part], expected)
+    candidates = 200
+    made = choose(monkeypatch, tiles, 1, 18, most=most, candidates=candidates)
+    # the first tile sees no key
+    assert (made.bar[:, 0] == -BOUND).all()
+    k, close = given.k[0, 0].double() - given.k[0, 0, :24].mean(0).double(), 0
+    for tile in (1, 6, 12):
+        exact = (made.query[0, tile, 0].double() @ k[: tile * TILE].T).logsumexp(1)
+        off = (made.bar[0, tile, 0] + made.log_rows[0, tile, 0] - exact).abs()
+        assert off.max() < (1e-4 if most == 390 else 20.0)
+        close += (off < 0.1).double().mean() / 3
+    # most sums are those of the keys in opened blocks
+    assert close > 0.7
 
 
 def test_noise_has_the_same_bits():

@@ -120,46 +120,39 @@ def _(k, centres, first, growth, ridge):
 
 @torch.library.custom_op("hyperattention::alike_blocks", mutates_args=())
 def alike_blocks(
-    k: Tensor, v: Tensor, centres: Tensor, size: int, levels: int, blocks: int, normal: int, most: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Average keys over blocks of `size` keys, of twice as many, and so on: see `alike_scan.blocks_of`.
+    k: Tensor, v: Tensor, centres: Tensor, levels: int, most: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centre keys, and average them over blocks of 4 keys, of 16, and so on: see `key_blocks.blocks_of`.
 
     Args:
         k: keys, ``[lists, keys, width]``.
         v: their values.
         centres: from `alike_first`.
-        size: keys in the first blocks.
-        levels: number of sizes.
-        blocks: blocks of each size, of the leading keys.
-        normal: blocks of a stretch.
+        levels: number of sizes, with that of one key.
         most: bound of the logarithms.
         dtype: dtype of averages and variances.
 
     Returns:
-        means of blocks, ``[levels, lists, blocks, width]``; variances inside those of several keys, likewise; means of
-        whole stretches beside half of their variances, ``[levels, lists, stretches, 2 * width]``; and logarithms of how far
-        values lie, ``[levels, lists, blocks]``, float32.
+        means of whole blocks, the smallest first, ``[lists, blocks of all sizes, width]``; variances inside those of several
+        keys; and logarithms of how far values lie, ``[lists, blocks of all sizes]``, float32.
     """
     from hyperattention.kernels.choose import triton_alike_blocks
 
-    results = _empty_blocks(k, centres, size, levels, blocks, normal, dtype)
+    results = _empty_blocks(k, centres, levels, dtype)
     if results[0].numel():
-        triton_alike_blocks.launch_blocks(k, v, centres, results, size, normal, most).run()
+        triton_alike_blocks.launch_blocks(k, v, centres, results, levels, most).run()
     return results
 
 
-def _empty_blocks(
-    k: Tensor, centres: Tensor, size: int, levels: int, blocks: int, normal: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    keys = k.new_empty((levels, len(k), blocks, k.shape[2]), dtype=dtype)
-    variance = keys.new_empty((levels - (size == 1), *keys.shape[1:]))
-    moments = keys.new_empty((levels, len(k), blocks // normal, 2 * k.shape[2]))
-    return keys, variance, moments, centres.new_empty(keys.shape[:3])
+def _empty_blocks(k: Tensor, centres: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = sum(k.shape[1] >> 2 * level for level in range(levels))
+    keys = k.new_empty((len(k), blocks, k.shape[2]), dtype=dtype)
+    return keys, keys.new_empty((len(k), blocks - k.shape[1], k.shape[2])), centres.new_empty(keys.shape[:2])
 
 
 @alike_blocks.register_fake
-def _(k, v, centres, size, levels, blocks, normal, most, dtype):
-    return _empty_blocks(k, centres, size, levels, blocks, normal, dtype)
+def _(k, v, centres, levels, most, dtype):
+    return _empty_blocks(k, centres, levels, dtype)
 
 
 @torch.library.custom_op("hyperattention::sort_alike", mutates_args=("source", "live", "inside", "row_limit"))
@@ -197,7 +190,7 @@ def _(q, begin, factor, edges, limit, source, live, inside, row_limit, first_til
 
 def choose_alike(
     given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    blocks: tuple[Tensor, Tensor, Tensor, Tensor],
+    blocks: tuple[Tensor, Tensor, Tensor],
     results: tuple[Tensor, Tensor, Tensor, Tensor],
     plan: AlikePlan,
     scale: float,
@@ -225,14 +218,13 @@ def choose_alike(
     """
     rows, tiles = given[3].shape[:2]
     memory = memory_of(plan, given[0], rows, tiles, blocks[0].dtype)
-    *numbers, seams = astuple(plan)
-    _choose_alike(*given, *blocks, *results, *memory, numbers, list(seams), scale, *estimates, *law)
+    _choose_alike(*given, *blocks, *results, *memory, list(astuple(plan)), scale, *estimates, *law)
     return memory
 
 
 @torch.library.custom_op(
     "hyperattention::choose_alike",
-    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share", "numbers"),
+    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share", "numbers", "opened"),
 )
 def _choose_alike(
     q: Tensor,
@@ -242,7 +234,6 @@ def _choose_alike(
     noise: Tensor,
     keys: Tensor,
     variance: Tensor,
-    moments: Tensor,
     log_value: Tensor,
     index: Tensor,
     weight: Tensor,
@@ -254,8 +245,8 @@ def _choose_alike(
     bar: Tensor,
     share: Tensor,
     numbers: Tensor,
+    opened: Tensor,
     of_plan: list[int],
-    seams: list[int],
     scale: float,
     deviations: float,
     bound: float,
@@ -265,11 +256,10 @@ def _choose_alike(
     from hyperattention.kernels.choose import triton_choose_alike
 
     if index.numel():
-        given, blocks = (q, source, directions, edges, noise), (keys, variance, moments, log_value)
-        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share, numbers)
-        plan = AlikePlan(*of_plan, seams=tuple(seams))
+        given, blocks = (q, source, directions, edges, noise), (keys, variance, log_value)
+        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share, numbers, opened)
         last = scale, deviations, bound, even, least
-        triton_choose_alike.launch_choice(given, blocks, results, memory, plan, *last).run()
+        triton_choose_alike.launch_choice(given, blocks, results, memory, AlikePlan(*of_plan), *last).run()
 
 
 for _operator in (_alike_first, _choose_alike, alike_blocks, key_factors, sort_alike):

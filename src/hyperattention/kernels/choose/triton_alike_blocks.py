@@ -1,7 +1,7 @@
 """Blocks of keys for scores by alike queries in Triton: one launch centres keys, averages them and weighs their values.
 
-A program takes some stretches of blocks of one size; each size is twice the one before.
-`select.score.alike_scan.blocks_of` does the same in PyTorch.
+A program takes some blocks of one size; each size is four times the one before.
+`select.score.key_blocks.blocks_of` does the same in PyTorch.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -14,7 +14,7 @@ from torch import Tensor
 from hyperattention.kernels.choose.triton_sort_alike import _finite
 from hyperattention.kernels.launch import Launch
 
-# blocks of a program at least
+# blocks of a program
 _BLOCKS = 64
 
 
@@ -30,77 +30,67 @@ def _length(x):
     return tl.sqrt(tl.sum(x * x, 1))
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
+def blocks_before(count, level):
+    """Count the whole blocks of all sizes below a level: of one key, of 4, 16, ..."""
+    before = count * 0
+    for lower in tl.range(0, level):
+        before += count >> 2 * lower
+    return before
+
+
+@triton.jit
 def _kernel(
-    k_ptr, v_ptr, centre_ptr, keys_ptr, variance_ptr, moments_ptr, log_value_ptr,
-    count, blocks, stretches, most, first, s_list, s_key, s_value_list, s_value,
-    PLAIN: tl.constexpr, SEVERAL: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCKS: tl.constexpr,
-    NORMAL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    k_ptr, v_ptr, centre_ptr, keys_ptr, variance_ptr, log_value_ptr,
+    count, in_all, most, s_list, s_key, s_value_list, s_value,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # large blocks, which take longer, begin first
     level = tl.num_programs(2) - 1 - tl.program_id(2)
-    size = 1
-    if SEVERAL:
-        size = first << level
-    count = tl.minimum(count, blocks * size)
-    # keys of this size, of all lists
-    of = level * tl.num_programs(1) + one
-    column, value_column = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
-    k_ptr += one * s_list
-    v_ptr += one * s_value_list
-    centre_ptr += one * (DIM + VALUE_DIM + 1)
-    centre = tl.load(centre_ptr + column, mask=column < DIM, other=0.0)[None, :]
-    value_centre = tl.load(centre_ptr + DIM + value_column, mask=value_column < VALUE_DIM, other=0.0)[None, :]
-    usual = tl.load(centre_ptr + DIM + VALUE_DIM)
-    block = program * BLOCKS + tl.arange(0, BLOCKS)
-    total, squares = tl.zeros([BLOCKS, WIDTH], tl.float32), tl.zeros([BLOCKS, WIDTH], tl.float32)
-    far = tl.zeros([BLOCKS], tl.float32)
-    for at in tl.range(0, size):
-        key = block * size + at
-        x = _finite(_rows(k_ptr, key, count, s_key, column, DIM) - centre)
-        x = tl.where((key < count)[:, None], x, 0.0)
-        total += x
-        squares += x * x
-        distance = _length(_finite(_rows(v_ptr, key, count, s_value, value_column, VALUE_DIM) - value_centre))
-        # a value in the centre, or nothing to compare with: nothing is told
-        log = tl.where(distance > 0, tl.log(distance / usual), -most)
-        log = tl.where(usual > 0, log, tl.where(distance > 0, most, 0.0))
-        far += tl.where(key < count, tl.minimum(tl.maximum(log, -most), most), 0.0)
-    mean = total / size
-    there = (block < blocks)[:, None] & (column < DIM)[None, :]
-    out = (of * blocks + block)[:, None] * DIM + column[None, :]
-    tl.store(keys_ptr + out, mean.to(keys_ptr.dtype.element_ty), mask=there)
-    if level >= PLAIN:
-        variance = tl.maximum(squares / size - mean * mean, 0.0)
-        within = out - PLAIN * tl.num_programs(1).to(tl.int64) * blocks * DIM
-        tl.store(variance_ptr + within, variance.to(variance_ptr.dtype.element_ty), mask=there)
-    tl.store(log_value_ptr + of * blocks + block, far / size, mask=block < blocks)
-    # sums over whole stretches
-    middle = tl.sum(tl.reshape(total, (BLOCKS // NORMAL, NORMAL, WIDTH)), 1) / (NORMAL * size)
-    square = tl.sum(tl.reshape(squares, (BLOCKS // NORMAL, NORMAL, WIDTH)), 1) / (NORMAL * size)
-    half = 0.5 * tl.maximum(square - middle * middle, 0.0)
-    stretch = program * (BLOCKS // NORMAL) + tl.arange(0, BLOCKS // NORMAL)
-    moments_at = moments_ptr + (of * stretches + stretch)[:, None] * (2 * DIM) + column[None, :]
-    whole = (stretch < stretches)[:, None] & (column < DIM)[None, :]
-    tl.store(moments_at, middle.to(moments_ptr.dtype.element_ty), mask=whole)
-    tl.store(moments_at + DIM, half.to(moments_ptr.dtype.element_ty), mask=whole)
+    blocks, size = count >> 2 * level, 1 << 2 * level
+    if program * BLOCKS < blocks:
+        column, value_column = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+        k_ptr += one * s_list
+        v_ptr += one * s_value_list
+        centre_ptr += one * (DIM + VALUE_DIM + 1)
+        centre = tl.load(centre_ptr + column, mask=column < DIM, other=0.0)[None, :]
+        value_centre = tl.load(centre_ptr + DIM + value_column, mask=value_column < VALUE_DIM, other=0.0)[None, :]
+        usual = tl.load(centre_ptr + DIM + VALUE_DIM)
+        block = program * BLOCKS + tl.arange(0, BLOCKS)
+        total, squares = tl.zeros([BLOCKS, WIDTH], tl.float32), tl.zeros([BLOCKS, WIDTH], tl.float32)
+        far, behind = tl.zeros([BLOCKS], tl.float32), blocks * size
+        for at in tl.range(0, size):
+            key = block * size + at
+            x = _finite(_rows(k_ptr, key, behind, s_key, column, DIM) - centre)
+            total += x
+            squares += x * x
+            distance = _length(_finite(_rows(v_ptr, key, behind, s_value, value_column, VALUE_DIM) - value_centre))
+            # a value in the centre, or nothing to compare with: nothing is told
+            log = tl.where(distance > 0, tl.log(distance / usual), -most)
+            log = tl.where(usual > 0, log, tl.where(distance > 0, most, 0.0))
+            far += tl.minimum(tl.maximum(log, -most), most)
+        mean = total / size
+        there = (block < blocks)[:, None] & (column < DIM)[None, :]
+        before = blocks_before(count, level)
+        out = (one * in_all + before + block)[:, None] * DIM + column[None, :]
+        tl.store(keys_ptr + out, mean.to(keys_ptr.dtype.element_ty), mask=there)
+        if level > 0:
+            variance = tl.maximum(squares / size - mean * mean, 0.0)
+            within = (one * (in_all - count) + before - count + block)[:, None] * DIM + column[None, :]
+            tl.store(variance_ptr + within, variance.to(variance_ptr.dtype.element_ty), mask=there)
+        tl.store(log_value_ptr + one * in_all + before + block, far / size, mask=block < blocks)
 
 
-def launch_blocks(
-    k: Tensor, v: Tensor, centres: Tensor, results: tuple[Tensor, ...], size: int, normal: int, most: float
-) -> Launch:
+def launch_blocks(k: Tensor, v: Tensor, centres: Tensor, results: tuple[Tensor, ...], levels: int, most: float) -> Launch:
     """Prepare the launch of `operator_alike.alike_blocks`, which writes into `results`."""
-    keys, variance, moments, log_value = results
+    keys, variance, log_value = results
     return Launch(
         _kernel,
-        (triton.cdiv(keys.shape[2], max(_BLOCKS, normal)), k.shape[0], len(keys)),
+        (triton.cdiv(k.shape[1], _BLOCKS), k.shape[0], levels),
         {
-            "centre_ptr": centres, "keys_ptr": keys, "variance_ptr": variance,
-            "moments_ptr": moments, "log_value_ptr": log_value, "count": k.shape[1], "blocks": keys.shape[2],
-            "stretches": moments.shape[2], "most": most, "first": size, "PLAIN": len(keys) - len(variance),
-            "SEVERAL": len(variance) > 0,
-            "BLOCKS": max(_BLOCKS, normal), "NORMAL": normal, **shapes(k, v),
+            "centre_ptr": centres, "keys_ptr": keys, "variance_ptr": variance, "log_value_ptr": log_value,
+            "count": k.shape[1], "in_all": keys.shape[1], "most": most, "BLOCKS": _BLOCKS, **shapes(k, v),
             "num_warps": 8, "num_stages": 2,
         },
     )  # fmt: skip

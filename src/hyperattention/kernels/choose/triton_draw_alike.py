@@ -1,7 +1,7 @@
-"""Draw keys for lists of alike queries in Triton: the law of `select.score.stretches`, its running sum and its inversion.
+"""Draw keys for lists of alike queries in Triton: the law of `select.score.candidates`, its running sum and its inversion.
 
 All lists of a program are drawn together, so that many loads are on their way at once. Their shares are read seven times,
-mostly out of the cache: what is done for each block is little, and all else is done for each draw.
+mostly out of the cache: what is done for each candidate is little, and all else is done for each draw.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -14,61 +14,32 @@ UNITS = 2**30
 
 
 @triton.jit
-def _sides(block, begin, hole_begin, hole_end, end, size):
-    """Return how many keys of a block are left before the hole, and how many behind it."""
-    first = block * size
-    before = tl.minimum(first + size, hole_begin) - tl.maximum(first, begin)
-    behind = tl.minimum(first + size, end) - tl.maximum(first, hole_end)
-    return tl.maximum(before, 0), tl.maximum(behind, 0)
+def _rooms(first, count, others, LISTS: tl.constexpr, PLACES: tl.constexpr):
+    """Return how many keys are in the places from `first` on, for all lists: one in each candidate's, then all others."""
+    place = first + tl.arange(0, PLACES)[None, :]
+    last = tl.where(place == count, others[:, None], 0)
+    return tl.where(place < count, 1, last).to(tl.float32)
 
 
 @triton.jit
-def _rooms(
-    first, begin, hole_begin, hole_end, end, size, among, count, others,
-    LISTS: tl.constexpr, BLOCKS: tl.constexpr, AMONG: tl.constexpr,
-):  # fmt: skip
-    """Return how many keys are left of the blocks from `first` on, for all lists; candidates are followed by all others."""
-    start, until = first * size, (first + BLOCKS) * size
-    before = (start >= tl.max(begin, 0)) & (until <= tl.min(hole_begin, 0))
-    behind = (start >= tl.max(hole_end, 0)) & (until <= tl.min(end, 0))
-    whole = before | behind
-    if AMONG:
-        whole = tl.where(among > 0, until <= count, whole)
-    room = tl.zeros([LISTS, BLOCKS], tl.float32) + size
-    # nearly always all of them
-    if whole == 0:
-        block = first + tl.arange(0, BLOCKS)[None, :]
-        one, other = _sides(block, begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None], size)
-        room = (one + other).to(tl.float32)
-        if AMONG:
-            last = tl.where(block == count, others[:, None], 0)
-            room = tl.where(among > 0, tl.where(block < count, 1, last).to(tl.float32), room)
-    return room
+def _shares(share_at, first, stored, PLACES: tl.constexpr):
+    """Load the shares of the candidates from `first` on; `stored`, a multiple of 16, are in memory, zeros behind them."""
+    place = first + tl.arange(0, PLACES)[None, :]
+    return tl.load(share_at[:, None] + place, mask=place < stored, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _shares(share_at, first, stored, BLOCKS: tl.constexpr):
-    """Load the shares of the blocks from `first` on; `stored`, a multiple of 16, are in memory."""
-    block = first + tl.arange(0, BLOCKS)[None, :]
-    return tl.load(share_at[:, None] + block, mask=block < stored, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _total(
-    share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others,
-    LISTS: tl.constexpr, BLOCKS: tl.constexpr, AMONG: tl.constexpr,
-):  # fmt: skip
-    """Add up the shares of all keys, none above `most`."""
-    total = tl.zeros([LISTS, BLOCKS], tl.float32)
-    for first in tl.range(0, stored, BLOCKS, num_stages=4):
-        room = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG)
-        total += tl.minimum(_shares(share_at, first, stored, BLOCKS), most[:, None]) * room
+def _total(share_at, stored, most, LISTS: tl.constexpr, PLACES: tl.constexpr):
+    """Add up the shares of all candidates, none above `most`."""
+    total = tl.zeros([LISTS, PLACES], tl.float32)
+    for first in tl.range(0, stored, PLACES, num_stages=4):
+        total += tl.minimum(_shares(share_at, first, stored, PLACES), most[:, None])
     return tl.sum(total, 1)
 
 
 @triton.jit
 def _units(share, room, most, scale, evenly, unit):
-    """Return how often a block is to be listed, in fixed point: no key of it more than once, and each at times."""
+    """Return how often a candidate, or all other keys, are to be listed, in fixed point: none more than once, each at times."""
     each = tl.minimum(tl.minimum(share, most) * scale + evenly, 1.0)
     units = (each * room * unit + 0.5).to(tl.int32)
     return tl.where(room > 0, tl.maximum(units, 1), 0)
@@ -99,81 +70,65 @@ def _other(numbers_ptr, count, rank, asked, begin, hole_begin, hole_end, DIGITS:
 
 @triton.jit
 def draw_lists(
-    share_ptr, numbers_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, until_list, count,
-    room, num, size, among, even, least,
-    EDGES: tl.constexpr, MANY: tl.constexpr, LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr,
-    SHIFT: tl.constexpr, BLOCKS: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr, AMONG: tl.constexpr,
+    share_ptr, numbers_ptr, edge_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, lists, count,
+    room, num, even, least,
+    LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr, PLACES: tl.constexpr,
+    PLACED: tl.constexpr, SLOTS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
-    """Draw for some lists of queries that share a row of keys.
+    """Draw for some lists of one tile: from candidates, and from all other keys that are left: see `Candidates`.
 
     Args:
-        share_ptr: shares of blocks, ``[LISTS, room]``: 0 for the first `count` that a list does not know.
-        numbers_ptr: numbers of candidates, ascending; not read without `AMONG`.
-        edges_ptr: edges of what is left for each tile, and the number of keys that it may score, ``[tiles, 5]``.
+        share_ptr: shares of candidates, ``[LISTS, room]``, and zeros up to a multiple of 16.
+        numbers_ptr: numbers of the candidates, ascending, all of them left.
+        edge_ptr: begin, hole begin, hole end and end of what is left.
         noise_ptr: where inside a slot each list's points lie, in [0, 1), float64.
         index_ptr: for the keys, ``[lists, num]``: ascending, but that all other keys follow candidates.
         weight_ptr: for their log-weights, float32.
         low_ptr: for the begin of the keys that are left, of each list.
         high_ptr: for their end.
         begin_list: the first of these lists.
-        until_list: the end of these lists.
-        count: blocks that have shares.
+        lists: number of lists.
+        count: number of candidates.
         room: places of a list in `share_ptr`.
         num: draws of a list.
-        size: keys in a block.
-        among: 1 where blocks are candidates, else 0; not read without `AMONG`.
         even: share of the draws that is spread evenly.
         least: sums below this count as 0.
-        EDGES: numbers of a tile in `edges_ptr`.
-        MANY: lists of a tile.
         LISTS: lists that are drawn together.
         ROUNDS: rounds of cutting listings to one a key.
         ALL: the sum of a law in fixed point.
         SHIFT: binary digits of a point behind the comma.
-        BLOCKS: blocks of each list read at once.
-        PLACED: blocks of each list whose draws are placed at once.
+        PLACES: candidates of each list read at once.
+        PLACED: candidates of each list whose draws are placed at once.
         SLOTS: slots of each list that are written at once.
-        AMONG: 0 where blocks never are candidates: keys of one tile, all of them left, and fewer than 2 to the power of this
-            number. All other keys that are left share even draws: see `Candidates`.
+        DIGITS: candidates are fewer than 2 to the power of this number.
     """
     number = tl.arange(0, LISTS)
-    row = (begin_list + number).to(tl.int64)
-    there = row < until_list
-    edge_at = edges_ptr + row // MANY * EDGES
-    # a list that is not there has no keys
-    begin, end = tl.load(edge_at, mask=there, other=0), tl.load(edge_at + 3, mask=there, other=0)
+    row, there = (begin_list + number).to(tl.int64), number < lists
+    begin, end = tl.load(edge_ptr), tl.load(edge_ptr + 3)
     tl.store(low_ptr + row, begin, mask=there)
     tl.store(high_ptr + row, end, mask=there)
     begin, end = begin.to(tl.int32), end.to(tl.int32)
-    hole_begin = tl.load(edge_at + 1, mask=there, other=0).to(tl.int32)
-    hole_end = tl.load(edge_at + 2, mask=there, other=0).to(tl.int32)
-    left = hole_begin - begin + end - hole_end
+    hole_begin, hole_end = tl.load(edge_ptr + 1).to(tl.int32), tl.load(edge_ptr + 2).to(tl.int32)
+    # a list that is not there has no keys
+    left = tl.where(there, hole_begin - begin + end - hole_end, 0)
     few = left <= num
     others = tl.maximum(left - count, 0)
     share_at = share_ptr + number * room
     stored = tl.cdiv(count, 16) * 16
     weighted = (1.0 - even) * num
     most = tl.full([LISTS], float("inf"), tl.float32)
-    total = _total(
-        share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG
-    )
+    total = _total(share_at, stored, most, LISTS, PLACES)
     for _ in tl.range(0, ROUNDS):
         most = total / weighted
-        total = _total(
-            share_at, stored, most, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG
-        )
+        total = _total(share_at, stored, most, LISTS, PLACES)
     scale = weighted / tl.maximum(total, least)
     # where nothing was scored this is all there is, and all draws are even
     evenly = even * num / tl.maximum(left, 1).to(tl.float32)
     unit = ALL / num
-    # the last block of which something is left
-    blocks = tl.cdiv(tl.max(tl.where(hole_end < end, end, hole_begin), 0), size)
-    if AMONG:
-        blocks = tl.where(among > 0, count + 1, blocks)
-    in_all = tl.zeros([LISTS, BLOCKS], tl.int32)
-    for first in tl.range(0, blocks, BLOCKS, num_stages=4):
-        share = _shares(share_at, first, stored, BLOCKS)
-        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, BLOCKS, AMONG)
+    in_all = tl.zeros([LISTS, PLACES], tl.int32)
+    for first in tl.range(0, count + 1, PLACES, num_stages=4):
+        share = _shares(share_at, first, stored, PLACES)
+        rooms = _rooms(first, count, others, LISTS, PLACES)
         in_all += _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
     in_all = tl.maximum(tl.sum(in_all, 1), 1)
     noise = tl.load(noise_ptr + row, mask=there, other=0.0)
@@ -184,50 +139,41 @@ def draw_lists(
     drawn = (there & (few == 0))[:, None]
     passed = tl.zeros([LISTS], tl.int32)
     share_ahead = _shares(share_at, 0, stored, PLACED)
-    # a slot is given its block, in the upper half, and the units before that
-    for first in tl.range(0, blocks, PLACED):
-        block = first + tl.arange(0, PLACED)[None, :]
+    # a slot is given its candidate, in the upper half, and the units before that
+    for first in tl.range(0, count + 1, PLACED):
+        place = first + tl.arange(0, PLACED)[None, :]
         share, share_ahead = share_ahead, _shares(share_at, first + PLACED, stored, PLACED)
-        rooms = _rooms(first, begin, hole_begin, hole_end, end, size, among, count, others, LISTS, PLACED, AMONG)
+        rooms = _rooms(first, count, others, LISTS, PLACED)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         until = passed[:, None] + tl.cumsum(units, 1)
         slot = _points(until - units, factor, offset, num, SHIFT)
         hits = tl.where(drawn, _points(until, factor, offset, num, SHIFT) - slot, 0)
         for again in tl.range(0, tl.max(tl.max(hits, 1), 0)):
-            given = (block.to(tl.int64) << 32) | (until - units).to(tl.int64)
+            given = (place.to(tl.int64) << 32) | (until - units).to(tl.int64)
             tl.store(index_at + slot + again, given, mask=again < hits)
         passed += tl.sum(units, 1)
     # read by other threads
     tl.debug_barrier()
     ratio = num / in_all.to(tl.float64)[:, None]
-    begin, hole_begin, hole_end, end = begin[:, None], hole_begin[:, None], hole_end[:, None], end[:, None]
     left, few, others = left[:, None], few[:, None], others[:, None]
     for first in tl.range(0, num, SLOTS):
         slot = first + tl.arange(0, SLOTS)[None, :]
         inside = there[:, None] & (slot < num)
         given = tl.load(index_at + slot, mask=inside & drawn, other=0)
-        block, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
-        share = tl.load(share_at[:, None] + block, mask=inside & drawn & (block < stored), other=0.0).to(tl.float32)
-        before, behind = _sides(block, begin, hole_begin, hole_end, end, size)
-        keys_of = before + behind
-        if AMONG:
-            keys_of = tl.where(among > 0, tl.where(block == count, others, 1), keys_of)
+        place, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
+        one_of = inside & drawn & (place < count)
+        share = tl.load(share_at[:, None] + place, mask=one_of, other=0.0).to(tl.float32)
+        keys_of = tl.where(place == count, others, 1)
         rooms = keys_of.to(tl.float32)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         listed = tl.maximum(units, 1).to(tl.float32) * ratio.to(tl.float32)
         weight = -tl.log(listed / tl.maximum(rooms, 1.0))
-        # the same share of the way through the block's keys
+        # the same share of the way through the other keys
         way = (slot.to(tl.float64) + noise[:, None] - since).to(tl.float32) / listed
         far = tl.minimum(tl.maximum((way * rooms).to(tl.int32), 0), tl.maximum(keys_of - 1, 0))
-        lowest, beyond = tl.maximum(block * size, begin), tl.maximum(block * size, hole_end)
-        key = tl.where(far < before, lowest + far, beyond + far - before)
-        if AMONG:
-            # no block is before or at it where there are no candidates
-            last = tl.where(among > 0, count, -1)
-            one = tl.load(numbers_ptr + block, mask=inside & drawn & (block < last), other=0)
-            asked = inside & drawn & (block == last)
-            other = _other(numbers_ptr, count, far, asked, begin, hole_begin, hole_end, AMONG)
-            key = tl.where(among > 0, tl.where(block == count, other, one), key)
+        one = tl.load(numbers_ptr + place, mask=one_of, other=0)
+        asked = inside & drawn & (place == count)
+        key = tl.where(asked, _other(numbers_ptr, count, far, asked, begin, hole_begin, hole_end, DIGITS), one)
         # all that is left is listed where it is few
         listed_key = begin + tl.minimum(slot, tl.maximum(left - 1, 0))
         listed_key += tl.where(listed_key >= hole_begin, hole_end - hole_begin, 0)

@@ -17,39 +17,38 @@ from hyperattention.kernels.choose.operator_alike import (
 from hyperattention.problem import Problem
 from hyperattention.random import hash_state
 from hyperattention.select.alike import DIRECTIONS, POWER_STEPS, AlikeTiles
-from hyperattention.select.score import alike_scan
-from hyperattention.select.score.alike_product import HIDDEN
-from hyperattention.select.score.alike_scan import DEVIATIONS, MOST_LOG_VALUE
+from hyperattention.select.score.alike_scan import DEVIATIONS, WIDER
 from hyperattention.select.score.block_sizes import BlockSizes
 from hyperattention.select.score.groups import MEAN_STEPS
 from hyperattention.select.score.key_metric import GROWTH, RIDGE, KeyMetric
 from hyperattention.select.score.precision import dtype_of_estimates
 from hyperattention.select.score.principal import ROUNDS
-from hyperattention.select.score.stretches import CLIP_ROUNDS, LEAST
+from hyperattention.select.score.candidates import CLIP_ROUNDS, LEAST
+from hyperattention.select.score.key_blocks import MOST_LOG_VALUE
 from hyperattention.tiling import Tiles
+
+# bound of what scores are compared with
+BOUND = float(2**29)
 
 
 @dataclass(frozen=True)
 class FusedBlocks:
-    """Blocks of several sizes, each twice the one before: see `alike_scan.Blocks`.
+    """Blocks of one key, of 4, of 16, and so on, the smallest first: see `key_blocks.KeyBlocks`.
 
     Args:
         keys: the mean of each, centred.
-        variance: variances inside blocks; none for blocks of one key.
-        moments: means beside half the variances of whole stretches of blocks.
+        variance: variances inside blocks, from those of 4 keys on.
         log_value: logarithm of how far values lie from the mean of the first ones, relative to these.
     """
 
-    keys: Float[Tensor, "sizes lists blocks width"]
-    variance: Float[Tensor, "larger lists blocks width"]
-    moments: Float[Tensor, "sizes lists stretches moments"]
-    log_value: Float[Tensor, "sizes lists blocks"]
+    keys: Float[Tensor, "lists blocks width"]
+    variance: Float[Tensor, "lists larger width"]
+    log_value: Float[Tensor, "lists blocks"]
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, centres: Tensor, plan: AlikePlan) -> "FusedBlocks":
-        """Average keys over blocks, in one launch: see `alike_scan.blocks_of`."""
-        dtype = dtype_of_estimates(k.device)
-        return cls(*alike_blocks(k, v, centres, *plan.sizes, plan.normal, MOST_LOG_VALUE, dtype))
+        """Average keys over blocks, in one launch: see `key_blocks.blocks_of`."""
+        return cls(*alike_blocks(k, v, centres, plan.levels, MOST_LOG_VALUE, dtype_of_estimates(k.device)))
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,7 @@ def fused_first(k: Tensor, v: Tensor, num: int, tiles: Tiles, many: int) -> tupl
     return alike_first(k, v, num, tiles.index, many, heads, problem.k.shape[1], states)
 
 
-def fused_plan(
-    tiles: Tiles, sizes: BlockSizes, many: int, groups: int, candidates: tuple[int | None, int, int] = (None, 1, 1),
-    parts: int = 1,
-) -> AlikePlan:  # fmt: skip
+def fused_plan(tiles: Tiles, sizes: BlockSizes, many: int, groups: int, candidates: int, parts: int = 1) -> AlikePlan:
     """Tell kernels how a choice is cut.
 
     Args:
@@ -132,21 +128,17 @@ def fused_plan(
         sizes: of blocks.
         many: lists of each tile.
         groups: averages of a list.
-        candidates: keys that a list scores where a tile sees more than the sizes allow, None for larger blocks there;
-            averages, for each list, that find them; and how many of them may take their products while all keys are scored.
+        candidates: keys that lists score at last, where blocks are opened.
         parts: parts of the heads of a group, whose lists are sorted apart.
 
     Returns:
         numbers that the host knows.
     """
-    problem, (first, seams) = tiles.problem, sizes.doublings(tiles)
-    # where none sees too many keys there are no candidates
-    number, coarse, averages = candidates
-    more = 0 if number is None or (first == 1 and not seams) else number
+    problem = tiles.problem
     length, step = (len(tiles.index),) * 2 if problem.spans is None else (x // tiles.size for x in problem.spans)
     return AlikePlan(
-        tiles.size, tiles.number(0), length, step, problem.num_keys, sizes.most, first, many, groups, alike_scan.NORMAL,
-        MEAN_STEPS, CLIP_ROUNDS, more, coarse, averages, parts, seams,
+        tiles.size, tiles.number(0), length, step, problem.num_keys, sizes.most, len(sizes.all(tiles)), many, groups,
+        MEAN_STEPS, CLIP_ROUNDS, candidates, WIDER, parts,
     )  # fmt: skip
 
 
@@ -172,6 +164,6 @@ def fused_choice(
         the memory of the programs.
     """
     given = problem.q, ordered.alike.source, ordered.directions, edges, noise
-    of_keys = blocks.keys, blocks.variance, blocks.moments, blocks.log_value
-    estimates, law = (DEVIATIONS, float(-HIDDEN)), (even, LEAST)
+    of_keys = blocks.keys, blocks.variance, blocks.log_value
+    estimates, law = (DEVIATIONS, BOUND), (even, LEAST)
     return choose_alike(given, of_keys, results, plan, problem.scale, estimates, law)

@@ -3,31 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hyperattention.select.density import Distribution
+from hyperattention.select.density import Distribution, Even
 from hyperattention.select.score.mass import inverse, total_mass
-from hyperattention.select.score.stretches import LEAST, keys_left, listings_of
 
-
-def candidates_of(
-    log_share: Float[Tensor, "lists tiles keys"], left: tuple[Tensor, ...], count: int
-) -> Int[Tensor, "lists tiles candidates"]:
-    """Find the keys of the largest shares among those that earlier stages left and some query knows.
-
-    Args:
-        log_share: logarithm of the largest share that some query of a tile gives each key, estimated; overwritten.
-        left: what earlier stages left, from `edges`, for each tile.
-        count: candidates of each tile.
-
-    Returns:
-        their numbers, ascending; where there are fewer, the number of keys stands behind them.
-    """
-    key, none = torch.arange(log_share.shape[2], dtype=torch.int64, device=log_share.device), log_share.shape[2]
-    log_share.masked_fill_(~_inside(key, left), -torch.inf)
-    best = log_share.topk(min(count, none), sorted=False)
-    return best.indices.masked_fill_(best.values == -torch.inf, none).sort(dim=2)[0]
+# rounds in which listings are cut to one a key and the rest is given to the others
+CLIP_ROUNDS = 4
+# sums below count as none: draws over one of them would overflow
+LEAST = 1e-30
 
 
 def _inside(key: Tensor, left: tuple[Tensor, ...]) -> Tensor:
@@ -61,7 +46,7 @@ class Candidates(Distribution):
 
         Args:
             share: the largest share that a query of each of `many` lists gives each candidate; overwritten.
-            key: from `candidates_of`.
+            key: the candidates, ascending; where there are fewer, the number of all keys stands behind them.
             left: what earlier stages left, from `edges`, for each tile.
             num: draws of each list.
             even: share of the draws that is spread evenly over the keys.
@@ -72,7 +57,7 @@ class Candidates(Distribution):
         begin, hole_begin, hole_end, _ = left
         inside, count = _inside(key, left), keys_left(left)
         place = torch.where(key < hole_begin, key - begin, key - hole_end + hole_begin - begin)
-        listings, evenly = listings_of(share, inside.long(), count, num, even, 1)
+        listings, evenly = listings_of(share, inside, count, num, even)
         others = (count - inside.sum(2, keepdim=True))[:, :, None].to(listings.dtype)
         return cls(key, torch.where(inside, place, count), left, torch.cat([listings, others * evenly], 3))
 
@@ -123,3 +108,63 @@ class Candidates(Distribution):
         before = torch.where(self.place < count, self.place - number, count)
         place = rank + torch.searchsorted(before, rank.flatten(2), right=True).view_as(rank)
         return torch.where(place < hole_begin - begin, begin + place, place - (hole_begin - begin) + hole_end)
+
+
+def keys_left(left: tuple[Tensor, ...]) -> Int[Tensor, "lists tiles 1"]:
+    """Count the keys that earlier stages left to each tile."""
+    begin, hole_begin, hole_end, end = left
+    return hole_begin - begin + end - hole_end
+
+
+def listings_of(
+    share: Float[Tensor, "lists tiles many candidates"], there: Bool[Tensor, "lists tiles candidates"],
+    count: Int[Tensor, "lists tiles 1"], num: int, even: float,
+) -> tuple[Float[Tensor, "lists tiles many candidates"], Float[Tensor, "lists tiles many 1"]]:  # fmt: skip
+    """Return how often each candidate is to be listed: by its share, but no more than once; the rest evenly.
+
+    Args:
+        share: the largest share that a query of each of `many` lists gives each candidate; overwritten.
+        there: which candidates are keys that are left.
+        count: keys left in all.
+        num: draws of each list.
+        even: share of the draws that is spread evenly over all keys left.
+
+    Returns:
+        expected listings up to a factor, and those of a single key by even draws alone.
+    """
+    room, weighted = there[:, :, None].to(share.dtype), (1 - even) * num
+    mass, count = share.mul_(room), count.clamp(min=1)[:, :, None].to(share.dtype)
+    for _ in range(CLIP_ROUNDS):
+        torch.minimum(mass, total_mass(mass) / weighted, out=mass)
+    total = total_mass(mass)
+    # where nothing was scored all draws are even
+    evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
+    mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(room, evenly)
+    # what an even draw adds to keys listed for certain is worth more to others
+    return torch.minimum(mass, room, out=mass), evenly
+
+
+def draws_of(
+    law: Distribution, left: tuple[Tensor, ...], noise: Tensor, num: int
+) -> tuple[Int[Tensor, "lists rows num"], Float[Tensor, "lists rows num"]]:
+    """Draw from a law, or list all keys where they are few.
+
+    Args:
+        law: how often keys are to be listed, for ``tiles * many`` lists.
+        left: what earlier stages left, from `edges`, for each tile.
+        noise: where inside a slot each list's points lie, ``[lists, tiles * many, 1]``.
+        num: draws of each list.
+
+    Returns:
+        keys and their log-weights.
+    """
+    slot = torch.arange(num, dtype=torch.int64, device=noise.device)
+    index, chance = law.draw((slot + noise) / num)
+    # a law with nothing to draw from drew keys to which it gives no chance: empty slots
+    weight = (-(chance * num).log()).masked_fill(chance == 0, -torch.inf)
+    begin, hole_begin, hole_end, end = (x.repeat_interleave(noise.shape[1] // x.shape[1], 1) for x in left)
+    evenly = Even((begin, hole_begin, hole_end, end))
+    few = evenly.count <= num
+    all_of_them = evenly.at((slot.double() + 0.5) / evenly.count.clamp(min=1))
+    listed = torch.zeros_like(weight).masked_fill_(slot >= evenly.count, -torch.inf)
+    return torch.where(few, all_of_them, index), torch.where(few, listed, weight)
