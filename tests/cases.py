@@ -68,6 +68,7 @@ POOLED = ha.PooledChunks(CONTROL, chunk=32, num=32, averages=4, near=16, sinks=4
 MIXTURE = select.Mix((DESCENT, 2.0), (select.BlockScore(8), 1.0))
 
 TWICE_OPENED = select.DrawAlike(24, rows=16, pooled=2, most=8, candidates=1)
+OPENED = select.DrawAlike(24, rows=16, pooled=4, most=40, candidates=1)
 ODD_PARTS = select.DrawAlike(24, rows=5, pooled=5, most=50, candidates=2)
 
 USUAL = ha.Sinks(16), ha.Window(192)
@@ -111,7 +112,7 @@ OURS = (
     _alike("draws for alike queries", *NEAR, stage=select.DrawAlike(24, rows=8, pooled=2), tile=16, exact_up_to=31),
     _alike("alike queries, no window", stage=select.DrawAlike(32, 8, 4, uniform_share=0.2), tile=24, exact_up_to=32),
     _alike("alike queries, twice opened", *NEAR, stage=TWICE_OPENED, tile=16, exact_up_to=31),
-    _alike("alike queries, opened blocks", *NEAR, stage=select.DrawAlike(24, 16, 4, 40, candidates=1), tile=16, exact_up_to=31),
+    _alike("alike queries, opened blocks", *NEAR, stage=OPENED, tile=16, exact_up_to=31),
     _alike("opened blocks, no window", stage=select.DrawAlike(32, 8, 4, 40, 0.3, 2), tile=24, exact_up_to=32),
     _alike("alike queries, odd parts", ha.Window(7), stage=ODD_PARTS, tile=15, exact_up_to=30),
     Case("draws by several", _drawn(MIXTURE), exact_up_to=31),

@@ -173,7 +173,7 @@ def test_blocks_of_the_largest_shares_are_opened():
         found = torch.isin(index[one, 0], wanted)
         assert (share[one, 0, :, found].amax(0) > 0.05).all()
         # what nothing looks for has next to none of the sum
-        assert (share[one, 0, :, ~found] < 0.03).all()
+        assert share[one, 0, :, ~found].mean() < 0.005
 
 
 def test_keys_that_earlier_stages_took_are_no_candidates():

@@ -240,9 +240,7 @@ def chosen(method: ha.Method, given: Problem, *, fused: bool, monkeypatch) -> tu
         pytest.param(
             problem(90, heads=3, kv_heads=1), DrawAlike(24, 24, 5, most=40, candidates=1), id="candidates of odd lists"
         ),
-        pytest.param(
-            problem(130, kv_heads=1), DrawAlike(16, 32, 4, most=10, candidates=1), id="candidates, twice opened"
-        ),
+        pytest.param(problem(130, kv_heads=1), DrawAlike(16, 32, 4, most=10, candidates=1), id="candidates, twice opened"),
         pytest.param(
             problem(100, heads=2, kv_heads=1, causal=False, batch=2),
             DrawAlike(16, 32, 4, most=30, candidates=2),

@@ -1,15 +1,17 @@
 """Estimate what a list of draws for alike queries would cost an H100 in fused kernels: prices, not measurements.
 
     python benchmarks/gpu/prices.py                       # a few settings at 8k to a million tokens
-    python benchmarks/gpu/prices.py 1216:16:8 --tokens 32768
-    python benchmarks/gpu/prices.py 640:64:16:32768:12  # the default: twelve candidates a draw
+    python benchmarks/gpu/prices.py 1216:64:8 --tokens 32768
+    python benchmarks/gpu/prices.py 640:64:16  # the default
 
 32 query heads on 8 kv heads, width 128, bfloat16, causal. The price of a slot is that of the list kernel on one H100,
 derived from `benchmarks/records/gpu_list.jsonl`, without what lays lists out. The prices of scores and of passes over memory
-are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Shares are written and read
-once, two bytes each, or take the time of the instructions that draw by them, whichever is longer; that other programs score
-meanwhile is not counted. Candidates cost a scan of all keys by few averages, which takes its products or the reading of keys
-out of the second-level cache, whichever is longer, and the instructions that find a threshold. Sorting and grouping wait for
+are those of prototypes of fused kernels on one H100, typed in by hand: no record backs them. Blocks of keys are scored
+twice, for the sums and for the shares, and those that are opened once more; keys are scored twice. Each pass takes its
+products, or
+what it reads out of the second-level cache, whichever is longer; beside that there are the instructions that find the blocks
+to open. Shares of keys are written and read once, two bytes each, or take the time of the instructions that draw by them,
+whichever is longer; that other programs score meanwhile is not counted. Sorting and grouping wait for
 themselves: their times are cycles counted by hand, which no card has shown. Launches are those that `counts.py --call`
 counts, on the device; the host needs five times as long for them.
 """
@@ -17,19 +19,18 @@ counts, on the device; the host needs five times as long for them.
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu.counts import count_call
 from hyperattention import Method, Sinks, Window
-from hyperattention.kernels.choose.alike_plan import AlikePlan
 from hyperattention.select import DrawAlike
-from hyperattention.select.score.alike_scan import NORMAL
+from hyperattention.select.score.alike_scan import WIDER
+from hyperattention.select.score.block_sizes import OPENED, BlockSizes
 
 HEADS, KV_HEADS, HEAD_DIM, TILE = 32, 8, 128, 128
-PARTS = ("lists", "scores", "candidates", "draws", "sorting", "rows", "launches")
+PARTS = ("lists", "blocks", "keys", "draws", "sorting", "rows", "launches")
 RECORDS = Path(__file__).resolve().parents[1] / "records" / "gpu_list.jsonl"
 # products of a score and of an output, a multiplication and an addition for each number of a key and of a value
 FLOP_OF_A_PAIR = 2 * 2 * HEAD_DIM
@@ -45,9 +46,9 @@ INSTRUCTIONS, INSTRUCTIONS_A_SECOND = 118, 132 * 128 * 1.7e9
 # bytes/s that multiprocessors read from the second-level cache: assumed, from what others have published of an H100; neither
 # measured here nor in a record
 CACHED_BYTES = 5.5e12
-# instructions that find candidates by a share of a key: five passes that compare it with eight thresholds, and one that
-# gives it a place, 207 and 583 for eight keys, counted as above
-INSTRUCTIONS_OF_A_KEY = (5 * 207 + 583) / 8
+# instructions that find the largest shares, for each: five passes that compare it with eight thresholds, and one that
+# gives it a place, 207 and 583 for eight of them, counted as above
+INSTRUCTIONS_OF_A_BLOCK = (5 * 207 + 583) / 8
 # programs of a GPU that sort or group at once, two on a multiprocessor, and how long one takes: 75,000 cycles for a tile of
 # 512 rows (passes over them, 64 steps of Gram-Schmidt, 7 cuts) and 10,000 for a list of 64, counted by hand
 PROGRAMS, SECONDS_OF_A_SORT, SECONDS_OF_A_GROUPING = 2 * 132, 75e3 / 1.7e9, 10e3 / 1.7e9
@@ -70,25 +71,26 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
     """Estimate milliseconds of each part."""
     method = Method(Sinks(16), Window(192), stage, tile=TILE)
     slots = method.cost(tokens).pairs
-    # where tiles see more there are candidates, in place of larger blocks
-    plain = tokens if stage.candidates is None else min(tokens, stage.most)
-    products = plain * replace(stage, candidates=None).selection_pairs(plain, TILE, HEAD_DIM, True)
-    # of the products of a block, those of averages with means of stretches and for the allowance tell no share
-    each = stage.pooled * (1 + 2 / NORMAL) + 2
-    shares, finding = HEADS * products / each, 0.0
-    if plain < tokens:
-        beyond, seen = HEADS * (tokens - plain) / stage.rows, (tokens + plain) / 2
-        shares += beyond * stage.num * (stage.candidates or 0)
-        # each list scores its candidates, and the means of all stretches
-        among = stage.num * (stage.candidates or 0) * (stage.pooled + 2) + seen * stage.pooled * 2 / NORMAL
-        products += (tokens - plain) / stage.rows * among
-        finding = seconds_of_candidates(stage, KV_HEADS * (tokens - plain) / TILE * seen)
+    sizes = BlockSizes(stage.most)
+    blocks = keys = opened = 0
+    # every tile of 128 positions
+    for seen in range(TILE, tokens + 1, TILE):
+        size = sizes.size(seen)
+        units = seen // size
+        while size > 1:
+            wanted = stage.num * stage.candidates * (1 if size == OPENED else WIDER) // OPENED
+            opened, blocks, size = opened + min(units, wanted), blocks + units, size // OPENED
+            units = OPENED * min(units, wanted)
+        keys += units
+    many = HEADS // KV_HEADS * TILE // stage.rows
+    averages = many * stage.pooled
     tiles, lists = KV_HEADS * tokens / TILE, HEADS * tokens / stage.rows
     seconds = {
         "lists": tokens * slots * seconds_of_a_slot(64 if stage.rows >= 256 else 16),
-        "scores": HEADS * products * 2 * HEAD_DIM / FLOPS,
-        "candidates": finding,
-        "draws": shares * max(2 * 2 / BYTES, INSTRUCTIONS / INSTRUCTIONS_A_SECOND),
+        "blocks": KV_HEADS * seconds_of_blocks(stage, blocks, opened),
+        # for the sums, and for the shares, with one column for each list: the allowance
+        "keys": KV_HEADS * keys * (seconds_of_a_pass(averages, 1) + seconds_of_a_pass(averages + many, 1)),
+        "draws": KV_HEADS * many * keys * max(2 * 2 / BYTES, INSTRUCTIONS / INSTRUCTIONS_A_SECOND),
         "sorting": (tiles * SECONDS_OF_A_SORT + lists * SECONDS_OF_A_GROUPING) / PROGRAMS,
         # queries read and written sorted; outputs of both lists read, and merged ones written
         "rows": 5 * 2 * HEADS * HEAD_DIM * tokens / BYTES,
@@ -98,15 +100,17 @@ def price(stage: DrawAlike, tokens: int) -> dict[str, float]:
     return {"pairs": slots, "products": per_query} | {name: 1e3 * each for name, each in seconds.items()}
 
 
-def seconds_of_candidates(stage: DrawAlike, keys: float) -> float:
-    """What finding candidates takes, for so many keys of all tiles that see too many: padded products, and a threshold."""
+def seconds_of_a_pass(columns: float, tensors: int) -> float:
+    """What a block takes in a pass that multiplies it by so many columns in all, and reads one or two rows of it."""
+    return max(columns * 2 * HEAD_DIM / FLOPS, tensors * 2 * HEAD_DIM / CACHED_BYTES)
+
+
+def seconds_of_blocks(stage: DrawAlike, blocks: int, opened: int) -> float:
+    """What scoring and opening blocks takes, for so many of all tiles of one kv head: means and variances in the sums."""
     many = HEADS // KV_HEADS * TILE // stage.rows
-    numbers = many, stage.pooled, NORMAL, 0, 0, stage.num, stage.coarse, stage.pooled, 1
-    plan = AlikePlan(TILE, 0, 1, 1, 1, stage.most, 1, *numbers, ())
-    # averages, and one column for each list of a program: the allowance
-    columns = plan.coarse_averages(HEAD_DIM) + plan.lists(HEAD_DIM)
-    scan = max(columns * 2 * HEAD_DIM / FLOPS, 2 * HEAD_DIM / CACHED_BYTES)
-    return keys * (scan + INSTRUCTIONS_OF_A_KEY / INSTRUCTIONS_A_SECOND)
+    averages = many * stage.pooled
+    sums, shares = seconds_of_a_pass(averages, 2), seconds_of_a_pass(averages + many, 2)
+    return blocks * (sums + shares + INSTRUCTIONS_OF_A_BLOCK / INSTRUCTIONS_A_SECOND) + opened * sums
 
 
 def launches(stage: DrawAlike, tokens: int) -> int:
@@ -115,15 +119,14 @@ def launches(stage: DrawAlike, tokens: int) -> int:
 
 
 def stage_of(text: str) -> DrawAlike:
-    """Read ``num:rows:pooled:most:candidates:coarse``, of which the last may be missing."""
-    numbers = [int(x) for x in text.split(":")]
-    candidates = {"candidates": None} | dict(zip(("candidates", "coarse"), numbers[4:], strict=False))
-    return DrawAlike(*numbers[:4], **candidates)
+    """Read ``num:rows:pooled:most:candidates``, of which the last ones may be missing."""
+    names = "num", "rows", "pooled", "most", "candidates"
+    return DrawAlike(**dict(zip(names, map(int, text.split(":")), strict=False)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    settings = ["880:64:8", "1680:64:8", "880:64:8:16384", "1216:64:16:16384"]
+    settings = ["640:64:16", "1216:64:16", "880:64:8", "640:64:16:4096"]
     parser.add_argument("stage", nargs="*", default=settings)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16_384, 32_768, 131_072, 1_048_576])
     options = parser.parse_args()

@@ -252,9 +252,7 @@ class DrawAlike(Stage):
 
     def _numbers(self, tiles: Tiles, many: int) -> int:
         """Count the numbers held for each tile of positions while drawing, in each list of keys."""
-        problem = tiles.problem
-        lists, keys = problem.k.shape[0] * problem.k.shape[1], problem.num_keys
-        candidates = min(keys, max(self.most, room_of(self.num * self.candidates)))
+        candidates = min(tiles.problem.num_keys, max(self.most, room_of(self.num * self.candidates)))
         held = many * (_NUMBERS * candidates + _SLOT_NUMBERS * self.num)
         # averages of the sorted queries, no more of them than queries, are held as well
         return held + held // (_SORT_NUMBERS - 1)

@@ -85,7 +85,9 @@ def share_keys(
         if WITHIN:
             first_key = key * size
             behind, last = first_key + size, tl.maximum(first_key, hole_end)
-            left = (tl.minimum(behind, hole_begin) > tl.maximum(first_key, left_begin)) | (tl.minimum(behind, left_end) > last)
+            left = (tl.minimum(behind, hole_begin) > tl.maximum(first_key, left_begin)) | (
+                tl.minimum(behind, left_end) > last
+            )
             # a share of 80 nats or more is as good as any
             share = tl.exp2(tl.minimum(tl.max(log_share, 1), 80.0) * 1.4426950408889634)
             share = tl.where(told, tl.where(left, share, 0.0), -1.0)

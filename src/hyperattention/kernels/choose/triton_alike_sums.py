@@ -13,8 +13,8 @@ import triton.language as tl
 def sum_blocks(
     query_ptr, spread_ptr, log_rows_ptr, keys_ptr, variance_ptr, numbers_ptr, bar_ptr, first_average, lists, count, size,
     bound,
-    OF_LIST: tl.constexpr, DIM: tl.constexpr, WITHIN: tl.constexpr, LESS: tl.constexpr, LISTS: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    OF_LIST: tl.constexpr, DIM: tl.constexpr, WITHIN: tl.constexpr, LESS: tl.constexpr,
+    LISTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add sums over some blocks to what averages' scores are compared with, or take them away: see `AlikeScan.shares`.
 
@@ -49,6 +49,7 @@ def sum_blocks(
         one = tl.arange(0, LISTS)
         half_at = spread_ptr + one[:, None] * (2 * DIM) + DIM + column[None, :]
         half_of = tl.load(half_at, mask=(one < lists)[:, None] & (column < DIM)[None, :], other=0.0).to(tl.float32)
+        # over all lists: by its own a sharp one would take blocks from the others
         half_of = tl.sum(half_of, 0)[:, None] / lists
     log_size = tl.log(size.to(tl.float32))
     largest, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)

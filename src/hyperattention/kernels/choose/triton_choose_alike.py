@@ -4,9 +4,9 @@ As many programs as a GPU holds at once take lists of one tile after others, and
 averages of queries, what their scores are compared with, shares of keys, and numbers of what is scored. Nothing of all lists
 is written but the draws.
 
-Where a tile sees many keys, blocks of them are scored, and those of the largest shares are opened, down to keys: `AlikeScan`
-does so in PyTorch. A tile that has more lists than a program is cut, as it is where the heads of a group are sorted in parts,
-and each part opens blocks of its own.
+Where a tile sees many keys, blocks of them are scored, and those of the largest shares are opened, down to keys:
+`AlikeScan` does so in PyTorch. A tile that has more lists than a program is cut, as it is where the heads of a group are
+sorted in parts, and each part opens blocks of its own.
 """
 # kernels are written in Triton's language, which its type stubs do not describe
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
@@ -83,8 +83,9 @@ def _kernel(
     OF_LIST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
     COLUMNS: tl.constexpr, STEPS: tl.constexpr, EDGES: tl.constexpr, AVERAGES: tl.constexpr, SUMMED: tl.constexpr,
     DEVIATIONS: tl.constexpr, LISTS: tl.constexpr, GROUPS: tl.constexpr,
-    KEYS: tl.constexpr, WITHIN: tl.constexpr, STAGES: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr,
-    PLACES: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr, SEVERAL: tl.constexpr, ROUGH: tl.constexpr,
+    KEYS: tl.constexpr, WITHIN: tl.constexpr, STAGES: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr,
+    SHIFT: tl.constexpr, PLACES: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr, SEVERAL: tl.constexpr,
+    ROUGH: tl.constexpr,
     BITS: tl.constexpr, DIGIT: tl.constexpr, COUNTED: tl.constexpr, TAKEN: tl.constexpr, WRITTEN: tl.constexpr,
     DIGITS: tl.constexpr,
 ):  # fmt: skip

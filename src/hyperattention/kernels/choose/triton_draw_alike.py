@@ -39,7 +39,7 @@ def _total(share_at, stored, most, LISTS: tl.constexpr, PLACES: tl.constexpr):
 
 @triton.jit
 def _units(share, room, most, scale, evenly, unit):
-    """Return how often a candidate, or all other keys, are to be listed, in fixed point: none more than once, each at times."""
+    """Return how often a candidate, or all others, are listed, in fixed point: no key more than once, and each at times."""
     each = tl.minimum(tl.minimum(share, most) * scale + evenly, 1.0)
     units = (each * room * unit + 0.5).to(tl.int32)
     return tl.where(room > 0, tl.maximum(units, 1), 0)

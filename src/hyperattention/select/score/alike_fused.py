@@ -19,12 +19,12 @@ from hyperattention.random import hash_state
 from hyperattention.select.alike import DIRECTIONS, POWER_STEPS, AlikeTiles
 from hyperattention.select.score.alike_scan import DEVIATIONS, WIDER
 from hyperattention.select.score.block_sizes import BlockSizes
+from hyperattention.select.score.candidates import CLIP_ROUNDS, LEAST
 from hyperattention.select.score.groups import MEAN_STEPS
+from hyperattention.select.score.key_blocks import MOST_LOG_VALUE
 from hyperattention.select.score.key_metric import GROWTH, RIDGE, KeyMetric
 from hyperattention.select.score.precision import dtype_of_estimates
 from hyperattention.select.score.principal import ROUNDS
-from hyperattention.select.score.candidates import CLIP_ROUNDS, LEAST
-from hyperattention.select.score.key_blocks import MOST_LOG_VALUE
 from hyperattention.tiling import Tiles
 
 # bound of what scores are compared with

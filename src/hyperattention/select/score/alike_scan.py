@@ -69,7 +69,8 @@ class AlikeScan:
         apart = (query.flatten(0, 2) - one_of @ mean).square().mean(1)
         spread = torch.cat([apart, mean.square().mean(1) * 0.5], 1)
         log_rows = (rows / rows.mean(1, keepdim=True)).clamp(min=torch.finfo(rows.dtype).tiny).log() * 0.5
-        return cls(tiles, *(x.unflatten(0, query.shape[:3]) for x in (mean, spread, log_rows)), begin)
+        mean, spread, log_rows = (x.unflatten(0, query.shape[:3]) for x in (mean, spread, log_rows))
+        return cls(tiles, mean, spread, log_rows, begin)
 
     def shares(
         self, part: slice, blocks: Mapping[int, KeyBlocks], left: tuple[Tensor, ...], size: int, count: int
@@ -121,8 +122,8 @@ class TileScan:
     Args:
         query: averages of each group.
         apart: squares of what queries differ by from the averages of their groups.
-        half: half of the squares of the averages, averaged over all of them: by its own a sharp list would take blocks from
-            the others.
+        half: half of the squares of the averages, averaged over all of them: by squares of its own a sharp list would take
+            blocks from the others.
         log_rows: half the logarithm of the queries in each group.
     """
 
@@ -186,7 +187,7 @@ class TileScan:
         return order.values, log_share.clamp_(max=0.0).exp_().index_select(1, order.indices)
 
     def _masses(self, some: KeyBlocks) -> tuple[Float[Tensor, "many groups some"], Float[Tensor, "many some"]]:
-        """Estimate what blocks add to sums of exponentials, and what must be added to that for the largest share of a key."""
+        """Estimate what blocks add to sums of exponentials, and what is added to that for the largest share of a key."""
         mean, variance, log_value = some.mean[0], some.variance, some.log_value[0]
         mass, square = (self.query @ mean.T).unflatten(0, (len(self.apart), -1)), mean.square()
         if variance is not None:
@@ -206,7 +207,9 @@ def room_of(count: int) -> int:
     return -(-count // OPENED) * OPENED + OPENED - 1
 
 
-def _weights(mass: Float[Tensor, "many groups some"]) -> tuple[Float[Tensor, "many groups some"], Float[Tensor, "many groups"]]:
+def _weights(
+    mass: Float[Tensor, "many groups some"],
+) -> tuple[Float[Tensor, "many groups some"], Float[Tensor, "many groups"]]:
     """Return exponentials relative to the largest, and the logarithm of that."""
     if not mass.shape[2]:
         return mass, mass.new_full(mass.shape[:2], -torch.inf)

@@ -1,4 +1,4 @@
-"""How many keys a block has that is scored first: the more a tile sees, the larger it is, so that never too many are scored."""
+"""How many keys the blocks have that are scored first: more where a tile sees more, so that never too many are scored."""
 
 from dataclasses import dataclass
 
