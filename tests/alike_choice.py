@@ -78,5 +78,5 @@ def choose(
     assert plan.own(problem.q.shape[3]) == many
     # the last lists begin first, and rows of keys take turns
     by_row = (x.unflatten(0, (-1, len(memory[0]) // len(k), plan.together(len(k)))).transpose(1, 2) for x in memory)
-    *of_units, numbers, _ = (x.flatten(0, 1).flip(1) for x in by_row)
+    *of_units, numbers = (x.flatten(0, 1).flip(1) for x in by_row)
     return Chosen(ordered, blocks, plan, index, *(x[:, :, :many] for x in of_units), numbers)

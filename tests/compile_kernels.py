@@ -209,7 +209,7 @@ def launches_of_alike_choice(dtype: torch.dtype, dim: int) -> Iterator[tuple[str
             plan = AlikePlan(128, 0, TILES, TILES, KEYS, KEYS // 16, levels, many, groups, 2, 4, 256, 3, 1)
             memory = memory_of(plan, q, 2, TILES, estimate)
             keys = torch.empty(2, plan.blocks, dim, dtype=estimate)
-            of_keys = keys, keys[:, KEYS:].contiguous(), torch.empty(2, plan.blocks)
+            of_keys = keys, keys[:, KEYS:].contiguous(), torch.empty(2, plan.blocks, dtype=estimate)
             launch = triton_choose_alike.launch_choice(
                 (*given, noise), of_keys, results, memory, plan, 0.1, 2.0, 1e9, 0.1, 1e-30
             )
@@ -238,7 +238,7 @@ def launches_of_alike_keys(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, 
     factors = triton_key_metric.launches_of_factors(k, centres, torch.empty(2, 3, dim, dim), 640, 4, 1e-6)
     yield from zip(("alike products of keys", "alike factors of keys"), factors, strict=True)
     keys = torch.empty(2, KEYS + KEYS // 4, dim, dtype=estimate)
-    results = keys, keys[:, KEYS:].contiguous(), torch.empty(keys.shape[:2])
+    results = keys, keys[:, KEYS:].contiguous(), torch.empty(keys.shape[:2], dtype=estimate)
     yield "alike blocks", triton_alike_blocks.launch_blocks(k, k, centres, results, 2, 2.0)
 
 

@@ -31,7 +31,7 @@ MASS_SPILLS = {80: 8, 90: 0}
 # directions of keys, in float32
 BASIS_SPILLS = {80: 16, 90: 0}
 # a choice that opens blocks, by averages of a list: numbers that are touched once for the lists of a program, or in loops
-CHOICE_SPILLS = {(8, 80): 16, (8, 90): 224, (16, 80): 8, (16, 90): 120}
+CHOICE_SPILLS = {(8, 80): 16, (8, 90): 216, (16, 80): 32, (16, 90): 160}
 # older kernels whose loops wait for whole blocks, and how many of them each loop waits for: not yet rewritten
 SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # passes over the rows of a tile and slices of a factor, which stay in the cache, or over keys once a call: other programs

@@ -85,14 +85,20 @@ class AlikePlan:
 
     def room(self, width: int) -> int:
         """Count the places for shares that a list of a program has."""
-        # keys that are scored at last, in opened blocks or all that a tile sees; or blocks, for all lists together
+        # keys that are scored at last, in opened blocks or all that a tile sees; or blocks for all lists together, and
+        # behind their shares the numbers of those that are opened
         last = max(min(self.most, self.keys), min(self.candidates + 7, self.keys))
-        return -(-max(last + 1, -(-self.units // self.lists(width))) // _ALIGNED) * _ALIGNED
+        return -(-max(last + 1, -(-3 * self.behind // (2 * self.lists(width)))) // _ALIGNED) * _ALIGNED
+
+    @property
+    def behind(self) -> int:
+        """Count the places for shares of blocks, behind which the numbers of opened ones stand."""
+        return -(-self.units // _ALIGNED) * _ALIGNED
 
 
 def memory_of(
     plan: AlikePlan, like: Tensor, rows: int, tiles: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Ask for the memory of all programs.
 
     Args:
@@ -106,7 +112,7 @@ def memory_of(
         for each program, memory for averages, ``[programs, lists, groups, width]``; for what they leave out beside half of
         their squares, ``[programs, lists, 2 * width]``; for half the logarithm of the queries in each, and for what their
         scores are compared with, ``[programs, lists, groups]``, float32; for shares, ``[programs, lists, room]``; and for
-        the numbers of what is scored, and of blocks that are opened, ``[programs, units]``, int32.
+        the numbers of what is scored, ``[programs, units]``, int32.
     """
     width = like.shape[3]
     lists, room, turns = plan.lists(width), plan.room(width), plan.turns(rows, tiles, width)
@@ -116,8 +122,7 @@ def memory_of(
     query, spread = (like.new_empty((programs, lists, *each), dtype=dtype) for each in ((plan.groups, width), (2 * width,)))
     log_rows, bar = (like.new_empty((programs, lists, plan.groups), dtype=torch.float32) for _ in range(2))
     share = like.new_empty((programs, lists, room), dtype=dtype)
-    numbers, opened = (like.new_empty((programs, many), dtype=torch.int32) for many in (plan.units, -(-plan.units // 4)))
-    return query, spread, log_rows, bar, share, numbers, opened
+    return query, spread, log_rows, bar, share, like.new_empty((programs, plan.units), dtype=torch.int32)
 
 
 def _multiprocessors(device: torch.device) -> int:

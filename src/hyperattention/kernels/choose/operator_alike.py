@@ -130,29 +130,29 @@ def alike_blocks(
         centres: from `alike_first`.
         levels: number of sizes, with that of one key.
         most: bound of the logarithms.
-        dtype: dtype of averages and variances.
+        dtype: dtype of the results.
 
     Returns:
         means of whole blocks, the smallest first, ``[lists, blocks of all sizes, width]``; variances inside those of several
-        keys; and logarithms of how far values lie, ``[lists, blocks of all sizes]``, float32.
+        keys; and logarithms of how far values lie, ``[lists, blocks of all sizes]``.
     """
     from hyperattention.kernels.choose import triton_alike_blocks
 
-    results = _empty_blocks(k, centres, levels, dtype)
+    results = _empty_blocks(k, levels, dtype)
     if results[0].numel():
         triton_alike_blocks.launch_blocks(k, v, centres, results, levels, most).run()
     return results
 
 
-def _empty_blocks(k: Tensor, centres: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_blocks(k: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     blocks = sum(k.shape[1] >> 2 * level for level in range(levels))
     keys = k.new_empty((len(k), blocks, k.shape[2]), dtype=dtype)
-    return keys, keys.new_empty((len(k), blocks - k.shape[1], k.shape[2])), centres.new_empty(keys.shape[:2])
+    return keys, keys.new_empty((len(k), blocks - k.shape[1], k.shape[2])), keys.new_empty(keys.shape[:2])
 
 
 @alike_blocks.register_fake
 def _(k, v, centres, levels, most, dtype):
-    return _empty_blocks(k, centres, levels, dtype)
+    return _empty_blocks(k, levels, dtype)
 
 
 @torch.library.custom_op("hyperattention::sort_alike", mutates_args=("source", "live", "inside", "row_limit"))
@@ -224,7 +224,7 @@ def choose_alike(
 
 @torch.library.custom_op(
     "hyperattention::choose_alike",
-    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share", "numbers", "opened"),
+    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share", "numbers"),
 )
 def _choose_alike(
     q: Tensor,
@@ -245,7 +245,6 @@ def _choose_alike(
     bar: Tensor,
     share: Tensor,
     numbers: Tensor,
-    opened: Tensor,
     of_plan: list[int],
     scale: float,
     deviations: float,
@@ -257,7 +256,7 @@ def _choose_alike(
 
     if index.numel():
         given, blocks = (q, source, directions, edges, noise), (keys, variance, log_value)
-        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share, numbers, opened)
+        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share, numbers)
         last = scale, deviations, bound, even, least
         triton_choose_alike.launch_choice(given, blocks, results, memory, AlikePlan(*of_plan), *last).run()
 

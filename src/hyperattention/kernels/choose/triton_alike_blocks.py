@@ -79,7 +79,8 @@ def _kernel(
             variance = tl.maximum(squares / size - mean * mean, 0.0)
             within = (one * (in_all - count) + before - count + block)[:, None] * DIM + column[None, :]
             tl.store(variance_ptr + within, variance.to(variance_ptr.dtype.element_ty), mask=there)
-        tl.store(log_value_ptr + one * in_all + before + block, far / size, mask=block < blocks)
+        far = (far / size).to(log_value_ptr.dtype.element_ty)
+        tl.store(log_value_ptr + one * in_all + before + block, far, mask=block < blocks)
 
 
 def launch_blocks(k: Tensor, v: Tensor, centres: Tensor, results: tuple[Tensor, ...], levels: int, most: float) -> Launch:

@@ -25,7 +25,7 @@ def share_keys(
         spread_ptr: what averages leave out, beside half of their squares, ``[LISTS, 2 * DIM]``.
         keys_ptr: means of blocks, ``[blocks, DIM]``.
         variance_ptr: variances inside blocks, of the same shape; not read without `WITHIN`.
-        log_value_ptr: logarithm of how far values lie, float32.
+        log_value_ptr: logarithm of how far values lie.
         numbers_ptr: numbers of the blocks to score.
         share_ptr: for the shares, ``[LISTS, room]``, and zeros up to a multiple of `KEYS`; with `WITHIN` for the largest of
             all lists, ``[count]``, which may exceed 1, is 0 where earlier stages left no key of a block, and -1 behind them.
@@ -78,7 +78,7 @@ def share_keys(
             variance = tl.load(variance_ptr + key[:, None] * DIM + column, mask=read, other=0.0)
             square += variance.to(tl.float32)
         extra = DEVIATIONS * tl.sqrt(tl.dot(square.to(x.dtype), spread, input_precision=PRECISION))
-        log_value = tl.load(log_value_ptr + key, mask=told, other=0.0)
+        log_value = tl.load(log_value_ptr + key, mask=told, other=0.0).to(tl.float32)
         if WITHIN:
             log_value += tl.sum(variance.to(tl.float32) * half[None, :], 1)
         log_share = best + extra + log_value[:, None]

@@ -76,8 +76,8 @@ def _sums(
 def _kernel(
     q_ptr, source_ptr, directions_ptr, edges_ptr, noise_ptr, keys_ptr, variance_ptr, log_value_ptr,
     index_ptr, weight_ptr, low_ptr, high_ptr, query_ptr, spread_ptr, log_rows_ptr, bar_ptr, share_ptr, numbers_ptr,
-    opened_ptr, scale, queries, kv_heads, sorts, tiles, s_batch, s_head, s_query,
-    first_tile, length, step, tile_size, keys, most, levels, blocks, together, lists, turns, room, units, most_opened,
+    scale, queries, kv_heads, sorts, tiles, s_batch, s_head, s_query,
+    first_tile, length, step, tile_size, keys, most, levels, blocks, together, lists, turns, room, units, behind,
     num, even, least, bound, own, candidates, wider,
     GROUP: tl.constexpr, MANY: tl.constexpr, SORTED: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
     OF_LIST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
@@ -96,7 +96,8 @@ def _kernel(
     bar_ptr += program * LISTS * OF_LIST
     share_ptr += program * LISTS * room
     numbers_ptr += program * units
-    opened_ptr += program * most_opened
+    # numbers of opened blocks, behind shares of all
+    opened_ptr = (share_ptr + behind).to(tl.pointer_type(tl.int32), bitcast=True)
     each = turns // lists
     # addresses that all of them share would take the registers of what computes
     for turn in tl.range(0, tl.cdiv(turns, tl.num_programs(0)), disable_licm=True):
@@ -184,7 +185,7 @@ def launch_choice(
     q, source, directions, edges, noise = given
     keys, variance, log_value = blocks
     index, weight, low, high = results
-    query, spread, log_rows, bar, share, numbers, opened = memory
+    query, spread, log_rows, bar, share, numbers = memory
     q, (rows, tiles) = q if q.stride(3) == 1 else q.contiguous(), edges.shape[:2]
     each, width, lists, num = source.shape[2], q.shape[3], share.shape[1], index.shape[2]
     padded, broad, long = (triton.next_power_of_2(x) for x in (plan.groups, max(16, width), max(16, each)))
@@ -199,14 +200,13 @@ def launch_choice(
             "keys_ptr": keys, "variance_ptr": variance, "log_value_ptr": log_value,
             "index_ptr": index, "weight_ptr": weight, "low_ptr": low, "high_ptr": high, "query_ptr": query,
             "spread_ptr": spread, "log_rows_ptr": log_rows, "bar_ptr": bar, "share_ptr": share, "numbers_ptr": numbers,
-            "opened_ptr": opened,
             "scale": scale, "queries": q.shape[2], "kv_heads": rows // q.shape[0], "sorts": directions.shape[1],
             "tiles": tiles,
             "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2), "first_tile": plan.first_tile,
             "length": plan.length, "step": plan.step, "tile_size": plan.size, "keys": plan.keys, "most": plan.most,
             "levels": plan.levels, "blocks": keys.shape[1],
             "together": plan.together(rows), "lists": rows, "turns": plan.turns(rows, tiles, width),
-            "room": share.shape[2], "units": numbers.shape[1], "most_opened": opened.shape[1], "num": num,
+            "room": share.shape[2], "units": numbers.shape[1], "behind": plan.behind, "num": num,
             "own": plan.own(width), "candidates": plan.candidates, "wider": plan.wider,
             "even": even, "least": least, "bound": bound, "GROUP": q.shape[1] * q.shape[0] // rows, "MANY": plan.many,
             "SORTED": source.shape[1] // directions.shape[1],
