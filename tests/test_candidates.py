@@ -141,6 +141,23 @@ def test_where_all_blocks_are_opened_shares_are_those_of_all_keys(size, keys):
     assert_exact(share[..., :keys], expected)
 
 
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_a_device_that_does_not_tell_how_many_keys_are_known_finds_the_same(size, monkeypatch):
+    """Queries of masked tiles know fewer keys than their positions bound, and no whole number of blocks."""
+    given = problem(333, causal=True, heads=4, kv_heads=2)
+    shown = torch.rand(1, 333, generator=torch.Generator().manual_seed(0)) < 0.8
+    scan, blocks, left = scan_of(replace(given, rank=shown.cumsum(1)), (1, 4, 16))
+    part, found = slice(2, 9), []
+    for _ in range(2):
+        found.append(scan.shares(part, blocks, tuple(x[:, part] for x in left), size, 60))
+        # as elsewhere than on a CPU
+        monkeypatch.setattr(AlikeScan, "_counted", lambda self, known, tile: (self._most_known(tile), known))
+    (index, share), (same, expected) = found
+    assert_same_bits(index, same)
+    assert_exact(share, expected)
+    assert (index < 333).any()
+
+
 def test_shares_of_all_keys_are_those_of_the_formula():
     given = problem(200, causal=True, heads=4, kv_heads=2)
     scan, blocks, left = scan_of(given, (1,), 5)

@@ -96,16 +96,18 @@ class AlikeScan:
         for one in range(len(known)):
             for at in range(known.shape[1]):
                 tile = slice(part.start + at, part.start + at + 1)
-                # on a CPU the number is at hand; elsewhere it is bounded, and what is not known is hidden
-                most = int(known[one, at]) if known.device.type == "cpu" else self._most_known(tile)
-                of_list = TileScan.of(self, one, tile)
-                found = of_list.opened(blocks, one, tuple(x[one, at] for x in left), (most, known[one, at]), size, count)
+                of_list, seen = TileScan.of(self, one, tile), self._counted(known[one, at], tile)
+                found = of_list.opened(blocks, one, tuple(x[one, at] for x in left), seen, size, count)
                 index[one, at, : len(found[0])], share[one, at, :, : len(found[0])] = found
         return index, share
 
     def own(self, part: slice) -> slice:
         """Tell where tiles stand in `query`."""
         return slice(part.start - self.begin, part.stop - self.begin)
+
+    def _counted(self, known: Int[Tensor, ""], tile: slice) -> tuple[int, Tensor | None]:
+        """Count the keys that a tile's queries all see, or bound them where the number is not at hand."""
+        return (int(known), None) if known.device.type == "cpu" else (self._most_known(tile), known)
 
     def _most_known(self, part: slice) -> int:
         """Bound the keys that all queries of a tile see, by position alone, which needs no look at the device."""
@@ -140,8 +142,8 @@ class TileScan:
         return cls(query.flatten(0, 1), apart, half.mean(0), log_rows)
 
     def opened(
-        self, blocks: Mapping[int, KeyBlocks], one: int, left: tuple[Tensor, ...], known: tuple[int, Tensor], size: int,
-        count: int,
+        self, blocks: Mapping[int, KeyBlocks], one: int, left: tuple[Tensor, ...],
+        known: tuple[int, Tensor | None], size: int, count: int,
     ) -> tuple[Int[Tensor, " some"], Float[Tensor, "many some"]]:  # fmt: skip
         """Open the blocks of the largest shares, and of these again, down to keys: see `AlikeScan.shares`.
 
@@ -149,7 +151,7 @@ class TileScan:
             blocks: keys by size of blocks.
             one: number of the list of keys.
             left: what earlier stages left of it.
-            known: keys that the tile's queries all see, bounded by a number and as the device knows it.
+            known: keys that the tile's queries all see; or a bound, and the number of keys as the device knows it.
             size: keys in the first blocks.
             count: keys opened at last.
 
@@ -157,16 +159,16 @@ class TileScan:
             the keys and their shares.
         """
         most, exactly = known
-        number = torch.arange(most // size, dtype=torch.int64, device=exactly.device)
+        number = torch.arange(most // size, device=self.query.device)
         some = blocks[size].of(one, slice(0, most // size))
         closed = self.query.new_full(self.log_rows.shape, -torch.inf)
         while True:
             mass, beside = self._masses(some)
             taken = ~any_left(number * size, size, left)
-            if exactly.device.type != "cpu":
+            if exactly is not None:
                 hidden = (number + 1) * size > exactly
                 mass.masked_fill_(hidden, -torch.inf)
-                taken |= hidden
+                taken, number = taken | hidden, number.masked_fill(hidden, blocks[1].mean.shape[1])
             weight, top = _weights(mass)
             bar = torch.logaddexp(closed, top + weight.sum(-1).log_()) - self.log_rows
             # as far as the average of a group tells, and as far as its queries may exceed it
@@ -178,10 +180,12 @@ class TileScan:
             keep = weight.new_ones(len(number)).index_fill_(0, best, 0.0)
             closed = torch.logaddexp(closed, top + (weight @ keep).log_())
             # inside the opened ones, and what stands behind the last whole block and is in a smaller one
-            behind, size = most // size * OPENED, size // OPENED
-            number = number[best].sort().values[:, None] * OPENED + torch.arange(OPENED, device=number.device)
-            number = torch.cat([number.flatten(), torch.arange(behind, most // size, device=number.device)])
-            some = blocks[size].of(one, number)
+            inside, behind = torch.arange(OPENED, device=number.device), (most if exactly is None else exactly) // size
+            number, size = number[best].sort().values[:, None] * OPENED + inside, size // OPENED
+            number = torch.cat([number.flatten(), behind * OPENED + inside[:-1]])
+            if exactly is None:
+                number = number[number < most // size]
+            some = blocks[size].of(one, number.clamp(max=blocks[size].mean.shape[1] - 1))
         # those that are left come first, in their order
         order = number.masked_fill(taken, blocks[1].mean.shape[1]).sort()
         return order.values, log_share.clamp_(max=0.0).exp_().index_select(1, order.indices)
