@@ -7,7 +7,7 @@
     python benchmarks/long_context.py --show                                   # the table of what is recorded
 
 The model is the embedded one, or another that reads bytes. A method is one of the names below, or
-`alike:NUM:ROWS:POOLED:MOST:CANDIDATES:COARSE` (what is left out keeps its default), `pooled:NUM:CHUNK:AVERAGES`, or
+`alike:NUM:ROWS:POOLED:MOST:CANDIDATES` (what is left out keeps its default), `pooled:NUM:CHUNK:AVERAGES`, or
 `rival:NAME:KEYS`, another method of `hyperattention.bench.rivals` with so many keys a query, by default as many as the
 default lists. Every pass adds a line to the file of records at once; passes that are there are not run again.
 """
@@ -96,7 +96,7 @@ def find_method(name: str) -> AttentionMethod:
         return next(row.method for row in rivals(slots) if row.name == rival)
     if name not in METHODS:
         raise SystemExit(
-            f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST:CANDIDATES:COARSE, "
+            f"--methods {name}: choose from {', '.join(METHODS)}, alike:NUM:ROWS:POOLED:MOST:CANDIDATES, "
             "pooled:NUM:CHUNK:AVERAGES or control:NUM"
         )
     return METHODS[name]
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of another model of bytes: config.json and model.safetensors")
     parser.add_argument(
-        "--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:ROWS:POOLED:MOST:CANDIDATES:COARSE"
+        "--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:ROWS:POOLED:MOST:CANDIDATES"
     )
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first document")

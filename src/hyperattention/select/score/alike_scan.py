@@ -159,7 +159,7 @@ class TileScan:
             the keys and their shares.
         """
         most, exactly = known
-        number = torch.arange(most // size, device=self.query.device)
+        number = torch.arange(most // size, dtype=torch.int64, device=self.query.device)
         some = blocks[size].of(one, slice(0, most // size))
         closed = self.query.new_full(self.log_rows.shape, -torch.inf)
         while True:
@@ -180,7 +180,8 @@ class TileScan:
             keep = weight.new_ones(len(number)).index_fill_(0, best, 0.0)
             closed = torch.logaddexp(closed, top + (weight @ keep).log_())
             # inside the opened ones, and what stands behind the last whole block and is in a smaller one
-            inside, behind = torch.arange(OPENED, device=number.device), (most if exactly is None else exactly) // size
+            behind = (most if exactly is None else exactly) // size
+            inside = torch.arange(OPENED, dtype=torch.int64, device=number.device)
             number, size = number[best].sort().values[:, None] * OPENED + inside, size // OPENED
             number = torch.cat([number.flatten(), behind * OPENED + inside[:-1]])
             if exactly is None:
