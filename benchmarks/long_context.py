@@ -50,7 +50,7 @@ LONG = 10**9
 ALL = 10**6
 
 
-def alike(num: int, rows: int = 64, pooled: int = 8, most: int = 8192, candidates: int = 8) -> Method:
+def alike(num: int, rows: int = 64, pooled: int = 8, most: int = 8192, candidates: int = 12) -> Method:
     stage = DrawAlike(num, rows, pooled, most, candidates=candidates)
     return Method(Sinks(16), Window(192), stage, tile=128)
 

@@ -29,7 +29,7 @@ def test_fewer_than_256_queries_are_served_exactly(choose) -> None:
 
 def test_what_runs_by_default_is_what_was_measured() -> None:
     measured = ha.Method(
-        ha.Sinks(16), ha.Window(192), select.DrawAlike(640, rows=64, pooled=16, most=8192, candidates=8), tile=128
+        ha.Sinks(16), ha.Window(192), select.DrawAlike(640, rows=64, pooled=16, most=8192, candidates=12), tile=128
     )
     assert ha.default_method(32_768) == ha.default_method(10**9) == measured
     search = ha.Method(ha.Sinks(16), ha.Window(256), ha.Draw(688, by=ha.HierarchicalSearch()))

@@ -63,7 +63,7 @@ class DrawAlike(Stage):
     1985, centres far from one another; Roy et al., 2020 (arXiv:2003.05997), queries that
     share keys by their content. Differs: contents decide only who shares a draw, and estimates only what is drawn.
     Cost: `num` slots a query, and pooled / rows * (`most` + num * candidates) products at most while blocks have 4 keys;
-    with larger ones, 3 num * candidates more for each size between 4 and these. Time grows with the length, not its square.
+    with larger ones, 2 num * candidates more for each size between 4 and these. Time grows with the length, not its square.
     Guarantee: numerator and denominator unbiased, whatever the estimate.
 
     Args:
@@ -84,7 +84,7 @@ class DrawAlike(Stage):
     pooled: int = 8
     most: int = 8192
     uniform_share: float = 0.1
-    candidates: int = 8
+    candidates: int = 12
 
     def __post_init__(self) -> None:
         positive("DrawAlike", num=self.num, rows=self.rows, pooled=self.pooled, most=self.most, candidates=self.candidates)

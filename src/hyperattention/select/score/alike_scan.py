@@ -21,7 +21,7 @@ from hyperattention.tiling import Tiles
 # deviations by which a query may exceed the average of its group
 DEVIATIONS = 2.0
 # blocks scored for each key scored at last, where blocks are opened more than once: what is closed early is lost
-WIDER = 3
+WIDER = 2
 # logarithms below count as this: exponentials of less are slow, and add nothing
 LEAST_LOG = -80.0
 
