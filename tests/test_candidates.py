@@ -232,17 +232,17 @@ def test_products_are_counted_and_bounded():
     def pairs(keys: int) -> float:
         return stage.selection_pairs(keys, 256, 64, True)
 
-    # for each list of 64 queries sixteen averages, and two products for deviations
-    each = 18 / 64
-    assert pairs(8192) == pytest.approx(4096 * each)
+    # for each list of 64 queries sixteen averages and a product for deviations; for a tile, one more with each block
+    key, block = 17 / 64, 17 / 64 + 1 / 256
+    assert pairs(8192) == pytest.approx(4096 * key)
     # from there on blocks of four, of which two thousand to eight thousand are seen, and keys
-    opened = 20_480 / 4 + 5120
-    assert pairs(32_768) == pytest.approx((4096 / 4 + opened * 3 / 4) * each)
-    # blocks of sixteen, three times as many of four as keys at last
-    twice = 81_920 / 16 + 4 * 5120
-    assert pairs(131_072) == pytest.approx((4096 / 16 + opened * 3 / 16 + twice * 3 / 4) * each)
+    once = 20_480 / 4 * block + 7680 * key
+    assert pairs(32_768) == pytest.approx(4096 / 4 * key + once * 3 / 4)
+    # blocks of sixteen, and twice as many of four as keys at last
+    twice = (81_920 / 16 + 2 * 7680) * block + 7680 * key
+    assert pairs(131_072) == pytest.approx(4096 / 16 * key + once * 3 / 16 + twice * 3 / 4)
     # what a tile scores is bounded up to one more size of blocks
-    assert pairs(2**20) < (8192 + 4 * 3 * 5120) * each
+    assert pairs(2**20) < (8192 + 3 * 2 * 7680) * block + 7680 * key
     assert pairs(2**23) < 1.6 * pairs(2**20)
 
 

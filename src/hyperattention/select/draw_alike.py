@@ -129,25 +129,26 @@ class DrawAlike(Stage):
         return self.num
 
     def selection_pairs(self, num_keys: int, tile: int, head_dim: int, causal: bool) -> float:
-        """Count products of averages with blocks and keys, and of their deviations."""
+        """Count products of averages with blocks and keys, of lists' deviations, and of the variance inside blocks."""
         visible, many = num_keys / (2 if causal else 1), -(-tile // self.rows)
-        units = 0.0
+        blocks, keys = 0.0, 0.0
         # the mean over tiles, by the share of them whose first blocks have one size
         edge, size = 0, 1
         while edge < num_keys:
             until = min(num_keys, self.most * size)
             share, seen = ((until - edge) / num_keys, (edge + until) / 2) if causal else (float(until == num_keys), visible)
-            units += share * self._units(seen, size)
+            blocks_of_tile, keys_of_tile = self._units(seen, size)
+            blocks, keys = blocks + share * blocks_of_tile, keys + share * keys_of_tile
             edge, size = until, size * OPENED
-        return units * (self.pooled * many + 2 * many) / tile
+        return ((blocks + keys) * (self.pooled + 1) * many + blocks) / tile
 
-    def _units(self, seen: float, size: int) -> float:
-        """Count the blocks and keys that are scored where a tile sees so many keys, in blocks of `size` at first."""
-        units = seen / size
+    def _units(self, seen: float, size: int) -> tuple[float, float]:
+        """Count the blocks and the keys that are scored where a tile sees so many keys, in blocks of `size` at first."""
+        blocks, units = 0.0, seen / size
         while size > 1:
-            size //= OPENED
-            units += min(seen / size, self.num * self.candidates * (1 if size == 1 else WIDER))
-        return units
+            blocks, size = blocks + units, size // OPENED
+            units = min(seen / size, 1.0 * self.num * self.candidates * (1 if size == 1 else WIDER))
+        return blocks, units
 
     def select(self, tiles: Tiles, covered: CoveredKeys) -> tuple[tuple[Runs, ...], CoveredKeys]:
         """Take nothing in tiles of positions."""
