@@ -194,9 +194,7 @@ def show(records: Iterable[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of another model of bytes: config.json and model.safetensors")
-    parser.add_argument(
-        "--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:ROWS:POOLED:MOST:CANDIDATES"
-    )
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], help="names, or alike:NUM:ROWS:POOLED:MOST:CANDIDATES")
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first document")
     parser.add_argument("--seeds", type=int, default=1)

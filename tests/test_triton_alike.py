@@ -109,7 +109,7 @@ def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
     made, scan = scan_of(given, 4, 2, 2**20, 9, monkeypatch)
     # what the kernel is given rounded is rounded here: only squares and shares remain
     keys, part = made.blocks.keys.float(), slice(0, len(scan.tiles.index))
-    blocks = {1: KeyBlocks(1, keys, None, made.blocks.log_value)}
+    blocks = {1: KeyBlocks(1, keys, None, None, made.blocks.log_value)}
     left = edges(scan.tiles, CoveredKeys())
     index, expected = scan.shares(part, blocks, left, 1, 9)
     assert made.share.dtype == torch.bfloat16

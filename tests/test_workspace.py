@@ -69,8 +69,8 @@ def test_alike_queries_are_sorted_and_scored_in_chunks(monkeypatch, stage, kv_he
     monkeypatch.setattr(draw_alike, "triton_reads", lambda *tensors: False)
     monkeypatch.setattr(pooling, "DEVICE_SCORE_BYTES", BOUND)
     method = ha.Method(ha.Sinks(4), ha.Window(16), stage, tile=128)
-    # keys are held, and their averages over blocks with what varies inside, in float32
-    keys = (1 + 2 / 3) * 4 * kv_heads * 2048 * 64
+    # keys are held, and their averages over blocks with what varies inside and with squares, in float32
+    keys = (1 + 3 / 3) * 4 * kv_heads * 2048 * 64
     assert beside_the_result(method, 2048, kv_heads, causal) <= BOUND + keys
 
 

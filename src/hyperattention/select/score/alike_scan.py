@@ -194,17 +194,18 @@ class TileScan:
     def _masses(self, some: KeyBlocks) -> tuple[Float[Tensor, "many groups some"], Float[Tensor, "many some"]]:
         """Estimate what blocks add to sums of exponentials, and what is added to that for the largest share of a key."""
         mean, variance, log_value = some.mean[0], some.variance, some.log_value[0]
-        mass, square = (self.query @ mean.T).unflatten(0, (len(self.apart), -1)), mean.square()
-        if variance is not None:
-            square.add_(variance[0])
+        if variance is None:
+            mass = self.query @ mean.T
+        else:
             half, log_size = variance[0] @ self.half, log(some.size)
             # n normal scores of deviation s sum up to n exp(s^2 / 2) while s < sqrt(2 log n); beyond, the largest few make
             # the sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); it would overshoot without bound
             in_sum = torch.where(half <= log_size, half + log_size, 2 * (half * log_size).sqrt())
-            mass.add_(in_sum)
+            mass = torch.addmm(in_sum, self.query, mean.T)
             # a key that stands out counts for more than the sum that it is in
             log_value = log_value + (half - in_sum)
-        return mass, (self.apart @ square.T).mul_(DEVIATIONS**2).sqrt_().add_(log_value)
+        beside = (DEVIATIONS**2 * self.apart) @ (mean.square() if some.square is None else some.square[0]).T
+        return mass.unflatten(0, (len(self.apart), -1)), beside.sqrt_().add_(log_value)
 
 
 def room_of(count: int) -> int:

@@ -23,12 +23,14 @@ class KeyBlocks:
         size: keys in a block.
         mean: the mean of each, centred.
         variance: variances inside blocks; None where a block is one key.
+        square: means of the squares; None where a block is one key.
         log_value: logarithm of how far values lie from the mean of the first ones, relative to these, averaged over blocks.
     """
 
     size: int
     mean: Float[Tensor, "lists blocks width"]
     variance: Float[Tensor, "lists blocks width"] | None
+    square: Float[Tensor, "lists blocks width"] | None
     log_value: Float[Tensor, "lists blocks"]
 
     def of(self, one: int, index: Int[Tensor, " some"] | slice) -> "KeyBlocks":
@@ -37,9 +39,8 @@ class KeyBlocks:
         def some(x: Tensor) -> Tensor:
             return (x[one, index] if isinstance(index, slice) else x[one].index_select(0, index))[None]
 
-        return KeyBlocks(
-            self.size, some(self.mean), None if self.variance is None else some(self.variance), some(self.log_value)
-        )
+        variance, square = (None if x is None else some(x) for x in (self.variance, self.square))
+        return KeyBlocks(self.size, some(self.mean), variance, square, some(self.log_value))
 
 
 def blocks_of(
@@ -67,7 +68,7 @@ def blocks_of(
             mean = _averaged(mean, size // before)
             log_value = _averaged(log_value[..., None], size // before)[..., 0]
             variance = (square - mean.square()).clamp_(min=0)
-        made[size] = KeyBlocks(size, mean, variance, log_value)
+        made[size] = KeyBlocks(size, mean, variance, None if variance is None else square, log_value)
         before = size
     return made
 
