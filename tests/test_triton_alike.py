@@ -80,7 +80,7 @@ def test_keys_and_their_shares_are_those_of_the_cpu(given, groups, many, most, c
     left = edges(tiles, CoveredKeys())
     for tile in range(len(tiles.index)):
         part, size = slice(tile, tile + 1), sizes.of(tiles, slice(tile, tile + 1))
-        index, expected = scan.shares(part, blocks, tuple(x[:, part] for x in left), size, candidates)
+        index, expected, other = scan.shares(part, blocks, tuple(x[:, part] for x in left), size, candidates)
         # the number of all keys stands for none
         for one, (key, share) in enumerate(zip(index[:, 0], expected[:, 0], strict=True)):
             count = int((key < given.num_keys).sum())
@@ -111,7 +111,7 @@ def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
     keys, part = made.blocks.keys.float(), slice(0, len(scan.tiles.index))
     blocks = {1: KeyBlocks(1, keys, None, None, made.blocks.log_value)}
     left = edges(scan.tiles, CoveredKeys())
-    index, expected = scan.shares(part, blocks, left, 1, 9)
+    index, expected, _ = scan.shares(part, blocks, left, 1, 9)
     assert made.share.dtype == torch.bfloat16
     width = keys.shape[2]
     extra = (2 * (scan.spread[..., :width] @ keys.square()[:, None].transpose(2, 3)).sqrt()).amax() + 2

@@ -4,26 +4,32 @@ An average's score counts relative to the sum of exponentials over all keys, whi
 inside were normal, and that of the keys in opened ones. No average scores all keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 from math import log
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hyperattention.select.score.block_sizes import OPENED
 from hyperattention.select.score.groups import grouped
 from hyperattention.select.score.key_blocks import KeyBlocks
 from hyperattention.select.score.pooling import any_left
+from hyperattention.select.score.scratch import Scratch
 from hyperattention.tiling import Tiles
 
 # deviations by which a query may exceed the average of its group
 DEVIATIONS = 2.0
 # blocks scored for each key scored at last, where blocks are opened more than once: what is closed early is lost
 WIDER = 2
+# draws of keys in closed blocks relative to their share of the sum: the few that stand out among them are not known
+HIDDEN = 2.0
 # logarithms below count as this: exponentials of less are slow, and add nothing
 LEAST_LOG = -80.0
+# averages of neighbouring tiles that score together: a CPU's second-level cache holds their scores
+TOGETHER = 128
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,9 @@ class AlikeScan:
 
     def shares(
         self, part: slice, blocks: Mapping[int, KeyBlocks], left: tuple[Tensor, ...], size: int, count: int
-    ) -> tuple[Int[Tensor, "lists chunk some"], Float[Tensor, "lists chunk many some"]]:
+    ) -> tuple[
+        Int[Tensor, "lists chunk some"], Float[Tensor, "lists chunk many some"], Float[Tensor, "lists chunk many 1"]
+    ]:  # fmt: skip
         """Find the keys of the largest shares, and estimate the largest share that a query of each list gives each.
 
         Args:
@@ -85,29 +93,42 @@ class AlikeScan:
             count: keys scored by all averages at last, where it is more.
 
         Returns:
-            numbers of keys that earlier stages left, ascending, behind them the number of all keys where a tile has fewer;
-            and shares of each.
+            numbers of keys, ascending, behind them the number of all keys where a tile has fewer; shares of each, 0 where
+            earlier stages took it; and what all others are to be drawn by together.
         """
         tiles, keys = self.tiles, blocks[1].mean.shape[1]
         known, query = tiles.by_list(tiles.known)[:, part], self.query[:, self.own(part)]
         room = max(1, self._most_known(part)) if size == 1 else room_of(count)
         index = torch.full((*known.shape, room), keys, dtype=torch.int64, device=known.device)
-        share = query.new_zeros(*query.shape[:3], room)
-        for one in range(len(known)):
-            for at in range(known.shape[1]):
-                tile = slice(part.start + at, part.start + at + 1)
-                of_list, seen = TileScan.of(self, one, tile), self._counted(known[one, at], tile)
-                found = of_list.opened(blocks, one, tuple(x[one, at] for x in left), seen, size, count)
-                index[one, at, : len(found[0])], share[one, at, :, : len(found[0])] = found
-        return index, share
+        share, other = query.new_zeros(*query.shape[:3], room), query.new_zeros(*query.shape[:3], 1)
+        rooms = [Scratch(query, 0) for _ in range(4)]
+        for one, (some, most) in product(range(len(known)), self._together(part)):
+            of_tiles = TileScan.of(self, one, slice(part.start + some.start, part.start + some.stop), rooms)
+            seen = most, known[one, some, None]
+            found = of_tiles.opened(blocks, one, tuple(x[one, some] for x in left), seen, size, count)
+            width = min(found[0].shape[1], room)
+            index[one, some, :width], share[one, some, :, :width], other[one, some] = (
+                found[0][:, :width], found[1][..., :width], found[2]
+            )  # fmt: skip
+        return index, share, other
+
+    def _together(self, part: slice) -> list[tuple[slice, int]]:
+        """Cut tiles into those that are scored together, with the keys that they see at most.
+
+        Both depend on the numbers of tiles alone: products and sums of one shape have the same bits, whatever chunk a tile
+        is in, and however many follow it.
+        """
+        tiles, problem, found = self.tiles, self.tiles.problem, []
+        step = max(1, TOGETHER // self.query.shape[2:4].numel())
+        for number, places in groupby(range(part.start, part.stop), lambda place: tiles.number(place) // step):
+            begin, last = min(of := list(places)), max(of)
+            until = max(1, ((number + 1) * step - 1) * tiles.size)
+            found.append((slice(begin - part.start, last + 1 - part.start), until if problem.causal else problem.num_keys))
+        return found
 
     def own(self, part: slice) -> slice:
         """Tell where tiles stand in `query`."""
         return slice(part.start - self.begin, part.stop - self.begin)
-
-    def _counted(self, known: Int[Tensor, ""], tile: slice) -> tuple[int, Tensor | None]:
-        """Count the keys that a tile's queries all see, or bound them where the number is not at hand."""
-        return (int(known), None) if known.device.type == "cpu" else (self._most_known(tile), known)
 
     def _most_known(self, part: slice) -> int:
         """Bound the keys that all queries of a tile see, by position alone, which needs no look at the device."""
@@ -119,106 +140,113 @@ class AlikeScan:
 
 @dataclass(frozen=True)
 class TileScan:
-    """Averages of the lists of one tile.
+    """Averages of the lists of some tiles, which score the keys of one list.
 
     Args:
         query: averages of each group.
         apart: squares of what queries differ by from the averages of their groups.
-        half: half of the squares of the averages, averaged over all of them: by squares of its own a sharp list would take
+        half: half of the squares of the averages, averaged over all of a tile: by squares of its own a sharp list would take
             blocks from the others.
         log_rows: half the logarithm of the queries in each group.
+        rooms: memory for scores, and for means of opened blocks, variances and squares.
     """
 
-    query: Float[Tensor, "averages width"]
-    apart: Float[Tensor, "many width"]
-    half: Float[Tensor, " width"]
-    log_rows: Float[Tensor, "many groups"]
+    query: Float[Tensor, "tiles averages width"]
+    apart: Float[Tensor, "tiles many width"]
+    half: Float[Tensor, "tiles 1 width"]
+    log_rows: Float[Tensor, "tiles many groups"]
+    rooms: Sequence[Scratch]
 
     @classmethod
-    def of(cls, scan: AlikeScan, one: int, tile: slice) -> "TileScan":
-        """Take the averages of one tile, of one list of keys."""
-        query, spread, log_rows = (x[one, scan.own(tile)][0] for x in (scan.query, scan.spread, scan.log_rows))
-        apart, half = spread.chunk(2, 1)
-        return cls(query.flatten(0, 1), apart, half.mean(0), log_rows)
+    def of(cls, scan: AlikeScan, one: int, part: slice, rooms: Sequence[Scratch]) -> "TileScan":
+        """Take the averages of some tiles, of one list of keys."""
+        query, spread, log_rows = (x[one, scan.own(part)] for x in (scan.query, scan.spread, scan.log_rows))
+        apart, half = spread.chunk(2, 2)
+        return cls(query.flatten(1, 2), apart * DEVIATIONS**2, half.mean(1, keepdim=True), log_rows, rooms)
 
     def opened(
-        self, blocks: Mapping[int, KeyBlocks], one: int, left: tuple[Tensor, ...],
-        known: tuple[int, Tensor | None], size: int, count: int,
-    ) -> tuple[Int[Tensor, " some"], Float[Tensor, "many some"]]:  # fmt: skip
+        self, blocks: Mapping[int, KeyBlocks], one: int, left: tuple[Tensor, ...], seen: tuple[int, Tensor], size: int,
+        count: int,
+    ) -> tuple[Int[Tensor, "tiles some"], Float[Tensor, "tiles many some"], Float[Tensor, "tiles many 1"]]:  # fmt: skip
         """Open the blocks of the largest shares, and of these again, down to keys: see `AlikeScan.shares`.
 
         Args:
             blocks: keys by size of blocks.
             one: number of the list of keys.
             left: what earlier stages left of it.
-            known: keys that the tile's queries all see; or a bound, and the number of keys as the device knows it.
+            seen: keys that the queries of a tile all see, at most, and of each tile.
             size: keys in the first blocks.
             count: keys opened at last.
 
         Returns:
-            the keys and their shares.
+            the keys, their shares, and what all others are drawn by.
         """
-        most, exactly = known
-        number = torch.arange(most // size, dtype=torch.int64, device=self.query.device)
-        some = blocks[size].of(one, slice(0, most // size))
+        most, known = seen
+        number, inside = (torch.arange(x, dtype=torch.int64, device=self.query.device) for x in (most // size, OPENED))
+        some = blocks[size].first(one, most // size)
         closed = self.query.new_full(self.log_rows.shape, -torch.inf)
         while True:
-            mass, beside = self._masses(some)
-            taken = ~any_left(number * size, size, left)
-            if exactly is not None:
-                hidden = (number + 1) * size > exactly
-                mass.masked_fill_(hidden, -torch.inf)
-                taken, number = taken | hidden, number.masked_fill(hidden, blocks[1].mean.shape[1])
-            weight, top = _weights(mass)
-            bar = torch.logaddexp(closed, top + weight.sum(-1).log_()) - self.log_rows
+            hidden = number >= known // size
+            number = number.masked_fill(hidden, blocks[1].mean.shape[1])
+            weight, beside = self._masses(some, hidden)
+            # nothing known: any finite number will do
+            top = weight.amax(3).clamp_(min=torch.finfo(weight.dtype).min)
+            weight.sub_(top[..., None]).clamp_(min=LEAST_LOG).exp_()
+            bar = _added(closed, top + weight.sum(3).log_()) - self.log_rows
+            weight.mul_((top - bar).exp_()[..., None])
             # as far as the average of a group tells, and as far as its queries may exceed it
-            log_share = mass.sub_(bar[..., None]).amax(1).add_(beside)
+            log_share = weight.amax(2).log_().add_(beside)
             if size == 1:
                 break
-            wanted = -(-(count if size == OPENED else WIDER * count) // OPENED)
-            best = log_share.amax(0).masked_fill_(taken, -torch.inf).topk(min(wanted, len(number)), sorted=False).indices
-            keep = weight.new_ones(len(number)).index_fill_(0, best, 0.0)
-            closed = torch.logaddexp(closed, top + (weight @ keep).log_())
-            # inside the opened ones, and what stands behind the last whole block and is in a smaller one
-            behind = (most if exactly is None else exactly) // size
-            inside = torch.arange(OPENED, dtype=torch.int64, device=number.device)
-            number, size = number[best].sort().values[:, None] * OPENED + inside, size // OPENED
-            number = torch.cat([number.flatten(), behind * OPENED + inside[:-1]])
-            if exactly is None:
-                number = number[number < most // size]
-            some = blocks[size].of(one, number.clamp(max=blocks[size].mean.shape[1] - 1))
-        # those that are left come first, in their order
-        order = number.masked_fill(taken, blocks[1].mean.shape[1]).sort()
-        return order.values, log_share.clamp_(max=0.0).exp_().index_select(1, order.indices)
+            wanted = min(-(-(count if size == OPENED else WIDER * count) // OPENED), number.shape[1])
+            rank = log_share.amax(1).masked_fill_(~any_left(number * size, size, left), -torch.inf)
+            best = rank.topk(wanted, sorted=False).indices
+            keep = torch.ones_like(rank).scatter_(1, best, 0.0)
+            closed = _added(closed, bar + weight.mul_(keep[:, None, None]).sum(3).log_())
+            # the one behind the last whole block has whole smaller ones
+            opened, size = torch.cat([number.gather(1, best), known // size], 1).sort().values, size // OPENED
+            number = (opened[..., None] * OPENED + inside).flatten(1)
+            some = blocks[size].of(one, number.clamp(max=blocks[size].mean.shape[1] - 1), self.rooms[1:])
+        share = log_share.clamp_(max=0.0).exp_().masked_fill_(~any_left(number, 1, left)[:, None], 0.0)
+        return number, share, (closed - bar).amax(2, keepdim=True).exp_().mul_(HIDDEN)
 
-    def _masses(self, some: KeyBlocks) -> tuple[Float[Tensor, "many groups some"], Float[Tensor, "many some"]]:
+    def _masses(
+        self, some: KeyBlocks, hidden: Bool[Tensor, "tiles some"]
+    ) -> tuple[Float[Tensor, "tiles many groups some"], Float[Tensor, "tiles many some"]]:
         """Estimate what blocks add to sums of exponentials, and what is added to that for the largest share of a key."""
-        mean, variance, log_value = some.mean[0], some.variance, some.log_value[0]
-        if variance is None:
-            mass = self.query @ mean.T
+        mass, log_value = self._products(some.mean), some.log_value[:, None]
+        # numbers ascend: none is hidden before the first that is
+        first = int((~hidden).sum(1).min()) if hidden.device.type == "cpu" else 0
+        if some.variance is None:
+            mass[..., first:].masked_fill_(hidden[:, None, first:], -torch.inf)
         else:
-            half, log_size = variance[0] @ self.half, log(some.size)
+            half, log_size = self.half @ some.variance.transpose(1, 2), log(some.size)
             # n normal scores of deviation s sum up to n exp(s^2 / 2) while s < sqrt(2 log n); beyond, the largest few make
             # the sum: exp(s sqrt(2 log n)) (Derrida, 1981, the random energy model); it would overshoot without bound
             in_sum = torch.where(half <= log_size, half + log_size, 2 * (half * log_size).sqrt())
-            mass = torch.addmm(in_sum, self.query, mean.T)
+            mass += in_sum.masked_fill(hidden[:, None], -torch.inf)
             # a key that stands out counts for more than the sum that it is in
             log_value = log_value + (half - in_sum)
-        beside = (DEVIATIONS**2 * self.apart) @ (mean.square() if some.square is None else some.square[0]).T
-        return mass.unflatten(0, (len(self.apart), -1)), beside.sqrt_().add_(log_value)
+        square = some.square
+        if square is None:
+            square = torch.square(some.mean, out=self.rooms[3].take(*some.mean.shape))
+        beside = (self.apart @ square.transpose(1, 2)).sqrt_()
+        return mass.unflatten(1, self.log_rows.shape[1:]), beside.add_(log_value)
+
+    def _products(self, mean: Float[Tensor, "some blocks width"]) -> Float[Tensor, "tiles averages blocks"]:
+        """Multiply averages by blocks of their tile, or by those that all tiles share."""
+        out = self.rooms[0].take(*self.query.shape[:2], mean.shape[1])
+        if len(mean) > 1 or len(self.query) == 1:
+            return torch.bmm(self.query, mean.transpose(1, 2), out=out)
+        torch.mm(self.query.flatten(0, 1), mean[0].T, out=out.flatten(0, 1))
+        return out
 
 
 def room_of(count: int) -> int:
-    """Count the keys that may be scored at last: opened ones, and some behind the last whole block."""
-    return -(-count // OPENED) * OPENED + OPENED - 1
+    """Count the keys that may be scored at last: those of opened blocks and of the one behind the last whole block."""
+    return (-(-count // OPENED) + 1) * OPENED
 
 
-def _weights(
-    mass: Float[Tensor, "many groups some"],
-) -> tuple[Float[Tensor, "many groups some"], Float[Tensor, "many groups"]]:
-    """Return exponentials relative to the largest, and the logarithm of that."""
-    if not mass.shape[2]:
-        return mass, mass.new_full(mass.shape[:2], -torch.inf)
-    # nothing known: any finite number will do
-    top = mass.amax(-1).clamp_(min=torch.finfo(mass.dtype).min)
-    return (mass - top[..., None]).clamp_(min=LEAST_LOG).exp_(), top
+def _added(one: Tensor, other: Tensor) -> Tensor:
+    """Add up two sums of exponentials: `torch.logaddexp` on a CPU rounds a number by its place."""
+    return torch.stack([one, other]).logsumexp(0)

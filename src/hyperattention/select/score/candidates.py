@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hyperattention.select.density import Distribution, Even
 from hyperattention.select.score.mass import inverse, total_mass
@@ -23,30 +24,36 @@ def _inside(key: Tensor, left: tuple[Tensor, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidates(Distribution):
-    """How often candidates are expected to be listed, and all other keys that are left, each as often.
+    """How often candidates are expected to be listed, and all other keys that are left, each of these as often.
 
     Args:
         key: number of each, ascending.
-        place: the same, counted over the keys that are left; beyond them for one that is not left.
+        passed: how many of them are left before each of them, and in all.
+        before: how many other keys are left before each.
+        others: how many other keys are left in all.
         left: what earlier stages left, from `edges`, for each tile.
         listings: expected listings of each candidate, and of all other keys together, up to a factor.
     """
 
     key: Int[Tensor, "lists tiles candidates"]
-    place: Int[Tensor, "lists tiles candidates"]
+    passed: Int[Tensor, "lists tiles listed"]
+    before: Int[Tensor, "lists tiles candidates"]
+    others: Int[Tensor, "lists tiles 1"]
     left: tuple[Tensor, ...]
     listings: Float[Tensor, "lists tiles many listed"]
 
     @classmethod
     def of(
-        cls, share: Float[Tensor, "lists tiles many candidates"], key: Int[Tensor, "lists tiles candidates"],
-        left: tuple[Tensor, ...], num: int, even: float,
+        cls, share: Float[Tensor, "lists tiles many candidates"], other: Float[Tensor, "lists tiles many 1"],
+        key: Int[Tensor, "lists tiles candidates"], left: tuple[Tensor, ...], num: int, even: float,
     ) -> "Candidates":  # fmt: skip
         """Return how often each candidate is to be listed.
 
         Args:
-            share: the largest share that a query of each of `many` lists gives each candidate; overwritten.
-            key: the candidates, ascending; where there are fewer, the number of all keys stands behind them.
+            share: the largest share that a query of each of `many` lists gives each candidate.
+            other: the same for all other keys together.
+            key: the candidates, ascending; where there are fewer, the number of all keys stands behind them. Those that
+                earlier stages took are none.
             left: what earlier stages left, from `edges`, for each tile.
             num: draws of each list.
             even: share of the draws that is spread evenly over the keys.
@@ -54,12 +61,14 @@ class Candidates(Distribution):
         Returns:
             the law, of ``tiles * many`` lists.
         """
-        begin, hole_begin, hole_end, _ = left
+        begin, hole_begin, hole_end, end = left
         inside, count = _inside(key, left), keys_left(left)
-        place = torch.where(key < hole_begin, key - begin, key - hole_end + hole_begin - begin)
-        listings, evenly = listings_of(share, inside, count, num, even)
-        others = (count - inside.sum(2, keepdim=True))[:, :, None].to(listings.dtype)
-        return cls(key, torch.where(inside, place, count), left, torch.cat([listings, others * evenly], 3))
+        passed = pad(inside.cumsum(2), (1, 0))
+        place = key.clamp(begin, hole_begin) - begin + key.clamp(hole_end, end) - hole_end
+        others = count - passed[..., -1:]
+        room = torch.cat([inside.long(), others], 2)
+        mass = torch.cat([share * inside[:, :, None], other.masked_fill((others == 0)[..., None], 0.0)], 3)
+        return cls(key, passed, place - passed[..., :-1], others, left, listings_of(mass, room, count, num, even))
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Find the candidate at each evenly spaced point, or the key at the same share of the way through the others.
@@ -72,7 +81,7 @@ class Candidates(Distribution):
         """
         # in float64: one step of float32 can be more than a key where others are many
         at, inside = inverse(self.listings.double(), point.unflatten(1, self.listings.shape[1:3]))
-        others, last = self._others[:, :, None], self.key.shape[2]
+        others, last = self.others[:, :, None], self.key.shape[2]
         one = self.key.gather(2, at.clamp(max=last - 1).flatten(2)).view_as(at)
         key = torch.where(at < last, one, self._other((inside * others).long().clamp(max=others - 1)))
         size = torch.where(at < last, 1, others)
@@ -85,7 +94,7 @@ class Candidates(Distribution):
         at = torch.searchsorted(self.key, flat).clamp(max=last - 1)
         found = (self.key.gather(2, at) == flat).view_as(index)
         listed = self.listings.gather(3, at.view_as(index).masked_fill(~found, last))
-        size = torch.where(found, 1, self._others[:, :, None])
+        size = torch.where(found, 1, self.others[:, :, None])
         inside = _inside(flat, self.left).view_as(index)
         return (listed / (size.clamp(min=1) * self._total)).masked_fill(~inside, 0.0).flatten(1, 2)
 
@@ -93,20 +102,11 @@ class Candidates(Distribution):
     def _total(self) -> Tensor:
         return total_mass(self.listings).clamp(min=LEAST)
 
-    @property
-    def _others(self) -> Int[Tensor, "lists tiles 1"]:
-        """Count the keys left that are no candidates."""
-        count = keys_left(self.left)
-        return count - (self.place < count).sum(2, keepdim=True)
-
     def _other(self, rank: Tensor) -> Tensor:
         """Number the keys that are no candidates: the one before which so many others stand."""
         begin, hole_begin, hole_end, _ = (x[:, :, None] for x in self.left)
-        # so many others stand before each candidate; all of them, and more than any rank, before places without one
-        count = keys_left(self.left)
-        number = torch.arange(self.place.shape[2], dtype=torch.int64, device=rank.device)
-        before = torch.where(self.place < count, self.place - number, count)
-        place = rank + torch.searchsorted(before, rank.flatten(2), right=True).view_as(rank)
+        flat = rank.flatten(2)
+        place = (flat + self.passed.gather(2, torch.searchsorted(self.before, flat, right=True))).view_as(rank)
         return torch.where(place < hole_begin - begin, begin + place, place - (hole_begin - begin) + hole_end)
 
 
@@ -117,31 +117,30 @@ def keys_left(left: tuple[Tensor, ...]) -> Int[Tensor, "lists tiles 1"]:
 
 
 def listings_of(
-    share: Float[Tensor, "lists tiles many candidates"], there: Bool[Tensor, "lists tiles candidates"],
+    mass: Float[Tensor, "lists tiles many listed"], room: Int[Tensor, "lists tiles listed"],
     count: Int[Tensor, "lists tiles 1"], num: int, even: float,
-) -> tuple[Float[Tensor, "lists tiles many candidates"], Float[Tensor, "lists tiles many 1"]]:  # fmt: skip
-    """Return how often each candidate is to be listed: by its share, but no more than once; the rest evenly.
+) -> Float[Tensor, "lists tiles many listed"]:  # fmt: skip
+    """Return how often keys are to be listed: by their share, but no key more than once; the rest evenly.
 
     Args:
-        share: the largest share that a query of each of `many` lists gives each candidate; overwritten.
-        there: which candidates are keys that are left.
+        mass: the largest share that a query of each of `many` lists gives one key, or several together; overwritten.
+        room: how many keys these are.
         count: keys left in all.
         num: draws of each list.
         even: share of the draws that is spread evenly over all keys left.
 
     Returns:
-        expected listings up to a factor, and those of a single key by even draws alone.
+        expected listings, up to a factor.
     """
-    room, weighted = there[:, :, None].to(share.dtype), (1 - even) * num
-    mass, count = share.mul_(room), count.clamp(min=1)[:, :, None].to(share.dtype)
+    several, weighted = room[:, :, None].to(mass.dtype), (1 - even) * num
     for _ in range(CLIP_ROUNDS):
-        torch.minimum(mass, total_mass(mass) / weighted, out=mass)
+        torch.minimum(mass, several * (total_mass(mass) / weighted), out=mass)
     total = total_mass(mass)
     # where nothing was scored all draws are even
-    evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
-    mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(room, evenly)
+    evenly = torch.ones_like(total).masked_fill_(total > 0, even) * num / count.clamp(min=1)[:, :, None].to(mass.dtype)
+    mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(several, evenly)
     # what an even draw adds to keys listed for certain is worth more to others
-    return torch.minimum(mass, room, out=mass), evenly
+    return torch.minimum(mass, several, out=mass)
 
 
 def draws_of(

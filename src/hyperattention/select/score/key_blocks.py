@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hyperattention.select.score.pooling import score_bytes
+from hyperattention.select.score.scratch import Scratch
 
 # float32 numbers held for each number of a key while keys are averaged
 _KEY_NUMBERS = 6
@@ -33,14 +35,27 @@ class KeyBlocks:
     square: Float[Tensor, "lists blocks width"] | None
     log_value: Float[Tensor, "lists blocks"]
 
-    def of(self, one: int, index: Int[Tensor, " some"] | slice) -> "KeyBlocks":
-        """Take some blocks of one list of keys."""
+    def first(self, one: int, count: int) -> "KeyBlocks":
+        """Take the first blocks of one list of keys, and zeros behind the last."""
 
         def some(x: Tensor) -> Tensor:
-            return (x[one, index] if isinstance(index, slice) else x[one].index_select(0, index))[None]
+            more = count - x.shape[1]
+            return pad(x[one : one + 1], (*[0, 0] * (x.dim() - 2), 0, more)) if more > 0 else x[one : one + 1, :count]
 
         variance, square = (None if x is None else some(x) for x in (self.variance, self.square))
         return KeyBlocks(self.size, some(self.mean), variance, square, some(self.log_value))
+
+    def of(self, one: int, index: Int[Tensor, "tiles some"], rooms: Sequence[Scratch]) -> "KeyBlocks":
+        """Take some blocks of one list of keys for each tile, into rooms for means, variances and squares."""
+        number = index.flatten()
+
+        def some(x: Tensor, room: Scratch) -> Tensor:
+            return torch.index_select(x[one], 0, number, out=room.take(len(number), x.shape[2])).view(*index.shape, -1)
+
+        variance = None if self.variance is None else some(self.variance, rooms[1])
+        square = None if self.square is None else some(self.square, rooms[2])
+        log_value = self.log_value[one].index_select(0, number).view_as(index)
+        return KeyBlocks(self.size, some(self.mean, rooms[0]), variance, square, log_value)
 
 
 def blocks_of(
