@@ -49,8 +49,8 @@ def law(even: float = 0.25, num: int = 8, other: float = 0.0) -> Candidates:
 
 
 def together(share: torch.Tensor, other: float = 0.0) -> torch.Tensor:
-    """What all other keys are drawn by."""
-    return torch.full_like(share[..., :1], other)
+    """The share of all other keys."""
+    return torch.full_like(share[:, :, 0, 0], other)
 
 
 def test_where_fewer_are_left_the_places_behind_them_hold_no_key():
@@ -147,7 +147,7 @@ def test_where_all_blocks_are_opened_shares_are_those_of_all_keys(size, keys):
     (index, share, other), (every, expected, none) = (scan.shares(part, blocks, some, each, 1000) for each in (size, 1))
     # nothing is hidden in closed blocks
     assert (none == 0).all()
-    assert other.max() < 1e-6
+    assert (other == 0).all()
     assert every[0, 0].tolist() == list(range(keys))
     assert (index[..., keys:] == keys).all()
     assert_same_bits(index[..., :keys], every)
@@ -174,6 +174,8 @@ def test_tiles_find_together_what_each_finds_alone(size):
         assert_same_bits(together[2][:, at], alone[2][:, 0])
         key = alone[0][alone[0] < 333].view(2, -1)
         assert (key < known[:, at, None]).all()
+        # others are in closed blocks
+        assert (alone[2] > 0).all() == (key.shape[1] < int(known[0, at]))
         assert key.shape[1] == (int(known[0, at]) if size == 1 else min(60 + int(known[0, at]) % 4, int(known[0, at])))
 
 

@@ -24,8 +24,6 @@ from hyperattention.tiling import Tiles
 DEVIATIONS = 2.0
 # blocks scored for each key scored at last, where blocks are opened more than once: what is closed early is lost
 WIDER = 2
-# draws of keys in closed blocks relative to their share of the sum: the few that stand out among them are not known
-HIDDEN = 2.0
 # logarithms below count as this: exponentials of less are slow, and add nothing
 LEAST_LOG = -80.0
 # averages of neighbouring tiles that score together: a CPU's second-level cache holds their scores
@@ -81,7 +79,7 @@ class AlikeScan:
     def shares(
         self, part: slice, blocks: Mapping[int, KeyBlocks], left: tuple[Tensor, ...], size: int, count: int
     ) -> tuple[
-        Int[Tensor, "lists chunk some"], Float[Tensor, "lists chunk many some"], Float[Tensor, "lists chunk many 1"]
+        Int[Tensor, "lists chunk some"], Float[Tensor, "lists chunk many some"], Float[Tensor, "lists chunk"]
     ]:  # fmt: skip
         """Find the keys of the largest shares, and estimate the largest share that a query of each list gives each.
 
@@ -94,13 +92,13 @@ class AlikeScan:
 
         Returns:
             numbers of keys, ascending, behind them the number of all keys where a tile has fewer; shares of each, 0 where
-            earlier stages took it; and what all others are to be drawn by together.
+            earlier stages took it; and the sum of those of all others, by the largest of all lists for each closed block.
         """
         tiles, keys = self.tiles, blocks[1].mean.shape[1]
         known, query = tiles.by_list(tiles.known)[:, part], self.query[:, self.own(part)]
         room = max(1, self._most_known(part)) if size == 1 else room_of(count)
         index = torch.full((*known.shape, room), keys, dtype=torch.int64, device=known.device)
-        share, other = query.new_zeros(*query.shape[:3], room), query.new_zeros(*query.shape[:3], 1)
+        share, other = query.new_zeros(*query.shape[:3], room), query.new_zeros(known.shape)
         rooms = [Scratch(query, 0) for _ in range(4)]
         for one, (some, most) in product(range(len(known)), self._together(part)):
             of_tiles = TileScan.of(self, one, slice(part.start + some.start, part.start + some.stop), rooms)
@@ -113,10 +111,14 @@ class AlikeScan:
         return index, share, other
 
     def _together(self, part: slice) -> list[tuple[slice, int]]:
-        """Cut tiles into those that are scored together, with the keys that they see at most.
+        """Cut tiles into those that are scored together.
 
-        Both depend on the numbers of tiles alone: products and sums of one shape have the same bits, whatever chunk a tile
-        is in, and however many follow it.
+        Args:
+            part: the tiles.
+
+        Returns:
+            where they stand in the part, and a bound of the keys that they see. Both depend on the numbers of tiles alone:
+            a tile's scores have the same bits in every chunk, and however many tiles follow.
         """
         tiles, problem, found = self.tiles, self.tiles.problem, []
         step = max(1, TOGETHER // self.query.shape[2:4].numel())
@@ -167,7 +169,7 @@ class TileScan:
     def opened(
         self, blocks: Mapping[int, KeyBlocks], one: int, left: tuple[Tensor, ...], seen: tuple[int, Tensor], size: int,
         count: int,
-    ) -> tuple[Int[Tensor, "tiles some"], Float[Tensor, "tiles many some"], Float[Tensor, "tiles many 1"]]:  # fmt: skip
+    ) -> tuple[Int[Tensor, "tiles some"], Float[Tensor, "tiles many some"], Float[Tensor, " tiles"]]:  # fmt: skip
         """Open the blocks of the largest shares, and of these again, down to keys: see `AlikeScan.shares`.
 
         Args:
@@ -179,12 +181,12 @@ class TileScan:
             count: keys opened at last.
 
         Returns:
-            the keys, their shares, and what all others are drawn by.
+            the keys, their shares, and the sum of those of all others.
         """
         most, known = seen
         number, inside = (torch.arange(x, dtype=torch.int64, device=self.query.device) for x in (most // size, OPENED))
         some = blocks[size].first(one, most // size)
-        closed = self.query.new_full(self.log_rows.shape, -torch.inf)
+        closed, other = self.query.new_full(self.log_rows.shape, -torch.inf), self.query.new_zeros(len(self.query))
         while True:
             hidden = number >= known // size
             number = number.masked_fill(hidden, blocks[1].mean.shape[1])
@@ -199,8 +201,10 @@ class TileScan:
             if size == 1:
                 break
             wanted = min(-(-(count if size == OPENED else WIDER * count) // OPENED), number.shape[1])
-            rank = log_share.amax(1).masked_fill_(~any_left(number * size, size, left), -torch.inf)
-            best = rank.topk(wanted, sorted=False).indices
+            # of what earlier stages took nothing is drawn
+            rank = log_share.amax(1).masked_fill_(~any_left(number * size, size, left), torch.finfo(weight.dtype).min)
+            best = rank.masked_fill_(hidden, -torch.inf).topk(wanted, sorted=False).indices
+            other += rank.scatter(1, best, -torch.inf).clamp_(max=0.0).exp_().sum(1) * size
             keep = torch.ones_like(rank).scatter_(1, best, 0.0)
             closed = _added(closed, bar + weight.mul_(keep[:, None, None]).sum(3).log_())
             # the one behind the last whole block has whole smaller ones
@@ -208,7 +212,7 @@ class TileScan:
             number = (opened[..., None] * OPENED + inside).flatten(1)
             some = blocks[size].of(one, number.clamp(max=blocks[size].mean.shape[1] - 1), self.rooms[1:])
         share = log_share.clamp_(max=0.0).exp_().masked_fill_(~any_left(number, 1, left)[:, None], 0.0)
-        return number, share, (closed - bar).amax(2, keepdim=True).exp_().mul_(HIDDEN)
+        return number, share, other
 
     def _masses(
         self, some: KeyBlocks, hidden: Bool[Tensor, "tiles some"]

@@ -44,14 +44,14 @@ class Candidates(Distribution):
 
     @classmethod
     def of(
-        cls, share: Float[Tensor, "lists tiles many candidates"], other: Float[Tensor, "lists tiles many 1"],
+        cls, share: Float[Tensor, "lists tiles many candidates"], other: Float[Tensor, "lists tiles"],
         key: Int[Tensor, "lists tiles candidates"], left: tuple[Tensor, ...], num: int, even: float,
     ) -> "Candidates":  # fmt: skip
         """Return how often each candidate is to be listed.
 
         Args:
             share: the largest share that a query of each of `many` lists gives each candidate.
-            other: the same for all other keys together.
+            other: the sum of the shares of all other keys, for each list of a tile.
             key: the candidates, ascending; where there are fewer, the number of all keys stands behind them. Those that
                 earlier stages took are none.
             left: what earlier stages left, from `edges`, for each tile.
@@ -67,7 +67,9 @@ class Candidates(Distribution):
         place = key.clamp(begin, hole_begin) - begin + key.clamp(hole_end, end) - hole_end
         others = count - passed[..., -1:]
         room = torch.cat([inside.long(), others], 2)
-        mass = torch.cat([share * inside[:, :, None], other.masked_fill((others == 0)[..., None], 0.0)], 3)
+        # none of them
+        other = other[..., None].masked_fill(others == 0, 0.0)[:, :, None].expand(*share.shape[:3], 1)
+        mass = torch.cat([share * inside[:, :, None], other], 3)
         return cls(key, passed, place - passed[..., :-1], others, left, listings_of(mass, room, count, num, even))
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
