@@ -80,7 +80,7 @@ def test_keys_and_their_shares_are_those_of_the_cpu(given, groups, many, most, c
     left = edges(tiles, CoveredKeys())
     for tile in range(len(tiles.index)):
         part, size = slice(tile, tile + 1), sizes.of(tiles, slice(tile, tile + 1))
-        index, expected, _ = scan.shares(part, blocks, tuple(x[:, part] for x in left), size, candidates)
+        index, expected = scan.shares(part, blocks, tuple(x[:, part] for x in left), size, candidates)
         # the number of all keys stands for none
         for one, (key, share) in enumerate(zip(index[:, 0], expected[:, 0], strict=True)):
             count = int((key < given.num_keys).sum())
@@ -111,7 +111,7 @@ def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
     keys, part = made.blocks.keys.float(), slice(0, len(scan.tiles.index))
     blocks = {1: KeyBlocks(1, keys, None, None, made.blocks.log_value)}
     left = edges(scan.tiles, CoveredKeys())
-    index, expected, _ = scan.shares(part, blocks, left, 1, 9)
+    index, expected = scan.shares(part, blocks, left, 1, 9)
     assert made.share.dtype == torch.bfloat16
     width = keys.shape[2]
     extra = (2 * (scan.spread[..., :width] @ keys.square()[:, None].transpose(2, 3)).sqrt()).amax() + 2
@@ -122,33 +122,26 @@ def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
 
 
 @triton.jit
-def _found(
-    share_ptr, numbers_ptr, found_ptr, written_ptr, rest_ptr, count, most, BITS: tl.constexpr, DIGIT: tl.constexpr
-):  # fmt: skip
-    written, rest = find_largest(share_ptr, numbers_ptr, found_ptr, count, most, BITS, DIGIT, 16, 32)
-    tl.store(written_ptr, written)
-    tl.store(rest_ptr, rest)
+def _found(share_ptr, numbers_ptr, found_ptr, written_ptr, count, most, BITS: tl.constexpr, DIGIT: tl.constexpr):
+    tl.store(written_ptr, find_largest(share_ptr, numbers_ptr, found_ptr, count, most, BITS, DIGIT, 16, 32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("count", "most"), [(100, 7), (65, 64), (64, 64), (33, 40), (1, 1), (0, 3)])
 def test_the_largest_shares_are_found_without_a_sort(count, most, dtype):
     generator = torch.Generator().manual_seed(count)
-    share = torch.rand(count, generator=generator).mul(12).sub(4).exp().to(dtype)
+    share = torch.rand(count, generator=generator).mul(8).exp().to(dtype)
     # equal ones, none at all, and some that are never found
     share[::3] = 5.0
     share[1::7], share[2::5] = 0.0, -1.0
     numbers, written = torch.full((most,), -7, dtype=torch.int32), torch.full((1,), -7, dtype=torch.int32)
     given, of_shares = torch.nn.functional.pad(share, (0, 3), value=100.0), 3 * torch.arange(count, dtype=torch.int32)
-    rest = torch.full((1,), torch.nan)
-    _found[(1,)](given, of_shares, numbers, written, rest, count, most, 8 * dtype.itemsize, 3)
+    _found[(1,)](given, of_shares, numbers, written, count, most, 8 * dtype.itemsize, 3)
     # of equal shares the first
     order = share.double().sort(descending=True, stable=True)[1]
     expected = order[: min(most, int((share >= 0).sum()))].sort()[0]
     assert written == len(expected)
     assert_same_bits(numbers[: len(expected)].long(), 3 * expected)
-    others = share.float().index_fill(0, expected, 0.0).clamp(0, 1).sum()
-    assert_exact(rest[0], others, size=1 + count)
 
 
 NUM, POINTS = 24, 10
@@ -164,8 +157,7 @@ EDGES = {
 
 @triton.jit
 def _draws(
-    share_ptr, numbers_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, counts_ptr, room, most, other,
-    num,
+    share_ptr, numbers_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, counts_ptr, room, most, num,
     MANY: tl.constexpr,
 ):  # fmt: skip
     """The lists of a tile at a time."""
@@ -173,7 +165,7 @@ def _draws(
     count = tl.load(counts_ptr + tile)
     draw_lists(
         share_ptr + tile * MANY * room, numbers_ptr + tile * most, edges_ptr + tile * 5, noise_ptr, index_ptr, weight_ptr,
-        low_ptr, high_ptr, tile * MANY, MANY, count, room, other, num, 0.2, 1e-30,
+        low_ptr, high_ptr, tile * MANY, MANY, count, room, num, 0.2, 1e-30,
         16, 4, 2**30, 57, 16, 16, 16, 6,
     )  # fmt: skip
 
@@ -196,10 +188,8 @@ def some_of(left: tuple[Tensor, ...], most: int) -> Tensor:
 
 
 @pytest.mark.parametrize("most", [1, 12, 17, 60])
-@pytest.mark.parametrize(
-    ("kind", "other"), [("smooth", 0.0), ("smooth", 2.0), ("peaks", 0.7), ("nothing scored", 0.0), ("nothing scored", 0.3)]
-)
-def test_draws_follow_the_law(most, kind, other):
+@pytest.mark.parametrize("kind", ["smooth", "peaks", "nothing scored"])
+def test_draws_follow_the_law(most, kind):
     """Over evenly spaced offsets every key is listed as often as expected, and its weight is one over that."""
     tiles = len(EDGES)
     left = tuple(torch.tensor(x)[None, :, None] for x in zip(*EDGES.values(), strict=True))
@@ -215,8 +205,8 @@ def test_draws_follow_the_law(most, kind, other):
     ends = torch.cat([*left, torch.full((1, tiles, 1), 90)], 2)[0].contiguous()
     numbers = found[0].int().masked_fill(found[0] >= 100, -(10**6)).contiguous()
     results = index, weight, low, high
-    _draws[(tiles,)](given.flatten(0, 2), numbers, ends, noise, *results, counts, room, most, other, NUM, POINTS)
-    law = Candidates.of(share, torch.full((1, tiles), other), found, left, NUM, 0.2)
+    _draws[(tiles,)](given.flatten(0, 2), numbers, ends, noise, *results, counts, room, most, NUM, POINTS)
+    law = Candidates.of(share.clone(), found, left, NUM, 0.2)
     expected = law.share(torch.arange(100).expand(1, tiles * POINTS, -1)).view(tiles, POINTS, 100)[:, 0] * NUM
     index, weight = index.view(tiles, -1), weight.view(tiles, -1)
     for tile, (begin, hole_begin, hole_end, end) in enumerate(EDGES.values()):

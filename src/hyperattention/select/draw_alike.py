@@ -262,5 +262,5 @@ class DrawAlike(Stage):
         self, scan: AlikeScan, blocks: Mapping[int, KeyBlocks], left: tuple[Tensor, ...], part: slice, size: int
     ) -> Candidates:
         """Return the law of draws for a chunk of tiles, whose first blocks have `size` keys."""
-        key, share, other = scan.shares(part, blocks, left, size, self.num * self.candidates)
-        return Candidates.of(share, other, key, left, self.num, self.uniform_share)
+        key, share = scan.shares(part, blocks, left, size, self.num * self.candidates)
+        return Candidates.of(share, key, left, self.num, self.uniform_share)

@@ -11,12 +11,12 @@ import triton.language as tl
 
 @triton.jit
 def _bits(share_ptr, first, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Read shares, also as integers of the same order; those below 0 are never found."""
+    """Read shares as integers of the same order; those below 0 are never found."""
     key = first + tl.arange(0, BLOCK)
     share = tl.load(share_ptr + key, mask=key < count, other=-1.0)
     # wide enough for the largest threshold
     bits = share.to(tl.int32, bitcast=True).to(tl.int64) if BITS > 16 else share.to(tl.int16, bitcast=True).to(tl.int32)
-    return key, share, bits
+    return key, bits
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def find_largest(
         BLOCK: shares that are placed at once.
 
     Returns:
-        how many numbers were written; and the sum of all other shares, none of them counted as more than 1.
+        how many numbers were written.
     """
     digit = tl.arange(0, 1 << DIGIT)
     # the largest threshold that enough shares reach, and how many lie above it
@@ -50,7 +50,7 @@ def find_largest(
         bar = least + (digit.to(least.dtype) << shift)
         passed = tl.zeros([1 << DIGIT, COUNTED], tl.int32)
         for first in tl.range(0, count, COUNTED, num_stages=3):
-            _, _, bits = _bits(share_ptr, first, count, BITS, COUNTED)
+            _, bits = _bits(share_ptr, first, count, BITS, COUNTED)
             # the sign of the difference, which is cheaper than a comparison
             passed -= ((bar[:, None] - 1 - bits[None, :]) >> sign).to(tl.int32)
         total = tl.sum(passed, 1)
@@ -59,9 +59,9 @@ def find_largest(
         above = tl.maximum(above, tl.sum(tl.where(digit == one + 1, total, 0), 0))
         least += one.to(least.dtype) << shift
     ties, written = tl.maximum(wanted - above, 0), tl.zeros([], tl.int32)
-    seen, rest = tl.zeros([], tl.int32), tl.zeros([BLOCK], tl.float32)
+    seen = tl.zeros([], tl.int32)
     for first in tl.range(0, count, BLOCK, num_stages=3):
-        key, share, bits = _bits(share_ptr, first, count, BITS, BLOCK)
+        key, bits = _bits(share_ptr, first, count, BITS, BLOCK)
         larger, equal = bits > least, bits == least
         # both running sums at once
         of_key = larger.to(tl.int32) | (equal.to(tl.int32) << 16)
@@ -69,9 +69,8 @@ def find_largest(
         tied, before = seen + (running >> 16), tl.minimum(seen, ties)
         place = written - before + (running & 0xFFFF) + tl.minimum(tied, ties)
         chosen = larger | (equal & (tied <= ties))
-        rest += tl.where(chosen, 0.0, tl.minimum(tl.maximum(share.to(tl.float32), 0.0), 1.0))
         number = tl.load(numbers_ptr + key, mask=chosen, other=0)
         tl.store(found_ptr + place - 1, number, mask=chosen)
         seen += in_all >> 16
         written += (in_all & 0xFFFF) + tl.minimum(seen, ties) - before
-    return written, tl.sum(rest, 0)
+    return written

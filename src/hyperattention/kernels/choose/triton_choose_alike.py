@@ -128,7 +128,7 @@ def _kernel(
             level = 0
             if SEVERAL:
                 level = _level(tile, first_tile, length, step, tile_size, keys, most, levels)
-            count, other = known >> 2 * level, tl.zeros([], tl.float32)
+            count = known >> 2 * level
             number_blocks(numbers_ptr, count, WRITTEN)
             if SEVERAL:
                 variance_at = variance_ptr + one * (blocks - keys) * DIM
@@ -147,10 +147,7 @@ def _kernel(
                     )  # fmt: skip
                     tl.debug_barrier()
                     wanted = tl.cdiv(tl.where(above == 1, candidates, wider * candidates), 4)
-                    found, closed = find_largest(
-                        share_ptr, numbers_ptr, opened_ptr, count, wanted, BITS, DIGIT, COUNTED, TAKEN
-                    )  # fmt: skip
-                    other += closed * size
+                    found = find_largest(share_ptr, numbers_ptr, opened_ptr, count, wanted, BITS, DIGIT, COUNTED, TAKEN)
                     _sums(
                         query_ptr, spread_ptr, log_rows_ptr, keys_of, variance_of, opened_ptr, bar_ptr, own, found, size,
                         bound, OF_LIST, DIM, True, True, LISTS, AVERAGES, WIDTH, SUMMED,
@@ -174,7 +171,7 @@ def _kernel(
             tl.debug_barrier()
             draw_lists(
                 share_ptr, numbers_ptr, edge_at, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, row, own, count,
-                room, other, num, even, least,
+                room, num, even, least,
                 LISTS, ROUNDS, ALL, SHIFT, PLACES, PLACED, SLOTS, DIGITS,
             )  # fmt: skip
         tl.debug_barrier()

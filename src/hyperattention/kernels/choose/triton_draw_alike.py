@@ -29,13 +29,6 @@ def _shares(share_at, first, stored, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _with_others(share, first, count, other, PLACES: tl.constexpr):
-    """Put the share of each of the others behind those of the candidates."""
-    place = first + tl.arange(0, PLACES)[None, :]
-    return tl.where(place == count, other[:, None], share)
-
-
-@triton.jit
 def _total(share_at, stored, most, LISTS: tl.constexpr, PLACES: tl.constexpr):
     """Add up the shares of all candidates, none above `most`."""
     total = tl.zeros([LISTS, PLACES], tl.float32)
@@ -78,7 +71,7 @@ def _other(numbers_ptr, count, rank, asked, begin, hole_begin, hole_end, DIGITS:
 @triton.jit
 def draw_lists(
     share_ptr, numbers_ptr, edge_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, lists, count,
-    room, other, num, even, least,
+    room, num, even, least,
     LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr, PLACES: tl.constexpr,
     PLACED: tl.constexpr, SLOTS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +90,6 @@ def draw_lists(
         lists: number of lists.
         count: number of candidates.
         room: places of a list in `share_ptr`.
-        other: the share of all other keys together.
         num: draws of a list.
         even: share of the draws that is spread evenly.
         least: sums below this count as 0.
@@ -124,20 +116,18 @@ def draw_lists(
     share_at = share_ptr + number * room
     stored = tl.cdiv(count, 16) * 16
     weighted = (1.0 - even) * num
-    rest = others.to(tl.float32)
-    other = tl.where(others > 0, other, 0.0) / tl.maximum(rest, 1.0)
     most = tl.full([LISTS], float("inf"), tl.float32)
-    total = _total(share_at, stored, most, LISTS, PLACES) + rest * other
+    total = _total(share_at, stored, most, LISTS, PLACES)
     for _ in tl.range(0, ROUNDS):
         most = total / weighted
-        total = _total(share_at, stored, most, LISTS, PLACES) + rest * tl.minimum(other, most)
+        total = _total(share_at, stored, most, LISTS, PLACES)
     scale = weighted / tl.maximum(total, least)
     # where nothing was scored this is all there is, and all draws are even
     evenly = even * num / tl.maximum(left, 1).to(tl.float32)
     unit = ALL / num
     in_all = tl.zeros([LISTS, PLACES], tl.int32)
     for first in tl.range(0, count + 1, PLACES, num_stages=4):
-        share = _with_others(_shares(share_at, first, stored, PLACES), first, count, other, PLACES)
+        share = _shares(share_at, first, stored, PLACES)
         rooms = _rooms(first, count, others, LISTS, PLACES)
         in_all += _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
     in_all = tl.maximum(tl.sum(in_all, 1), 1)
@@ -153,7 +143,6 @@ def draw_lists(
     for first in tl.range(0, count + 1, PLACED):
         place = first + tl.arange(0, PLACED)[None, :]
         share, share_ahead = share_ahead, _shares(share_at, first + PLACED, stored, PLACED)
-        share = _with_others(share, first, count, other, PLACED)
         rooms = _rooms(first, count, others, LISTS, PLACED)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         until = passed[:, None] + tl.cumsum(units, 1)
@@ -174,7 +163,6 @@ def draw_lists(
         place, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
         one_of = inside & drawn & (place < count)
         share = tl.load(share_at[:, None] + place, mask=one_of, other=0.0).to(tl.float32)
-        share = tl.where(place == count, other[:, None], share)
         keys_of = tl.where(place == count, others, 1)
         rooms = keys_of.to(tl.float32)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
