@@ -128,8 +128,8 @@ def draw_lists(
     weighted = (1.0 - even) * num
     # all others have equal parts of their share
     group = tl.arange(0, GROUPS)[None, :]
-    given = (there & (others > 0))[:, None] & (group < OF_LIST)
-    rest = tl.load(rest_ptr + number[:, None] * OF_LIST + group, mask=given, other=-float("inf"))
+    one_of_many = (there & (others > 0))[:, None] & (group < OF_LIST)
+    rest = tl.load(rest_ptr + number[:, None] * OF_LIST + group, mask=one_of_many, other=-float("inf"))
     several = tl.maximum(others, 1).to(tl.float32)
     other = tl.exp(tl.max(rest, 1)) / several
     most = tl.full([LISTS], float("inf"), tl.float32)
