@@ -35,7 +35,6 @@ class Chosen:
         spread: what they leave out, ``[lists, tiles, many, 2 * width]``.
         log_rows: half the logarithm of their rows, ``[lists, tiles, many, groups]``.
         bar: what their scores are compared with.
-        rest: logarithm of the share that they give keys in closed blocks.
         share: shares of candidates, ``[lists, tiles, many, room]``.
         numbers: numbers of candidates, ``[lists, tiles, units]``; what stands behind them are others.
     """
@@ -48,7 +47,6 @@ class Chosen:
     spread: Tensor
     log_rows: Tensor
     bar: Tensor
-    rest: Tensor
     share: Tensor
     numbers: Tensor
 

@@ -43,35 +43,27 @@ def found(count: int, known: int = 30) -> torch.Tensor:
     return best.indices.masked_fill(best.values < 0, 30).sort(2)[0]
 
 
-def law(even: float = 0.25, num: int = 8, other: float = 0.0) -> Candidates:
+def law(even: float = 0.25, num: int = 8) -> Candidates:
     among = shares(3).gather(3, found(7)[:, :, None].expand(-1, -1, 3, -1))
-    return Candidates.of(among, together(among, other), found(7), LEFT, num, even)
-
-
-def together(share: torch.Tensor, other: float = 0.0) -> torch.Tensor:
-    """What all other keys are drawn by."""
-    return torch.full_like(share[..., :1], other)
+    return Candidates.of(among, found(7), LEFT, num, even)
 
 
 def test_where_fewer_are_left_the_places_behind_them_hold_no_key():
     some = found(20)
     assert some[0, 0].tolist() == [*torch.arange(30)[there(0)].tolist(), *[30] * 6]
-    among = shares(3).gather(3, some[:, :, None].expand(-1, -1, 3, -1).clamp(max=29))
-    every = Candidates.of(among, together(among), some, LEFT, 8, 0.25)
+    every = Candidates.of(shares(3).gather(3, some[:, :, None].expand(-1, -1, 3, -1).clamp(max=29)), some, LEFT, 8, 0.25)
     index, chance = every.draw(((torch.arange(8) + 0.5) / 8).expand(1, 6, -1))
     assert (index[0, :3, :, None] == torch.arange(30)[there(0)]).any(-1).all()
     assert_exact(every.share(index), chance)
 
 
-@pytest.mark.parametrize("other", [0.0, 0.3, 50.0], ids=lambda x: f"others have {x}")
-def test_listings_are_those_of_the_formula(other):
-    some, chance = found(7), law(other=other).share(torch.arange(30).expand(1, 6, -1))
+def test_listings_are_those_of_the_formula():
+    some, chance = found(7), law().share(torch.arange(30).expand(1, 6, -1))
     for tile in range(2):
         key, left = torch.arange(30), there(tile)
         candidate = (key[:, None] == some[0, tile]).any(1)
-        others = left & ~candidate
         for one in range(3):
-            mass = shares(3)[0, tile, one] * candidate + other / others.sum() * others
+            mass = shares(3)[0, tile, one] * candidate
             for _ in range(4):
                 mass = mass.clamp(max=mass.sum().item() / (0.75 * 8))
             mass = (mass / mass.sum() * 0.75 * 8 + left * 0.25 * 8 / left.sum()).clamp(max=1)
@@ -84,8 +76,7 @@ def test_every_key_that_is_left_has_a_weight_of_one_on_average():
     # lists that differ by where inside a slot their points lie
     same = shares().gather(3, some[:, :, None]).expand(-1, -1, offsets, -1).clone()
     noise = ((torch.arange(offsets, dtype=torch.float64) + 0.5) / offsets).repeat(2)[None, :, None]
-    made = Candidates.of(same, together(same, 0.5), some, LEFT, num, 0.25)
-    index, chance = made.draw((torch.arange(num) + noise) / num)
+    index, chance = Candidates.of(same, some, LEFT, num, 0.25).draw((torch.arange(num) + noise) / num)
     weight = torch.zeros(2 * offsets, 30, dtype=torch.float64).scatter_add(1, index[0], 1 / (chance[0] * num))
     for tile, mean in enumerate(weight.unflatten(0, (2, offsets)).mean(1)):
         assert (mean[there(tile)] - 1).abs().max() < 0.02
@@ -99,7 +90,7 @@ def test_keys_that_no_query_knows_are_among_the_others():
     same = shares().gather(3, some[:, :, None].clamp(max=29)).expand(-1, -1, 500, -1).clone()
     same.masked_fill_((some == 30)[:, :, None], 0.0)
     noise = ((torch.arange(500, dtype=torch.float64) + 0.5) / 500).repeat(2)[None, :, None]
-    index, chance = Candidates.of(same, together(same), some, LEFT, 8, 0.25).draw((torch.arange(8) + noise) / 8)
+    index, chance = Candidates.of(same, some, LEFT, 8, 0.25).draw((torch.arange(8) + noise) / 8)
     weight = torch.zeros(1000, 30, dtype=torch.float64).scatter_add(1, index[0], 1 / (chance[0] * 8))
     for tile, mean in enumerate(weight.unflatten(0, (2, 500)).mean(1)):
         assert (mean[there(tile)] - 1).abs().max() < 0.05
@@ -113,7 +104,7 @@ def test_each_of_a_million_other_keys_can_be_drawn():
     share = torch.full((1, 1, offsets, 1024), 1e-3)
     # a slot of the others has 16,384 keys: points lie a quarter of a key apart
     noise = ((torch.arange(offsets, dtype=torch.float64) + 0.5) / 2**16)[None, :, None]
-    index, chance = Candidates.of(share, together(share), some, left, num, 0.1).draw((torch.arange(num) + noise) / num)
+    index, chance = Candidates.of(share, some, left, num, 0.1).draw((torch.arange(num) + noise) / num)
     others = index[chance < chance.max() / 2]
     count = others.bincount()
     # four of each, but for the ends; steps of float32 are larger than a key here
@@ -122,10 +113,9 @@ def test_each_of_a_million_other_keys_can_be_drawn():
     assert (count > 0).sum() > 0.95 * len(others) / 4
 
 
-@pytest.mark.parametrize("other", [0.0, 0.7])
-def test_drawn_keys_have_the_chance_that_is_told(other):
-    index, chance = law(other=other).draw(((torch.arange(16) + 0.5) / 16).expand(1, 6, -1))
-    assert_exact(law(other=other).share(index), chance)
+def test_drawn_keys_have_the_chance_that_is_told():
+    index, chance = law().draw(((torch.arange(16) + 0.5) / 16).expand(1, 6, -1))
+    assert_exact(law().share(index), chance)
     assert (chance > 0).all()
 
 
@@ -144,10 +134,7 @@ def test_where_all_blocks_are_opened_shares_are_those_of_all_keys(size, keys):
     scan, blocks, left = scan_of(problem(keys, causal=False, heads=4, kv_heads=2), (1, 4, 16, 64))
     part = slice(2, 6)
     some = tuple(x[:, part] for x in left)
-    (index, share, other), (every, expected, none) = (scan.shares(part, blocks, some, each, 1000) for each in (size, 1))
-    # nothing is hidden in closed blocks
-    assert (none == 0).all()
-    assert other.max() < 1e-6
+    (index, share), (every, expected) = (scan.shares(part, blocks, some, each, 1000) for each in (size, 1))
     assert every[0, 0].tolist() == list(range(keys))
     assert (index[..., keys:] == keys).all()
     assert_same_bits(index[..., :keys], every)
@@ -171,18 +158,15 @@ def test_tiles_find_together_what_each_finds_alone(size):
         assert (together[0][:, at, alone[0].shape[2] :] == 333).all()
         assert_same_bits(together[0][:, at, : alone[0].shape[2]], alone[0][:, 0])
         assert_same_bits(together[1][:, at, :, : alone[1].shape[3]], alone[1][:, 0])
-        assert_same_bits(together[2][:, at], alone[2][:, 0])
         key = alone[0][alone[0] < 333].view(2, -1)
         assert (key < known[:, at, None]).all()
-        # others are in closed blocks
-        assert (alone[2] > 0).all() == (key.shape[1] < int(known[0, at]))
         assert key.shape[1] == (int(known[0, at]) if size == 1 else min(60 + int(known[0, at]) % 4, int(known[0, at])))
 
 
 def test_shares_of_all_keys_are_those_of_the_formula():
     given = problem(200, causal=True, heads=4, kv_heads=2)
     scan, blocks, left = scan_of(given, (1,), 5)
-    index, share, _ = scan.shares(slice(5, 6), blocks, tuple(x[:, 5:6] for x in left), 1, 10)
+    index, share = scan.shares(slice(5, 6), blocks, tuple(x[:, 5:6] for x in left), 1, 10)
     assert index[0, 0].tolist() == list(range(160))
     k, v = (x[0].double() for x in (given.k, given.v))
     centred, far = k - k[:, :24].mean(1, keepdim=True), (v - v[:, :24].mean(1, keepdim=True)).norm(dim=2)
@@ -204,7 +188,7 @@ def test_blocks_of_the_largest_shares_are_opened():
     sizes = BlockSizes(70).all(cut(given, TILE))
     assert sizes == (1, 4, 16)
     scan, blocks, left = scan_of(given, sizes)
-    index, share, _ = scan.shares(slice(31, 32), blocks, tuple(x[:, 31:] for x in left), 16, 24)
+    index, share = scan.shares(slice(31, 32), blocks, tuple(x[:, 31:] for x in left), 16, 24)
     assert (index < 1024).sum(2).max() == 24
     for one in range(2):
         assert torch.isin(wanted, index[one, 0]).all()
@@ -221,7 +205,7 @@ def test_keys_that_earlier_stages_took_are_no_candidates():
     part, edge = slice(17, 18), (7, 101, 122, 530)
     left = tuple(torch.full((2, 1, 1), x) for x in edge)
     for size in (1, 4, 16):
-        index, share, _ = scan.shares(part, blocks, left, size, 200)
+        index, share = scan.shares(part, blocks, left, size, 200)
         key, share = index[index < 600], share.amax(2)[index < 600]
         taken = (key < 7) | ((key >= 101) & (key < 122)) | (key >= 530)
         assert (share[taken] == 0).all()

@@ -31,16 +31,16 @@ MASS_SPILLS = {80: 8, 90: 0}
 # directions of keys, in float32
 BASIS_SPILLS = {80: 16, 90: 0}
 # a choice that opens blocks, by averages of a list: numbers that are touched once for the lists of a program, or in loops
-CHOICE_SPILLS = {(8, 80): 32, (8, 90): 224, (16, 80): 32, (16, 90): 112}
+CHOICE_SPILLS = {(8, 80): 16, (8, 90): 216, (16, 80): 32, (16, 90): 160}
 # older kernels whose loops wait for whole blocks, and how many of them each loop waits for: not yet rewritten
 SYNCHRONOUS = {"backward, keys": 2, "keys prepared": 2, "queries of": 2}
 # passes over the rows of a tile and slices of a factor, which stay in the cache, or over keys once a call: other programs
-# run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled. In a choice: queries,
-# averages and what these give closed blocks, once for some lists, and shares while draws are placed, loaded a step ahead
+# run meanwhile. Slices fetched in the background would take registers, of which 120 bytes were spilled. In a choice: queries
+# and averages, once for some lists, and shares while draws are placed, which are loaded a step ahead
 # (directions in 16 bits, too short for such loads, are one of sorting's)
-PASSES = {"alike sorting": 9, "alike first": 3, "alike blocks": 2, "alike factors": 3, "alike choice": 12}
+PASSES = {"alike sorting": 9, "alike first": 3, "alike blocks": 2, "alike factors": 3, "alike choice": 11}
 # blocks that are opened: averages are read for each size of them, and once more to take sums away
-OPENED_PASSES = 19
+OPENED_PASSES = 18
 # blocks that the loops of a choice over keys, over blocks and over shares fetch in the background
 BACKGROUND = {"keys": 16, "opened": 28}
 

@@ -75,12 +75,12 @@ def scan_of(given: Problem, groups: int, many: int, most: int, candidates: int, 
 )
 def test_keys_and_their_shares_are_those_of_the_cpu(given, groups, many, most, candidates, monkeypatch):
     made, scan = scan_of(given, groups, many, most, candidates, monkeypatch)
-    tiles, sizes, seen, inner, outer, hidden = scan.tiles, BlockSizes(most), set(), 0, 0, 0
+    tiles, sizes, seen, inner, outer = scan.tiles, BlockSizes(most), set(), 0, 0
     blocks = blocks_of(given.k.flatten(0, 1), given.v.flatten(0, 1), sizes.all(tiles), 24)
     left = edges(tiles, CoveredKeys())
     for tile in range(len(tiles.index)):
         part, size = slice(tile, tile + 1), sizes.of(tiles, slice(tile, tile + 1))
-        index, expected, others = scan.shares(part, blocks, tuple(x[:, part] for x in left), size, candidates)
+        index, expected = scan.shares(part, blocks, tuple(x[:, part] for x in left), size, candidates)
         # the number of all keys stands for none
         for one, (key, share) in enumerate(zip(index[:, 0], expected[:, 0], strict=True)):
             count = int((key < given.num_keys).sum())
@@ -89,10 +89,6 @@ def test_keys_and_their_shares_are_those_of_the_cpu(given, groups, many, most, c
             # logarithms: each share to rounding, however small; the scores under it are sums of products this large
             size_of_scores = (scan.query.norm(dim=-1).max() * blocks[1].mean.norm(dim=-1).max()).item()
             assert_exact(ours.log(), share.log(), size=1 + size_of_scores)
-            if count:
-                # sums that nearly cancel have the error of what is taken from them
-                assert_exact(made.rest[one, tile].amax(1).exp(), others[one, 0, :, 0], size=2 + size_of_scores)
-                hidden = hidden + (others > 0.01).sum()
             # a program writes zeros behind them
             assert (made.share[one, tile, :, count : -(-count // 16) * 16] == 0).all()
             inner, outer = inner + (share < 1).sum(), outer + share.numel()
@@ -105,8 +101,6 @@ def test_keys_and_their_shares_are_those_of_the_cpu(given, groups, many, most, c
     # many are neither unknown nor as large as a share can be
     assert inner > 0.2 * outer > 0
     assert seen == {4, 16}.intersection(sizes.all(tiles)) or not given.causal
-    # closed blocks have a part of some sums, where there are any
-    assert (hidden > 0) == (len(sizes.all(tiles)) > 1)
 
 
 def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
@@ -117,7 +111,7 @@ def test_shares_are_rounded_by_a_few_steps_of_bfloat16(monkeypatch):
     keys, part = made.blocks.keys.float(), slice(0, len(scan.tiles.index))
     blocks = {1: KeyBlocks(1, keys, None, None, made.blocks.log_value)}
     left = edges(scan.tiles, CoveredKeys())
-    index, expected, _ = scan.shares(part, blocks, left, 1, 9)
+    index, expected = scan.shares(part, blocks, left, 1, 9)
     assert made.share.dtype == torch.bfloat16
     width = keys.shape[2]
     extra = (2 * (scan.spread[..., :width] @ keys.square()[:, None].transpose(2, 3)).sqrt()).amax() + 2
@@ -163,17 +157,16 @@ EDGES = {
 
 @triton.jit
 def _draws(
-    share_ptr, rest_ptr, numbers_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, counts_ptr, room,
-    most, num,
+    share_ptr, numbers_ptr, edges_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, counts_ptr, room, most, num,
     MANY: tl.constexpr,
 ):  # fmt: skip
     """The lists of a tile at a time."""
     tile = tl.program_id(0)
     count = tl.load(counts_ptr + tile)
     draw_lists(
-        share_ptr + tile * MANY * room, rest_ptr + tile * MANY * 3, numbers_ptr + tile * most, edges_ptr + tile * 5,
-        noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, tile * MANY, MANY, count, room, num, 0.2, 1e-30,
-        3, 4, 16, 4, 2**30, 57, 16, 16, 16, 6,
+        share_ptr + tile * MANY * room, numbers_ptr + tile * most, edges_ptr + tile * 5, noise_ptr, index_ptr, weight_ptr,
+        low_ptr, high_ptr, tile * MANY, MANY, count, room, num, 0.2, 1e-30,
+        16, 4, 2**30, 57, 16, 16, 16, 6,
     )  # fmt: skip
 
 
@@ -195,10 +188,8 @@ def some_of(left: tuple[Tensor, ...], most: int) -> Tensor:
 
 
 @pytest.mark.parametrize("most", [1, 12, 17, 60])
-@pytest.mark.parametrize(
-    ("kind", "other"), [("smooth", 0.0), ("smooth", 2.0), ("peaks", 0.7), ("nothing scored", 0.0), ("nothing scored", 0.3)]
-)
-def test_draws_follow_the_law(most, kind, other):
+@pytest.mark.parametrize("kind", ["smooth", "peaks", "nothing scored"])
+def test_draws_follow_the_law(most, kind):
     """Over evenly spaced offsets every key is listed as often as expected, and its weight is one over that."""
     tiles = len(EDGES)
     left = tuple(torch.tensor(x)[None, :, None] for x in zip(*EDGES.values(), strict=True))
@@ -214,10 +205,8 @@ def test_draws_follow_the_law(most, kind, other):
     ends = torch.cat([*left, torch.full((1, tiles, 1), 90)], 2)[0].contiguous()
     numbers = found[0].int().masked_fill(found[0] >= 100, -(10**6)).contiguous()
     results = index, weight, low, high
-    # the largest of three averages counts
-    rest = torch.tensor([0.0, other, other / 3]).log().expand(tiles, POINTS, 3).contiguous()
-    _draws[(tiles,)](given.flatten(0, 2), rest, numbers, ends, noise, *results, counts, room, most, NUM, POINTS)
-    law = Candidates.of(share, torch.full_like(share[..., :1], other), found, left, NUM, 0.2)
+    _draws[(tiles,)](given.flatten(0, 2), numbers, ends, noise, *results, counts, room, most, NUM, POINTS)
+    law = Candidates.of(share.clone(), found, left, NUM, 0.2)
     expected = law.share(torch.arange(100).expand(1, tiles * POINTS, -1)).view(tiles, POINTS, 100)[:, 0] * NUM
     index, weight = index.view(tiles, -1), weight.view(tiles, -1)
     for tile, (begin, hole_begin, hole_end, end) in enumerate(EDGES.values()):

@@ -52,9 +52,9 @@ class DrawAlike(Stage):
     another, so that a query unlike all others is not averaged. A share of the draws is spread evenly, so that no weight
     exceeds keys / (share * draws) however wrong the estimate. Keys are scored one by one while a tile sees no more than
     `most` of them. Beyond that, blocks of 4, 16, 64, ... neighbouring keys are scored by their means and variances, no more
-    than `most`; those of the largest shares are opened, down to keys, which are candidates for weighted draws. z_g is the
-    logarithm of the sum of closed blocks' exponentials, as if scores inside were normal, and of those of the keys in opened
-    ones. What closed blocks have of it is the share of all other keys together, of which each has an equal part.
+    than `most`; those of the largest shares are opened, down to keys, which are candidates for weighted draws, and all
+    others share the even draws. z_g is the logarithm of the sum of closed blocks' exponentials, as if scores inside were
+    normal, and of those of the keys in opened ones.
     On a GPU blocks are opened for those lists of a tile that a program holds: all of up to 8 of default size, which are
     those of 4 heads of a group; the lists of larger groups are cut into equal shares.
 
@@ -262,5 +262,5 @@ class DrawAlike(Stage):
         self, scan: AlikeScan, blocks: Mapping[int, KeyBlocks], left: tuple[Tensor, ...], part: slice, size: int
     ) -> Candidates:
         """Return the law of draws for a chunk of tiles, whose first blocks have `size` keys."""
-        key, share, other = scan.shares(part, blocks, left, size, self.num * self.candidates)
-        return Candidates.of(share, other, key, left, self.num, self.uniform_share)
+        key, share = scan.shares(part, blocks, left, size, self.num * self.candidates)
+        return Candidates.of(share, key, left, self.num, self.uniform_share)

@@ -96,7 +96,9 @@ class AlikePlan:
         return -(-self.units // _ALIGNED) * _ALIGNED
 
 
-def memory_of(plan: AlikePlan, like: Tensor, rows: int, tiles: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def memory_of(
+    plan: AlikePlan, like: Tensor, rows: int, tiles: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Ask for the memory of all programs.
 
     Args:
@@ -108,9 +110,9 @@ def memory_of(plan: AlikePlan, like: Tensor, rows: int, tiles: int, dtype: torch
 
     Returns:
         for each program, memory for averages, ``[programs, lists, groups, width]``; for what they leave out beside half of
-        their squares, ``[programs, lists, 2 * width]``; for half the logarithm of the queries in each, for what their scores
-        are compared with, and for sums over closed blocks, ``[programs, lists, groups]``, float32; for shares,
-        ``[programs, lists, room]``; and for the numbers of what is scored, ``[programs, units]``, int32.
+        their squares, ``[programs, lists, 2 * width]``; for half the logarithm of the queries in each, and for what their
+        scores are compared with, ``[programs, lists, groups]``, float32; for shares, ``[programs, lists, room]``; and for
+        the numbers of what is scored, ``[programs, units]``, int32.
     """
     width = like.shape[3]
     lists, room, turns = plan.lists(width), plan.room(width), plan.turns(rows, tiles, width)
@@ -118,9 +120,9 @@ def memory_of(plan: AlikePlan, like: Tensor, rows: int, tiles: int, dtype: torch
     fit = max(_multiprocessors(like.device), _BYTES // (lists * room * dtype.itemsize))
     programs = min(turns, _PROGRAMS * _multiprocessors(like.device), fit)
     query, spread = (like.new_empty((programs, lists, *each), dtype=dtype) for each in ((plan.groups, width), (2 * width,)))
-    of_averages = (like.new_empty((programs, lists, plan.groups), dtype=torch.float32) for _ in range(3))
+    log_rows, bar = (like.new_empty((programs, lists, plan.groups), dtype=torch.float32) for _ in range(2))
     share = like.new_empty((programs, lists, room), dtype=dtype)
-    return query, spread, *of_averages, share, like.new_empty((programs, plan.units), dtype=torch.int32)
+    return query, spread, log_rows, bar, share, like.new_empty((programs, plan.units), dtype=torch.int32)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -224,7 +224,7 @@ def choose_alike(
 
 @torch.library.custom_op(
     "hyperattention::choose_alike",
-    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "rest", "share", "numbers"),
+    mutates_args=("index", "weight", "low", "high", "query", "spread", "log_rows", "bar", "share", "numbers"),
 )
 def _choose_alike(
     q: Tensor,
@@ -243,7 +243,6 @@ def _choose_alike(
     spread: Tensor,
     log_rows: Tensor,
     bar: Tensor,
-    rest: Tensor,
     share: Tensor,
     numbers: Tensor,
     of_plan: list[int],
@@ -257,7 +256,7 @@ def _choose_alike(
 
     if index.numel():
         given, blocks = (q, source, directions, edges, noise), (keys, variance, log_value)
-        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, rest, share, numbers)
+        results, memory = (index, weight, low, high), (query, spread, log_rows, bar, share, numbers)
         last = scale, deviations, bound, even, least
         triton_choose_alike.launch_choice(given, blocks, results, memory, AlikePlan(*of_plan), *last).run()
 

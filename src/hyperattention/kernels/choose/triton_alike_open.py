@@ -10,15 +10,6 @@ import triton.language as tl
 
 
 @triton.jit
-def any_left(first, size, begin, hole_begin, hole_end, end):
-    """Tell which runs of `size` keys hold one that earlier stages left."""
-    until = first + size
-    return (tl.minimum(until, hole_begin) > tl.maximum(first, begin)) | (
-        tl.minimum(until, end) > tl.maximum(first, hole_end)
-    )
-
-
-@triton.jit
 def number_blocks(numbers_ptr, count, BLOCK: tl.constexpr):
     """Write the numbers of the first `count` blocks."""
     for first in tl.range(0, count, BLOCK):

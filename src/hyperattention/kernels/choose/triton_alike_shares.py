@@ -9,8 +9,6 @@ normalised score over the groups of a list, an allowance for what averages and b
 import triton
 import triton.language as tl
 
-from hyperattention.kernels.choose.triton_alike_open import any_left
-
 
 @triton.jit
 def share_keys(
@@ -85,7 +83,11 @@ def share_keys(
             log_value += tl.sum(variance.to(tl.float32) * half[None, :], 1)
         log_share = best + extra + log_value[:, None]
         if WITHIN:
-            left = any_left(key * size, size, left_begin, hole_begin, hole_end, left_end)
+            first_key = key * size
+            behind, last = first_key + size, tl.maximum(first_key, hole_end)
+            left = (tl.minimum(behind, hole_begin) > tl.maximum(first_key, left_begin)) | (
+                tl.minimum(behind, left_end) > last
+            )
             # a share of 80 nats or more is as good as any
             share = tl.exp2(tl.minimum(tl.max(log_share, 1), 80.0) * 1.4426950408889634)
             share = tl.where(told, tl.where(left, share, 0.0), -1.0)

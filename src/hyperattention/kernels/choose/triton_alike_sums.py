@@ -8,30 +8,11 @@ The sum of a block is estimated by its mean and its variances, as `select.score.
 import triton
 import triton.language as tl
 
-from hyperattention.kernels.choose.triton_alike_open import any_left
-
-
-@triton.jit
-def _own(largest, total, log_size, bound):
-    """Return the logarithm of a sum; of nothing it is below zero by the bound."""
-    return tl.where(total > 0, largest + tl.log(tl.maximum(total, 1.1754943508222875e-38)) + log_size, -bound)
-
-
-@triton.jit
-def _together(before, own, bound, LESS: tl.constexpr):
-    """Add sums given by their logarithms, or take one away from another that holds it."""
-    if LESS:
-        # what a sum was made of is no more than it, but for rounding
-        rest = 1.0 - tl.exp(tl.minimum(own - before, 0.0))
-        return tl.where(rest > 0, before + tl.log(tl.maximum(rest, 1.1754943508222875e-38)), -bound)
-    most = tl.maximum(before, own)
-    return most + tl.log(tl.exp(before - most) + tl.exp(own - most))
-
 
 @triton.jit
 def sum_blocks(
-    query_ptr, spread_ptr, log_rows_ptr, keys_ptr, variance_ptr, numbers_ptr, bar_ptr, rest_ptr, edge_ptr, first_average,
-    lists, count, size, bound,
+    query_ptr, spread_ptr, log_rows_ptr, keys_ptr, variance_ptr, numbers_ptr, bar_ptr, first_average, lists, count, size,
+    bound,
     OF_LIST: tl.constexpr, DIM: tl.constexpr, WITHIN: tl.constexpr, LESS: tl.constexpr,
     LISTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,9 +26,6 @@ def sum_blocks(
         variance_ptr: variances inside blocks, of the same shape; not read without `WITHIN`.
         numbers_ptr: numbers of the blocks.
         bar_ptr: what scores are compared with, the logarithm of a sum less that of the queries, float32: changed.
-        rest_ptr: the logarithm of the sum over those that earlier stages left, which is changed as well; without `WITHIN`
-            it is not, but compared with the bar, ``[lists, OF_LIST]``, float32.
-        edge_ptr: edges of what earlier stages left; not read without `WITHIN`.
         first_average: the first of the averages.
         lists: number of lists.
         count: number of blocks.
@@ -73,11 +51,8 @@ def sum_blocks(
         half_of = tl.load(half_at, mask=(one < lists)[:, None] & (column < DIM)[None, :], other=0.0).to(tl.float32)
         # over all lists: by its own a sharp one would take blocks from the others
         half_of = tl.sum(half_of, 0)[:, None] / lists
-        left_begin, left_end = tl.load(edge_ptr).to(tl.int32), tl.load(edge_ptr + 3).to(tl.int32)
-        hole_begin, hole_end = tl.load(edge_ptr + 1).to(tl.int32), tl.load(edge_ptr + 2).to(tl.int32)
     log_size = tl.log(size.to(tl.float32))
     largest, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    of_left = tl.zeros([ROWS], tl.float32)
     for first in tl.range(0, count, BLOCKS, num_stages=2):
         place = first + tl.arange(0, BLOCKS)
         block = tl.load(numbers_ptr + place, mask=place < count, other=0)
@@ -93,20 +68,16 @@ def sum_blocks(
         higher = tl.maximum(largest, tl.max(score, 1))
         # nothing known yet: any finite number will do
         base = tl.where(higher > -float("inf"), higher, 0.0)
-        weight, less = tl.exp(score - base[:, None]), tl.exp(largest - base)
-        total = total * less + tl.sum(weight, 1)
-        if WITHIN:
-            left = any_left(block * size, size, left_begin, hole_begin, hole_end, left_end)
-            of_left = of_left * less + tl.sum(tl.where(left[None, :], weight, 0.0), 1)
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(score - base[:, None]), 1)
         largest = higher
+    own = tl.where(total > 0, largest + tl.log(tl.maximum(total, 1.1754943508222875e-38)) + log_size, -bound)
     log_rows = tl.load(log_rows_ptr + average, mask=there, other=0.0)
     before = tl.load(bar_ptr + average, mask=there, other=0.0) + log_rows
-    together = _together(before, _own(largest, total, log_size, bound), bound, LESS)
-    bar = tl.minimum(tl.maximum(together - log_rows, -bound), bound)
-    tl.store(bar_ptr + average, bar, mask=there)
-    rest = tl.load(rest_ptr + average, mask=there, other=0.0)
-    if WITHIN:
-        rest = _together(rest, _own(largest, of_left, log_size, bound), bound, LESS)
+    if LESS:
+        # what a sum was made of is no more than it, but for rounding
+        rest = 1.0 - tl.exp(tl.minimum(own - before, 0.0))
+        together = tl.where(rest > 0, before + tl.log(tl.maximum(rest, 1.1754943508222875e-38)), -bound)
     else:
-        rest -= bar
-    tl.store(rest_ptr + average, rest, mask=there)
+        most = tl.maximum(before, own)
+        together = most + tl.log(tl.exp(before - most) + tl.exp(own - most))
+    tl.store(bar_ptr + average, tl.minimum(tl.maximum(together - log_rows, -bound), bound), mask=there)

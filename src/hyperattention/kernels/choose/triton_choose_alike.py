@@ -55,8 +55,7 @@ def _level(tile, first_tile, length, step, tile_size, keys, most, levels):
 
 @triton.jit
 def _sums(
-    query_ptr, spread_ptr, log_rows_ptr, keys_ptr, variance_ptr, numbers_ptr, bar_ptr, rest_ptr, edge_ptr, lists, count,
-    size, bound,
+    query_ptr, spread_ptr, log_rows_ptr, keys_ptr, variance_ptr, numbers_ptr, bar_ptr, lists, count, size, bound,
     OF_LIST: tl.constexpr, DIM: tl.constexpr, WITHIN: tl.constexpr, LESS: tl.constexpr, LISTS: tl.constexpr,
     AVERAGES: tl.constexpr, WIDTH: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +64,8 @@ def _sums(
     tl.debug_barrier()
     for average in tl.range(0, LISTS * OF_LIST, AVERAGES):
         sum_blocks(
-            query_ptr, spread_ptr, log_rows_ptr, keys_ptr, variance_ptr, numbers_ptr, bar_ptr, rest_ptr, edge_ptr, average,
-            lists, count, size, bound, OF_LIST, DIM, WITHIN, LESS, LISTS, AVERAGES, WIDTH, SUMMED, "ieee",
+            query_ptr, spread_ptr, log_rows_ptr, keys_ptr, variance_ptr, numbers_ptr, bar_ptr, average, lists, count, size,
+            bound, OF_LIST, DIM, WITHIN, LESS, LISTS, AVERAGES, WIDTH, SUMMED, "ieee",
         )  # fmt: skip
     tl.debug_barrier()
 
@@ -76,8 +75,8 @@ def _sums(
 )
 def _kernel(
     q_ptr, source_ptr, directions_ptr, edges_ptr, noise_ptr, keys_ptr, variance_ptr, log_value_ptr,
-    index_ptr, weight_ptr, low_ptr, high_ptr, query_ptr, spread_ptr, log_rows_ptr, bar_ptr, rest_ptr, share_ptr,
-    numbers_ptr, scale, queries, kv_heads, sorts, tiles, s_batch, s_head, s_query,
+    index_ptr, weight_ptr, low_ptr, high_ptr, query_ptr, spread_ptr, log_rows_ptr, bar_ptr, share_ptr, numbers_ptr,
+    scale, queries, kv_heads, sorts, tiles, s_batch, s_head, s_query,
     first_tile, length, step, tile_size, keys, most, levels, blocks, together, lists, turns, room, units, behind,
     num, even, least, bound, own, candidates, wider,
     GROUP: tl.constexpr, MANY: tl.constexpr, SORTED: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
@@ -95,7 +94,6 @@ def _kernel(
     spread_ptr += program * LISTS * 2 * DIM
     log_rows_ptr += program * LISTS * OF_LIST
     bar_ptr += program * LISTS * OF_LIST
-    rest_ptr += program * LISTS * OF_LIST
     share_ptr += program * LISTS * room
     numbers_ptr += program * units
     # numbers of opened blocks, behind shares of all
@@ -117,7 +115,6 @@ def _kernel(
             q_at = q_ptr + (one // kv_heads) * s_batch + (one % kv_heads) * GROUP * s_head
             average = tl.arange(0, LISTS * PADDED)
             tl.store(bar_ptr + average, -bound, mask=average < LISTS * OF_LIST)
-            tl.store(rest_ptr + average, -bound, mask=average < LISTS * OF_LIST)
             for at in tl.range(0, own, disable_licm=True):
                 group_list(
                     q_at, source_ptr + (row + at) * EACH,
@@ -140,8 +137,8 @@ def _kernel(
                     size, before = tl.full([], 1, tl.int32) << 2 * above, blocks_before(keys, above)
                     keys_of, variance_of = keys_at + before * DIM, variance_at + (before - keys) * DIM
                     _sums(
-                        query_ptr, spread_ptr, log_rows_ptr, keys_of, variance_of, numbers_ptr, bar_ptr, rest_ptr, edge_at,
-                        own, count, size, bound, OF_LIST, DIM, True, False, LISTS, AVERAGES, WIDTH, SUMMED,
+                        query_ptr, spread_ptr, log_rows_ptr, keys_of, variance_of, numbers_ptr, bar_ptr, own, count, size,
+                        bound, OF_LIST, DIM, True, False, LISTS, AVERAGES, WIDTH, SUMMED,
                     )  # fmt: skip
                     share_keys(
                         query_ptr, bar_ptr, spread_ptr, keys_of, variance_of, log_value_at + before, numbers_ptr, share_ptr,
@@ -152,16 +149,16 @@ def _kernel(
                     wanted = tl.cdiv(tl.where(above == 1, candidates, wider * candidates), 4)
                     found = find_largest(share_ptr, numbers_ptr, opened_ptr, count, wanted, BITS, DIGIT, COUNTED, TAKEN)
                     _sums(
-                        query_ptr, spread_ptr, log_rows_ptr, keys_of, variance_of, opened_ptr, bar_ptr, rest_ptr, edge_at,
-                        own, found, size, bound, OF_LIST, DIM, True, True, LISTS, AVERAGES, WIDTH, SUMMED,
+                        query_ptr, spread_ptr, log_rows_ptr, keys_of, variance_of, opened_ptr, bar_ptr, own, found, size,
+                        bound, OF_LIST, DIM, True, True, LISTS, AVERAGES, WIDTH, SUMMED,
                     )  # fmt: skip
                     # with what stands behind the last whole block
                     last = known >> 2 * above
                     count = open_blocks(opened_ptr, numbers_ptr, found, 4 * last, known >> 2 * (above - 1), WRITTEN)
             size = tl.full([], 1, tl.int32)
             _sums(
-                query_ptr, spread_ptr, log_rows_ptr, keys_at, keys_at, numbers_ptr, bar_ptr, rest_ptr, edge_at, own,
-                count, size, bound, OF_LIST, DIM, False, False, LISTS, AVERAGES, WIDTH, SUMMED,
+                query_ptr, spread_ptr, log_rows_ptr, keys_at, keys_at, numbers_ptr, bar_ptr, own, count, size,
+                bound, OF_LIST, DIM, False, False, LISTS, AVERAGES, WIDTH, SUMMED,
             )  # fmt: skip
             left_begin, left_end = tl.load(edge_at).to(tl.int32), tl.load(edge_at + 3).to(tl.int32)
             hole_begin, hole_end = tl.load(edge_at + 1).to(tl.int32), tl.load(edge_at + 2).to(tl.int32)
@@ -173,9 +170,9 @@ def _kernel(
             )  # fmt: skip
             tl.debug_barrier()
             draw_lists(
-                share_ptr, rest_ptr, numbers_ptr, edge_at, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, row, own,
-                count, room, num, even, least,
-                OF_LIST, GROUPS, LISTS, ROUNDS, ALL, SHIFT, PLACES, PLACED, SLOTS, DIGITS,
+                share_ptr, numbers_ptr, edge_at, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, row, own, count,
+                room, num, even, least,
+                LISTS, ROUNDS, ALL, SHIFT, PLACES, PLACED, SLOTS, DIGITS,
             )  # fmt: skip
         tl.debug_barrier()
 
@@ -188,7 +185,7 @@ def launch_choice(
     q, source, directions, edges, noise = given
     keys, variance, log_value = blocks
     index, weight, low, high = results
-    query, spread, log_rows, bar, rest, share, numbers = memory
+    query, spread, log_rows, bar, share, numbers = memory
     q, (rows, tiles) = q if q.stride(3) == 1 else q.contiguous(), edges.shape[:2]
     each, width, lists, num = source.shape[2], q.shape[3], share.shape[1], index.shape[2]
     padded, broad, long = (triton.next_power_of_2(x) for x in (plan.groups, max(16, width), max(16, each)))
@@ -202,8 +199,7 @@ def launch_choice(
             "q_ptr": q, "source_ptr": source, "directions_ptr": directions, "edges_ptr": edges, "noise_ptr": noise,
             "keys_ptr": keys, "variance_ptr": variance, "log_value_ptr": log_value,
             "index_ptr": index, "weight_ptr": weight, "low_ptr": low, "high_ptr": high, "query_ptr": query,
-            "spread_ptr": spread, "log_rows_ptr": log_rows, "bar_ptr": bar, "rest_ptr": rest, "share_ptr": share,
-            "numbers_ptr": numbers,
+            "spread_ptr": spread, "log_rows_ptr": log_rows, "bar_ptr": bar, "share_ptr": share, "numbers_ptr": numbers,
             "scale": scale, "queries": q.shape[2], "kv_heads": rows // q.shape[0], "sorts": directions.shape[1],
             "tiles": tiles,
             "s_batch": q.stride(0), "s_head": q.stride(1), "s_query": q.stride(2), "first_tile": plan.first_tile,

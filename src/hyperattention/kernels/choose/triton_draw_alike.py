@@ -29,13 +29,6 @@ def _shares(share_at, first, stored, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _with_others(share, first, count, other, PLACES: tl.constexpr):
-    """Put the share of each of the others behind those of the candidates."""
-    place = first + tl.arange(0, PLACES)[None, :]
-    return tl.where(place == count, other[:, None], share)
-
-
-@triton.jit
 def _total(share_at, stored, most, LISTS: tl.constexpr, PLACES: tl.constexpr):
     """Add up the shares of all candidates, none above `most`."""
     total = tl.zeros([LISTS, PLACES], tl.float32)
@@ -77,16 +70,15 @@ def _other(numbers_ptr, count, rank, asked, begin, hole_begin, hole_end, DIGITS:
 
 @triton.jit
 def draw_lists(
-    share_ptr, rest_ptr, numbers_ptr, edge_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, lists,
-    count, room, num, even, least,
-    OF_LIST: tl.constexpr, GROUPS: tl.constexpr, LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr,
-    SHIFT: tl.constexpr, PLACES: tl.constexpr, PLACED: tl.constexpr, SLOTS: tl.constexpr, DIGITS: tl.constexpr,
+    share_ptr, numbers_ptr, edge_ptr, noise_ptr, index_ptr, weight_ptr, low_ptr, high_ptr, begin_list, lists, count,
+    room, num, even, least,
+    LISTS: tl.constexpr, ROUNDS: tl.constexpr, ALL: tl.constexpr, SHIFT: tl.constexpr, PLACES: tl.constexpr,
+    PLACED: tl.constexpr, SLOTS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """Draw for some lists of one tile: from candidates, and from all other keys that are left: see `Candidates`.
 
     Args:
         share_ptr: shares of candidates, ``[LISTS, room]``, and zeros up to a multiple of 16.
-        rest_ptr: logarithm of the share that each average gives all other keys together, ``[LISTS, OF_LIST]``, float32.
         numbers_ptr: numbers of the candidates, ascending, all of them left.
         edge_ptr: begin, hole begin, hole end and end of what is left.
         noise_ptr: where inside a slot each list's points lie, in [0, 1), float64.
@@ -101,8 +93,6 @@ def draw_lists(
         num: draws of a list.
         even: share of the draws that is spread evenly.
         least: sums below this count as 0.
-        OF_LIST: averages of a list.
-        GROUPS: `OF_LIST`, padded to a power of two.
         LISTS: lists that are drawn together.
         ROUNDS: rounds of cutting listings to one a key.
         ALL: the sum of a law in fixed point.
@@ -126,24 +116,18 @@ def draw_lists(
     share_at = share_ptr + number * room
     stored = tl.cdiv(count, 16) * 16
     weighted = (1.0 - even) * num
-    # all others have equal parts of their share
-    group = tl.arange(0, GROUPS)[None, :]
-    one_of_many = (there & (others > 0))[:, None] & (group < OF_LIST)
-    rest = tl.load(rest_ptr + number[:, None] * OF_LIST + group, mask=one_of_many, other=-float("inf"))
-    several = tl.maximum(others, 1).to(tl.float32)
-    other = tl.exp(tl.max(rest, 1)) / several
     most = tl.full([LISTS], float("inf"), tl.float32)
-    total = _total(share_at, stored, most, LISTS, PLACES) + several * other
+    total = _total(share_at, stored, most, LISTS, PLACES)
     for _ in tl.range(0, ROUNDS):
         most = total / weighted
-        total = _total(share_at, stored, most, LISTS, PLACES) + several * tl.minimum(other, most)
+        total = _total(share_at, stored, most, LISTS, PLACES)
     scale = weighted / tl.maximum(total, least)
     # where nothing was scored this is all there is, and all draws are even
     evenly = even * num / tl.maximum(left, 1).to(tl.float32)
     unit = ALL / num
     in_all = tl.zeros([LISTS, PLACES], tl.int32)
     for first in tl.range(0, count + 1, PLACES, num_stages=4):
-        share = _with_others(_shares(share_at, first, stored, PLACES), first, count, other, PLACES)
+        share = _shares(share_at, first, stored, PLACES)
         rooms = _rooms(first, count, others, LISTS, PLACES)
         in_all += _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
     in_all = tl.maximum(tl.sum(in_all, 1), 1)
@@ -158,8 +142,7 @@ def draw_lists(
     # a slot is given its candidate, in the upper half, and the units before that
     for first in tl.range(0, count + 1, PLACED):
         place = first + tl.arange(0, PLACED)[None, :]
-        share = _with_others(share_ahead, first, count, other, PLACED)
-        share_ahead = _shares(share_at, first + PLACED, stored, PLACED)
+        share, share_ahead = share_ahead, _shares(share_at, first + PLACED, stored, PLACED)
         rooms = _rooms(first, count, others, LISTS, PLACED)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)
         until = passed[:, None] + tl.cumsum(units, 1)
@@ -180,7 +163,6 @@ def draw_lists(
         place, since = (given >> 32).to(tl.int32), (given & 0x7FFFFFFF).to(tl.float64) * ratio
         one_of = inside & drawn & (place < count)
         share = tl.load(share_at[:, None] + place, mask=one_of, other=0.0).to(tl.float32)
-        share = tl.where(place == count, other[:, None], share)
         keys_of = tl.where(place == count, others, 1)
         rooms = keys_of.to(tl.float32)
         units = _units(share, rooms, most[:, None], scale[:, None], evenly[:, None], unit)

@@ -78,9 +78,7 @@ class AlikeScan:
 
     def shares(
         self, part: slice, blocks: Mapping[int, KeyBlocks], left: tuple[Tensor, ...], size: int, count: int
-    ) -> tuple[
-        Int[Tensor, "lists chunk some"], Float[Tensor, "lists chunk many some"], Float[Tensor, "lists chunk many 1"]
-    ]:  # fmt: skip
+    ) -> tuple[Int[Tensor, "lists chunk some"], Float[Tensor, "lists chunk many some"]]:
         """Find the keys of the largest shares, and estimate the largest share that a query of each list gives each.
 
         Args:
@@ -91,23 +89,22 @@ class AlikeScan:
             count: keys scored by all averages at last, where it is more.
 
         Returns:
-            numbers of keys, ascending, behind them the number of all keys where a tile has fewer; their shares, 0 where
-            earlier stages took a key; and the share of all others together that are left, which are in closed blocks.
+            numbers of keys, ascending, behind them the number of all keys where a tile has fewer; and their shares, 0 where
+            earlier stages took a key.
         """
         tiles, keys = self.tiles, blocks[1].mean.shape[1]
         known, query = tiles.by_list(tiles.known)[:, part], self.query[:, self.own(part)]
         room = max(1, self._most_known(part)) if size == 1 else room_of(count)
         index = torch.full((*known.shape, room), keys, dtype=torch.int64, device=known.device)
-        share, other = query.new_zeros(*query.shape[:3], room), query.new_zeros(*query.shape[:3], 1)
+        share = query.new_zeros(*query.shape[:3], room)
         rooms = [Scratch(query, 0) for _ in range(4)]
         for one, (some, most) in product(range(len(known)), self._together(part)):
             of_tiles = TileScan.of(self, one, slice(part.start + some.start, part.start + some.stop), rooms)
             seen = most, known[one, some, None]
             found = of_tiles.opened(blocks, one, tuple(x[one, some] for x in left), seen, size, count)
             width = min(found[0].shape[1], room)
-            index[one, some, :width], share[one, some, :, :width] = (x[..., :width] for x in found[:2])
-            other[one, some] = found[2]
-        return index, share, other
+            index[one, some, :width], share[one, some, :, :width] = (x[..., :width] for x in found)
+        return index, share
 
     def _together(self, part: slice) -> list[tuple[slice, int]]:
         """Cut tiles into those that are scored together.
@@ -168,7 +165,7 @@ class TileScan:
     def opened(
         self, blocks: Mapping[int, KeyBlocks], one: int, left: tuple[Tensor, ...], seen: tuple[int, Tensor], size: int,
         count: int,
-    ) -> tuple[Int[Tensor, "tiles some"], Float[Tensor, "tiles many some"], Float[Tensor, "tiles many 1"]]:  # fmt: skip
+    ) -> tuple[Int[Tensor, "tiles some"], Float[Tensor, "tiles many some"]]:  # fmt: skip
         """Open the blocks of the largest shares, and of these again, down to keys: see `AlikeScan.shares`.
 
         Args:
@@ -180,13 +177,12 @@ class TileScan:
             count: keys opened at last.
 
         Returns:
-            the keys, their shares, and that of all others together.
+            the keys and their shares.
         """
         most, known = seen
         number, inside = (torch.arange(x, dtype=torch.int64, device=self.query.device) for x in (most // size, OPENED))
         some = blocks[size].first(one, most // size)
-        # closed blocks, and those of them that earlier stages left
-        closed = rest = self.query.new_full(self.log_rows.shape, -torch.inf)
+        closed = self.query.new_full(self.log_rows.shape, -torch.inf)
         while True:
             hidden = number >= known // size
             number = number.masked_fill(hidden, blocks[1].mean.shape[1])
@@ -202,18 +198,15 @@ class TileScan:
                 break
             wanted = min(-(-(count if size == OPENED else WIDER * count) // OPENED), number.shape[1])
             # what earlier stages took is opened before what is not there
-            there = any_left(number * size, size, left)
-            rank = log_share.amax(1).masked_fill_(~there, torch.finfo(weight.dtype).min).masked_fill_(hidden, -torch.inf)
-            best = rank.topk(wanted, sorted=False).indices
+            rank = log_share.amax(1).masked_fill_(~any_left(number * size, size, left), torch.finfo(weight.dtype).min)
+            best = rank.masked_fill_(hidden, -torch.inf).topk(wanted, sorted=False).indices
             keep = torch.ones_like(rank).scatter_(1, best, 0.0)
             closed = _added(closed, bar + weight.mul_(keep[:, None, None]).sum(3).log_())
-            rest = _added(rest, bar + weight.mul_(there[:, None, None]).sum(3).log_())
             # the one behind the last whole block has whole smaller ones
             opened, size = torch.cat([number.gather(1, best), known // size], 1).sort().values, size // OPENED
             number = (opened[..., None] * OPENED + inside).flatten(1)
             some = blocks[size].of(one, number.clamp(max=blocks[size].mean.shape[1] - 1), self.rooms[1:])
-        share = log_share.clamp_(max=0.0).exp_().masked_fill_(~any_left(number, 1, left)[:, None], 0.0)
-        return number, share, (rest - bar).amax(2, keepdim=True).exp_()
+        return number, log_share.clamp_(max=0.0).exp_().masked_fill_(~any_left(number, 1, left)[:, None], 0.0)
 
     def _masses(
         self, some: KeyBlocks, hidden: Bool[Tensor, "tiles some"]

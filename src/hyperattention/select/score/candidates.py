@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,7 +24,7 @@ def _inside(key: Tensor, left: tuple[Tensor, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidates(Distribution):
-    """How often candidates are expected to be listed, and all other keys that are left, each of these as often.
+    """How often candidates are expected to be listed, and all other keys that are left, each as often.
 
     Args:
         key: number of each, ascending.
@@ -44,14 +44,13 @@ class Candidates(Distribution):
 
     @classmethod
     def of(
-        cls, share: Float[Tensor, "lists tiles many candidates"], other: Float[Tensor, "lists tiles many 1"],
-        key: Int[Tensor, "lists tiles candidates"], left: tuple[Tensor, ...], num: int, even: float,
+        cls, share: Float[Tensor, "lists tiles many candidates"], key: Int[Tensor, "lists tiles candidates"],
+        left: tuple[Tensor, ...], num: int, even: float,
     ) -> "Candidates":  # fmt: skip
         """Return how often each candidate is to be listed.
 
         Args:
-            share: the largest share that a query of each of `many` lists gives each candidate.
-            other: the same for all other keys together.
+            share: the largest share that a query of each of `many` lists gives each candidate; overwritten.
             key: the candidates, ascending; where there are fewer, the number of all keys stands behind them. Those that
                 earlier stages took are none.
             left: what earlier stages left, from `edges`, for each tile.
@@ -66,9 +65,9 @@ class Candidates(Distribution):
         passed = pad(inside.cumsum(2), (1, 0))
         place = key.clamp(begin, hole_begin) - begin + key.clamp(hole_end, end) - hole_end
         others = count - passed[..., -1:]
-        room = torch.cat([inside.long(), others], 2)
-        mass = torch.cat([share * inside[:, :, None], other.masked_fill((others == 0)[..., None], 0.0)], 3)
-        return cls(key, passed, place - passed[..., :-1], others, left, listings_of(mass, room, count, num, even))
+        listings, evenly = listings_of(share, inside, count, num, even)
+        listings = torch.cat([listings, others[:, :, None].to(listings.dtype) * evenly], 3)
+        return cls(key, passed, place - passed[..., :-1], others, left, listings)
 
     def draw(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Find the candidate at each evenly spaced point, or the key at the same share of the way through the others.
@@ -117,30 +116,31 @@ def keys_left(left: tuple[Tensor, ...]) -> Int[Tensor, "lists tiles 1"]:
 
 
 def listings_of(
-    mass: Float[Tensor, "lists tiles many listed"], room: Int[Tensor, "lists tiles listed"],
+    share: Float[Tensor, "lists tiles many candidates"], there: Bool[Tensor, "lists tiles candidates"],
     count: Int[Tensor, "lists tiles 1"], num: int, even: float,
-) -> Float[Tensor, "lists tiles many listed"]:  # fmt: skip
-    """Return how often keys are to be listed: by their share, but no key more than once; the rest evenly.
+) -> tuple[Float[Tensor, "lists tiles many candidates"], Float[Tensor, "lists tiles many 1"]]:  # fmt: skip
+    """Return how often each candidate is to be listed: by its share, but no more than once; the rest evenly.
 
     Args:
-        mass: the largest share that a query of each of `many` lists gives one key, or several together; overwritten.
-        room: how many keys these are.
+        share: the largest share that a query of each of `many` lists gives each candidate; overwritten.
+        there: which candidates are keys that are left.
         count: keys left in all.
         num: draws of each list.
         even: share of the draws that is spread evenly over all keys left.
 
     Returns:
-        expected listings, up to a factor.
+        expected listings up to a factor, and those of a single key by even draws alone.
     """
-    several, weighted = room[:, :, None].to(mass.dtype), (1 - even) * num
+    room, weighted = there[:, :, None].to(share.dtype), (1 - even) * num
+    mass, count = share.mul_(room), count.clamp(min=1)[:, :, None].to(share.dtype)
     for _ in range(CLIP_ROUNDS):
-        torch.minimum(mass, several * (total_mass(mass) / weighted), out=mass)
+        torch.minimum(mass, total_mass(mass) / weighted, out=mass)
     total = total_mass(mass)
     # where nothing was scored all draws are even
-    evenly = torch.ones_like(total).masked_fill_(total > 0, even) * num / count.clamp(min=1)[:, :, None].to(mass.dtype)
-    mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(several, evenly)
+    evenly = torch.ones_like(total).masked_fill_(total > 0, even) * (num / count)
+    mass.mul_(weighted / total.clamp(min=LEAST)).addcmul_(room, evenly)
     # what an even draw adds to keys listed for certain is worth more to others
-    return torch.minimum(mass, several, out=mass)
+    return torch.minimum(mass, room, out=mass), evenly
 
 
 def draws_of(
